@@ -1,0 +1,109 @@
+"""Every error that a caller can meet, as one tree.
+
+    NibbleError                 code, message, remedy, param
+    ├── InvalidRequest          the request itself is wrong
+    │   ├── RecipeUnsupported   the recipe is well formed, but this model or format can't hold it
+    │   ├── ModelRefused        the model's files are missing, unsafe or of an unknown architecture
+    │   └── TextRefused         the calibration or evaluation text is missing or too short
+    ├── Unauthenticated         no key, or one that is not known
+    ├── Forbidden               the key lacks a scope
+    ├── NotFound                no such job, artifact or file for this tenant
+    ├── Conflict                the state of the resource does not allow it
+    ├── QueueFull               no room for another job
+    ├── Unavailable             Redis or object storage does not answer
+    └── JobFault                a job that was accepted ends without a result
+        ├── Cancelled           its owner asked for it
+        ├── WorkerLost          its worker stopped renewing the lease
+        ├── DeadlineExceeded    it ran longer than `timeout_s`
+        ├── OutOfMemory         the host or the device ran out of memory
+        ├── VerificationFailed  the written files do not hold what was evaluated
+        └── TargetMissed        the quality target was not met
+
+`code` is stable and machine-readable; `remedy` says what to change.
+"""
+
+from __future__ import annotations
+
+
+class NibbleError(Exception):
+    """An error with a stable code and a remedy."""
+
+    code = "internal"
+
+    def __init__(
+        self, message: str, *, remedy: str = "", code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(NibbleError):
+    code = "invalid_request"
+
+
+class RecipeUnsupported(InvalidRequest):
+    code = "recipe_unsupported"
+
+
+class ModelRefused(InvalidRequest):
+    code = "model_refused"
+
+
+class TextRefused(InvalidRequest):
+    code = "text_refused"
+
+
+class Unauthenticated(NibbleError):
+    code = "unauthenticated"
+
+
+class Forbidden(NibbleError):
+    code = "forbidden"
+
+
+class NotFound(NibbleError):
+    code = "not_found"
+
+
+class Conflict(NibbleError):
+    code = "conflict"
+
+
+class QueueFull(NibbleError):
+    code = "queue_full"
+
+
+class Unavailable(NibbleError):
+    code = "unavailable"
+
+
+class JobFault(NibbleError):
+    code = "job_failed"
+
+
+class Cancelled(JobFault):
+    code = "cancelled"
+
+
+class WorkerLost(JobFault):
+    code = "worker_lost"
+
+
+class DeadlineExceeded(JobFault):
+    code = "deadline_exceeded"
+
+
+class OutOfMemory(JobFault):
+    code = "out_of_memory"
+
+
+class VerificationFailed(JobFault):
+    code = "verification_failed"
+
+
+class TargetMissed(JobFault):
+    code = "target_missed"

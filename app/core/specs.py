@@ -1,0 +1,155 @@
+"""What a caller asks for: the body of a job, frozen and checked.
+
+Only `model` is required. Unknown fields are refused. Whether a model can hold the recipe is decided in
+`app.core.plan`, which needs the model's headers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+FormatName = Literal["awq", "compressed-tensors"]
+Method = Literal["rtn", "awq"]
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Literal[32, 64, 128, -1]
+
+LabelKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._/-]{0,62}$")]
+LabelValue = Annotated[str, StringConstraints(max_length=128)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
+
+
+class Frozen(BaseModel):
+    """Base of all wire records: immutable, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SearchSpec(Frozen):
+    """How AWQ looks for scales and clip bounds."""
+
+    strategy: Literal["grid"] = "grid"
+    grid_points: int = Field(default=20, ge=2, le=200)
+    duo_scaling: Literal["both"] | bool = "both"
+    clip: bool = True
+
+
+class Override(Frozen):
+    """Another width for the linears whose name matches: an exact name, or `re:` and a pattern."""
+
+    match: str = Field(min_length=1, max_length=256)
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+
+    @field_validator("match")
+    @classmethod
+    def pattern_compiles(cls, match: str) -> str:
+        if match.startswith("re:"):
+            try:
+                re.compile(match[3:])
+            except re.error as fault:
+                raise ValueError(f"{match!r} is not a regular expression: {fault}") from fault
+        return match
+
+    def matches(self, name: str) -> bool:
+        return matches(self.match, name)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """True if the module `name` is meant by `pattern`: exact, its last part, or `re:` and a full match."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)
+
+
+class Recipe(Frozen):
+    """One way to quantize: method, integer grid, search."""
+
+    method: Method = "awq"
+    bits: Bits = 4
+    group_size: GroupSize = 128
+    symmetric: bool = False
+    rounding: Literal["nearest"] = "nearest"
+    ignore: tuple[str, ...] = ("lm_head",)
+    search: SearchSpec = SearchSpec()
+    overrides: tuple[Override, ...] = Field(default=(), max_length=64)
+
+    @field_validator("ignore")
+    @classmethod
+    def ignore_compiles(cls, ignore: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in ignore:
+            Override(match=pattern)
+        return ignore
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: `awq w4 g128`."""
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.method} w{self.bits} {group}{' sym' if self.symmetric else ''}"
+
+
+class TextSpec(Frozen):
+    """Where text comes from: a named dataset, or `texts` in the request itself."""
+
+    dataset: str | None = Field(default=None, max_length=1024)
+    texts: tuple[Text, ...] | None = Field(default=None, min_length=1, max_length=4096)
+    chat_template: bool = False
+    num_samples: int = Field(default=128, ge=1, le=65536)
+
+    @model_validator(mode="after")
+    def one_source(self) -> TextSpec:
+        if self.dataset is not None and self.texts is not None:
+            raise ValueError("give either `dataset` or `texts`, not both")
+        return self
+
+    @property
+    def source(self) -> str:
+        """The dataset reference; `inline` when the texts are in the request."""
+        return "inline" if self.texts is not None else self.dataset or "builtin:wikitext2"
+
+
+class CalibrationSpec(TextSpec):
+    """Calibration windows: `num_samples` of `sequence_length` tokens, drawn with `seed`."""
+
+    sequence_length: int = Field(default=512, ge=8, le=131072)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+
+
+class EvaluationSpec(TextSpec):
+    """Held-out windows, taken from the start; their length is the calibration's `sequence_length`."""
+
+    num_samples: int = Field(default=64, ge=1, le=65536)
+
+
+class TargetSpec(Frozen):
+    """The worst quality that may be published, relative to the original model."""
+
+    max_perplexity_ratio: float = Field(gt=0, le=1000)
+    on_miss: Literal["fail", "publish"] = "fail"
+
+
+class JobSpec(Frozen):
+    """The body of `POST /v1/jobs`."""
+
+    model: str = Field(min_length=1, max_length=1024)
+    recipe: Recipe | Annotated[tuple[Recipe, ...], Field(min_length=1, max_length=16)] = Recipe()
+    calibration: CalibrationSpec = CalibrationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    target: TargetSpec | None = None
+    formats: tuple[FormatName, ...] = Field(default=("compressed-tensors",), min_length=1)
+    priority: Literal["high", "normal", "low"] = "normal"
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=32)
+    timeout_s: int = Field(default=14400, ge=1, le=7 * 24 * 3600)
+
+    @field_validator("formats")
+    @classmethod
+    def formats_differ(cls, formats: tuple[FormatName, ...]) -> tuple[FormatName, ...]:
+        if len(set(formats)) != len(formats):
+            raise ValueError("each format may be named once")
+        return formats
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
