@@ -1,0 +1,104 @@
+"""The header of a safetensors file, parsed and checked without reading a weight.
+
+Format: 8 bytes little-endian header length, JSON, then the tensors' bytes
+(https://github.com/huggingface/safetensors, section Format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from app.core.errors import ModelRefused
+from app.core.specs import Frozen
+
+MAX_HEADER_BYTES = 100 * 1024**2
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+
+
+class TensorHeader(Frozen):
+    """Where one tensor lies: `start` and `end` are absolute byte offsets in `file`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+def refuse(file: str, why: str) -> ModelRefused:
+    return ModelRefused(
+        f"{file}: {why}",
+        code="model_header_invalid",
+        remedy="download or export the file again; it is damaged or not a safetensors file",
+    )
+
+
+def header_length(file: str, first_bytes: bytes, file_size: int) -> int:
+    """The length of the JSON header. `first_bytes` are the file's first eight."""
+    if file_size < 8 or len(first_bytes) < 8:
+        raise refuse(file, f"{file_size} bytes are too few for a header")
+    length = int.from_bytes(first_bytes[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise refuse(file, f"the header claims {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    if 8 + length > file_size:
+        raise refuse(file, f"the header claims {length} bytes, but the file has {file_size}: it is truncated")
+    return length
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def parse_header(file: str, header: bytes, file_size: int) -> dict[str, TensorHeader]:
+    """The tensors of a file by name.
+
+    Raises ModelRefused on malformed JSON, unknown dtypes, ranges outside the file, overlaps or gaps.
+    """
+    try:
+        entries = json.loads(header, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as fault:
+        raise refuse(file, f"the header is not valid JSON: {fault}") from fault
+    if not isinstance(entries, dict):
+        raise refuse(file, "the header is not a JSON object")
+    base = 8 + len(header)
+    tensors = {
+        name: parse_entry(file, name, entry, base) for name, entry in entries.items() if name != "__metadata__"
+    }
+    expected = base
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != expected:
+            raise refuse(file, f"tensor {name} starts at byte {tensor.start}, expected {expected}")
+        expected = tensor.end
+    if expected != file_size:
+        raise refuse(file, f"the tensors end at byte {expected}, but the file has {file_size}")
+    return tensors
+
+
+def parse_entry(file: str, name: str, entry: Any, base: int) -> TensorHeader:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise refuse(file, f"tensor {name} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise refuse(file, f"tensor {name} has the unknown dtype {dtype!r}")
+    if not natural_numbers(shape) or not natural_numbers(offsets) or len(offsets) != 2:
+        raise refuse(file, f"tensor {name} has a malformed shape or offsets")
+    start, end = offsets
+    if end - start != math.prod(shape) * DTYPE_BITS[dtype] // 8:
+        raise refuse(file, f"tensor {name}: {end - start} bytes do not fit {dtype} {shape}")
+    return TensorHeader(dtype=dtype, shape=tuple(shape), file=file, start=base + start, end=base + end)
+
+
+def natural_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
