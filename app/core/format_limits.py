@@ -1,0 +1,57 @@
+"""What each file format can hold, and the bytes that it takes. Layouts: docs of AutoAWQ and compressed-tensors."""
+
+from __future__ import annotations
+
+from app.core.specs import FormatName, Frozen, Recipe
+
+
+class Scheme(Frozen):
+    """The integer grid of one linear. `group_size` -1 is one group per output channel."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def groups(self, in_features: int) -> int:
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+class FormatRefusal(Frozen):
+    why: str
+    nearest: str
+
+
+def awq_refusal(recipe: Recipe, schemes: set[Scheme]) -> FormatRefusal | None:
+    """AutoAWQ's GEMM layout: one scheme for the whole model, 4 bits, zero points, finite groups."""
+    if len(schemes) > 1:
+        return FormatRefusal(
+            why="holds one bit width and group size for all linears, the overrides ask for several",
+            nearest="drop the overrides, or choose the format compressed-tensors",
+        )
+    if any(scheme.bits != 4 for scheme in schemes):
+        return FormatRefusal(why=f"holds 4 bits only, not {recipe.bits}", nearest="bits 4")
+    if recipe.symmetric:
+        return FormatRefusal(why="always has zero points", nearest="symmetric false")
+    if recipe.group_size == -1:
+        return FormatRefusal(why="needs a finite group size", nearest="group_size 128")
+    return None
+
+
+def format_refusal(name: FormatName, recipe: Recipe, schemes: set[Scheme]) -> FormatRefusal | None:
+    """Why `name` can't hold the recipe, or None. compressed-tensors holds every scheme we make."""
+    return awq_refusal(recipe, schemes) if name == "awq" else None
+
+
+def words(values: int, bits: int) -> int:
+    """int32 words for `values` integers packed densely."""
+    return -(-values * bits // 32)
+
+
+def packed_bytes(name: FormatName, scheme: Scheme, out_features: int, in_features: int) -> int:
+    """Bytes of one quantized linear's tensors, bias excluded."""
+    groups = scheme.groups(in_features)
+    scales = 2 * out_features * groups
+    if name == "awq":
+        return 4 * in_features * (out_features // 8) + 4 * groups * (out_features // 8) + scales
+    zeros = 0 if scheme.symmetric else 4 * words(out_features, scheme.bits) * groups
+    return 4 * out_features * words(in_features, scheme.bits) + scales + zeros + 16

@@ -1,0 +1,272 @@
+"""What a job will do to each linear, decided from headers alone.
+
+One function answers the submission (refuse early), the estimate (say what would happen) and the engine
+(do it), so the three can't disagree.
+"""
+
+from __future__ import annotations
+
+import math
+
+from app.core.architectures import Architecture, architecture_of
+from app.core.errors import ModelRefused, RecipeUnsupported
+from app.core.format_limits import Scheme, format_refusal, packed_bytes
+from app.core.safetensors_header import DTYPE_BITS, TensorHeader
+from app.core.specs import FormatName, Frozen, JobSpec, Recipe, matches
+
+GROUP_SIZES = (128, 64, 32)
+WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class LinearPlan(Frozen):
+    """One linear: its scheme, or None with the reason why it keeps its precision."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+    reason: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
+
+
+class CandidatePlan(Frozen):
+    """One recipe applied to the whole model."""
+
+    recipe_index: int
+    label: str
+    recipe: Recipe
+    linears: tuple[LinearPlan, ...]
+    output_bytes: dict[FormatName, int]
+    bits_per_weight: float  # over the quantized linears, scales and zero points included
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        return next(linear.scheme for linear in self.linears if linear.name == name)
+
+
+class Plan(Frozen):
+    """The decisions for every candidate of a job."""
+
+    architecture: Architecture
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    parameters: int
+    model_bytes: int
+    layer_bytes: int  # the largest decoder layer
+    dtype: str  # of the linears: float32, float16 or bfloat16
+    candidates: tuple[CandidatePlan, ...]
+    notes: tuple[str, ...] = ()
+
+
+def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, TensorHeader]) -> Plan:
+    """The plan of a job.
+
+    Raises ModelRefused if the model can't be quantized at all, RecipeUnsupported if this recipe can't be
+    applied to it or a requested format can't hold the outcome.
+    """
+    architecture = architecture_of(config)
+    if "quantization_config" in config:
+        raise ModelRefused(
+            "the model is quantized already", code="already_quantized", remedy="submit the original model",
+            param="model",
+        )  # fmt: skip
+    num_layers = positive_integer(config, "num_hidden_layers")
+    shapes = linear_shapes(architecture, num_layers, tensors)
+    candidates = tuple(
+        plan_candidate(spec, index, architecture, shapes, tensors) for index in range(len(spec.recipes))
+    )
+    notes = [
+        f"recipe {index}: {architecture.head} keeps its precision although `ignore` does not name it"
+        for index, recipe in enumerate(spec.recipes)
+        if not any(matches(pattern, architecture.head) for pattern in recipe.ignore)
+    ]
+    return Plan(
+        architecture=architecture,
+        num_layers=num_layers,
+        hidden_size=positive_integer(config, "hidden_size"),
+        vocab_size=positive_integer(config, "vocab_size"),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        model_bytes=sum(tensor.size for tensor in tensors.values()),
+        layer_bytes=largest_layer(architecture, num_layers, tensors),
+        dtype=weight_dtype(shapes, tensors),
+        candidates=candidates,
+        notes=tuple(notes),
+    )
+
+
+def positive_integer(config: dict[str, object], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ModelRefused(
+            f"config.json: {key} is {value!r}, expected a positive integer",
+            code="config_invalid", remedy="restore the model's original config.json", param="model",
+        )  # fmt: skip
+    return value
+
+
+def linear_shapes(
+    architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]
+) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear by full name, in the order of data."""
+    shapes = {}
+    for layer in range(num_layers):
+        for linear in architecture.linears:
+            name = architecture.layer_prefix(layer) + linear
+            tensor = tensors.get(name + ".weight")
+            if tensor is None or len(tensor.shape) != 2 or tensor.dtype not in WEIGHT_DTYPES:
+                found = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise ModelRefused(
+                    f"{name}.weight is {found}; expected a matrix of {', '.join(sorted(WEIGHT_DTYPES))}",
+                    code="weights_missing" if tensor is None else "weights_unsupported",
+                    remedy="check that all shards are there and that config.json belongs to them",
+                    param="model",
+                )
+            shapes[name] = (tensor.shape[0], tensor.shape[1])
+    return shapes
+
+
+def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHeader]) -> str:
+    dtypes = {tensors[name + ".weight"].dtype for name in shapes}
+    if len(dtypes) > 1:
+        raise ModelRefused(
+            f"the linears have several dtypes: {', '.join(sorted(dtypes))}",
+            code="weights_unsupported", remedy="save the model in one dtype", param="model",
+        )  # fmt: skip
+    return WEIGHT_DTYPES[dtypes.pop()]
+
+
+def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]) -> int:
+    sizes = dict.fromkeys(range(num_layers), 0)
+    for name, tensor in tensors.items():
+        number = name.removeprefix(architecture.layers + ".").partition(".")[0]
+        if name.startswith(architecture.layers + ".") and number.isdecimal() and int(number) in sizes:
+            sizes[int(number)] += tensor.size
+    return max(sizes.values())
+
+
+def plan_candidate(
+    spec: JobSpec,
+    index: int,
+    architecture: Architecture,
+    shapes: dict[str, tuple[int, int]],
+    tensors: dict[str, TensorHeader],
+) -> CandidatePlan:
+    recipe = spec.recipes[index]
+    linears = tuple(plan_linear(recipe, name, shape) for name, shape in shapes.items())
+    refuse_indivisible(index, recipe, linears)
+    refuse_split_sets(index, architecture, linears)
+    schemes = {linear.scheme for linear in linears if linear.scheme is not None}
+    for name in spec.formats:
+        refuse_format(index, name, recipe, linears, schemes)
+    if not schemes:
+        raise RecipeUnsupported(
+            "the recipe ignores every linear of the model", code="nothing_to_quantize",
+            remedy="shorten `ignore`", param=f"recipe.{index}.ignore",
+        )  # fmt: skip
+    kept = sum(t.size for name, t in tensors.items() if name.removesuffix(".weight") not in shapes)
+    kept += sum(
+        linear.parameters * DTYPE_BITS[tensors[linear.name + ".weight"].dtype] // 8
+        for linear in linears
+        if linear.scheme is None
+    )
+    packed = {name: sum(linear_bytes(name, linear) for linear in linears) for name in spec.formats}
+    quantized = sum(linear.parameters for linear in linears if linear.scheme)
+    return CandidatePlan(
+        recipe_index=index,
+        label=recipe.label,
+        recipe=recipe,
+        linears=linears,
+        output_bytes={name: kept + size for name, size in packed.items()},
+        bits_per_weight=8 * packed[spec.formats[0]] / quantized,
+    )
+
+
+def linear_bytes(name: FormatName, linear: LinearPlan) -> int:
+    if linear.scheme is None:
+        return 0
+    return packed_bytes(name, linear.scheme, linear.out_features, linear.in_features)
+
+
+def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:
+    scheme, reason = None, None
+    ignored = next((pattern for pattern in recipe.ignore if matches(pattern, name)), None)
+    if ignored is not None:
+        reason = f"ignored by {ignored!r}"
+    else:
+        bits, group_size = recipe.bits, recipe.group_size
+        for override in recipe.overrides:
+            if override.matches(name):
+                bits = override.bits or bits
+                group_size = override.group_size or group_size
+        scheme = Scheme(bits=bits, group_size=group_size, symmetric=recipe.symmetric)
+    return LinearPlan(name=name, out_features=shape[0], in_features=shape[1], scheme=scheme, reason=reason)
+
+
+def refuse_indivisible(index: int, recipe: Recipe, linears: tuple[LinearPlan, ...]) -> None:
+    """Every group must be whole: loaders index scales by in_features // group_size."""
+    for linear in linears:
+        if linear.scheme is None or linear.scheme.group_size == -1:
+            continue
+        if linear.in_features % linear.scheme.group_size:
+            fitting = [size for size in GROUP_SIZES if linear.in_features % size == 0]
+            remedy = (
+                f"use group_size {fitting[0]}"
+                if fitting
+                else f"use group_size -1, or add {linear.name.split('.')[-1]!r} to `ignore`"
+            )
+            raise RecipeUnsupported(
+                f"{linear.name}: in_features={linear.in_features} is not a multiple of "
+                f"group_size={linear.scheme.group_size}",
+                code="group_size_indivisible", remedy=remedy, param=f"recipe.{index}.group_size",
+            )  # fmt: skip
+
+
+def refuse_split_sets(index: int, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:
+    """q/k/v and gate/up become one matrix in vLLM and must share one scheme."""
+    schemes = {linear.name: linear.scheme for linear in linears}
+    for linear in linears:
+        prefix, group = fused_set(architecture, linear.name)
+        for other in group:
+            if schemes[prefix + other] != linear.scheme:
+                raise RecipeUnsupported(
+                    f"{linear.name} and {prefix}{other} would get different schemes, but servers fuse them",
+                    code="fused_set_split",
+                    remedy=f"let `overrides` and `ignore` match all of {', '.join(group)}",
+                    param=f"recipe.{index}.overrides",
+                )
+
+
+def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ...]]:
+    """The layer prefix of a linear and the linears of its layer that servers fuse with it."""
+    for group in architecture.groups:
+        for member in group.balance_layers:
+            if name.endswith("." + member):
+                return name.removesuffix(member), group.balance_layers
+    raise AssertionError(f"{name} is not in the architecture's groups")
+
+
+def refuse_format(
+    index: int,
+    name: FormatName,
+    recipe: Recipe,
+    linears: tuple[LinearPlan, ...],
+    schemes: set[Scheme],
+) -> None:
+    refusal = format_refusal(name, recipe, schemes)
+    if refusal is not None:
+        raise RecipeUnsupported(
+            f"recipe {index} ({recipe.label}): the format {name} {refusal.why}",
+            code="format_cannot_hold_recipe", remedy=f"nearest valid choice: {refusal.nearest}", param="formats",
+        )  # fmt: skip
+    if name == "awq":
+        for linear in linears:
+            if linear.scheme is not None and linear.out_features % 8:
+                raise RecipeUnsupported(
+                    f"{linear.name}: out_features={linear.out_features} is not a multiple of 8, "
+                    "which the format awq needs",
+                    code="format_cannot_hold_recipe",
+                    remedy="choose the format compressed-tensors, or ignore this linear", param="formats",
+                )  # fmt: skip
