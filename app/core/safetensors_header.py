@@ -74,7 +74,9 @@ def parse_header(file: str, header: bytes, file_size: int) -> dict[str, TensorHe
         raise refuse(file, "the header is not a JSON object")
     base = 8 + len(header)
     tensors = {
-        name: parse_entry(file, name, entry, base) for name, entry in entries.items() if name != "__metadata__"
+        name: parse_entry(file, name, entry, base)
+        for name, entry in entries.items()
+        if name != "__metadata__"
     }
     expected = base
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -1,0 +1,71 @@
+# Needs Python 3.11 or 3.12, gcc and make. Everything else is installed into $(VENV).
+#
+#   make demo     start the service, quantize the bundled model over HTTP, check the result, stop
+#   make test     lint, types, import rules and every test
+#
+# PYTHON=/path/to/python3.12 picks the interpreter, VENV=folder the environment.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# Two processes: each test process computes with one thread, so that they don't fight for cores.
+PYTEST_WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS)
+
+.PHONY: help install demo test lint format types imports unit integration e2e bench clean
+
+help:
+	@sed -n '3,6s/^# \{0,1\}//p' Makefile
+
+install: $(STAMP)
+
+# torch comes first, in a call of its own: pip then takes the build that the configured index prefers (the CPU
+# wheel where there is one), and the constraint keeps the other packages from replacing it.
+$(STAMP): pyproject.toml .ci/find-python
+	@test -x $(BIN)/python || "$$(.ci/find-python $(PYTHON))" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch>=2.11,<2.14'
+	$(BIN)/python -m pip freeze | grep '^torch==' > $(VENV)/torch-constraint.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(VENV)/torch-constraint.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: lint types imports $(STAMP)
+	$(PYTEST)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(PYTEST) tests/unit tests/architecture
+
+integration: $(STAMP)
+	$(PYTEST) tests/integration
+
+e2e: $(STAMP)
+	$(BIN)/pytest tests/e2e
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/quantize.py
+
+clean:
+	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	find app workers kernels tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
