@@ -1,0 +1,1 @@
+"""Checkpoints, and models that are loaded one decoder layer at a time."""

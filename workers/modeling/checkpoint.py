@@ -1,0 +1,90 @@
+"""Weights on disk, read tensor by tensor: nothing is mapped, so nothing stays resident."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.core.errors import ModelRefused
+from app.core.safetensors_header import TensorHeader, header_length, parse_header
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+COPY_BYTES = 16 * 1024**2
+
+
+class Checkpoint:
+    """A folder of safetensors files as one mapping from tensor name to weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        self.tensors: dict[str, TensorHeader] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self.tensors.update(read_header(file))
+
+    def names(self, prefix: str) -> list[str]:
+        return [name for name in self.tensors if name.startswith(prefix)]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its own dtype.
+
+        Raises ModelRefused if it holds NaN or infinity: such weights can only give a broken model.
+        """
+        header = self.tensors[name]
+        values = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+        if values.numel():
+            read_into(self.folder / header.file, header.start, values)
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise ModelRefused(
+                f"{name} holds NaN or infinite weights",
+                code="weights_not_finite", remedy="export the model again from a healthy checkpoint",
+            )  # fmt: skip
+        return values
+
+    def layer_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors under `prefix`, by the rest of their names."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
+
+    def raw_bytes(self, name: str) -> Iterator[bytes]:
+        """A tensor's bytes in pieces, for copying it unchanged."""
+        header = self.tensors[name]
+        with (self.folder / header.file).open("rb") as file:
+            file.seek(header.start)
+            for start in range(0, header.size, COPY_BYTES):
+                yield file.read(min(COPY_BYTES, header.size - start))
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = header_length(path.name, file.read(8), size)
+        return parse_header(path.name, file.read(length), size)
+
+
+def read_into(path: Path, start: int, values: Tensor) -> None:
+    """Fill a contiguous CPU tensor from a file."""
+    buffer = memoryview(values.view(-1).view(torch.uint8).numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while buffer:
+            count = file.readinto(buffer) or 0
+            if count == 0:
+                raise ModelRefused(
+                    f"{path.name} ended early while a tensor was read",
+                    code="model_header_invalid", remedy="the file changed under the job: submit it again",
+                )  # fmt: skip
+            buffer = buffer[count:]
+
+
+def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

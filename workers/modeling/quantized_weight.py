@@ -1,0 +1,47 @@
+"""The one canonical result of quantizing a linear; every file format is a packing of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.core.format_limits import Scheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """w = (q - zero) * scale per group of consecutive input channels.
+
+    `scale` holds values that are exact in the dtype of every format that stores them. A symmetric grid
+    has the constant zero point 2^(bits-1).
+    """
+
+    q: Tensor  # uint8 (out_features, in_features), 0..2^bits-1
+    scale: Tensor  # float32 (out_features, groups)
+    zero: Tensor  # uint8 (out_features, groups)
+    scheme: Scheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.q.shape[0], self.q.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """float32 (out_features, in_features)."""
+        out_features, in_features = self.shape
+        grouped = self.q.view(out_features, self.scale.shape[1], -1).to(torch.float32)
+        return ((grouped - self.zero[..., None]) * self.scale[..., None]).view(out_features, in_features)
+
+    def to(self, device: str | torch.device) -> QuantizedWeight:
+        return QuantizedWeight(
+            self.q.to(device), self.scale.to(device), self.zero.to(device), self.scheme
+        )
+
+    def equals(self, other: QuantizedWeight) -> bool:
+        return (
+            self.scheme == other.scheme
+            and torch.equal(self.q, other.q)
+            and torch.equal(self.scale, other.scale)
+            and torch.equal(self.zero, other.zero)
+        )

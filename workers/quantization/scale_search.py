@@ -1,0 +1,149 @@
+"""AWQ's scale search on statistics: no forward pass, so a candidate's cost is free of the token count.
+
+For linears W_k that read x, scales s replace W by Q(W diag(s)) diag(1/s). Where the group's outputs are
+linear in W the expected squared error is `sum_k tr(E_k H E_k^T)`, E_k the weight error and H = E[x x^T].
+Candidates (AWQ, arXiv 2306.00978, section 3.2; duo scaling as AutoAWQ): s = xm^r and s = xm^r / wm^(1-r),
+where xm is the mean of |x| and wm the mean normalised |w| of a channel. Ratio 0 without duo scaling is
+the identity; it is always tried, so the search never does worse than plain rounding by this loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.core.format_limits import Scheme
+from app.core.specs import SearchSpec
+from workers.quantization.grid import grouped_view, min_max_grid
+from workers.quantization.statistics import InputStatistics
+
+MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
+FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded
+
+
+@dataclass(frozen=True)
+class ScaledLinear:
+    """One balance layer of the search."""
+
+    weight: Tensor  # (out_features, C) float32
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The best scales of a group, with what they are worth."""
+
+    scales: Tensor  # (C,) float32
+    ratio: float
+    duo: bool
+    loss_identity: float  # plain rounding
+    loss: float
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What absorbs the scales: decides which values they can take."""
+
+    smooth_weight: Tensor  # (C',) of a norm, or (C', n) of a linear; float32
+    is_norm: bool
+    head_shape: tuple[int, int, int] | None  # (kv heads, repeats, head_dim) where heads share scales
+    dtype: torch.dtype  # of the stored smooth weight
+
+    def shared(self, values: Tensor) -> Tensor:
+        """(C,) channel values averaged over the channels that must share a scale: (C',)."""
+        return values if self.head_shape is None else values.view(self.head_shape).mean(dim=1).flatten()
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(C',) values repeated to the channels of the balance layers: (C,)."""
+        if self.head_shape is None:
+            return values
+        kv_heads, repeats, head_dim = self.head_shape
+        return values.view(kv_heads, 1, head_dim).expand(kv_heads, repeats, head_dim).flatten()
+
+    def representable(self, scales: Tensor) -> Tensor:
+        """The nearest scales whose fold is exact: a norm's weight is stored in few bits, so take
+        s = w / round(w / s), and the product of norm and balance layer is what it was."""
+        if not self.is_norm:
+            return scales
+        stored = (self.smooth_weight / scales).to(self.dtype).to(torch.float32)
+        usable = torch.isfinite(stored) & (stored != 0) & (self.smooth_weight != 0)
+        return torch.where(usable, self.smooth_weight / stored, torch.ones_like(scales))
+
+    def fits(self, scales: Tensor) -> bool:
+        """False if dividing by `scales` leaves float16's range, which servers compute in."""
+        divisor = scales if self.smooth_weight.dim() == 1 else scales[:, None]
+        return bool((self.smooth_weight / divisor).abs().amax() < FLOAT16_LIMIT)
+
+
+def weight_means(linears: list[ScaledLinear]) -> Tensor:
+    """(C,): mean over all rows of |w| divided by its group's largest."""
+    total = torch.zeros(linears[0].weight.shape[1], device=linears[0].weight.device)
+    rows = 0
+    for linear in linears:
+        size = grouped_view(linear.weight.abs(), linear.scheme)
+        total += (size / size.amax(dim=-1, keepdim=True).clamp(min=1e-30)).sum(dim=0).flatten()
+        rows += linear.weight.shape[0]
+    return total / rows
+
+
+def normalised(log_scales: Tensor, alive: Tensor) -> Tensor:
+    """exp of the logarithms, centred between their extremes; 1 for dead channels.
+
+    In logarithms neither the product of the extremes nor a power can leave the range of floats.
+    """
+    if not bool(alive.any()):
+        return torch.ones_like(log_scales)
+    live = log_scales[alive]
+    middle = (live.max() + live.min()) / 2
+    limit = torch.tensor(MAX_SPREAD, device=live.device).log() / 2
+    return torch.where(alive, (log_scales - middle).clamp(-limit, limit), torch.zeros_like(log_scales)).exp()
+
+
+def candidates(search: SearchSpec, x_mean: Tensor, w_mean: Tensor) -> Iterator[tuple[float, bool, Tensor]]:
+    """(ratio, duo, scales) of the grid, identity first."""
+    alive = (x_mean > 0) & (w_mean > 0)
+    log_x = torch.where(alive, x_mean, 1.0).log()
+    log_w = torch.where(alive, w_mean, 1.0).log()
+    yield 0.0, False, torch.ones_like(x_mean)
+    for duo in (False, True) if search.duo_scaling == "both" else (search.duo_scaling,):
+        for step in range(search.grid_points + 1):
+            ratio = step / search.grid_points
+            if duo:
+                yield ratio, True, normalised(ratio * log_x - (1 - ratio) * log_w, alive)
+            elif step:
+                yield ratio, False, normalised(ratio * log_x, alive)
+
+
+def rounding_loss(linears: list[ScaledLinear], scales: Tensor, moment: Tensor, dtype: torch.dtype) -> Tensor:
+    """Expected squared output error of rounding `W diag(scales)`, summed over the linears; a scalar."""
+    errors = []
+    for linear in linears:
+        scaled = grouped_view(linear.weight * scales, linear.scheme)
+        rounded = min_max_grid(scaled, linear.scheme, dtype).nearest(scaled)
+        errors.append(rounded.view_as(linear.weight) / scales - linear.weight)
+    error = torch.cat(errors)
+    return (error @ moment).mul_(error).sum()
+
+
+def search_scales(
+    linears: list[ScaledLinear], statistics: InputStatistics, fold: Fold, search: SearchSpec
+) -> ScaleChoice:
+    """The scales of the grid with the smallest loss."""
+    x_mean = fold.shared(statistics.abs_mean)
+    w_mean = fold.shared(weight_means(linears))
+    moment = statistics.second_moment
+    tried: list[tuple[float, bool, Tensor]] = []
+    losses: list[Tensor] = []
+    for ratio, duo, raw in candidates(search, x_mean, w_mean):
+        scales = raw if ratio == 0.0 and not duo else fold.representable(raw)
+        if tried and not fold.fits(scales):
+            continue
+        tried.append((ratio, duo, fold.spread(scales)))
+        losses.append(rounding_loss(linears, tried[-1][2], moment, fold.dtype))
+    loss = torch.stack(losses)
+    best = int(torch.where(torch.isfinite(loss), loss, torch.inf).argmin())
+    ratio, duo, scales = tried[best]
+    return ScaleChoice(scales, ratio, duo, float(loss[0]), float(loss[best]))

@@ -1,0 +1,85 @@
+"""What calibration leaves behind of a layer's activations: all that search and rounding need.
+
+Per group of linears with one input x: the mean of |x| and the second moment H = mean of x x^T, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from app.core.architectures import ScaleGroup
+from app.core.errors import ModelRefused
+
+BLOCK = 256  # columns per block of the second moment; only blocks on and above the diagonal are computed
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Of one group's input with C channels."""
+
+    abs_mean: Tensor  # (C,) float32
+    second_moment: Tensor  # (C, C) float32, symmetric
+    num_tokens: int
+
+    def to(self, device: torch.device) -> InputStatistics:
+        return InputStatistics(self.abs_mean.to(device), self.second_moment.to(device), self.num_tokens)
+
+
+class InputCollector:
+    """Running sums over the batches of one input."""
+
+    def __init__(self) -> None:
+        self.abs_sum: Tensor | None = None
+        self.moment: Tensor | None = None
+        self.num_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x: (..., C)."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        channels = rows.shape[1]
+        if self.abs_sum is None or self.moment is None:
+            self.abs_sum = torch.zeros(channels, device=rows.device)
+            self.moment = torch.zeros(channels, channels, device=rows.device)
+        self.abs_sum += rows.abs().sum(dim=0)
+        for start in range(0, channels, BLOCK):
+            stop = min(start + BLOCK, channels)
+            self.moment[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        self.num_tokens += rows.shape[0]
+
+    def result(self, name: str) -> InputStatistics:
+        """Raises ModelRefused if the activations overflowed: no scale can be found on infinity."""
+        assert self.abs_sum is not None
+        assert self.moment is not None
+        upper = self.moment.triu()
+        moment = (upper + upper.triu(1).T) / self.num_tokens
+        if not bool(torch.isfinite(moment).all()):
+            raise ModelRefused(
+                f"the input of {name} is not finite on the calibration text",
+                code="activations_not_finite",
+                remedy="check that the model gives finite outputs in its own dtype",
+            )
+        return InputStatistics(self.abs_sum / self.num_tokens, moment, self.num_tokens)
+
+
+@contextmanager
+def collecting(layer: nn.Module, groups: tuple[ScaleGroup, ...]) -> Iterator[list[InputCollector]]:
+    """Collect the input of the first linear of each group while `layer` runs; one collector a group."""
+    collectors = [InputCollector() for _ in groups]
+
+    def observe(collector: InputCollector):  # type: ignore[no-untyped-def]  # a hook of torch
+        return lambda _module, inputs: collector.add(inputs[0])
+
+    hooks = [
+        layer.get_submodule(group.balance_layers[0]).register_forward_pre_hook(observe(collector))
+        for group, collector in zip(groups, collectors, strict=True)
+    ]
+    try:
+        yield collectors
+    finally:
+        for hook in hooks:
+            hook.remove()
