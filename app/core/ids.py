@@ -1,0 +1,34 @@
+"""Ids: a prefix that names the kind, and a ULID, so that they sort by time."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Literal
+
+from ulid import ULID
+
+from app.core.specs import FormatName
+
+Kind = Literal["job", "art", "dep"]
+ULID_PATTERN = r"[0-7][0-9A-HJKMNP-TV-Z]{25}"
+JOB_ID_PATTERN = rf"^job_{ULID_PATTERN}$"
+ARTIFACT_ID_PATTERN = rf"^art_{ULID_PATTERN}$"
+
+
+def new_id(kind: Kind) -> str:
+    return f"{kind}_{ULID()}"
+
+
+def is_id(kind: Kind, value: str) -> bool:
+    return re.fullmatch(rf"{kind}_{ULID_PATTERN}", value) is not None
+
+
+def artifact_id(job_id: str, recipe_index: int, format_name: FormatName) -> str:
+    """The id of one output of a job: the same on every attempt, so that attempts meet at one manifest.
+
+    Its time is the job's; its random part is a digest of what it names.
+    """
+    job = ULID.from_str(job_id.removeprefix("job_"))
+    digest = hashlib.sha256(f"{job_id}/{recipe_index}/{format_name}".encode()).digest()
+    return f"art_{ULID(job.bytes[:6] + digest[:10])}"

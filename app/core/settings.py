@@ -1,0 +1,68 @@
+"""Every setting of the service, read once from `NIBBLE_*` variables by the main of each process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def default_state_dir() -> Path:
+    """`nibble` under the user's data folder (XDG base directory specification)."""
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(home) / "nibble"
+
+
+def absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def split_folders(value: object) -> object:
+    return [part for part in value.split(":") if part] if isinstance(value, str) else value
+
+
+def empty_is_none(value: object) -> object:
+    return None if value == "" else value
+
+
+Folder = Annotated[Path, AfterValidator(absolute)]
+Folders = Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(split_folders)]
+OptionalUrl = Annotated[str | None, BeforeValidator(empty_is_none)]
+
+
+class Settings(BaseSettings):
+    """`.env.example` documents each name; a test compares the two."""
+
+    model_config = SettingsConfigDict(env_prefix="NIBBLE_", frozen=True, extra="forbid")
+
+    state_dir: Folder = Field(default_factory=default_state_dir, validate_default=True)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8420, ge=0, le=65535)
+    # No repr: the URL may hold a password.
+    redis_url: OptionalUrl = Field(default=None, repr=False)
+    storage_url: OptionalUrl = None
+    model_roots: Folders = ()
+    bootstrap_api_key: Annotated[SecretStr | None, BeforeValidator(empty_is_none)] = None
+    kernel_backend: str = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    lease_s: float = Field(default=30.0, ge=1, le=300)
+    janitor_interval_s: float = Field(default=15.0, ge=0.1, le=300)
+    max_attempts: int = Field(default=3, ge=1, le=20)
+    queue_limit: int = Field(default=1000, ge=1)
+    cancel_grace_s: float = Field(default=5.0, ge=0, le=60)
+    shard_bytes: int = Field(default=4 * 1024**3, ge=1024**2)
+    max_body_bytes: int = Field(default=16 * 1024**2, ge=1024)
+
+    @property
+    def object_store_url(self) -> str:
+        """The object store's URL: `storage_url`, or a folder in the state folder."""
+        return self.storage_url or (self.state_dir / "storage").as_uri()
+
+    @property
+    def scratch_dir(self) -> Path:
+        """Where jobs of this host keep their work folders."""
+        return self.state_dir / "work"
