@@ -1,0 +1,388 @@
+"""Job records in Redis: every change is a compare-and-set on the record's version.
+
+nibble:job:<id>          hash: record (JSON without the spec), spec (JSON, never rewritten), version
+nibble:jobs:<tenant>     sorted set of ids, score 0: ULIDs sort by time
+nibble:state:<state>     set of ids, for the janitor and the metrics
+nibble:events:<id>       stream of events, capped
+nibble:lease:<id>        the attempt that a worker executes, with an expiry
+nibble:changes           channel: the id of each job that changed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import Field
+from redis import Redis
+
+from app.core.errors import Conflict, InvalidRequest, NibbleError, NotFound
+from app.core.ids import is_id
+from app.core.job import TRANSITIONS, Job, JobState, Problem, Progress, transition
+from app.core.specs import Frozen
+
+CHANGES = "nibble:changes"
+MAX_EVENTS = 10_000
+MAX_COLLISIONS = 50
+PAGE_STEP = 200
+
+# KEYS: job, tenant index, state set, events. ARGV: id, record, spec, event payload.
+CREATE = f"""
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'record', ARGV[2], 'spec', ARGV[3], 'version', 1)
+redis.call('ZADD', KEYS[2], 0, ARGV[1])
+redis.call('SADD', KEYS[3], ARGV[1])
+redis.call('XADD', KEYS[4], '*', 'kind', 'state', 'payload', ARGV[4])
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return 1
+"""
+
+# KEYS: job, state set before, state set after, events.
+# ARGV: id, expected version, record, event kind or '', event payload.
+SWAP = f"""
+if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], 'record', ARGV[3])
+redis.call('HINCRBY', KEYS[1], 'version', 1)
+redis.call('SREM', KEYS[2], ARGV[1])
+redis.call('SADD', KEYS[3], ARGV[1])
+if ARGV[4] ~= '' then
+  redis.call('XADD', KEYS[4], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[4], 'payload', ARGV[5])
+end
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return 1
+"""
+
+# KEYS: job, tenant index, state set, events, lease. ARGV: id, expected version.
+DELETE = f"""
+if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
+redis.call('DEL', KEYS[1], KEYS[4], KEYS[5])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('SREM', KEYS[3], ARGV[1])
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return 1
+"""
+
+# KEYS: job, events. ARGV: id, kind, payload. An event of a deleted job would never be removed.
+APPEND = f"""
+if redis.call('EXISTS', KEYS[1]) == 0 then return false end
+local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[2], 'payload', ARGV[3])
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return id
+"""
+
+# KEYS: lease. ARGV: attempt, milliseconds.
+RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+# KEYS: lease. ARGV: attempt.
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
+
+
+class JobEvent(Frozen):
+    """One line of a job's history. Ids are Redis stream ids, so they order events and name their time."""
+
+    id: str
+    created_at: datetime
+    kind: str
+    payload: dict[str, Any]
+
+
+class JobFilter(Frozen):
+    """Which jobs a page shows: newest first, older than the id `after`."""
+
+    state: JobState | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    limit: int = 20
+    after: str | None = None
+
+    def matches(self, job: Job) -> bool:
+        if self.state is not None and job.state is not self.state:
+            return False
+        return all(job.spec.labels.get(key) == value for key, value in self.labels.items())
+
+
+class JobPage(Frozen):
+    jobs: tuple[Job, ...]
+    has_more: bool
+
+
+def job_key(job_id: str) -> str:
+    return f"nibble:job:{job_id}"
+
+
+def tenant_key(tenant: str) -> str:
+    return f"nibble:jobs:{tenant}"
+
+
+def state_key(state: JobState) -> str:
+    return f"nibble:state:{state}"
+
+
+def events_key(job_id: str) -> str:
+    return f"nibble:events:{job_id}"
+
+
+def lease_key(job_id: str) -> str:
+    return f"nibble:lease:{job_id}"
+
+
+def missing(job_id: str) -> NotFound:
+    return NotFound(
+        f"there is no job {job_id[:64]}",
+        code="job_not_found",
+        remedy="list your jobs with GET /v1/jobs; a deleted job or one of another tenant is not shown",
+    )
+
+
+def stale(job: Job, attempt: int) -> Conflict:
+    return Conflict(
+        f"job {job.id} is {job.state} in attempt {job.attempt}; attempt {attempt} may not change it",
+        code="stale_attempt",
+        remedy="stop this attempt: another one has taken its place, or the job has ended",
+    )
+
+
+def decode(record: bytes, spec: bytes) -> Job:
+    return Job.model_validate({**json.loads(record), "spec": json.loads(spec)})
+
+
+def encode(job: Job) -> str:
+    """The record as JSON; parsed again, so that no change can store what can't be read."""
+    record = job.model_dump_json(exclude={"spec"})
+    Job.model_validate({**json.loads(record), "spec": job.spec})
+    return record
+
+
+def announcement(before: Job, after: Job) -> tuple[str, str]:
+    """The event that a change deserves: its state, else its stage, else none."""
+    if before.state is not after.state:
+        return "state", state_payload(after)
+    if before.stage is not after.stage:
+        return "stage", json.dumps({"stage": after.stage, "attempt": after.attempt})
+    return "", ""
+
+
+def state_payload(job: Job) -> str:
+    payload: dict[str, Any] = {"state": job.state, "attempt": job.attempt}
+    if job.worker is not None and job.state is JobState.RUNNING:
+        payload["worker"] = job.worker
+    if job.error is not None:
+        payload["error"] = job.error.model_dump()
+    return json.dumps(payload)
+
+
+def check_change(before: Job, after: Job) -> None:
+    """Refuse what the table of transitions does not allow, whatever way the change was made."""
+    allowed = after.state is before.state or after.state in TRANSITIONS[before.state]
+    if before.is_terminal or not allowed:
+        raise Conflict(
+            f"job {before.id} is {before.state} and cannot be changed to {after.state}",
+            code="invalid_transition",
+            remedy="read the job again: its state has changed since you looked",
+        )
+
+
+def requeued(job: Job) -> Job:
+    """The job back in its queue, after the worker of its attempt was lost."""
+    return transition(job, JobState.QUEUED, stage=None, progress=Progress(), worker=None)
+
+
+def failed(job: Job, error: NibbleError) -> Job:
+    return transition(job, JobState.FAILED, error=Problem.of(error))
+
+
+def claimed(job: Job, attempt: int, worker: str) -> Job:
+    """The job as the worker's from now on, if `attempt` is its next one."""
+    if job.attempt + 1 != attempt or job.state is not JobState.QUEUED:
+        raise stale(job, attempt)
+    started = job.started_at or datetime.now(UTC)
+    return transition(job, JobState.RUNNING, attempt=attempt, worker=worker, started_at=started)
+
+
+class JobStore:
+    """The one way to job records, for the API, the workers and the janitor."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
+        self._create = self._redis.register_script(CREATE)
+        self._swap = self._redis.register_script(SWAP)
+        self._delete = self._redis.register_script(DELETE)
+        self._append = self._redis.register_script(APPEND)
+        self._renew = self._redis.register_script(RENEW)
+        self._release = self._redis.register_script(RELEASE)
+
+    def create(self, job: Job) -> bool:
+        """Record a new job; False if its id exists already."""
+        keys = [job_key(job.id), tenant_key(job.tenant), state_key(job.state), events_key(job.id)]
+        arguments = [job.id, encode(job), job.spec.model_dump_json(), state_payload(job)]
+        return bool(self._create(keys=keys, args=arguments))
+
+    def read(self, job_id: str) -> tuple[Job, int]:
+        """The job and the version of its record."""
+        if not is_id("job", job_id):
+            raise missing(job_id)
+        record, spec, version = self._redis.hmget(job_key(job_id), "record", "spec", "version")
+        if record is None:
+            raise missing(job_id)
+        return decode(record, spec), int(version)
+
+    def load(self, job_id: str) -> Job:
+        return self.read(job_id)[0]
+
+    def read_for(self, tenant: str, job_id: str) -> tuple[Job, int]:
+        """As `read`; NotFound also for a job of another tenant."""
+        job, version = self.read(job_id)
+        if job.tenant != tenant:
+            raise missing(job_id)
+        return job, version
+
+    def get(self, tenant: str, job_id: str) -> Job:
+        return self.read_for(tenant, job_id)[0]
+
+    def version(self, job_id: str) -> int:
+        """The record's version, which grows with each change; 0 if there is no such job."""
+        return int(self._redis.hget(job_key(job_id), "version") or 0)
+
+    def update(self, job_id: str, change: Callable[[Job], Job], attempt: int | None = None) -> Job:
+        """Apply `change` to the record, again from the start if another writer was faster.
+
+        With `attempt`, only the attempt that executes the job may write: Conflict `stale_attempt` otherwise.
+        A change of state or stage is also appended to the events.
+        """
+        for _ in range(MAX_COLLISIONS):
+            before, version = self.read(job_id)
+            if attempt is not None and not is_executing(before, attempt):
+                raise stale(before, attempt)
+            after = change(before)
+            if after == before:
+                return before
+            check_change(before, after)
+            kind, payload = announcement(before, after)
+            keys = [job_key(job_id), state_key(before.state), state_key(after.state), events_key(job_id)]
+            if self._swap(keys=keys, args=[job_id, version, encode(after), kind, payload]):
+                return after
+        raise Conflict(
+            f"job {job_id} was changed {MAX_COLLISIONS} times while it was to be written",
+            code="contended",
+            remedy="try again",
+        )
+
+    def page(self, tenant: str, wanted: JobFilter) -> JobPage:
+        """A page of the tenant's jobs, newest first."""
+        found: list[Job] = []
+        for job in self._newest_first(tenant, wanted.after):
+            if wanted.matches(job):
+                found.append(job)
+            if len(found) > wanted.limit:
+                break
+        return JobPage(jobs=tuple(found[: wanted.limit]), has_more=len(found) > wanted.limit)
+
+    def _newest_first(self, tenant: str, after: str | None) -> Iterator[Job]:
+        if after is not None and not is_id("job", after):
+            raise InvalidRequest(
+                f"{after[:64]!r} is not a cursor",
+                code="invalid_cursor",
+                remedy="pass the `next` of the page before",
+                param="after",
+            )
+        while True:
+            upper = "+" if after is None else f"({after}"
+            ids = self._redis.zrevrangebylex(tenant_key(tenant), upper, "-", start=0, num=PAGE_STEP)
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hmget(job_key(job_id.decode()), "record", "spec")
+            # A record may be deleted between the two reads.
+            yield from (decode(record, spec) for record, spec in pipe.execute() if record is not None)
+            if len(ids) < PAGE_STEP:
+                return
+            after = ids[-1].decode()
+
+    def delete(self, tenant: str, job_id: str) -> Job:
+        """Remove a job that has ended, with its events; Conflict while it lives."""
+        job, version = self.read_for(tenant, job_id)
+        if not job.is_terminal:
+            raise Conflict(
+                f"job {job_id} is {job.state}; only jobs that have ended can be deleted",
+                code="job_not_finished",
+                remedy="cancel it first and wait until it has stopped",
+            )
+        keys = [job_key(job_id), tenant_key(tenant), state_key(job.state)]
+        self._delete(keys=[*keys, events_key(job_id), lease_key(job_id)], args=[job_id, version])
+        return job
+
+    def in_state(self, state: JobState) -> list[str]:
+        """The ids of all tenants' jobs in `state`, oldest first."""
+        return sorted(job_id.decode() for job_id in self._redis.smembers(state_key(state)))
+
+    def counts(self) -> dict[JobState, int]:
+        pipe = self._redis.pipeline(transaction=False)
+        for state in JobState:
+            pipe.scard(state_key(state))
+        return dict(zip(JobState, pipe.execute(), strict=True))
+
+    def append_event(self, job_id: str, kind: str, payload: dict[str, Any]) -> str:
+        """Add to the job's history and return the event's id."""
+        event_id = self._append(
+            keys=[job_key(job_id), events_key(job_id)], args=[job_id, kind, json.dumps(payload)]
+        )
+        if event_id is None:
+            raise missing(job_id)
+        return str(event_id.decode())
+
+    def events(self, job_id: str, after: str | None = None, limit: int = 100) -> list[JobEvent]:
+        """Events after the id `after`, oldest first."""
+        entries = self._redis.xrange(
+            events_key(job_id), "-" if after is None else f"({after}", "+", count=limit
+        )
+        return [
+            JobEvent(
+                id=event_id.decode(),
+                created_at=datetime.fromtimestamp(int(event_id.partition(b"-")[0]) / 1000, UTC),
+                kind=fields[b"kind"].decode(),
+                payload=json.loads(fields[b"payload"]),
+            )
+            for event_id, fields in entries
+        ]
+
+    def claim(self, job_id: str, attempt: int, *, worker: str, lease_s: float) -> Job:
+        """Take the lease and start `attempt`. Conflict if the job is not waiting for just this attempt.
+
+        The lease comes first: a running job without one counts as lost.
+        """
+        if not self.acquire(job_id, attempt, lease_s):
+            raise Conflict(
+                f"another worker holds the lease of job {job_id}",
+                code="lease_held",
+                remedy="nothing: the job is being executed",
+            )
+        try:
+            return self.update(job_id, lambda job: claimed(job, attempt, worker))
+        except NibbleError:
+            self.release(job_id, attempt)
+            raise
+
+    def acquire(self, job_id: str, attempt: int, lease_s: float) -> bool:
+        """Take the lease for `lease_s` seconds; False if it is held."""
+        return bool(self._redis.set(lease_key(job_id), attempt, nx=True, px=int(lease_s * 1000)))
+
+    def renew(self, job_id: str, attempt: int, lease_s: float) -> bool:
+        """Hold the lease for `lease_s` more seconds; False if it was lost: stop the attempt then."""
+        return bool(self._renew(keys=[lease_key(job_id)], args=[attempt, int(lease_s * 1000)]))
+
+    def holds(self, job_id: str, attempt: int) -> bool:
+        """True while the lease of `attempt` is alive."""
+        return bool(self._redis.get(lease_key(job_id)) == str(attempt).encode())
+
+    def release(self, job_id: str, attempt: int) -> bool:
+        return bool(self._release(keys=[lease_key(job_id)], args=[attempt]))
+
+
+def is_executing(job: Job, attempt: int) -> bool:
+    return job.attempt == attempt and job.state in (JobState.RUNNING, JobState.CANCELLING)
