@@ -1,0 +1,50 @@
+"""The `nibble` command: composes the commands, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from app.commands import doctor, jobs, quantize, serve
+from app.commands.artifacts import artifacts
+from app.commands.terminal import report_error
+from app.core.errors import NibbleError
+
+EPILOG = (
+    "Exit codes: 0 done, 1 the job failed or the request was refused, 2 wrong usage, "
+    "3 no service answers, 130 interrupted."
+)
+
+COMMANDS = (
+    serve.up, serve.api, serve.worker,
+    jobs.submit, jobs.watch, jobs.jobs, jobs.cancel, jobs.report, jobs.estimate,
+    quantize.quantize, doctor.doctor,
+)  # fmt: skip
+
+
+def build() -> typer.Typer:
+    nibble = typer.Typer(
+        name="nibble",
+        help="Quantize language models: run the service, or talk to one.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for command in COMMANDS:
+        nibble.command()(command)
+    nibble.add_typer(artifacts, name="artifacts")
+    return nibble
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command. Always ends with SystemExit; the codes are in `terminal.ExitCode`."""
+    try:
+        build()(args=arguments, prog_name="nibble")
+    except NibbleError as error:
+        sys.exit(report_error(error))
+
+
+if __name__ == "__main__":
+    main()

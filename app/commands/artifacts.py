@@ -1,0 +1,78 @@
+"""Commands about artifacts: list, show, download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.commands.progress import progress_view
+from app.commands.show import show_artifact, show_artifacts
+from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout
+from app.core.job import Progress
+
+ArtifactId = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")]
+
+artifacts = typer.Typer(help="List, show and download artifacts.", no_args_is_help=False)
+
+
+@artifacts.callback(invoke_without_command=True)
+def list_artifacts(
+    context: typer.Context,
+    *,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+    after: Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """List artifacts, newest first."""
+    if context.invoked_subcommand is not None:
+        return
+    with connect(url, api_key) as client:
+        page = client.artifacts(limit=limit, after=after)
+    if as_json:
+        print_json(page.model_dump(mode="json", by_alias=True))
+        return
+    console = stdout()
+    show_artifacts(console, page.items)
+    if page.has_more:
+        console.print(f"more: nibble artifacts --after {page.next}")
+
+
+@artifacts.command()
+def show(
+    artifact_id: ArtifactId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None
+) -> None:
+    """List an artifact's files with their SHA-256."""
+    with connect(url, api_key) as client:
+        artifact = client.artifact(artifact_id)
+    if as_json:
+        print_json(artifact.model_dump(mode="json"))
+    else:
+        show_artifact(stdout(), artifact)
+
+
+@artifacts.command()
+def download(
+    artifact_id: ArtifactId,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; made if missing.")],
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Download an artifact; each file's SHA-256 is checked before it appears in the folder."""
+    console = stdout()
+    with connect(url, api_key) as client:
+        size = max(client.artifact(artifact_id).size, 1)
+        received = 0
+        with progress_view(console) as view:
+
+            def on_bytes(count: int) -> None:
+                nonlocal received
+                received += count
+                view.show("downloading", Progress(fraction=min(received / size, 1.0)))
+
+            artifact = client.download(artifact_id, out, on_bytes=on_bytes)
+    console.print(f"{len(artifact.files)} files in {out}")

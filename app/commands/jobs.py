@@ -1,0 +1,165 @@
+"""Commands about jobs: submit, watch, jobs, cancel, report, estimate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.commands import submission
+from app.commands.progress import progress_view
+from app.commands.show import show_estimate, show_job, show_jobs, show_report
+from app.commands.terminal import ApiKey, AsJson, ExitCode, Url, connect, print_json, stdout
+
+if TYPE_CHECKING:
+    from app.client import JobView, NibbleClient
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="org/name, hf:org/name@revision, s3://…, file://… or a folder."),
+]
+
+
+def submit(
+    model: ModelName = None,
+    *,
+    method: submission.Method = None,
+    bits: submission.Bits = None,
+    group_size: submission.GroupSize = None,
+    symmetric: submission.Symmetric = None,
+    formats: submission.Formats = None,
+    num_samples: submission.NumSamples = None,
+    sequence_length: submission.SequenceLength = None,
+    dataset: submission.Dataset = None,
+    eval_samples: submission.EvalSamples = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
+    ] = None,
+    spec: submission.SpecFile = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Wait for the job's end.")] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Hand a job to the service."""
+    body = submission.job_body(
+        model,
+        spec,
+        recipe={"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+        calibration={"num_samples": num_samples, "sequence_length": sequence_length, "dataset": dataset},
+        formats=formats,
+    )
+    if eval_samples is not None:
+        body["evaluation"] = {**body.get("evaluation", {}), "num_samples": eval_samples}
+    if labels:
+        body["labels"] = {**body.get("labels", {}), **submission.split_labels(labels)}
+    with connect(url, api_key) as client:
+        job = client.submit(body, idempotency_key=idempotency_key)
+        if watch:
+            follow(client, job.id, as_json=as_json)
+        elif as_json:
+            print_json(job.model_dump(mode="json"))
+        else:
+            show_job(stdout(), job)
+
+
+def watch(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Show a job's progress until it ends. With --json: one line for each change."""
+    with connect(url, api_key) as client:
+        follow(client, job_id, as_json=as_json)
+
+
+def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
+    """Exits with 1 unless the job succeeded."""
+    console = stdout()
+    job: JobView | None = None
+    if as_json:
+        for job in client.follow(job_id):
+            print_json(job.model_dump(mode="json"))
+    else:
+        console.print(f"job {job_id}")
+        with progress_view(console) as view:
+            for job in client.follow(job_id):
+                view.show((job.stage if job.state == "running" else None) or job.state, job.progress)
+        if job is not None:
+            show_job(console, job)
+    if job is None or job.state != "succeeded":
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def jobs(
+    *,
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.", show_default=False)] = None,
+    label: Annotated[str | None, typer.Option(help="Only jobs with key=value.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+    after: Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """List jobs, newest first."""
+    with connect(url, api_key) as client:
+        page = client.jobs(state=state, label=label, limit=limit, after=after)
+    if as_json:
+        print_json(page.model_dump(mode="json", by_alias=True))
+        return
+    console = stdout()
+    show_jobs(console, page.items)
+    if page.has_more:
+        console.print(f"more: nibble jobs --after {page.next}")
+
+
+def cancel(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Stop a job."""
+    with connect(url, api_key) as client:
+        job = client.cancel(job_id)
+    if as_json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        show_job(stdout(), job)
+
+
+def report(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Show what a job measured: perplexities, sizes, seconds."""
+    with connect(url, api_key) as client:
+        document = client.report(job_id)
+    if as_json:
+        print_json(document)
+    else:
+        show_report(stdout(), document)
+
+
+def estimate(
+    model: ModelName = None,
+    *,
+    method: submission.Method = None,
+    bits: submission.Bits = None,
+    group_size: submission.GroupSize = None,
+    symmetric: submission.Symmetric = None,
+    formats: submission.Formats = None,
+    num_samples: submission.NumSamples = None,
+    sequence_length: submission.SequenceLength = None,
+    dataset: submission.Dataset = None,
+    spec: submission.SpecFile = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Say what a job would take and do, without running it."""
+    body = submission.job_body(
+        model,
+        spec,
+        recipe={"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+        calibration={"num_samples": num_samples, "sequence_length": sequence_length, "dataset": dataset},
+        formats=formats,
+    )
+    with connect(url, api_key) as client:
+        document = client.estimate(body)
+    if as_json:
+        print_json(document)
+    else:
+        show_estimate(stdout(), document)

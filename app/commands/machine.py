@@ -1,0 +1,188 @@
+"""The processes of `nibble up`: started in order, watched, restarted where that is safe, stopped in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from app.client import NibbleClient
+from app.commands.doctor import gpu_names
+from app.commands.terminal import API_KEY_FILE, ExitCode, kept_api_key, local_url, stdout
+from app.core.errors import NibbleError, Unavailable
+
+if TYPE_CHECKING:
+    from app.core.redis_server import RedisServer
+    from app.core.settings import Settings
+
+POLL_S = 0.1
+START_LIMIT_S = 60.0
+STOP_GRACE_S = 15.0
+MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; more means that it can't run here
+RESTART_WINDOW_S = 60.0
+COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
+
+
+class Member:
+    """One process of the machine. Its output appears line by line behind its name."""
+
+    def __init__(self, name: str, module: str, *arguments: str, colour: str) -> None:
+        self.name = name
+        self.colour = colour
+        # child_start: the process dies with this one, even when this one is killed.
+        self.command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), module, *arguments]
+        self.starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, environment: dict[str, str]) -> None:
+        self.starts.append(time.monotonic())
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            # Ctrl-C reaches this process alone, which then stops the members in order.
+            start_new_session=True,
+        )
+        threading.Thread(target=self.copy_lines, args=(self.process,), daemon=True).start()
+
+    def copy_lines(self, process: subprocess.Popen[str]) -> None:
+        console = stdout()
+        assert process.stdout is not None
+        for line in process.stdout:
+            console.print(f"[{self.colour}]{self.name:<8} |[/] {escape(line.rstrip())}")
+
+    def exit_code(self) -> int | None:
+        """The code it ended with; None while it runs."""
+        return None if self.process is None else self.process.poll()
+
+    def crashes_in_a_row(self) -> bool:
+        return len(self.starts) > MAX_RESTARTS and self.starts[-1] - self.starts[0] < RESTART_WINDOW_S
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL for the whole session."""
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+class Machine:
+    """Redis, the API and the workers of this machine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.console = stdout()
+        self.stop_signal: int | None = None
+
+    def run(self) -> ExitCode:
+        """Run until a signal or the death of a member that can't be replaced."""
+        from app.core.redis_server import resolve_redis
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note_signal)
+        self.settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with resolve_redis(self.settings) as redis:
+            self.say(f"redis: {redis.kind} ({escape(redis.reason)})")
+            return self.run_members(redis, {**os.environ, "NIBBLE_REDIS_URL": redis.url})
+
+    def note_signal(self, number: int, frame: object) -> None:
+        self.stop_signal = number
+
+    def run_members(self, redis: RedisServer, environment: dict[str, str]) -> ExitCode:
+        api = Member("api", "app.cli", "api", colour=COLOURS[0])
+        workers = [
+            Member(name, "workers.main", "--device", device, colour=COLOURS[1 + index % (len(COLOURS) - 1)])
+            for index, (name, device) in enumerate(worker_devices())
+        ]
+        members = [api, *workers]
+        try:
+            for member in members:
+                member.start(environment)
+            self.await_ready(members)
+            while self.stop_signal is None:
+                refuse_ended(api)
+                refuse_dead_redis(redis)
+                self.replace_ended(workers, environment)
+                time.sleep(POLL_S)
+        except NibbleError as fault:
+            self.say(f"[bold red]error[/] {escape(fault.message)}; {escape(fault.remedy)}")
+            return ExitCode.FAILED
+        finally:
+            self.say("stopping")
+            for member in reversed(members):
+                member.stop()
+        return ExitCode.OK
+
+    def await_ready(self, members: Sequence[Member]) -> None:
+        url = local_url(self.settings)
+        deadline = time.monotonic() + START_LIMIT_S
+        with NibbleClient(url) as client:
+            while not client.ready():
+                if self.stop_signal is not None:
+                    return
+                for member in members:
+                    refuse_ended(member)
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"the API did not become ready within {START_LIMIT_S:.0f} s",
+                        remedy="read its lines above; `nibble doctor` checks this machine",
+                    )
+                time.sleep(POLL_S)
+        self.say(f"ready: {url}")
+        if kept_api_key(self.settings.state_dir):
+            self.say(f"API key: {self.settings.state_dir / API_KEY_FILE}")
+
+    def replace_ended(self, workers: Sequence[Member], environment: dict[str, str]) -> None:
+        """Start a dead worker again: the service takes up its job."""
+        for worker in workers:
+            code = worker.exit_code()
+            if code is None:
+                continue
+            if worker.crashes_in_a_row():
+                refuse_ended(worker)
+            self.say(f"{worker.name} ended with {exit_text(code)}; starting it again")
+            worker.start(environment)
+
+    def say(self, line: str) -> None:
+        self.console.print(f"[bold]{'nibble':<8} |[/] {line}")
+
+
+def refuse_ended(member: Member) -> None:
+    code = member.exit_code()
+    if code is not None:
+        raise Unavailable(
+            f"{member.name} ended with {exit_text(code)}",
+            remedy="read its lines above; `nibble doctor` checks this machine",
+        )
+
+
+def refuse_dead_redis(redis: RedisServer) -> None:
+    if not redis.is_alive:
+        raise Unavailable("the Redis server has ended", remedy="start again: what it recorded is on disk")
+
+
+def exit_text(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def worker_devices() -> list[tuple[str, str]]:
+    """Name and device of each worker: one for every GPU, else one on the CPU."""
+    count = len(gpu_names())
+    return [(f"worker{number}", f"cuda:{number}") for number in range(count)] or [("worker", "cpu")]

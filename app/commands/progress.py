@@ -1,0 +1,102 @@
+"""How a running job looks: a bar on a terminal, timestamped lines in a pipe."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from app.commands.terminal import human_seconds
+from app.core.job import Progress
+
+LINE_STEP = 0.1  # a line in a pipe for each tenth of the job
+
+
+class ProgressView(Protocol):
+    """Use it as a context manager."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def show(self, stage: str, progress: Progress) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+def progress_view(console: Console) -> ProgressView:
+    return BarView(console) if console.is_terminal else LineView(console)
+
+
+def layers_text(progress: Progress) -> str:
+    if progress.layer is None or progress.layers is None:
+        return ""
+    return f"layer {progress.layer}/{progress.layers}"
+
+
+class BarView:
+    def __init__(self, console: Console) -> None:
+        self.bar = Bar(
+            TextColumn("[bold]{task.description:<12}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("queued", total=1.0, detail="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def show(self, stage: str, progress: Progress) -> None:
+        parts = [layers_text(progress)]
+        if progress.eta_s is not None:
+            parts.append(f"{human_seconds(progress.eta_s)} left")
+        detail = ", ".join(filter(None, parts))
+        self.bar.update(self.task, description=stage, completed=progress.fraction, detail=detail)
+
+    def note(self, message: str) -> None:
+        self.bar.console.print(f"[yellow]note[/] {escape(message)}")
+
+
+class LineView:
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stage = ""
+        self.next_fraction = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+    def show(self, stage: str, progress: Progress) -> None:
+        if stage == self.stage and progress.fraction < self.next_fraction:
+            return
+        self.stage = stage
+        self.next_fraction = progress.fraction + LINE_STEP
+        self.line(f"{stage} {progress.fraction:.0%} {layers_text(progress)}".rstrip())
+
+    def note(self, message: str) -> None:
+        self.line(f"note: {message}")
+
+    def line(self, text: str) -> None:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.console.print(f"{now} {escape(text)}")

@@ -1,0 +1,224 @@
+"""`nibble quantize`: the engine in the foreground, with no server."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import signal
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import unquote, urlsplit
+
+import typer
+from pydantic import ValidationError
+from rich.markup import escape
+
+from app.commands import submission
+from app.commands.doctor import gpu_names
+from app.commands.progress import ProgressView, progress_view
+from app.commands.show import show_report
+from app.commands.terminal import AsJson, print_json, stderr, stdout
+from app.core.errors import InvalidRequest, JobFault
+from app.core.job import Progress
+from app.core.specs import JobSpec, TextSpec
+
+if TYPE_CHECKING:
+    from app.core.assignment import Assignment, Finished, OutputFolder, ProgressMessage
+    from app.core.model_source import ModelFiles
+
+CHILD_GRACE_S = 10.0
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a reference as for submit.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be new or empty.")],
+    method: submission.Method = None,
+    bits: submission.Bits = None,
+    group_size: submission.GroupSize = None,
+    symmetric: submission.Symmetric = None,
+    formats: submission.Formats = None,
+    num_samples: submission.NumSamples = None,
+    sequence_length: submission.SequenceLength = None,
+    dataset: submission.Dataset = None,
+    eval_samples: submission.EvalSamples = None,
+    spec: submission.SpecFile = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model here and now, without a service."""
+    body = submission.job_body(
+        model,
+        spec,
+        recipe={"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+        calibration={"num_samples": num_samples, "sequence_length": sequence_length, "dataset": dataset},
+        formats=formats,
+    )
+    if eval_samples is not None:
+        body["evaluation"] = {**body.get("evaluation", {}), "num_samples": eval_samples}
+    refuse_missing_engine()
+    refuse_used_folder(out)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The default action of SIGTERM would leave the temporary folder behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: exit_on_signal(number))
+    with tempfile.TemporaryDirectory(prefix=".nibble-", dir=out.parent) as work:
+        report = run(read_job_spec(body), Path(work), out, device=device, quiet=as_json)
+    if as_json:
+        print_json(report)
+        return
+    console = stdout()
+    show_report(console, report)
+    console.print(f"written to {escape(str(out))}")
+
+
+def exit_on_signal(number: int) -> None:
+    raise SystemExit(128 + number)
+
+
+def run(spec: JobSpec, work: Path, out: Path, *, device: str, quiet: bool) -> dict[str, Any]:
+    """Run the engine in `work`, move what it made to `out`, and return the report."""
+    console = stderr() if quiet else stdout()
+    with progress_view(console) as view:
+        view.show("fetching", Progress())
+        assignment = prepare(spec, work, device)
+        finished = supervise(assignment, view)
+    report: dict[str, Any] = json.loads((work / finished.report).read_text())
+    place(finished, work, out, [recipe.label for recipe in spec.recipes])
+    return report
+
+
+def refuse_missing_engine() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise InvalidRequest(
+            "the engine is not installed", code="engine_missing", remedy="pip install 'nibble[worker]'"
+        )
+
+
+def refuse_used_folder(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidRequest(
+            f"{out} is not an empty folder",
+            code="output_exists",
+            remedy="name a new folder: nothing is overwritten",
+        )
+
+
+def read_job_spec(body: dict[str, Any]) -> JobSpec:
+    try:
+        return JobSpec.model_validate(body)
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{place}: {first['msg']}", remedy="correct this field", param=place) from fault
+
+
+def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
+    """Check the model as the service would, fetch it if it lies elsewhere, and write down the assignment."""
+    from app.core.assignment import CHECKPOINTS, Assignment
+    from app.core.model_source import inspect_model, model_digest, open_model
+    from app.core.plan import plan_job
+
+    source = urlsplit(spec.model)
+    folder = Path(unquote(source.path)) if source.scheme == "file" else None
+    files = open_model(spec.model, model_roots=(folder,) if folder else ())
+    headers = inspect_model(files)
+    plan_job(spec, headers.config, headers.tensors)
+    if folder is None:
+        folder = work / "model"
+        fetch(files, headers.files, folder)
+    (work / CHECKPOINTS).mkdir()
+    return Assignment(
+        spec=spec,
+        model_folder=folder,
+        model_name=files.name,
+        model_digest=model_digest({path: file_sha256(folder / path) for path in headers.files}),
+        calibration_file=text_file(spec.calibration),
+        evaluation_file=text_file(spec.evaluation),
+        work_folder=work,
+        device=resolve_device(device),
+    )
+
+
+def fetch(files: ModelFiles, wanted: dict[str, int], folder: Path) -> None:
+    for path in wanted:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        files.download(path, folder / path, on_bytes=lambda _: None)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_file(text: TextSpec) -> Path | None:
+    """The file of a `file://` text; None for text that the engine has itself."""
+    if text.source == "inline" or text.source.startswith("builtin:"):
+        return None
+    source = urlsplit(text.source)
+    if source.scheme not in ("", "file"):
+        raise InvalidRequest(
+            f"the text {text.source!r} can't be fetched without a service",
+            code="text_source_unsupported",
+            remedy="download it and give the file, or submit the job to a service",
+        )
+    return Path(unquote(source.path)).absolute()
+
+
+def resolve_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda:0" if gpu_names() else "cpu"
+
+
+def supervise(assignment: Assignment, view: ProgressView) -> Finished:
+    """Start the job child and show what it says. Raises JobFault unless it finishes."""
+    from app.core.job_child import JobChild
+
+    stage = "fetching"
+    with JobChild(assignment) as child:
+        for message in child.messages():
+            if message.kind == "finished":
+                return message
+            if message.kind == "stage":
+                stage = message.stage
+            show_message(message, stage, view)
+        fault = child.wait_fault(CHILD_GRACE_S)
+        stderr().print(escape(child.output_tail()))
+        raise fault
+
+
+def show_message(message: ProgressMessage, stage: str, view: ProgressView) -> None:
+    if message.kind == "progress":
+        progress = Progress(**message.model_dump(exclude={"kind"}))
+        view.show(stage, progress)
+    elif message.kind == "note":
+        view.note(message.message)
+    elif message.kind == "failed":
+        error = message.error
+        raise JobFault(error.message, code=error.code, remedy=error.remedy)
+
+
+def place(finished: Finished, work: Path, out: Path, labels: list[str]) -> None:
+    """Move the output folders to `out` in one step: it holds everything, or it is not there."""
+    if len(finished.outputs) == 1:
+        tree = work / finished.outputs[0].folder
+        (work / finished.report).replace(tree / "nibble-report.json")
+    else:
+        tree = work / "placed"
+        tree.mkdir()
+        for output in finished.outputs:
+            (work / output.folder).replace(tree / folder_name(output, labels))
+        (work / finished.report).replace(tree / "report.json")
+    tree.replace(out)
+
+
+def folder_name(output: OutputFolder, labels: list[str]) -> str:
+    """`awq`, or with several recipes `rtn-w4-g128-awq`; a repeated label gets its number."""
+    if len(labels) == 1:
+        return output.format
+    label = labels[output.recipe_index].replace(" ", "-")
+    number = f"{output.recipe_index}-" if labels.count(labels[output.recipe_index]) > 1 else ""
+    return f"{number}{label}-{output.format}"

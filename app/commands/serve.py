@@ -1,0 +1,42 @@
+"""Commands that run the service: up, api, worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from app.commands.terminal import read_settings
+
+
+def api() -> None:
+    """Run the HTTP API alone."""
+    import uvicorn
+
+    from app.main import create_app
+
+    settings = read_settings()
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        access_log=False,
+    )
+
+
+def worker(device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto") -> None:
+    """Run one worker."""
+    # The process becomes the worker: signals reach it directly, and app imports nothing of workers.
+    command = [sys.executable, "-m", "workers.main", "--device", device]
+    os.execv(sys.executable, command)  # noqa: S606  # no shell is wanted
+
+
+def up() -> None:
+    """Run the whole service on this machine: Redis, API, one worker per device."""
+    from app.commands.machine import Machine
+
+    settings = read_settings()
+    raise typer.Exit(Machine(settings).run())

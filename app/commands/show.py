@@ -1,0 +1,149 @@
+"""Tables: jobs, artifacts, reports, estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from app.commands.terminal import human_bytes, human_seconds, table
+
+if TYPE_CHECKING:
+    from app.client import ArtifactView, JobView
+
+STATE_COLOURS = {
+    "queued": "cyan",
+    "running": "blue",
+    "cancelling": "yellow",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+}
+
+
+def coloured_state(state: str) -> str:
+    return f"[{STATE_COLOURS.get(state, 'default')}]{escape(state)}[/]"
+
+
+def show_jobs(console: Console, jobs: Iterable[JobView]) -> None:
+    grid = table("job", "state", "stage", ">done", "created", "model")
+    for job in jobs:
+        grid.add_row(
+            job.id,
+            coloured_state(job.state),
+            job.stage or "",
+            f"{job.progress.fraction:.0%}",
+            job.created_at.strftime("%Y-%m-%d %H:%M:%SZ"),
+            escape(str(job.spec.get("model", ""))),
+        )
+    console.print(grid)
+
+
+def show_job(console: Console, job: JobView) -> None:
+    """How a job ended, or where it stands."""
+    console.print(f"{job.id} {coloured_state(job.state)}")
+    if job.error is not None:
+        console.print(f"[bold red]error[/] {escape(job.error.message)} [dim]\\[{escape(job.error.code)}][/]")
+        if job.error.remedy:
+            console.print(f"[bold]remedy[/] {escape(job.error.remedy)}")
+    for artifact in job.artifacts:
+        console.print(f"artifact {artifact}")
+
+
+def show_artifacts(console: Console, artifacts: Iterable[ArtifactView]) -> None:
+    grid = table("artifact", "format", "recipe", ">size", "created", "model")
+    for artifact in artifacts:
+        grid.add_row(
+            artifact.id,
+            artifact.format,
+            recipe_text(artifact.recipe),
+            human_bytes(artifact.size),
+            artifact.created_at.strftime("%Y-%m-%d %H:%M:%SZ"),
+            escape(artifact.model),
+        )
+    console.print(grid)
+
+
+def show_artifact(console: Console, artifact: ArtifactView) -> None:
+    console.print(
+        f"{artifact.id}  {artifact.format}  {recipe_text(artifact.recipe)}  {escape(artifact.model)}"
+    )
+    grid = table("file", ">size", "sha256")
+    for file in artifact.files:
+        grid.add_row(escape(file.path), human_bytes(file.size), file.sha256)
+    console.print(grid)
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    from app.core.specs import Recipe
+
+    return Recipe.model_validate(recipe).label if recipe else ""
+
+
+def show_report(console: Console, report: Mapping[str, Any]) -> None:
+    """The report's figures: one row per candidate, then the seconds of each stage."""
+    candidates = report.get("candidates", [])
+    formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
+    grid = table(
+        "candidate", ">perplexity", ">ratio", ">KL", *[f">{name}" for name in formats], ">bits/weight",
+        title=escape(str(report.get("model", ""))),
+    )  # fmt: skip
+    original = report.get("original", {})
+    grid.add_row(
+        "original",
+        figure(original.get("perplexity"), 3),
+        "",
+        "",
+        *[size_text(original.get("bytes"))] * len(formats),
+        figure(original.get("bits_per_weight"), 2),
+    )
+    for candidate in candidates:
+        sizes = candidate.get("bytes", {})
+        grid.add_row(
+            escape(str(candidate.get("label", ""))),
+            figure(candidate.get("perplexity"), 3),
+            figure(candidate.get("perplexity_ratio"), 5),
+            figure(candidate.get("kl"), 5),
+            *[size_text(sizes.get(name)) for name in formats],
+            figure(candidate.get("bits_per_weight"), 2),
+        )
+    console.print(grid)
+    show_stages(console, report.get("stages", {}))
+
+
+def show_stages(console: Console, stages: Mapping[str, float]) -> None:
+    grid = table("stage", ">seconds")
+    for stage, seconds in stages.items():
+        grid.add_row(escape(stage), f"{seconds:.2f}")
+    grid.add_row("total", f"{sum(stages.values()):.2f}")
+    console.print(grid)
+
+
+def figure(number: float | None, digits: int) -> str:
+    return "" if number is None else f"{number:.{digits}f}"
+
+
+def size_text(size: float | None) -> str:
+    return "" if size is None else human_bytes(size)
+
+
+def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
+    """Every figure by its name; the per-layer decisions are in `--json`."""
+    grid = table("figure", ">estimate")
+    for name, value in estimate.items():
+        if isinstance(value, bool | list | dict) or value is None:
+            continue
+        grid.add_row(escape(name.replace("_", " ")), estimate_text(name, value))
+    console.print(grid)
+    for note in estimate.get("notes", []):
+        console.print(f"[yellow]note[/] {escape(str(note))}")
+
+
+def estimate_text(name: str, value: object) -> str:
+    if isinstance(value, int | float) and name.endswith("bytes"):
+        return human_bytes(value)
+    if isinstance(value, int | float) and name.endswith("_s"):
+        return human_seconds(value)
+    return escape(str(value))

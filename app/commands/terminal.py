@@ -1,0 +1,154 @@
+"""What all commands share: exit codes, consoles, the service options, and how an error is printed.
+
+Commands import what is slow to load (httpx, the web framework) in their bodies: `nibble --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from app.core.errors import InvalidRequest, NibbleError
+
+if TYPE_CHECKING:
+    from app.client import NibbleClient
+    from app.core.settings import Settings
+
+PIPE_WIDTH = 200  # columns of a table that no terminal limits
+API_KEY_FILE = "api-key"
+
+
+class ExitCode(IntEnum):
+    OK = 0
+    FAILED = 1  # the job failed, or the service refused the request
+    USAGE = 2  # the command line is wrong
+    UNREACHABLE = 3  # no service answers
+    INTERRUPTED = 130  # Ctrl-C
+
+
+Url = Annotated[
+    str | None, typer.Option("--url", envvar="NIBBLE_URL", help="Address of the service.", show_default=False)
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="NIBBLE_API_KEY",
+        help="Key to send. Default: the one kept by `nibble up` on this machine.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+
+
+def stdout() -> Console:
+    return console_on(stderr=False)
+
+
+def stderr() -> Console:
+    return console_on(stderr=True)
+
+
+def console_on(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on one line, so that several of them make JSON lines."""
+    sys.stdout.write(json.dumps(document, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table whose columns starting with `>` are aligned to the right."""
+    grid = Table(title=title, box=SIMPLE, title_justify="left", pad_edge=False)
+    for column in columns:
+        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return grid
+
+
+def report_error(error: NibbleError) -> ExitCode:
+    """Print an error with its code and remedy; the exit code that goes with it."""
+    console = stderr()
+    place = f" ({error.param})" if error.param else ""
+    console.print(
+        f"[bold red]error[/] {escape(error.message)}{escape(place)} [dim]\\[{escape(error.code)}][/]"
+    )
+    if error.remedy:
+        console.print(f"[bold]remedy[/] {escape(error.remedy)}")
+    return ExitCode.UNREACHABLE if error.code == "service_unreachable" else ExitCode.FAILED
+
+
+def read_settings() -> Settings:
+    from pydantic import ValidationError
+
+    from app.core.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        name = "NIBBLE_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise InvalidRequest(
+            f"{name}={first['input']!r}: {first['msg']}",
+            code="setting_invalid",
+            remedy="correct the environment variable; .env.example describes each of them",
+        ) from fault
+
+
+def connect(url: str | None, api_key: str | None) -> NibbleClient:
+    """A client of the named service, or of the one on this machine."""
+    from app.client import NibbleClient, is_loopback
+
+    settings = read_settings()
+    url = url or local_url(settings)
+    # The kept key belongs to the service on this machine: it is never sent to another one.
+    if api_key is None and is_loopback(url):
+        api_key = kept_api_key(settings.state_dir)
+    return NibbleClient(url, api_key=api_key)
+
+
+def local_url(settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104  # compared, not bound
+    return f"http://{host}:{settings.port}"
+
+
+def kept_api_key(state_dir: Path) -> str | None:
+    try:
+        return (state_dir / API_KEY_FILE).read_text().strip() or None
+    except OSError:
+        return None
+
+
+def human_bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def human_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def environment_with(**changes: str) -> dict[str, str]:
+    return {**os.environ, **changes}
