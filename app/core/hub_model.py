@@ -30,7 +30,7 @@ class HubModel:
 
     def __init__(self, repository: str, revision: str | None = None, *, kind: RepoKind = "model") -> None:
         # Imported here: the client costs a quarter second, and most jobs' models are no hub models.
-        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self.repository = repository
         self.kind = kind

@@ -21,6 +21,7 @@ from app.core.errors import ModelRefused, NibbleError, Unavailable
 from app.core.hub_model import HubModel
 from app.core.model_headers import ModelHeaders, inspect_model, model_digest, needed_files
 from app.core.model_reference import ModelReference, parse_model_reference
+from app.core.object_store import open_bucket
 
 __all__ = [
     "HubModel",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 MAX_FILES = 10_000
+PIECE = 1 << 24
 OnBytes = Callable[[int], None]
 
 
@@ -67,20 +69,18 @@ def open_model(reference: str, *, model_roots: Sequence[Path]) -> ModelFiles:
     if parsed.scheme == "file":
         return LocalModel(Path(parsed.path), model_roots)
     if parsed.scheme == "s3":
-        return S3Model(str(parsed), open_s3(str(parsed)))
+        return S3Model(str(parsed), open_bucket(parsed.bucket or "", prefix=parsed.path))
     return HubModel(parsed.path, parsed.revision)
 
 
-def open_s3(url: str) -> S3Store:
-    """A store below `url`. Credentials and endpoint come from the operator's environment (AWS_*)."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", ""))
-    return S3Store.from_url(url, client_options={"allow_http": endpoint.startswith("http://")})
-
-
 class LocalModel:
-    """A folder under an allowed root. Links are followed only where they stay under one."""
+    """A folder under an allowed root, or `only` one file of it.
 
-    def __init__(self, folder: Path, roots: Sequence[Path]) -> None:
+    Links are followed only where they stay under an allowed root.
+    """
+
+    def __init__(self, folder: Path, roots: Sequence[Path], *, only: str | None = None) -> None:
+        self.only = only
         self.roots = tuple(Path(os.path.realpath(root)) for root in roots)
         self.folder = self.allowed(folder)
         if not self.folder.is_dir():
@@ -106,7 +106,8 @@ class LocalModel:
 
     def list(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        for parent, _, names in os.walk(self.folder):
+        everything = os.walk(self.folder) if self.only is None else [(str(self.folder), [], [self.only])]
+        for parent, _, names in everything:
             for name in names:
                 path = Path(parent, name)
                 status = self.allowed(path).stat() if path.exists() else None
@@ -122,7 +123,7 @@ class LocalModel:
 
     def download(self, path: str, dest: Path, on_bytes: OnBytes) -> None:
         with self.allowed(self.folder / path).open("rb") as source, dest.open("wb") as target:
-            while piece := source.read(1 << 22):
+            while piece := source.read(PIECE):
                 target.write(piece)
                 on_bytes(len(piece))
 
@@ -137,9 +138,10 @@ class LocalModel:
 
 
 class S3Model:
-    """The objects below a prefix of an S3-compatible store."""
+    """The objects below a prefix of an S3-compatible store, or `only` one of them."""
 
-    def __init__(self, name: str, store: S3Store) -> None:
+    def __init__(self, name: str, store: S3Store, *, only: str | None = None) -> None:
+        self.only = only
         self.name = name
         self.store = store
         self._stamps: dict[str, str] = {}  # path -> ETag as listed
@@ -149,7 +151,8 @@ class S3Model:
         if self._sizes:
             return dict(self._sizes)
         with store_access(self.name):
-            for page in self.store.list():
+            pages = self.store.list() if self.only is None else [[self.store.head(self.only)]]
+            for page in pages:
                 for entry in page:
                     path, size = str(entry["path"]), int(entry["size"])
                     self._sizes[path], self._stamps[path] = size, entry["e_tag"] or ""
@@ -171,9 +174,9 @@ class S3Model:
             return bytes(self.store.get_range(path, start=start, end=end))
 
     def download(self, path: str, dest: Path, on_bytes: OnBytes) -> None:
-        with store_access(f"{self.name}/{path}"), dest.open("wb") as target:
-            pieces: Iterator[bytes] = iter(self.store.get(path).stream(min_chunk_size=1 << 22))
-            for piece in pieces:
+        # A request per piece: one long answer would run into the store client's time limit.
+        with dest.open("wb") as target:
+            while piece := self.read(path, target.tell(), PIECE):
                 target.write(piece)
                 on_bytes(len(piece))
 
