@@ -2,6 +2,7 @@
 
     NibbleError                 code, message, remedy, param
     ├── InvalidRequest          the request itself is wrong
+    │   ├── MalformedRequest    the body or a header can't even be read
     │   ├── RecipeUnsupported   the recipe is well formed, but this model or format can't hold it
     │   ├── ModelRefused        the model's files are missing, unsafe or of an unknown architecture
     │   └── TextRefused         the calibration or evaluation text is missing or too short
@@ -43,6 +44,10 @@ class NibbleError(Exception):
 
 class InvalidRequest(NibbleError):
     code = "invalid_request"
+
+
+class MalformedRequest(InvalidRequest):
+    code = "malformed_request"
 
 
 class RecipeUnsupported(InvalidRequest):

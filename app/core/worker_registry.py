@@ -1,0 +1,59 @@
+"""The workers that live, as they say themselves with each heartbeat.
+
+nibble:worker:<name>    the worker's record as JSON, with an expiry
+nibble:workers          sorted set of names by the time at which they count as dead
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Any
+
+from redis import Redis
+
+from app.core.specs import Frozen
+
+NAMES = "nibble:workers"
+
+
+class WorkerRecord(Frozen):
+    """One worker: where it runs and what it does."""
+
+    name: str
+    host: str
+    pid: int
+    device: str  # cpu, cuda:0
+    device_name: str = ""
+    job: str | None = None
+    tenant: str | None = None  # the job's
+    started_at: datetime
+    heartbeat_at: datetime
+
+
+class WorkerRegistry:
+    def __init__(self, redis: Redis) -> None:
+        self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
+
+    def beat(self, record: WorkerRecord, *, ttl_s: float) -> None:
+        """Say that the worker lives, for `ttl_s` seconds."""
+        now = time.time()
+        pipe = self._redis.pipeline()
+        pipe.set(f"nibble:worker:{record.name}", record.model_dump_json(), px=int(ttl_s * 1000))
+        pipe.zadd(NAMES, {record.name: now + ttl_s})
+        pipe.zremrangebyscore(NAMES, "-inf", now - 60)
+        pipe.execute()
+
+    def remove(self, name: str) -> None:
+        """Forget a worker that ends in good order."""
+        pipe = self._redis.pipeline()
+        pipe.delete(f"nibble:worker:{name}")
+        pipe.zrem(NAMES, name)
+        pipe.execute()
+
+    def living(self) -> list[WorkerRecord]:
+        """The workers whose last heartbeat has not expired, by name."""
+        names = [name.decode() for name in self._redis.zrange(NAMES, 0, -1)]
+        records = self._redis.mget([f"nibble:worker:{name}" for name in names]) if names else []
+        living = [WorkerRecord.model_validate_json(record) for record in records if record is not None]
+        return sorted(living, key=lambda worker: worker.name)
