@@ -1,0 +1,41 @@
+"""What every test gets: a clean environment, and the `gpu` marker from the folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    absent = pytest.mark.skip(reason="no NVIDIA driver here: nvidia-smi is not on PATH")
+    for item in items:
+        if item.path.is_relative_to(TESTS / "gpu"):
+            item.add_marker(pytest.mark.gpu)
+            if shutil.which("nvidia-smi") is None:
+                item.add_marker(absent)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the person who runs the tests reaches them, and nothing is kept in their home."""
+    for name in list(os.environ):
+        if name.startswith(("NIBBLE_", "AWS_", "HF_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NIBBLE_STATE_DIR", str(tmp_path / "state"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def example_model(repository: Path) -> Path:
+    """The bundled model."""
+    return repository / "examples" / "wikitext-llama-6m"
