@@ -33,13 +33,9 @@ def submit(
     sequence_length: submission.SequenceLength = None,
     dataset: submission.Dataset = None,
     eval_samples: submission.EvalSamples = None,
-    labels: Annotated[
-        list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
-    ] = None,
+    labels: submission.Labels = None,
     spec: submission.SpecFile = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
-    ] = None,
+    idempotency_key: submission.IdempotencyKey = None,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for the job's end.")] = False,
     as_json: AsJson = False,
     url: Url = None,
@@ -49,14 +45,18 @@ def submit(
     body = submission.job_body(
         model,
         spec,
-        recipe={"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
-        calibration={"num_samples": num_samples, "sequence_length": sequence_length, "dataset": dataset},
         formats=formats,
+        sections={
+            "recipe": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+            "calibration": {
+                "num_samples": num_samples,
+                "sequence_length": sequence_length,
+                "dataset": dataset,
+            },
+            "evaluation": {"num_samples": eval_samples},
+            "labels": submission.split_labels(labels),
+        },
     )
-    if eval_samples is not None:
-        body["evaluation"] = {**body.get("evaluation", {}), "num_samples": eval_samples}
-    if labels:
-        body["labels"] = {**body.get("labels", {}), **submission.split_labels(labels)}
     with connect(url, api_key) as client:
         job = client.submit(body, idempotency_key=idempotency_key)
         if watch:
@@ -153,9 +153,15 @@ def estimate(
     body = submission.job_body(
         model,
         spec,
-        recipe={"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
-        calibration={"num_samples": num_samples, "sequence_length": sequence_length, "dataset": dataset},
         formats=formats,
+        sections={
+            "recipe": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+            "calibration": {
+                "num_samples": num_samples,
+                "sequence_length": sequence_length,
+                "dataset": dataset,
+            },
+        },
     )
     with connect(url, api_key) as client:
         document = client.estimate(body)

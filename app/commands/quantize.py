@@ -52,12 +52,17 @@ def quantize(
     body = submission.job_body(
         model,
         spec,
-        recipe={"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
-        calibration={"num_samples": num_samples, "sequence_length": sequence_length, "dataset": dataset},
         formats=formats,
+        sections={
+            "recipe": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+            "calibration": {
+                "num_samples": num_samples,
+                "sequence_length": sequence_length,
+                "dataset": dataset,
+            },
+            "evaluation": {"num_samples": eval_samples},
+        },
     )
-    if eval_samples is not None:
-        body["evaluation"] = {**body.get("evaluation", {}), "num_samples": eval_samples}
     refuse_missing_engine()
     refuse_used_folder(out)
     out = out.absolute()

@@ -26,6 +26,12 @@ Dataset = Annotated[
     str | None, typer.Option(help="Calibration text: builtin:…, hf:…, s3://…, file://….", show_default=False)
 ]
 EvalSamples = Annotated[int | None, typer.Option(help="Evaluation windows.", show_default=False)]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
+]
+IdempotencyKey = Annotated[
+    str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
+]
 SpecFile = Annotated[
     Path | None,
     typer.Option(
@@ -53,11 +59,10 @@ def job_body(
     model: str | None,
     spec: Path | None,
     *,
-    recipe: Mapping[str, Any],
-    calibration: Mapping[str, Any],
     formats: list[str] | None,
+    sections: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The file's body with the options that were given. They can't change a list of recipes."""
+    """The file's body, changed by the options that were given. They can't change a list of recipes."""
     body = read_spec(spec)
     if model is not None:
         body["model"] = model_reference(model)
@@ -65,14 +70,14 @@ def job_body(
         raise typer.BadParameter("name a model, or give a file with one", param_hint="MODEL")
     if formats:
         body["formats"] = formats
-    if given(recipe):
-        if isinstance(body.get("recipe"), list):
+    for section, options in sections.items():
+        if not given(options):
+            continue
+        if not isinstance(body.get(section, {}), dict):
             raise typer.BadParameter(
-                "the file holds a list of recipes; change them there", param_hint="--spec"
+                f"options can't change the {section} of the file: it is no object", param_hint="--spec"
             )
-        body["recipe"] = {**body.get("recipe", {}), **given(recipe)}
-    if given(calibration):
-        body["calibration"] = {**body.get("calibration", {}), **given(calibration)}
+        body[section] = {**body.get(section, {}), **given(options)}
     return body
 
 
@@ -86,8 +91,8 @@ def model_reference(model: str) -> str:
     return folder.resolve().as_uri() if folder.is_dir() else model
 
 
-def split_labels(labels: list[str]) -> dict[str, str]:
-    pairs = [label.partition("=") for label in labels]
+def split_labels(labels: list[str] | None) -> dict[str, str]:
+    pairs = [label.partition("=") for label in labels or ()]
     for key, equals, _ in pairs:
         if not equals:
             raise typer.BadParameter(f"{key!r} lacks a value; write it as key=value", param_hint="--label")

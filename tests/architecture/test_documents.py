@@ -1,0 +1,54 @@
+"""Documents that a reader trusts: the README's tree and its commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from app.cli import build
+
+TREE_LINE = re.compile(r"^(?P<indent> *)(?P<name>[\w.-]+/?)(  +\S.*)?$")
+CODE_FOLDERS = ("app", "workers", "kernels")
+
+
+def tree_block(repository: Path) -> list[str]:
+    readme = (repository / "README.md").read_text()
+    block = readme.partition("<!-- tree -->\n```text\n")[2].partition("\n```")[0]
+    assert block, "README.md lacks its tree"
+    return block.splitlines()
+
+
+def tree_paths(lines: list[str]) -> set[str]:
+    """Paths of the tree: two spaces of indentation for each folder."""
+    paths: set[str] = set()
+    folders: list[str] = []
+    for line in lines:
+        match = TREE_LINE.match(line)
+        assert match, f"not a line of the tree: {line!r}"
+        depth = len(match["indent"]) // 2
+        folders = [*folders[:depth], match["name"].rstrip("/")]
+        paths.add("/".join(folders))
+    return paths
+
+
+def test_every_path_of_the_tree_exists(repository: Path) -> None:
+    missing = sorted(path for path in tree_paths(tree_block(repository)) if not (repository / path).exists())
+    assert not missing
+
+
+def test_every_module_is_in_the_tree(repository: Path) -> None:
+    modules = {
+        path.relative_to(repository).as_posix()
+        for folder in CODE_FOLDERS
+        for path in (repository / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert not sorted(modules - tree_paths(tree_block(repository)))
+
+
+def test_every_command_is_in_the_readme(repository: Path) -> None:
+    readme = (repository / "README.md").read_text()
+    nibble = build()
+    names = [command.callback.__name__ for command in nibble.registered_commands if command.callback]
+    names += [group.name for group in nibble.registered_groups if group.name]
+    assert [name for name in names if f"`nibble {name}" not in readme] == []
