@@ -45,8 +45,8 @@ class IdempotencyKeys:
             )
         mine = Claim(body=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(), job=new_id("job"))
         name = f"nibble:idempotency:{tenant}:{hashlib.sha256(key.encode()).hexdigest()}"
-        found = self._redis.set(name, mine.model_dump_json(), nx=True, get=True, ex=KEPT_S)
-        first = Claim.model_validate_json(found) if found is not None else mine
+        is_first = self._redis.set(name, mine.model_dump_json(), nx=True, ex=KEPT_S)
+        first = mine if is_first else Claim.model_validate_json(self._redis.get(name))
         if first.body != mine.body:
             raise InvalidRequest(
                 "this Idempotency-Key was used with another body",

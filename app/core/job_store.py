@@ -18,9 +18,10 @@ from typing import Any
 from pydantic import Field
 from redis import Redis
 
-from app.core.errors import Conflict, InvalidRequest, NibbleError, NotFound
+from app.core.errors import Conflict, MalformedRequest, NibbleError, NotFound
 from app.core.ids import is_id
-from app.core.job import TRANSITIONS, Job, JobState, Problem, Progress, transition
+from app.core.job import TRANSITIONS, Job, JobState
+from app.core.job_changes import claimed, is_executing, stale
 from app.core.specs import Frozen
 
 CHANGES = "nibble:changes"
@@ -141,14 +142,6 @@ def missing(job_id: str) -> NotFound:
     )
 
 
-def stale(job: Job, attempt: int) -> Conflict:
-    return Conflict(
-        f"job {job.id} is {job.state} in attempt {job.attempt}; attempt {attempt} may not change it",
-        code="stale_attempt",
-        remedy="stop this attempt: another one has taken its place, or the job has ended",
-    )
-
-
 def decode(record: bytes, spec: bytes) -> Job:
     return Job.model_validate({**json.loads(record), "spec": json.loads(spec)})
 
@@ -187,23 +180,6 @@ def check_change(before: Job, after: Job) -> None:
             code="invalid_transition",
             remedy="read the job again: its state has changed since you looked",
         )
-
-
-def requeued(job: Job) -> Job:
-    """The job back in its queue, after the worker of its attempt was lost."""
-    return transition(job, JobState.QUEUED, stage=None, progress=Progress(), worker=None)
-
-
-def failed(job: Job, error: NibbleError) -> Job:
-    return transition(job, JobState.FAILED, error=Problem.of(error))
-
-
-def claimed(job: Job, attempt: int, worker: str) -> Job:
-    """The job as the worker's from now on, if `attempt` is its next one."""
-    if job.attempt + 1 != attempt or job.state is not JobState.QUEUED:
-        raise stale(job, attempt)
-    started = job.started_at or datetime.now(UTC)
-    return transition(job, JobState.RUNNING, attempt=attempt, worker=worker, started_at=started)
 
 
 class JobStore:
@@ -286,7 +262,7 @@ class JobStore:
 
     def _newest_first(self, tenant: str, after: str | None) -> Iterator[Job]:
         if after is not None and not is_id("job", after):
-            raise InvalidRequest(
+            raise MalformedRequest(
                 f"{after[:64]!r} is not a cursor",
                 code="invalid_cursor",
                 remedy="pass the `next` of the page before",
@@ -382,7 +358,3 @@ class JobStore:
 
     def release(self, job_id: str, attempt: int) -> bool:
         return bool(self._release(keys=[lease_key(job_id)], args=[attempt]))
-
-
-def is_executing(job: Job, attempt: int) -> bool:
-    return job.attempt == attempt and job.state in (JobState.RUNNING, JobState.CANCELLING)

@@ -1,0 +1,130 @@
+"""Finds jobs whose worker or queue entry was lost, and sets them right.
+
+Each API process runs one. They need no agreement: every step is a compare-and-set on the record, and of
+several that try the same one wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+from app.core.errors import Conflict, NotFound, WorkerLost
+from app.core.job import Job, JobState, transition
+from app.core.job_changes import failed, requeued
+from app.core.job_queue import JobQueue, Place, entry_id
+from app.core.job_store import JobStore
+
+log = logging.getLogger(__name__)
+
+OnStep = Callable[[str], None]
+STEPS = ("requeued", "failed", "cancelled", "enqueued")
+
+
+class Janitor:
+    """One pass looks at every job that has not ended. `on_step` hears the name of each step taken."""
+
+    def __init__(self, store: JobStore, queue: JobQueue, *, max_attempts: int, on_step: OnStep) -> None:
+        self._store = store
+        self._queue = queue
+        self._max_attempts = max_attempts
+        self._on_step = on_step
+        self._moving: set[str] = set()  # entries that were in no queue at the last pass
+
+    def sweep(self) -> None:
+        """Do one pass."""
+        for state in (JobState.RUNNING, JobState.CANCELLING):
+            for job in self._jobs(state):
+                self._check_lease(job)
+        self._queue.sweep()
+        moving: set[str] = set()
+        for job in self._jobs(JobState.QUEUED):
+            if self._check_entry(job) is Place.MOVING:
+                moving.add(entry_id(job))
+        self._moving = moving
+
+    def _jobs(self, state: JobState) -> list[Job]:
+        jobs = []
+        for job_id in self._store.in_state(state):
+            try:
+                jobs.append(self._store.load(job_id))
+            except NotFound:  # deleted since the list was read
+                continue
+        return [job for job in jobs if job.state is state]
+
+    def _check_lease(self, seen: Job) -> None:
+        if self._store.holds(seen.id, seen.attempt):
+            return
+        try:
+            job = self._store.update(seen.id, lambda job: self._without_worker(job, seen))
+        except (Conflict, NotFound) as fault:
+            log.info("job %s changed while it was looked at: %s", seen.id, fault)
+            return
+        if (job.state, job.attempt) == (seen.state, seen.attempt):
+            return
+        step = "requeued" if job.state is JobState.QUEUED else str(job.state)
+        if step not in STEPS:  # the worker itself has ended the job meanwhile
+            return
+        message = f"worker {seen.worker} stopped renewing its lease in attempt {seen.attempt}; {step}"
+        self._store.append_event(
+            seen.id, "note", {"code": WorkerLost.code, "message": message, "attempt": seen.attempt}
+        )
+        self._report(step, message, seen)
+        if job.state is JobState.QUEUED:
+            self._queue.enqueue(job)
+
+    def _without_worker(self, job: Job, seen: Job) -> Job:
+        """What becomes of a job whose worker is gone; unchanged if it is not the one that was seen."""
+        if job.attempt != seen.attempt or job.state is not seen.state:
+            return job
+        if job.state is JobState.CANCELLING:
+            return transition(job, JobState.CANCELLED)
+        if job.attempt < self._max_attempts:
+            return requeued(job)
+        return failed(
+            job,
+            WorkerLost(
+                f"the worker {job.worker} was lost in attempt {job.attempt} of {self._max_attempts}",
+                remedy="look for the end of the worker in its log (out of memory, a crash, a lost host), "
+                "then retry the job",
+            ),
+        )
+
+    def _check_entry(self, job: Job) -> Place:
+        """Queue a waiting job again whose entry is gone."""
+        place = self._queue.place(job)
+        is_lost = place is Place.GONE or (place is Place.MOVING and entry_id(job) in self._moving)
+        if is_lost:
+            self._queue.remove(job)
+            self._queue.enqueue(job)
+            self._report("enqueued", "its queue entry was gone", job)
+            return Place.WAITING
+        return place
+
+    def _report(self, step: str, why: str, job: Job) -> None:
+        log.warning("job %s %s: %s", job.id, step, why)
+        self._on_step(step)
+
+
+class JanitorThread(threading.Thread):
+    """Runs a janitor every `interval_s` seconds until it is stopped."""
+
+    def __init__(self, janitor: Janitor, interval_s: float) -> None:
+        super().__init__(name="janitor", daemon=True)
+        self._janitor = janitor
+        self._interval_s = interval_s
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._janitor.sweep()
+            except RedisError as fault:
+                log.warning("the janitor could not finish its pass: %s", fault)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()

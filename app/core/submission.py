@@ -1,0 +1,87 @@
+"""What is checked before a job is recorded: its model, its recipe and its texts, all without a weight.
+
+One function for `POST /v1/jobs` and `POST /v1/estimates`, so that what is estimated is what is accepted.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from app.core.errors import TextRefused
+from app.core.model_source import HubModel, inspect_model, open_model
+from app.core.plan import Plan, plan_job
+from app.core.settings import Settings
+from app.core.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
+from app.core.text_source import is_remote, open_text
+
+BUILTIN_TEXTS = ("builtin:wikitext2",)
+
+TextSpecT = TypeVar("TextSpecT", CalibrationSpec, EvaluationSpec)
+
+
+class CheckedSubmission(Frozen):
+    """A job that may be recorded: `spec` names one commit of each hub repository."""
+
+    spec: JobSpec
+    plan: Plan
+    download_bytes: int
+
+
+def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
+    """Look at the model's headers and the texts' existence.
+
+    Raises ModelRefused, RecipeUnsupported or TextRefused, or Unavailable if a source does not answer.
+    """
+    files = open_model(spec.model, model_roots=settings.model_roots)
+    headers = inspect_model(files)
+    plan = plan_job(spec, headers.config, headers.tensors)
+    pinned = {
+        "calibration": pinned_text(spec.calibration, settings, param="calibration"),
+        "evaluation": pinned_text(spec.evaluation, settings, param="evaluation"),
+        # Other sources have no versions to name: their reference stays as it was written.
+        "model": files.name if isinstance(files, HubModel) else spec.model,
+    }
+    require_length(spec.calibration, spec.calibration.sequence_length, param="calibration.texts")
+    require_length(spec.evaluation, spec.calibration.sequence_length, param="evaluation.texts")
+    return CheckedSubmission(
+        spec=spec.model_copy(update=pinned), plan=plan, download_bytes=sum(headers.files.values())
+    )
+
+
+def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> TextSpecT:
+    """The spec with a hub dataset at its commit. Raises TextRefused if its source does not exist."""
+    if not is_remote(spec.source):
+        if spec.texts is None and spec.source not in BUILTIN_TEXTS:
+            raise TextRefused(
+                f"there is no bundled dataset {spec.source!r}",
+                code="dataset_unknown",
+                remedy=f"use {', '.join(BUILTIN_TEXTS)}, a file:// or s3:// jsonl file, or inline texts",
+                param=f"{param}.dataset",
+            )
+        return spec
+    try:
+        text = open_text(spec.source, model_roots=settings.model_roots)
+    except TextRefused as fault:
+        fault.param = fault.param or f"{param}.dataset"
+        raise
+    if not isinstance(text.files, HubModel):
+        return spec
+    pinned = f"hf:{text.files.repository}/{text.path}@{text.files.commit}"
+    return spec.model_copy(update={"dataset": pinned})
+
+
+def require_length(spec: TextSpec, sequence_length: int, *, param: str) -> None:
+    """Refuse inline texts that can't fill one window: a token covers at least a byte.
+
+    Two special tokens per text are allowed for. What passes here can still be too short once tokenized.
+    """
+    if spec.texts is None:
+        return
+    size = sum(len(text.strip().encode()) for text in spec.texts)
+    if size == 0 or size + 2 * len(spec.texts) < sequence_length:
+        raise TextRefused(
+            f"the texts hold {size} bytes: too few for one window of {sequence_length} tokens",
+            code="text_too_short",
+            remedy="send more text, or lower calibration.sequence_length",
+            param=param,
+        )
