@@ -1,0 +1,85 @@
+"""Checkpoints of a running job in object storage: put there layer by layer, fetched by the next attempt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from app.core.assignment import CHECKPOINTS, Checkpointed
+from app.core.job import Job
+from app.core.object_store import ObjectStore
+
+VERSION = 1
+
+
+def checkpoint_key(job: Job, *, model: str, text: str, device: str) -> str:
+    """What a checkpoint depends on: with another model, text, recipe or kind of device it is of no use."""
+    spec = job.spec
+    parts = [
+        VERSION,
+        model,
+        text,
+        device.partition(":")[0],
+        [recipe.model_dump(mode="json") for recipe in spec.recipes],
+        spec.calibration.model_dump(mode="json", exclude={"texts", "dataset"}),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def job_prefix(job_id: str) -> str:
+    return f"checkpoints/{job_id}"
+
+
+class CheckpointMirror:
+    """Keeps `work_folder/checkpoints` and the object store alike."""
+
+    def __init__(self, objects: ObjectStore, job: Job, key: str, work_folder: Path) -> None:
+        self._objects = objects
+        self._prefix = f"{job_prefix(job.id)}/{key}"
+        self._older_prefix = f"{job_prefix(job.retry_of)}/{key}" if job.retry_of else None
+        self._folder = work_folder / CHECKPOINTS
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._pending: list[Checkpointed] = []
+
+    def restore(self, on_file: Callable[[], None]) -> list[str]:
+        """Bring back what an earlier attempt, or the job that this one retries, has put; the keys."""
+        restored = self._download(self._prefix, on_file)
+        if restored or self._older_prefix is None:
+            return restored
+        restored = self._download(self._older_prefix, on_file)
+        for key in restored:
+            on_file()
+            self._objects.put(f"{self._prefix}/{key}", self._folder / key)
+        return restored
+
+    def put(self, message: Checkpointed) -> None:
+        """Store a complete checkpoint, then drop the one that it replaces.
+
+        Raises Unavailable if the storage fails; the checkpoint then goes with the next one, in order.
+        """
+        self._pending.append(message)
+        while self._pending:
+            self._put_one(self._pending[0])
+            self._pending.pop(0)
+
+    def _put_one(self, message: Checkpointed) -> None:
+        path = self._folder / message.key
+        # The child may be ahead of us and have replaced this file by a newer one.
+        if path.exists():
+            self._objects.put(f"{self._prefix}/{message.key}", path)
+        if message.replaces is not None:
+            self._objects.delete(f"{self._prefix}/{message.replaces}")
+            (self._folder / message.replaces).unlink(missing_ok=True)
+
+    def _download(self, prefix: str, on_file: Callable[[], None]) -> list[str]:
+        keys = []
+        for head in self._objects.list(prefix):
+            on_file()
+            key = head.key.removeprefix(prefix + "/")
+            path = self._folder / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._objects.download(head.key, path)
+            keys.append(key)
+        return keys

@@ -1,0 +1,145 @@
+"""Brings a job's model and texts to this host, once, and names their content by digest.
+
+A model in a local folder is read in place. Others are downloaded into the cache of the state folder, under
+a key that names their content; workers of one host share it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from app.core.model_source import LocalModel, ModelFiles, inspect_model, model_digest, open_model
+from app.core.settings import Settings
+from app.core.specs import Frozen, TextSpec
+from app.core.text_source import is_remote, open_text
+
+PIECE = 1 << 22
+OnBytes = Callable[[int], None]  # hears of every piece, and may raise to stop
+
+
+class FetchedModel(Frozen):
+    """A model on this host. `name` is a reference that means the same content wherever it can."""
+
+    folder: Path
+    name: str
+    digest: str
+
+
+class Digests(Frozen):
+    """SHA-256 of each file of a model, kept beside it."""
+
+    sha256: dict[str, str]
+
+
+class ModelCache:
+    """Models below a folder that all workers of a host share."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self._folder = folder
+        self._roots = settings.model_roots
+
+    def fetch(self, reference: str, on_bytes: OnBytes) -> FetchedModel:
+        """The model's folder and digest, downloaded if need be.
+
+        Raises ModelRefused if its files are unsafe: they may have changed since the job was accepted.
+        """
+        files = open_model(reference, model_roots=self._roots)
+        sizes = inspect_model(files).files
+        key = files.content_key()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(self._folder / f"{key}.lock", on_bytes):
+            if isinstance(files, LocalModel):
+                folder = files.folder
+            else:
+                folder = self._folder / key
+                if not folder.exists():
+                    download_model(files, sizes, folder, on_bytes)
+            digests = self._digests(key, folder, sizes, on_bytes)
+        return FetchedModel(folder=folder, name=files.name, digest=model_digest(digests))
+
+    def _digests(self, key: str, folder: Path, sizes: Mapping[str, int], on_bytes: OnBytes) -> dict[str, str]:
+        """SHA-256 by file; hashing a large model takes minutes, so the result is kept by content key."""
+        kept = self._folder / f"{key}.json"
+        if kept.exists():
+            try:
+                return Digests.model_validate_json(kept.read_bytes()).sha256
+            except ValidationError:
+                kept.unlink()
+        sha256 = {path: file_sha256(folder / path, on_bytes) for path in sorted(sizes)}
+        part = kept.with_suffix(".part")
+        part.write_text(Digests(sha256=sha256).model_dump_json())
+        part.replace(kept)
+        return sha256
+
+
+def download_model(files: ModelFiles, sizes: Mapping[str, int], folder: Path, on_bytes: OnBytes) -> None:
+    """Copy a model's files to `folder`, which appears when all of them are there.
+
+    Files that an earlier try finished are kept.
+    """
+    stage = folder.with_name(folder.name + ".partial")
+    stage.mkdir(exist_ok=True)
+    for path, size in sorted(sizes.items()):
+        dest = stage / path
+        if dest.exists() and dest.stat().st_size == size:
+            continue
+        part = dest.with_name(dest.name + ".part")
+        files.download(path, part, on_bytes)
+        part.replace(dest)
+    stage.rename(folder)
+
+
+def fetch_text(spec: TextSpec, settings: Settings, dest: Path, on_bytes: OnBytes) -> Path | None:
+    """The text file of a spec, copied to `dest` with its suffix; None if no file is needed."""
+    if not is_remote(spec.source):
+        return None
+    text = open_text(spec.source, model_roots=settings.model_roots)
+    target = dest.with_suffix(Path(text.path).suffix)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text.files.download(text.path, target, on_bytes)
+    return target
+
+
+def text_digest(spec: TextSpec, file: Path | None, on_bytes: OnBytes) -> str:
+    """What identifies the text of a spec: its content, or the name of a bundled set."""
+    if file is not None:
+        return file_sha256(file, on_bytes)
+    return hashlib.sha256(json.dumps([spec.source, spec.texts]).encode()).hexdigest()
+
+
+def file_sha256(path: Path, on_bytes: OnBytes) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for piece in pieces(file):
+            digest.update(piece)
+            on_bytes(0)
+    return digest.hexdigest()
+
+
+def pieces(file: IO[bytes]) -> Iterator[bytes]:
+    while piece := file.read(PIECE):
+        yield piece
+
+
+@contextmanager
+def exclusive(path: Path, on_wait: OnBytes) -> Iterator[None]:
+    """Hold a lock file. The kernel frees it when this process ends, however it ends."""
+    with path.open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait(0)
+                time.sleep(0.2)
+            else:
+                break
+        yield

@@ -1,0 +1,331 @@
+"""One attempt of a job, from claim to end, without touching a tensor.
+
+claim      QUEUED -> RUNNING under a lease; a duplicate or stale delivery is left alone
+fetch      model and texts to this host, checkpoints of earlier attempts
+run        the child computes; its progress becomes record, events and stored checkpoints
+publish    files, report, manifests
+end        succeeded, failed, cancelled, or back to the queue when this worker stops
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from app.core.assignment import (
+    Assignment,
+    Checkpointed,
+    Failed,
+    Finished,
+    Noted,
+    Progressed,
+    ProgressMessage,
+    StageStarted,
+)
+from app.core.errors import (
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    JobFault,
+    NibbleError,
+    NotFound,
+    Unavailable,
+)
+from app.core.job import Job, JobState, Problem, Progress, Stage, transition
+from app.core.job_changes import failed, requeued
+from app.core.job_child import CHILD_MODULE, JobChild
+from app.core.job_queue import JobQueue
+from app.core.job_store import JobStore
+from app.core.object_store import ObjectStore
+from app.core.settings import Settings
+from workers.checkpoints import CheckpointMirror, checkpoint_key, job_prefix
+from workers.fetching import FetchedModel, ModelCache, fetch_text, text_digest
+from workers.publication import Publication, published_before
+from workers.watch import Stopped, StopReason, Watch
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROGRESS_S = 0.5  # the record is rewritten at most this often for progress alone
+TAIL_CHARACTERS = 4000  # of the child's output in the failure event
+REDIS_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What a worker's attempts share."""
+
+    settings: Settings
+    store: JobStore
+    queue: JobQueue
+    objects: ObjectStore
+    name: str
+    device: str
+    shutdown: threading.Event
+    child_module: str = CHILD_MODULE
+
+
+def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
+    """Execute an attempt of a job, unless the record says that it is not this one's turn."""
+    lease_s = context.settings.lease_s
+    try:
+        job = context.store.claim(job_id, attempt, worker=context.name, lease_s=lease_s)
+    except (Conflict, NotFound) as refusal:
+        log.info("delivery ignored: %s", refusal.message, extra={"job": job_id, "attempt": attempt})
+        return
+    try:
+        with Watch(context.store, job, lease_s=lease_s, shutdown=context.shutdown) as watch:
+            Attempt(context, job, watch).run()
+    finally:
+        context.store.release(job_id, attempt)
+
+
+class Attempt:
+    """A claimed attempt and its work folder."""
+
+    def __init__(self, context: WorkerContext, job: Job, watch: Watch) -> None:
+        self._context = context
+        self._job = job
+        self._watch = watch
+        self._work_folder = context.settings.scratch_dir / f"{job.id}-{job.attempt}"
+        self._fraction = 0.0
+        self._written = 0.0
+
+    def run(self) -> None:
+        """Do the work and write how it ended."""
+        try:
+            self._work_folder.mkdir(parents=True, mode=0o700)
+            self._succeed(self._execute())
+        except Stopped as stop:
+            self._stop(stop.reason)
+        except Unavailable as fault:
+            self._retry_or_fail(fault)
+        except NibbleError as fault:
+            self._fail(fault)
+        except OSError as fault:
+            self._fail(disk_fault(fault))
+        except Exception:  # the task boundary: whatever it was, the job must end
+            log.exception("attempt broke", extra={"job": self._job.id})
+            self._fail(JobFault("the worker met an error of its own", remedy="read the worker's log"))
+        finally:
+            shutil.rmtree(self._work_folder, ignore_errors=True)
+
+    def _execute(self) -> tuple[str, ...]:
+        before = published_before(self._context.objects, self._job)
+        if before is not None:
+            self._event("note", {"code": "already_published", "message": "an earlier attempt had published"})
+            return before
+        self._set_stage(Stage.FETCHING)
+        model = self._fetch_model()
+        assignment, mirror = self._prepare(model)
+        finished = self._run_child(assignment, mirror)
+        self._set_stage(Stage.PUBLISHING)
+        publication = Publication(
+            self._context.objects, self._job, model_digest=model.digest, work_folder=self._work_folder
+        )
+        return publication.publish(finished, check=self._watch.check, before_commit=self._check_lease)
+
+    def _fetch_model(self) -> FetchedModel:
+        settings = self._context.settings
+        cache = ModelCache(settings.state_dir / "cache" / "models", settings)
+        return cache.fetch(self._job.spec.model, self._watch.on_bytes)
+
+    def _prepare(self, model: FetchedModel) -> tuple[Assignment, CheckpointMirror]:
+        """The texts and the checkpoints of earlier attempts in place, and the child's assignment."""
+        settings, spec, on_bytes = self._context.settings, self._job.spec, self._watch.on_bytes
+        calibration = fetch_text(spec.calibration, settings, self._work_folder / "calibration", on_bytes)
+        evaluation = fetch_text(spec.evaluation, settings, self._work_folder / "evaluation", on_bytes)
+        key = checkpoint_key(
+            self._job,
+            model=model.digest,
+            text=text_digest(spec.calibration, calibration, on_bytes),
+            device=self._context.device,
+        )
+        mirror = CheckpointMirror(self._context.objects, self._job, key, self._work_folder)
+        restored = mirror.restore(self._watch.check)
+        if restored:
+            self._event("resumed", {"attempt": self._job.attempt, "checkpoints": restored})
+        assignment = Assignment(
+            spec=spec,
+            model_folder=model.folder,
+            model_name=model.name,
+            model_digest=model.digest,
+            calibration_file=calibration,
+            evaluation_file=evaluation,
+            work_folder=self._work_folder,
+            device=self._context.device,
+            shard_bytes=settings.shard_bytes,
+        )
+        return assignment, mirror
+
+    def _run_child(self, assignment: Assignment, mirror: CheckpointMirror) -> Finished:
+        """The child's last message.
+
+        Raises Stopped, or the fault that the child reports or that its exit shows.
+        """
+        grace_s = self._context.settings.cancel_grace_s
+        with JobChild(assignment, module=self._context.child_module) as child:
+            self._watch.call_on_stop(lambda: child.terminate(grace_s))
+            try:
+                for message in child.messages():
+                    if isinstance(message, Finished):
+                        return message
+                    if isinstance(message, Failed):
+                        raise reported(message.error)
+                    self._record(message, mirror)
+                self._watch.check()
+                raise child.wait_fault(grace_s)
+            except JobFault as fault:
+                self._watch.check()
+                self._event("failure", {"code": fault.code, "output": child.output_tail()[-TAIL_CHARACTERS:]})
+                raise
+
+    def _record(self, message: ProgressMessage, mirror: CheckpointMirror) -> None:
+        if isinstance(message, StageStarted):
+            self._set_stage(message.stage)
+        elif isinstance(message, Progressed):
+            self._set_progress(message)
+        elif isinstance(message, Noted):
+            self._event("note", message.model_dump(exclude={"kind"}))
+        elif isinstance(message, Checkpointed):
+            self._store_checkpoint(message, mirror)
+
+    def _store_checkpoint(self, message: Checkpointed, mirror: CheckpointMirror) -> None:
+        try:
+            mirror.put(message)
+        except Unavailable as fault:
+            # Hours of work must not end for a checkpoint: it is put again with the next one.
+            note = f"{message.key} waits: {fault.message}"
+            self._event("note", {"code": "checkpoint_not_stored", "message": note})
+        else:
+            self._event("checkpoint", {"key": message.key, "attempt": self._job.attempt})
+
+    def _set_stage(self, stage: Stage) -> None:
+        self._update(lambda job: job.model_copy(update={"stage": stage}))
+
+    def _set_progress(self, message: Progressed) -> None:
+        self._fraction = min(1.0, max(self._fraction, message.fraction))
+        if time.monotonic() - self._written < PROGRESS_S:
+            return
+        self._written = time.monotonic()
+        progress = Progress(**message.model_dump(exclude={"kind", "fraction"}), fraction=self._fraction)
+        self._update(lambda job: job.model_copy(update={"progress": progress}))
+
+    def _succeed(self, artifacts: tuple[str, ...]) -> None:
+        # The commit point is passed: a request to stop that arrives now comes too late.
+        self._update(
+            lambda job: transition(
+                job, JobState.SUCCEEDED, artifacts=artifacts, progress=Progress(fraction=1.0)
+            ),
+            stoppable=False,
+        )
+        self._drop_checkpoints()
+
+    def _fail(self, fault: NibbleError) -> None:
+        # Its checkpoints stay: a retry of the job goes on from them.
+        self._end(lambda job: failed(job, fault))
+
+    def _retry_or_fail(self, fault: Unavailable) -> None:
+        """Storage or the hub did not answer: another attempt may meet them well."""
+        if self._job.attempt >= self._context.settings.max_attempts:
+            self._fail(fault)
+            return
+        self._event("retry", {"code": fault.code, "message": fault.message, "attempt": self._job.attempt})
+        self._requeue()
+
+    def _stop(self, reason: StopReason) -> None:
+        if reason is StopReason.CANCELLED:
+            self._end(lambda job: transition(job, JobState.CANCELLED, error=Problem.of(cancelled())))
+            self._drop_checkpoints()
+        elif reason is StopReason.DEADLINE:
+            limit = self._job.spec.timeout_s
+            self._fail(
+                DeadlineExceeded(f"it ran longer than {limit} s", remedy="raise timeout_s, then retry")
+            )
+        elif reason is StopReason.SHUTDOWN:
+            self._requeue()
+        else:
+            log.warning("lease lost; another attempt may run", extra={"job": self._job.id})
+
+    def _requeue(self) -> None:
+        """Give the job back, so that another worker goes on from its checkpoints."""
+
+        def given_back(job: Job) -> Job:
+            if job.state is JobState.CANCELLING:
+                return transition(job, JobState.CANCELLED, error=Problem.of(cancelled()))
+            return requeued(job)
+
+        job = self._end(given_back)
+        self._context.store.release(self._job.id, self._job.attempt)
+        if job is not None and job.state is JobState.QUEUED:
+            self._context.queue.enqueue(job)
+
+    def _end(self, change: Callable[[Job], Job]) -> Job | None:
+        """Write how the attempt ended; None if it is no longer this attempt's to write."""
+        try:
+            return self._update(change, stoppable=False)
+        except Stopped:
+            return None
+
+    def _update(self, change: Callable[[Job], Job], *, stoppable: bool = True) -> Job:
+        job_id, attempt = self._job.id, self._job.attempt
+        return self._written_to_redis(
+            lambda: self._context.store.update(job_id, change, attempt), stoppable=stoppable
+        )
+
+    def _event(self, kind: str, payload: dict[str, Any]) -> None:
+        self._written_to_redis(lambda: self._context.store.append_event(self._job.id, kind, payload))
+
+    def _written_to_redis(self, write: Callable[[], T], *, stoppable: bool = True) -> T:
+        """Write through a restart of Redis. Raises Stopped if the job is no longer this attempt's."""
+        give_up = time.monotonic() + REDIS_PATIENCE_S
+        while True:
+            if stoppable:
+                self._watch.check()
+            try:
+                return write()
+            except (RedisConnectionError, RedisTimeoutError) as fault:
+                log.warning("redis does not answer: %s", fault)
+                if time.monotonic() > give_up:
+                    raise Stopped(StopReason.LEASE_LOST) from fault
+            except (Conflict, NotFound) as refusal:
+                log.warning("not written: %s", refusal.message, extra={"job": self._job.id})
+                raise Stopped(StopReason.LEASE_LOST) from refusal
+            time.sleep(0.5)
+
+    def _check_lease(self) -> None:
+        """Look at the lease itself: a process that was halted for minutes hasn't heard of its loss yet."""
+        self._watch.check()
+        if not self._context.store.holds(self._job.id, self._job.attempt):
+            raise Stopped(StopReason.LEASE_LOST)
+
+    def _drop_checkpoints(self) -> None:
+        try:
+            self._context.objects.delete_prefix(job_prefix(self._job.id))
+        except Unavailable as fault:
+            # The job has ended well; what is left costs space only.
+            log.warning("checkpoints not removed: %s", fault.message, extra={"job": self._job.id})
+
+
+def reported(problem: Problem) -> JobFault:
+    return JobFault(problem.message, code=problem.code, remedy=problem.remedy)
+
+
+def cancelled() -> Cancelled:
+    return Cancelled("its owner cancelled it")
+
+
+def disk_fault(fault: OSError) -> JobFault:
+    return JobFault(
+        f"the worker could not write or read its own files: {fault}",
+        code="worker_disk",
+        remedy="let the operator free space in NIBBLE_STATE_DIR, then retry",
+    )
