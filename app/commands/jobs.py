@@ -12,6 +12,8 @@ from app.commands.show import show_estimate, show_job, show_jobs, show_report
 from app.commands.terminal import ApiKey, AsJson, ExitCode, Url, connect, print_json, stdout
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from app.client import JobView, NibbleClient
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
@@ -75,20 +77,25 @@ def watch(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: A
 
 def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
     """Exits with 1 unless the job succeeded."""
-    console = stdout()
     job: JobView | None = None
     if as_json:
         for job in client.follow(job_id):
             print_json(job.model_dump(mode="json"))
     else:
+        console = stdout()
         console.print(f"job {job_id}")
-        with progress_view(console) as view:
-            for job in client.follow(job_id):
-                view.show((job.stage if job.state == "running" else None) or job.state, job.progress)
-        if job is not None:
-            show_job(console, job)
+        job = watch_job(client, job_id, console)
+        show_job(console, job)
     if job is None or job.state != "succeeded":
         raise typer.Exit(ExitCode.FAILED)
+
+
+def watch_job(client: NibbleClient, job_id: str, console: Console) -> JobView:
+    """Show progress until the job has ended; the job as it ended."""
+    with progress_view(console) as view:
+        for job in client.follow(job_id):
+            view.show((job.stage if job.state == "running" else None) or job.state, job.progress)
+    return job
 
 
 def jobs(

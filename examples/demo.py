@@ -1,0 +1,187 @@
+"""The whole service in one run: start it, quantize the bundled model over HTTP, judge the result, stop it.
+
+`make demo` runs this. Everything is kept in a temporary folder that goes away at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from app.client import JobView, NibbleClient
+from app.commands.jobs import watch_job
+from app.commands.show import show_job, show_report
+from app.commands.terminal import API_KEY_FILE, console_on
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
+TEST_TEXT = REPOSITORY / "workers" / "texts" / "builtin" / "wikitext2" / "test.txt"
+WINDOWS = 100
+WINDOW_TOKENS = 512
+START_LIMIT_S = 90.0
+STOP_LIMIT_S = 40.0
+# The loader computes in its own order and dtype; a packing mistake is off by far more.
+MAX_DIFFERENCE = 0.005
+
+JOB = {
+    "model": MODEL.as_uri(),
+    "recipe": [
+        {"method": "rtn", "bits": 4, "group_size": 128},
+        {"method": "awq", "bits": 4, "group_size": 128},
+    ],
+    "calibration": {"dataset": "builtin:wikitext2", "num_samples": 128, "sequence_length": WINDOW_TOKENS},
+    "evaluation": {"dataset": "builtin:wikitext2", "num_samples": WINDOWS},
+    "formats": ["awq", "compressed-tensors"],
+}
+
+
+class DemoFailed(Exception):
+    """Something did not go as this script promises."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def service_environment(state: Path, port: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NIBBLE_")}
+    return {
+        **kept,
+        "NIBBLE_STATE_DIR": str(state),
+        "NIBBLE_HOST": "127.0.0.1",
+        "NIBBLE_PORT": str(port),
+        "NIBBLE_MODEL_ROOTS": str(REPOSITORY / "examples"),
+    }
+
+
+@contextmanager
+def running_service(state: Path, port: int) -> Iterator[NibbleClient]:
+    """`nibble up`, ready, with a client; stopped at the end together with all that it started."""
+    log = state.parent / "nibble-up.log"
+    command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), "app.cli", "up"]
+    with log.open("wb") as out:
+        service = subprocess.Popen(
+            command, cwd=REPOSITORY, env=service_environment(state, port), stdout=out, stderr=out
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        await_ready(url, service)
+        with NibbleClient(url, api_key=(state / API_KEY_FILE).read_text().strip()) as client:
+            yield client
+    except BaseException:
+        sys.stderr.write(log.read_text(errors="replace"))
+        raise
+    finally:
+        stop(service)
+
+
+def await_ready(url: str, service: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    with NibbleClient(url) as client:
+        while not client.ready():
+            if service.poll() is not None:
+                raise DemoFailed(f"`nibble up` ended with exit code {service.returncode}")
+            if time.monotonic() > deadline:
+                raise DemoFailed(f"the service was not ready after {START_LIMIT_S:.0f} s")
+            time.sleep(0.1)
+
+
+def stop(service: subprocess.Popen[bytes]) -> None:
+    service.terminate()
+    try:
+        service.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        service.kill()
+        service.wait()
+
+
+def run_job(client: NibbleClient, console: Console) -> JobView:
+    job = client.submit(JOB)
+    console.print(f"submitted {job.id}: RTN and AWQ, 4 bits, groups of 128, two formats")
+    job = watch_job(client, job.id, console)
+    show_job(console, job)
+    if job.state != "succeeded":
+        raise DemoFailed(f"the job is {job.state}")
+    return job
+
+
+def chosen_artifact(client: NibbleClient, job: JobView) -> str:
+    """The AWQ candidate in the format that compressed-tensors reads."""
+    for artifact_id in job.artifacts:
+        artifact = client.artifact(artifact_id)
+        if artifact.recipe["method"] == "awq" and artifact.format == "compressed-tensors":
+            return artifact_id
+    raise DemoFailed("the job has no compressed-tensors artifact of the AWQ recipe")
+
+
+def loaded_perplexity(folder: Path) -> float:
+    """The perplexity that transformers gets with the artifact, through the compressed-tensors library."""
+    # Imported here: the service above is up before this process loads torch.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    ids = tokenizer(TEST_TEXT.read_text("utf-8"), verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]
+    windows = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
+    with torch.inference_mode():
+        losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
+    return float(torch.tensor(losses, dtype=torch.float64).mean().exp())
+
+
+def compare(reported: float, loaded: float, console: Console) -> None:
+    difference = abs(loaded / reported - 1)
+    console.print(
+        f"perplexity of the AWQ artifact: reported {reported:.3f}, loaded by transformers {loaded:.3f}"
+    )
+    if difference > MAX_DIFFERENCE:
+        raise DemoFailed(f"they differ by {difference:.2%}, more than {MAX_DIFFERENCE:.1%}")
+    console.print(f"they differ by {difference:.4%}: the files hold what the service measured")
+
+
+def exit_on_signal(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    started = time.monotonic()
+    console = console_on(stderr=False)
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
+    try:
+        with tempfile.TemporaryDirectory(prefix="nibble-demo-") as temporary:
+            folder = Path(temporary)
+            with running_service(folder / "state", free_port()) as client:
+                console.print(
+                    f"the service is ready at {client.url} after {time.monotonic() - started:.1f} s"
+                )
+                job = run_job(client, console)
+                report = client.report(job.id)
+                show_report(console, report)
+                client.download(chosen_artifact(client, job), folder / "artifact")
+            awq = next(row for row in report["candidates"] if row["recipe"]["method"] == "awq")
+            compare(awq["perplexity"], loaded_perplexity(folder / "artifact"), console)
+    except DemoFailed as fault:
+        console.print(f"[bold red]the demo failed:[/] {fault}")
+        return 1
+    console.print(
+        f"done in {time.monotonic() - started:.0f} s; the service is stopped and its folder removed"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
