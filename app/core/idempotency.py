@@ -32,25 +32,40 @@ class IdempotencyKeys:
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
 
-    def job_id(self, tenant: str, key: str, spec: JobSpec) -> str:
-        """The id of the job that this key stands for.
+    def find(self, tenant: str, key: str, spec: JobSpec) -> str | None:
+        """The id of the job that this key stands for; None for a new key.
 
         Raises MalformedRequest for an unusable key, InvalidRequest if the key was used with another body.
         """
-        if not 1 <= len(key) <= MAX_LENGTH or not key.isascii() or not key.isprintable():
-            raise MalformedRequest(
-                f"Idempotency-Key has {len(key)} characters; 1 to {MAX_LENGTH} printable ones are allowed",
-                code="idempotency_key_invalid",
-                remedy="use a UUID",
-            )
-        mine = Claim(body=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(), job=new_id("job"))
-        name = f"nibble:idempotency:{tenant}:{hashlib.sha256(key.encode()).hexdigest()}"
-        is_first = self._redis.set(name, mine.model_dump_json(), nx=True, ex=KEPT_S)
-        first = mine if is_first else Claim.model_validate_json(self._redis.get(name))
-        if first.body != mine.body:
-            raise InvalidRequest(
-                "this Idempotency-Key was used with another body",
-                code="idempotency_key_reused",
-                remedy="use a new key for a new request",
-            )
-        return first.job
+        found = self._redis.get(redis_key(tenant, key))
+        return matching(Claim.model_validate_json(found), spec) if found is not None else None
+
+    def claim(self, tenant: str, key: str, spec: JobSpec) -> str:
+        """The id of the job that this key stands for from now on."""
+        mine = Claim(body=digest(spec), job=new_id("job"))
+        is_first = self._redis.set(redis_key(tenant, key), mine.model_dump_json(), nx=True, ex=KEPT_S)
+        return mine.job if is_first else self.find(tenant, key, spec) or mine.job
+
+
+def digest(spec: JobSpec) -> str:
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+
+
+def redis_key(tenant: str, key: str) -> str:
+    if not 1 <= len(key) <= MAX_LENGTH or not key.isascii() or not key.isprintable():
+        raise MalformedRequest(
+            f"Idempotency-Key has {len(key)} characters; 1 to {MAX_LENGTH} printable ones are allowed",
+            code="idempotency_key_invalid",
+            remedy="use a UUID",
+        )
+    return f"nibble:idempotency:{tenant}:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def matching(first: Claim, spec: JobSpec) -> str:
+    if first.body != digest(spec):
+        raise InvalidRequest(
+            "this Idempotency-Key was used with another body",
+            code="idempotency_key_reused",
+            remedy="use a new key for a new request",
+        )
+    return first.job

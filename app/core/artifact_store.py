@@ -1,0 +1,100 @@
+"""Published artifacts, found by their manifests: what has no manifest does not exist.
+
+artifacts/<id>/manifest.json        the commit point, created once
+artifacts/<id>/<prefix>/<path>      the files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from app.core.artifact import ArtifactFile, ArtifactManifest
+from app.core.errors import MalformedRequest, NotFound
+from app.core.ids import is_id
+from app.core.object_store import ObjectStore
+from app.core.specs import Frozen
+
+ARTIFACTS = "artifacts"
+
+
+class ArtifactPage(Frozen):
+    manifests: tuple[ArtifactManifest, ...]
+    has_more: bool
+
+
+def artifact_folder(artifact_id: str) -> str:
+    return f"{ARTIFACTS}/{artifact_id}"
+
+
+def manifest_key(artifact_id: str) -> str:
+    return f"{artifact_folder(artifact_id)}/manifest.json"
+
+
+def file_key(manifest: ArtifactManifest, path: str) -> str:
+    return f"{artifact_folder(manifest.id)}/{manifest.prefix}/{path}"
+
+
+def missing(what: str) -> NotFound:
+    return NotFound(
+        f"there is no artifact {what[:200]}",
+        code="artifact_not_found",
+        remedy="list your artifacts with GET /v1/artifacts and their files with GET /v1/artifacts/{id}",
+    )
+
+
+class ArtifactStore:
+    """Reads and removes artifacts. Publishing them is the worker's."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+
+    def get(self, tenant: str, artifact_id: str) -> ArtifactManifest:
+        """The manifest; NotFound also for another tenant's."""
+        manifest = self._read(artifact_id) if is_id("art", artifact_id) else None
+        if manifest is None or manifest.tenant != tenant:
+            raise missing(artifact_id)
+        return manifest
+
+    def file(self, tenant: str, artifact_id: str, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
+        """A file that the manifest names; any other path is NotFound."""
+        manifest = self.get(tenant, artifact_id)
+        for file in manifest.files:
+            if file.path == path:
+                return manifest, file
+        raise missing(f"file {artifact_id}/{path}")
+
+    def page(self, tenant: str, *, limit: int, after: str | None) -> ArtifactPage:
+        """The tenant's artifacts, newest first, older than the id `after`."""
+        if after is not None and not is_id("art", after):
+            raise MalformedRequest(
+                f"{after[:64]!r} is not a cursor",
+                code="invalid_cursor",
+                remedy="pass the `next` of the page before",
+                param="after",
+            )
+        found: list[ArtifactManifest] = []
+        for manifest in self._newest_first(after):
+            if manifest.tenant == tenant:
+                found.append(manifest)
+            if len(found) > limit:
+                break
+        return ArtifactPage(manifests=tuple(found[:limit]), has_more=len(found) > limit)
+
+    def delete(self, tenant: str, artifact_id: str) -> None:
+        """Remove an artifact: the manifest first, so that no half of it is ever listed."""
+        self.get(tenant, artifact_id)
+        self._objects.delete(manifest_key(artifact_id))
+        self._objects.delete_prefix(artifact_folder(artifact_id))
+
+    def _newest_first(self, after: str | None) -> Iterator[ArtifactManifest]:
+        for artifact_id in reversed(self._objects.list_folders(ARTIFACTS)):
+            if is_id("art", artifact_id) and (after is None or artifact_id < after):
+                manifest = self._read(artifact_id)
+                if manifest is not None:  # an attempt still uploads, or was lost
+                    yield manifest
+
+    def _read(self, artifact_id: str) -> ArtifactManifest | None:
+        try:
+            return ArtifactManifest.model_validate_json(self._objects.get(manifest_key(artifact_id)))
+        except NotFound:
+            return None
