@@ -31,7 +31,6 @@ from app.core.assignment import (
     StageStarted,
 )
 from app.core.errors import (
-    Cancelled,
     Conflict,
     DeadlineExceeded,
     JobFault,
@@ -243,7 +242,7 @@ class Attempt:
 
     def _stop(self, reason: StopReason) -> None:
         if reason is StopReason.CANCELLED:
-            self._end(lambda job: transition(job, JobState.CANCELLED, error=Problem.of(cancelled())))
+            self._end(lambda job: transition(job, JobState.CANCELLED))
             self._drop_checkpoints()
         elif reason is StopReason.DEADLINE:
             limit = self._job.spec.timeout_s
@@ -260,7 +259,7 @@ class Attempt:
 
         def given_back(job: Job) -> Job:
             if job.state is JobState.CANCELLING:
-                return transition(job, JobState.CANCELLED, error=Problem.of(cancelled()))
+                return transition(job, JobState.CANCELLED)
             return requeued(job)
 
         job = self._end(given_back)
@@ -317,10 +316,6 @@ class Attempt:
 
 def reported(problem: Problem) -> JobFault:
     return JobFault(problem.message, code=problem.code, remedy=problem.remedy)
-
-
-def cancelled() -> Cancelled:
-    return Cancelled("its owner cancelled it")
 
 
 def disk_fault(fault: OSError) -> JobFault:

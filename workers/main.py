@@ -1,0 +1,146 @@
+"""`python -m workers.main`: takes jobs from the queue, one at a time, for one device. Never imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+from redis import Redis
+
+from app.core.job_queue import JobQueue
+from app.core.job_store import JobStore
+from app.core.object_store import ObjectStore
+from app.core.redis_server import connect, resolve_redis, wait_for_redis
+from app.core.settings import Settings
+from app.core.worker_registry import WorkerRecord
+from workers.queue_worker import QueueWorker
+from workers.supervisor import WorkerContext
+from workers.tasks import open_context
+
+log = logging.getLogger(__name__)
+
+DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+WORK_FOLDER = re.compile(r"(job_[0-9A-Z]{26})-(\d+)")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="nibble worker", description=__doc__)
+    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu or cuda:N")
+    parser.add_argument(
+        "--name", type=worker_name, help="how the worker is listed; host, device and pid if absent"
+    )
+    parser.add_argument("--burst", action="store_true", help="end when the queues are empty")
+    return parser.parse_args(arguments)
+
+
+def device_name(text: str) -> str:
+    if not DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu or cuda:N")
+    return text
+
+
+def worker_name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be up to 64 letters, digits and _.:-")
+    return text
+
+
+def resolve_device(wanted: str) -> str:
+    """The device for `wanted`: the first GPU for `auto` where there is one, found without torch."""
+    if wanted != "auto":
+        return wanted
+    return "cuda:0" if Path("/dev/nvidia0").exists() or gpu_names() else "cpu"
+
+
+def gpu_names() -> list[str]:
+    """The names of this host's NVIDIA GPUs, as the driver's own program tells them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []
+
+
+def describe_device(device: str) -> str:
+    if device == "cpu":
+        return f"{os.cpu_count()} CPU threads"
+    names, index = gpu_names(), int(device.partition(":")[2])
+    return names[index].strip() if index < len(names) else device
+
+
+def remove_leftovers(folder: Path, store: JobStore) -> list[str]:
+    """Remove the work folders of attempts that nobody executes any more; their names."""
+    removed = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = WORK_FOLDER.fullmatch(path.name)
+        if match is not None and not store.holds(match[1], int(match[2])):
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path.name)
+    return removed
+
+
+def describe_worker(device: str, name: str | None) -> WorkerRecord:
+    host, pid, now = socket.gethostname(), os.getpid(), datetime.now(UTC)
+    return WorkerRecord(
+        name=name or f"{host}-{device.replace(':', '')}-{pid}",
+        host=host,
+        pid=pid,
+        device=device,
+        device_name=describe_device(device),
+        started_at=now,
+        heartbeat_at=now,
+    )
+
+
+def serve(settings: Settings, redis_url: str, record: WorkerRecord, *, burst: bool) -> None:
+    """Work until told to stop, or, with `burst`, until the queues are empty."""
+    shutdown = threading.Event()
+
+    def context() -> WorkerContext:
+        redis = connect(redis_url)
+        return WorkerContext(
+            settings=settings,
+            store=JobStore(redis),
+            queue=JobQueue(redis, limit=settings.queue_limit),
+            objects=ObjectStore(settings.object_store_url),
+            name=record.name,
+            device=record.device,
+            shutdown=shutdown,
+        )
+
+    open_context.set(context)
+    redis: Redis = connect(redis_url, timeout_s=None)
+    wait_for_redis(redis)
+    removed = remove_leftovers(settings.scratch_dir, JobStore(redis))
+    if removed:
+        log.info("removed what dead attempts left: %s", ", ".join(removed))
+    log.info("worker %s on %s (%s)", record.name, record.device, record.device_name)
+    QueueWorker(redis, record, shutdown).work(burst=burst, logging_level=settings.log_level.upper())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    settings = Settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    settings.scratch_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with resolve_redis(settings) as server:
+        record = describe_worker(resolve_device(options.device), options.name)
+        serve(settings, server.url, record, burst=options.burst)
+
+
+if __name__ == "__main__":
+    main()
