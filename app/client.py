@@ -23,6 +23,7 @@ from app.core.job import TERMINAL, Problem, Progress
 
 LONG_POLL_S = 20
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+RETRY_S = 1.0
 RECONNECT_S = 30.0  # how long `follow` puts up with a service that restarts
 
 
@@ -189,7 +190,7 @@ class NibbleClient:
                 silent_since = silent_since or time.monotonic()
                 if etag is None or time.monotonic() - silent_since > RECONNECT_S:
                     raise
-                time.sleep(1.0)
+                time.sleep(RETRY_S)
                 continue
             silent_since = None
             if answer.status_code == httpx.codes.NOT_MODIFIED:
@@ -200,7 +201,7 @@ class NibbleClient:
                 return
             etag = answer.headers.get("ETag")
             if etag is None:
-                time.sleep(1.0)
+                time.sleep(RETRY_S)
 
     def download(
         self, artifact_id: str, folder: Path, *, on_bytes: Callable[[int], None] = lambda _: None

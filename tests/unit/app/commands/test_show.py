@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from app.commands.show import show_estimate, show_report
+from app.commands.terminal import human_bytes, human_seconds
+
+REPORT = {
+    "version": 1,
+    "model": "a/b",
+    "original": {"perplexity": 59.3834},
+    "candidates": [
+        {
+            "label": "awq w4 g128", "perplexity": 59.6, "perplexity_ratio": 1.00365, "kl": 0.01234,
+            "bytes": {"awq": 3_400_000, "compressed-tensors": 3_500_000}, "bits_per_weight": 4.25,
+        },
+    ],
+    "stages": {"calibrating": 9.5, "searching": 1.25},
+}  # fmt: skip
+
+
+def text_of(show: object, document: dict[str, object]) -> str:
+    out = io.StringIO()
+    assert callable(show)
+    show(Console(file=out, width=200), document)
+    return out.getvalue()
+
+
+def test_a_report_shows_every_figure() -> None:
+    text = text_of(show_report, REPORT)
+    for figure in ("59.383", "59.600", "1.00365", "0.01234", "3.4 MB", "3.5 MB", "4.25", "9.50", "10.75"):
+        assert figure in text
+
+
+def test_an_estimate_shows_figures_and_notes() -> None:
+    document = {
+        "time_s": 90.0,
+        "ram_bytes": 2_000_000,
+        "layers": [{}],
+        "notes": ["lm_head keeps its precision"],
+    }
+    text = text_of(show_estimate, document)
+    for part in ("1 min 30 s", "2.0 MB", "lm_head keeps its precision"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")]
+)
+def test_human_bytes(size: float, text: str) -> None:
+    assert human_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "-"), (1.25, "1.2 s"), (75, "1 min 15 s"), (7260, "2 h 01 min")]
+)
+def test_human_seconds(seconds: float | None, text: str) -> None:
+    assert human_seconds(seconds) == text

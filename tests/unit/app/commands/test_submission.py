@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from app.commands import submission
+
+
+def body_of(model: str | None, spec: Path | None = None, **sections: dict[str, object]) -> dict[str, object]:
+    return submission.job_body(model, spec, formats=None, sections=sections)
+
+
+def test_only_given_options_are_sent() -> None:
+    body = body_of("org/name", recipe={"method": "awq", "bits": None}, calibration={"dataset": None})
+    assert body == {"model": "org/name", "recipe": {"method": "awq"}}
+
+
+def test_options_change_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps({"model": "a/b", "recipe": {"bits": 4, "group_size": 64}}))
+    body = body_of(None, file, recipe={"bits": 3})
+    assert body == {"model": "a/b", "recipe": {"bits": 3, "group_size": 64}}
+
+
+def test_the_file_may_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"model": "a/b"}'))
+    assert body_of(None, Path("-")) == {"model": "a/b"}
+
+
+def test_options_do_not_change_a_list_of_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps({"model": "a/b", "recipe": [{"bits": 4}, {"bits": 3}]}))
+    with pytest.raises(typer.BadParameter, match="recipe"):
+        body_of(None, file, recipe={"bits": 3})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_a_file_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(text)
+    with pytest.raises(typer.BadParameter):
+        body_of("a/b", file)
+
+
+def test_a_model_is_needed() -> None:
+    with pytest.raises(typer.BadParameter, match="model"):
+        body_of(None)
+
+
+def test_a_folder_becomes_a_file_reference(tmp_path: Path) -> None:
+    assert submission.model_reference(str(tmp_path)) == tmp_path.as_uri()
+    assert submission.model_reference("hf:org/name") == "hf:org/name"
+
+
+def test_labels() -> None:
+    assert submission.split_labels(["team=search", "note=a=b"]) == {"team": "search", "note": "a=b"}
+    assert submission.split_labels(None) == {}
+    with pytest.raises(typer.BadParameter, match="key=value"):
+        submission.split_labels(["team"])
