@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app.core.assignment import CHECKPOINTS, Checkpointed
+from app.core.errors import NotFound
 from app.core.job import Job
 from app.core.object_store import ObjectStore
 
@@ -42,6 +43,7 @@ class CheckpointMirror:
         self._folder = work_folder / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[Checkpointed] = []
+        self._obsolete: set[str] = set()  # stored keys that the next stored one replaces
 
     def restore(self, on_file: Callable[[], None]) -> list[str]:
         """Bring back what an earlier attempt, or the job that this one retries, has put; the keys."""
@@ -65,13 +67,20 @@ class CheckpointMirror:
             self._pending.pop(0)
 
     def _put_one(self, message: Checkpointed) -> None:
-        path = self._folder / message.key
-        # The child may be ahead of us and have replaced this file by a newer one.
-        if path.exists():
-            self._objects.put(f"{self._prefix}/{message.key}", path)
         if message.replaces is not None:
-            self._objects.delete(f"{self._prefix}/{message.replaces}")
-            (self._folder / message.replaces).unlink(missing_ok=True)
+            self._obsolete.add(message.replaces)
+        path = self._folder / message.key
+        try:
+            self._objects.put(f"{self._prefix}/{message.key}", path)
+        except NotFound:
+            # The child is ahead of us and has replaced this file; the newer one is announced next. Until it is
+            # stored, the old one stays: the store always holds a set to resume from.
+            if path.exists():
+                raise
+            return
+        for key in sorted(self._obsolete):
+            self._objects.delete(f"{self._prefix}/{key}")
+        self._obsolete.clear()
 
     def _download(self, prefix: str, on_file: Callable[[], None]) -> list[str]:
         keys = []
