@@ -319,8 +319,10 @@ def refusal(answer: httpx.Response) -> ServiceRefused:
     if not isinstance(problem, dict):
         problem = {}
     message = problem.get("detail") or problem.get("title") or f"HTTP status {answer.status_code}"
+    # The detail names the first field; the others follow it.
+    more = [f"{field.get('path')}: {field.get('message')}" for field in problem.get("errors", [])[1:]]
     error = ServiceRefused(
-        str(message),
+        "\n".join([str(message), *more]),
         code=str(problem.get("code") or f"http_{answer.status_code}"),
         remedy=str(problem.get("remedy") or ""),
         param=problem.get("param"),

@@ -21,7 +21,8 @@ from rich.console import Console
 from app.client import JobView, NibbleClient
 from app.commands.jobs import watch_job
 from app.commands.show import show_job, show_report
-from app.commands.terminal import API_KEY_FILE, console_on
+from app.commands.terminal import console_on
+from app.core.security import KEY_FILE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
@@ -79,7 +80,7 @@ def running_service(state: Path, port: int) -> Iterator[NibbleClient]:
     try:
         url = f"http://127.0.0.1:{port}"
         await_ready(url, service)
-        with NibbleClient(url, api_key=(state / API_KEY_FILE).read_text().strip()) as client:
+        with NibbleClient(url, api_key=(state / KEY_FILE).read_text().strip()) as client:
             yield client
     except BaseException:
         sys.stderr.write(log.read_text(errors="replace"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from rich.markup import escape
 
 from app.client import NibbleClient
 from app.commands.doctor import gpu_names
-from app.commands.terminal import API_KEY_FILE, ExitCode, kept_api_key, local_url, stdout
+from app.commands.terminal import ExitCode, api_key_file, local_url, stdout
 from app.core.errors import NibbleError, Unavailable
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 START_LIMIT_S = 60.0
 STOP_GRACE_S = 15.0
+READER_LIMIT_S = 2.0
 MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; more means that it can't run here
 RESTART_WINDOW_S = 60.0
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
@@ -41,6 +43,7 @@ class Member:
         self.command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), module, *arguments]
         self.starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
         self.process: subprocess.Popen[str] | None = None
+        self.reader: threading.Thread | None = None
 
     def start(self, environment: dict[str, str]) -> None:
         self.starts.append(time.monotonic())
@@ -55,13 +58,15 @@ class Member:
             # Ctrl-C reaches this process alone, which then stops the members in order.
             start_new_session=True,
         )
-        threading.Thread(target=self.copy_lines, args=(self.process,), daemon=True).start()
+        self.reader = threading.Thread(target=self.copy_lines, args=(self.process,), daemon=True)
+        self.reader.start()
 
     def copy_lines(self, process: subprocess.Popen[str]) -> None:
         console = stdout()
         assert process.stdout is not None
-        for line in process.stdout:
-            console.print(f"[{self.colour}]{self.name:<8} |[/] {escape(line.rstrip())}")
+        with process.stdout:
+            for line in process.stdout:
+                console.print(f"[{self.colour}]{self.name:<8} |[/] {escape(line.rstrip())}")
 
     def exit_code(self) -> int | None:
         """The code it ended with; None while it runs."""
@@ -71,8 +76,8 @@ class Member:
         return len(self.starts) > MAX_RESTARTS and self.starts[-1] - self.starts[0] < RESTART_WINDOW_S
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL for the whole session."""
-        if self.process is None:
+        """SIGTERM, then SIGKILL for the whole session; its last lines are printed."""
+        if self.process is None or self.reader is None:
             return
         if self.process.poll() is None:
             self.process.terminate()
@@ -81,6 +86,7 @@ class Member:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
+        self.reader.join(READER_LIMIT_S)  # a process that it left behind could hold the pipe open
 
 
 class Machine:
@@ -108,14 +114,14 @@ class Machine:
     def run_members(self, redis: RedisServer, environment: dict[str, str]) -> ExitCode:
         api = Member("api", "app.cli", "api", colour=COLOURS[0])
         workers = [
-            Member(name, "workers.main", "--device", device, colour=COLOURS[1 + index % (len(COLOURS) - 1)])
+            Member(name, *worker_command(name, device), colour=COLOURS[1 + index % (len(COLOURS) - 1)])
             for index, (name, device) in enumerate(worker_devices())
         ]
         members = [api, *workers]
         try:
             for member in members:
                 member.start(environment)
-            self.await_ready(members)
+            self.await_ready(redis, members)
             while self.stop_signal is None:
                 refuse_ended(api)
                 refuse_dead_redis(redis)
@@ -130,24 +136,33 @@ class Machine:
                 member.stop()
         return ExitCode.OK
 
-    def await_ready(self, members: Sequence[Member]) -> None:
+    def await_ready(self, redis: RedisServer, members: Sequence[Member]) -> None:
+        """Return once the API takes jobs and every worker waits for one."""
+        from app.core.redis_server import connect
+        from app.core.worker_registry import WorkerRegistry
+
         url = local_url(self.settings)
+        registry = WorkerRegistry(connect(redis.url))
+        expected = {registered_name(member.name) for member in members[1:]}
         deadline = time.monotonic() + START_LIMIT_S
         with NibbleClient(url) as client:
-            while not client.ready():
+            while not (client.ready() and expected <= {worker.name for worker in registry.living()}):
                 if self.stop_signal is not None:
                     return
                 for member in members:
                     refuse_ended(member)
                 if time.monotonic() > deadline:
                     raise Unavailable(
-                        f"the API did not become ready within {START_LIMIT_S:.0f} s",
-                        remedy="read its lines above; `nibble doctor` checks this machine",
+                        f"the service was not ready after {START_LIMIT_S:.0f} s",
+                        remedy="read the lines above; `nibble doctor` checks this machine",
                     )
                 time.sleep(POLL_S)
-        self.say(f"ready: {url}")
-        if kept_api_key(self.settings.state_dir):
-            self.say(f"API key: {self.settings.state_dir / API_KEY_FILE}")
+        self.say_ready(url)
+
+    def say_ready(self, url: str) -> None:
+        given = self.settings.bootstrap_api_key is not None
+        self.say(f"API key: {'NIBBLE_BOOTSTRAP_API_KEY' if given else api_key_file(self.settings)}")
+        self.say(f"[bold green]ready[/] at {url}")
 
     def replace_ended(self, workers: Sequence[Member], environment: dict[str, str]) -> None:
         """Start a dead worker again: the service takes up its job."""
@@ -180,6 +195,15 @@ def refuse_dead_redis(redis: RedisServer) -> None:
 
 def exit_text(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def worker_command(name: str, device: str) -> tuple[str, ...]:
+    return ("workers.main", "--device", device, "--name", registered_name(name))
+
+
+def registered_name(name: str) -> str:
+    """The name under which a worker of this process is listed."""
+    return f"{socket.gethostname()[:32]}-{name}-{os.getpid()}"
 
 
 def worker_devices() -> list[tuple[str, str]]:

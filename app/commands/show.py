@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +131,32 @@ def size_text(size: float | None) -> str:
 
 
 def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
-    """Every figure by its name; the per-layer decisions are in `--json`."""
+    """Every figure by its name, and what each recipe does; all linears one by one are in `--json`."""
     grid = table("figure", ">estimate")
     for name, value in estimate.items():
-        if isinstance(value, bool | list | dict) or value is None:
+        if name == "object" or isinstance(value, bool | list | dict) or value is None:
             continue
         grid.add_row(escape(name.replace("_", " ")), estimate_text(name, value))
     console.print(grid)
+    for candidate in estimate.get("candidates", []):
+        show_decisions(console, candidate)
     for note in estimate.get("notes", []):
         console.print(f"[yellow]note[/] {escape(str(note))}")
+
+
+def show_decisions(console: Console, candidate: Mapping[str, Any]) -> None:
+    """What a recipe does, linears of the same treatment counted together."""
+    counts = Counter(decision_text(linear) for linear in candidate.get("linears", []))
+    sizes = [f"{name} {human_bytes(size)}" for name, size in candidate.get("output_bytes", {}).items()]
+    console.print(f"[bold]{escape(str(candidate.get('label', '')))}[/] {escape(', '.join(sizes))}")
+    for text, count in counts.items():
+        console.print(f"  {count} linears: {escape(text)}")
+
+
+def decision_text(linear: Mapping[str, Any]) -> str:
+    if linear.get("bits") is None:
+        return f"keep their precision, {linear.get('reason')}"
+    return f"{linear['bits']} bits, group size {linear.get('group_size')}"
 
 
 def estimate_text(name: str, value: object) -> str:

@@ -6,7 +6,6 @@ Commands import what is slow to load (httpx, the web framework) in their bodies:
 from __future__ import annotations
 
 import json
-import os
 import sys
 from enum import IntEnum
 from pathlib import Path
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from app.core.settings import Settings
 
 PIPE_WIDTH = 200  # columns of a table that no terminal limits
-API_KEY_FILE = "api-key"
 
 
 class ExitCode(IntEnum):
@@ -116,7 +114,7 @@ def connect(url: str | None, api_key: str | None) -> NibbleClient:
     url = url or local_url(settings)
     # The kept key belongs to the service on this machine: it is never sent to another one.
     if api_key is None and is_loopback(url):
-        api_key = kept_api_key(settings.state_dir)
+        api_key = kept_api_key(settings)
     return NibbleClient(url, api_key=api_key)
 
 
@@ -125,9 +123,18 @@ def local_url(settings: Settings) -> str:
     return f"http://{host}:{settings.port}"
 
 
-def kept_api_key(state_dir: Path) -> str | None:
+def api_key_file(settings: Settings) -> Path:
+    from app.core.security import KEY_FILE
+
+    return settings.state_dir / KEY_FILE
+
+
+def kept_api_key(settings: Settings) -> str | None:
+    """The key of the service on this machine: the operator's, or the one in the state folder."""
+    if settings.bootstrap_api_key is not None:
+        return settings.bootstrap_api_key.get_secret_value()
     try:
-        return (state_dir / API_KEY_FILE).read_text().strip() or None
+        return api_key_file(settings).read_text().strip() or None
     except OSError:
         return None
 
@@ -148,7 +155,3 @@ def human_seconds(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def environment_with(**changes: str) -> dict[str, str]:
-    return {**os.environ, **changes}

@@ -1,0 +1,98 @@
+"""Members of `nibble up` as real small processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from app.commands import machine
+from app.commands.machine import Member
+from app.core.errors import Unavailable
+
+SLEEPER = "import time, sys; print('[up] and running', flush=True); time.sleep(60)"
+STUBBORN = (
+    "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Member]]:
+    started: list[Member] = []
+
+    def start_program(program: str) -> Member:
+        (tmp_path / "program_under_test.py").write_text(program)
+        member = Member("worker", "program_under_test", colour="red")
+        member.start({**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
+        started.append(member)
+        return member
+
+    yield start_program
+    for member in started:
+        member.stop()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail("the condition did not become true")
+
+
+def test_output_appears_behind_the_name(
+    start: Callable[[str], Member], capfd: pytest.CaptureFixture[str]
+) -> None:
+    start(SLEEPER)
+    seen = ""
+
+    def arrived() -> bool:
+        nonlocal seen
+        seen += capfd.readouterr().out
+        return "worker   | [up] and running" in seen
+
+    wait_for(arrived)
+    assert "\x1b" not in seen
+
+
+def test_stop_ends_a_member_and_twice_is_once(start: Callable[[str], Member]) -> None:
+    member = start(SLEEPER)
+    member.stop()
+    member.stop()
+    assert member.exit_code() is not None
+
+
+def test_stop_kills_a_member_that_ignores_it(
+    start: Callable[[str], Member], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "STOP_GRACE_S", 0.2)
+    member = start(STUBBORN)
+    wait_for(lambda: "ready" in capfd.readouterr().out)
+    member.stop()
+    assert member.exit_code() == -9
+
+
+def test_an_ended_member_is_named_with_its_code(start: Callable[[str], Member]) -> None:
+    member = start("raise SystemExit(7)")
+    wait_for(lambda: member.exit_code() is not None)
+    with pytest.raises(Unavailable, match="worker ended with exit code 7"):
+        machine.refuse_ended(member)
+
+
+def test_crashes_in_a_row_are_counted_within_a_window() -> None:
+    member = Member("worker", "nothing", colour="red")
+    member.starts.extend(float(second) for second in range(machine.MAX_RESTARTS + 1))
+    assert member.crashes_in_a_row()
+    member.starts.append(1000.0)
+    assert not member.crashes_in_a_row()
+
+
+def test_one_worker_per_gpu_or_one_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_names", lambda: [])
+    assert machine.worker_devices() == [("worker", "cpu")]
+    monkeypatch.setattr(machine, "gpu_names", lambda: ["A", "B"])
+    assert machine.worker_devices() == [("worker0", "cuda:0"), ("worker1", "cuda:1")]

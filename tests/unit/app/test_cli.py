@@ -1,0 +1,201 @@
+"""The command line against a small HTTP server with canned answers: output, exit codes, which key is sent."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from app.cli import main
+
+JOB = {
+    "id": "job_1", "state": "succeeded", "created_at": "2026-01-01T00:00:00Z", "spec": {"model": "a/[b]"},
+    "progress": {"fraction": 1.0}, "artifacts": ["art_1"],
+}  # fmt: skip
+FAILED = {
+    **JOB,
+    "state": "failed",
+    "artifacts": [],
+    "error": {"code": "weights_bad", "message": "NaN", "remedy": "no"},
+}
+
+
+@dataclass
+class Canned:
+    """Answers by `METHOD path`; what was asked is kept."""
+
+    url: str = ""
+    answers: dict[str, tuple[int, object]] = field(default_factory=dict)
+    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+
+
+@pytest.fixture
+def service() -> Iterator[Canned]:
+    canned = Canned()
+
+    class Answering(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            route = f"{self.command} {self.path.partition('?')[0]}"
+            canned.requests.append((f"{self.command} {self.path}", dict(self.headers), body))
+            missing = {"detail": "no such thing", "code": "not_found", "remedy": "look again"}
+            status, document = canned.answers.get(route, (404, missing))
+            content = json.dumps(document).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *arguments: object) -> None:
+            """Keep the test's output clean."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        canned.url = f"http://127.0.0.1:{server.server_port}"
+        yield canned
+        server.shutdown()
+        thread.join()
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int | None)
+    return int(ended.value.code or 0)
+
+
+def test_submit_prints_the_job_as_json(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    service.answers["POST /v1/jobs"] = (202, JOB)
+    options = (
+        "--method",
+        "awq",
+        "--bits",
+        "4",
+        "--group-size",
+        "128",
+        "--format",
+        "awq",
+        "--num-samples",
+        "16",
+    )
+    more = ("--format", "compressed-tensors", "--label", "team=search", "--json", "--url", service.url)
+    assert run("submit", "a/b", *options, *more) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == "job_1"
+    assert json.loads(service.requests[0][2]) == {
+        "model": "a/b",
+        "recipe": {"method": "awq", "bits": 4, "group_size": 128},
+        "calibration": {"num_samples": 16},
+        "formats": ["awq", "compressed-tensors"],
+        "labels": {"team": "search"},
+    }
+
+
+def test_watch_exits_with_0_for_success(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    service.answers["GET /v1/jobs/job_1"] = (200, JOB)
+    assert run("watch", "job_1", "--url", service.url) == 0
+    assert "artifact art_1" in capsys.readouterr().out
+
+
+def test_watch_exits_with_1_for_a_failed_job(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    service.answers["GET /v1/jobs/job_1"] = (200, FAILED)
+    assert run("watch", "job_1", "--url", service.url) == 1
+    assert "NaN [weights_bad]" in capsys.readouterr().out
+
+
+def test_watch_as_json_prints_a_line_for_each_change(
+    service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.answers["GET /v1/jobs/job_1"] = (200, FAILED)
+    assert run("watch", "job_1", "--json", "--url", service.url) == 1
+    assert [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()] == ["failed"]
+
+
+def test_jobs_shows_brackets_of_a_name_as_they_are(
+    service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.answers["GET /v1/jobs"] = (
+        200,
+        {"object": "list", "data": [JOB], "has_more": True, "next": "cursor"},
+    )
+    assert run("jobs", "--state", "succeeded", "--url", service.url) == 0
+    out = capsys.readouterr().out
+    assert "a/[b]" in out
+    assert "nibble jobs --after cursor" in out
+    assert service.requests[0][0] == "GET /v1/jobs?state=succeeded&limit=20"
+
+
+def test_a_refusal_prints_code_and_remedy(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("cancel", "job_9", "--url", service.url) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["error no such thing [not_found]", "remedy look again"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("watch", "job_1"),
+        ("jobs",),
+        ("cancel", "job_1"),
+        ("report", "job_1"),
+        ("artifacts",),
+        ("estimate", "a/b"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_a_service_the_exit_code_is_3(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--url", "http://127.0.0.1:9") == 3
+    assert "nibble up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("submit",), ("watch",), ("submit", "a/b", "--bits", "x"), ("nonsense",)]
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("NIBBLE_PORT", "many")
+    assert run("jobs") == 1
+    assert "NIBBLE_PORT='many'" in capsys.readouterr().err
+
+
+def test_the_kept_key_is_sent_to_this_machine(service: Canned, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "api-key").write_text("kept\n")
+    run("artifacts", "--url", service.url)
+    assert service.requests[0][1]["Authorization"] == "Bearer kept"
+
+
+def test_the_kept_key_is_sent_nowhere_else(tmp_path: Path) -> None:
+    from app.commands.terminal import connect
+
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "api-key").write_text("kept\n")
+    with connect("http://nibble.test", None) as client:
+        assert "Authorization" not in client.http.headers
+
+
+def test_artifacts_show_and_report(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = {
+        "id": "art_1", "job": "job_1", "created_at": "2026-01-01T00:00:00Z", "model": "a/b", "format": "awq",
+        "recipe": {"method": "rtn"}, "files": [{"path": "config.json", "size": 1200, "sha256": "ab" * 32}],
+    }  # fmt: skip
+    service.answers["GET /v1/artifacts/art_1"] = (200, artifact)
+    service.answers["GET /v1/artifacts"] = (200, {"data": [artifact]})
+    assert run("artifacts", "show", "art_1", "--url", service.url) == 0
+    assert "1.2 kB" in capsys.readouterr().out
+    assert run("artifacts", "--url", service.url) == 0
+    assert "rtn w4 g128" in capsys.readouterr().out
