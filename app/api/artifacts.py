@@ -1,0 +1,147 @@
+"""`/v1/artifacts`: what was published, and its files."""
+
+from __future__ import annotations
+
+import mimetypes
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from fastapi.responses import RedirectResponse, StreamingResponse
+from pydantic import BaseModel
+
+from app.api.dependencies import ArtifactsReader, ArtifactsWriter, Services, ServicesParam
+from app.api.errors import problem
+from app.api.preconditions import ByteRange, UnsatisfiableRange, matches_tag, requested_range
+from app.api.schemas import ArtifactList, ArtifactView
+from app.core.artifact import ArtifactFile
+from app.core.artifact_store import file_key
+from app.core.errors import InvalidRequest
+
+router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
+
+
+class Conditions(BaseModel):
+    """The headers that decide how much of a file is sent."""
+
+    range: str | None = None
+    if_range: str | None = None
+    if_none_match: str | None = None
+
+
+ConditionsParam = Annotated[Conditions, Header()]
+
+
+@router.get("")
+def list_artifacts(
+    services: ServicesParam,
+    principal: ArtifactsReader,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+) -> ArtifactList:
+    """The tenant's artifacts, newest first."""
+    return ArtifactList.of(services.artifacts.page(principal.tenant, limit=limit, after=after))
+
+
+@router.get("/{artifact_id}")
+def read_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsReader) -> ArtifactView:
+    """The manifest: every file with its size and SHA-256."""
+    return ArtifactView.of(services.artifacts.get(principal.tenant, artifact_id))
+
+
+@router.delete("/{artifact_id}", status_code=204)
+def delete_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsWriter) -> None:
+    """Remove an artifact and its files."""
+    services.artifacts.delete(principal.tenant, artifact_id)
+
+
+@router.head("/{artifact_id}/files/{path:path}", include_in_schema=False)
+def head_file(
+    artifact_id: str,
+    path: str,
+    services: ServicesParam,
+    principal: ArtifactsReader,
+    conditions: ConditionsParam,
+) -> Response:
+    _, file = services.artifacts.file(principal.tenant, artifact_id, path)
+    if matches_tag(conditions.if_none_match, etag_of(file)):
+        return Response(status_code=304, headers=file_headers(file))
+    headers = {**file_headers(file), "Content-Length": str(file.size)}
+    return Response(headers=headers, media_type=media_type(file))
+
+
+@router.get(
+    "/{artifact_id}/files/{path:path}",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {}}},
+        206: {"description": "The range asked for."},
+        304: {"description": "Not changed."},
+        307: {"description": "Where object storage gives the file, for a while."},
+        416: {"description": "No byte of the file is in the range."},
+    },
+)
+def read_file(
+    artifact_id: str,
+    path: str,
+    services: ServicesParam,
+    principal: ArtifactsReader,
+    conditions: ConditionsParam,
+) -> Response:
+    """A file, whole or a range of it."""
+    manifest, file = services.artifacts.file(principal.tenant, artifact_id, path)
+    if matches_tag(conditions.if_none_match, etag_of(file)):
+        return Response(status_code=304, headers=file_headers(file))
+    key = file_key(manifest, file.path)
+    if services.objects.can_presign:
+        return RedirectResponse(services.objects.presign(key), 307, headers={"Cache-Control": "no-store"})
+    is_current = conditions.if_range is None or conditions.if_range == etag_of(file)
+    try:
+        part = requested_range(conditions.range if is_current else None, file.size)
+    except UnsatisfiableRange:
+        return unsatisfiable(file)
+    return file_answer(services, key, file, part)
+
+
+def file_answer(services: Services, key: str, file: ArtifactFile, part: ByteRange | None) -> Response:
+    start, end = part or ByteRange(0, file.size)
+    headers = {**file_headers(file), "Content-Length": str(end - start)}
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+    return StreamingResponse(
+        services.objects.stream(key, start, end),
+        status_code=200 if part is None else 206,
+        headers=headers,
+        media_type=media_type(file),
+    )
+
+
+def unsatisfiable(file: ArtifactFile) -> Response:
+    refusal = InvalidRequest(
+        f"no byte of {file.path} is in the range; it has {file.size} bytes",
+        code="range_not_satisfiable",
+        remedy="ask for bytes below its size",
+    )
+    return problem(refusal, status=416, headers={"Content-Range": f"bytes */{file.size}"})
+
+
+def etag_of(file: ArtifactFile) -> str:
+    return f'"{file.sha256}"'
+
+
+def file_headers(file: ArtifactFile) -> dict[str, str]:
+    return {
+        "ETag": etag_of(file),
+        "Accept-Ranges": "bytes",
+        # Files of an artifact never change.
+        "Cache-Control": "private, max-age=31536000, immutable",
+    }
+
+
+def media_type(file: ArtifactFile) -> str:
+    """By suffix; never a type that a browser would run."""
+    guessed = mimetypes.guess_type(file.path)[0]
+    return (
+        guessed
+        if guessed in ("application/json", "text/plain", "text/markdown")
+        else "application/octet-stream"
+    )

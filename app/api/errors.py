@@ -1,0 +1,174 @@
+"""Errors on the wire: one table from error class to status, one shape (RFC 9457)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from redis import exceptions as redis_errors
+from starlette.exceptions import HTTPException
+
+from app.core import errors
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[errors.NibbleError], int] = {
+    errors.MalformedRequest: 400,
+    errors.InvalidRequest: 422,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.QueueFull: 429,
+    errors.Unavailable: 503,
+    errors.NibbleError: 500,
+}
+HEADERS: dict[int, dict[str, str]] = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "10"},
+    503: {"Retry-After": "5"},
+}
+PROBLEM_TYPE = "application/problem+json"
+# Of a union's branches pydantic reports each; these types say only that a branch has another shape.
+SHAPE_ERRORS = frozenset({"tuple_type", "model_type", "model_attributes_type"})
+# Names of union branches in an error's path: classes and type expressions, never our lower-case fields.
+BRANCH = re.compile(r"[A-Z]|.*[\[(]|tuple$|function-")
+
+
+class FieldProblem(BaseModel):
+    path: str
+    message: str
+    code: str
+
+
+class ProblemDocument(BaseModel):
+    """The body of every error of the management API."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    remedy: str
+    param: str | None = None
+    errors: list[FieldProblem] | None = None
+
+
+def status_of(error: errors.NibbleError) -> int:
+    """The status of the nearest class in the table."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def problem(
+    error: errors.NibbleError,
+    *,
+    status: int | None = None,
+    fields: list[FieldProblem] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """The answer that tells of `error`."""
+    status = status if status is not None else status_of(error)
+    document = ProblemDocument(
+        type=f"urn:nibble:problem:{error.code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=error.message,
+        code=error.code,
+        remedy=error.remedy,
+        param=error.param,
+        errors=fields,
+    )
+    return JSONResponse(
+        document.model_dump(exclude_none=True),
+        status_code=status,
+        headers={**HEADERS.get(status, {}), **(headers or {})},
+        media_type=PROBLEM_TYPE,
+    )
+
+
+def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
+    """Pydantic's findings with the path of the field that a caller wrote."""
+    problems = [
+        FieldProblem(path=field_path(finding["loc"]), message=finding["msg"], code=finding["type"])
+        for finding in found
+    ]
+    telling = [problem for problem in problems if problem.code not in SHAPE_ERRORS]
+    return telling or problems
+
+
+def field_path(location: Sequence[str | int]) -> str:
+    """`recipe.bits` of `("body", "recipe", "Recipe", "bits")`."""
+    parts = [str(part) for part in location[1:] if isinstance(part, int) or not BRANCH.match(part)]
+    return ".".join(parts)
+
+
+def on_nibble_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.NibbleError)
+    return problem(error)
+
+
+def on_invalid_fields(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    if any(finding["type"] == "json_invalid" for finding in found):
+        return problem(errors.MalformedRequest(
+            "the body is not valid JSON", code="json_invalid", remedy="send application/json"
+        ))  # fmt: skip
+    fields = field_problems(found)
+    first = f"{fields[0].path or 'the body'}: {fields[0].message}"
+    more = f" (and {len(fields) - 1} more)" if len(fields) > 1 else ""
+    refusal = errors.InvalidRequest(
+        first + more,
+        code="validation_failed",
+        remedy="correct the fields in `errors`; /openapi.json describes each",
+        param=fields[0].path or None,
+    )
+    return problem(refusal, fields=fields)
+
+
+def on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: unknown routes, wrong methods, unreadable bodies."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase
+    refusal = errors.NibbleError(
+        f"{request.method} {request.url.path}: {phrase.lower()}",
+        code=phrase.lower().replace(" ", "_"),
+        remedy="see /openapi.json for the routes and their methods",
+    )
+    return problem(refusal, status=error.status_code, headers=error.headers)
+
+
+def on_redis_error(request: Request, error: Exception) -> JSONResponse:
+    log.error("redis failed: %s", error)
+    return problem(
+        errors.Unavailable(
+            f"Redis failed: {error}",
+            code="redis_unavailable",
+            remedy="try again; if it lasts, the operator checks Redis (/readyz)",
+        )
+    )
+
+
+def on_unexpected(request: Request, error: Exception) -> JSONResponse:
+    """The last handler: the server logs the error with its traceback."""
+    return problem(
+        errors.NibbleError(
+            "the service met an error of its own",
+            remedy="report it with the X-Request-ID of this answer",
+        )
+    )
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(errors.NibbleError, on_nibble_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_fields)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(redis_errors.RedisError, on_redis_error)
+    app.add_exception_handler(Exception, on_unexpected)

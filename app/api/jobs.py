@@ -1,0 +1,181 @@
+"""`/v1/jobs`: create, list, read, cancel, retry, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from app.api.dependencies import JobsReader, JobsWriter, Services, ServicesParam
+from app.api.job_creation import Creation, create_job, retry_job
+from app.api.preconditions import matches_tag, preferred_wait
+from app.api.schemas import JobList, JobView
+from app.api.waiting import wait_for_job
+from app.core.errors import Conflict, MalformedRequest, NotFound
+from app.core.job import Job, JobState
+from app.core.job_changes import cancel_requested
+from app.core.job_store import JobFilter
+from app.core.specs import JobSpec
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+# When to look again, in seconds.
+POLL_AFTER = {JobState.QUEUED: 5, JobState.RUNNING: 2, JobState.CANCELLING: 1}
+
+Prefer = Annotated[str | None, Header(description="`wait=N` waits up to N seconds, at most 60.")]
+IdempotencyKey = Annotated[str | None, Header(description="The same key and body give the same job.")]
+IfNoneMatch = Annotated[str | None, Header()]
+
+
+def report_key(job_id: str) -> str:
+    return f"reports/{job_id}.json"
+
+
+def etag_of(version: int) -> str:
+    return f'"{version}"'
+
+
+def answer(job: Job, *, status: int = 200, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The job with a hint when to look again."""
+    hints = {"Retry-After": str(POLL_AFTER[job.state])} if job.state in POLL_AFTER else {}
+    return JSONResponse(
+        JobView.of(job).model_dump(mode="json"), status_code=status, headers={**hints, **(headers or {})}
+    )
+
+
+@router.post("", status_code=202, response_model=JobView, responses={200: {"model": JobView}})
+async def submit_job(
+    spec: JobSpec,
+    services: ServicesParam,
+    principal: JobsWriter,
+    idempotency_key: IdempotencyKey = None,
+    prefer: Prefer = None,
+) -> JSONResponse:
+    """Record and queue a job. 202 means that it is recorded."""
+    created = await run_in_threadpool(
+        create_job, services, principal.tenant, spec, idempotency_key=idempotency_key
+    )
+    return await created_answer(services, created, prefer)
+
+
+async def created_answer(services: Services, created: Creation, prefer: str | None) -> JSONResponse:
+    job = created.job
+    headers = {"Location": f"/v1/jobs/{job.id}"}
+    wait_s = preferred_wait(prefer)
+    if wait_s is not None:
+        headers["Preference-Applied"] = f"wait={wait_s}"
+        job, _ = await wait_for_job(
+            services, job.tenant, job.id, wait_s=wait_s, until=lambda job, version: job.is_terminal
+        )
+    return answer(job, status=202 if created.is_new else 200, headers=headers)
+
+
+class JobQuery(BaseModel):
+    """Which jobs to list. Unknown parameters are refused, as unknown fields of a body are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: JobState | None = None
+    label: list[str] = Field(default=[], description="key=value; several must all match.")
+    limit: int = Field(default=20, ge=1, le=100)
+    after: str | None = Field(default=None, description="`next` of the page before.")
+
+
+@router.get("")
+def list_jobs(services: ServicesParam, principal: JobsReader, query: Annotated[JobQuery, Query()]) -> JobList:
+    """The tenant's jobs, newest first."""
+    labels = parsed_labels(query.label)
+    wanted = JobFilter(state=query.state, labels=labels, limit=query.limit, after=query.after)
+    return JobList.of(services.jobs.page(principal.tenant, wanted))
+
+
+def parsed_labels(labels: list[str]) -> dict[str, str]:
+    pairs = [label.partition("=") for label in labels]
+    for key, separator, value in pairs:
+        if not key or not separator:
+            raise MalformedRequest(
+                f"the label filter {(key + separator + value)[:200]!r} is not of the form key=value",
+                code="label_filter_invalid",
+                remedy="write label=team=search",
+                param="label",
+            )
+    return {key: value for key, _, value in pairs}
+
+
+@router.get("/{job_id}", response_model=JobView, responses={304: {"description": "Not changed."}})
+async def read_job(
+    job_id: str,
+    services: ServicesParam,
+    principal: JobsReader,
+    if_none_match: IfNoneMatch = None,
+    prefer: Prefer = None,
+) -> Response:
+    """The job. With `Prefer: wait=N` the answer waits for a change since `If-None-Match`, else since now."""
+    tenant = principal.tenant
+    job, version = await run_in_threadpool(services.jobs.read_for, tenant, job_id)
+    known = if_none_match or etag_of(version)
+    wait_s = preferred_wait(prefer)
+    headers = {"Cache-Control": "private, no-cache"}
+    if wait_s is not None:
+        headers["Preference-Applied"] = f"wait={wait_s}"
+        if matches_tag(known, etag_of(version)) and not job.is_terminal:
+            job, version = await wait_for_job(
+                services,
+                tenant,
+                job_id,
+                wait_s=wait_s,
+                until=lambda _, version: not matches_tag(known, etag_of(version)),
+            )
+    headers["ETag"] = etag_of(version)
+    if matches_tag(if_none_match, etag_of(version)):
+        return Response(status_code=304, headers=headers)
+    return answer(job, headers=headers)
+
+
+@router.get("/{job_id}/report")
+def read_report(job_id: str, services: ServicesParam, principal: JobsReader) -> Response:
+    """The quality report of a job."""
+    job = services.jobs.get(principal.tenant, job_id)
+    try:
+        report = services.objects.get(report_key(job.id))
+    except NotFound as fault:
+        raise NotFound(
+            f"job {job.id} is {job.state} and has no report",
+            code="report_not_found",
+            remedy="a report exists once the job has evaluated its result",
+        ) from fault
+    return Response(report, media_type="application/json")
+
+
+@router.post("/{job_id}/cancel", response_model=JobView, responses={202: {"model": JobView}})
+def cancel_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> JSONResponse:
+    """Stop a job: at once if it waits (200), else within seconds (202, state `cancelling`)."""
+    services.jobs.get(principal.tenant, job_id)
+    job = services.jobs.update(job_id, cancel_requested)
+    if job.state is JobState.CANCELLED:
+        services.queue.remove(job)
+    return answer(job, status=202 if job.state is JobState.CANCELLING else 200)
+
+
+@router.post("/{job_id}/retry", status_code=202, response_model=JobView)
+def retry(job_id: str, services: ServicesParam, principal: JobsWriter) -> JSONResponse:
+    """A new job with the same spec; `retry_of` names this one."""
+    job = services.jobs.get(principal.tenant, job_id)
+    if not job.is_terminal:
+        raise Conflict(
+            f"job {job_id} is {job.state}; only a job that has ended can be retried",
+            code="job_not_finished",
+            remedy="wait for its end, or cancel it",
+        )
+    created = retry_job(services, job)
+    return answer(created.job, status=202, headers={"Location": f"/v1/jobs/{created.job.id}"})
+
+
+@router.delete("/{job_id}", status_code=204)
+def delete_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> None:
+    """Remove a job that has ended, with its events and report. Its artifacts stay."""
+    job = services.jobs.delete(principal.tenant, job_id)
+    services.objects.delete(report_key(job.id))

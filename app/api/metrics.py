@@ -1,0 +1,81 @@
+"""What Prometheus reads at `/metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from app.core.janitor import STEPS
+
+
+class Occupancy(NamedTuple):
+    """How full the service is at one moment."""
+
+    jobs: dict[str, int]  # by state
+    queues: dict[str, int]  # by name
+    workers: dict[str, int]  # by what they do: busy, idle
+
+
+class OccupancyCollector(Collector):
+    """Reads the occupancy when it is asked for, so that every API process gives the same answer."""
+
+    def __init__(self, read: Callable[[], Occupancy]) -> None:
+        self._read = read
+
+    def describe(self) -> list[Metric]:
+        return []  # keeps registration from reading
+
+    def collect(self) -> Iterator[Metric]:
+        occupancy = self._read()
+        yield family("nibble_jobs", "Jobs by state.", "state", occupancy.jobs)
+        yield family("nibble_queue_depth", "Jobs that wait for a worker.", "queue", occupancy.queues)
+        yield family("nibble_workers", "Living workers.", "state", occupancy.workers)
+
+
+def family(name: str, documentation: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:
+    metric = GaugeMetricFamily(name, documentation, labels=[label])
+    for value, count in values.items():
+        metric.add_metric([value], count)
+    return metric
+
+
+class Metrics:
+    """The metrics of one application: a registry of its own, so that two can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "nibble_http_requests", "Requests.", ["method", "route", "status"], registry=self.registry
+        )
+        self._latency = Histogram(
+            "nibble_http_request_seconds", "Time to the end of the answer.", ["route"], registry=self.registry
+        )
+        self._in_flight = Gauge(
+            "nibble_http_requests_in_flight", "Requests being answered.", registry=self.registry
+        )
+        self._janitor = Counter(
+            "nibble_janitor_steps", "Lost jobs set right, by what was done.", ["step"], registry=self.registry
+        )
+        for step in STEPS:
+            self._janitor.labels(step)
+
+    def observe_occupancy(self, read: Callable[[], Occupancy]) -> None:
+        self.registry.register(OccupancyCollector(read))
+
+    def request_begins(self) -> None:
+        self._in_flight.inc()
+
+    def request_ends(self, method: str, route: str, status: int, seconds: float) -> None:
+        self._in_flight.dec()
+        self._requests.labels(method, route, str(status)).inc()
+        self._latency.labels(route).observe(seconds)
+
+    def janitor_step(self, step: str) -> None:
+        self._janitor.labels(step).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

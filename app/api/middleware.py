@@ -1,0 +1,98 @@
+"""Around every request: an id, a log line, metrics, and a limit to its body. Plain ASGI."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import problem
+from app.api.metrics import Metrics
+from app.core.errors import InvalidRequest
+
+log = logging.getLogger("app.access")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class RequestRecord:
+    """Gives each request an id, counts it, and writes one line when its answer has ended."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        status = 500
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update({**SECURITY_HEADERS, "X-Request-ID": request_id})
+            await send(message)
+
+        started = time.perf_counter()
+        self._metrics.request_begins()
+        try:
+            await self._app(scope, receive, send_marked)
+        finally:
+            seconds = time.perf_counter() - started
+            self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
+            # repr: a path may hold control characters.
+            log.info("%s %r %d %.1f ms %s", scope["method"], scope["path"], status, seconds * 1e3, request_id)
+
+
+def route_of(scope: Scope) -> str:
+    """The route's template, so that ids in paths don't multiply the metrics."""
+    return getattr(scope.get("route"), "path", "unmatched")
+
+
+class BodyLimit:
+    """Reads the body before the application does, and answers 413 if it is too large."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        body = None if length.isdigit() and int(length) > self._max_bytes else await self._read(receive)
+        if body is None:
+            refusal = InvalidRequest(
+                f"the body is larger than {self._max_bytes} bytes",
+                code="body_too_large",
+                remedy="put large texts into a file and name it as dataset",
+            )
+            await problem(refusal, status=413, headers={"Connection": "close"})(scope, receive, send)
+            return
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None if it is too large."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                return None
+            if not message.get("more_body", False):
+                return bytes(body)

@@ -1,0 +1,73 @@
+"""For operators and their tools: liveness, readiness, metrics, and an index at `/`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from redis.exceptions import RedisError
+
+from app.api.dependencies import Services, ServicesParam
+from app.api.metrics import Occupancy
+from app.core.errors import Unavailable
+
+router = APIRouter(tags=["operations"])
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@router.get("/healthz")
+def health() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", responses={503: {"description": "Redis or storage does not answer."}})
+def readiness(services: ServicesParam) -> JSONResponse:
+    """Redis and object storage answer: jobs are taken."""
+    checks = {"redis": redis_state(services), "storage": storage_state(services)}
+    is_ready = all(state == "ok" for state in checks.values())
+    content = {"status": "ready" if is_ready else "unavailable", "checks": checks}
+    return JSONResponse(content, status_code=200 if is_ready else 503)
+
+
+def redis_state(services: Services) -> str:
+    try:
+        services.redis.ping()
+    except RedisError as fault:
+        return f"failed: {fault}"
+    return "ok"
+
+
+def storage_state(services: Services) -> str:
+    try:
+        services.objects.check()
+    except Unavailable as fault:
+        return f"failed: {fault.message}"
+    return "ok"
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(services: ServicesParam) -> Response:
+    """Prometheus text format."""
+    return Response(services.metrics.text(), headers={"Content-Type": METRICS_TYPE})
+
+
+def occupancy(services: Services) -> Occupancy:
+    living = services.workers.living()
+    busy = sum(worker.job is not None for worker in living)
+    return Occupancy(
+        jobs={str(state): count for state, count in services.jobs.counts().items()},
+        queues=services.queue.depths(),
+        workers={"busy": busy, "idle": len(living) - busy},
+    )
+
+
+@router.get("/")
+def index(request: Request) -> dict[str, object]:
+    """What this is, and where to look."""
+    return {
+        "service": "nibble",
+        "version": request.app.version,
+        "links": {"openapi": "/openapi.json", "jobs": "/v1/jobs", "artifacts": "/v1/artifacts",
+                  "health": "/healthz", "ready": "/readyz", "metrics": "/metrics"},
+    }  # fmt: skip

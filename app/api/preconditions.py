@@ -1,0 +1,58 @@
+"""Request headers that decide how much of an answer is sent: entity tags, ranges, preferences."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+MAX_WAIT_S = 60
+WAIT = re.compile(r"\s*wait\s*=\s*(\d{1,6})\s*", re.IGNORECASE)
+SINGLE_RANGE = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE)
+
+
+class ByteRange(NamedTuple):
+    """Bytes `start` to `end`, exclusive."""
+
+    start: int
+    end: int
+
+
+class UnsatisfiableRange(Exception):
+    """No byte of the file lies in the range."""
+
+
+def matches_tag(if_none_match: str | None, etag: str) -> bool:
+    """True if the caller has this version already (weak comparison, RFC 9110 section 13.1.2)."""
+    if if_none_match is None:
+        return False
+    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
+    return "*" in tags or etag in tags
+
+
+def preferred_wait(prefer: str | None) -> int | None:
+    """Seconds of `Prefer: wait=N`, at most MAX_WAIT_S. What is not understood is ignored (RFC 7240)."""
+    for preference in (prefer or "").split(","):
+        found = WAIT.fullmatch(preference)
+        if found:
+            return min(int(found[1]), MAX_WAIT_S)
+    return None
+
+
+def requested_range(header: str | None, size: int) -> ByteRange | None:
+    """The single byte range asked for; None for the whole file.
+
+    Several ranges or an unknown unit are ignored, as RFC 9110 section 14.2 allows.
+    """
+    found = SINGLE_RANGE.fullmatch(header) if header is not None else None
+    if found is None or (not found[1] and not found[2]):
+        return None
+    if not found[1]:
+        start, end = max(0, size - int(found[2])), size
+    else:
+        start = int(found[1])
+        end = min(int(found[2]) + 1, size) if found[2] else size
+        if found[2] and int(found[2]) < start:
+            return None
+    if start >= size or start >= end:
+        raise UnsatisfiableRange
+    return ByteRange(start, end)

@@ -1,0 +1,164 @@
+"""What the API answers. Records of app.core are turned into these, never sent as they are."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel
+
+from app.core.artifact import ArtifactFile, ArtifactManifest
+from app.core.artifact_store import ArtifactPage
+from app.core.job import Job, JobState, Problem, Progress, Stage
+from app.core.job_store import JobEvent, JobPage
+from app.core.specs import FormatName, JobSpec, Recipe
+from app.core.worker_registry import WorkerRecord
+
+
+class JobView(BaseModel):
+    object: Literal["job"] = "job"
+    id: str
+    state: JobState
+    stage: Stage | None
+    progress: Progress
+    attempt: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    spec: JobSpec
+    labels: dict[str, str]
+    error: Problem | None
+    artifacts: tuple[str, ...]
+    retry_of: str | None
+    links: dict[str, str]
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        here = f"/v1/jobs/{job.id}"
+        links = {"self": here, "events": f"{here}/events"}
+        if job.state is JobState.SUCCEEDED:
+            links["report"] = f"{here}/report"
+        links |= {"retry": f"{here}/retry"} if job.is_terminal else {"cancel": f"{here}/cancel"}
+        return cls(
+            id=job.id,
+            state=job.state,
+            stage=job.stage,
+            progress=job.progress,
+            attempt=job.attempt,
+            created_at=job.created_at,
+            started_at=job.started_at,
+            finished_at=job.finished_at,
+            spec=job.spec,
+            labels=job.spec.labels,
+            error=job.error,
+            artifacts=job.artifacts,
+            retry_of=job.retry_of,
+            links=links,
+        )
+
+
+class JobList(BaseModel):
+    object: Literal["list"] = "list"
+    data: tuple[JobView, ...]
+    has_more: bool
+    next: str | None  # the value of `after` for the next page
+
+    @classmethod
+    def of(cls, page: JobPage) -> Self:
+        jobs = tuple(JobView.of(job) for job in page.jobs)
+        return cls(data=jobs, has_more=page.has_more, next=jobs[-1].id if page.has_more else None)
+
+
+class EventView(BaseModel):
+    object: Literal["event"] = "event"
+    id: str
+    at: datetime
+    kind: str
+    payload: dict[str, Any]
+
+    @classmethod
+    def of(cls, event: JobEvent) -> Self:
+        return cls(id=event.id, at=event.created_at, kind=event.kind, payload=event.payload)
+
+
+class EventList(BaseModel):
+    object: Literal["list"] = "list"
+    data: tuple[EventView, ...]
+    has_more: bool
+    next: str | None  # the last event's id, also when there is no more yet
+
+
+class ArtifactView(BaseModel):
+    object: Literal["artifact"] = "artifact"
+    id: str
+    job: str
+    created_at: datetime
+    model: str
+    model_digest: str
+    recipe: Recipe
+    format: FormatName
+    size: int
+    summary: dict[str, Any]
+    files: tuple[ArtifactFile, ...]
+    links: dict[str, str]
+
+    @classmethod
+    def of(cls, manifest: ArtifactManifest) -> Self:
+        here = f"/v1/artifacts/{manifest.id}"
+        return cls(
+            id=manifest.id,
+            job=manifest.job,
+            created_at=manifest.created_at,
+            model=manifest.model,
+            model_digest=manifest.model_digest,
+            recipe=manifest.recipe,
+            format=manifest.format,
+            size=manifest.size,
+            summary=manifest.summary,
+            files=manifest.files,
+            links={"self": here, "files": f"{here}/files", "job": f"/v1/jobs/{manifest.job}"},
+        )
+
+
+class ArtifactList(BaseModel):
+    object: Literal["list"] = "list"
+    data: tuple[ArtifactView, ...]
+    has_more: bool
+    next: str | None
+
+    @classmethod
+    def of(cls, page: ArtifactPage) -> Self:
+        data = tuple(ArtifactView.of(manifest) for manifest in page.manifests)
+        return cls(data=data, has_more=page.has_more, next=data[-1].id if page.has_more else None)
+
+
+class WorkerView(BaseModel):
+    object: Literal["worker"] = "worker"
+    name: str
+    host: str
+    device: str
+    device_name: str
+    state: Literal["idle", "busy"]
+    job: str | None  # shown to its own tenant
+    started_at: datetime
+    heartbeat_at: datetime
+
+    @classmethod
+    def of(cls, worker: WorkerRecord, *, tenant: str) -> Self:
+        return cls(
+            name=worker.name,
+            host=worker.host,
+            device=worker.device,
+            device_name=worker.device_name,
+            state="idle" if worker.job is None else "busy",
+            job=worker.job if worker.tenant == tenant else None,
+            started_at=worker.started_at,
+            heartbeat_at=worker.heartbeat_at,
+        )
+
+
+class WorkerList(BaseModel):
+    object: Literal["list"] = "list"
+    data: tuple[WorkerView, ...]
+    has_more: bool = False
+    next: str | None = None

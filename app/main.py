@@ -1,0 +1,101 @@
+"""The HTTP service: `create_app(settings)` builds it, its lifespan owns every connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+
+from app.api import artifacts, errors, estimates, events, jobs, operations, workers
+from app.api.dependencies import Services
+from app.api.metrics import Metrics
+from app.api.middleware import BodyLimit, RequestRecord
+from app.core.artifact_store import ArtifactStore
+from app.core.changes import ChangeListener
+from app.core.idempotency import IdempotencyKeys
+from app.core.janitor import Janitor, JanitorThread
+from app.core.job_queue import JobQueue
+from app.core.job_store import JobStore
+from app.core.object_store import ObjectStore
+from app.core.redis_server import connect, resolve_redis, wait_for_redis
+from app.core.security import KeyStore, bootstrap_key
+from app.core.settings import Settings
+from app.core.worker_registry import WorkerRegistry
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Nothing is opened before its lifespan begins."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with ExitStack() as stack:
+            # In this thread, not a pool's: an embedded Redis ends with the thread that started it.
+            app.state.services = open_services(settings, metrics, stack)
+            yield
+
+    app = FastAPI(
+        title="Nibble",
+        summary="Quantizes language models.",
+        version=service_version(),
+        lifespan=lifespan,
+        docs_url=None,  # the interactive pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    errors.install(app)
+    for module in (jobs, events, estimates, artifacts, workers, operations):
+        app.include_router(module.router)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestRecord, metrics=metrics)
+    return app
+
+
+def service_version() -> str:
+    try:
+        return version("nibble")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0"
+
+
+def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Services:
+    """Connect everything; `stack` takes it down again in reverse order."""
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    server = stack.enter_context(resolve_redis(settings))
+    redis = connect(server.url)
+    stack.callback(redis.close)
+    wait_for_redis(redis)
+    objects = ObjectStore(settings.object_store_url)
+    services = Services(
+        settings=settings,
+        redis=redis,
+        jobs=JobStore(redis),
+        queue=JobQueue(redis, limit=settings.queue_limit),
+        idempotency=IdempotencyKeys(redis),
+        objects=objects,
+        artifacts=ArtifactStore(objects),
+        keys=KeyStore(redis),
+        workers=WorkerRegistry(redis),
+        changes=ChangeListener(redis, asyncio.get_running_loop()),
+        metrics=metrics,
+    )
+    bootstrap_key(settings, services.keys)
+    metrics.observe_occupancy(lambda: operations.occupancy(services))
+    start_threads(services, stack)
+    return services
+
+
+def start_threads(services: Services, stack: ExitStack) -> None:
+    services.changes.start()
+    stack.callback(services.changes.stop)
+    janitor = Janitor(
+        services.jobs,
+        services.queue,
+        max_attempts=services.settings.max_attempts,
+        on_step=services.metrics.janitor_step,
+    )
+    thread = JanitorThread(janitor, services.settings.janitor_interval_s)
+    thread.start()
+    stack.callback(thread.stop)
