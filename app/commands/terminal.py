@@ -80,7 +80,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 def report_error(error: NibbleError) -> ExitCode:
     """Print an error with its code and remedy; the exit code that goes with it."""
     console = stderr()
-    place = f" ({error.param})" if error.param else ""
+    place = f" ({error.param})" if error.param and error.param not in error.message else ""
     console.print(
         f"[bold red]error[/] {escape(error.message)}{escape(place)} [dim]\\[{escape(error.code)}][/]"
     )

@@ -1,0 +1,27 @@
+# A worker with torch. Build from the repository's root:
+#   docker build -f docker/worker.Dockerfile -t nibble-worker .
+# For GPUs give the index of CUDA wheels and run with --gpus:
+#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+FROM python:3.12-slim-bookworm
+
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN useradd --create-home --uid 10001 nibble && install -d -o nibble -g nibble /var/lib/nibble
+WORKDIR /srv/nibble
+
+# torch first: it is the largest layer and changes least.
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.11,<2.14'
+COPY pyproject.toml README.md ./
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print('\n'.join(p['dependencies'] + p['optional-dependencies']['worker']))" > requirements.txt \
+    && pip install --no-cache-dir -r requirements.txt \
+    && rm requirements.txt
+COPY app app
+COPY workers workers
+COPY kernels kernels
+RUN pip install --no-cache-dir --no-deps .
+
+USER nibble
+ENV NIBBLE_STATE_DIR=/var/lib/nibble PYTHONUNBUFFERED=1
+VOLUME /var/lib/nibble
+ENTRYPOINT ["nibble"]
+CMD ["worker"]
