@@ -73,8 +73,8 @@ class CheckpointMirror:
         try:
             self._objects.put(f"{self._prefix}/{message.key}", path)
         except NotFound:
-            # The child is ahead of us and has replaced this file; the newer one is announced next. Until it is
-            # stored, the old one stays: the store always holds a set to resume from.
+            # The child is ahead of us and has replaced this file; the newer one is announced next. Until that
+            # is stored, the old one stays: the store always holds a set to resume from.
             if path.exists():
                 raise
             return

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from redis import Redis
 
+from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
@@ -104,7 +105,9 @@ def describe_worker(device: str, name: str | None) -> WorkerRecord:
     )
 
 
-def serve(settings: Settings, redis_url: str, record: WorkerRecord, *, burst: bool) -> None:
+def serve(
+    settings: Settings, redis_url: str, record: WorkerRecord, *, burst: bool, child_module: str = CHILD_MODULE
+) -> None:
     """Work until told to stop, or, with `burst`, until the queues are empty."""
     shutdown = threading.Event()
 
@@ -118,6 +121,7 @@ def serve(settings: Settings, redis_url: str, record: WorkerRecord, *, burst: bo
             name=record.name,
             device=record.device,
             shutdown=shutdown,
+            child_module=child_module,
         )
 
     open_context.set(context)

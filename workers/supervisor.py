@@ -101,7 +101,7 @@ class Attempt:
     def run(self) -> None:
         """Do the work and write how it ended."""
         try:
-            self._work_folder.mkdir(parents=True, mode=0o700)
+            self._make_work_folder()
             self._succeed(self._execute())
         except Stopped as stop:
             self._stop(stop.reason)
@@ -116,6 +116,12 @@ class Attempt:
             self._fail(JobFault("the worker met an error of its own", remedy="read the worker's log"))
         finally:
             shutil.rmtree(self._work_folder, ignore_errors=True)
+
+    def _make_work_folder(self) -> None:
+        # This attempt holds the lease, so an older one on this host is dead or about to notice.
+        for older in self._work_folder.parent.glob(f"{self._job.id}-*"):
+            shutil.rmtree(older, ignore_errors=True)
+        self._work_folder.mkdir(parents=True, mode=0o700)
 
     def _execute(self) -> tuple[str, ...]:
         before = published_before(self._context.objects, self._job)

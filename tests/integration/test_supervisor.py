@@ -1,0 +1,205 @@
+"""Attempts run in this process, with a child that stands in for the engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from app.core.ids import artifact_id
+from app.core.job import Job, JobState
+from app.core.job_changes import cancel_requested, requeued
+from tests.integration.workshop import Workshop, wait_until
+from workers.checkpoints import job_prefix
+from workers.publication import manifest_key, report_key
+from workers.supervisor import run_attempt
+
+
+@pytest.fixture
+def workshop(redis: Redis, redis_url: str, tmp_path: Path) -> Workshop:
+    return Workshop(redis, redis_url, tmp_path / "state")
+
+
+def during(action: Callable[[], object]) -> threading.Thread:
+    """Run `action` beside an attempt."""
+    thread = threading.Thread(target=action)
+    thread.start()
+    return thread
+
+
+def wait_for_checkpoint(workshop: Workshop, job: Job) -> None:
+    wait_until(lambda: "checkpoint" in workshop.kinds(job))
+
+
+def test_a_job_is_published_once_and_leaves_nothing_behind(workshop: Workshop) -> None:
+    job = workshop.run(workshop.submit())
+    assert job.state is JobState.SUCCEEDED
+    assert job.artifacts == (artifact_id(job.id, 0, "compressed-tensors"),)
+    assert job.progress.fraction == 1.0
+    manifest = workshop.manifest(job)
+    assert manifest is not None
+    assert manifest.prefix == "attempt-1"
+    assert [file.path for file in manifest.files] == ["config.json", "model.safetensors"]
+    assert workshop.objects.get(report_key(job.id)) == b"{}"
+    assert workshop.objects.list(job_prefix(job.id)) == []
+    assert list(workshop.settings.scratch_dir.iterdir()) == []
+    assert not workshop.store.holds(job.id, 1)
+
+
+def test_the_child_sees_no_keys(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "NIBBLE_REDIS_URL", "NIBBLE_BOOTSTRAP_API_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("NIBBLE_KERNEL_BACKEND", "reference")
+    job = workshop.run(workshop.submit())
+    seen = workshop.payload(job, "note")["detail"]
+    assert isinstance(seen, dict)
+    names = set(seen["names"])
+    assert {"PATH", "TMPDIR", "HF_HUB_OFFLINE", "NIBBLE_KERNEL_BACKEND"} <= names
+    assert not [name for name in names if name.startswith(("AWS_", "HF_TOKEN", "NIBBLE_R", "NIBBLE_B"))]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("kill", "child_crashed"),
+        ("exit", "child_crashed"),
+        ("babble", "child_protocol"),
+        ("report", "target_missed"),
+    ],
+)
+def test_a_child_that_fails_fails_its_job(workshop: Workshop, fault: str, code: str) -> None:
+    job = workshop.run(workshop.submit(fault=fault))
+    assert job.state is JobState.FAILED
+    assert job.error is not None
+    assert job.error.code == code
+    assert job.error.remedy
+    assert workshop.payload(job, "failure")["code"] == code
+    assert workshop.manifest(job) is None
+
+
+def test_the_last_words_of_a_child_are_kept(workshop: Workshop) -> None:
+    job = workshop.run(workshop.submit(fault="exit"))
+    assert "the last words" in str(workshop.payload(job, "failure")["output"])
+
+
+@pytest.mark.parametrize("fault", ["hang", "deaf"])
+def test_cancel_stops_a_running_job(workshop: Workshop, fault: str) -> None:
+    job = workshop.submit(fault=fault)
+
+    def cancel() -> None:
+        wait_for_checkpoint(workshop, job)
+        workshop.store.update(job.id, cancel_requested)
+
+    thread = during(cancel)
+    ended = workshop.run(job)
+    thread.join()
+    assert ended.state is JobState.CANCELLED
+    assert workshop.manifest(job) is None
+    assert workshop.objects.list(job_prefix(job.id)) == []
+
+
+def test_a_job_ends_at_its_deadline(workshop: Workshop) -> None:
+    job = workshop.run(workshop.submit(fault="hang", timeout_s=2))
+    assert job.state is JobState.FAILED
+    assert job.error is not None
+    assert job.error.code == "deadline_exceeded"
+
+
+def test_a_stopping_worker_gives_its_job_back_and_the_next_attempt_resumes(workshop: Workshop) -> None:
+    job = workshop.submit(pause="0.3", layers="6")
+
+    def stop() -> None:
+        wait_for_checkpoint(workshop, job)
+        workshop.shutdown.set()
+
+    thread = during(stop)
+    waiting = workshop.run(job)
+    thread.join()
+    assert waiting.state is JobState.QUEUED
+    assert sum(workshop.queue.depths().values()) == 1
+    workshop.shutdown.clear()
+    ended = workshop.run(job, attempt=2)
+    assert ended.state is JobState.SUCCEEDED
+    assert workshop.kinds(job).count("checkpoint") == 6
+    assert workshop.payload(job, "resumed")["attempt"] == 2
+
+
+@pytest.mark.parametrize("attempt", [0, 2, 7])
+def test_a_delivery_out_of_turn_is_left_alone(workshop: Workshop, attempt: int) -> None:
+    job = workshop.submit()
+    assert workshop.run(job, attempt) == job
+
+
+def test_a_duplicate_delivery_is_left_alone(workshop: Workshop) -> None:
+    ended = workshop.run(workshop.submit())
+    assert workshop.run(ended, attempt=1) == ended
+    assert workshop.kinds(ended).count("resumed") == 0
+
+
+def test_a_delivery_of_a_deleted_job_is_left_alone(workshop: Workshop) -> None:
+    job = workshop.run(workshop.submit())
+    workshop.store.delete("default", job.id)
+    run_attempt(workshop.context(), job.id, 2)
+    assert workshop.store.version(job.id) == 0
+
+
+def test_an_attempt_that_lost_its_lease_writes_nothing(workshop: Workshop) -> None:
+    job = workshop.submit(fault="hang")
+
+    def take_over() -> None:
+        wait_for_checkpoint(workshop, job)
+        workshop.store.release(job.id, 1)
+        workshop.store.update(job.id, requeued)
+
+    thread = during(take_over)
+    left = workshop.run(job)
+    thread.join()
+    assert left.state is JobState.QUEUED
+    assert left.error is None
+    assert workshop.objects.list("artifacts") == []
+
+
+def test_a_crash_between_manifest_and_record_is_made_good(workshop: Workshop) -> None:
+    """The next attempt finds all manifests and only writes the record."""
+    job = workshop.submit()
+    art_id = artifact_id(job.id, 0, "compressed-tensors")
+    workshop.objects.put(report_key(job.id), b"{}")
+    workshop.objects.put(manifest_key(art_id), b"{}")
+    ended = workshop.run(job)
+    assert ended.state is JobState.SUCCEEDED
+    assert ended.artifacts == (art_id,)
+    assert "checkpoint" not in workshop.kinds(job)
+
+
+def test_a_second_attempt_keeps_the_first_manifest(workshop: Workshop) -> None:
+    """Without its report the job runs again; the manifest of the first attempt stands."""
+    job = workshop.run(workshop.submit())
+    first = workshop.manifest(job)
+    workshop.objects.delete(report_key(job.id))
+    record = job.model_copy(update={"state": JobState.QUEUED, "artifacts": (), "finished_at": None})
+    workshop.store.delete("default", job.id)
+    assert workshop.store.create(record)
+    ended = workshop.run(record, attempt=2)
+    assert ended.state is JobState.SUCCEEDED
+    assert workshop.manifest(job) == first
+    folders = workshop.objects.list_folders(f"artifacts/{job.artifacts[0]}")
+    assert folders == ["attempt-1"]
+
+
+def test_a_retry_goes_on_from_the_failed_jobs_checkpoints(workshop: Workshop) -> None:
+    failed = workshop.run(workshop.submit(fault="kill"))
+    job = workshop.submit()
+    workshop.store.update(job.id, lambda job: job.model_copy(update={"retry_of": failed.id}))
+    ended = workshop.run(job)
+    assert ended.state is JobState.SUCCEEDED
+    assert workshop.payload(job, "resumed")["checkpoints"] == ["layer-0", "layer-1"]
+
+
+def test_a_model_that_has_gone_fails_the_job(workshop: Workshop, tmp_path: Path) -> None:
+    job = workshop.run(workshop.submit(model=(tmp_path / "nowhere").as_uri()))
+    assert job.state is JobState.FAILED
+    assert job.error is not None
+    assert job.error.code == "model_path_forbidden"

@@ -1,0 +1,137 @@
+"""Worker processes that are killed, stopped and lied to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from rq import Queue
+
+from app.core.job import Job, JobState
+from app.core.worker_registry import WorkerRegistry
+from tests.integration.workshop import Workshop, processes_with, wait_until
+
+
+@pytest.fixture
+def workshop(redis: Redis, redis_url: str, tmp_path: Path) -> Workshop:
+    return Workshop(redis, redis_url, tmp_path / "state")
+
+
+def checkpoints(workshop: Workshop, job: Job) -> int:
+    return workshop.kinds(job).count("checkpoint")
+
+
+def queued(workshop: Workshop, **labels: str) -> Job:
+    job = workshop.submit(**labels)
+    assert workshop.queue.enqueue(job)
+    return job
+
+
+def ended(workshop: Workshop, job: Job) -> bool:
+    return workshop.store.load(job.id).is_terminal
+
+
+def test_a_killed_workers_job_is_resumed_and_published_once(workshop: Workshop) -> None:
+    job = queued(workshop, layers="8", pause="0.3")
+    with workshop.worker("one") as first:
+        wait_until(lambda: checkpoints(workshop, job) >= 3)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        done = checkpoints(workshop, job)
+    # Horse and child go with the worker, whose group is not theirs.
+    wait_until(lambda: not processes_with(str(workshop.settings.state_dir)))
+    with workshop.worker("two"):
+
+        def swept() -> bool:
+            workshop.sweep()
+            return ended(workshop, job)
+
+        wait_until(swept)
+    record = workshop.store.load(job.id)
+    assert record.state is JobState.SUCCEEDED
+    assert record.attempt == 2
+    assert workshop.payload(job, "resumed")["attempt"] == 2
+    assert done <= checkpoints(workshop, job) <= 9
+    assert len(workshop.objects.list_folders("artifacts")) == 1
+    assert workshop.objects.list_folders(f"artifacts/{record.artifacts[0]}") == ["attempt-2"]
+    # Both attempts' folders go; the second's only after its record has ended.
+    wait_until(lambda: list(workshop.settings.scratch_dir.iterdir()) == [])
+
+
+def test_a_worker_told_to_stop_gives_its_job_back(workshop: Workshop) -> None:
+    job = queued(workshop, layers="8", pause="0.3")
+    with workshop.worker("one") as first:
+        wait_until(lambda: checkpoints(workshop, job) >= 2)
+        first.terminate()
+        assert first.wait(timeout=60) == 0
+    waiting = workshop.store.load(job.id)
+    assert waiting.state is JobState.QUEUED
+    assert waiting.attempt == 1
+    with workshop.worker("two"):
+        wait_until(lambda: ended(workshop, job))
+    assert workshop.store.load(job.id).state is JobState.SUCCEEDED
+    assert checkpoints(workshop, job) <= 9
+
+
+def test_a_halted_worker_that_wakes_up_writes_nothing(workshop: Workshop) -> None:
+    """SIGSTOP for longer than the lease: its successor publishes, and it finds itself replaced."""
+    job = queued(workshop, layers="6", pause="0.3")
+    with workshop.worker("one") as first:
+        wait_until(lambda: checkpoints(workshop, job) >= 2)
+        halted = [*processes_with(str(workshop.settings.state_dir)), first.pid]
+        for pid in halted:
+            os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: not workshop.store.holds(job.id, 1))
+        workshop.sweep()
+        with workshop.worker("two"):
+            wait_until(lambda: ended(workshop, job))
+        for pid in reversed(halted):
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: list(workshop.settings.scratch_dir.iterdir()) == [])
+        first.terminate()
+        first.wait(timeout=60)
+    record = workshop.store.load(job.id)
+    assert (record.state, record.attempt) == (JobState.SUCCEEDED, 2)
+    assert workshop.objects.list_folders(f"artifacts/{record.artifacts[0]}") == ["attempt-2"]
+
+
+def test_the_queue_cannot_name_another_task(workshop: Workshop, redis: Redis, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    queue = Queue("nibble-normal", connection=redis, serializer="json")
+    foreign = queue.enqueue_call("os.mkdir", args=(str(mark),))
+    job = queued(workshop)
+    with workshop.worker("one"):
+        wait_until(lambda: ended(workshop, job))
+    assert not mark.exists()
+    assert foreign.get_status() == "failed"
+    assert "may run" in workshop.log_of("one")
+
+
+def test_workers_say_what_they_do(workshop: Workshop, redis: Redis) -> None:
+    registry = WorkerRegistry(redis)
+    with workshop.worker("one") as first:
+        wait_until(registry.living)
+        job = queued(workshop, layers="6", pause="0.3")
+        wait_until(lambda: registry.living()[0].job == job.id)
+        record = registry.living()[0]
+        assert (record.name, record.device, record.tenant) == ("one", "cpu", "default")
+        assert record.pid == first.pid
+        wait_until(lambda: registry.living()[0].job is None)
+        first.terminate()
+        first.wait(timeout=60)
+    assert registry.living() == []
+
+
+def test_a_starting_worker_removes_what_dead_attempts_left(workshop: Workshop) -> None:
+    job = workshop.submit()
+    dead = workshop.settings.scratch_dir / f"{job.id}-1"
+    alive = workshop.settings.scratch_dir / f"{job.id}-2"
+    dead.mkdir()
+    alive.mkdir()
+    assert workshop.store.acquire(job.id, 2, 60)
+    with workshop.worker("one"):
+        wait_until(lambda: not dead.exists())
+        assert alive.exists()

@@ -1,0 +1,145 @@
+"""A worker's surroundings for tests: stores, a queue, jobs for the bundled model, real worker processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from redis import Redis
+
+from app.core.artifact import ArtifactManifest
+from app.core.ids import artifact_id, new_id
+from app.core.janitor import Janitor
+from app.core.job import Job
+from app.core.job_queue import JobQueue
+from app.core.job_store import JobStore
+from app.core.object_store import ObjectStore
+from app.core.settings import Settings
+from app.core.specs import JobSpec
+from workers.publication import read_manifest
+from workers.supervisor import WorkerContext, run_attempt
+
+STAND_IN = "tests.integration.stand_in_child"
+REPOSITORY = Path(__file__).parents[2]
+MODEL = (REPOSITORY / "examples" / "wikitext-llama-6m").as_uri()
+
+
+class Workshop:
+    """Everything around a supervisor, over a real Valkey and a folder as object storage."""
+
+    def __init__(self, redis: Redis, redis_url: str, folder: Path) -> None:
+        self.settings = Settings(
+            state_dir=folder,
+            redis_url=redis_url,
+            model_roots=(REPOSITORY / "examples",),
+            lease_s=3,
+            cancel_grace_s=1,
+        )
+        self.store = JobStore(redis)
+        self.queue = JobQueue(redis, limit=100)
+        self.objects = ObjectStore(self.settings.object_store_url)
+        self.shutdown = threading.Event()
+        self.settings.scratch_dir.mkdir(parents=True)
+
+    def submit(self, *, timeout_s: int = 60, model: str = MODEL, **labels: str) -> Job:
+        spec = JobSpec(model=model, labels=labels, timeout_s=timeout_s)
+        job = Job(id=new_id("job"), tenant="default", spec=spec, created_at=datetime.now(UTC))
+        assert self.store.create(job)
+        return job
+
+    def context(self) -> WorkerContext:
+        return WorkerContext(
+            settings=self.settings,
+            store=self.store,
+            queue=self.queue,
+            objects=self.objects,
+            name="test",
+            device="cpu",
+            shutdown=self.shutdown,
+            child_module=STAND_IN,
+        )
+
+    def run(self, job: Job, attempt: int = 1) -> Job:
+        run_attempt(self.context(), job.id, attempt)
+        return self.store.load(job.id)
+
+    def sweep(self) -> None:
+        """One pass of the janitor."""
+        Janitor(self.store, self.queue, max_attempts=3, on_step=lambda _: None).sweep()
+
+    def kinds(self, job: Job) -> list[str]:
+        return [event.kind for event in self.store.events(job.id)]
+
+    def payload(self, job: Job, kind: str) -> dict[str, object]:
+        return next(event.payload for event in self.store.events(job.id) if event.kind == kind)
+
+    def manifest(self, job: Job) -> ArtifactManifest | None:
+        return read_manifest(self.objects, artifact_id(job.id, 0, "compressed-tensors"))
+
+    def artifact_files(self) -> dict[str, bytes]:
+        """Every stored file of every artifact, without its artifact's and attempt's names."""
+        heads = self.objects.list("artifacts")
+        return {
+            head.key.split("/", 3)[3]: self.objects.get(head.key)
+            for head in heads
+            if not head.key.endswith("/manifest.json")
+        }
+
+    @contextmanager
+    def worker(self, name: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker process in a process group of its own."""
+        settings = self.settings
+        environment = {
+            **os.environ,
+            "NIBBLE_STATE_DIR": str(settings.state_dir),
+            "NIBBLE_REDIS_URL": str(settings.redis_url),
+            "NIBBLE_MODEL_ROOTS": str(settings.model_roots[0]),
+            "NIBBLE_LEASE_S": str(settings.lease_s),
+            "NIBBLE_CANCEL_GRACE_S": str(settings.cancel_grace_s),
+        }
+        started = command or ("-m", "tests.integration.stand_in_worker", name)
+        with (
+            (settings.state_dir / f"{name}.log").open("ab") as log,
+            subprocess.Popen(
+                [sys.executable, *started],
+                env=environment,
+                cwd=REPOSITORY,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            ) as process,
+        ):
+            yield process
+            if process.poll() is None:
+                process.kill()
+
+    def log_of(self, name: str) -> str:
+        return (self.settings.state_dir / f"{name}.log").read_text()
+
+
+def wait_until(condition: Callable[[], object], limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def processes_with(word: str) -> list[int]:
+    """Ids of processes whose command line or environment holds `word`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                text = (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if word.encode() in text:
+                found.append(int(folder.name))
+    return found
