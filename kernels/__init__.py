@@ -1,0 +1,1 @@
+"""Operators on packed weights: a leaf that imports nothing of ours."""

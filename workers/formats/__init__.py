@@ -1,0 +1,1 @@
+"""File formats: canonical quantized weights to the tensors that loaders read, and back."""

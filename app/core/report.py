@@ -1,0 +1,87 @@
+"""The quality report of a job: what was decided per linear, and what it cost and gained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from app.core.specs import FormatName, Frozen, Recipe
+
+
+class LinearReport(Frozen):
+    """One linear. Losses are `tr(E H E^T)`: the expected squared error of its output, summed over rows."""
+
+    linear: str
+    bits: int | None  # None: kept in the model's precision
+    group_size: int | None = None
+    reason: str | None = None  # why it was kept
+    ratio: float | None = None  # AWQ's exponent; 0 without duo scaling is the identity
+    duo_scaling: bool | None = None
+    scale_spread: float | None = None  # s_max / s_min
+    loss_rounding: float | None = None  # of plain rounding, without scales and clip
+    loss_unclipped: float | None = None  # with scales
+    loss: float | None = None  # with scales and clip
+    clip_gain: float | None = None  # 1 - loss / loss_unclipped
+    backend: str = "torch"  # what computed the search
+
+
+class LayerReport(Frozen):
+    """One decoder layer of one candidate."""
+
+    layer: int
+    seconds: float
+    equivalence_error: float  # relative output error of the scaled, unrounded layer
+    linears: tuple[LinearReport, ...]
+
+
+class CandidateReport(Frozen):
+    """One recipe: quality on the evaluation text, size, decisions."""
+
+    recipe_index: int
+    label: str
+    recipe: Recipe
+    perplexity: float
+    perplexity_ratio: float  # quantized / original
+    kl: float  # mean KL(original || quantized) per token, nats
+    bytes: dict[FormatName, int]  # of the safetensors files
+    bits_per_weight: float
+    meets_target: bool | None = None  # None: no target was given
+    seconds: dict[str, float]  # of this candidate alone: searching, packing, verifying
+    layers: tuple[LayerReport, ...]
+
+
+class WeightHistogram(Frozen):
+    """Of one linear's original weights: equal bins between `low` and `high`."""
+
+    linear: str
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    percentiles: dict[str, float]
+
+
+class OriginalReport(Frozen):
+    perplexity: float
+    bytes: int
+
+
+class Report(Frozen):
+    """Everything that is known about the outcome of a job."""
+
+    version: int = 1
+    model: str
+    model_digest: str
+    calibration_digest: str
+    recipe_digests: tuple[str, ...]
+    calibration: dict[str, Any]  # samples used and available, sequence length, chain
+    evaluation: dict[str, Any]
+    original: OriginalReport
+    candidates: tuple[CandidateReport, ...]
+    histograms: tuple[WeightHistogram, ...] = ()
+    stages: dict[str, float] = Field(description="wall seconds per stage")
+    resumed_at_layer: int = 0
+    peak_rss_bytes: int
+    peak_vram_bytes: int | None
+    environment: dict[str, Any]
+    notes: tuple[str, ...] = ()

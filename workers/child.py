@@ -1,0 +1,59 @@
+"""The job child: reads an assignment from stdin, runs the engine, reports over a pipe.
+
+It holds no secret and no connection. Its last message is `finished` or `failed`; if neither arrives, it
+was killed, and its supervisor says by whom.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+
+import torch
+
+from app.core.assignment import Assignment, Failed
+from app.core.errors import JobFault, NibbleError, OutOfMemory
+from app.core.job import Problem
+from workers.pipeline import Pipeline
+from workers.progress import ProgressPipe
+
+
+def run(assignment: Assignment, pipe: ProgressPipe) -> int:
+    """The exit code: 0 after `finished`, 1 after `failed`."""
+    try:
+        if assignment.threads is not None:
+            torch.set_num_threads(assignment.threads)
+        pipe.send(Pipeline(assignment, pipe.send).run())
+    except NibbleError as error:
+        pipe.send(Failed(error=Problem.of(error)))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        pipe.send(Failed(error=Problem.of(out_of_memory(assignment, error))))
+    except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record
+        traceback.print_exc()
+        problem = JobFault(
+            f"{type(error).__name__}: {error}", code="internal",
+            remedy="this is a fault of Nibble: please report it with the job's events",
+        )  # fmt: skip
+        pipe.send(Failed(error=Problem.of(problem)))
+    else:
+        return 0
+    return 1
+
+
+def out_of_memory(assignment: Assignment, error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        f"{assignment.device} ran out of memory: {error}",
+        remedy="use fewer or shorter calibration samples, or a device with more memory",
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--progress-fd", type=int, required=True)
+    pipe = ProgressPipe(parser.parse_args().progress_fd)
+    return run(Assignment.model_validate_json(sys.stdin.read()), pipe)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

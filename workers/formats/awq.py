@@ -1,0 +1,63 @@
+"""AutoAWQ's GEMM layout: qweight, qzeros and scales, packed along the output channels.
+
+A linear of `in` x `out` gives qweight int32 (in, out/8), qzeros int32 (in/group, out/8) with true zero
+points, scales float16 (in/group, out). Source: AutoAWQ `awq/modules/linear/gemm.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.core.format_limits import Scheme
+from app.core.plan import CandidatePlan
+from kernels.layouts import pack_awq, unpack_awq
+from workers.modeling.quantized_weight import QuantizedWeight
+
+SUFFIXES = ("qweight", "qzeros", "scales")
+
+
+def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one linear; `dtype` of the model is not used: scales are always float16 here."""
+    return {
+        "qweight": pack_awq(weight.q.T.contiguous()),
+        "qzeros": pack_awq(weight.zero.T.contiguous()),
+        "scales": weight.scale.T.to(torch.float16).contiguous(),
+    }
+
+
+def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of `tensors`."""
+    return QuantizedWeight(
+        unpack_awq(stored["qweight"]).T.contiguous(),
+        stored["scales"].T.to(torch.float32).contiguous(),
+        unpack_awq(stored["qzeros"]).T.contiguous(),
+        scheme,
+    )
+
+
+def shapes(
+    out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a linear."""
+    groups = scheme.groups(in_features)
+    return {
+        "qweight": ((in_features, out_features // 8), torch.int32),
+        "qzeros": ((groups, out_features // 8), torch.int32),
+        "scales": ((groups, out_features), torch.float16),
+    }
+
+
+def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
+    """The entry of config.json."""
+    kept = [linear.name for linear in candidate.linears if linear.scheme is None]
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": candidate.recipe.bits,
+        "group_size": candidate.recipe.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": [*kept, "lm_head"],
+    }

@@ -1,0 +1,102 @@
+"""The `pack-quantized` layout of compressed-tensors.
+
+A linear gives weight_packed int32 (out, ceil(in * bits / 32)), weight_scale in the model's dtype
+(out, groups), weight_shape int64 (2), and for asymmetric grids weight_zero_point int32
+(ceil(out * bits / 32), groups), packed along the output channels. Source: compressed-tensors
+`compressors/pack_quantized`, where integers are signed and stored with 2^(bits-1) added.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.core.format_limits import Scheme
+from app.core.plan import CandidatePlan
+from kernels.layouts import pack_rows, packed_words, unpack_rows
+from workers.modeling.quantized_weight import QuantizedWeight
+
+FORMAT = "pack-quantized"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one linear."""
+    bits = weight.scheme.bits
+    stored = {
+        "weight_packed": pack_rows(weight.q, bits),
+        "weight_scale": weight.scale.to(dtype),
+        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+    if not weight.scheme.symmetric:
+        stored["weight_zero_point"] = pack_rows(weight.zero.T.contiguous(), bits).T.contiguous()
+    return stored
+
+
+def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of `tensors`."""
+    out_features, in_features = (int(size) for size in stored["weight_shape"])
+    scale = stored["weight_scale"].to(torch.float32)
+    if scheme.symmetric:
+        zero = torch.full_like(scale, 2 ** (scheme.bits - 1)).to(torch.uint8)
+    else:
+        packed = stored["weight_zero_point"].T.contiguous()
+        zero = unpack_rows(packed, scheme.bits, out_features).T.contiguous()
+    q = unpack_rows(stored["weight_packed"], scheme.bits, in_features)
+    return QuantizedWeight(q, scale, zero, scheme)
+
+
+def shapes(
+    out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a linear."""
+    groups = scheme.groups(in_features)
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "weight_packed": ((out_features, packed_words(in_features, scheme.bits)), torch.int32),
+        "weight_scale": ((out_features, groups), dtype),
+        "weight_shape": ((2,), torch.int64),
+    }
+    if not scheme.symmetric:
+        found["weight_zero_point"] = ((packed_words(out_features, scheme.bits), groups), torch.int32)
+    return found
+
+
+def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
+    """The entry of config.json: one config group per scheme."""
+    schemes = list(dict.fromkeys(linear.scheme for linear in candidate.linears if linear.scheme))
+    kept = [linear.name for linear in candidate.linears if linear.scheme is None]
+    groups = {
+        f"group_{index}": config_group(candidate, scheme, only=len(schemes) == 1)
+        for index, scheme in enumerate(schemes)
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*kept, "lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def config_group(candidate: CandidatePlan, scheme: Scheme, *, only: bool) -> dict[str, Any]:
+    names = [linear.name for linear in candidate.linears if linear.scheme == scheme]
+    return {
+        "targets": ["Linear"] if only else ["re:^(" + "|".join(map(re.escape, names)) + ")$"],
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "channel" if scheme.group_size == -1 else "group",
+            "group_size": None if scheme.group_size == -1 else scheme.group_size,
+            "actorder": None,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }

@@ -1,0 +1,137 @@
+"""A model folder in one format: written layer by layer, and read back the same way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from app.core.errors import VerificationFailed
+from app.core.plan import CandidatePlan, Plan
+from app.core.specs import FormatName
+from workers.formats import awq, compressed_tensors
+from workers.formats.shards import ShardWriter, TensorPlan
+from workers.modeling.checkpoint import DTYPES, Checkpoint
+from workers.modeling.quantized_weight import QuantizedWeight
+from workers.quantization.layer import LayerResult
+
+FORMATS: dict[FormatName, ModuleType] = {"awq": awq, "compressed-tensors": compressed_tensors}
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+NOT_COPIED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json")
+
+LoadLayer = Callable[[int], LayerResult]
+
+
+class FormatFolder:
+    """One candidate in one format, in `folder`."""
+
+    def __init__(
+        self, folder: Path, name: FormatName, source: Checkpoint, plan: Plan, candidate: CandidatePlan
+    ) -> None:
+        self.folder, self.name, self.source, self.plan = folder, name, source, plan
+        self.candidate, self.layout = candidate, FORMATS[name]
+        self.dtype = getattr(torch, plan.dtype)
+        self.schemes = {linear.name: linear for linear in candidate.linears if linear.scheme is not None}
+
+    def write(self, load_layer: LoadLayer, shard_bytes: int) -> None:
+        """All files of the folder; one layer is in memory at a time."""
+        self.folder.mkdir(parents=True)
+        self.write_side_files()
+        layers = range(self.plan.num_layers)
+        prefixes = [self.plan.architecture.layer_prefix(layer) for layer in layers]
+        outside = [name for name in self.source.tensors if not name.startswith(tuple(prefixes))]
+        plans = [plan for name in outside for plan in self.tensor_plans(name)]
+        for prefix in prefixes:
+            plans += [plan for name in self.source.names(prefix) for plan in self.tensor_plans(name)]
+        writer = ShardWriter(self.folder, plans, shard_bytes)
+        for name in outside:
+            writer.write_bytes(name, self.source.raw_bytes(name))
+        for layer, prefix in zip(layers, prefixes, strict=True):
+            self.write_layer(writer, prefix, load_layer(layer))
+        writer.close()
+
+    def write_side_files(self) -> None:
+        for pattern in SIDE_FILES:
+            for file in sorted(self.source.folder.glob(pattern)):
+                if file.name not in NOT_COPIED:
+                    shutil.copyfile(file, self.folder / file.name)
+        config = {
+            **self.source.config, "quantization_config": self.layout.quantization_config(self.candidate)
+        }  # fmt: skip
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    def linear_of(self, tensor: str) -> str | None:
+        """The quantized linear whose weight `tensor` is."""
+        name = tensor.removesuffix(".weight")
+        return name if name != tensor and name in self.schemes else None
+
+    def tensor_plans(self, name: str) -> list[TensorPlan]:
+        """What takes the place of a tensor of the original."""
+        linear = self.linear_of(name)
+        if linear is None:
+            header = self.source.tensors[name]
+            return [TensorPlan(name, header.shape, DTYPES[header.dtype])]
+        plan = self.schemes[linear]
+        shapes = self.layout.shapes(plan.out_features, plan.in_features, plan.scheme, self.dtype)
+        return [TensorPlan(f"{linear}.{suffix}", shape, dtype) for suffix, (shape, dtype) in shapes.items()]
+
+    def write_layer(self, writer: ShardWriter, prefix: str, result: LayerResult) -> None:
+        for name in self.source.names(prefix):
+            linear, local = self.linear_of(name), name.removeprefix(prefix)
+            if linear is not None:
+                tensors = self.layout.tensors(result.quantized[linear.removeprefix(prefix)], self.dtype)
+                for suffix, values in tensors.items():
+                    writer.write(f"{linear}.{suffix}", values)
+            elif local in result.dense:
+                dtype = DTYPES[self.source.tensors[name].dtype]
+                writer.write(name, result.dense[local].to(dtype))
+            else:
+                writer.write_bytes(name, self.source.raw_bytes(name))
+
+    def read_layer(self, written: Checkpoint, layer: int) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+        """The quantized linears and the other tensors of a layer, by name in the layer."""
+        prefix = self.plan.architecture.layer_prefix(layer)
+        stored = written.layer_tensors(prefix)
+        quantized = {}
+        for full, plan in self.schemes.items():
+            if full.startswith(prefix):
+                name = full.removeprefix(prefix)
+                parts = {
+                    suffix: stored.pop(f"{name}.{suffix}")
+                    for suffix in self.layout.SUFFIXES
+                    if f"{name}.{suffix}" in stored
+                }
+                quantized[name] = self.layout.weight(parts, plan.scheme)
+        return quantized, stored
+
+    def read_weights(self, written: Checkpoint, layer: int) -> dict[str, Tensor]:
+        """The layer as a loader would compute with it: linears dequantized."""
+        quantized, dense = self.read_layer(written, layer)
+        return {**dense, **{f"{name}.weight": weight.dequantize() for name, weight in quantized.items()}}
+
+    def verify(self, load_layer: LoadLayer) -> None:
+        """Read the files back and compare them with what was computed.
+
+        Raises VerificationFailed naming the first linear or tensor that differs.
+        """
+        written = Checkpoint(self.folder)
+        for layer in range(self.plan.num_layers):
+            result = load_layer(layer)
+            quantized, dense = self.read_layer(written, layer)
+            wrong = [name for name, weight in quantized.items() if not weight.equals(result.quantized[name])]
+            wrong += [name for name, values in result.dense.items() if not torch.equal(dense[name].float(), values)]
+            wrong += sorted(quantized.keys() ^ result.quantized.keys())
+            if wrong:
+                raise VerificationFailed(
+                    f"layer {layer}: {wrong[0]} read back from the {self.name} files is not what was computed",
+                    remedy="check the disk, then retry the job; if it happens again, report it",
+                )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))

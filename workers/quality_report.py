@@ -1,0 +1,89 @@
+"""The report's parts that are put together from what the engine returned."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from app.core.plan import Plan
+from app.core.report import CandidateReport, LayerReport
+from app.core.specs import JobSpec, TextSpec
+from workers.formats.folder import FormatFolder
+from workers.quantization.evaluation import Quality
+from workers.texts.windows import Windows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run produced; lists are per candidate, `qualities` starts with the original."""
+
+    qualities: list[Quality]
+    layers: list[list[LayerReport]]
+    folders: list[list[FormatFolder]]
+    seconds: list[dict[str, float]]
+    resumed_at: int
+
+
+def candidate_reports(spec: JobSpec, plan: Plan, outcome: Outcome) -> list[CandidateReport]:
+    original = outcome.qualities[0]
+    reports = []
+    for candidate, quality, layers, folders, seconds in zip(
+        plan.candidates, outcome.qualities[1:], outcome.layers, outcome.folders, outcome.seconds, strict=True
+    ):
+        ratio = quality.perplexity / original.perplexity
+        reports.append(
+            CandidateReport(
+                recipe_index=candidate.recipe_index,
+                label=candidate.label,
+                recipe=candidate.recipe,
+                perplexity=quality.perplexity,
+                perplexity_ratio=ratio,
+                kl=quality.kl,
+                bytes={folder.name: folder.weight_bytes for folder in folders},
+                bits_per_weight=candidate.bits_per_weight,
+                meets_target=None if spec.target is None else ratio <= spec.target.max_perplexity_ratio,
+                seconds=seconds,
+                layers=tuple(layers),
+            )
+        )
+    return reports
+
+
+def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:
+    """What was read of a text, as the report names it."""
+    return {
+        "dataset": spec.source,
+        "windows": windows.tokens.shape[0],
+        "windows_available": windows.available,
+        "sequence_length": windows.tokens.shape[1],
+        "digest": windows.digest,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_vram_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "nibble": version("nibble"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "search_backend": "torch",
+    }

@@ -1,0 +1,77 @@
+"""The calibration pass: the original model's hidden states, one decoder layer after the other.
+
+Every layer sees the inputs of the original model (the full-precision chain), so statistics of a layer do
+not depend on any recipe: one pass serves them all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.modeling.decoder import Decoder
+from workers.quantization.statistics import InputStatistics, collecting
+
+EQUIVALENCE_LIMIT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+class CalibrationPass:
+    """Hidden states of all calibration batches before `layer`."""
+
+    def __init__(self, decoder: Decoder, batches: list[Tensor]) -> None:
+        self.decoder = decoder
+        self.groups = decoder.architecture.groups
+        self.layer = 0
+        with torch.no_grad():
+            self.states, self.arguments = decoder.start(batches)
+
+    def restore(self, layer: int, states: list[Tensor]) -> None:
+        """Go on before `layer` with the hidden states saved there."""
+        self.layer = layer
+        self.states = [batch.to(self.decoder.device) for batch in states]
+
+    @torch.no_grad()
+    def skip(self) -> None:
+        """Advance by one layer without collecting."""
+        with self.decoder.layer(self.layer, self.decoder.layer_weights(self.layer)) as module:
+            for index, batch in enumerate(self.states):
+                self.states[index] = self.advance(module, batch)
+        self.layer += 1
+
+    @torch.no_grad()
+    def collect(self, weights: dict[str, Tensor]) -> tuple[list[InputStatistics], Tensor, Tensor]:
+        """Advance by one layer: its statistics per group, and one window's input and output."""
+        probe = self.states[0][:1].clone()
+        with (
+            self.decoder.layer(self.layer, weights) as module,
+            collecting(module, self.groups) as collectors,
+        ):
+            for index, batch in enumerate(self.states):
+                self.states[index] = self.advance(module, batch)
+        self.layer += 1
+        prefix = self.decoder.architecture.layer_prefix(self.layer - 1)
+        statistics = [
+            collector.result(prefix + group.balance_layers[0])
+            for collector, group in zip(collectors, self.groups, strict=True)
+        ]
+        return statistics, probe, self.states[0][:1]
+
+    def advance(self, module: torch.nn.Module, batch: Tensor) -> Tensor:
+        return self.decoder.advance(module, batch, self.arguments[batch.shape[0]][self.layer])
+
+
+@torch.no_grad()
+def equivalence_error(
+    run: CalibrationPass, layer: int, folded: dict[str, Tensor], probe: tuple[Tensor, Tensor]
+) -> float:
+    """Relative error of a layer's output when it has the folded, unrounded weights.
+
+    probe: one window's (1, tokens, hidden) input and output of the original layer.
+    """
+    inputs, expected = probe
+    arguments = run.arguments[min(run.arguments)][layer]
+    with run.decoder.layer(layer, folded) as module:
+        size = min(run.arguments)
+        output = run.decoder.advance(module, inputs.expand(size, -1, -1), arguments)[:1]
+    change = (expected - inputs).float().norm()  # the layer's own contribution, without the residual
+    return float((output - expected).float().norm() / change.clamp(min=1e-30))

@@ -1,0 +1,77 @@
+"""Perplexity and KL against the original, streaming: all models advance layer by layer together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workers.modeling.decoder import Decoder
+
+CHUNK_TOKENS = 256  # logits are (tokens, vocabulary): a window at once could outgrow the largest layer
+LoadWeights = Callable[[int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Over all predicted tokens of the evaluation windows."""
+
+    perplexity: float  # exp of the mean loss
+    kl: float  # mean KL(original || this), nats; 0 for the original
+
+
+@torch.no_grad()
+def evaluate(
+    decoder: Decoder,
+    batches: list[Tensor],
+    models: Sequence[LoadWeights],
+    on_layer: Callable[[int], None],
+) -> list[Quality]:
+    """The quality of each model; the first is the original.
+
+    batches: (batch, sequence_length) token ids each.
+    """
+    first, arguments = decoder.start(batches)
+    states = [list(first) for _ in models]
+    for layer in range(decoder.num_layers):
+        for model, load_weights in enumerate(models):
+            with decoder.layer(layer, load_weights(layer)) as module:
+                states[model] = [
+                    decoder.advance(module, batch, arguments[batch.shape[0]][layer]) for batch in states[model]
+                ]
+        on_layer(layer)
+    with decoder.head() as head:
+        return measure(head, batches, states)
+
+
+def measure(head: nn.Module, batches: list[Tensor], states: list[list[Tensor]]) -> list[Quality]:
+    loss = torch.zeros(len(states), dtype=torch.float64)
+    divergence = torch.zeros(len(states), dtype=torch.float64)
+    num_tokens = 0
+    for index, batch in enumerate(batches):
+        for row in range(batch.shape[0]):
+            targets = batch[row, 1:]
+            num_tokens += targets.numel()
+            for start in range(0, targets.numel(), CHUNK_TOKENS):
+                part = slice(start, start + CHUNK_TOKENS)
+                wanted = targets[part].to(states[0][index].device)
+                original = log_probabilities(head, states[0][index][row, :-1][part])
+                for model, own in enumerate(states):
+                    mine = original if model == 0 else log_probabilities(head, own[index][row, :-1][part])
+                    loss[model] -= mine.gather(1, wanted[:, None]).sum(dtype=torch.float64).cpu()
+                    if model:
+                        terms = original.exp() * (original - mine)
+                        divergence[model] += terms.sum(dtype=torch.float64).cpu()
+    means = (loss / num_tokens).tolist()
+    return [
+        Quality(perplexity=math.exp(min(mean, 700.0)), kl=kl)
+        for mean, kl in zip(means, (divergence / num_tokens).tolist(), strict=True)
+    ]
+
+
+def log_probabilities(head: nn.Module, states: Tensor) -> Tensor:
+    """(tokens, hidden) to float32 (tokens, vocabulary)."""
+    return torch.log_softmax(head(states).to(torch.float32), dim=-1)

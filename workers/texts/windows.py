@@ -1,0 +1,101 @@
+"""Documents to windows of token ids.
+
+Documents are joined with the end-of-text token between them and cut into windows without overlap: no
+document is dropped for its length, and no window is padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from app.core.errors import TextRefused
+from app.core.specs import CalibrationSpec, EvaluationSpec, TextSpec
+from workers.texts.documents import Document, read_documents
+
+
+@dataclass(frozen=True)
+class Windows:
+    """(num_samples, sequence_length) int64 token ids and the digest that names them."""
+
+    tokens: Tensor
+    available: int  # windows that the text would have given
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.tokens.to(torch.int32).numpy().tobytes()).hexdigest()
+
+    def batches(self, size: int) -> list[Tensor]:
+        return list(self.tokens.split(size))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; code in the folder is never run.
+
+    Raises TextRefused if it can't be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as fault:
+        raise TextRefused(
+            f"the model's tokenizer cannot be loaded: {fault}", code="tokenizer_invalid",
+            remedy="add tokenizer.json and tokenizer_config.json to the model",
+        ) from fault  # fmt: skip
+
+
+def calibration_windows(
+    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, file: Path | None
+) -> Windows:
+    """`num_samples` windows drawn without replacement with the seed of the spec."""
+    every = all_windows(spec, spec.sequence_length, tokenizer, read_documents(spec, file, part="valid"))
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(spec.seed))
+    return Windows(every[order[: spec.num_samples]], len(every))
+
+
+def evaluation_windows(
+    spec: EvaluationSpec, sequence_length: int, tokenizer: PreTrainedTokenizerBase, file: Path | None
+) -> Windows:
+    """The first `num_samples` windows of the held-out text."""
+    every = all_windows(spec, sequence_length, tokenizer, read_documents(spec, file, part="test"))
+    return Windows(every[: spec.num_samples], len(every))
+
+
+def all_windows(
+    spec: TextSpec, sequence_length: int, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> Tensor:
+    """Raises TextRefused if the text has fewer windows than were asked for."""
+    ids: list[int] = []
+    for number, document in enumerate(documents):
+        if number and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        ids.extend(token_ids(tokenizer, document, chat_template=spec.chat_template))
+    count = len(ids) // sequence_length
+    if count < spec.num_samples:
+        raise TextRefused(
+            f"{spec.source} gives {len(ids)} tokens, {count} windows of {sequence_length}; "
+            f"{spec.num_samples} were asked for",
+            code="text_too_short",
+            remedy="give more text, or lower num_samples or sequence_length",
+        )
+    return torch.tensor(ids[: count * sequence_length]).view(count, sequence_length)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, *, chat_template: bool) -> list[int]:
+    """Raises TextRefused if a chat template is needed and there is none."""
+    messages = document.messages
+    if messages is None and not chat_template:
+        assert document.text is not None
+        return list(tokenizer(document.text, verbose=False)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise TextRefused(
+            "the model has no chat template, but the text needs one", code="chat_template_missing",
+            remedy="set chat_template to false and give plain text",
+        )  # fmt: skip
+    turns = messages if messages is not None else [{"role": "user", "content": document.text or ""}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    return list(tokenizer(str(rendered), add_special_tokens=False, verbose=False)["input_ids"])
