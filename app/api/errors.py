@@ -38,8 +38,8 @@ HEADERS: dict[int, dict[str, str]] = {
 PROBLEM_TYPE = "application/problem+json"
 # Of a union's branches pydantic reports each; these types say only that a branch has another shape.
 SHAPE_ERRORS = frozenset({"tuple_type", "model_type", "model_attributes_type"})
-# Names of union branches in an error's path: classes and type expressions, never our lower-case fields.
-BRANCH = re.compile(r"[A-Z]|.*[\[(]|tuple$|function-")
+# How pydantic names the branches of our unions (`recipe`, `duo_scaling`) in an error's path.
+BRANCH = re.compile(r"Recipe$|bool$|(tuple|literal)\[")
 
 
 class FieldProblem(BaseModel):

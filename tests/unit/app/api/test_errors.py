@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from app.api.errors import STATUS, field_path, field_problems, problem, status_of
+from app.core import errors
+from app.core.specs import JobSpec
+
+
+def descendants(kind: type[errors.NibbleError]) -> list[type[errors.NibbleError]]:
+    return [kind, *(deeper for child in kind.__subclasses__() for deeper in descendants(child))]
+
+
+@pytest.mark.parametrize("kind", descendants(errors.NibbleError))
+def test_every_error_has_a_status(kind: type[errors.NibbleError]) -> None:
+    assert status_of(kind("it")) in set(STATUS.values())
+
+
+def test_the_nearest_class_decides() -> None:
+    assert status_of(errors.ModelRefused("it")) == 422
+    assert status_of(errors.MalformedRequest("it")) == 400
+
+
+def test_a_problem_says_what_and_what_to_do() -> None:
+    answer = problem(errors.QueueFull("full", remedy="wait"))
+    body = json.loads(bytes(answer.body))
+    assert answer.media_type == "application/problem+json"
+    assert answer.headers["retry-after"] == "10"
+    assert body == {
+        "type": "urn:nibble:problem:queue_full",
+        "title": "Too Many Requests",
+        "status": 429,
+        "detail": "full",
+        "code": "queue_full",
+        "remedy": "wait",
+    }
+
+
+def test_a_fields_path_has_no_names_of_branches() -> None:
+    location = ("body", "recipe", "tuple[Recipe, ...]", 1, "search", "duo_scaling", "literal['both']")
+    assert field_path(location) == "recipe.1.search.duo_scaling"
+
+
+@pytest.mark.parametrize(
+    ("body", "paths"),
+    [
+        ({"model": "a", "recipe": {"bits": 5}}, {"recipe.bits"}),
+        ({"model": "a", "recipe": [{"bits": 4}, {"bits": 5}]}, {"recipe.1.bits"}),
+        ({"model": "a", "recipe": 5}, {"recipe"}),
+        ({"model": "a", "zip": 1}, {"zip"}),
+        ({}, {"model"}),
+        ({"model": "a", "labels": {"A B": "x"}}, {"labels.A B.[key]"}),
+    ],
+)
+def test_paths_of_refused_bodies(body: dict[str, object], paths: set[str]) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        JobSpec.model_validate(body)
+    found = [{**finding, "loc": ("body", *finding["loc"])} for finding in refusal.value.errors()]
+    assert {field.path for field in field_problems(found)} == paths

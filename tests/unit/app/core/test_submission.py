@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import InvalidRequest, ModelRefused, RecipeUnsupported, TextRefused
+from app.core.estimate import estimate
+from app.core.settings import Settings
+from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe
+from app.core.submission import check_submission
+
+
+@pytest.fixture
+def settings(example_model: Path, tmp_path: Path) -> Settings:
+    return Settings(state_dir=tmp_path, model_roots=(example_model.parent, tmp_path))
+
+
+def test_the_bundled_model_is_accepted_as_written(settings: Settings, example_model: Path) -> None:
+    checked = check_submission(JobSpec(model=example_model.as_uri()), settings)
+    assert checked.spec.model == example_model.as_uri()
+    assert checked.plan.num_layers == 6
+    assert checked.download_bytes > (example_model / "model.safetensors").stat().st_size
+
+
+def test_an_estimate_names_every_linear(settings: Settings, example_model: Path) -> None:
+    spec = JobSpec(model=example_model.as_uri(), formats=("awq", "compressed-tensors"))
+    found = estimate(check_submission(spec, settings), "cpu")
+    assert found.layers == 6
+    assert len(found.candidates[0].linears) == 6 * 7
+    assert found.output_bytes == sum(found.candidates[0].output_bytes.values())
+    assert found.vram_bytes == 0
+
+
+def test_a_gpu_is_faster_and_takes_its_own_memory(settings: Settings, example_model: Path) -> None:
+    checked = check_submission(JobSpec(model=example_model.as_uri()), settings)
+    assert estimate(checked, "cuda").time_s < estimate(checked, "cpu").time_s
+    assert estimate(checked, "cuda").vram_bytes > 0
+
+
+def test_a_folder_outside_the_roots_is_refused(tmp_path: Path, example_model: Path) -> None:
+    with pytest.raises(ModelRefused):
+        check_submission(JobSpec(model=example_model.as_uri()), Settings(state_dir=tmp_path))
+
+
+def test_a_recipe_that_the_format_cannot_hold_is_refused(settings: Settings, example_model: Path) -> None:
+    spec = JobSpec(model=example_model.as_uri(), recipe=Recipe(bits=3), formats=("awq",))
+    with pytest.raises(RecipeUnsupported) as refusal:
+        check_submission(spec, settings)
+    assert refusal.value.remedy
+
+
+def refused_texts(calibration: CalibrationSpec, settings: Settings, model: Path) -> InvalidRequest:
+    with pytest.raises(TextRefused) as refusal:
+        check_submission(JobSpec(model=model.as_uri(), calibration=calibration), settings)
+    return refusal.value
+
+
+def test_an_unknown_bundled_dataset_is_refused(settings: Settings, example_model: Path) -> None:
+    refusal = refused_texts(CalibrationSpec(dataset="builtin:nothing"), settings, example_model)
+    assert (refusal.code, refusal.param) == ("dataset_unknown", "calibration.dataset")
+
+
+@pytest.mark.parametrize("texts", [("  \n ",), ("too short",)])
+def test_texts_that_fill_no_window_are_refused(
+    settings: Settings, example_model: Path, texts: tuple[str, ...]
+) -> None:
+    refusal = refused_texts(CalibrationSpec(texts=texts), settings, example_model)
+    assert (refusal.code, refusal.param) == ("text_too_short", "calibration.texts")
+
+
+def test_a_missing_text_file_is_refused(settings: Settings, example_model: Path, tmp_path: Path) -> None:
+    missing = CalibrationSpec(dataset=(tmp_path / "none.jsonl").as_uri())
+    assert refused_texts(missing, settings, example_model).param == "calibration.dataset"
+
+
+def test_a_text_file_under_a_root_is_accepted(
+    settings: Settings, example_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "hello"}\n')
+    reference = (tmp_path / "texts.jsonl").as_uri()
+    spec = JobSpec(model=example_model.as_uri(), evaluation=EvaluationSpec(dataset=reference))
+    assert check_submission(spec, settings).spec.evaluation.dataset == reference
