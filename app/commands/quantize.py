@@ -25,7 +25,7 @@ from app.core.job import Progress
 from app.core.specs import JobSpec, TextSpec
 
 if TYPE_CHECKING:
-    from app.core.assignment import Assignment, Finished, OutputFolder, ProgressMessage
+    from app.core.assignment import Assignment, Finished, OutputFolder
     from app.core.model_source import ModelFiles
 
 CHILD_GRACE_S = 10.0
@@ -182,28 +182,24 @@ def supervise(assignment: Assignment, view: ProgressView) -> Finished:
     """Start the job child and show what it says. Raises JobFault unless it finishes."""
     from app.core.job_child import JobChild
 
-    stage = "fetching"
+    stage, progress = "fetching", Progress()
     with JobChild(assignment) as child:
         for message in child.messages():
             if message.kind == "finished":
                 return message
+            if message.kind == "failed":
+                error = message.error
+                raise JobFault(error.message, code=error.code, remedy=error.remedy)
             if message.kind == "stage":
                 stage = message.stage
-            show_message(message, stage, view)
+            elif message.kind == "progress":
+                progress = Progress(**message.model_dump(exclude={"kind"}))
+            elif message.kind == "note":
+                view.note(message.message)
+            view.show(stage, progress)
         fault = child.wait_fault(CHILD_GRACE_S)
         stderr().print(escape(child.output_tail()))
         raise fault
-
-
-def show_message(message: ProgressMessage, stage: str, view: ProgressView) -> None:
-    if message.kind == "progress":
-        progress = Progress(**message.model_dump(exclude={"kind"}))
-        view.show(stage, progress)
-    elif message.kind == "note":
-        view.note(message.message)
-    elif message.kind == "failed":
-        error = message.error
-        raise JobFault(error.message, code=error.code, remedy=error.remedy)
 
 
 def place(finished: Finished, work: Path, out: Path, labels: list[str]) -> None:
