@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from redis import Redis
+
+from app.core.ids import new_id
+from app.core.janitor import Janitor
+from app.core.job import Job, JobState, transition
+from app.core.job_changes import cancel_requested
+from app.core.job_queue import JobQueue, Place
+from app.core.job_store import JobStore
+from app.core.specs import JobSpec
+
+
+class House:
+    """Stores, a queue, and a janitor whose steps are noted."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self.store = JobStore(redis)
+        self.queue = JobQueue(redis, limit=100)
+        self.steps: list[str] = []
+        self.janitor = self.new_janitor()
+
+    def new_janitor(self) -> Janitor:
+        return Janitor(self.store, self.queue, max_attempts=2, on_step=self.steps.append)
+
+    def submit(self) -> Job:
+        spec = JobSpec(model="org/name")
+        job = Job(id=new_id("job"), tenant="t", spec=spec, created_at=datetime.now(UTC))
+        self.store.create(job)
+        self.queue.enqueue(job)
+        return job
+
+    def lose_worker(self, job: Job, attempt: int) -> None:
+        """A worker takes the entry, claims the job and is never heard of again."""
+        self.queue.remove(self.store.load(job.id))
+        self.store.claim(job.id, attempt, worker="w", lease_s=30)
+        self.redis.delete(f"nibble:lease:{job.id}")
+
+
+@pytest.fixture
+def house(redis: Redis) -> House:
+    return House(redis)
+
+
+def test_what_is_in_order_is_left_alone(house: House) -> None:
+    waiting, running = house.submit(), house.submit()
+    house.store.claim(running.id, 1, worker="w", lease_s=30)
+    house.janitor.sweep()
+    assert house.steps == []
+    assert house.store.version(waiting.id) == 1
+
+
+def test_a_lost_job_is_queued_again(house: House) -> None:
+    job = house.submit()
+    house.lose_worker(job, 1)
+    house.janitor.sweep()
+    found = house.store.load(job.id)
+    assert (found.state, found.attempt) == (JobState.QUEUED, 1)
+    assert house.queue.place(found) is Place.WAITING
+    assert house.steps == ["requeued"]
+    assert house.store.events(job.id)[-1].payload["code"] == "worker_lost"
+
+
+def test_a_job_lost_too_often_fails(house: House) -> None:
+    job = house.submit()
+    for attempt in (1, 2):
+        house.lose_worker(job, attempt)
+        house.janitor.sweep()
+    found = house.store.load(job.id)
+    assert found.state is JobState.FAILED
+    assert found.error is not None
+    assert found.error.code == "worker_lost"
+    assert found.error.remedy
+    assert house.steps == ["requeued", "failed"]
+
+
+def test_a_cancelled_job_without_worker_is_cancelled(house: House) -> None:
+    job = house.submit()
+    house.lose_worker(job, 1)
+    house.store.update(job.id, cancel_requested)
+    house.janitor.sweep()
+    assert house.store.load(job.id).state is JobState.CANCELLED
+
+
+def test_an_entry_that_vanished_is_made_again(house: House) -> None:
+    job = house.submit()
+    house.queue.remove(job)
+    house.janitor.sweep()
+    assert house.queue.place(job) is Place.WAITING
+    assert house.steps == ["enqueued"]
+
+
+def test_an_entry_on_its_way_is_given_one_interval(house: House) -> None:
+    job = house.submit()
+    house.redis.delete("rq:queue:nibble-normal")
+    house.janitor.sweep()
+    assert house.steps == []
+    house.janitor.sweep()
+    assert house.queue.place(job) is Place.WAITING
+
+
+def test_two_janitors_take_each_step_once(house: House) -> None:
+    jobs = [house.submit() for _ in range(5)]
+    for job in jobs:
+        house.lose_worker(job, 1)
+    house.janitor.sweep()
+    house.new_janitor().sweep()
+    assert house.steps == ["requeued"] * 5
+    assert house.queue.depths()["nibble-normal"] == 5
+
+
+def test_a_job_that_ended_meanwhile_keeps_its_end(house: House) -> None:
+    job = house.submit()
+    house.lose_worker(job, 1)
+    seen = house.store.load(job.id)
+    house.store.update(job.id, lambda job: transition(job, JobState.SUCCEEDED), attempt=1)
+    house.janitor._check_lease(seen)
+    assert house.store.load(job.id).state is JobState.SUCCEEDED
+    assert house.steps == []

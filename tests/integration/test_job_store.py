@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+
+import pytest
+from redis import Redis
+
+from app.core.errors import Conflict, MalformedRequest, NotFound
+from app.core.ids import new_id
+from app.core.job import Job, JobState, Progress, Stage, transition
+from app.core.job_store import CHANGES, JobFilter, JobStore
+from app.core.specs import JobSpec
+
+
+@pytest.fixture
+def store(redis: Redis) -> JobStore:
+    return JobStore(redis)
+
+
+def new_job(tenant: str = "t", **labels: str) -> Job:
+    spec = JobSpec(model="org/name", labels=labels)
+    return Job(id=new_id("job"), tenant=tenant, spec=spec, created_at=datetime.now(UTC))
+
+
+def stored(store: JobStore, **labels: str) -> Job:
+    job = new_job(**labels)
+    assert store.create(job)
+    return job
+
+
+def running(store: JobStore) -> Job:
+    return store.claim(stored(store).id, 1, worker="w", lease_s=30)
+
+
+def test_a_job_is_read_as_it_was_created(store: JobStore) -> None:
+    job = stored(store, team="search")
+    assert store.read(job.id) == (job, 1)
+    assert [(event.kind, event.payload["state"]) for event in store.events(job.id)] == [("state", "queued")]
+
+
+def test_an_id_is_created_once(store: JobStore) -> None:
+    job = stored(store)
+    assert not store.create(job.model_copy(update={"tenant": "other"}))
+    assert store.load(job.id).tenant == "t"
+
+
+@pytest.mark.parametrize("job_id", ["", "job_x", "*", new_id("job"), new_id("art")])
+def test_what_is_not_there_is_not_found(store: JobStore, job_id: str) -> None:
+    with pytest.raises(NotFound):
+        store.load(job_id)
+    assert store.version(job_id) == 0
+
+
+def test_another_tenants_job_is_not_found(store: JobStore) -> None:
+    job = stored(store)
+    for access in (store.get, store.delete):
+        with pytest.raises(NotFound):
+            access("other", job.id)
+
+
+def test_each_change_raises_the_version_and_is_announced(store: JobStore, redis: Redis) -> None:
+    job = stored(store)
+    channel = redis.pubsub(ignore_subscribe_messages=True)
+    channel.subscribe(CHANGES)
+    channel.get_message(timeout=5)
+    store.update(job.id, lambda job: transition(job, JobState.CANCELLED))
+    message = channel.get_message(timeout=5)
+    channel.close()
+    assert message is not None
+    assert message["data"].decode() == job.id
+    assert store.version(job.id) == 2
+
+
+def test_a_change_that_changes_nothing_is_not_written(store: JobStore) -> None:
+    job = stored(store)
+    store.update(job.id, lambda job: job)
+    assert store.version(job.id) == 1
+
+
+def test_parallel_changes_are_all_kept(store: JobStore) -> None:
+    job = running(store)
+
+    def count() -> None:
+        for _ in range(10):
+            store.update(job.id, lambda job: job.model_copy(update={"artifacts": (*job.artifacts, "x")}))
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(store.load(job.id).artifacts) == 40
+
+
+def test_one_of_many_claims_wins(store: JobStore) -> None:
+    job = stored(store)
+    outcomes: list[str] = []
+
+    def claim(name: str) -> None:
+        try:
+            store.claim(job.id, 1, worker=name, lease_s=30)
+            outcomes.append("claimed")
+        except Conflict as fault:
+            outcomes.append(fault.code)
+
+    threads = [threading.Thread(target=claim, args=(f"w{index}",)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("claimed") == 1
+    assert store.load(job.id).attempt == 1
+
+
+def test_a_terminal_job_never_changes(store: JobStore) -> None:
+    job = running(store)
+    store.update(job.id, lambda job: transition(job, JobState.SUCCEEDED), attempt=1)
+    with pytest.raises(Conflict) as refusal:
+        store.update(job.id, lambda job: job.model_copy(update={"artifacts": ("x",)}))
+    assert refusal.value.code == "invalid_transition"
+
+
+def test_the_table_holds_for_every_change(store: JobStore) -> None:
+    job = stored(store)
+    with pytest.raises(Conflict):
+        store.update(job.id, lambda job: job.model_copy(update={"state": JobState.SUCCEEDED}))
+
+
+def test_a_stale_attempt_is_refused(store: JobStore) -> None:
+    job = running(store)
+    with pytest.raises(Conflict) as refusal:
+        store.update(job.id, lambda job: job.model_copy(update={"worker": "x"}), attempt=2)
+    assert refusal.value.code == "stale_attempt"
+
+
+def test_an_attempt_whose_job_is_queued_again_is_stale(store: JobStore) -> None:
+    job = running(store)
+    store.update(job.id, lambda job: transition(job, JobState.QUEUED))
+    with pytest.raises(Conflict) as refusal:
+        store.update(job.id, lambda job: transition(job, JobState.FAILED), attempt=1)
+    assert refusal.value.code == "stale_attempt"
+
+
+def test_states_and_stages_become_events_and_progress_does_not(store: JobStore) -> None:
+    job = running(store)
+    store.update(job.id, lambda job: job.model_copy(update={"stage": Stage.FETCHING}), attempt=1)
+    store.update(job.id, lambda job: job.model_copy(update={"progress": Progress(fraction=0.5)}), attempt=1)
+    store.append_event(job.id, "note", {"code": "fallback"})
+    kinds = [event.kind for event in store.events(job.id)]
+    assert kinds == ["state", "state", "stage", "note"]
+
+
+def test_events_are_read_on_from_an_id(store: JobStore) -> None:
+    job = stored(store)
+    ids = [store.append_event(job.id, "note", {"n": n}) for n in range(5)]
+    assert [event.payload["n"] for event in store.events(job.id, ids[1], limit=2)] == [2, 3]
+    assert store.events(job.id, ids[-1]) == []
+
+
+def test_a_deleted_job_takes_no_events(store: JobStore, redis: Redis) -> None:
+    job = stored(store)
+    store.update(job.id, lambda job: transition(job, JobState.CANCELLED))
+    store.delete("t", job.id)
+    with pytest.raises(NotFound):
+        store.append_event(job.id, "note", {})
+    assert redis.dbsize() == 0
+
+
+def test_a_living_job_is_not_deleted(store: JobStore) -> None:
+    job = stored(store)
+    with pytest.raises(Conflict) as refusal:
+        store.delete("t", job.id)
+    assert refusal.value.code == "job_not_finished"
+
+
+def test_pages_go_from_new_to_old_without_gaps(store: JobStore) -> None:
+    jobs = [stored(store, parity=str(index % 2)) for index in range(7)]
+    newest_first = sorted((job.id for job in jobs), reverse=True)
+    seen: list[str] = []
+    after = None
+    while True:
+        page = store.page("t", JobFilter(limit=3, after=after))
+        seen += [job.id for job in page.jobs]
+        if not page.has_more:
+            break
+        after = seen[-1]
+    assert seen == newest_first
+    assert store.page("other", JobFilter()).jobs == ()
+
+
+def test_pages_are_filtered(store: JobStore) -> None:
+    jobs = [stored(store, parity=str(index % 2)) for index in range(4)]
+    store.update(jobs[1].id, lambda job: transition(job, JobState.CANCELLED))
+    odd = store.page("t", JobFilter(labels={"parity": "1"}))
+    assert {job.id for job in odd.jobs} == {jobs[1].id, jobs[3].id}
+    cancelled = store.page("t", JobFilter(state=JobState.CANCELLED, labels={"parity": "1"}))
+    assert [job.id for job in cancelled.jobs] == [jobs[1].id]
+
+
+def test_a_page_after_what_is_no_id_is_refused(store: JobStore) -> None:
+    with pytest.raises(MalformedRequest):
+        store.page("t", JobFilter(after="[x"))
+
+
+def test_counts_follow_the_states(store: JobStore) -> None:
+    stored(store)
+    job = running(store)
+    assert store.counts()[JobState.QUEUED] == 1
+    assert store.in_state(JobState.RUNNING) == [job.id]
+
+
+def test_a_lease_belongs_to_one_attempt(store: JobStore) -> None:
+    job = running(store)
+    assert store.holds(job.id, 1)
+    assert store.renew(job.id, 1, 30)
+    assert not store.renew(job.id, 2, 30)
+    assert not store.release(job.id, 2)
+    assert store.release(job.id, 1)
+    assert not store.renew(job.id, 1, 30)
