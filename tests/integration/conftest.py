@@ -14,6 +14,8 @@ import pytest
 from redis import Redis
 
 from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.settings import Settings
+from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +90,19 @@ def wait_for_http(url: str) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+@pytest.fixture
+def service(redis_url: str, tmp_path: Path) -> Iterator[Service]:
+    """A running API over an empty Valkey and a local folder."""
+    settings = Settings(
+        state_dir=tmp_path / "state",
+        redis_url=redis_url,
+        model_roots=(EXAMPLES, tmp_path),
+        bootstrap_api_key=ADMIN_KEY,
+        janitor_interval_s=300,
+        max_body_bytes=100_000,
+        queue_limit=20,
+    )
+    with running_service(settings) as service:
+        yield service

@@ -22,7 +22,7 @@ from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.settings import Settings
-from app.core.specs import JobSpec
+from app.core.specs import FormatName, JobSpec
 from workers.publication import read_manifest
 from workers.supervisor import WorkerContext, run_attempt
 
@@ -49,7 +49,9 @@ class Workshop:
         self.settings.scratch_dir.mkdir(parents=True)
 
     def submit(self, *, timeout_s: int = 60, model: str = MODEL, **labels: str) -> Job:
-        spec = JobSpec(model=model, labels=labels, timeout_s=timeout_s)
+        return self.record(JobSpec(model=model, labels=labels, timeout_s=timeout_s))
+
+    def record(self, spec: JobSpec) -> Job:
         job = Job(id=new_id("job"), tenant="default", spec=spec, created_at=datetime.now(UTC))
         assert self.store.create(job)
         return job
@@ -75,22 +77,13 @@ class Workshop:
         Janitor(self.store, self.queue, max_attempts=3, on_step=lambda _: None).sweep()
 
     def kinds(self, job: Job) -> list[str]:
-        return [event.kind for event in self.store.events(job.id)]
+        return [event.kind for event in self.store.events(job.id, limit=1000)]
 
     def payload(self, job: Job, kind: str) -> dict[str, object]:
         return next(event.payload for event in self.store.events(job.id) if event.kind == kind)
 
-    def manifest(self, job: Job) -> ArtifactManifest | None:
-        return read_manifest(self.objects, artifact_id(job.id, 0, "compressed-tensors"))
-
-    def artifact_files(self) -> dict[str, bytes]:
-        """Every stored file of every artifact, without its artifact's and attempt's names."""
-        heads = self.objects.list("artifacts")
-        return {
-            head.key.split("/", 3)[3]: self.objects.get(head.key)
-            for head in heads
-            if not head.key.endswith("/manifest.json")
-        }
+    def manifest(self, job: Job, name: FormatName = "compressed-tensors") -> ArtifactManifest | None:
+        return read_manifest(self.objects, artifact_id(job.id, 0, name))
 
     @contextmanager
     def worker(self, name: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:

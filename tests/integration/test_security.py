@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from app.core.errors import Forbidden, InvalidRequest, Unauthenticated
+from app.core.security import (
+    KEY,
+    KEY_FILE,
+    KeyStore,
+    Principal,
+    Scope,
+    bootstrap_key,
+    kept_key,
+    key_id,
+    new_key,
+)
+from app.core.settings import Settings
+
+
+@pytest.fixture
+def keys(redis: Redis) -> KeyStore:
+    return KeyStore(redis)
+
+
+def test_a_registered_key_is_recognised_and_not_kept(keys: KeyStore, redis: Redis) -> None:
+    key = new_key()
+    keys.register(key, tenant="t", scopes=frozenset({Scope.JOBS_READ}))
+    assert keys.authenticate(key) == Principal(
+        key_id=key_id(key), tenant="t", scopes=frozenset({Scope.JOBS_READ})
+    )
+    secret = key.rpartition("_")[2]
+    assert all(secret.encode() not in redis.get(name) for name in redis.keys())
+
+
+def test_keys_have_256_random_bits() -> None:
+    assert KEY.fullmatch(new_key())
+    assert len(bytes.fromhex(new_key().rpartition("_")[2])) == 32
+    assert new_key() != new_key()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda key: key[:-1] + "!", lambda key: new_key(), lambda key: "", lambda key: key + "0"]
+)
+def test_other_keys_are_refused(keys: KeyStore, change) -> None:  # type: ignore[no-untyped-def]
+    key = new_key()
+    keys.register(key, tenant="t", scopes=frozenset())
+    with pytest.raises(Unauthenticated):
+        keys.authenticate(change(key))
+
+
+def test_the_right_id_with_a_wrong_secret_is_refused(keys: KeyStore) -> None:
+    key = new_key()
+    keys.register(key, tenant="t", scopes=frozenset())
+    forged = key.rpartition("_")[0] + "_" + new_key().rpartition("_")[2]
+    assert key_id(forged) == key_id(key)
+    with pytest.raises(Unauthenticated):
+        keys.authenticate(forged)
+
+
+def test_admin_implies_every_scope_and_no_other_does() -> None:
+    admin = Principal(key_id="k", tenant="t", scopes=frozenset({Scope.ADMIN}))
+    reader = Principal(key_id="k", tenant="t", scopes=frozenset({Scope.JOBS_READ}))
+    for scope in Scope:
+        admin.require(scope)
+    with pytest.raises(Forbidden, match="jobs:write"):
+        reader.require(Scope.JOBS_WRITE)
+
+
+def test_the_operators_key_is_admin(keys: KeyStore, tmp_path: Path) -> None:
+    bootstrap_key(Settings(state_dir=tmp_path, bootstrap_api_key="x" * 24), keys)
+    assert keys.authenticate("x" * 24).allows(Scope.ADMIN)
+    assert not (tmp_path / KEY_FILE).exists()
+
+
+@pytest.mark.parametrize("key", ["short", "has spaces " * 4, "nön-ascii" * 4])
+def test_a_weak_bootstrap_key_is_refused(keys: KeyStore, tmp_path: Path, key: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        bootstrap_key(Settings(state_dir=tmp_path, bootstrap_api_key=key), keys)
+    assert key not in refusal.value.message
+
+
+def test_a_key_is_made_once_and_kept_privately(keys: KeyStore, redis: Redis, tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path)
+    bootstrap_key(settings, keys)
+    key = (tmp_path / KEY_FILE).read_text().strip()
+    assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
+    redis.flushall()
+    bootstrap_key(settings, keys)
+    assert keys.authenticate(key).tenant == "default"
+    assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
+
+
+def test_processes_that_start_together_agree_on_one_key(tmp_path: Path) -> None:
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(kept_key(tmp_path / KEY_FILE))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
