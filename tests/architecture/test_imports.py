@@ -29,7 +29,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 ENGINE_MAY_IMPORT = frozenset(
     f"app.core.{name}"
     for name in (
-        "architectures", "artifact", "assignment", "errors", "format_limits", "job", "plan", "report", "report",
+        "architectures", "artifact", "assignment", "errors", "format_limits", "job", "plan", "report",
         "safetensors_header", "specs",
     )
 )  # fmt: skip
