@@ -16,7 +16,7 @@ from app.core.job_store import CHANGES
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.5  # how long `stop` may take
+POLL_S = 0.1  # how long `stop` may take
 RECONNECT_S = 1.0
 
 

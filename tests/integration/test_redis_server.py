@@ -82,9 +82,7 @@ def test_a_folder_with_a_long_name_gets_a_short_socket(tmp_path: Path) -> None:
     socket.parent.rmdir()
 
 
-def test_the_server_dies_with_a_killed_owner_and_another_takes_over(
-    settings: Settings, repository: Path
-) -> None:
+def test_the_server_dies_with_a_killed_owner(settings: Settings, repository: Path) -> None:
     environment = {**os.environ, "NIBBLE_STATE_DIR": str(settings.state_dir)}
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], cwd=repository, env=environment, stdout=subprocess.PIPE

@@ -34,7 +34,7 @@ def test_a_registered_key_is_recognised_and_not_kept(keys: KeyStore, redis: Redi
         key_id=key_id(key), tenant="t", scopes=frozenset({Scope.JOBS_READ})
     )
     secret = key.rpartition("_")[2]
-    assert all(secret.encode() not in redis.get(name) for name in redis.keys())
+    assert all(secret.encode() not in redis.get(name) for name in redis.scan_iter())
 
 
 def test_keys_have_256_random_bits() -> None:
@@ -43,14 +43,11 @@ def test_keys_have_256_random_bits() -> None:
     assert new_key() != new_key()
 
 
-@pytest.mark.parametrize(
-    "change", [lambda key: key[:-1] + "!", lambda key: new_key(), lambda key: "", lambda key: key + "0"]
-)
-def test_other_keys_are_refused(keys: KeyStore, change) -> None:  # type: ignore[no-untyped-def]
-    key = new_key()
-    keys.register(key, tenant="t", scopes=frozenset())
+@pytest.mark.parametrize("other", ["", "nib_", new_key(), "Bearer x"])
+def test_other_keys_are_refused(keys: KeyStore, other: str) -> None:
+    keys.register(new_key(), tenant="t", scopes=frozenset())
     with pytest.raises(Unauthenticated):
-        keys.authenticate(change(key))
+        keys.authenticate(other)
 
 
 def test_the_right_id_with_a_wrong_secret_is_refused(keys: KeyStore) -> None:

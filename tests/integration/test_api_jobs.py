@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.core.errors import JobFault
+from app.core.ids import new_id
+from app.core.job import JobState, Problem, Progress
+from app.core.job_queue import Place
+from tests.integration.api_service import MODEL, Service
+
+
+def test_a_submitted_job_is_recorded_and_queued(service: Service) -> None:
+    answer = service.client.post("/v1/jobs", json={"model": MODEL, "labels": {"team": "search"}})
+    job = answer.json()
+    assert answer.status_code == 202
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}" == job["links"]["self"]
+    assert answer.headers["retry-after"]
+    assert (job["object"], job["state"], job["attempt"], job["labels"]) == (
+        "job", "queued", 0, {"team": "search"},
+    )  # fmt: skip
+    assert job["created_at"].endswith("Z")
+    assert datetime.fromisoformat(job["created_at"]).utcoffset() is not None
+    assert service.queue.place(service.store.load(job["id"])) is Place.WAITING
+    assert service.client.get(answer.headers["location"]).json() == job
+
+
+def test_a_job_has_the_fields_of_the_contract(service: Service) -> None:
+    assert list(service.submit()) == [
+        "object", "id", "state", "stage", "progress", "attempt", "created_at", "started_at", "finished_at",
+        "spec", "labels", "error", "artifacts", "retry_of", "links",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({}, "validation_failed", "model"),
+        ({"model": MODEL, "zip": 1}, "validation_failed", "zip"),
+        ({"model": MODEL, "recipe": {"bits": 5}}, "validation_failed", "recipe.bits"),
+        ({"model": "../../etc/passwd"}, "model_reference_invalid", "model"),
+        ({"model": "file:///etc"}, "model_path_forbidden", "model"),
+        ({"model": MODEL, "formats": ["awq"], "recipe": {"bits": 3}}, "format_cannot_hold_recipe", "formats"),
+        ({"model": MODEL, "calibration": {"texts": ["x"]}}, "text_too_short", "calibration.texts"),
+    ],
+)
+def test_a_refused_body_leaves_nothing_behind(
+    service: Service, body: dict[str, object], code: str, param: str
+) -> None:
+    for route in ("/v1/jobs", "/v1/estimates"):
+        answer = service.client.post(route, json=body)
+        problem = answer.json()
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (answer.status_code, problem["code"], problem["param"]) == (422, code, param)
+        assert problem["remedy"]
+    assert service.client.get("/v1/jobs").json()["data"] == []
+
+
+def test_an_unsafe_model_is_refused(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
+    answer = service.client.post("/v1/jobs", json={"model": (tmp_path / "pickled").as_uri()})
+    assert (answer.status_code, answer.json()["code"]) == (422, "model_pickle_only")
+
+
+@pytest.mark.parametrize(("content", "code"), [(b"{", "json_invalid"), (b"[]", "validation_failed")])
+def test_an_unreadable_body_is_refused(service: Service, content: bytes, code: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = service.client.post("/v1/jobs", content=content, headers=headers)
+    assert (answer.json()["code"], answer.json()["status"]) == (code, answer.status_code)
+    assert answer.status_code in (400, 422)
+
+
+def test_a_full_queue_answers_429(service: Service) -> None:
+    for _ in range(service.settings.queue_limit):
+        service.submit()
+    answer = service.client.post("/v1/jobs", json={"model": MODEL})
+    assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
+    assert answer.headers["retry-after"]
+
+
+def test_the_same_idempotency_key_gives_the_same_job(service: Service) -> None:
+    headers = {"Idempotency-Key": "k1"}
+    first = service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers)
+    again = service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers)
+    assert (first.status_code, again.status_code) == (202, 200)
+    assert again.json() == first.json()
+    assert again.headers["location"] == first.headers["location"]
+    other = service.client.post("/v1/jobs", json={"model": MODEL, "priority": "high"}, headers=headers)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+def test_fifty_parallel_requests_with_one_key_make_one_job(service: Service) -> None:
+    def submit(_: int) -> httpx.Response:
+        return service.client.post("/v1/jobs", json={"model": MODEL}, headers={"Idempotency-Key": "k"})
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(submit, range(50)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 49 + [202]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert sum(service.queue.depths().values()) == 1
+
+
+def test_a_refused_body_does_not_use_up_its_key(service: Service) -> None:
+    headers = {"Idempotency-Key": "k"}
+    refused = service.client.post("/v1/jobs", json={"model": "file:///etc"}, headers=headers)
+    accepted = service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers)
+    assert (refused.status_code, accepted.status_code) == (422, 202)
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256])
+def test_an_unusable_idempotency_key_is_refused(service: Service, key: str) -> None:
+    answer = service.client.post("/v1/jobs", json={"model": MODEL}, headers={"Idempotency-Key": key})
+    assert (answer.status_code, answer.json()["code"]) == (400, "idempotency_key_invalid")
+
+
+def test_submitting_can_wait_for_the_end(service: Service) -> None:
+    def finish() -> None:
+        while not (waiting := service.store.in_state(JobState.QUEUED)):
+            time.sleep(0.01)
+        service.end(waiting[0])
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    answer = service.client.post("/v1/jobs", json={"model": MODEL}, headers={"Prefer": "wait=20"})
+    thread.join()
+    assert (answer.status_code, answer.json()["state"]) == (202, "succeeded")
+    assert answer.headers["preference-applied"] == "wait=20"
+
+
+def test_an_unchanged_job_is_not_sent_again(service: Service) -> None:
+    job_id = service.submit()["id"]
+    first = service.client.get(f"/v1/jobs/{job_id}")
+    headers = {"If-None-Match": first.headers["etag"]}
+    again = service.client.get(f"/v1/jobs/{job_id}", headers=headers)
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["etag"] == first.headers["etag"]
+    service.claim(job_id)
+    changed = service.client.get(f"/v1/jobs/{job_id}", headers=headers)
+    assert (changed.status_code, changed.json()["state"]) == (200, "running")
+    assert changed.headers["etag"] != first.headers["etag"]
+
+
+def test_a_long_poll_ends_with_a_change(service: Service) -> None:
+    job_id = service.submit()["id"]
+    etag = service.client.get(f"/v1/jobs/{job_id}").headers["etag"]
+    with ThreadPoolExecutor(1) as pool:
+        headers = {"If-None-Match": etag, "Prefer": "wait=30"}
+        waiting = pool.submit(service.client.get, f"/v1/jobs/{job_id}", headers=headers)
+        time.sleep(0.2)
+        assert not waiting.done()
+        service.claim(job_id)
+        answer = waiting.result()
+    assert (answer.status_code, answer.json()["state"]) == (200, "running")
+
+
+def test_a_long_poll_without_a_change_says_so(service: Service) -> None:
+    job_id = service.submit()["id"]
+    etag = service.client.get(f"/v1/jobs/{job_id}").headers["etag"]
+    headers = {"If-None-Match": etag, "Prefer": "wait=1"}
+    assert service.client.get(f"/v1/jobs/{job_id}", headers=headers).status_code == 304
+    assert service.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=1"}).status_code == 200
+
+
+def test_a_finished_job_is_answered_at_once(service: Service) -> None:
+    job_id = service.submit()["id"]
+    service.end(job_id)
+    answer = service.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=60"})
+    assert answer.json()["state"] == "succeeded"
+    assert "retry-after" not in answer.headers
+    assert answer.json()["finished_at"].endswith("Z")
+
+
+def test_progress_and_errors_are_shown(service: Service) -> None:
+    job_id = service.submit()["id"]
+    service.claim(job_id)
+    progress = Progress(fraction=0.5, layer=3, layers=6, eta_s=4.5)
+    service.store.update(job_id, lambda job: job.model_copy(update={"progress": progress}), attempt=1)
+    job = service.client.get(f"/v1/jobs/{job_id}").json()
+    assert job["progress"] == {"fraction": 0.5, "layer": 3, "layers": 6, "eta_s": 4.5}
+    problem = Problem.of(JobFault("it broke", remedy="mend it"))
+    other = service.submit()["id"]
+    service.end(other, JobState.FAILED, error=problem)
+    assert service.client.get(f"/v1/jobs/{other}").json()["error"] == {
+        "code": "job_failed", "message": "it broke", "remedy": "mend it",
+    }  # fmt: skip
+
+
+def test_lists_have_pages_and_filters(service: Service) -> None:
+    ids = [service.submit(labels={"n": str(n % 2)})["id"] for n in range(5)]
+    service.end(ids[0])
+    first = service.client.get("/v1/jobs", params={"limit": 3}).json()
+    assert (first["object"], first["has_more"], len(first["data"])) == ("list", True, 3)
+    second = service.client.get("/v1/jobs", params={"limit": 3, "after": first["next"]}).json()
+    assert (second["has_more"], second["next"]) == (False, None)
+    listed = [job["id"] for job in first["data"] + second["data"]]
+    assert listed == sorted(ids, reverse=True)
+    even = service.client.get("/v1/jobs", params={"label": "n=0", "state": "succeeded"}).json()
+    assert [job["id"] for job in even["data"]] == [ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("limit=0", 422),
+        ("limit=101", 422),
+        ("state=sleeping", 422),
+        ("page=2", 422),
+        ("after=x", 400),
+        ("label=x", 400),
+    ],
+)
+def test_a_wrong_query_is_refused(service: Service, query: str, status: int) -> None:
+    answer = service.client.get(f"/v1/jobs?{query}")
+    assert (answer.status_code, answer.json()["param"]) == (status, query.partition("=")[0])
+
+
+def test_a_waiting_job_is_cancelled_at_once(service: Service) -> None:
+    job_id = service.submit()["id"]
+    answer = service.client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
+    assert service.queue.place(service.store.load(job_id)) is Place.GONE
+    assert service.client.post(f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelled"
+
+
+def test_a_running_job_is_asked_to_stop(service: Service) -> None:
+    job_id = service.submit()["id"]
+    service.claim(job_id)
+    answer = service.client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (answer.status_code, answer.json()["state"]) == (202, "cancelling")
+
+
+def test_a_finished_job_cannot_be_cancelled(service: Service) -> None:
+    job_id = service.submit()["id"]
+    service.end(job_id)
+    answer = service.client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (answer.status_code, answer.json()["code"]) == (409, "job_finished")
+
+
+def test_a_retry_is_a_new_job_with_the_same_spec(service: Service) -> None:
+    job = service.submit(labels={"a": "b"})
+    early = service.client.post(f"/v1/jobs/{job['id']}/retry")
+    assert (early.status_code, early.json()["code"]) == (409, "job_not_finished")
+    service.end(job["id"], JobState.FAILED)
+    answer = service.client.post(f"/v1/jobs/{job['id']}/retry")
+    again = answer.json()
+    assert answer.status_code == 202
+    assert answer.headers["location"].endswith(again["id"])
+    assert (again["retry_of"], again["spec"], again["state"]) == (job["id"], job["spec"], "queued")
+    assert again["id"] != job["id"]
+
+
+def test_only_a_finished_job_is_deleted(service: Service) -> None:
+    job_id = service.submit()["id"]
+    assert service.client.delete(f"/v1/jobs/{job_id}").json()["code"] == "job_not_finished"
+    service.end(job_id)
+    service.objects.put(f"reports/{job_id}.json", b"{}")
+    assert service.client.delete(f"/v1/jobs/{job_id}").status_code == 204
+    assert service.client.get(f"/v1/jobs/{job_id}").status_code == 404
+    assert service.objects.head(f"reports/{job_id}.json") is None
+
+
+def test_a_report_is_given_once_it_exists(service: Service) -> None:
+    job_id = service.submit()["id"]
+    early = service.client.get(f"/v1/jobs/{job_id}/report")
+    assert (early.status_code, early.json()["code"]) == (404, "report_not_found")
+    service.objects.put(f"reports/{job_id}.json", b'{"version": 1}')
+    assert service.client.get(f"/v1/jobs/{job_id}/report").json() == {"version": 1}
+
+
+@pytest.mark.parametrize("job_id", [new_id("job"), new_id("art"), "x", "..", "%2e%2e"])
+def test_what_is_no_job_answers_404(service: Service, job_id: str) -> None:
+    for method, route in (
+        ("GET", ""),
+        ("GET", "/report"),
+        ("GET", "/events"),
+        ("POST", "/cancel"),
+        ("POST", "/retry"),
+    ):
+        answer = service.client.request(method, f"/v1/jobs/{job_id}{route}")
+        assert answer.status_code in (404, 405)
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_an_estimate_names_figures_and_decisions(service: Service) -> None:
+    estimate = service.client.post("/v1/estimates", json={"model": MODEL}).json()
+    assert estimate["object"] == "estimate"
+    assert estimate["output_bytes"] < estimate["download_bytes"]
+    assert {linear["bits"] for linear in estimate["candidates"][0]["linears"]} == {4}
+    assert service.client.get("/v1/jobs").json()["data"] == []
