@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TRIES = 5
-PIECE = 1 << 20
 RepoKind = Literal["model", "dataset"]
 
 
@@ -77,23 +76,25 @@ class HubModel:
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.repository, path, revision=self.commit, repo_type=self.kind)
-        position = start
-        for attempt in range(TRIES):
+        position, tries = start, 0
+        while position < end:
+            before = position
+            fault: Exception | None = None
             try:
                 for piece in self.stream(url, position, end):
                     position += len(piece)
                     yield piece
-                if position == end:
-                    return
-            except (httpx.TransportError, Retryable) as fault:
-                if attempt == TRIES - 1:
-                    raise Unavailable(f"{url} cannot be read: {fault}", remedy="try again later") from fault
-            time.sleep(0.2 * 2**attempt)
-        raise Unavailable(f"{url} ended at byte {position} of {end}", remedy="try again later")
+            except (httpx.TransportError, Retryable) as cut:
+                fault = cut
+            tries = 0 if position > before else tries + 1
+            if tries == TRIES:
+                raise Unavailable(
+                    f"{url} ends at byte {position} of {end}: {fault}", remedy="try again later"
+                ) from fault
+            if position < end:
+                time.sleep(0.2 * 2**tries)
 
     def stream(self, url: str, start: int, end: int) -> Iterator[bytes]:
-        if start == end:
-            return
         with self._client.stream("GET", url, headers=range_headers(start, end)) as response:
             if response.status_code in {429, 500, 502, 503, 504}:
                 raise Retryable(f"status {response.status_code}")
@@ -105,7 +106,8 @@ class HubModel:
             # A server without ranges sends the whole file: drop what was not asked for.
             skip = start if response.status_code == 200 else 0
             left = end - start
-            for piece in response.iter_bytes(PIECE):
+            # As they come: pieces of a fixed size would lose the last one of a cut connection.
+            for piece in response.iter_bytes():
                 wanted = piece[skip : skip + left]
                 skip = max(0, skip - len(piece))
                 left -= len(wanted)

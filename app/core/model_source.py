@@ -201,7 +201,11 @@ def store_access(name: str) -> Iterator[None]:
     except (store_errors.PermissionDeniedError, store_errors.UnauthenticatedError) as fault:
         raise ModelRefused(f"{name} may not be read", code="model_forbidden", remedy=remedy) from fault
     except store_errors.BaseError as fault:
-        raise Unavailable(f"{name} cannot be read: {fault}", remedy="try again later") from fault
+        # The library has no class of its own for this answer to a listing.
+        if "NoSuchBucket" in str(fault):
+            raise ModelRefused(f"{name} does not exist", code="model_not_found", remedy=remedy) from fault
+        first_line = str(fault).partition("\n")[0]
+        raise Unavailable(f"{name} cannot be read: {first_line}", remedy="try again later") from fault
 
 
 def refuse_crowd(name: str, count: int) -> None:

@@ -1,0 +1,40 @@
+"""Reads a hub model in a process of its own: the hub's client reads HF_ENDPOINT once, when it is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from app.core.errors import NibbleError
+from app.core.model_source import inspect_model, open_model
+from app.core.settings import Settings
+from app.core.text_source import open_text
+from workers.fetching import ModelCache
+
+
+def nothing(_: int) -> None:
+    return None
+
+
+def look(action: str, reference: str, folder: Path) -> dict[str, object]:
+    if action == "inspect":
+        files = open_model(reference, model_roots=())
+        headers = inspect_model(files)
+        return {"name": files.name, "tensors": sorted(headers.tensors), "files": headers.files}
+    if action == "fetch":
+        model = ModelCache(folder, Settings()).fetch(reference, nothing)
+        contents = {path.name: path.read_bytes() for path in sorted(model.folder.iterdir())}
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        return {"name": model.name, "digest": model.digest, "files": digests}
+    text = open_text(reference, model_roots=())
+    return {"text": text.files.read(text.path, 0, text.size).decode()}
+
+
+if __name__ == "__main__":
+    try:
+        answer = look(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    except NibbleError as error:
+        answer = {"code": error.code, "message": error.message, "remedy": error.remedy}
+    sys.stdout.write(json.dumps(answer))
