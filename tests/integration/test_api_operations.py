@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.ids import new_id
+from app.core.janitor import STEPS
+from app.core.redis_server import resolve_redis
+from app.core.security import Scope
+from app.core.settings import Settings
+from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
+
+OPEN = {"/", "/healthz", "/readyz", "/metrics", "/openapi.json"}
+# What a key with just this scope may do.
+ALLOWED = {
+    Scope.JOBS_READ: {
+        "GET /v1/jobs", "GET /v1/jobs/{job_id}", "GET /v1/jobs/{job_id}/events",
+        "GET /v1/jobs/{job_id}/report", "POST /v1/estimates", "GET /v1/workers",
+    },
+    Scope.JOBS_WRITE: {
+        "POST /v1/jobs", "POST /v1/jobs/{job_id}/cancel", "POST /v1/jobs/{job_id}/retry",
+        "DELETE /v1/jobs/{job_id}",
+    },
+    Scope.ARTIFACTS_READ: {
+        "GET /v1/artifacts", "GET /v1/artifacts/{artifact_id}",
+        "GET /v1/artifacts/{artifact_id}/files/{path}",
+    },
+    Scope.ARTIFACTS_WRITE: {"DELETE /v1/artifacts/{artifact_id}"},
+}  # fmt: skip
+
+
+def operations(service: Service) -> Iterator[tuple[str, str]]:
+    """Method and path template of each guarded route."""
+    document = service.client.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        if path not in OPEN:
+            yield from ((method.upper(), path) for method in methods)
+
+
+def called(service: Service, key: str | None, method: str, template: str) -> int:
+    path = template.format(job_id=new_id("job"), artifact_id=new_id("art"), path="x")
+    body = {"model": MODEL} if method == "POST" else None
+    with service.client_with(key) as client:
+        return client.request(method, path, json=body).status_code
+
+
+def test_no_route_of_v1_answers_without_a_known_key(service: Service) -> None:
+    statuses = {
+        called(service, key, method, path)
+        for method, path in operations(service)
+        for key in (None, "nib_0000000000000000_" + "0" * 64)
+    }
+    assert statuses == {401}
+
+
+def test_each_scope_opens_its_routes_and_no_others(service: Service) -> None:
+    for scope, expected in ALLOWED.items():
+        key = service.key(scope)
+        allowed = {
+            f"{method} {path}"
+            for method, path in operations(service)
+            if called(service, key, method, path) != 403
+        }
+        assert allowed == expected
+
+
+def test_a_refusal_names_the_scope(service: Service) -> None:
+    with service.client_with(service.key(Scope.JOBS_READ)) as client:
+        problem = client.post("/v1/jobs", json={"model": MODEL}).json()
+    assert problem["code"] == "scope_missing"
+    assert "jobs:write" in problem["remedy"]
+
+
+def test_tenants_do_not_see_each_other(service: Service) -> None:
+    job_id = service.submit()["id"]
+    service.end(job_id)
+    artifact = service.publish(job_id, {"a": b"1"})
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
+        for path in (f"/v1/jobs/{job_id}", f"/v1/jobs/{job_id}/events", f"/v1/artifacts/{artifact.id}"):
+            assert client.get(path).status_code == 404
+        for path in (f"/v1/jobs/{job_id}", f"/v1/artifacts/{artifact.id}"):
+            assert client.delete(path).status_code == 404
+        assert client.post(f"/v1/jobs/{job_id}/retry").status_code == 404
+        assert client.get("/v1/jobs").json()["data"] == []
+        assert client.get("/v1/artifacts").json()["data"] == []
+    assert service.client.get(f"/v1/artifacts/{artifact.id}/files/a").content == b"1"
+
+
+def test_unknown_routes_and_methods_are_problems(service: Service) -> None:
+    for method, path, status in (("GET", "/nope", 404), ("PUT", "/v1/jobs", 405)):
+        answer = service.client.request(method, path)
+        assert (answer.status_code, answer.json()["status"]) == (status, status)
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_large_body_is_refused_with_and_without_a_stated_length(service: Service) -> None:
+    body = json.dumps({"model": MODEL, "calibration": {"texts": ["x" * 200_000]}}).encode()
+    pieces = (body[start : start + 10_000] for start in range(0, len(body), 10_000))
+    headers = {"Content-Type": "application/json"}
+    for content in (body, pieces):
+        answer = service.client.post("/v1/jobs", content=content, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
+def test_every_answer_carries_a_request_id(service: Service) -> None:
+    given = service.client.get("/healthz", headers={"X-Request-ID": "abc-1"})
+    made = service.client.get("/healthz", headers={"X-Request-ID": "no spaces please"})
+    assert given.headers["x-request-id"] == "abc-1"
+    assert len(made.headers["x-request-id"]) == 16
+    assert made.headers["x-content-type-options"] == "nosniff"
+
+
+def test_health_index_and_description_need_no_key(service: Service) -> None:
+    with service.client_with(None) as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert client.get("/readyz").json()["checks"] == {"redis": "ok", "storage": "ok"}
+        assert client.get("/").json()["service"] == "nibble"
+        assert client.get("/openapi.json").json()["info"]["title"] == "Nibble"
+
+
+def metric(service: Service, name: str) -> float:
+    lines = service.client.get("/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
+
+
+def test_metrics_tell_of_jobs_queues_and_requests(service: Service) -> None:
+    service.submit()
+    service.end(service.submit()["id"])
+    assert metric(service, 'nibble_jobs{state="queued"}') == 1
+    assert metric(service, 'nibble_jobs{state="succeeded"}') == 1
+    assert metric(service, 'nibble_queue_depth{queue="nibble-normal"}') == 2
+    assert metric(service, 'nibble_workers{state="idle"}') == 0
+    service.client.get(f"/v1/jobs/{new_id('job')}")
+    service.client.get("/no/such/route")
+    counted = 'nibble_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"}'
+    assert metric(service, counted) == 1
+    assert metric(service, 'nibble_http_requests_total{method="GET",route="unmatched",status="404"}') == 1
+    assert {
+        step: metric(service, f'nibble_janitor_steps_total{{step="{step}"}}') for step in STEPS
+    } == dict.fromkeys(STEPS, 0)
+
+
+def test_living_workers_are_listed_and_hide_other_tenants_jobs(service: Service) -> None:
+    now = datetime.now(UTC)
+    registry = WorkerRegistry(service.redis)
+    fields: dict[str, Any] = {"host": "h", "pid": 1, "started_at": now, "heartbeat_at": now}
+    mine = WorkerRecord(name="a", device="cpu", job=new_id("job"), tenant="default", **fields)
+    foreign = WorkerRecord(name="b", device="cuda:0", job=new_id("job"), tenant="other", **fields)
+    for worker in (mine, foreign):
+        registry.beat(worker, ttl_s=30)
+    listed = service.client.get("/v1/workers").json()["data"]
+    assert [(worker["name"], worker["state"], worker["job"]) for worker in listed] == [
+        ("a", "busy", mine.job), ("b", "busy", None),
+    ]  # fmt: skip
+    assert service.client.post("/v1/estimates", json={"model": MODEL}).json()["device"] == "cuda"
+    registry.remove("a")
+    registry.remove("b")
+    assert service.client.get("/v1/workers").json()["data"] == []
+
+
+def test_without_redis_the_service_answers_503_and_recovers(tmp_path: Path) -> None:
+    own = Settings(state_dir=tmp_path / "redis")
+    server = resolve_redis(own)
+    settings = Settings(
+        state_dir=tmp_path / "state",
+        redis_url=server.url,
+        model_roots=(EXAMPLES,),
+        bootstrap_api_key=ADMIN_KEY,
+    )
+    with running_service(settings) as service:
+        job_id = service.submit()["id"]
+        server.stop()
+        refused = service.client.post("/v1/jobs", json={"model": MODEL})
+        ready = service.client.get("/readyz")
+        assert service.client.get("/healthz").status_code == 200
+        with resolve_redis(own):
+            assert service.client.get(f"/v1/jobs/{job_id}").json()["id"] == job_id
+            assert service.client.get("/readyz").status_code == 200
+    assert (refused.status_code, refused.json()["code"]) == (503, "redis_unavailable")
+    assert refused.headers["retry-after"]
+    assert (ready.status_code, ready.json()["checks"]["storage"]) == (503, "ok")
+    assert ready.json()["checks"]["redis"].startswith("failed")
+
+
+def test_without_storage_the_service_is_not_ready(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("ENDPOINT_URL", "http://127.0.0.1:9"),
+        ("ACCESS_KEY_ID", "x"),
+        ("SECRET_ACCESS_KEY", "x"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    settings = Settings(
+        state_dir=tmp_path, redis_url=redis_url, storage_url="s3://bucket", bootstrap_api_key=ADMIN_KEY
+    )
+    with running_service(settings) as service:
+        ready = service.client.get("/readyz")
+        listed = service.client.get("/v1/artifacts")
+    assert (ready.status_code, ready.json()["checks"]["redis"]) == (503, "ok")
+    assert (listed.status_code, listed.json()["code"]) == (503, "storage_unavailable")

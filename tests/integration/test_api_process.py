@@ -1,0 +1,90 @@
+"""The API as a process of its own: what it loads, what it weighs, how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.api_service import EXAMPLES, MODEL
+
+MAX_RESIDENT_BYTES = 150 * 1000**2
+
+
+class Process:
+    def __init__(self, process: subprocess.Popen[bytes], url: str, state_dir: Path) -> None:
+        self.process = process
+        self.state_dir = state_dir
+        self.client = httpx.Client(base_url=url, timeout=30, trust_env=False)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert self.client.get("/readyz").status_code == 200
+            except httpx.TransportError:
+                assert self.process.poll() is None, "the API ended"
+                assert time.monotonic() < deadline, "the API did not start"
+                time.sleep(0.05)
+            else:
+                break
+        key = (self.state_dir / "api-key").read_text().strip()
+        self.client.headers["Authorization"] = f"Bearer {key}"
+
+    @property
+    def resident_bytes(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    @property
+    def mapped_files(self) -> str:
+        return Path(f"/proc/{self.process.pid}/maps").read_text()
+
+
+@pytest.fixture
+def api(tmp_path: Path, repository: Path) -> Iterator[Process]:
+    """`nibble api` with its embedded Redis and a folder as storage."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "NIBBLE_STATE_DIR": str(tmp_path / "state"),
+        "NIBBLE_PORT": str(port),
+        "NIBBLE_MODEL_ROOTS": str(EXAMPLES),
+    }
+    command = [sys.executable, "-m", "app.cli", "api"]
+    with subprocess.Popen(command, cwd=repository, env=environment) as process:
+        api = Process(process, f"http://127.0.0.1:{port}", tmp_path / "state")
+        with api.client:
+            api.wait_until_ready()
+            yield api
+        process.kill()
+
+
+def test_the_api_stays_small_under_load(api: Process) -> None:
+    for _ in range(50):
+        assert api.client.post("/v1/jobs", json={"model": MODEL}).status_code == 202
+        assert api.client.get("/v1/jobs", params={"limit": 100}).status_code == 200
+    assert api.client.get("/metrics").status_code == 200
+    assert api.resident_bytes < MAX_RESIDENT_BYTES
+    assert "torch" not in api.mapped_files
+    assert "numpy" not in api.mapped_files
+
+
+def test_the_api_ends_in_order_and_keeps_its_jobs(api: Process) -> None:
+    job_id = api.client.post("/v1/jobs", json={"model": MODEL}).json()["id"]
+    api.process.send_signal(signal.SIGTERM)
+    assert api.process.wait(30) in (0, -signal.SIGTERM)
+    assert (api.state_dir / "redis" / "appendonlydir").is_dir()
+    appended = b"".join(path.read_bytes() for path in (api.state_dir / "redis" / "appendonlydir").iterdir())
+    assert job_id.encode() in appended
