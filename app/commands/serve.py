@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -18,12 +19,17 @@ def api() -> None:
     from app.main import create_app
 
     settings = read_settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     uvicorn.run(
         create_app(settings),
         host=settings.host,
         port=settings.port,
-        log_level=settings.log_level,
+        log_config=None,  # as all other loggers
         access_log=False,
+        # Long polls and event streams would hold up the end; their callers come back.
+        timeout_graceful_shutdown=5,
     )
 
 
