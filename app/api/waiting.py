@@ -32,7 +32,7 @@ async def wait_for_job(
             changed.clear()
             job, version = await run_in_threadpool(services.jobs.read_for, tenant, job_id)
             left = deadline - loop.time()
-            if left <= 0 or until(job, version):
+            if left <= 0 or until(job, version) or services.changes.is_closing:
                 return job, version
             await wait_for_change(changed, min(left, RECHECK_S))
 
@@ -65,7 +65,7 @@ async def event_stream(services: Services, tenant: str, job_id: str, after: str 
                 after = event.id
             if len(events) == STREAM_STEP:
                 continue
-            if job.is_terminal:
+            if job.is_terminal or services.changes.is_closing:
                 return
             idle_s = 0.0 if events else idle_s
             if not await wait_for_change(changed, RECHECK_S):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Annotated
@@ -14,23 +13,9 @@ from app.commands.terminal import read_settings
 
 def api() -> None:
     """Run the HTTP API alone."""
-    import uvicorn
+    from app.server import serve
 
-    from app.main import create_app
-
-    settings = read_settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,  # as all other loggers
-        access_log=False,
-        # Long polls and event streams would hold up the end; their callers come back.
-        timeout_graceful_shutdown=5,
-    )
+    serve(read_settings())
 
 
 def worker(device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto") -> None:

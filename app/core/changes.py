@@ -28,6 +28,7 @@ class ChangeListener(threading.Thread):
         self._redis: Any = redis
         self._loop = loop
         self._stopped = threading.Event()
+        self.is_closing = False
         self._waiters: dict[str, set[asyncio.Event]] = {}  # touched by the loop's thread only
 
     @contextmanager
@@ -69,6 +70,11 @@ class ChangeListener(threading.Thread):
         for waiters in chosen:
             for changed in waiters:
                 changed.set()
+
+    def release(self) -> None:
+        """Wake every waiter for good: the service is about to end."""
+        self.is_closing = True
+        self._post(None)
 
     def stop(self) -> None:
         self._stopped.set()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -88,3 +89,20 @@ def test_the_api_ends_in_order_and_keeps_its_jobs(api: Process) -> None:
     assert (api.state_dir / "redis" / "appendonlydir").is_dir()
     appended = b"".join(path.read_bytes() for path in (api.state_dir / "redis" / "appendonlydir").iterdir())
     assert job_id.encode() in appended
+
+
+def test_waiting_requests_are_answered_when_the_api_ends(api: Process) -> None:
+    job_id = api.client.post("/v1/jobs", json={"model": MODEL}).json()["id"]
+    waiting = {"poll": {"Prefer": "wait=60"}, "stream": {"Accept": "text/event-stream"}}
+    routes = {"poll": f"/v1/jobs/{job_id}", "stream": f"/v1/jobs/{job_id}/events"}
+    with ThreadPoolExecutor(2) as pool:
+        answers = {
+            name: pool.submit(api.client.get, routes[name], headers=headers)
+            for name, headers in waiting.items()
+        }
+        time.sleep(0.5)
+        assert not any(answer.done() for answer in answers.values())
+        api.process.send_signal(signal.SIGTERM)
+        statuses = {name: answer.result().status_code for name, answer in answers.items()}
+    assert statuses == {"poll": 200, "stream": 200}
+    assert api.process.wait(30) in (0, -signal.SIGTERM)
