@@ -1,0 +1,68 @@
+"""Redis is killed and comes back while a job runs: the job goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.job import JobState
+from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from tests.integration.workshop import Workshop, wait_until
+
+
+class DurableValkey:
+    """A Valkey process with an append-only file, which can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        binary = embedded_binary()
+        assert binary is not None, "install the extra [embedded]"
+        self.url = f"unix://{folder / 's'}"
+        self._command = [
+            *(binary, "--port", "0", "--unixsocket", str(folder / "s"), "--dir", str(folder)),
+            *("--appendonly", "yes", "--appendfsync", "always", "--save", ""),
+        ]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        client = connect(self.url)
+        wait_for_redis(client)
+        client.close()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[DurableValkey]:
+    folder = tmp_path / "valkey"
+    folder.mkdir()
+    valkey = DurableValkey(folder)
+    yield valkey
+    valkey.kill()
+
+
+def test_a_job_outlives_a_restart_of_redis(valkey: DurableValkey, tmp_path: Path) -> None:
+    redis = connect(valkey.url)
+    workshop = Workshop(redis, valkey.url, tmp_path / "state", lease_s=20)
+    job = workshop.submit(layers="8", pause="0.3")
+
+    def restart() -> None:
+        wait_until(lambda: "checkpoint" in workshop.kinds(job))
+        valkey.kill()
+        time.sleep(1.5)
+        valkey.start()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    ended = workshop.run(job)
+    thread.join()
+    assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
+    assert workshop.kinds(job).count("checkpoint") == 8
+    redis.close()
