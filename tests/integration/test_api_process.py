@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.integration.api_service import EXAMPLES, MODEL
+from tests.integration.hub_server import HubServer, hub_server
 
 MAX_RESIDENT_BYTES = 150 * 1000**2
 
@@ -52,8 +53,14 @@ class Process:
 
 
 @pytest.fixture
-def api(tmp_path: Path, repository: Path) -> Iterator[Process]:
-    """`nibble api` with its embedded Redis and a folder as storage."""
+def hub() -> Iterator[HubServer]:
+    with hub_server() as server:
+        yield server
+
+
+@pytest.fixture
+def api(tmp_path: Path, repository: Path, hub: HubServer) -> Iterator[Process]:
+    """`nibble api` with its embedded Redis, a folder as storage, and a hub of our own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,6 +69,8 @@ def api(tmp_path: Path, repository: Path) -> Iterator[Process]:
         "NIBBLE_STATE_DIR": str(tmp_path / "state"),
         "NIBBLE_PORT": str(port),
         "NIBBLE_MODEL_ROOTS": str(EXAMPLES),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
     }
     command = [sys.executable, "-m", "app.cli", "api"]
     with subprocess.Popen(command, cwd=repository, env=environment) as process:
@@ -106,3 +115,25 @@ def test_waiting_requests_are_answered_when_the_api_ends(api: Process) -> None:
         statuses = {name: answer.result().status_code for name, answer in answers.items()}
     assert statuses == {"poll": 200, "stream": 200}
     assert api.process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_hub_references_are_recorded_with_their_commits(
+    api: Process, hub: HubServer, example_model: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in example_model.iterdir()}
+    model = hub.push("org/model", files)
+    texts = hub.push("org/texts", {"sets/a.jsonl": b'{"text": "hello"}\n'}, kind="datasets")
+    body = {"model": "org/model", "evaluation": {"dataset": "hf:org/texts/sets/a.jsonl@main"}}
+    answer = api.client.post("/v1/jobs", json=body)
+    assert answer.status_code == 202, answer.text
+    spec = answer.json()["spec"]
+    assert spec["model"] == f"hf:org/model@{model}"
+    assert spec["evaluation"]["dataset"] == f"hf:org/texts/sets/a.jsonl@{texts}"
+    hub.push("org/model", {**files, "modeling.py": b"import os"})
+    refused = api.client.post("/v1/jobs", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (422, "model_remote_code")
+
+
+def test_a_model_that_the_hub_does_not_know_is_refused(api: Process) -> None:
+    answer = api.client.post("/v1/estimates", json={"model": "org/none"})
+    assert (answer.status_code, answer.json()["code"]) == (422, "model_not_found")

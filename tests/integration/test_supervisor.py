@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from redis import Redis
 
@@ -47,6 +48,30 @@ def test_a_job_is_published_once_and_leaves_nothing_behind(workshop: Workshop) -
     assert workshop.objects.list(job_prefix(job.id)) == []
     assert list(workshop.settings.scratch_dir.iterdir()) == []
     assert not workshop.store.holds(job.id, 1)
+
+
+def test_a_job_resumes_and_publishes_in_s3(
+    redis: Redis, redis_url: str, tmp_path: Path, s3_endpoint: str
+) -> None:
+    assert httpx.put(f"{s3_endpoint}/store").status_code == 200
+    workshop = Workshop(redis, redis_url, tmp_path / "state", storage_url="s3://store/nibble")
+    job = workshop.submit(pause="0.3")
+
+    def stop() -> None:
+        wait_for_checkpoint(workshop, job)
+        workshop.shutdown.set()
+
+    thread = during(stop)
+    assert workshop.run(job).state is JobState.QUEUED
+    thread.join()
+    workshop.shutdown.clear()
+    ended = workshop.run(job, attempt=2)
+    assert ended.state is JobState.SUCCEEDED
+    assert workshop.kinds(job).count("checkpoint") == 4
+    manifest = workshop.manifest(job)
+    assert manifest is not None
+    assert manifest.prefix == "attempt-2"
+    assert workshop.objects.list(job_prefix(job.id)) == []
 
 
 def test_the_child_sees_no_keys(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,14 +34,15 @@ MODEL = (REPOSITORY / "examples" / "wikitext-llama-6m").as_uri()
 class Workshop:
     """Everything around a supervisor, over a real Valkey and a folder as object storage."""
 
-    def __init__(self, redis: Redis, redis_url: str, folder: Path, *, lease_s: float = 3) -> None:
-        self.settings = Settings(
-            state_dir=folder,
-            redis_url=redis_url,
-            model_roots=(REPOSITORY / "examples",),
-            lease_s=lease_s,
-            cancel_grace_s=1,
-        )
+    def __init__(self, redis: Redis, redis_url: str, folder: Path, **changes: object) -> None:
+        defaults: dict[str, object] = {
+            "state_dir": folder,
+            "redis_url": redis_url,
+            "model_roots": (REPOSITORY / "examples",),
+            "lease_s": 3,
+            "cancel_grace_s": 1,
+        }
+        self.settings = Settings.model_validate({**defaults, **changes})
         self.store = JobStore(redis)
         self.queue = JobQueue(redis, limit=100)
         self.objects = ObjectStore(self.settings.object_store_url)
