@@ -10,7 +10,6 @@ import httpx
 import pytest
 
 from app.core.errors import JobFault
-from app.core.ids import new_id
 from app.core.job import JobState, Problem, Progress
 from app.core.job_queue import Place
 from tests.integration.api_service import MODEL, Service
@@ -275,7 +274,9 @@ def test_a_report_is_given_once_it_exists(service: Service) -> None:
     assert service.client.get(f"/v1/jobs/{job_id}/report").json() == {"version": 1}
 
 
-@pytest.mark.parametrize("job_id", [new_id("job"), new_id("art"), "x", "..", "%2e%2e"])
+@pytest.mark.parametrize(
+    "job_id", ["job_01M823S510D0DJEWVM94T0ZK2G", "art_01M823S510V90K76AWVS8MS1FM", "x", "..", "%2e%2e"]
+)
 def test_what_is_no_job_answers_404(service: Service, job_id: str) -> None:
     for method, route in (
         ("GET", ""),

@@ -45,7 +45,9 @@ def test_an_id_is_created_once(store: JobStore) -> None:
     assert store.load(job.id).tenant == "t"
 
 
-@pytest.mark.parametrize("job_id", ["", "job_x", "*", new_id("job"), new_id("art")])
+@pytest.mark.parametrize(
+    "job_id", ["", "job_x", "*", "job_01M823S510D0DJEWVM94T0ZK2G", "art_01M823S510V90K76AWVS8MS1FM"]
+)
 def test_what_is_not_there_is_not_found(store: JobStore, job_id: str) -> None:
     with pytest.raises(NotFound):
         store.load(job_id)
