@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from app.core.job import Job, JobState
-from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec
+from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from tests.integration.workshop import Workshop, processes_with, wait_until
 
 
@@ -20,6 +20,7 @@ def workshop(redis: Redis, redis_url: str, tmp_path: Path) -> Workshop:
 
 
 SPEC = {
+    "recipe": Recipe(search=SearchSpec(grid_points=4)),
     "calibration": CalibrationSpec(num_samples=8, sequence_length=128),
     "evaluation": EvaluationSpec(num_samples=4),
     "formats": ("awq", "compressed-tensors"),
