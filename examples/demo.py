@@ -133,7 +133,9 @@ def loaded_perplexity(folder: Path) -> float:
     # Imported here: the service above is up before this process loads torch.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     ids = tokenizer(TEST_TEXT.read_text("utf-8"), verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]

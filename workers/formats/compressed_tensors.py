@@ -72,9 +72,9 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
         f"group_{index}": config_group(candidate, scheme, only=len(schemes) == 1)
         for index, scheme in enumerate(schemes)
     }
-    # transformers builds the compressed modules without weights, and compressed-tensors 0.20 leaves their zero
-    # points unpacked there, so asymmetric files don't fit. Dequantizing while loading is its route that works;
-    # other loaders don't read this key.
+    # transformers builds the compressed modules without weights, and compressed-tensors 0.20 leaves their
+    # zero points unpacked there, so asymmetric files don't fit. Dequantizing while loading is the route that
+    # works; other loaders don't read this key.
     asymmetric = any(not scheme.symmetric for scheme in schemes)
     return {
         **({"dequantize": True} if asymmetric else {}),
