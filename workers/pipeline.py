@@ -101,7 +101,7 @@ class Pipeline:
     # --- steps
 
     def read_texts(self) -> tuple[Windows, Windows]:
-        with self.stage(Stage.CALIBRATING):
+        with self.stage(Stage.FETCHING):
             tokenizer = load_tokenizer(self.assignment.model_folder)
             calibration = calibration_windows(self.spec.calibration, tokenizer, self.assignment.calibration_file)
             evaluation = evaluation_windows(
