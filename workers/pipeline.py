@@ -53,7 +53,7 @@ from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass,
 from workers.quantization.evaluation import Quality, evaluate
 from workers.quantization.histograms import weight_histogram
 from workers.quantization.layer import LayerTask, quantize_layer
-from workers.quantization.statistics import InputStatistics
+from workers.quantization.input_statistics import InputStatistics
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
 Send = Callable[[ProgressMessage], None]
@@ -89,7 +89,10 @@ class Pipeline:
         outcome = Outcome(
             qualities=qualities,
             layers=[
-                [checkpoints.layer_report(candidate.recipe_index, layer) for layer in range(self.plan.num_layers)]
+                [
+                    checkpoints.layer_report(candidate.recipe_index, layer)
+                    for layer in range(self.plan.num_layers)
+                ]
                 for candidate in self.plan.candidates
             ],
             folders=folders,
@@ -103,7 +106,9 @@ class Pipeline:
     def read_texts(self) -> tuple[Windows, Windows]:
         with self.stage(Stage.FETCHING):
             tokenizer = load_tokenizer(self.assignment.model_folder)
-            calibration = calibration_windows(self.spec.calibration, tokenizer, self.assignment.calibration_file)
+            calibration = calibration_windows(
+                self.spec.calibration, tokenizer, self.assignment.calibration_file
+            )
             evaluation = evaluation_windows(
                 self.spec.evaluation, self.spec.calibration.sequence_length, tokenizer,
                 self.assignment.evaluation_file,
@@ -172,7 +177,11 @@ class Pipeline:
                 checkpoints.save_layer(candidate.recipe_index, result, report)
 
     def layer_task(
-        self, candidate: CandidatePlan, layer: int, weights: dict[str, Tensor], statistics: list[InputStatistics]
+        self,
+        candidate: CandidatePlan,
+        layer: int,
+        weights: dict[str, Tensor],
+        statistics: list[InputStatistics],
     ) -> LayerTask:
         prefix = self.plan.architecture.layer_prefix(layer)
         schemes = {
@@ -183,7 +192,13 @@ class Pipeline:
         config = self.checkpoint.config
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         return LayerTask(
-            self.plan.architecture, candidate.recipe, schemes, head_dim, weights, statistics, self.weight_dtype
+            self.plan.architecture,
+            candidate.recipe,
+            schemes,
+            head_dim,
+            weights,
+            statistics,
+            self.weight_dtype,
         )
 
     def check_equivalence(self, candidate: CandidatePlan, layer: int, error: float) -> None:
@@ -191,8 +206,8 @@ class Pipeline:
         limit = EQUIVALENCE_LIMIT[self.compute_dtype]
         if not error <= limit:
             raise VerificationFailed(
-                f"recipe {candidate.recipe_index}, layer {layer}: the scaled, unrounded layer differs from the "
-                f"original by {error:.2e} (limit {limit:.0e})",
+                f"recipe {candidate.recipe_index}, layer {layer}: the scaled, unrounded layer differs from "
+                f"the original by {error:.2e} (limit {limit:.0e})",
                 code="equivalence_failed", remedy="use method rtn, and report the model's architecture",
             )  # fmt: skip
 
@@ -241,9 +256,13 @@ class Pipeline:
         """
         reports = candidate_reports(self.spec, self.plan, outcome)
         path = self.assignment.work_folder / OUTPUT / "report.json"
-        path.write_text(self.report(reports, outcome, calibration, evaluation).model_dump_json(indent=1), "utf-8")
+        path.write_text(
+            self.report(reports, outcome, calibration, evaluation).model_dump_json(indent=1), "utf-8"
+        )
         target = self.spec.target
-        chosen = [r for r in reports if r.meets_target is not False or (target and target.on_miss == "publish")]
+        chosen = [
+            r for r in reports if r.meets_target is not False or (target and target.on_miss == "publish")
+        ]
         if target is not None and not chosen:
             best = min(reports, key=lambda r: r.perplexity_ratio)
             raise TargetMissed(

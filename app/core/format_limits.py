@@ -1,4 +1,7 @@
-"""What each file format can hold, and the bytes that it takes. Layouts: docs of AutoAWQ and compressed-tensors."""
+"""What each file format can hold, and the bytes that it takes.
+
+Layouts: AutoAWQ `awq/modules/linear/gemm.py`, compressed-tensors `compressors/pack_quantized`.
+"""
 
 from __future__ import annotations
 

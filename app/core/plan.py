@@ -259,7 +259,8 @@ def refuse_format(
     if refusal is not None:
         raise RecipeUnsupported(
             f"recipe {index} ({recipe.label}): the format {name} {refusal.why}",
-            code="format_cannot_hold_recipe", remedy=f"nearest valid choice: {refusal.nearest}", param="formats",
+            code="format_cannot_hold_recipe", remedy=f"nearest valid choice: {refusal.nearest}",
+            param="formats",
         )  # fmt: skip
     if name == "awq":
         for linear in linears:

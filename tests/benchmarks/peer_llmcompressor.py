@@ -45,7 +45,7 @@ def main() -> None:
         num_calibration_samples=len(windows),
     )
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "dtype": str(model.dtype), "torch": torch.__version__}))  # noqa: T201
+    print(json.dumps({"seconds": seconds, "dtype": str(model.dtype), "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ class FormatFolder:
             else:
                 writer.write_bytes(name, self.source.raw_bytes(name))
 
-    def read_layer(self, written: Checkpoint, layer: int) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    def read_layer(
+        self, written: Checkpoint, layer: int
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
         prefix = self.plan.architecture.layer_prefix(layer)
         stored = written.layer_tensors(prefix)
@@ -124,11 +126,13 @@ class FormatFolder:
             result = load_layer(layer)
             quantized, dense = self.read_layer(written, layer)
             wrong = [name for name, weight in quantized.items() if not weight.equals(result.quantized[name])]
-            wrong += [name for name, values in result.dense.items() if not torch.equal(dense[name].float(), values)]
+            wrong += [
+                name for name, values in result.dense.items() if not torch.equal(dense[name].float(), values)
+            ]
             wrong += sorted(quantized.keys() ^ result.quantized.keys())
             if wrong:
                 raise VerificationFailed(
-                    f"layer {layer}: {wrong[0]} read back from the {self.name} files is not what was computed",
+                    f"layer {layer}: {wrong[0]} read back from the {self.name} files is not as computed",
                     remedy="check the disk, then retry the job; if it happens again, report it",
                 )
 

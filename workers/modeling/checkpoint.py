@@ -73,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 def read_into(path: Path, start: int, values: Tensor) -> None:
     """Fill a contiguous CPU tensor from a file."""
-    buffer = memoryview(values.view(-1).view(torch.uint8).numpy())
+    buffer = values.view(-1).view(torch.uint8).numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while buffer:

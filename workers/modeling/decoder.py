@@ -126,7 +126,7 @@ class Decoder:
 
     def advance(self, layer: nn.Module, states: Tensor, arguments: LayerArguments) -> Tensor:
         """One decoder layer over one batch: (batch, tokens, hidden) in and out."""
-        output = layer(states, **arguments)
+        output: Tensor | tuple[Tensor, ...] = layer(states, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
@@ -156,5 +156,5 @@ def restore_buffers(model: nn.Module, config: PretrainedConfig, device: torch.de
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             parent = model.get_submodule(name.rpartition(".")[0])
             with torch.device("cpu"):
-                fresh = type(module)(config=config)  # type: ignore[call-arg]  # rotary modules take a config
+                fresh = type(module)(config=config)
             setattr(parent, name.rpartition(".")[2], fresh.to(device))

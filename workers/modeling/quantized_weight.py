@@ -34,9 +34,7 @@ class QuantizedWeight:
         return ((grouped - self.zero[..., None]) * self.scale[..., None]).view(out_features, in_features)
 
     def to(self, device: str | torch.device) -> QuantizedWeight:
-        return QuantizedWeight(
-            self.q.to(device), self.scale.to(device), self.zero.to(device), self.scheme
-        )
+        return QuantizedWeight(self.q.to(device), self.scale.to(device), self.zero.to(device), self.scheme)
 
     def equals(self, other: QuantizedWeight) -> bool:
         return (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.modeling.decoder import Decoder
-from workers.quantization.statistics import InputStatistics, collecting
+from workers.quantization.input_statistics import InputStatistics, collecting
 
 EQUIVALENCE_LIMIT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 

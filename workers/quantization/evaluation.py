@@ -40,7 +40,8 @@ def evaluate(
         for model, load_weights in enumerate(models):
             with decoder.layer(layer, load_weights(layer)) as module:
                 states[model] = [
-                    decoder.advance(module, batch, arguments[batch.shape[0]][layer]) for batch in states[model]
+                    decoder.advance(module, batch, arguments[batch.shape[0]][layer])
+                    for batch in states[model]
                 ]
         on_layer(layer)
     with decoder.head() as head:

@@ -21,7 +21,7 @@ from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.clip_search import search_clip
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
 from workers.quantization.scale_search import FLOAT16_LIMIT, Fold, ScaleChoice, ScaledLinear, search_scales
-from workers.quantization.statistics import InputStatistics
+from workers.quantization.input_statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
     folded = fold(task, choices)
     quantized: dict[str, QuantizedWeight] = {}
     report: list[LinearReport] = []
-    for group, statistics, choice in zip(
-        task.architecture.groups, task.statistics, choices, strict=True
-    ):
+    for group, statistics, choice in zip(task.architecture.groups, task.statistics, choices, strict=True):
         moment = statistics.second_moment
         if choice is not None:
             moment = moment / torch.outer(choice.scales, choice.scales)

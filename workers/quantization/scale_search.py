@@ -18,7 +18,7 @@ from torch import Tensor
 from app.core.format_limits import Scheme
 from app.core.specs import SearchSpec
 from workers.quantization.grid import grouped_view, min_max_grid
-from workers.quantization.statistics import InputStatistics
+from workers.quantization.input_statistics import InputStatistics
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
 FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded

@@ -86,7 +86,9 @@ def is_conversation(value: object) -> bool:
         isinstance(value, list)
         and bool(value)
         and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
             for turn in value
         )
     )

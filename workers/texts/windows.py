@@ -31,7 +31,7 @@ class Windows:
         return hashlib.sha256(self.tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
     def batches(self, size: int) -> list[Tensor]:
-        return list(self.tokens.split(size))
+        return list(torch.split(self.tokens, size))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
