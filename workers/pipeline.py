@@ -52,8 +52,8 @@ from workers.quality_report import (
 from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
 from workers.quantization.evaluation import Quality, evaluate
 from workers.quantization.histograms import weight_histogram
-from workers.quantization.layer import LayerTask, quantize_layer
 from workers.quantization.input_statistics import InputStatistics
+from workers.quantization.layer import LayerTask, quantize_layer
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
 Send = Callable[[ProgressMessage], None]

@@ -20,8 +20,8 @@ from app.core.specs import Recipe
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.clip_search import search_clip
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
-from workers.quantization.scale_search import FLOAT16_LIMIT, Fold, ScaleChoice, ScaledLinear, search_scales
 from workers.quantization.input_statistics import InputStatistics
+from workers.quantization.scale_search import FLOAT16_LIMIT, Fold, ScaleChoice, ScaledLinear, search_scales
 
 
 @dataclass(frozen=True)
