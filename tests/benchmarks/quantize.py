@@ -1,0 +1,155 @@
+"""Quantizing the bundled model: quality beside the peers', seconds beside llm-compressor's, peak memory.
+
+    python tests/benchmarks/quantize.py                       quality and memory
+    python tests/benchmarks/quantize.py --peer-python PYTHON  and the race, alternating in one run
+
+PYTHON belongs to an environment with llmcompressor==0.14.0.1. Both sides are timed inside their process,
+from the first calibration batch to packed tensors (the peer: to the end of `oneshot`, which packs nothing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
+ORIGINAL = 59.383
+# Perplexity over the first 100 windows of 512 tokens, as measured with llm-compressor 0.14.0.1 (AWQ with duo
+# scaling "both" and 20 points; 128 samples of 512 tokens): rounding, AWQ.
+PEERS = {"awq w4 g128": (59.727, 59.671), "awq w3 g128": (60.560, 60.654), "awq w2 g64": (67.926, 67.201)}
+SETTINGS = ((4, 128), (3, 128), (2, 64))
+
+
+def run_child(spec: dict[str, Any], model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One job child; its report."""
+    with tempfile.TemporaryDirectory() as folder:
+        assignment = {
+            "spec": {"model": "file:///benchmark", **spec},
+            "model_folder": str(model),
+            "model_name": model.name,
+            "model_digest": "0" * 64,
+            "work_folder": folder,
+            "device": options.device,
+            "threads": options.threads,
+        }
+        read_end, write_end = os.pipe()
+        command = [sys.executable, "-m", "workers.child", "--progress-fd", str(write_end)]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=(write_end,), cwd=REPOSITORY, text=True
+        )
+        os.close(write_end)
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(assignment))
+        child.stdin.close()
+        with os.fdopen(read_end, encoding="utf-8") as lines:
+            messages = [json.loads(line) for line in lines]
+        child.wait()
+        last = messages[-1]
+        assert last["kind"] == "finished", last
+        report: dict[str, Any] = json.loads((Path(folder) / last["report"]).read_text("utf-8"))
+        return report
+
+
+def quality(options: argparse.Namespace) -> None:
+    recipes = [
+        {"method": method, "bits": bits, "group_size": group}
+        for bits, group in SETTINGS
+        for method in ("rtn", "awq")
+    ]
+    report = run_child({"recipe": recipes, "evaluation": {"num_samples": 100}}, MODEL, options)
+    print(f"\nPerplexity, first 100 windows of 512; original {report['original']['perplexity']:.3f}")
+    print(f"| {'setting':12} | rounding | peer | AWQ | peer | AWQ / peer's AWQ | KL rounding | KL AWQ |")
+    print("|---|---|---|---|---|---|---|---|")
+    for rounding, awq in zip(report["candidates"][::2], report["candidates"][1::2], strict=True):
+        peer_rounding, peer_awq = PEERS[awq["label"]]
+        print(
+            f"| {awq['label'][4:]:12} | {rounding['perplexity']:.3f} | {peer_rounding:.3f} "
+            f"| {awq['perplexity']:.3f} | {peer_awq:.3f} | {awq['perplexity'] / peer_awq:.4f} "
+            f"| {rounding['kl']:.5f} | {awq['kl']:.5f} |"
+        )
+
+
+def race(options: argparse.Namespace) -> None:
+    own, peer = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        windows = Path(folder) / "windows.json"
+        windows.write_text(json.dumps(calibration_tokens()), "utf-8")
+        for number in range(options.rounds):
+            report = run_child({"evaluation": {"num_samples": 1}}, MODEL, options)
+            stages = report["stages"]
+            own.append(sum(stages[stage] for stage in ("calibrating", "searching", "packing")))
+            print(f"round {number}: Nibble {own[-1]:.2f} s {stages}", flush=True)
+            peer.append(run_peer(windows, options))
+            print(f"round {number}: llm-compressor {peer[-1]:.2f} s", flush=True)
+    ours, theirs = statistics.median(own), statistics.median(peer)
+    print(f"\nW4 g128 AWQ with clip, 128 x 512: Nibble {ours:.2f} s, llm-compressor {theirs:.2f} s")
+    print(f"ratio {theirs / ours:.1f}")
+
+
+def run_peer(windows: Path, options: argparse.Namespace) -> float:
+    command = [
+        options.peer_python, str(Path(__file__).with_name("peer_llmcompressor.py")), "--model", str(MODEL),
+        "--windows", str(windows), "--threads", str(options.threads), "--dtype", options.peer_dtype,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def calibration_tokens() -> list[list[int]]:
+    sys.path.insert(0, str(REPOSITORY))
+    from app.core.specs import CalibrationSpec
+    from workers.texts.windows import calibration_windows, load_tokenizer
+
+    windows = calibration_windows(CalibrationSpec(), load_tokenizer(MODEL), None)
+    tokens: list[list[int]] = windows.tokens.tolist()
+    return tokens
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Peak resident memory of a 4-layer and a 24-layer random model of one width."""
+    peaks = {}
+    for layers in (4, 24):
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "random"
+            script = Path(__file__).with_name("random_model.py")
+            subprocess.run([sys.executable, str(script), str(model), "--layers", str(layers)], check=True)
+            spec = {
+                "calibration": {"num_samples": 8, "sequence_length": 256},
+                "evaluation": {"num_samples": 8},
+                "formats": ["awq", "compressed-tensors"],
+            }
+            peaks[layers] = run_child(spec, model, options)["peak_rss_bytes"]
+    print(f"\nPeak memory: 4 layers {peaks[4] / 2**20:.0f} MiB, 24 layers {peaks[24] / 2**20:.0f} MiB")
+    print(f"ratio {peaks[24] / peaks[4]:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--peer-python")
+    parser.add_argument("--peer-dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", choices=("quality", "memory", "race"))
+    options = parser.parse_args()
+    print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
+    if options.only in (None, "quality"):
+        quality(options)
+    if options.only in (None, "memory"):
+        memory(options)
+    if options.only == "race" or (options.only is None and options.peer_python):
+        race(options)
+
+
+if __name__ == "__main__":
+    main()
