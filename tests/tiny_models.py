@@ -1,0 +1,129 @@
+"""Tiny random models of every architecture, saved as real model folders; and engine runs on them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from app.core.assignment import Assignment, Finished, ProgressMessage
+from app.core.report import Report
+from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from workers.pipeline import Pipeline
+
+TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+SHAPE = {
+    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def random_model(model_type: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
+    """A model whose norms, biases and weights are all random: no tensor is a neutral element."""
+    config_class, model_class = CLASSES[model_type]
+    generator = torch.Generator().manual_seed(7)
+    model = model_class(config_class(**{**SHAPE, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith(".bias"):
+                parameter.copy_(0.1 * noise)
+            elif "embed_tokens" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    return model.to(dtype)
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "1GB") -> Path:
+    """The folder of a model with its tokenizer and chat template."""
+    disable_progress_bar()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(TOKENIZER / name, folder / name)
+    return folder
+
+
+def tiny_model(folder: Path, model_type: str = "llama", **changes: object) -> Path:
+    return save_model(random_model(model_type, **changes), folder)  # type: ignore[arg-type]
+
+
+def plant_outliers(model: PreTrainedModel, factor: float = 16.0) -> None:
+    """Every eighth channel of each norm x factor, the columns that read it / factor: the same function."""
+    with torch.no_grad():
+        for layer in model.get_submodule("model.layers"):
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, linears in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                norm.weight[::8] *= factor
+                for linear in linears:
+                    linear.weight[:, ::8] /= factor
+
+
+def tiny_spec(recipe: Recipe | tuple[Recipe, ...] | None = None, **changes: object) -> JobSpec:
+    """A job that takes about a second on a tiny model."""
+    recipe = recipe or Recipe(group_size=32, search=SearchSpec(grid_points=4))
+    body: dict[str, object] = {
+        "model": "tiny",
+        "recipe": recipe,
+        "calibration": CalibrationSpec(num_samples=4, sequence_length=32),
+        "evaluation": EvaluationSpec(num_samples=2),
+    }
+    return JobSpec.model_validate({**body, **changes})
+
+
+def assignment(spec: JobSpec, model: Path, work: Path, **changes: object) -> Assignment:
+    body = {"spec": spec, "model_folder": model, "model_name": "tiny", "model_digest": "0" * 64}
+    return Assignment.model_validate({**body, "work_folder": work, **changes})
+
+
+class EngineRun:
+    """A pipeline that ran to its end: its messages, its report, its folders."""
+
+    def __init__(self, spec: JobSpec, model: Path, work: Path, **changes: object) -> None:
+        self.messages: list[ProgressMessage] = []
+        self.work = work
+        self.pipeline = Pipeline(assignment(spec, model, work, **changes), self.messages.append)
+        self.finished: Finished = self.pipeline.run()
+
+    @property
+    def report(self) -> Report:
+        return Report.model_validate_json((self.work / self.finished.report).read_text())
+
+    def folder(self, format_name: str, recipe_index: int = 0) -> Path:
+        return next(
+            self.work / output.folder
+            for output in self.finished.outputs
+            if (output.format, output.recipe_index) == (format_name, recipe_index)
+        )
+
+
+def some_tokens(batch: int = 2, length: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(0, 4096, (batch, length), generator=torch.Generator().manual_seed(seed))
