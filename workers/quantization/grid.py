@@ -15,6 +15,9 @@ from torch import Tensor
 from app.core.format_limits import Scheme
 
 
+LARGEST_SCALE = 65280.0  # the largest value that float16 and bfloat16 both hold
+
+
 @dataclass(frozen=True)
 class Grid:
     """float32 (..., groups, 1): values are (q - zero) * scale, with q in 0..2^bits-1."""
@@ -43,7 +46,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     float16 first: its subnormals are multiples of 2^-24 below 2^-14, and rounding those to bfloat16's
     eight bits leaves a multiple of 2^-24.
     """
-    rounded = scale.clamp(max=65504.0).to(torch.float16).to(dtype).to(torch.float32)
+    rounded = scale.clamp(max=LARGEST_SCALE).to(torch.float16).to(dtype).to(torch.float32)
     return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
 
 
