@@ -1,0 +1,195 @@
+"""A whole layer: folding keeps its function, AWQ earns its scales, the report tells what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.architectures import architecture_of
+from app.core.errors import RecipeUnsupported
+from app.core.format_limits import Scheme
+from app.core.specs import Recipe, SearchSpec
+from tests.tiny_models import MODEL_TYPES, plant_outliers, random_model, save_model, some_tokens
+from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.decoder import Decoder
+from workers.quantization.calibration import CalibrationPass, equivalence_error
+from workers.quantization.layer import LayerTask, fold, fold_of, quantize_layer
+from workers.quantization.scale_search import ScaleChoice
+
+CASES = {
+    **{name: (name, {}) for name in MODEL_TYPES},
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama without grouped heads": ("llama", {"num_key_value_heads": 4}),
+    "qwen3 with wide heads": ("qwen3", {"head_dim": 32}),
+}
+
+
+class LayerCase:
+    """The first layer of a model, with its statistics and a window to compare outputs on."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = Checkpoint(folder)
+        self.config = checkpoint.config
+        architecture = architecture_of(self.config)
+        decoder = Decoder(checkpoint, architecture, torch.device("cpu"), torch.float32)
+        self.run = CalibrationPass(decoder, [some_tokens(4, 64, seed) for seed in range(2)])
+        self.weights = {name: value.float() for name, value in decoder.layer_weights(0).items()}
+        self.statistics, *probe = self.run.collect(decoder.layer_weights(0))
+        self.probe = (probe[0], probe[1])
+
+    def task(self, recipe: Recipe, *, kept: tuple[str, ...] = (), **changes: object) -> LayerTask:
+        architecture = self.run.decoder.architecture
+        scheme = Scheme(bits=recipe.bits, group_size=recipe.group_size, symmetric=recipe.symmetric)
+        values = {
+            "architecture": architecture,
+            "recipe": recipe,
+            "schemes": {name: scheme for name in architecture.linears if name not in kept},
+            "head_dim": self.config.get("head_dim")
+            or self.config["hidden_size"] // self.config["num_attention_heads"],
+            "weights": self.weights,
+            "statistics": self.statistics,
+            "dtype": torch.float32,
+        }
+        return LayerTask(**{**values, **changes})  # type: ignore[arg-type]
+
+    def error(self, weights: dict[str, Tensor]) -> float:
+        """Relative error of the layer's output with other weights."""
+        return equivalence_error(self.run, 0, weights, self.probe)
+
+
+def layer_case(folder: Path, model_type: str = "llama", **changes: object) -> LayerCase:
+    model = random_model(model_type, **changes)  # type: ignore[arg-type]
+    plant_outliers(model)
+    return LayerCase(save_model(model, folder))
+
+
+def small(**changes: object) -> Recipe:
+    return Recipe.model_validate({"group_size": 32, "search": SearchSpec(grid_points=8), **changes})
+
+
+def random_choices(task: LayerTask) -> list[ScaleChoice]:
+    """Scales from 1/4 to 4 for every group, shared between heads where they must be."""
+    generator = torch.Generator().manual_seed(0)
+    choices = []
+    for group in task.architecture.groups:
+        channels = task.weights[group.balance_layers[0] + ".weight"].shape[1]
+        spec = fold_of(task, group)
+        raw = 4 ** (2 * torch.rand(channels, generator=generator) - 1)
+        choices.append(ScaleChoice(spec.spread(spec.shared(raw)), 0.5, False, 0.0, 0.0))
+    return choices
+
+
+@pytest.mark.parametrize(("model_type", "changes"), CASES.values(), ids=list(CASES))
+def test_folding_any_scales_keeps_the_function(
+    tmp_path: Path, model_type: str, changes: dict[str, object]
+) -> None:
+    case = layer_case(tmp_path, model_type, **changes)
+    task = case.task(small())
+    folded = fold(task, random_choices(task))
+    changed = {name for name, value in folded.items() if not torch.equal(value, case.weights[name])}
+    expected = {name + ".weight" for name in task.architecture.linears}
+    expected |= {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    expected |= {name for name in case.weights if name in ("self_attn.v_proj.bias", "mlp.up_proj.bias")}
+    assert changed == expected
+    assert case.error(folded) < 1e-5
+
+
+@pytest.mark.parametrize(("model_type", "changes"), CASES.values(), ids=list(CASES))
+def test_the_search_s_own_scales_keep_the_function(
+    tmp_path: Path, model_type: str, changes: dict[str, object]
+) -> None:
+    case = layer_case(tmp_path, model_type, **changes)
+    result, folded = quantize_layer(case.task(small()))
+    assert all(entry.scale_spread is not None and entry.scale_spread > 1 for entry in result.report)
+    assert case.error(folded) < 1e-5
+
+
+def test_a_wrong_fold_is_noticed(tmp_path: Path) -> None:
+    case = layer_case(tmp_path)
+    _, folded = quantize_layer(case.task(small()))
+    folded["input_layernorm.weight"] = case.weights["input_layernorm.weight"]
+    assert case.error(folded) > 1e-2
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_awq_beats_rounding_where_channels_stand_out(tmp_path: Path, model_type: str) -> None:
+    case = layer_case(tmp_path, model_type)
+    errors = {}
+    for method in ("rtn", "awq"):
+        result, _ = quantize_layer(case.task(small(method=method)))
+        errors[method] = case.error(result.weights(case.weights))
+    assert errors["awq"] < 0.5 * errors["rtn"]
+
+
+def test_losses_of_the_norm_fed_linears_fall_with_scales_and_with_clip(tmp_path: Path) -> None:
+    result, _ = quantize_layer(layer_case(tmp_path).task(small(bits=3)))
+    for entry in result.report:
+        assert entry.loss is not None
+        assert entry.loss_unclipped is not None
+        assert entry.loss <= entry.loss_unclipped
+        assert entry.clip_gain == pytest.approx(1 - entry.loss / entry.loss_unclipped)
+    fed = [entry for entry in result.report if entry.linear in ("self_attn.q_proj", "mlp.gate_proj")]
+    assert len(fed) == 2
+    for entry in fed:
+        assert entry.loss_rounding is not None
+        assert entry.loss_unclipped is not None
+        assert entry.loss_unclipped < 0.5 * entry.loss_rounding
+
+
+def test_rtn_changes_nothing_but_the_linears(tmp_path: Path) -> None:
+    case = layer_case(tmp_path)
+    result, folded = quantize_layer(case.task(small(method="rtn")))
+    assert result.dense == {}
+    assert all(torch.equal(folded[name], value) for name, value in case.weights.items())
+    for entry in result.report:
+        assert (entry.ratio, entry.scale_spread, entry.clip_gain) == (None, None, 0.0)
+        assert entry.loss == entry.loss_unclipped == entry.loss_rounding
+
+
+def test_without_clip_the_grid_is_the_full_range(tmp_path: Path) -> None:
+    result, folded = quantize_layer(
+        layer_case(tmp_path).task(small(search=SearchSpec(grid_points=4, clip=False)))
+    )
+    weight = folded["self_attn.q_proj.weight"].view(64, 2, 32)
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    torch.testing.assert_close(
+        result.quantized["self_attn.q_proj"].scale, (high - low) / 15, rtol=2**-10, atol=0
+    )
+
+
+def test_a_group_with_a_kept_linear_is_not_scaled(tmp_path: Path) -> None:
+    case = layer_case(tmp_path)
+    result, folded = quantize_layer(case.task(small(), kept=("self_attn.o_proj", "mlp.down_proj")))
+    assert set(result.dense) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert torch.equal(folded["mlp.down_proj.weight"], case.weights["mlp.down_proj.weight"])
+    assert len(result.report) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_stored_fits_the_model_s_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    case = layer_case(tmp_path, "qwen2")
+    rounded = {name: value.to(dtype).float() for name, value in case.weights.items()}
+    result, _ = quantize_layer(case.task(small(), weights=rounded, dtype=dtype))
+    assert "self_attn.v_proj.bias" in result.dense
+    for values in result.dense.values():
+        assert torch.equal(values.to(dtype).float(), values)
+    for weight in result.quantized.values():
+        assert torch.equal(weight.scale.to(dtype).float(), weight.scale)
+        assert torch.equal(weight.scale.half().float(), weight.scale)
+
+
+def test_weights_beyond_float16_are_refused_by_name(tmp_path: Path) -> None:
+    case = layer_case(tmp_path)
+    case.weights["mlp.gate_proj.weight"][0, 0] = 1e5
+    with pytest.raises(RecipeUnsupported, match=r"mlp\.gate_proj") as refusal:
+        quantize_layer(case.task(small(method="rtn")))
+    assert refusal.value.code == "weights_overflow"
+
+
+def test_two_runs_give_the_same_bits(tmp_path: Path) -> None:
+    case = layer_case(tmp_path)
+    first, second = (quantize_layer(case.task(small()))[0] for _ in range(2))
+    assert all(weight.equals(second.quantized[name]) for name, weight in first.quantized.items())
