@@ -1,0 +1,132 @@
+"""A folder of each format: complete, and checked to the last byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.core.errors import NibbleError, VerificationFailed
+from app.core.safetensors_header import TensorHeader
+from app.core.specs import Recipe
+from tests.tiny_models import TOKENIZER, EngineRun, random_model, save_model, tiny_spec
+from workers.formats.folder import FormatFolder
+from workers.layer_checkpoints import LayerCheckpoints
+from workers.modeling.checkpoint import Checkpoint
+from workers.quantization.layer import LayerResult
+
+FORMATS = ("awq", "compressed-tensors")
+RECIPE = Recipe(group_size=32, ignore=("lm_head", r"re:.*layers\.1\.mlp\.down_proj"))
+
+
+class Written:
+    """An engine run's folder of one format, with what its layers should hold."""
+
+    def __init__(self, run: EngineRun, name: str) -> None:
+        pipeline = run.pipeline
+        identity = pipeline.open_checkpoints(pipeline.read_texts()[0]).identity
+        self.checkpoints = LayerCheckpoints(run.work / "checkpoints", identity, lambda _: None)
+        self.folder = FormatFolder(
+            run.folder(name), name, pipeline.checkpoint, pipeline.plan, pipeline.plan.candidates[0]  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def load_layer(self, layer: int) -> LayerResult:
+        return self.checkpoints.load_layer(0, layer)
+
+    def header(self, name: str) -> TensorHeader:
+        return Checkpoint(self.folder.folder).tensors[name]
+
+    def flip(self, position: int) -> None:
+        """Change one bit of the file."""
+        file = self.folder.folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[position] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.fixture
+def engine_run(tmp_path: Path) -> EngineRun:
+    model = save_model(random_model("qwen2", torch.bfloat16), tmp_path / "model")
+    (model / "quant_config.json").write_text('{"w_bit": 3}')
+    (model / "merges.txt").write_text("a b\n")
+    return EngineRun(tiny_spec(RECIPE, formats=FORMATS), model, tmp_path / "work")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_flipped_bit_is_noticed(engine_run: EngineRun, name: str) -> None:
+    written = Written(engine_run, name)
+    written.folder.verify(written.load_layer)
+    linear = "model.layers.1.self_attn.q_proj."
+    suffixes = written.folder.layout.SUFFIXES
+    tensors = [linear + suffix for suffix in suffixes if suffix != "weight_shape"]
+    tensors += ["model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.v_proj.bias"]
+    for tensor in tensors:
+        header = written.header(tensor)
+        for position in (header.start, (header.start + header.end) // 2 // 2 * 2):
+            written.flip(position)
+            with pytest.raises(VerificationFailed, match=tensor.rpartition(".")[0].rpartition(".")[2]):
+                written.folder.verify(written.load_layer)
+            written.flip(position)
+    written.folder.verify(written.load_layer)
+
+
+def test_a_missing_tensor_or_file_end_is_noticed(engine_run: EngineRun) -> None:
+    written = Written(engine_run, "awq")
+    file = written.folder.folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2])
+    with pytest.raises(NibbleError):
+        written.folder.verify(written.load_layer)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_quantized_is_copied_bit_for_bit(engine_run: EngineRun, name: str) -> None:
+    folder = engine_run.folder(name)
+    before = load_file(engine_run.pipeline.checkpoint.folder / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    kept = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    kept += ["model.layers.1.mlp.down_proj.weight"]
+    for tensor in kept:
+        assert after[tensor].dtype == torch.bfloat16
+        assert torch.equal(after[tensor], before[tensor])
+    assert "model.layers.0.mlp.down_proj.weight" not in after
+    biases = {key for key in before if key.endswith(".bias")}
+    assert biases == {key for key in after if key.endswith(".bias")}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_folder_has_all_that_a_loader_needs(engine_run: EngineRun, name: str) -> None:
+    folder = engine_run.folder(name)
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "merges.txt", "model.safetensors",
+    }  # fmt: skip
+    assert (folder / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
+    source = engine_run.pipeline.checkpoint.folder
+    generation = "generation_config.json"
+    assert (folder / generation).read_bytes() == (source / generation).read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config == json.loads((source / "config.json").read_text())
+    assert quantization["quant_method"] == name
+
+
+def test_the_awq_entry(engine_run: EngineRun) -> None:
+    config = json.loads((engine_run.folder("awq") / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "modules_to_not_convert": ["model.layers.1.mlp.down_proj", "lm_head"],
+    }
+
+
+def test_weight_bytes_are_the_files(engine_run: EngineRun) -> None:
+    written = Written(engine_run, "awq")
+    size = (written.folder.folder / "model.safetensors").stat().st_size
+    assert written.folder.weight_bytes == size == engine_run.report.candidates[0].bytes["awq"]

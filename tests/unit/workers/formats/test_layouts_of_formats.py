@@ -1,0 +1,111 @@
+"""Each format: weight -> tensors -> weight, for every scheme that it holds."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.core.format_limits import Scheme, packed_bytes
+from workers.formats import awq, compressed_tensors
+from workers.modeling.quantized_weight import QuantizedWeight
+
+
+def random_weight(scheme: Scheme, out_features: int, in_features: int, seed: int) -> QuantizedWeight:
+    """Any integers; scales that float16 and bfloat16 hold."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = scheme.groups(in_features)
+    q = torch.randint(0, 2**scheme.bits, (out_features, in_features), generator=generator)
+    if scheme.symmetric:
+        zero = torch.full((out_features, groups), 2 ** (scheme.bits - 1))
+    else:
+        zero = torch.randint(0, 2**scheme.bits, (out_features, groups), generator=generator)
+    scale = torch.randint(1, 128, (out_features, groups), generator=generator) * 2.0**-10
+    return QuantizedWeight(q.to(torch.uint8), scale, zero.to(torch.uint8), scheme)
+
+
+@st.composite
+def packed_weights(draw: st.DrawFn) -> QuantizedWeight:
+    """What compressed-tensors holds: any row count, any row length for whole-row groups."""
+    group_size = draw(st.sampled_from([32, 64, 128, -1]))
+    scheme = Scheme(
+        bits=draw(st.sampled_from([2, 3, 4, 8])), group_size=group_size, symmetric=draw(st.booleans())
+    )
+    columns = draw(st.integers(1, 100)) if group_size == -1 else group_size * draw(st.integers(1, 3))
+    return random_weight(scheme, draw(st.integers(1, 40)), columns, draw(st.integers(0, 10**6)))
+
+
+@st.composite
+def awq_weights(draw: st.DrawFn) -> QuantizedWeight:
+    scheme = Scheme(bits=4, group_size=draw(st.sampled_from([32, 64, 128])), symmetric=False)
+    columns = scheme.group_size * draw(st.integers(1, 3))
+    return random_weight(scheme, 8 * draw(st.integers(1, 5)), columns, draw(st.integers(0, 10**6)))
+
+
+def check_round_trip(layout: ModuleType, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    stored = layout.tensors(weight, dtype)
+    assert layout.weight(stored, weight.scheme).equals(weight)
+    shapes = layout.shapes(*weight.shape, weight.scheme, dtype)
+    assert {name: (tuple(value.shape), value.dtype) for name, value in stored.items()} == shapes
+    assert set(stored) <= set(layout.SUFFIXES)
+
+
+@given(packed_weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+@settings(max_examples=80, deadline=None)
+def test_compressed_tensors_come_back(weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    check_round_trip(compressed_tensors, weight, dtype)
+
+
+@given(awq_weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_awq_comes_back(weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    check_round_trip(awq, weight, dtype)
+
+
+@given(packed_weights())
+@settings(max_examples=60, deadline=None)
+def test_compressed_tensors_own_code_reads_the_same_weight(weight: QuantizedWeight) -> None:
+    arguments = QuantizationArgs(
+        num_bits=weight.scheme.bits,
+        symmetric=weight.scheme.symmetric,
+        strategy="channel" if weight.scheme.group_size == -1 else "group",
+        group_size=None if weight.scheme.group_size == -1 else weight.scheme.group_size,
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format="pack-quantized")
+    stored = compressed_tensors.tensors(weight, torch.float32)
+    read = PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
+    assert torch.equal(read.float(), weight.dequantize())
+
+
+@given(awq_weights())
+@settings(max_examples=40, deadline=None)
+def test_an_independent_reader_of_awq_reads_the_same_integers(weight: QuantizedWeight) -> None:
+    stored = awq.tensors(weight, torch.bfloat16)
+    q, scale, zero = AutoAWQConverter(group_size=weight.scheme.group_size)._convert_gemm_module(
+        stored["qweight"], stored["scales"], stored["qzeros"]
+    )
+    assert zero is not None
+    assert torch.equal(q.to(torch.int16) + 8, weight.q.to(torch.int16))
+    assert torch.equal(zero.to(torch.int16) + 8, weight.zero.to(torch.int16))
+    assert torch.equal(scale.float(), weight.scale)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_planned_bytes_are_the_tensors_bytes(bits: int, group_size: int, *, symmetric: bool) -> None:
+    """For two-byte models; the scales of float32 models take four."""
+    scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+    weight = random_weight(scheme, 24, 96, 0)
+    layouts = {"compressed-tensors": compressed_tensors}
+    if bits == 4 and not symmetric and group_size > 0:
+        layouts["awq"] = awq
+    for name, layout in layouts.items():
+        stored = layout.tensors(weight, torch.bfloat16).values()
+        assert packed_bytes(name, scheme, 24, 96) == sum(value.nbytes for value in stored)  # type: ignore[arg-type]
