@@ -61,7 +61,8 @@ def file_documents(file: Path) -> Iterator[Document]:
     if file.suffix not in (".jsonl", ".ndjson"):
         yield Document(text=content)
         return
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             yield parse_line(file.name, number, line)
 
