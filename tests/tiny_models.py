@@ -26,6 +26,7 @@ from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, Sea
 from workers.pipeline import Pipeline
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
+TEXTS = TOKENIZER.parent.parent / "workers" / "texts" / "builtin" / "wikitext2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 CLASSES = {
@@ -87,14 +88,19 @@ def plant_outliers(model: PreTrainedModel, factor: float = 16.0) -> None:
                     linear.weight[:, ::8] /= factor
 
 
+def some_text(part: str) -> str:
+    """The start of a bundled text: the whole takes seconds to tokenize."""
+    return (TEXTS / f"{part}.txt").read_text("utf-8")[:8000]
+
+
 def tiny_spec(recipe: Recipe | tuple[Recipe, ...] | None = None, **changes: object) -> JobSpec:
     """A job that takes about a second on a tiny model."""
     recipe = recipe or Recipe(group_size=32, search=SearchSpec(grid_points=4))
     body: dict[str, object] = {
         "model": "tiny",
         "recipe": recipe,
-        "calibration": CalibrationSpec(num_samples=4, sequence_length=32),
-        "evaluation": EvaluationSpec(num_samples=2),
+        "calibration": CalibrationSpec(texts=(some_text("valid"),), num_samples=4, sequence_length=32),
+        "evaluation": EvaluationSpec(texts=(some_text("test"),), num_samples=2),
     }
     return JobSpec.model_validate({**body, **changes})
 
