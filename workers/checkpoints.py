@@ -11,6 +11,7 @@ from app.core.assignment import CHECKPOINTS, Checkpointed
 from app.core.errors import NotFound
 from app.core.job import Job
 from app.core.object_store import ObjectStore
+from app.core.storage_keys import checkpoint_prefix
 
 VERSION = 1
 
@@ -29,17 +30,13 @@ def checkpoint_key(job: Job, *, model: str, text: str, device: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def job_prefix(job_id: str) -> str:
-    return f"checkpoints/{job_id}"
-
-
 class CheckpointMirror:
     """Keeps `work_folder/checkpoints` and the object store alike."""
 
     def __init__(self, objects: ObjectStore, job: Job, key: str, work_folder: Path) -> None:
         self._objects = objects
-        self._prefix = f"{job_prefix(job.id)}/{key}"
-        self._older_prefix = f"{job_prefix(job.retry_of)}/{key}" if job.retry_of else None
+        self._prefix = f"{checkpoint_prefix(job.id)}/{key}"
+        self._older_prefix = f"{checkpoint_prefix(job.retry_of)}/{key}" if job.retry_of else None
         self._folder = work_folder / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[Checkpointed] = []

@@ -18,6 +18,7 @@ from app.core.errors import JobFault
 from app.core.ids import artifact_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
+from app.core.storage_keys import manifest_key, report_key
 
 PIECE = 1 << 22
 
@@ -112,14 +113,6 @@ def read_manifest(objects: ObjectStore, art_id: str) -> ArtifactManifest | None:
     if objects.head(manifest_key(art_id)) is None:
         return None
     return ArtifactManifest.model_validate_json(objects.get(manifest_key(art_id)))
-
-
-def manifest_key(art_id: str) -> str:
-    return f"artifacts/{art_id}/manifest.json"
-
-
-def report_key(job_id: str) -> str:
-    return f"reports/{job_id}.json"
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -45,7 +45,8 @@ from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.settings import Settings
-from workers.checkpoints import CheckpointMirror, checkpoint_key, job_prefix
+from app.core.storage_keys import checkpoint_prefix
+from workers.checkpoints import CheckpointMirror, checkpoint_key
 from workers.fetching import FetchedModel, ModelCache, fetch_text, text_digest
 from workers.publication import Publication, published_before
 from workers.watch import Stopped, StopReason, Watch
@@ -314,7 +315,7 @@ class Attempt:
 
     def _drop_checkpoints(self) -> None:
         try:
-            self._context.objects.delete_prefix(job_prefix(self._job.id))
+            self._context.objects.delete_prefix(checkpoint_prefix(self._job.id))
         except Unavailable as fault:
             # The job has ended well; what is left costs space only.
             log.warning("checkpoints not removed: %s", fault.message, extra={"job": self._job.id})

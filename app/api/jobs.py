@@ -19,6 +19,7 @@ from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested
 from app.core.job_store import JobFilter
 from app.core.specs import JobSpec
+from app.core.storage_keys import checkpoint_prefix, report_key
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -28,10 +29,6 @@ POLL_AFTER = {JobState.QUEUED: 5, JobState.RUNNING: 2, JobState.CANCELLING: 1}
 Prefer = Annotated[str | None, Header(description="`wait=N` waits up to N seconds, at most 60.")]
 IdempotencyKey = Annotated[str | None, Header(description="The same key and body give the same job.")]
 IfNoneMatch = Annotated[str | None, Header()]
-
-
-def report_key(job_id: str) -> str:
-    return f"reports/{job_id}.json"
 
 
 def etag_of(version: int) -> str:
@@ -176,6 +173,7 @@ def retry(job_id: str, services: ServicesParam, principal: JobsWriter) -> JSONRe
 
 @router.delete("/{job_id}", status_code=204)
 def delete_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> None:
-    """Remove a job that has ended, with its events and report. Its artifacts stay."""
+    """Remove a job that has ended, with its events, report and checkpoints. Its artifacts stay."""
     job = services.jobs.delete(principal.tenant, job_id)
     services.objects.delete(report_key(job.id))
+    services.objects.delete_prefix(checkpoint_prefix(job.id))

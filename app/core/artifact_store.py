@@ -13,6 +13,7 @@ from app.core.errors import MalformedRequest, NotFound
 from app.core.ids import is_id
 from app.core.object_store import ObjectStore
 from app.core.specs import Frozen
+from app.core.storage_keys import manifest_key
 
 ARTIFACTS = "artifacts"
 
@@ -24,10 +25,6 @@ class ArtifactPage(Frozen):
 
 def artifact_folder(artifact_id: str) -> str:
     return f"{ARTIFACTS}/{artifact_id}"
-
-
-def manifest_key(artifact_id: str) -> str:
-    return f"{artifact_folder(artifact_id)}/manifest.json"
 
 
 def file_key(manifest: ArtifactManifest, path: str) -> str:

@@ -261,9 +261,11 @@ def test_only_a_finished_job_is_deleted(service: Service) -> None:
     assert service.client.delete(f"/v1/jobs/{job_id}").json()["code"] == "job_not_finished"
     service.end(job_id)
     service.objects.put(f"reports/{job_id}.json", b"{}")
+    service.objects.put(f"checkpoints/{job_id}/work/layer.safetensors", b"layer")
     assert service.client.delete(f"/v1/jobs/{job_id}").status_code == 204
     assert service.client.get(f"/v1/jobs/{job_id}").status_code == 404
     assert service.objects.head(f"reports/{job_id}.json") is None
+    assert service.objects.list(f"checkpoints/{job_id}") == []
 
 
 def test_a_report_is_given_once_it_exists(service: Service) -> None:

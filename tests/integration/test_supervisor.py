@@ -13,9 +13,8 @@ from redis import Redis
 from app.core.ids import artifact_id
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested, requeued
+from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
 from tests.integration.workshop import Workshop, wait_until
-from workers.checkpoints import job_prefix
-from workers.publication import manifest_key, report_key
 from workers.supervisor import run_attempt
 
 
@@ -45,7 +44,7 @@ def test_a_job_is_published_once_and_leaves_nothing_behind(workshop: Workshop) -
     assert manifest.prefix == "attempt-1"
     assert [file.path for file in manifest.files] == ["config.json", "model.safetensors"]
     assert workshop.objects.get(report_key(job.id)) == b"{}"
-    assert workshop.objects.list(job_prefix(job.id)) == []
+    assert workshop.objects.list(checkpoint_prefix(job.id)) == []
     assert list(workshop.settings.scratch_dir.iterdir()) == []
     assert not workshop.store.holds(job.id, 1)
 
@@ -71,7 +70,7 @@ def test_a_job_resumes_and_publishes_in_s3(
     manifest = workshop.manifest(job)
     assert manifest is not None
     assert manifest.prefix == "attempt-2"
-    assert workshop.objects.list(job_prefix(job.id)) == []
+    assert workshop.objects.list(checkpoint_prefix(job.id)) == []
 
 
 def test_the_child_sees_no_keys(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +122,7 @@ def test_cancel_stops_a_running_job(workshop: Workshop, fault: str) -> None:
     thread.join()
     assert ended.state is JobState.CANCELLED
     assert workshop.manifest(job) is None
-    assert workshop.objects.list(job_prefix(job.id)) == []
+    assert workshop.objects.list(checkpoint_prefix(job.id)) == []
 
 
 def test_a_job_ends_at_its_deadline(workshop: Workshop) -> None:

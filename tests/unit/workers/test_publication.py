@@ -12,7 +12,8 @@ from app.core.ids import artifact_id, new_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
 from app.core.specs import JobSpec
-from workers.publication import Publication, published_before, read_manifest, report_key
+from app.core.storage_keys import report_key
+from workers.publication import Publication, published_before, read_manifest
 
 
 @pytest.fixture

@@ -1,0 +1,17 @@
+"""Where everything lies in object storage; keys are built from ids alone."""
+
+from __future__ import annotations
+
+
+def manifest_key(artifact_id: str) -> str:
+    """Its creation is what makes an artifact exist."""
+    return f"artifacts/{artifact_id}/manifest.json"
+
+
+def report_key(job_id: str) -> str:
+    return f"reports/{job_id}.json"
+
+
+def checkpoint_prefix(job_id: str) -> str:
+    """Of the layers that a job has finished."""
+    return f"checkpoints/{job_id}"
