@@ -50,11 +50,14 @@ def words(values: int, bits: int) -> int:
     return -(-values * bits // 32)
 
 
-def packed_bytes(name: FormatName, scheme: Scheme, out_features: int, in_features: int) -> int:
-    """Bytes of one quantized linear's tensors, bias excluded."""
+def packed_bytes(
+    name: FormatName, scheme: Scheme, out_features: int, in_features: int, *, weight_bits: int
+) -> int:
+    """Bytes of one quantized linear's tensors, bias excluded; `weight_bits` are those of the model's dtype."""
     groups = scheme.groups(in_features)
-    scales = 2 * out_features * groups
     if name == "awq":
+        scales = 2 * out_features * groups  # always float16
         return 4 * in_features * (out_features // 8) + 4 * groups * (out_features // 8) + scales
+    scales = weight_bits // 8 * out_features * groups
     zeros = 0 if scheme.symmetric else 4 * words(out_features, scheme.bits) * groups
     return 4 * out_features * words(in_features, scheme.bits) + scales + zeros + 16

@@ -172,7 +172,10 @@ def plan_candidate(
         for linear in linears
         if linear.scheme is None
     )
-    packed = {name: sum(linear_bytes(name, linear) for linear in linears) for name in spec.formats}
+    packed = {
+        name: sum(linear_bytes(name, linear, tensors[linear.name + ".weight"].dtype) for linear in linears)
+        for name in spec.formats
+    }
     quantized = sum(linear.parameters for linear in linears if linear.scheme)
     return CandidatePlan(
         recipe_index=index,
@@ -184,10 +187,13 @@ def plan_candidate(
     )
 
 
-def linear_bytes(name: FormatName, linear: LinearPlan) -> int:
+def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
+    """Bytes of a linear in the format if it is quantized; `dtype` is that of its weight."""
     if linear.scheme is None:
         return 0
-    return packed_bytes(name, linear.scheme, linear.out_features, linear.in_features)
+    return packed_bytes(
+        name, linear.scheme, linear.out_features, linear.in_features, weight_bits=DTYPE_BITS[dtype]
+    )
 
 
 def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:
