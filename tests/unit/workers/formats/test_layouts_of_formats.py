@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.format_limits import Scheme, packed_bytes
+from app.core.specs import FormatName
 from workers.formats import awq, compressed_tensors
+from workers.formats.folder import FORMATS
 from workers.modeling.quantized_weight import QuantizedWeight
 
 
@@ -96,16 +98,18 @@ def test_an_independent_reader_of_awq_reads_the_same_integers(weight: QuantizedW
     assert torch.equal(scale.float(), weight.scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_planned_bytes_are_the_tensors_bytes(bits: int, group_size: int, *, symmetric: bool) -> None:
-    """For two-byte models; the scales of float32 models take four."""
+def test_planned_bytes_are_the_tensors_bytes(
+    bits: int, group_size: int, dtype: torch.dtype, *, symmetric: bool
+) -> None:
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
     weight = random_weight(scheme, 24, 96, 0)
-    layouts = {"compressed-tensors": compressed_tensors}
+    names: list[FormatName] = ["compressed-tensors"]
     if bits == 4 and not symmetric and group_size > 0:
-        layouts["awq"] = awq
-    for name, layout in layouts.items():
-        stored = layout.tensors(weight, torch.bfloat16).values()
-        assert packed_bytes(name, scheme, 24, 96) == sum(value.nbytes for value in stored)  # type: ignore[arg-type]
+        names.append("awq")
+    for name in names:
+        written = sum(value.nbytes for value in FORMATS[name].tensors(weight, dtype).values())
+        assert packed_bytes(name, scheme, 24, 96, weight_bits=8 * dtype.itemsize) == written

@@ -1,0 +1,292 @@
+"""The plan: predicted sizes are the written ones, and every refusal names the nearest choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.core.errors import ModelRefused, NibbleError, RecipeUnsupported
+from app.core.plan import Plan, plan_job
+from app.core.safetensors_header import TensorHeader
+from app.core.specs import JobSpec, Override, Recipe
+from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
+
+CONFIG: dict[str, object] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 192,
+    "vocab_size": 1000,
+}
+SHAPES = {
+    "self_attn.q_proj": (192, 192), "self_attn.k_proj": (96, 192), "self_attn.v_proj": (96, 192),
+    "self_attn.o_proj": (192, 192), "mlp.gate_proj": (320, 192), "mlp.up_proj": (320, 192),
+    "mlp.down_proj": (192, 320),
+}  # fmt: skip
+WEIGHTS_PER_LAYER = sum(rows * columns for rows, columns in SHAPES.values())
+
+
+def header(shape: tuple[int, ...], dtype: str = "BF16") -> TensorHeader:
+    size = 4 if dtype == "F32" else 2
+    for length in shape:
+        size *= length
+    return TensorHeader(dtype=dtype, shape=shape, file="model.safetensors", start=0, end=size)
+
+
+def tensors(**changes: TensorHeader) -> dict[str, TensorHeader]:
+    found = {"model.embed_tokens.weight": header((1000, 192)), "model.norm.weight": header((192,))}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        found |= {f"{prefix}{name}.weight": header(shape) for name, shape in SHAPES.items()}
+        found[prefix + "input_layernorm.weight"] = header((192,))
+    return {**found, **changes}
+
+
+def planned(spec: JobSpec | None = None, config: dict[str, Any] | None = None) -> Plan:
+    return plan_job(spec or asked(), {**CONFIG, **(config or {})}, tensors())
+
+
+def asked(*formats: str, **recipe: object) -> JobSpec:
+    body = {"group_size": 64, **recipe}
+    return JobSpec.model_validate(
+        {"model": "m", "recipe": body, "formats": formats or ("compressed-tensors",)}
+    )
+
+
+# --- what is planned
+
+
+def test_a_plan_counts_the_model() -> None:
+    plan = planned()
+    assert plan.num_layers == 2
+    assert plan.parameters == 1000 * 192 + 192 + 2 * (WEIGHTS_PER_LAYER + 192)
+    assert plan.model_bytes == 2 * plan.parameters
+    assert plan.layer_bytes == 2 * (WEIGHTS_PER_LAYER + 192)
+    assert plan.dtype == "bfloat16"
+    assert plan.notes == ()
+    linears = plan.candidates[0].linears
+    assert [linear.name for linear in linears[:2]] == [
+        "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj",
+    ]  # fmt: skip
+    assert sum(linear.parameters for linear in linears) == 2 * WEIGHTS_PER_LAYER
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        ("down_proj", 2),
+        ("model.layers.0.mlp.down_proj", 1),
+        (r"re:.*\.1\.mlp\..*", 3),
+        ("re:down_proj", 0),  # a pattern must match the whole name
+        ("proj", 0),
+    ],
+)
+def test_ignored_linears_keep_their_precision(pattern: str, kept: int) -> None:
+    candidate = planned(asked(ignore=["lm_head", pattern])).candidates[0]
+    found = [linear for linear in candidate.linears if linear.scheme is None]
+    assert len(found) == kept
+    assert all(linear.reason == f"ignored by {pattern!r}" for linear in found)
+
+
+def test_the_last_override_that_matches_wins() -> None:
+    overrides = [
+        Override(match=r"re:.*\.0\..*", bits=8),
+        Override(match="down_proj", bits=3, group_size=32),
+        Override(match=r"re:.*\.1\.mlp\.down_proj", group_size=64),
+    ]
+    candidate = planned(asked(overrides=[o.model_dump() for o in overrides])).candidates[0]
+    found = {
+        linear.name.removeprefix("model.layers."): (linear.scheme.bits, linear.scheme.group_size)
+        for linear in candidate.linears
+        if linear.scheme
+    }
+    assert found["0.self_attn.q_proj"] == (8, 64)
+    assert found["0.mlp.down_proj"] == (3, 32)
+    assert found["1.mlp.down_proj"] == (3, 64)
+    assert found["1.mlp.up_proj"] == (4, 64)
+
+
+def test_a_head_that_ignore_forgets_is_noted() -> None:
+    assert planned(asked(ignore=[])).notes == (
+        "recipe 0: lm_head keeps its precision although `ignore` does not name it",
+    )
+
+
+def test_bits_per_weight_count_scales_and_zero_points() -> None:
+    assert planned(asked("awq")).candidates[0].bits_per_weight == pytest.approx(4 + 20 / 64)
+    whole_rows = planned(asked(group_size=-1, symmetric=True, bits=8)).candidates[0]
+    assert 8 < whole_rows.bits_per_weight < 8.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_predicted_sizes_are_the_written_ones(tmp_path: Path, dtype: torch.dtype) -> None:
+    """All bytes of the files but their headers."""
+    model = save_model(random_model("qwen2", dtype, tie_word_embeddings=True), tmp_path / "model")
+    recipes = (
+        Recipe(group_size=32, method="rtn"),
+        Recipe(group_size=64, method="rtn", ignore=("down_proj",)),
+    )
+    run = EngineRun(tiny_spec(recipes, formats=("awq", "compressed-tensors")), model, tmp_path / "work")
+    check_sizes(run)
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(method="rtn", bits=3, group_size=32, symmetric=True),
+    Recipe(method="rtn", bits=2, group_size=-1),
+    Recipe(method="rtn", bits=8, group_size=64, overrides=(Override(match="down_proj", bits=3),)),
+])  # fmt: skip
+def test_predicted_sizes_of_other_widths(tmp_path: Path, recipe: Recipe) -> None:
+    model = save_model(random_model("llama", torch.float16), tmp_path / "model")
+    check_sizes(EngineRun(tiny_spec(recipe), model, tmp_path / "work"))
+
+
+def check_sizes(run: EngineRun) -> None:
+    assert run.finished.outputs
+    for output in run.finished.outputs:
+        written = 0
+        for file in (run.work / output.folder).glob("*.safetensors"):
+            with file.open("rb") as opened:
+                written += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+        candidate = run.pipeline.plan.candidates[output.recipe_index]
+        assert candidate.output_bytes[output.format] == written
+
+
+# --- what is refused
+
+
+def refused(kind: type[NibbleError], spec: JobSpec | None = None, **config: object) -> NibbleError:
+    with pytest.raises(kind) as refusal:
+        planned(spec, config)
+    assert refusal.value.remedy
+    return refusal.value
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
+    {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+    {"model_type": None},
+    {"model_type": ["llama"]},
+])  # fmt: skip
+def test_an_unknown_architecture_is_refused_with_the_list(changes: dict[str, object]) -> None:
+    error = refused(ModelRefused, **changes)
+    assert error.code == "architecture_unsupported"
+    assert "llama, mistral, qwen2, qwen3" in error.remedy
+    assert str(changes["model_type"]) in error.message
+
+
+def test_a_quantized_model_is_refused() -> None:
+    assert refused(ModelRefused, quantization_config={"quant_method": "awq"}).code == "already_quantized"
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+@pytest.mark.parametrize("value", [None, 0, -1, "2", True, 1.5])
+def test_a_config_with_impossible_numbers_is_refused(key: str, value: object) -> None:
+    error = refused(ModelRefused, **{key: value})
+    assert error.code == "config_invalid"
+    assert key in error.message
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (None, "weights_missing"),
+        (header((320, 192, 1)), "weights_unsupported"),
+        (header((320, 192), "I32"), "weights_unsupported"),
+        (header((320, 192), "F32"), "weights_unsupported"),  # the others are bfloat16
+    ],
+)
+def test_weights_that_are_missing_or_unknown_are_refused(found: TensorHeader | None, code: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    headers = {key: value for key, value in tensors().items() if key != name}
+    if found is not None:
+        headers[name] = found
+    with pytest.raises(ModelRefused) as refusal:
+        plan_job(asked(), CONFIG, headers)
+    assert refusal.value.code == code
+
+
+def test_a_claim_of_more_layers_than_there_are_is_refused_at_once() -> None:
+    error = refused(ModelRefused, num_hidden_layers=10**9)
+    assert error.code == "weights_missing"
+    assert "model.layers.2." in error.message
+
+
+@pytest.mark.parametrize(
+    ("columns", "remedy"), [(192, "use group_size 64"), (96, "use group_size 32"), (40, "group_size -1")]
+)
+def test_groups_that_do_not_divide_are_refused_with_the_nearest(columns: int, remedy: str) -> None:
+    headers = {
+        name: header((value.shape[0], columns)) if "_proj" in name else value
+        for name, value in tensors().items()
+    }
+    with pytest.raises(RecipeUnsupported, match=f"in_features={columns} is not a multiple") as refusal:
+        plan_job(asked(group_size=128), CONFIG, headers)
+    assert refusal.value.code == "group_size_indivisible"
+    assert remedy in refusal.value.remedy
+    assert refusal.value.param == "recipe.0.group_size"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "nearest"),
+    [
+        ({"bits": 3}, "bits 4"),
+        ({"symmetric": True}, "symmetric false"),
+        ({"group_size": -1}, "group_size 128"),
+        ({"overrides": [{"match": "down_proj", "bits": 8}]}, "compressed-tensors"),
+    ],
+)
+def test_what_awq_cannot_hold_is_refused_with_the_nearest(recipe: dict[str, Any], nearest: str) -> None:
+    error = refused(RecipeUnsupported, asked("compressed-tensors", "awq", **recipe))
+    assert error.code == "format_cannot_hold_recipe"
+    assert error.param == "formats"
+    assert nearest in error.remedy
+    planned(asked("compressed-tensors", **recipe))
+
+
+def test_awq_needs_rows_in_eights() -> None:
+    headers = tensors()
+    for layer in range(2):
+        headers[f"model.layers.{layer}.mlp.gate_proj.weight"] = header((324, 192))
+    with pytest.raises(RecipeUnsupported, match="out_features=324 is not a multiple of 8"):
+        plan_job(asked("awq"), CONFIG, headers)
+    plan_job(asked(), CONFIG, headers)
+
+
+@pytest.mark.parametrize("recipe", [
+    {"overrides": [{"match": "k_proj", "bits": 8}]},
+    {"overrides": [{"match": r"re:.*\.1\.mlp\.up_proj", "group_size": 32}]},
+    {"ignore": ["gate_proj"]},
+    {"ignore": ["model.layers.0.self_attn.v_proj"]},
+])  # fmt: skip
+def test_splitting_a_fused_set_is_refused(recipe: dict[str, Any]) -> None:
+    error = refused(RecipeUnsupported, asked(**recipe))
+    assert error.code == "fused_set_split"
+    assert "_proj" in error.remedy
+
+
+def test_whole_fused_sets_may_differ() -> None:
+    recipe = {"overrides": [{"match": r"re:.*\.(gate|up)_proj", "bits": 8}]}
+    schemes = {linear.scheme for linear in planned(asked(**recipe)).candidates[0].linears}
+    assert {scheme.bits for scheme in schemes if scheme} == {4, 8}
+
+
+def test_a_recipe_that_ignores_everything_is_refused() -> None:
+    error = refused(RecipeUnsupported, asked(ignore=["re:.*_proj"]))
+    assert error.code == "nothing_to_quantize"
+    assert error.param == "recipe.0.ignore"
+
+
+def test_the_second_recipe_is_checked_too() -> None:
+    spec = JobSpec.model_validate(
+        {"model": "m", "recipe": [{"group_size": 64}, {"group_size": 128}], "formats": ["awq"]}
+    )
+    assert refused(RecipeUnsupported, spec).param == "recipe.1.group_size"
+
+
+def test_plans_are_records() -> None:
+    plan = planned()
+    assert Plan.model_validate(json.loads(plan.model_dump_json())) == plan
