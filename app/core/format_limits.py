@@ -53,7 +53,7 @@ def words(values: int, bits: int) -> int:
 def packed_bytes(
     name: FormatName, scheme: Scheme, out_features: int, in_features: int, *, weight_bits: int
 ) -> int:
-    """Bytes of one quantized linear's tensors, bias excluded; `weight_bits` are those of the model's dtype."""
+    """Bytes of one quantized linear's tensors, bias excluded; `weight_bits` is the original's width."""
     groups = scheme.groups(in_features)
     if name == "awq":
         scales = 2 * out_features * groups  # always float16
