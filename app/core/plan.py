@@ -7,6 +7,7 @@ One function answers the submission (refuse early), the estimate (say what would
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from app.core.architectures import Architecture, architecture_of
 from app.core.errors import ModelRefused, RecipeUnsupported
@@ -78,11 +79,6 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
     candidates = tuple(
         plan_candidate(spec, index, architecture, shapes, tensors) for index in range(len(spec.recipes))
     )
-    notes = [
-        f"recipe {index}: {architecture.head} keeps its precision although `ignore` does not name it"
-        for index, recipe in enumerate(spec.recipes)
-        if not any(matches(pattern, architecture.head) for pattern in recipe.ignore)
-    ]
     return Plan(
         architecture=architecture,
         num_layers=num_layers,
@@ -93,8 +89,25 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
         layer_bytes=largest_layer(architecture, num_layers, tensors),
         dtype=weight_dtype(shapes, tensors),
         candidates=candidates,
-        notes=tuple(notes),
+        notes=tuple(plan_notes(spec, architecture, candidates)),
     )
+
+
+def plan_notes(
+    spec: JobSpec, architecture: Architecture, candidates: tuple[CandidatePlan, ...]
+) -> Iterator[str]:
+    """What a caller should know although it is no reason to refuse."""
+    for index, candidate in enumerate(candidates):
+        recipe = candidate.recipe
+        if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
+            head = architecture.head
+            yield f"recipe {index}: {head} keeps its precision although `ignore` does not name it"
+        schemes = {linear.scheme for linear in candidate.linears if linear.scheme is not None}
+        if "compressed-tensors" in spec.formats and len(schemes) > 1 and not recipe.symmetric:
+            yield (
+                f"recipe {index}: transformers cannot open compressed-tensors files of several asymmetric "
+                "schemes; leave out the overrides or set symmetric to true if it has to"
+            )
 
 
 def positive_integer(config: dict[str, object], key: str) -> int:

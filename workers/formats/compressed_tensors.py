@@ -74,10 +74,11 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
     }
     # transformers builds the compressed modules without weights, and compressed-tensors 0.20 leaves their
     # zero points unpacked there, so asymmetric files don't fit. Dequantizing while loading is the route that
-    # works; other loaders don't read this key.
-    asymmetric = any(not scheme.symmetric for scheme in schemes)
+    # works; other loaders don't read this key. With several schemes that route takes the first for all
+    # linears and may give wrong weights without a word: then the loader shall refuse the files.
+    dequantize = len(schemes) == 1 and not schemes[0].symmetric
     return {
-        **({"dequantize": True} if asymmetric else {}),
+        **({"dequantize": True} if dequantize else {}),
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
