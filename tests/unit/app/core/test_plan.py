@@ -116,6 +116,13 @@ def test_a_head_that_ignore_forgets_is_noted() -> None:
     )
 
 
+@pytest.mark.parametrize(("symmetric", "noted"), [(False, 1), (True, 0)])
+def test_files_that_transformers_cannot_open_are_noted(*, symmetric: bool, noted: int) -> None:
+    plan = planned(asked(symmetric=symmetric, overrides=[{"match": "down_proj", "bits": 8}]))
+    assert len(plan.notes) == noted
+    assert all("several asymmetric schemes" in note for note in plan.notes)
+
+
 def test_bits_per_weight_count_scales_and_zero_points() -> None:
     assert planned(asked("awq")).candidates[0].bits_per_weight == pytest.approx(4 + 20 / 64)
     whole_rows = planned(asked(group_size=-1, symmetric=True, bits=8)).candidates[0]
