@@ -1,0 +1,60 @@
+"""Makes `packed.json`: the bytes of small quantized weights in each format.
+
+    python -m tests.golden.make_packed
+
+The file is frozen: artifacts that were published must stay readable. Run this again only when a format
+itself changes, and say so in the change log.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from app.core.format_limits import Scheme
+from workers.formats import awq, compressed_tensors
+from workers.modeling.quantized_weight import QuantizedWeight
+
+FROZEN = Path(__file__).with_name("packed.json")
+OUT_FEATURES, IN_FEATURES = 8, 64
+
+
+def golden_weight(scheme: Scheme) -> QuantizedWeight:
+    """Integers and scales from plain arithmetic: no generator whose stream may change."""
+    groups = scheme.groups(IN_FEATURES)
+    cells = torch.arange(OUT_FEATURES * IN_FEATURES)
+    blocks = torch.arange(OUT_FEATURES * groups)
+    zero = torch.full_like(blocks, 2 ** (scheme.bits - 1)) if scheme.symmetric else blocks * 5 + 3
+    return QuantizedWeight(
+        (cells * 7 % 61 % 2**scheme.bits).to(torch.uint8).view(OUT_FEATURES, IN_FEATURES),
+        ((blocks + 1) * 2.0**-9).view(OUT_FEATURES, groups),
+        (zero % 2**scheme.bits).to(torch.uint8).view(OUT_FEATURES, groups),
+        scheme,
+    )
+
+
+def entry(value: Tensor) -> dict[str, object]:
+    return {
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": list(value.shape),
+        "hex": value.contiguous().view(-1).view(torch.uint8).numpy().tobytes().hex(),
+    }
+
+
+def packed() -> dict[str, dict[str, dict[str, object]]]:
+    """Format and scheme to tensor to content."""
+    four = golden_weight(Scheme(bits=4, group_size=32, symmetric=False))
+    three = golden_weight(Scheme(bits=3, group_size=32, symmetric=True))
+    cases = {
+        "awq w4 g32": awq.tensors(four, torch.bfloat16),
+        "compressed-tensors w4 g32": compressed_tensors.tensors(four, torch.bfloat16),
+        "compressed-tensors w3 g32 sym": compressed_tensors.tensors(three, torch.bfloat16),
+    }
+    return {case: {name: entry(value) for name, value in tensors.items()} for case, tensors in cases.items()}
+
+
+if __name__ == "__main__":
+    FROZEN.write_text(json.dumps(packed(), indent=1) + "\n", "utf-8")

@@ -1,0 +1,168 @@
+"""Bad inputs through the engine: each ends with its own code, and nothing is left to publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from app.core.assignment import OUTPUT
+from app.core.errors import NibbleError, TargetMissed
+from app.core.report import Report
+from app.core.specs import CalibrationSpec, EvaluationSpec, Recipe, TargetSpec
+from tests.tiny_models import EngineRun, assignment, some_text, tiny_model, tiny_spec
+from workers.pipeline import Pipeline
+
+WEIGHTS = "model.safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        tensors = load_file(model / WEIGHTS)
+        change(tensors)
+        save_file(tensors, model / WEIGHTS)
+
+    return edit
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def truncate(model: Path) -> None:
+    content = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def overwrite(name: str, content: str) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_text(content) and None
+
+
+def set_weight(name: str, value: float) -> Callable[[Path], None]:
+    return edit_weights(lambda tensors: tensors[name].view(-1)[7].fill_(value))
+
+
+def asked(**changes: object) -> dict[str, object]:
+    return changes
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "NaN in a linear": (set_weight(UP, float("nan")), "weights_not_finite"),
+    "infinity in a norm": (set_weight("model.norm.weight", float("inf")), "weights_not_finite"),
+    "NaN in the embedding": (set_weight("model.embed_tokens.weight", float("nan")), "weights_not_finite"),
+    "activations that overflow": (
+        edit_weights(lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(1e30)),
+        "activations_not_finite",
+    ),
+    "weights beyond float16": (
+        set_weight("model.layers.0.self_attn.q_proj.weight", 1e8), "weights_overflow",
+    ),
+    "a missing linear": (edit_weights(lambda tensors: tensors.pop(UP)), "weights_missing"),
+    "a truncated file": (truncate, "model_header_invalid"),
+    "an unknown architecture": (
+        edit_config(model_type="opt", architectures=["OPTForCausalLM"]), "architecture_unsupported",
+    ),
+    "a quantized model": (edit_config(quantization_config={"quant_method": "gptq"}), "already_quantized"),
+    "no layers": (edit_config(num_hidden_layers=0), "config_invalid"),
+    "a broken tokenizer": (overwrite("tokenizer.json", "{}"), "tokenizer_invalid"),
+}  # fmt: skip
+TEXT = (some_text("valid")[:500],)
+BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
+    "too little calibration text": (
+        asked(calibration=CalibrationSpec(texts=TEXT, num_samples=100, sequence_length=32)), "text_too_short",
+    ),
+    "too little evaluation text": (asked(evaluation=EvaluationSpec(texts=TEXT)), "text_too_short"),
+    "empty text": (
+        asked(calibration=CalibrationSpec(texts=("  ",), num_samples=1, sequence_length=8)), "text_empty",
+    ),
+    "an unknown text": (asked(evaluation=EvaluationSpec(dataset="builtin:pile")), "dataset_not_found"),
+    "groups that do not divide": (asked(recipe=Recipe(group_size=128)), "group_size_indivisible"),
+    "3 bits in the format awq": (
+        asked(recipe=Recipe(group_size=32, bits=3), formats=("awq",)), "format_cannot_hold_recipe",
+    ),
+    "nothing to quantize": (
+        asked(recipe=Recipe(group_size=32, ignore=("re:.*",))), "nothing_to_quantize",
+    ),
+    "a target that is missed": (
+        asked(
+            recipe=Recipe(group_size=32, bits=2, method="rtn"), target=TargetSpec(max_perplexity_ratio=0.01)
+        ),
+        "target_missed",
+    ),
+}  # fmt: skip
+
+
+def run(model: Path, work: Path, **changes: object) -> None:
+    Pipeline(assignment(tiny_spec(**changes), model, work), lambda _: None).run()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("damage", "code"), BAD_MODELS.values(), ids=list(BAD_MODELS))
+def test_bad_models(tmp_path: Path, damage: Callable[[Path], None], code: str) -> None:
+    model = tiny_model(tmp_path / "model")
+    damage(model)
+    with pytest.raises(NibbleError) as refusal:
+        run(model, tmp_path / "work")
+    assert refusal.value.code == code
+    assert refusal.value.message
+    assert refusal.value.remedy
+    assert not (tmp_path / "work" / OUTPUT / "report.json").exists()
+
+
+@pytest.mark.parametrize(("changes", "code"), BAD_SPECS.values(), ids=list(BAD_SPECS))
+def test_bad_requests(tmp_path: Path, changes: dict[str, Any], code: str) -> None:
+    model = tiny_model(tmp_path / "model")
+    with pytest.raises(NibbleError) as refusal:
+        run(model, tmp_path / "work", **changes)
+    assert refusal.value.code == code
+    assert refusal.value.remedy
+
+
+RECIPES = (
+    Recipe(group_size=32, bits=8, method="rtn"),
+    Recipe(group_size=32, bits=2, method="rtn"),
+)
+
+
+def ratios(report: Report) -> list[float]:
+    return [candidate.perplexity_ratio for candidate in report.candidates]
+
+
+def test_a_target_chooses_the_candidates_that_meet_it(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    free = EngineRun(tiny_spec(RECIPES), model, tmp_path / "free")
+    assert [output.recipe_index for output in free.finished.outputs] == [0, 1]
+    assert [candidate.meets_target for candidate in free.report.candidates] == [None, None]
+    limits = sorted(ratios(free.report))
+    target = TargetSpec(max_perplexity_ratio=sum(limits) / 2)
+    chosen = EngineRun(tiny_spec(RECIPES, target=target), model, tmp_path / "chosen")
+    better = ratios(free.report).index(limits[0])
+    assert [output.recipe_index for output in chosen.finished.outputs] == [better]
+    assert [candidate.meets_target for candidate in chosen.report.candidates] == [
+        index == better for index in range(2)
+    ]
+
+
+def test_a_missed_target_is_told_with_the_best_candidate(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    with pytest.raises(TargetMissed, match=r"rtn w\d g32.* at most 0\.01 was asked for"):
+        run(model, tmp_path / "work", recipe=RECIPES, target=TargetSpec(max_perplexity_ratio=0.01))
+    report = Report.model_validate_json((tmp_path / "work" / OUTPUT / "report.json").read_text())
+    assert [candidate.meets_target for candidate in report.candidates] == [False, False]
+
+
+def test_a_missed_target_may_be_published(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    target = TargetSpec(max_perplexity_ratio=0.01, on_miss="publish")
+    published = EngineRun(tiny_spec(RECIPES, target=target), model, tmp_path / "work")
+    assert [output.recipe_index for output in published.finished.outputs] == [0, 1]
+    assert [candidate.meets_target for candidate in published.report.candidates] == [False, False]

@@ -1,0 +1,49 @@
+"""The bytes of the formats, frozen: what was published must stay readable."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.format_limits import Scheme
+from tests.golden.make_packed import FROZEN, golden_weight, packed
+from workers.formats import awq, compressed_tensors
+
+CASES = {
+    "awq w4 g32": (awq, Scheme(bits=4, group_size=32, symmetric=False)),
+    "compressed-tensors w4 g32": (compressed_tensors, Scheme(bits=4, group_size=32, symmetric=False)),
+    "compressed-tensors w3 g32 sym": (compressed_tensors, Scheme(bits=3, group_size=32, symmetric=True)),
+}
+
+
+def frozen_tensors(case: str) -> dict[str, Tensor]:
+    entries = json.loads(FROZEN.read_text("utf-8"))[case]
+    return {
+        name: torch.frombuffer(bytearray.fromhex(entry["hex"]), dtype=getattr(torch, entry["dtype"])).view(
+            entry["shape"]
+        )
+        for name, entry in entries.items()
+    }
+
+
+def test_what_is_written_has_not_changed() -> None:
+    assert packed() == json.loads(FROZEN.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_frozen_bytes_are_read(case: str) -> None:
+    layout, scheme = CASES[case]
+    assert layout.weight(frozen_tensors(case), scheme).equals(golden_weight(scheme))
+
+
+def test_words_worked_out_by_hand() -> None:
+    """Row 0 of the 4-bit weight starts 0 7 14 5 12 3 10 1: dense, first value in the lowest bits."""
+    four = golden_weight(Scheme(bits=4, group_size=32, symmetric=False))
+    assert four.q[0, :8].tolist() == [0, 7, 14, 5, 12, 3, 10, 1]
+    assert int(frozen_tensors("compressed-tensors w4 g32")["weight_packed"][0, 0]) == 0x1A3C5E70
+    first = four.q[:, 0].tolist()  # the eight channels of AWQ's first word
+    word = sum(first[channel] << (4 * place) for place, channel in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+    assert int(frozen_tensors("awq w4 g32")["qweight"][0, 0]) & 0xFFFFFFFF == word
