@@ -83,16 +83,22 @@ def race(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         windows = Path(folder) / "windows.json"
         windows.write_text(json.dumps(calibration_tokens()), "utf-8")
-        for number in range(options.rounds):
-            report = run_child({"evaluation": {"num_samples": 1}}, MODEL, options)
-            stages = report["stages"]
-            own.append(sum(stages[stage] for stage in ("calibrating", "searching", "packing")))
-            print(f"round {number}: Nibble {own[-1]:.2f} s {stages}", flush=True)
+        for _ in range(options.rounds):
+            own.append(run_own(options))
             peer.append(run_peer(windows, options))
-            print(f"round {number}: llm-compressor {peer[-1]:.2f} s", flush=True)
+            print(f"llm-compressor {peer[-1]:.2f} s", flush=True)
+        own.append(run_own(options))
     ours, theirs = statistics.median(own), statistics.median(peer)
     print(f"\nW4 g128 AWQ with clip, 128 x 512: Nibble {ours:.2f} s, llm-compressor {theirs:.2f} s")
     print(f"ratio {theirs / ours:.1f}")
+
+
+def run_own(options: argparse.Namespace) -> float:
+    stages = run_child({"evaluation": {"num_samples": 1}}, MODEL, options)["stages"]
+    timed = {stage: stages[stage] for stage in ("calibrating", "searching", "packing")}
+    seconds = sum(timed.values())
+    print(f"Nibble {seconds:.2f} s:", ", ".join(f"{k} {v:.2f}" for k, v in timed.items()), flush=True)
+    return seconds
 
 
 def run_peer(windows: Path, options: argparse.Namespace) -> float:

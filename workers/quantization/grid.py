@@ -14,7 +14,6 @@ from torch import Tensor
 
 from app.core.format_limits import Scheme
 
-
 LARGEST_SCALE = 65280.0  # the largest value that float16 and bfloat16 both hold
 
 
@@ -32,7 +31,8 @@ class Grid:
 
     def nearest(self, grouped: Tensor) -> Tensor:
         """Weights moved to their nearest grid points, same shape."""
-        return (self.integers(grouped) - self.zero).mul_(self.scale)
+        steps = (grouped / self.scale).round_()
+        return steps.clamp_(-self.zero, 2**self.bits - 1 - self.zero).mul_(self.scale)
 
 
 def grouped_view(weight: Tensor, scheme: Scheme) -> Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
+SAMPLED_ROWS = 512  # of a group's linears together, to rank candidates on
+FINALISTS = 4  # candidates that are compared on all rows, the identity among them
 FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded
 
 
@@ -118,32 +122,73 @@ def candidates(search: SearchSpec, x_mean: Tensor, w_mean: Tensor) -> Iterator[t
 
 
 def rounding_loss(linears: list[ScaledLinear], scales: Tensor, moment: Tensor, dtype: torch.dtype) -> Tensor:
-    """Expected squared output error of rounding `W diag(scales)`, summed over the linears; a scalar."""
+    """Expected squared output error of rounding `W diag(scales)`, summed over the linears; a scalar.
+
+    The product with H runs in the dtype of `moment`, all else in float32.
+    """
     errors = []
     for linear in linears:
         scaled = grouped_view(linear.weight * scales, linear.scheme)
         rounded = min_max_grid(scaled, linear.scheme, dtype).nearest(scaled)
-        errors.append(rounded.view_as(linear.weight) / scales - linear.weight)
-    error = torch.cat(errors)
-    return (error @ moment).mul_(error).sum()
+        errors.append(rounded.view_as(linear.weight).div_(scales).sub_(linear.weight))
+    error = torch.cat(errors) if len(errors) > 1 else errors[0]
+    return ((error.to(moment.dtype) @ moment) * error).sum(dtype=torch.float32)
+
+
+def ranking_dtype(device: torch.device) -> torch.dtype:
+    """What candidates are ranked in: bfloat16 where the device multiplies it much faster than float32.
+
+    Rounding H and the errors to eight bits moves a candidate's loss by far less than the candidates
+    differ; the finalists are compared in float32.
+    """
+    if device.type == "cuda" or cpu_has_amx():
+        return torch.bfloat16
+    return torch.float32
+
+
+@cache
+def cpu_has_amx() -> bool:
+    """True on CPUs with matrix units for bfloat16 (Linux tells)."""
+    path = Path("/proc/cpuinfo")
+    return path.exists() and " amx_bf16" in path.read_text("utf-8")
+
+
+def sampled(linears: list[ScaledLinear], rows: int) -> list[ScaledLinear]:
+    """Evenly spaced rows of each linear, about `rows` in all: a scale serves all rows, so some can vote."""
+    stride = max(1, sum(linear.weight.shape[0] for linear in linears) // rows)
+    return [ScaledLinear(linear.weight[::stride].contiguous(), linear.scheme) for linear in linears]
 
 
 def search_scales(
     linears: list[ScaledLinear], statistics: InputStatistics, fold: Fold, search: SearchSpec
 ) -> ScaleChoice:
-    """The scales of the grid with the smallest loss."""
+    """The scales of the grid with the smallest loss.
+
+    All candidates are ranked on a sample of rows; the best few and the identity are compared on all rows.
+    """
     x_mean = fold.shared(statistics.abs_mean)
     w_mean = fold.shared(weight_means(linears))
-    moment = statistics.second_moment
     tried: list[tuple[float, bool, Tensor]] = []
-    losses: list[Tensor] = []
     for ratio, duo, raw in candidates(search, x_mean, w_mean):
         scales = raw if ratio == 0.0 and not duo else fold.representable(raw)
-        if tried and not fold.fits(scales):
-            continue
-        tried.append((ratio, duo, fold.spread(scales)))
-        losses.append(rounding_loss(linears, tried[-1][2], moment, fold.dtype))
-    loss = torch.stack(losses)
+        if not tried or fold.fits(scales):
+            tried.append((ratio, duo, fold.spread(scales)))
+    finalists = rank(sampled(linears, SAMPLED_ROWS), tried, statistics.second_moment, fold)
+    exact = [
+        rounding_loss(linears, tried[index][2], statistics.second_moment, fold.dtype) for index in finalists
+    ]
+    loss = torch.stack(exact)
     best = int(torch.where(torch.isfinite(loss), loss, torch.inf).argmin())
-    ratio, duo, scales = tried[best]
+    ratio, duo, scales = tried[finalists[best]]
     return ScaleChoice(scales, ratio, duo, float(loss[0]), float(loss[best]))
+
+
+def rank(
+    linears: list[ScaledLinear], tried: list[tuple[float, bool, Tensor]], moment: Tensor, fold: Fold
+) -> list[int]:
+    """The identity, which is the first candidate, and the best others by the loss on these rows."""
+    ranking = moment.to(ranking_dtype(moment.device))
+    losses = torch.stack([rounding_loss(linears, scales, ranking, fold.dtype) for _, _, scales in tried])
+    losses = torch.where(torch.isfinite(losses), losses, torch.inf)
+    order = losses[1:].argsort()[: FINALISTS - 1] + 1
+    return [0, *order.tolist()]
