@@ -64,7 +64,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
         for name in group.balance_layers:
             if name in task.schemes:
                 quantized[name], losses = quantize_linear(task, name, folded[name + ".weight"], moment)
-                plain = rounding_baseline(task, name, statistics.second_moment)
+                plain = rounding_baseline(task, name, folded[name + ".weight"], choice, moment)
                 report.append(linear_report(name, task.schemes[name], choice, (plain, *losses)))
     linears = {name + ".weight" for name in task.schemes}
     dense = {
@@ -76,9 +76,10 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
 
 
 def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
-    """Scales of one group, or None where the recipe or the group's kept linears forbid them."""
+    """Scales of one group, or None where the recipe or a kept linear of the group forbids them."""
     group = task.architecture.groups[index]
-    if task.recipe.method != "awq" or any(name not in task.schemes for name in group.balance_layers):
+    scaled = group.balance_layers + ((group.smooth_layer,) if group.smooth_kind == "linear" else ())
+    if task.recipe.method != "awq" or any(name not in task.schemes for name in scaled):
         return None
     linears = [
         ScaledLinear(task.weights[name + ".weight"], task.schemes[name]) for name in group.balance_layers
@@ -140,9 +141,13 @@ def quantize_linear(
     return quantized, (loss_before, loss_after)
 
 
-def rounding_baseline(task: LayerTask, name: str, moment: Tensor) -> float:
-    """The loss of plain rounding: neither scales nor clip."""
-    weight, scheme = task.weights[name + ".weight"], task.schemes[name]
+def rounding_baseline(
+    task: LayerTask, name: str, folded: Tensor, choice: ScaleChoice | None, moment: Tensor
+) -> float:
+    """The loss of plain rounding, in the unit of the others: rows as the next group's fold left them."""
+    weight, scheme = folded, task.schemes[name]
+    if choice is not None:
+        weight, moment = folded / choice.scales, moment * torch.outer(choice.scales, choice.scales)
     grid = min_max_grid(grouped_view(weight, scheme), scheme, task.dtype)
     return float(row_losses(weight, grid, scheme, moment).sum())
 

@@ -193,3 +193,21 @@ def test_two_runs_give_the_same_bits(tmp_path: Path) -> None:
     case = layer_case(tmp_path)
     first, second = (quantize_layer(case.task(small()))[0] for _ in range(2))
     assert all(weight.equals(second.quantized[name]) for name, weight in first.quantized.items())
+
+
+def test_kept_linears_stay_as_they_are_even_before_a_quantized_one(tmp_path: Path) -> None:
+    kept = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    result, _ = quantize_layer(layer_case(tmp_path).task(small(), kept=kept))
+    assert not any(name.startswith("self_attn") for name in result.dense)
+    assert "self_attn.o_proj" in result.quantized
+
+
+def test_losses_of_one_linear_share_a_unit_after_the_next_fold(tmp_path: Path) -> None:
+    recipe = small(search=SearchSpec(grid_points=4, clip=False))
+    result, _ = quantize_layer(layer_case(tmp_path).task(recipe, kept=("self_attn.q_proj",)))
+    entries = {entry.linear: entry for entry in result.report}
+    value = entries["self_attn.v_proj"]  # not scaled itself, but its rows are divided by the scales of o_proj
+    assert entries["self_attn.o_proj"].scale_spread is not None
+    assert entries["self_attn.o_proj"].scale_spread > 1
+    assert value.ratio is None
+    assert value.loss_unclipped == pytest.approx(value.loss_rounding, rel=1e-5)
