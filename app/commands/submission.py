@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-Method = Annotated[str | None, typer.Option(help="rtn or awq.", show_default=False)]
+Method = Annotated[str | None, typer.Option(help="rtn, awq or gptq.", show_default=False)]
 Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default=False)]
 GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for whole rows.", show_default=False)]
 Symmetric = Annotated[

@@ -21,8 +21,10 @@ class LinearReport(Frozen):
     scale_spread: float | None = None  # s_max / s_min
     loss_rounding: float | None = None  # of plain rounding, without scales and clip
     loss_unclipped: float | None = None  # with scales
-    loss: float | None = None  # with scales and clip
-    clip_gain: float | None = None  # 1 - loss / loss_unclipped
+    loss_clipped: float | None = None  # with scales and clip, nearest integers
+    loss: float | None = None  # as rounded
+    clip_gain: float | None = None  # 1 - loss_clipped / loss_unclipped
+    damping: float | None = None  # GPTQ: share of the mean diagonal added to H
     backend: str = "torch"  # what computed the search
 
 

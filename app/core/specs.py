@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 FormatName = Literal["awq", "compressed-tensors"]
-Method = Literal["rtn", "awq"]
+Method = Literal["rtn", "awq", "gptq"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, -1]
 
@@ -71,7 +71,7 @@ class Recipe(Frozen):
     bits: Bits = 4
     group_size: GroupSize = 128
     symmetric: bool = False
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     ignore: tuple[str, ...] = ("lm_head",)
     search: SearchSpec = SearchSpec()
     overrides: tuple[Override, ...] = Field(default=(), max_length=64)
@@ -83,11 +83,27 @@ class Recipe(Frozen):
             Override(match=pattern)
         return ignore
 
+    @model_validator(mode="after")
+    def rounding_fits_method(self) -> Recipe:
+        if self.method == "rtn" and self.rounding == "gptq":
+            raise ValueError("method rtn rounds to nearest; use method gptq for GPTQ rounding without scales")
+        return self
+
+    @property
+    def rounds_with_gptq(self) -> bool:
+        """Method gptq is GPTQ rounding without scales; awq may ask for it."""
+        return self.method == "gptq" or self.rounding == "gptq"
+
+    @property
+    def searches_clip(self) -> bool:
+        return self.method != "rtn" and self.search.clip
+
     @property
     def label(self) -> str:
-        """A short name for tables: `awq w4 g128`."""
+        """A short name for tables: `awq w4 g128`, `awq+gptq w3 g64 sym`."""
+        method = "awq+gptq" if self.method == "awq" and self.rounding == "gptq" else self.method
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.method} w{self.bits} {group}{' sym' if self.symmetric else ''}"
+        return f"{method} w{self.bits} {group}{' sym' if self.symmetric else ''}"
 
 
 class TextSpec(Frozen):

@@ -44,6 +44,8 @@ CASES = {
     "mistral w3": ("mistral", {}, recipe(bits=3)),
     "qwen2 w3 sym": ("qwen2", {}, recipe(bits=3, symmetric=True)),
     "llama w2": ("llama", {}, recipe(bits=2)),
+    "llama gptq w3": ("llama", {}, recipe(method="gptq", bits=3)),
+    "qwen3 awq+gptq w4": ("qwen3", {}, recipe(rounding="gptq")),
     "llama kept linears": ("llama", {}, recipe(ignore=("down_proj", "re:.*[.]1[.]self_attn[.].*"))),
     "llama mixed sym": ("llama", {}, recipe(symmetric=True, overrides=(EIGHT,))),
 }  # fmt: skip

@@ -6,22 +6,26 @@ and `v`, which must not happen after they became integers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from app.core.architectures import Architecture, ScaleGroup
-from app.core.errors import RecipeUnsupported
 from app.core.format_limits import Scheme
 from app.core.report import LinearReport
 from app.core.specs import Recipe
 from workers.modeling.quantized_weight import QuantizedWeight
-from workers.quantization.clip_search import search_clip
-from workers.quantization.grid import Grid, grouped_view, min_max_grid
+from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
-from workers.quantization.scale_search import FLOAT16_LIMIT, Fold, ScaleChoice, ScaledLinear, search_scales
+from workers.quantization.rounding import (
+    FoldedLinear,
+    RoundedLinear,
+    round_linear,
+    round_nearest,
+    row_losses,
+)
+from workers.quantization.scale_search import Fold, ScaleChoice, ScaledLinear, search_scales
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,11 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
             moment = moment / torch.outer(choice.scales, choice.scales)
         for name in group.balance_layers:
             if name in task.schemes:
-                quantized[name], losses = quantize_linear(task, name, folded[name + ".weight"], moment)
-                plain = rounding_baseline(task, name, folded[name + ".weight"], choice, moment)
-                report.append(linear_report(name, task.schemes[name], choice, (plain, *losses)))
+                linear = FoldedLinear(name, folded[name + ".weight"], moment, task.schemes[name])
+                rounded = round_linear(linear, task.recipe, task.dtype)
+                quantized[name] = rounded.weight
+                plain = rounding_baseline(linear, choice, task.dtype)
+                report.append(linear_report(name, choice, plain, rounded))
     linears = {name + ".weight" for name in task.schemes}
     dense = {
         name: value.to(task.dtype).to(torch.float32)
@@ -113,64 +119,19 @@ def fold(task: LayerTask, choices: list[ScaleChoice | None]) -> dict[str, Tensor
     return weights
 
 
-def quantize_linear(
-    task: LayerTask, name: str, weight: Tensor, moment: Tensor
-) -> tuple[QuantizedWeight, tuple[float, float]]:
-    """Clip and round one folded linear; the loss before and after the clip search.
-
-    Raises RecipeUnsupported if the folded weights leave what float16 can hold.
-    """
-    if float(weight.abs().amax()) > FLOAT16_LIMIT:
-        raise RecipeUnsupported(
-            f"{name}: weights up to {float(weight.abs().amax()):.3g} do not fit float16",
-            code="weights_overflow", remedy="use method rtn, or ignore this linear",
-        )  # fmt: skip
-    scheme = task.schemes[name]
-    if task.recipe.method == "awq" and task.recipe.search.clip:
-        grid, before, after = search_clip(weight, moment, scheme, task.dtype)
-    else:
-        grid = min_max_grid(grouped_view(weight, scheme), scheme, task.dtype)
-        before = after = row_losses(weight, grid, scheme, moment)
-    quantized = round_nearest(weight, grid, scheme)
-    loss_before, loss_after = float(before.sum()), float(after.sum())
-    if not math.isfinite(loss_after):
-        raise RecipeUnsupported(
-            f"{name}: the rounding error is not finite", code="search_not_finite",
-            remedy="check the calibration text and the model's weights",
-        )  # fmt: skip
-    return quantized, (loss_before, loss_after)
-
-
-def rounding_baseline(
-    task: LayerTask, name: str, folded: Tensor, choice: ScaleChoice | None, moment: Tensor
-) -> float:
+def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: torch.dtype) -> float:
     """The loss of plain rounding, in the unit of the others: rows as the next group's fold left them."""
-    weight, scheme = folded, task.schemes[name]
+    weight, moment, scheme = linear.weight, linear.moment, linear.scheme
     if choice is not None:
-        weight, moment = folded / choice.scales, moment * torch.outer(choice.scales, choice.scales)
-    grid = min_max_grid(grouped_view(weight, scheme), scheme, task.dtype)
-    return float(row_losses(weight, grid, scheme, moment).sum())
-
-
-def row_losses(weight: Tensor, grid: Grid, scheme: Scheme, moment: Tensor) -> Tensor:
-    """(rows,): e H e^T of each row's rounding error e."""
-    error = grid.nearest(grouped_view(weight, scheme)).view_as(weight) - weight
-    return ((error @ moment) * error).sum(dim=1)
-
-
-def round_nearest(weight: Tensor, grid: Grid, scheme: Scheme) -> QuantizedWeight:
-    """Every weight to its nearest integer; out of range ones are clamped, never wrapped."""
-    integers = grid.integers(grouped_view(weight, scheme)).view_as(weight)
-    return QuantizedWeight(
-        integers.to(torch.uint8), grid.scale.squeeze(-1), grid.zero.squeeze(-1).to(torch.uint8), scheme
-    )
+        weight, moment = weight / choice.scales, moment * torch.outer(choice.scales, choice.scales)
+    grid = min_max_grid(grouped_view(weight, scheme), scheme, dtype)
+    return float(row_losses(weight, round_nearest(weight, grid, scheme), moment).sum())
 
 
 def linear_report(
-    name: str, scheme: Scheme, choice: ScaleChoice | None, losses: tuple[float, float, float]
+    name: str, choice: ScaleChoice | None, loss_rounding: float, rounded: RoundedLinear
 ) -> LinearReport:
-    """losses: of plain rounding, with scales, with scales and clip."""
-    plain, unclipped, clipped = losses
+    unclipped, scheme = rounded.loss_unclipped, rounded.weight.scheme
     return LinearReport(
         linear=name,
         bits=scheme.bits,
@@ -178,8 +139,10 @@ def linear_report(
         ratio=None if choice is None else choice.ratio,
         duo_scaling=None if choice is None else choice.duo,
         scale_spread=None if choice is None else float(choice.scales.max() / choice.scales.min()),
-        loss_rounding=plain,
+        loss_rounding=loss_rounding,
         loss_unclipped=unclipped,
-        loss=clipped,
-        clip_gain=1 - clipped / unclipped if unclipped > 0 else 0.0,
+        loss_clipped=rounded.loss_clipped,
+        loss=rounded.loss,
+        clip_gain=1 - rounded.loss_clipped / unclipped if unclipped > 0 else 0.0,
+        damping=rounded.damping,
     )

@@ -1,0 +1,131 @@
+"""GPTQ rounding: the textbook column by column, coordinate descent, and unlucky second moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.errors import RecipeUnsupported
+from app.core.format_limits import Scheme
+from app.core.specs import Recipe
+from workers.quantization import gptq
+from workers.quantization.gptq import inverse_factor, round_gptq
+from workers.quantization.grid import Grid, grouped_view, min_max_grid
+from workers.quantization.rounding import FoldedLinear, round_linear, round_nearest, row_losses
+
+SCHEME = Scheme(bits=3, group_size=32, symmetric=False)
+
+
+def moment_of(channels: int, seed: int = 0) -> Tensor:
+    """A second moment with strong correlations."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(channels) + 0.3 * torch.randn(channels, channels, generator=generator)
+    x = torch.randn(4 * channels, channels, generator=generator) @ mixing
+    return x.T @ x / x.shape[0]
+
+
+def weight_of(rows: int, channels: int) -> Tensor:
+    return torch.randn(rows, channels, generator=torch.Generator().manual_seed(1))
+
+
+def grid_of(weight: Tensor, scheme: Scheme = SCHEME) -> Grid:
+    return min_max_grid(grouped_view(weight, scheme), scheme, torch.float16)
+
+
+def textbook(weight: Tensor, grid: Grid, moment: Tensor) -> Tensor:
+    """One column after the other, the inverse of what is left recomputed each time; float64."""
+    scale = grid.scale.squeeze(-1).repeat_interleave(32, dim=1).double()
+    zero = grid.zero.squeeze(-1).repeat_interleave(32, dim=1).double()
+    hessian = moment.double()
+    hessian = hessian + gptq.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
+    left = moment.diagonal().argsort(descending=True, stable=True).tolist()
+    values, integers = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.uint8)
+    while left:
+        column, rest = left[0], left[1:]
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        wanted = values[:, column] / scale[:, column]
+        steps = (wanted.round() + zero[:, column]).clamp(0, 7)
+        integers[:, column] = steps.to(torch.uint8)
+        error = values[:, column] - (steps - zero[:, column]) * scale[:, column]
+        values[:, rest] -= torch.outer(error / inverse[0, 0], inverse[0, 1:])
+        left = rest
+    return integers
+
+
+def test_columns_are_rounded_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "SWEEPS", 0)
+    monkeypatch.setattr(gptq, "BLOCK", 16)  # several blocks, and groups that straddle them
+    weight, moment = weight_of(24, 96), moment_of(96)
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment)
+    wanted = textbook(weight, grid_of(weight), moment)
+    # float32 against float64: a value half way between two integers may fall either way.
+    assert (outcome.weight.q != wanted).float().mean() < 0.005
+    assert outcome.damping == gptq.DAMPING
+
+
+def test_each_sweep_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = weight_of(40, 128), moment_of(128)
+    grid = grid_of(weight)
+    losses = [float(row_losses(weight, round_nearest(weight, grid, SCHEME), moment).sum())]
+    for sweeps in (0, 1, 3):
+        monkeypatch.setattr(gptq, "SWEEPS", sweeps)
+        outcome = round_gptq(weight, grid, SCHEME, moment)
+        losses.append(float(row_losses(weight, outcome.weight, moment).sum()))
+    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] > losses[2] > losses[3]
+
+
+def test_dead_inputs_get_zero_and_harm_nothing() -> None:
+    weight, moment = weight_of(16, 64), moment_of(64)
+    dead = torch.tensor([3, 40])
+    moment[dead] = 0.0
+    moment[:, dead] = 0.0
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment)
+    assert torch.equal(outcome.weight.dequantize()[:, dead], torch.zeros(16, 2))
+    nearest = round_nearest(weight, grid_of(weight), SCHEME)
+    assert row_losses(weight, outcome.weight, moment).sum() < row_losses(weight, nearest, moment).sum()
+
+
+def test_a_singular_moment_is_damped_until_it_factors() -> None:
+    direction = torch.ones(64, 1)
+    moment = direction @ direction.T  # rank one
+    weight = weight_of(8, 64)
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment)
+    assert gptq.DAMPING <= outcome.damping <= gptq.MAX_DAMPING
+    assert bool(torch.isfinite(outcome.weight.dequantize()).all())
+
+
+def test_damping_is_raised_step_by_step() -> None:
+    moment = torch.eye(32)
+    moment[0, 1] = moment[1, 0] = 1.05  # the smallest eigenvalue is -0.05
+    _, damping = inverse_factor(moment)
+    assert 0.05 < damping <= 0.1
+
+
+def test_a_moment_that_no_damping_saves_is_refused() -> None:
+    with pytest.raises(RecipeUnsupported) as refusal:
+        inverse_factor(torch.eye(8) - 10 * torch.ones(8, 8))
+    assert refusal.value.code == "moment_singular"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_row_ends_worse_than_rounding_it_to_nearest(bits: int, group_size: int, symmetric: bool) -> None:
+    scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+    weight, moment = weight_of(12, 64), moment_of(64)
+    recipe = Recipe.model_validate({"method": "gptq", "bits": bits, "search": {"clip": False}})
+    rounded = round_linear(FoldedLinear("linear", weight, moment, scheme), recipe, torch.float16)
+    nearest = round_nearest(weight, grid_of(weight, scheme), scheme)
+    ours, plain = row_losses(weight, rounded.weight, moment), row_losses(weight, nearest, moment)
+    assert bool((ours <= plain * 1.0001).all())
+    assert int(rounded.weight.q.max()) < 2**bits
+    assert rounded.loss == pytest.approx(float(ours.sum()), rel=1e-3)
+    assert rounded.damping is not None
+
+
+def test_all_zero_weights_stay_zero() -> None:
+    weight = torch.zeros(4, 64)
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment_of(64))
+    assert torch.equal(outcome.weight.dequantize(), weight)

@@ -1,0 +1,94 @@
+"""One folded linear to integers: the range of each group, then nearest or GPTQ rounding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.core.errors import RecipeUnsupported
+from app.core.format_limits import Scheme
+from app.core.specs import Recipe
+from workers.modeling.quantized_weight import QuantizedWeight
+from workers.quantization.clip_search import search_clip
+from workers.quantization.gptq import round_gptq
+from workers.quantization.grid import Grid, grouped_view, min_max_grid
+from workers.quantization.scale_search import FLOAT16_LIMIT
+
+
+@dataclass(frozen=True)
+class FoldedLinear:
+    """A linear with all scales of its layer folded in, and the second moment of its folded input."""
+
+    name: str
+    weight: Tensor  # (rows, C) float32
+    moment: Tensor  # (C, C) float32
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class RoundedLinear:
+    """A quantized linear and its losses `tr(E H E^T)` step by step."""
+
+    weight: QuantizedWeight
+    loss_unclipped: float  # nearest integers on the full ranges
+    loss_clipped: float  # nearest integers on the searched ranges
+    loss: float  # as rounded
+    damping: float | None = None  # of GPTQ
+
+
+def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> RoundedLinear:
+    """The integers of a linear; `dtype` is the checkpoint's, whose grid the scales must fit.
+
+    Raises RecipeUnsupported if the weights leave what float16 can hold, or no finite error can be found.
+    """
+    weight, moment, scheme = linear.weight, linear.moment, linear.scheme
+    if float(weight.abs().amax()) > FLOAT16_LIMIT:
+        raise RecipeUnsupported(
+            f"{linear.name}: weights up to {float(weight.abs().amax()):.3g} do not fit float16",
+            code="weights_overflow", remedy="use method rtn, or ignore this linear",
+        )  # fmt: skip
+    if recipe.searches_clip:
+        grid, before, after = search_clip(weight, moment, scheme, dtype)
+    else:
+        grid = min_max_grid(grouped_view(weight, scheme), scheme, dtype)
+        nearest = round_nearest(weight, grid, scheme)
+        before = after = row_losses(weight, nearest, moment)
+    rounded, final, damping = round_nearest(weight, grid, scheme), after, None
+    if recipe.rounds_with_gptq:
+        rounded, final, damping = better_rows(weight, moment, grid, rounded)
+    unclipped, clipped, loss = (float(rows.sum()) for rows in (before, after, final))
+    if not math.isfinite(unclipped + clipped + loss):
+        raise RecipeUnsupported(
+            f"{linear.name}: the rounding error is not finite", code="search_not_finite",
+            remedy="check the calibration text and the model's weights",
+        )  # fmt: skip
+    return RoundedLinear(rounded, unclipped, clipped, loss, damping)
+
+
+def better_rows(
+    weight: Tensor, moment: Tensor, grid: Grid, nearest: QuantizedWeight
+) -> tuple[QuantizedWeight, Tensor, float]:
+    """GPTQ's integers for the rows where they lower the loss, the loss per row, and the damping."""
+    outcome = round_gptq(weight, grid, nearest.scheme, moment)
+    plain, spread = row_losses(weight, nearest, moment), row_losses(weight, outcome.weight, moment)
+    worse = spread > plain
+    q = torch.where(worse[:, None], nearest.q, outcome.weight.q)
+    merged = QuantizedWeight(q, nearest.scale, nearest.zero, nearest.scheme)
+    return merged, torch.minimum(plain, spread), outcome.damping
+
+
+def row_losses(weight: Tensor, rounded: QuantizedWeight, moment: Tensor) -> Tensor:
+    """(rows,): e H e^T of each row's rounding error e."""
+    error = rounded.dequantize() - weight
+    return ((error @ moment) * error).sum(dim=1)
+
+
+def round_nearest(weight: Tensor, grid: Grid, scheme: Scheme) -> QuantizedWeight:
+    """Every weight to its nearest integer; out of range ones are clamped, never wrapped."""
+    integers = grid.integers(grouped_view(weight, scheme)).view_as(weight)
+    return QuantizedWeight(
+        integers.to(torch.uint8), grid.scale.squeeze(-1), grid.zero.squeeze(-1).to(torch.uint8), scheme
+    )
