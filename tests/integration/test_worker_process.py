@@ -50,6 +50,8 @@ def test_a_killed_workers_job_is_resumed_and_published_once(workshop: Workshop) 
             return ended(workshop, job)
 
         wait_until(swept)
+        # Both attempts' folders go; the second's only after its record has ended.
+        wait_until(lambda: list(workshop.settings.scratch_dir.iterdir()) == [])
     record = workshop.store.load(job.id)
     assert record.state is JobState.SUCCEEDED
     assert record.attempt == 2
@@ -57,8 +59,6 @@ def test_a_killed_workers_job_is_resumed_and_published_once(workshop: Workshop) 
     assert done <= checkpoints(workshop, job) <= 9
     assert len(workshop.objects.list_folders("artifacts")) == 1
     assert workshop.objects.list_folders(f"artifacts/{record.artifacts[0]}") == ["attempt-2"]
-    # Both attempts' folders go; the second's only after its record has ended.
-    wait_until(lambda: list(workshop.settings.scratch_dir.iterdir()) == [])
 
 
 def test_a_worker_told_to_stop_gives_its_job_back(workshop: Workshop) -> None:
