@@ -12,7 +12,7 @@ import traceback
 
 import torch
 
-from app.core.assignment import Assignment, Failed
+from app.core.assignment import REPORT, Assignment, Failed
 from app.core.errors import JobFault, NibbleError, OutOfMemory
 from app.core.job import Problem
 from workers.pipeline import Pipeline
@@ -26,7 +26,7 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
             torch.set_num_threads(assignment.threads)
         pipe.send(Pipeline(assignment, pipe.send).run())
     except NibbleError as error:
-        pipe.send(Failed(error=Problem.of(error)))
+        pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
     except (MemoryError, torch.OutOfMemoryError) as error:
         pipe.send(Failed(error=Problem.of(out_of_memory(assignment, error))))
     except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record
@@ -39,6 +39,12 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
     else:
         return 0
     return 1
+
+
+def written_report(assignment: Assignment) -> str | None:
+    """The report on what was tried, if the run came that far."""
+    path = assignment.work_folder / REPORT
+    return REPORT if path.exists() else None
 
 
 def out_of_memory(assignment: Assignment, error: BaseException) -> OutOfMemory:

@@ -1,19 +1,15 @@
 """Finished layers on disk, so that a job that died goes on where it stopped.
 
-A file is complete when it has its name: it is written aside and renamed. Every file carries the identity
-of the work it belongs to; one of other work is refused, never used.
+Every file carries the identity of the work it belongs to; one of other work is refused, never used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from app.core.assignment import Checkpointed
@@ -21,12 +17,9 @@ from app.core.format_limits import Scheme
 from app.core.report import LayerReport
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.layer import LayerResult
+from workers.stamped_files import is_stamped, read_stamped, write_stamped
 
 Announce = Callable[[Checkpointed], None]
-
-
-def identity_digest(**parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class LayerCheckpoints:
@@ -46,22 +39,12 @@ class LayerCheckpoints:
 
     def is_ours(self, key: str) -> bool:
         """True if the file exists, is whole and belongs to this work."""
-        if not (self.folder / key).exists():
-            return False
-        try:
-            with safe_open(self.folder / key, "pt") as file:
-                return bool((file.metadata() or {}).get("identity") == self.identity)
-        except SafetensorError:
-            return False
+        return is_stamped(self.folder / key, self.identity)
 
     def save(
         self, key: str, tensors: dict[str, Tensor], extra: str = "", replaces: str | None = None
     ) -> None:
-        path = self.folder / key
-        aside = path.with_suffix(".partial")
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(contiguous, aside, metadata={"identity": self.identity, "extra": extra})
-        os.replace(aside, path)
+        write_stamped(self.folder / key, tensors, self.identity, extra)
         self.announce(Checkpointed(key=key, replaces=replaces))
         if replaces is not None:
             (self.folder / replaces).unlink(missing_ok=True)
@@ -76,7 +59,7 @@ class LayerCheckpoints:
         self.save(self.layer_key(recipe, report.layer), tensors, extra)
 
     def load_layer(self, recipe: int, layer: int) -> LayerResult:
-        tensors, extra = self.load(self.layer_key(recipe, layer))
+        tensors, extra = read_stamped(self.folder / self.layer_key(recipe, layer))
         quantized = {
             name: QuantizedWeight(
                 tensors[f"q.{name}"], tensors[f"scale.{name}"], tensors[f"zero.{name}"], Scheme(**scheme)
@@ -90,11 +73,6 @@ class LayerCheckpoints:
         with safe_open(self.folder / self.layer_key(recipe, layer), "pt") as file:
             return LayerReport(**json.loads(file.metadata()["extra"])["report"])
 
-    def load(self, key: str) -> tuple[dict[str, Tensor], str]:
-        with safe_open(self.folder / key, "pt") as file:
-            # Cloned: a tensor that maps the file would keep its pages resident.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()["extra"]  # noqa: SIM118  # not a dict
-
     def save_states(self, layer: int, states: list[Tensor]) -> None:
         """The inputs of `layer`, one tensor a batch; older ones are dropped."""
         key = f"states-{layer:05d}.safetensors"
@@ -107,7 +85,7 @@ class LayerCheckpoints:
             key = f"states-{layer:05d}.safetensors"
             if self.is_ours(key):
                 self.states_file = key
-                tensors, _ = self.load(key)
+                tensors, _ = read_stamped(self.folder / key)
                 return layer, [tensors[name] for name in sorted(tensors)]
         return None
 

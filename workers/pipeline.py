@@ -1,6 +1,6 @@
 """A job from model folder to checked output folders: the steps on one page.
 
-    read text -> calibrate and search, layer by layer -> pack -> verify -> evaluate -> report
+    read text -> calibrate, and solve each layer for every recipe -> pack -> verify -> evaluate -> report
 
 A finished layer is a checkpoint; a run that finds checkpoints of the same work goes on after them.
 """
@@ -8,55 +8,37 @@ A finished layer is a checkpoint; a run that finds checkpoints of the same work 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from app.core.assignment import (
-    CHECKPOINTS,
-    OUTPUT,
-    Assignment,
-    Finished,
-    Noted,
-    OutputFolder,
-    Progressed,
-    ProgressMessage,
-    StageStarted,
-)
-from app.core.errors import TargetMissed, VerificationFailed
+from app.core.assignment import CHECKPOINTS, OUTPUT, REPORT, Assignment, Finished, OutputFolder
+from app.core.errors import TargetMissed
 from app.core.job import Stage
 from app.core.plan import CandidatePlan, Plan, plan_job
-from app.core.report import (
-    CandidateReport,
-    LayerReport,
-    LinearReport,
-    OriginalReport,
-    Report,
-    WeightHistogram,
-)
+from app.core.report import OriginalReport, Report, WeightHistogram
+from workers.account import Account, Send
 from workers.formats.folder import FormatFolder
-from workers.layer_checkpoints import LayerCheckpoints, identity_digest, resume_layer
+from workers.layer_checkpoints import LayerCheckpoints, resume_layer
+from workers.layer_solver import CalibratedLayer, LayerSolver
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quality_report import (
     Outcome,
-    candidate_reports,
+    candidate_report,
     environment,
     peak_rss_bytes,
     peak_vram_bytes,
     text_entry,
 )
-from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
-from workers.quantization.evaluation import Quality, evaluate
+from workers.quantization.calibration import CalibrationPass
+from workers.quantization.evaluation import Quality, compare, final_states
 from workers.quantization.histograms import weight_histogram
-from workers.quantization.input_statistics import InputStatistics
-from workers.quantization.layer import LayerTask, quantize_layer
+from workers.stamped_files import identity_digest
+from workers.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
-Send = Callable[[ProgressMessage], None]
 BATCH_TOKENS = 8192
 STATES_INTERVAL_S = 20.0  # hidden states are large: losing up to this much forward time costs less
 
@@ -69,42 +51,30 @@ class Pipeline:
         self.device = torch.device(assignment.device)
         self.checkpoint = Checkpoint(assignment.model_folder)
         self.plan: Plan = plan_job(self.spec, self.checkpoint.config, self.checkpoint.tensors)
-        self.weight_dtype: torch.dtype = getattr(torch, self.plan.dtype)
-        self.compute_dtype = torch.float32 if self.device.type == "cpu" else self.weight_dtype
-        self.seconds: dict[str, float] = {}
-        self.candidate_seconds: list[dict[str, float]] = [{} for _ in self.plan.candidates]
+        weight_dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        self.compute_dtype = torch.float32 if self.device.type == "cpu" else weight_dtype
+        self.solver = LayerSolver(self.plan, self.checkpoint, self.compute_dtype)
+        self.account = Account(send, self.device, self.plan.num_layers)
         self.histograms: list[WeightHistogram] = []
-        self.notes: list[str] = []
-        self.started = time.monotonic()
+        self.original: Quality | None = None
+        self.original_states: list[Tensor] = []  # after the last layer, on the evaluation text
+        self.outcomes: list[Outcome] = []
 
     def run(self) -> Finished:
         """The whole job. Raises NibbleError with the reason when it can't succeed."""
         for message in self.plan.notes:
-            self.note("plan", message)
+            self.account.note("plan", message)
         calibration, evaluation = self.read_texts()
         checkpoints = self.open_checkpoints(calibration)
-        resumed_at = self.quantize_layers(calibration, checkpoints)
-        folders = self.write_folders(checkpoints)
-        qualities = self.evaluate(evaluation, folders)
-        outcome = Outcome(
-            qualities=qualities,
-            layers=[
-                [
-                    checkpoints.layer_report(candidate.recipe_index, layer)
-                    for layer in range(self.plan.num_layers)
-                ]
-                for candidate in self.plan.candidates
-            ],
-            folders=folders,
-            seconds=self.candidate_seconds,
-            resumed_at=resumed_at,
-        )
-        return self.finish(outcome, calibration, evaluation)
+        statistics = self.open_statistics(calibration) if self.spec.target is not None else None
+        resumed_at = self.calibrate(calibration, checkpoints, statistics)
+        self.judge(self.plan.candidates, checkpoints, evaluation)
+        return self.finish(calibration, evaluation, resumed_at)
 
     # --- steps
 
     def read_texts(self) -> tuple[Windows, Windows]:
-        with self.stage(Stage.FETCHING):
+        with self.account.stage(Stage.FETCHING):
             tokenizer = load_tokenizer(self.assignment.model_folder)
             calibration = calibration_windows(
                 self.spec.calibration, tokenizer, self.assignment.calibration_file
@@ -115,234 +85,227 @@ class Pipeline:
             )  # fmt: skip
         return calibration, evaluation
 
-    def open_checkpoints(self, calibration: Windows) -> LayerCheckpoints:
-        identity = identity_digest(
+    def identity(self, calibration: Windows, **more: object) -> str:
+        return identity_digest(
             model=self.assignment.model_digest,
             tokens=calibration.digest,
-            recipes=[recipe.model_dump() for recipe in self.spec.recipes],
             device=self.device.type,
             dtype=str(self.compute_dtype),
+            **more,
         )
+
+    def open_checkpoints(self, calibration: Windows) -> LayerCheckpoints:
+        identity = self.identity(calibration, recipes=[recipe.model_dump() for recipe in self.spec.recipes])
         return LayerCheckpoints(self.assignment.work_folder / CHECKPOINTS, identity, self.send)
 
-    def quantize_layers(self, calibration: Windows, checkpoints: LayerCheckpoints) -> int:
-        """Calibrate, search and round every layer; the layer at which a resumed run went on."""
-        resumed_at = resume_layer(checkpoints, self.plan.num_layers, len(self.plan.candidates))
+    def open_statistics(self, calibration: Windows) -> StatisticsStore:
+        return StatisticsStore(self.assignment.work_folder / STATISTICS, self.identity(calibration))
+
+    def calibrate(
+        self, calibration: Windows, checkpoints: LayerCheckpoints, statistics: StatisticsStore | None
+    ) -> int:
+        """Calibrate and solve every layer; the layer at which a resumed run went on."""
+        num_layers = self.plan.num_layers
+        resumed_at = resume_layer(checkpoints, num_layers, len(self.plan.candidates))
         if resumed_at:
-            self.note("resumed", f"{resumed_at} of {self.plan.num_layers} layers were finished before")
-        if resumed_at == self.plan.num_layers:
+            self.account.note("resumed", f"{resumed_at} of {num_layers} layers were finished before")
+        if resumed_at == num_layers:
             return resumed_at
-        batches = calibration.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
-        decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
-        with self.stage(Stage.CALIBRATING):
-            run = CalibrationPass(decoder, batches)
-            saved = checkpoints.latest_states(resumed_at)
-            if saved is not None:
-                run.restore(*saved)
-            while run.layer < resumed_at:
-                run.skip()
+        run = self.start_pass(calibration, checkpoints, resumed_at)
         states_saved = time.monotonic()
-        for layer in range(resumed_at, self.plan.num_layers):
-            self.quantize_next_layer(run, checkpoints)
-            if layer + 1 < self.plan.num_layers and time.monotonic() - states_saved > STATES_INTERVAL_S:
+        for layer in range(resumed_at, num_layers):
+            calibrated = self.calibrate_next_layer(run)
+            if statistics is not None:
+                statistics.save(layer, calibrated.statistics)
+            for candidate in self.plan.candidates:
+                self.solve(candidate, calibrated, run, checkpoints)
+            if layer + 1 < num_layers and time.monotonic() - states_saved > STATES_INTERVAL_S:
                 checkpoints.save_states(layer + 1, run.states)
                 states_saved = time.monotonic()
-            self.progress(0.6 * (layer + 1) / self.plan.num_layers, layer + 1)
+            self.account.progress(0.6 * (layer + 1) / num_layers, layer + 1)
         return resumed_at
 
-    def quantize_next_layer(self, run: CalibrationPass, checkpoints: LayerCheckpoints) -> None:
-        """One layer for every recipe, from the same statistics."""
+    def start_pass(self, calibration: Windows, checkpoints: LayerCheckpoints, layer: int) -> CalibrationPass:
+        """A pass that stands before `layer`, from the hidden states that were saved nearest to it."""
+        batches = calibration.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
+        decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
+        with self.account.stage(Stage.CALIBRATING):
+            run = CalibrationPass(decoder, batches)
+            saved = checkpoints.latest_states(layer)
+            if saved is not None:
+                run.restore(*saved)
+            while run.layer < layer:
+                run.skip()
+        return run
+
+    def calibrate_next_layer(self, run: CalibrationPass) -> CalibratedLayer:
         layer = run.layer
-        with self.stage(Stage.CALIBRATING):
+        with self.account.stage(Stage.CALIBRATING):
             weights = run.decoder.layer_weights(layer)
-            statistics, *probe = run.collect(weights)
+            groups, *probe = run.collect(weights)
         full = {name: value.to(self.device, torch.float32) for name, value in weights.items()}
         prefix = self.plan.architecture.layer_prefix(layer)
         self.histograms += [
             weight_histogram(prefix + name, full[name + ".weight"]) for name in self.plan.architecture.linears
         ]
-        for candidate in self.plan.candidates:
-            with self.stage(Stage.SEARCHING, candidate.recipe_index):
-                started = time.monotonic()
-                task = self.layer_task(candidate, layer, full, statistics)
-                result, folded = quantize_layer(task)
-                error = equivalence_error(run, layer, folded, (probe[0], probe[1]))
-                self.check_equivalence(candidate, layer, error)
-                report = LayerReport(
-                    layer=layer,
-                    seconds=time.monotonic() - started,
-                    equivalence_error=error,
-                    linears=(*result.report, *self.kept_linears(candidate, layer)),
-                )
-                checkpoints.save_layer(candidate.recipe_index, result, report)
+        return CalibratedLayer(layer, full, LayerStatistics(groups, (probe[0], probe[1])))
 
-    def layer_task(
+    def solve(
         self,
         candidate: CandidatePlan,
-        layer: int,
-        weights: dict[str, Tensor],
-        statistics: list[InputStatistics],
-    ) -> LayerTask:
-        prefix = self.plan.architecture.layer_prefix(layer)
-        schemes = {
-            linear.name.removeprefix(prefix): linear.scheme
-            for linear in candidate.linears
-            if linear.name.startswith(prefix) and linear.scheme is not None
-        }
-        config = self.checkpoint.config
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        return LayerTask(
-            self.plan.architecture,
-            candidate.recipe,
-            schemes,
-            head_dim,
-            weights,
-            statistics,
-            self.weight_dtype,
-        )
+        calibrated: CalibratedLayer,
+        run: CalibrationPass,
+        checkpoints: LayerCheckpoints,
+    ) -> None:
+        with self.account.stage(Stage.SEARCHING, candidate.recipe_index):
+            result, report = self.solver.solve(candidate, calibrated, run)
+            checkpoints.save_layer(candidate.recipe_index, result, report)
 
-    def check_equivalence(self, candidate: CandidatePlan, layer: int, error: float) -> None:
-        """Scales that change the model's function must never reach a file."""
-        limit = EQUIVALENCE_LIMIT[self.compute_dtype]
-        if not error <= limit:
-            raise VerificationFailed(
-                f"recipe {candidate.recipe_index}, layer {layer}: the scaled, unrounded layer differs from "
-                f"the original by {error:.2e} (limit {limit:.0e})",
-                code="equivalence_failed", remedy="use method rtn, and report the model's architecture",
-            )  # fmt: skip
-
-    def kept_linears(self, candidate: CandidatePlan, layer: int) -> Iterator[LinearReport]:
-        prefix = self.plan.architecture.layer_prefix(layer)
-        for linear in candidate.linears:
-            if linear.name.startswith(prefix) and linear.scheme is None:
-                yield LinearReport(linear=linear.name.removeprefix(prefix), bits=None, reason=linear.reason)
-
-    def write_folders(self, checkpoints: LayerCheckpoints) -> list[list[FormatFolder]]:
-        """Every candidate in every format, written and read back."""
+    def judge(
+        self, candidates: tuple[CandidatePlan, ...], checkpoints: LayerCheckpoints, evaluation: Windows
+    ) -> None:
+        """Pack, verify and evaluate candidates whose layers are all solved; their outcomes."""
         folders = []
-        for candidate in self.plan.candidates:
-            load_layer = partial(checkpoints.load_layer, candidate.recipe_index)
-            row = []
-            for name in self.spec.formats:
-                folder = FormatFolder(
-                    self.assignment.work_folder / OUTPUT / f"{candidate.recipe_index}-{name}",
-                    name, self.checkpoint, self.plan, candidate,
-                )  # fmt: skip
-                with self.stage(Stage.PACKING, candidate.recipe_index):
-                    folder.write(load_layer, self.assignment.shard_bytes)
-                with self.stage(Stage.VERIFYING, candidate.recipe_index):
-                    folder.verify(load_layer)
-                row.append(folder)
-            folders.append(row)
-            self.progress(0.6 + 0.1 * len(folders) / len(self.plan.candidates), self.plan.num_layers)
-        return folders
+        for candidate in candidates:
+            folders.append(self.pack(candidate, checkpoints))
+            self.account.progress(0.6 + 0.1 * len(folders) / len(candidates), self.plan.num_layers)
+        qualities = self.evaluate(evaluation, folders)
+        layers = range(self.plan.num_layers)
+        self.outcomes += [
+            Outcome(
+                candidate=candidate,
+                quality=quality,
+                folders=row,
+                bytes={folder.name: folder.weight_bytes for folder in row},
+                layers=[checkpoints.layer_report(candidate.recipe_index, layer) for layer in layers],
+            )
+            for candidate, quality, row in zip(candidates, qualities, folders, strict=True)
+        ]
+
+    def pack(self, candidate: CandidatePlan, checkpoints: LayerCheckpoints) -> list[FormatFolder]:
+        """The candidate in every format, written and read back."""
+        index, row = candidate.recipe_index, []
+        load_layer = partial(checkpoints.load_layer, index)
+        for name in self.spec.formats:
+            path = self.assignment.work_folder / OUTPUT / f"{index}-{name}"
+            folder = FormatFolder(path, name, self.checkpoint, self.plan, candidate)
+            with self.account.stage(Stage.PACKING, index):
+                folder.write(load_layer, self.assignment.shard_bytes)
+            with self.account.stage(Stage.VERIFYING, index):
+                folder.verify(load_layer)
+            row.append(folder)
+        return row
 
     def evaluate(self, windows: Windows, folders: list[list[FormatFolder]]) -> list[Quality]:
-        """The original and every candidate, as its first format's files say it is."""
-        with self.stage(Stage.EVALUATING):
+        """Every candidate as its first format's files say it is; the original once, on the first call."""
+        with self.account.stage(Stage.EVALUATING):
             decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
-            models = [decoder.layer_weights]
-            models += [partial(row[0].read_weights, Checkpoint(row[0].folder)) for row in folders]
+            models = [partial(row[0].read_weights, Checkpoint(row[0].folder)) for row in folders]
             batches = windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
             total = self.plan.num_layers
-            return evaluate(
-                decoder, batches, models, lambda layer: self.progress(0.7 + 0.29 * (layer + 1) / total, total)
+            first = [] if self.original_states else [decoder.layer_weights]
+            states = final_states(
+                decoder,
+                batches,
+                [*first, *models],
+                lambda layer: self.account.progress(0.7 + 0.29 * (layer + 1) / total, total),
             )
+            if first:
+                self.original_states = states.pop(0)
+            self.original, *qualities = compare(decoder, batches, [self.original_states, *states])
+        return qualities
 
-    def finish(self, outcome: Outcome, calibration: Windows, evaluation: Windows) -> Finished:
-        """Write the report and name the folders that may be published.
+    def finish(self, calibration: Windows, evaluation: Windows, resumed_at: int) -> Finished:
+        """Write the report and name the folders that are published.
 
         Raises TargetMissed if no candidate meets the target and misses are not to be published.
         """
-        reports = candidate_reports(self.spec, self.plan, outcome)
-        path = self.assignment.work_folder / OUTPUT / "report.json"
-        path.write_text(
-            self.report(reports, outcome, calibration, evaluation).model_dump_json(indent=1), "utf-8"
-        )
-        target = self.spec.target
-        chosen = [
-            r for r in reports if r.meets_target is not False or (target and target.on_miss == "publish")
-        ]
-        if target is not None and not chosen:
-            best = min(reports, key=lambda r: r.perplexity_ratio)
-            raise TargetMissed(
-                f"the best candidate ({best.label}) has {best.perplexity_ratio:.4f} times the original's "
-                f"perplexity; at most {target.max_perplexity_ratio} was asked for",
-                remedy="use more bits or smaller groups, or set target.on_miss to publish",
-            )
+        chosen = self.chosen()
+        path = self.assignment.work_folder / REPORT
+        report = self.report(calibration, evaluation, resumed_at)
+        published = tuple(outcome.candidate.recipe_index for outcome in chosen)
+        report = report.model_copy(update={"published": published})
+        path.write_text(report.model_dump_json(indent=1), "utf-8")
+        if not chosen:
+            raise self.target_missed()
         outputs = tuple(
             OutputFolder(
-                recipe_index=r.recipe_index,
+                recipe_index=outcome.candidate.recipe_index,
+                recipe=outcome.candidate.recipe,
                 format=folder.name,
                 folder=str(folder.folder.relative_to(self.assignment.work_folder)),
-                summary={
-                    "label": r.label,
-                    "perplexity": r.perplexity,
-                    "perplexity_ratio": r.perplexity_ratio,
-                    "kl": r.kl,
-                    "bytes": r.bytes[folder.name],
-                    "bits_per_weight": r.bits_per_weight,
-                },
+                summary={**self.figures(outcome), "bytes": outcome.bytes[folder.name]},
             )
-            for r in chosen
-            for folder in outcome.folders[r.recipe_index]
+            for outcome in chosen
+            for folder in outcome.folders
         )
-        return Finished(report=str(path.relative_to(self.assignment.work_folder)), outputs=outputs)
+        return Finished(report=REPORT, outputs=outputs)
 
-    def report(
-        self, candidates: list[CandidateReport], outcome: Outcome, calibration: Windows, evaluation: Windows
-    ) -> Report:
+    def figures(self, outcome: Outcome) -> dict[str, float | str]:
+        assert self.original is not None
+        return {
+            "label": outcome.candidate.label,
+            "perplexity": outcome.quality.perplexity,
+            "perplexity_ratio": outcome.quality.perplexity / self.original.perplexity,
+            "kl": outcome.quality.kl,
+            "bits_per_weight": outcome.candidate.bits_per_weight,
+        }
+
+    def chosen(self) -> list[Outcome]:
+        """What is published: all without a target; with one, the smallest outcome that meets it."""
+        target = self.spec.target
+        if target is None:
+            return self.outcomes
+        met = [outcome for outcome in self.outcomes if self.excess(outcome) <= 1]
+        if met:
+            return [min(met, key=lambda outcome: sum(outcome.bytes.values()))]
+        if target.on_miss == "fail":
+            return []
+        best = min(self.outcomes, key=self.excess)
+        self.account.note("target_missed", f"{self.target_missed().message}; it is published as asked")
+        return [best]
+
+    def excess(self, outcome: Outcome) -> float:
+        assert self.spec.target is not None
+        assert self.original is not None
+        ratio = outcome.quality.perplexity / self.original.perplexity
+        return self.spec.target.excess(ratio, outcome.quality.kl)
+
+    def target_missed(self) -> TargetMissed:
+        assert self.spec.target is not None
+        assert self.original is not None
+        best = min(self.outcomes, key=self.excess)
+        return TargetMissed(
+            f"the best candidate ({best.candidate.label}) has "
+            f"{best.quality.perplexity / self.original.perplexity:.4f} times the original's perplexity and a "
+            f"KL of {best.quality.kl:.4f}; {self.spec.target.wanted} was asked for",
+            remedy="use more bits or smaller groups, or set target.on_miss to publish",
+        )
+
+    def report(self, calibration: Windows, evaluation: Windows, resumed_at: int) -> Report:
+        assert self.original is not None
+        recipes = [outcome.candidate.recipe for outcome in self.outcomes]
         return Report(
             model=self.assignment.model_name,
             model_digest=self.assignment.model_digest,
             calibration_digest=calibration.digest,
-            recipe_digests=tuple(identity_digest(**recipe.model_dump()) for recipe in self.spec.recipes),
+            recipe_digests=tuple(identity_digest(**recipe.model_dump()) for recipe in recipes),
             calibration={
                 **text_entry(self.spec.calibration, calibration),
                 "seed": self.spec.calibration.seed,
                 "inputs": "full-precision chain",
             },
             evaluation=text_entry(self.spec.evaluation, evaluation),
-            original=OriginalReport(perplexity=outcome.qualities[0].perplexity, bytes=self.plan.model_bytes),
-            candidates=tuple(candidates),
+            original=OriginalReport(perplexity=self.original.perplexity, bytes=self.plan.model_bytes),
+            candidates=tuple(
+                candidate_report(outcome, self.original, self.spec.target, self.account)
+                for outcome in self.outcomes
+            ),
             histograms=tuple(self.histograms),
-            stages=self.seconds,
-            resumed_at_layer=outcome.resumed_at,
+            stages=dict(self.account.seconds),
+            resumed_at_layer=resumed_at,
             peak_rss_bytes=peak_rss_bytes(),
             peak_vram_bytes=peak_vram_bytes(self.device),
             environment=environment(self.device, self.compute_dtype),
-            notes=tuple(self.notes),
+            notes=tuple(self.account.notes),
         )
-
-    # --- telling the supervisor
-
-    @contextmanager
-    def stage(self, stage: Stage, candidate: int | None = None) -> Iterator[None]:
-        """Announce a stage and count its seconds, of the job and of the candidate it serves."""
-        self.send(StageStarted(stage=stage))
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            spent = time.monotonic() - started
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-            if candidate is not None:
-                own = self.candidate_seconds[candidate]
-                own[stage] = own.get(stage, 0.0) + spent
-
-    def progress(self, fraction: float, layer: int) -> None:
-        spent = time.monotonic() - self.started
-        self.send(
-            Progressed(
-                fraction=fraction,
-                layer=layer,
-                layers=self.plan.num_layers,
-                eta_s=round(spent / fraction * (1 - fraction), 1),
-            )
-        )
-
-    def note(self, code: str, message: str) -> None:
-        self.notes.append(message)
-        self.send(Noted(code=code, message=message))

@@ -7,6 +7,7 @@ other removes its files.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -70,7 +71,7 @@ class Publication:
             created_at=datetime.now(UTC),
             model=self._job.spec.model,
             model_digest=self._model_digest,
-            recipe=self._job.spec.recipes[output.recipe_index],
+            recipe=output.recipe or self._job.spec.recipes[output.recipe_index],
             format=output.format,
             prefix=self._prefix,
             summary=output.summary,
@@ -101,12 +102,11 @@ def published_before(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
     """The artifacts of a job whose earlier attempt died between its last manifest and its last record."""
     if objects.head(report_key(job.id)) is None:
         return None
-    ids = tuple(
-        artifact_id(job.id, index, name)
-        for index in range(len(job.spec.recipes))
-        for name in job.spec.formats
-    )
-    return ids if all(objects.head(manifest_key(art_id)) is not None for art_id in ids) else None
+    report = json.loads(objects.get(report_key(job.id)))
+    published = report.get("published", range(len(job.spec.recipes)))
+    ids = tuple(artifact_id(job.id, index, name) for index in published for name in job.spec.formats)
+    whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
+    return ids if ids and whole else None
 
 
 def read_manifest(objects: ObjectStore, art_id: str) -> ArtifactManifest | None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from app.core.plan import Plan
+from app.core.plan import CandidatePlan
 from app.core.report import CandidateReport, LayerReport
-from app.core.specs import JobSpec, TextSpec
+from app.core.specs import FormatName, TargetSpec, TextSpec
+from workers.account import Account
 from workers.formats.folder import FormatFolder
 from workers.quantization.evaluation import Quality
 from workers.texts.windows import Windows
@@ -20,38 +21,33 @@ from workers.texts.windows import Windows
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run produced; lists are per candidate, `qualities` starts with the original."""
+    """A candidate that was packed, read back and measured."""
 
-    qualities: list[Quality]
-    layers: list[list[LayerReport]]
-    folders: list[list[FormatFolder]]
-    seconds: list[dict[str, float]]
-    resumed_at: int
+    candidate: CandidatePlan
+    quality: Quality
+    folders: list[FormatFolder]
+    bytes: dict[FormatName, int]
+    layers: list[LayerReport]
 
 
-def candidate_reports(spec: JobSpec, plan: Plan, outcome: Outcome) -> list[CandidateReport]:
-    original = outcome.qualities[0]
-    reports = []
-    for candidate, quality, layers, folders, seconds in zip(
-        plan.candidates, outcome.qualities[1:], outcome.layers, outcome.folders, outcome.seconds, strict=True
-    ):
-        ratio = quality.perplexity / original.perplexity
-        reports.append(
-            CandidateReport(
-                recipe_index=candidate.recipe_index,
-                label=candidate.label,
-                recipe=candidate.recipe,
-                perplexity=quality.perplexity,
-                perplexity_ratio=ratio,
-                kl=quality.kl,
-                bytes={folder.name: folder.weight_bytes for folder in folders},
-                bits_per_weight=candidate.bits_per_weight,
-                meets_target=None if spec.target is None else ratio <= spec.target.max_perplexity_ratio,
-                seconds=seconds,
-                layers=tuple(layers),
-            )
-        )
-    return reports
+def candidate_report(
+    outcome: Outcome, original: Quality, target: TargetSpec | None, account: Account
+) -> CandidateReport:
+    candidate, quality = outcome.candidate, outcome.quality
+    ratio = quality.perplexity / original.perplexity
+    return CandidateReport(
+        recipe_index=candidate.recipe_index,
+        label=candidate.label,
+        recipe=candidate.recipe,
+        perplexity=quality.perplexity,
+        perplexity_ratio=ratio,
+        kl=quality.kl,
+        bytes=outcome.bytes,
+        bits_per_weight=candidate.bits_per_weight,
+        meets_target=None if target is None else target.excess(ratio, quality.kl) <= 1,
+        seconds=dict(account.candidate_seconds[candidate.recipe_index]),
+        layers=tuple(outcome.layers),
+    )
 
 
 def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:

@@ -45,10 +45,10 @@ from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.settings import Settings
-from app.core.storage_keys import checkpoint_prefix
+from app.core.storage_keys import checkpoint_prefix, report_key
 from workers.checkpoints import CheckpointMirror, checkpoint_key
 from workers.fetching import FetchedModel, ModelCache, fetch_text, text_digest
-from workers.publication import Publication, published_before
+from workers.publication import Publication, inside, published_before
 from workers.watch import Stopped, StopReason, Watch
 
 log = logging.getLogger(__name__)
@@ -185,6 +185,7 @@ class Attempt:
                     if isinstance(message, Finished):
                         return message
                     if isinstance(message, Failed):
+                        self._store_report(message)
                         raise reported(message.error)
                     self._record(message, mirror)
                 self._watch.check()
@@ -213,6 +214,13 @@ class Attempt:
             self._event("note", {"code": "checkpoint_not_stored", "message": note})
         else:
             self._event("checkpoint", {"key": message.key, "attempt": self._job.attempt})
+
+    def _store_report(self, message: Failed) -> None:
+        """What was tried is worth reading although nothing is published."""
+        if message.report is not None:
+            self._check_lease()
+            report = inside(self._work_folder, message.report)
+            self._context.objects.put(report_key(self._job.id), report)
 
     def _set_stage(self, stage: Stage) -> None:
         self._update(lambda job: job.model_copy(update={"stage": stage}))

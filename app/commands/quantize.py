@@ -91,7 +91,7 @@ def run(spec: JobSpec, work: Path, out: Path, *, device: str, quiet: bool) -> di
         assignment = prepare(spec, work, device)
         finished = supervise(assignment, view)
     report: dict[str, Any] = json.loads((work / finished.report).read_text())
-    place(finished, work, out, [recipe.label for recipe in spec.recipes])
+    place(finished, work, out)
     return report
 
 
@@ -202,7 +202,7 @@ def supervise(assignment: Assignment, view: ProgressView) -> Finished:
         raise fault
 
 
-def place(finished: Finished, work: Path, out: Path, labels: list[str]) -> None:
+def place(finished: Finished, work: Path, out: Path) -> None:
     """Move the output folders to `out` in one step: it holds everything, or it is not there."""
     if len(finished.outputs) == 1:
         tree = work / finished.outputs[0].folder
@@ -210,16 +210,17 @@ def place(finished: Finished, work: Path, out: Path, labels: list[str]) -> None:
     else:
         tree = work / "placed"
         tree.mkdir()
+        labels = {output.recipe_index: str(output.summary["label"]) for output in finished.outputs}
         for output in finished.outputs:
             (work / output.folder).replace(tree / folder_name(output, labels))
         (work / finished.report).replace(tree / "report.json")
     tree.replace(out)
 
 
-def folder_name(output: OutputFolder, labels: list[str]) -> str:
+def folder_name(output: OutputFolder, labels: dict[int, str]) -> str:
     """`awq`, or with several recipes `rtn-w4-g128-awq`; a repeated label gets its number."""
     if len(labels) == 1:
         return output.format
-    label = labels[output.recipe_index].replace(" ", "-")
-    number = f"{output.recipe_index}-" if labels.count(labels[output.recipe_index]) > 1 else ""
-    return f"{number}{label}-{output.format}"
+    label = labels[output.recipe_index]
+    number = f"{output.recipe_index}-" if list(labels.values()).count(label) > 1 else ""
+    return f"{number}{label.replace(' ', '-')}-{output.format}"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from app.core.job import Problem, Stage
-from app.core.specs import FormatName, Frozen, JobSpec
+from app.core.specs import FormatName, Frozen, JobSpec, Recipe
 
 
 class Assignment(Frozen):
@@ -64,6 +64,7 @@ class OutputFolder(Frozen):
     """One candidate in one format: a folder that a loader opens unchanged."""
 
     recipe_index: int
+    recipe: Recipe | None = None  # None: the job's own of this index
     format: FormatName
     folder: str  # relative to work_folder
     summary: dict[str, Any]  # perplexity, ratio, bytes, bits per weight
@@ -78,6 +79,7 @@ class Finished(Frozen):
 class Failed(Frozen):
     kind: Literal["failed"] = "failed"
     error: Problem
+    report: str | None = None  # path of a report on what was tried, relative to work_folder
 
 
 ProgressMessage = Annotated[
@@ -87,3 +89,4 @@ progress_messages: TypeAdapter[ProgressMessage] = TypeAdapter(ProgressMessage)
 
 CHECKPOINTS = "checkpoints"
 OUTPUT = "output"
+REPORT = f"{OUTPUT}/report.json"

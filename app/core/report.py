@@ -80,6 +80,7 @@ class Report(Frozen):
     evaluation: dict[str, Any]
     original: OriginalReport
     candidates: tuple[CandidateReport, ...]
+    published: tuple[int, ...] = ()  # recipe_index of each candidate that is an artifact
     histograms: tuple[WeightHistogram, ...] = ()
     stages: dict[str, float] = Field(description="wall seconds per stage")
     resumed_at_layer: int = 0

@@ -6,6 +6,7 @@ Only `model` is required. Unknown fields are refused. Whether a model can hold t
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -142,8 +143,31 @@ class EvaluationSpec(TextSpec):
 class TargetSpec(Frozen):
     """The worst quality that may be published, relative to the original model."""
 
-    max_perplexity_ratio: float = Field(gt=0, le=1000)
+    max_perplexity_ratio: float | None = Field(default=None, gt=0, le=1000)
+    max_kl: float | None = Field(default=None, gt=0, le=100)  # nats per token
     on_miss: Literal["fail", "publish"] = "fail"
+
+    @model_validator(mode="after")
+    def has_a_limit(self) -> TargetSpec:
+        if self.max_perplexity_ratio is None and self.max_kl is None:
+            raise ValueError("give `max_perplexity_ratio`, `max_kl`, or both")
+        return self
+
+    def excess(self, perplexity_ratio: float, kl: float) -> float:
+        """How far the figures are from the target: it is met up to 1."""
+        parts = [
+            figure / limit
+            for figure, limit in ((perplexity_ratio, self.max_perplexity_ratio), (kl, self.max_kl))
+            if limit is not None
+        ]
+        return math.inf if any(math.isnan(part) for part in parts) else max(parts)
+
+    @property
+    def wanted(self) -> str:
+        """The limits in words."""
+        ratio = f"at most {self.max_perplexity_ratio} times" if self.max_perplexity_ratio is not None else ""
+        kl = f"a KL of at most {self.max_kl}" if self.max_kl is not None else ""
+        return " and ".join(filter(None, (ratio, kl)))
 
 
 class JobSpec(Frozen):

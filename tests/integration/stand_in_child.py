@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from app.core.assignment import (
     CHECKPOINTS,
@@ -28,7 +29,7 @@ from app.core.job import Problem, Stage
 from workers.progress import ProgressPipe
 
 
-def meet(fault: str, pipe: ProgressPipe) -> None:
+def meet(fault: str, pipe: ProgressPipe, work_folder: Path) -> None:
     """Do what the label asks for."""
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -41,7 +42,9 @@ def meet(fault: str, pipe: ProgressPipe) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
     elif fault == "report":
-        pipe.send(Failed(error=Problem(code="target_missed", message="ratio 1.2", remedy="more bits")))
+        problem = Problem(code="target_missed", message="ratio 1.2", remedy="more bits")
+        (work_folder / "tries.json").write_text('{"tries": [], "published": []}')
+        pipe.send(Failed(error=problem, report="tries.json"))
         sys.exit(0)
     elif fault == "babble":
         os.write(pipe._descriptor, b"not a message\n")
@@ -63,7 +66,7 @@ def compute(assignment: Assignment, pipe: ProgressPipe) -> str:
         value = path.read_text()
         pipe.send(Progressed(fraction=(layer + 1) / layers, layer=layer + 1, layers=layers))
         if layer == 1:
-            meet(labels.get("fault", ""), pipe)
+            meet(labels.get("fault", ""), pipe, assignment.work_folder)
     return value
 
 

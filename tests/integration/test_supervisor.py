@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested, requeued
 from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
 from tests.integration.workshop import Workshop, wait_until
+from workers.publication import published_before
 from workers.supervisor import run_attempt
 
 
@@ -102,6 +104,13 @@ def test_a_child_that_fails_fails_its_job(workshop: Workshop, fault: str, code: 
     assert job.error.remedy
     assert workshop.payload(job, "failure")["code"] == code
     assert workshop.manifest(job) is None
+
+
+def test_a_missed_target_leaves_its_report(workshop: Workshop) -> None:
+    job = workshop.run(workshop.submit(fault="report"))
+    assert job.state is JobState.FAILED
+    assert json.loads(workshop.objects.get(report_key(job.id))) == {"tries": [], "published": []}
+    assert published_before(workshop.objects, job) is None  # a report alone publishes nothing
 
 
 def test_the_last_words_of_a_child_are_kept(workshop: Workshop) -> None:

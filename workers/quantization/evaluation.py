@@ -24,13 +24,13 @@ class Quality:
 
 
 @torch.no_grad()
-def evaluate(
+def final_states(
     decoder: Decoder,
     batches: list[Tensor],
     models: Sequence[LoadWeights],
     on_layer: Callable[[int], None],
-) -> list[Quality]:
-    """The quality of each model; the first is the original.
+) -> list[list[Tensor]]:
+    """Hidden states after the last layer: per model, per batch.
 
     batches: (batch, sequence_length) token ids each.
     """
@@ -44,6 +44,12 @@ def evaluate(
                     for batch in states[model]
                 ]
         on_layer(layer)
+    return states
+
+
+@torch.no_grad()
+def compare(decoder: Decoder, batches: list[Tensor], states: list[list[Tensor]]) -> list[Quality]:
+    """The quality of each model by its final states; the first is the original."""
     with decoder.head() as head:
         return measure(head, batches, states)
 

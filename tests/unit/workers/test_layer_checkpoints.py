@@ -10,9 +10,10 @@ import torch
 from app.core.assignment import Checkpointed
 from app.core.format_limits import Scheme
 from app.core.report import LayerReport, LinearReport
-from workers.layer_checkpoints import LayerCheckpoints, identity_digest, resume_layer
+from workers.layer_checkpoints import LayerCheckpoints, resume_layer
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.layer import LayerResult
+from workers.stamped_files import identity_digest
 
 
 class Notes:

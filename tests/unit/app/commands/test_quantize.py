@@ -11,7 +11,7 @@ from app.core.errors import InvalidRequest, NibbleError
 from app.core.specs import CalibrationSpec, JobSpec
 
 
-def finished_in(work: Path, *outputs: tuple[int, str]) -> Finished:
+def finished_in(work: Path, labels: list[str], *outputs: tuple[int, str]) -> Finished:
     """What a child leaves: a folder with one file for each (recipe index, format), and the report."""
     made = []
     for index, format_name in outputs:
@@ -22,7 +22,7 @@ def finished_in(work: Path, *outputs: tuple[int, str]) -> Finished:
             OutputFolder.model_validate(
                 {
                     "recipe_index": index, "format": format_name,
-                    "folder": folder.relative_to(work).as_posix(), "summary": {},
+                    "folder": folder.relative_to(work).as_posix(), "summary": {"label": labels[index]},
                 }
             )
         )  # fmt: skip
@@ -33,7 +33,7 @@ def finished_in(work: Path, *outputs: tuple[int, str]) -> Finished:
 def placed(tmp_path: Path, labels: list[str], *outputs: tuple[int, str]) -> list[str]:
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
-    quantize.place(finished_in(work, *outputs), work, out, labels)
+    quantize.place(finished_in(work, labels, *outputs), work, out)
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
 

@@ -16,7 +16,7 @@ from tests.tiny_models import random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization.calibration import CalibrationPass
-from workers.quantization.evaluation import evaluate
+from workers.quantization.evaluation import compare, final_states
 from workers.quantization.histograms import BINS, weight_histogram
 
 BATCHES = [some_tokens(3, 40, 0), some_tokens(2, 40, 1)]
@@ -83,7 +83,8 @@ def test_quality_is_what_transformers_measures(tmp_path: Path) -> None:
     other = Checkpoint(save_model(changed, tmp_path / "changed"))
     layers: list[int] = []
     load = partial(lambda layer: other.layer_tensors(f"model.layers.{layer}."))
-    qualities = evaluate(decoder, BATCHES, [decoder.layer_weights, load], layers.append)
+    states = final_states(decoder, BATCHES, [decoder.layer_weights, load], layers.append)
+    qualities = compare(decoder, BATCHES, states)
     with torch.no_grad():
         first, second = (
             torch.cat([model(b, use_cache=False).logits[:, :-1].flatten(0, 1) for b in BATCHES])

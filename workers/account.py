@@ -1,0 +1,56 @@
+"""What a run says while it works, and the seconds that it counts."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from app.core.assignment import Noted, Progressed, ProgressMessage, StageStarted
+from app.core.job import Stage
+
+Send = Callable[[ProgressMessage], None]
+
+
+class Account:
+    """Stages, notes and progress of one run; each is told to the supervisor as it happens."""
+
+    def __init__(self, send: Send, device: torch.device, num_layers: int) -> None:
+        self.send, self.device, self.num_layers = send, device, num_layers
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.candidate_seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.notes: list[str] = []
+        self.started = time.monotonic()
+
+    @contextmanager
+    def stage(self, stage: Stage, candidate: int | None = None) -> Iterator[None]:
+        """Announce a stage and count its seconds, of the job and of the candidate it serves."""
+        self.send(StageStarted(stage=stage))
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            spent = time.monotonic() - started
+            self.seconds[stage] += spent
+            if candidate is not None:
+                self.candidate_seconds[candidate][stage] += spent
+
+    def progress(self, fraction: float, layer: int) -> None:
+        spent = time.monotonic() - self.started
+        self.send(
+            Progressed(
+                fraction=fraction,
+                layer=layer,
+                layers=self.num_layers,
+                eta_s=round(spent / fraction * (1 - fraction), 1),
+            )
+        )
+
+    def note(self, code: str, message: str) -> None:
+        self.notes.append(message)
+        self.send(Noted(code=code, message=message))
