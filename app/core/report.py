@@ -16,8 +16,8 @@ class LinearReport(Frozen):
     bits: int | None  # None: kept in the model's precision
     group_size: int | None = None
     reason: str | None = None  # why it was kept
-    ratio: float | None = None  # AWQ's exponent; 0 without duo scaling is the identity
-    duo_scaling: bool | None = None
+    ratio: float | None = None  # exponent of the activations; with weight_ratio 0, 0 is the identity
+    weight_ratio: float | None = None  # exponent of the weights: 0, or 1 - ratio with duo scaling
     scale_spread: float | None = None  # s_max / s_min
     loss_rounding: float | None = None  # of plain rounding, without scales and clip
     loss_unclipped: float | None = None  # with scales

@@ -31,10 +31,12 @@ class Frozen(BaseModel):
 class SearchSpec(Frozen):
     """How AWQ looks for scales and clip bounds."""
 
-    strategy: Literal["grid"] = "grid"
+    strategy: Literal["grid", "evolutionary"] = "grid"
     grid_points: int = Field(default=20, ge=2, le=200)
     duo_scaling: Literal["both"] | bool = "both"
     clip: bool = True
+    budget: int = Field(default=96, ge=12, le=10000)  # evaluations of the evolutionary search, per group
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)  # of the evolutionary search
 
 
 class Override(Frozen):

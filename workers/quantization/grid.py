@@ -66,7 +66,9 @@ def fit_grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> G
     return Grid(scale, zero, scheme.bits)
 
 
-def min_max_grid(grouped: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
-    """The grid of the full range of each group."""
+def min_max_grid(grouped: Tensor, scheme: Scheme, dtype: torch.dtype, *, factor: float = 1.0) -> Grid:
+    """The grid of the full range of each group, or of `factor` of it."""
     low, high = grouped.aminmax(dim=-1, keepdim=True)
+    if factor != 1.0:
+        low, high = low * factor, high * factor
     return fit_grid(low, high, scheme, dtype)

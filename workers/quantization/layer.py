@@ -16,6 +16,7 @@ from app.core.format_limits import Scheme
 from app.core.report import LinearReport
 from app.core.specs import Recipe
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.quantization.evolution import evolve_scales
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.rounding import (
@@ -90,7 +91,11 @@ def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
     linears = [
         ScaledLinear(task.weights[name + ".weight"], task.schemes[name]) for name in group.balance_layers
     ]
-    return search_scales(linears, task.statistics[index], fold_of(task, group), task.recipe.search)
+    search, statistics, target = task.recipe.search, task.statistics[index], fold_of(task, group)
+    choice = search_scales(linears, statistics, target, search)
+    if search.strategy == "evolutionary":
+        return evolve_scales(linears, statistics, target, search, choice)
+    return choice
 
 
 def fold_of(task: LayerTask, group: ScaleGroup) -> Fold:
@@ -137,7 +142,7 @@ def linear_report(
         bits=scheme.bits,
         group_size=scheme.group_size,
         ratio=None if choice is None else choice.ratio,
-        duo_scaling=None if choice is None else choice.duo,
+        weight_ratio=None if choice is None else choice.weight_ratio,
         scale_spread=None if choice is None else float(choice.scales.max() / choice.scales.min()),
         loss_rounding=loss_rounding,
         loss_unclipped=unclipped,

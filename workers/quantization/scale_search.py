@@ -41,8 +41,8 @@ class ScaleChoice:
     """The best scales of a group, with what they are worth."""
 
     scales: Tensor  # (C,) float32
-    ratio: float
-    duo: bool
+    ratio: float  # exponent of the activations' means
+    weight_ratio: float  # exponent of the weights' means; 1 - ratio with duo scaling, else 0
     loss_identity: float  # plain rounding
     loss: float
 
@@ -106,30 +106,43 @@ def normalised(log_scales: Tensor, alive: Tensor) -> Tensor:
     return torch.where(alive, (log_scales - middle).clamp(-limit, limit), torch.zeros_like(log_scales)).exp()
 
 
-def candidates(search: SearchSpec, x_mean: Tensor, w_mean: Tensor) -> Iterator[tuple[float, bool, Tensor]]:
-    """(ratio, duo, scales) of the grid, identity first."""
+Candidate = tuple[float, float, Tensor]  # ratio, weight_ratio, scales
+
+
+def candidates(search: SearchSpec, x_mean: Tensor, w_mean: Tensor) -> Iterator[Candidate]:
+    """The grid, identity first."""
     alive = (x_mean > 0) & (w_mean > 0)
     log_x = torch.where(alive, x_mean, 1.0).log()
     log_w = torch.where(alive, w_mean, 1.0).log()
-    yield 0.0, False, torch.ones_like(x_mean)
-    for duo in (False, True) if search.duo_scaling == "both" else (search.duo_scaling,):
-        for step in range(search.grid_points + 1):
-            ratio = step / search.grid_points
-            if duo:
-                yield ratio, True, normalised(ratio * log_x - (1 - ratio) * log_w, alive)
-            elif step:
-                yield ratio, False, normalised(ratio * log_x, alive)
+    yield 0.0, 0.0, torch.ones_like(x_mean)
+    ratios = [step / search.grid_points for step in range(search.grid_points + 1)]
+    if search.duo_scaling is not True:
+        for ratio in ratios[1:]:
+            yield ratio, 0.0, normalised(ratio * log_x, alive)
+    if search.duo_scaling is not False:
+        # Ratio 1 is the same with and without the weights.
+        for ratio in ratios if search.duo_scaling is True else ratios[:-1]:
+            yield ratio, 1 - ratio, normalised(ratio * log_x - (1 - ratio) * log_w, alive)
 
 
-def rounding_loss(linears: list[ScaledLinear], scales: Tensor, moment: Tensor, dtype: torch.dtype) -> Tensor:
+def rounding_loss(
+    linears: list[ScaledLinear],
+    scales: Tensor,
+    moment: Tensor,
+    dtype: torch.dtype,
+    *,
+    range_factor: float = 1.0,
+) -> Tensor:
     """Expected squared output error of rounding `W diag(scales)`, summed over the linears; a scalar.
 
-    The product with H runs in the dtype of `moment`, all else in float32.
+    The product with H runs in the dtype of `moment`, all else in float32. `range_factor` shrinks every
+    group's range.
     """
     errors = []
     for linear in linears:
         scaled = grouped_view(linear.weight * scales, linear.scheme)
-        rounded = min_max_grid(scaled, linear.scheme, dtype).nearest(scaled)
+        grid = min_max_grid(scaled, linear.scheme, dtype, factor=range_factor)
+        rounded = grid.nearest(scaled)
         errors.append(rounded.view_as(linear.weight).div_(scales).sub_(linear.weight))
     error = torch.cat(errors) if len(errors) > 1 else errors[0]
     return ((error.to(moment.dtype) @ moment) * error).sum(dtype=torch.float32)
@@ -168,24 +181,22 @@ def search_scales(
     """
     x_mean = fold.shared(statistics.abs_mean)
     w_mean = fold.shared(weight_means(linears))
-    tried: list[tuple[float, bool, Tensor]] = []
-    for ratio, duo, raw in candidates(search, x_mean, w_mean):
-        scales = raw if ratio == 0.0 and not duo else fold.representable(raw)
+    tried: list[Candidate] = []
+    for ratio, weight_ratio, raw in candidates(search, x_mean, w_mean):
+        scales = fold.representable(raw) if tried else raw  # the identity is exact as it is
         if not tried or fold.fits(scales):
-            tried.append((ratio, duo, fold.spread(scales)))
+            tried.append((ratio, weight_ratio, fold.spread(scales)))
     finalists = rank(sampled(linears, SAMPLED_ROWS), tried, statistics.second_moment, fold)
     exact = [
         rounding_loss(linears, tried[index][2], statistics.second_moment, fold.dtype) for index in finalists
     ]
     loss = torch.stack(exact)
     best = int(torch.where(torch.isfinite(loss), loss, torch.inf).argmin())
-    ratio, duo, scales = tried[finalists[best]]
-    return ScaleChoice(scales, ratio, duo, float(loss[0]), float(loss[best]))
+    ratio, weight_ratio, scales = tried[finalists[best]]
+    return ScaleChoice(scales, ratio, weight_ratio, float(loss[0]), float(loss[best]))
 
 
-def rank(
-    linears: list[ScaledLinear], tried: list[tuple[float, bool, Tensor]], moment: Tensor, fold: Fold
-) -> list[int]:
+def rank(linears: list[ScaledLinear], tried: list[Candidate], moment: Tensor, fold: Fold) -> list[int]:
     """The identity, which is the first candidate, and the best others by the loss on these rows."""
     ranking = moment.to(ranking_dtype(moment.device))
     losses = torch.stack([rounding_loss(linears, scales, ranking, fold.dtype) for _, _, scales in tried])

@@ -78,7 +78,7 @@ def random_choices(task: LayerTask) -> list[ScaleChoice]:
         channels = task.weights[group.balance_layers[0] + ".weight"].shape[1]
         spec = fold_of(task, group)
         raw = 4 ** (2 * torch.rand(channels, generator=generator) - 1)
-        choices.append(ScaleChoice(spec.spread(spec.shared(raw)), 0.5, False, 0.0, 0.0))
+        choices.append(ScaleChoice(spec.spread(spec.shared(raw)), 0.5, 0.0, 0.0, 0.0))
     return choices
 
 

@@ -89,31 +89,26 @@ def test_the_loss_is_never_above_plain_rounding(
 
 
 @pytest.mark.parametrize(
-    ("duo", "ratios", "duos"),
-    [(False, [0.0, 0.5, 1.0], {False}), (True, [0.0, 0.0, 0.5, 1.0], {False, True})],
+    ("duo", "exponents"),
+    [
+        (False, [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0)]),
+        (True, [(0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]),
+        ("both", [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]),
+    ],
 )
-def test_candidates_without_and_with_duo_scaling(*, duo: bool, ratios: list[float], duos: set[bool]) -> None:
+def test_candidates_without_and_with_duo_scaling(
+    duo: Literal["both"] | bool, exponents: list[tuple[float, float]]
+) -> None:
     x_mean, w_mean = torch.rand(8) + 0.1, torch.rand(8) + 0.1
     tried = list(candidates(SearchSpec(grid_points=2, duo_scaling=duo), x_mean, w_mean))
-    assert [ratio for ratio, _, _ in tried] == ratios
-    assert {used for _, used, _ in tried} == duos
+    assert [(ratio, weight_ratio) for ratio, weight_ratio, _ in tried] == exponents
     assert torch.equal(tried[0][2], torch.ones(8))
-
-
-def test_both_is_the_union_with_one_identity() -> None:
-    x_mean, w_mean = torch.rand(8) + 0.1, torch.rand(8) + 0.1
-    kinds = {
-        duo: [(r, d) for r, d, _ in candidates(SearchSpec(grid_points=4, duo_scaling=duo), x_mean, w_mean)]
-        for duo in (False, True, "both")
-    }
-    assert kinds["both"] == kinds[False] + kinds[True][1:]
-    assert len(set(kinds["both"])) == len(kinds["both"])
 
 
 def test_candidates_follow_the_formula_of_awq() -> None:
     x_mean, w_mean = torch.rand(8) + 0.1, torch.rand(8) + 0.1
-    for ratio, duo, scales in candidates(SearchSpec(grid_points=4), x_mean, w_mean):
-        raw = x_mean**ratio / (w_mean ** (1 - ratio) if duo else 1)
+    for ratio, weight_ratio, scales in candidates(SearchSpec(grid_points=4), x_mean, w_mean):
+        raw = x_mean**ratio / w_mean**weight_ratio
         torch.testing.assert_close(scales, raw / (raw.max() * raw.min()).sqrt(), rtol=1e-5, atol=0)
 
 
