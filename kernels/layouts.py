@@ -2,7 +2,7 @@
 
 Dense packing puts value i at bits i*b .. i*b+b-1 of one stream of 32-bit words, least significant bit
 first; for 3 bits a value may straddle two words. Sources: AutoAWQ `packing_utils.py` (interleaved nibbles),
-compressed-tensors `pack_quantized` (dense, since October 2025).
+compressed-tensors `pack_quantized` (dense, since October 2025), GPTQ `quant.py` (dense down the columns).
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ WORD_BITS = 32
 # AutoAWQ: nibble k of a word holds output channel AWQ_ORDER[k] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_POSITION = tuple(AWQ_ORDER.index(channel) for channel in range(len(AWQ_ORDER)))
+
+# GPTQ v1 stores zero points less one, and its kernels add it again.
+GPTQ_ZERO_OFFSET = 1
 
 
 def packed_words(values: int, bits: int) -> int:
@@ -73,6 +76,31 @@ def unpack_awq(words: Tensor) -> Tensor:
     position = torch.tensor(AWQ_POSITION, device=words.device)
     nibbles = unpack_rows(words, 4, words.shape[1] * 8)
     return nibbles.view(words.shape[0], -1, 8)[..., position].reshape(nibbles.shape)
+
+
+def pack_gptq(values: Tensor, bits: int) -> Tensor:
+    """uint8 (n, columns) to int32 (ceil(n * bits / 32), columns): dense down each column."""
+    return pack_rows(values.T.contiguous(), bits).T.contiguous()
+
+
+def unpack_gptq(words: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_gptq`: int32 (words, columns) to uint8 (count, columns)."""
+    return unpack_rows(words.T.contiguous(), bits, count).T.contiguous()
+
+
+def pack_gptq_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """uint8 (groups, n) of zero points 1..2^bits-1, to int32 (groups, ceil(n * bits / 32)).
+
+    Raises ValueError for a zero point of 0: less one it has no place in its bits.
+    """
+    if zeros.numel() and int(zeros.min()) < GPTQ_ZERO_OFFSET:
+        raise ValueError("pack_gptq_zeros: a zero point of 0 cannot be stored less one")
+    return pack_rows(zeros - GPTQ_ZERO_OFFSET, bits)
+
+
+def unpack_gptq_zeros(words: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_gptq_zeros`: int32 (groups, words) to uint8 (groups, count)."""
+    return unpack_rows(words, bits, count) + GPTQ_ZERO_OFFSET
 
 
 def to_int32(words: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Symmetric = Annotated[
 ]
 Formats = Annotated[
     list[str] | None,
-    typer.Option("--format", help="awq or compressed-tensors; repeat it for both.", show_default=False),
+    typer.Option("--format", help="awq, gptq or compressed-tensors; may be repeated.", show_default=False),
 ]
 NumSamples = Annotated[int | None, typer.Option(help="Calibration windows.", show_default=False)]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a window.", show_default=False)]

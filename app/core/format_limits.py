@@ -1,6 +1,7 @@
 """What each file format can hold, and the bytes that it takes.
 
-Layouts: AutoAWQ `awq/modules/linear/gemm.py`, compressed-tensors `compressors/pack_quantized`.
+Layouts: AutoAWQ `awq/modules/linear/gemm.py`, compressed-tensors `compressors/pack_quantized`, GPTQ
+`quant.py` as GPTQModel writes it (checkpoint format `gptq`, the first version).
 """
 
 from __future__ import annotations
@@ -40,9 +41,34 @@ def awq_refusal(recipe: Recipe, schemes: set[Scheme]) -> FormatRefusal | None:
     return None
 
 
+def gptq_refusal(recipe: Recipe) -> FormatRefusal | None:
+    """GPTQ v1 stores zero points less one, so 0 has no place; vLLM reads symmetric files only."""
+    if not recipe.symmetric:
+        return FormatRefusal(why="holds symmetric grids only", nearest="symmetric true")
+    return None
+
+
 def format_refusal(name: FormatName, recipe: Recipe, schemes: set[Scheme]) -> FormatRefusal | None:
     """Why `name` can't hold the recipe, or None. compressed-tensors holds every scheme we make."""
-    return awq_refusal(recipe, schemes) if name == "awq" else None
+    if name == "awq":
+        return awq_refusal(recipe, schemes)
+    return gptq_refusal(recipe) if name == "gptq" else None
+
+
+# What out_features and in_features must be multiples of: formats without padding pack whole words.
+SHAPE_MULTIPLES: dict[FormatName, tuple[int, int]] = {
+    "awq": (8, 1), "compressed-tensors": (1, 1), "gptq": (32, 32)
+}  # fmt: skip
+
+
+def shape_refusal(name: FormatName, out_features: int, in_features: int) -> str | None:
+    """Why `name` can't hold a linear of this shape, or None."""
+    out_multiple, in_multiple = SHAPE_MULTIPLES[name]
+    if out_features % out_multiple:
+        return f"out_features={out_features} is not a multiple of {out_multiple}"
+    if in_features % in_multiple:
+        return f"in_features={in_features} is not a multiple of {in_multiple}"
+    return None
 
 
 def words(values: int, bits: int) -> int:
@@ -58,6 +84,9 @@ def packed_bytes(
     if name == "awq":
         scales = 2 * out_features * groups  # always float16
         return 4 * in_features * (out_features // 8) + 4 * groups * (out_features // 8) + scales
+    if name == "gptq":
+        columns = words(in_features, scheme.bits) * out_features + groups * words(out_features, scheme.bits)
+        return 4 * columns + 2 * out_features * groups + 4 * in_features
     scales = weight_bits // 8 * out_features * groups
     zeros = 0 if scheme.symmetric else 4 * words(out_features, scheme.bits) * groups
     return 4 * out_features * words(in_features, scheme.bits) + scales + zeros + 16

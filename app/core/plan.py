@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from app.core.architectures import Architecture, architecture_of
 from app.core.errors import ModelRefused, RecipeUnsupported
-from app.core.format_limits import Scheme, format_refusal, packed_bytes
+from app.core.format_limits import Scheme, format_refusal, packed_bytes, shape_refusal
 from app.core.safetensors_header import DTYPE_BITS, TensorHeader
 from app.core.specs import FormatName, Frozen, JobSpec, Recipe, matches
 
@@ -281,12 +281,11 @@ def refuse_format(
             code="format_cannot_hold_recipe", remedy=f"nearest valid choice: {refusal.nearest}",
             param="formats",
         )  # fmt: skip
-    if name == "awq":
-        for linear in linears:
-            if linear.scheme is not None and linear.out_features % 8:
-                raise RecipeUnsupported(
-                    f"{linear.name}: out_features={linear.out_features} is not a multiple of 8, "
-                    "which the format awq needs",
-                    code="format_cannot_hold_recipe",
-                    remedy="choose the format compressed-tensors, or ignore this linear", param="formats",
-                )  # fmt: skip
+    for linear in linears:
+        why = linear.scheme and shape_refusal(name, linear.out_features, linear.in_features)
+        if why:
+            raise RecipeUnsupported(
+                f"{linear.name}: {why}, which the format {name} needs",
+                code="format_cannot_hold_recipe",
+                remedy="choose the format compressed-tensors, or ignore this linear", param="formats",
+            )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-FormatName = Literal["awq", "compressed-tensors"]
+FormatName = Literal["awq", "compressed-tensors", "gptq"]
 Method = Literal["rtn", "awq", "gptq"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, -1]

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from app.core.format_limits import Scheme
-from workers.formats import awq, compressed_tensors
+from workers.formats import awq, compressed_tensors, gptq
 from workers.modeling.quantized_weight import QuantizedWeight
 
 FROZEN = Path(__file__).with_name("packed.json")
-OUT_FEATURES, IN_FEATURES = 8, 64
+IN_FEATURES = 64
 
 
-def golden_weight(scheme: Scheme) -> QuantizedWeight:
+def golden_weight(scheme: Scheme, out_features: int = 8) -> QuantizedWeight:
     """Integers and scales from plain arithmetic: no generator whose stream may change."""
     groups = scheme.groups(IN_FEATURES)
-    cells = torch.arange(OUT_FEATURES * IN_FEATURES)
-    blocks = torch.arange(OUT_FEATURES * groups)
+    cells = torch.arange(out_features * IN_FEATURES)
+    blocks = torch.arange(out_features * groups)
     zero = torch.full_like(blocks, 2 ** (scheme.bits - 1)) if scheme.symmetric else blocks * 5 + 3
     return QuantizedWeight(
-        (cells * 7 % 61 % 2**scheme.bits).to(torch.uint8).view(OUT_FEATURES, IN_FEATURES),
-        ((blocks + 1) * 2.0**-9).view(OUT_FEATURES, groups),
-        (zero % 2**scheme.bits).to(torch.uint8).view(OUT_FEATURES, groups),
+        (cells * 7 % 61 % 2**scheme.bits).to(torch.uint8).view(out_features, IN_FEATURES),
+        ((blocks + 1) * 2.0**-9).view(out_features, groups),
+        (zero % 2**scheme.bits).to(torch.uint8).view(out_features, groups),
         scheme,
     )
 
@@ -53,6 +53,9 @@ def packed() -> dict[str, dict[str, dict[str, object]]]:
         "compressed-tensors w4 g32": compressed_tensors.tensors(four, torch.bfloat16),
         "compressed-tensors w3 g32 sym": compressed_tensors.tensors(three, torch.bfloat16),
     }
+    for bits in (2, 3, 4, 8):
+        weight = golden_weight(Scheme(bits=bits, group_size=32, symmetric=True), 32)
+        cases[f"gptq w{bits} g32 sym"] = gptq.tensors(weight, torch.bfloat16)
     return {case: {name: entry(value) for name, value in tensors.items()} for case, tensors in cases.items()}
 
 

@@ -17,6 +17,7 @@ from kernels.layouts import pack_awq, unpack_awq
 from workers.modeling.quantized_weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales")
+CONFIG_FILE = None  # nothing beside config.json
 
 
 def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:

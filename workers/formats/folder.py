@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,18 @@ from torch import Tensor
 from app.core.errors import VerificationFailed
 from app.core.plan import CandidatePlan, Plan
 from app.core.specs import FormatName
-from workers.formats import awq, compressed_tensors
+from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.shards import ShardWriter, TensorPlan
 from workers.modeling.checkpoint import DTYPES, Checkpoint
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.layer import LayerResult
 
-FORMATS: dict[FormatName, ModuleType] = {"awq": awq, "compressed-tensors": compressed_tensors}
+FORMATS: dict[FormatName, ModuleType] = {
+    "awq": awq, "compressed-tensors": compressed_tensors, "gptq": gptq
+}  # fmt: skip
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 NOT_COPIED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json")
+DISK_REMEDY = "check the disk, then retry the job; if it happens again, report it"
 
 LoadLayer = Callable[[int], LayerResult]
 
@@ -60,10 +64,13 @@ class FormatFolder:
             for file in sorted(self.source.folder.glob(pattern)):
                 if file.name not in NOT_COPIED:
                     shutil.copyfile(file, self.folder / file.name)
-        config = {
-            **self.source.config, "quantization_config": self.layout.quantization_config(self.candidate)
-        }  # fmt: skip
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        entry = self.layout.quantization_config(self.candidate)
+        self.write_json("config.json", {**self.source.config, "quantization_config": entry})
+        if self.layout.CONFIG_FILE is not None:
+            self.write_json(self.layout.CONFIG_FILE, entry)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
     def linear_of(self, tensor: str) -> str | None:
         """The quantized linear whose weight `tensor` is."""
@@ -108,7 +115,10 @@ class FormatFolder:
                     for suffix in self.layout.SUFFIXES
                     if f"{name}.{suffix}" in stored
                 }
-                quantized[name] = self.layout.weight(parts, plan.scheme)
+                try:
+                    quantized[name] = self.layout.weight(parts, plan.scheme)
+                except ValueError as fault:
+                    raise VerificationFailed(f"{full}: {fault}", remedy=DISK_REMEDY) from fault
         return quantized, stored
 
     def read_weights(self, written: Checkpoint, layer: int) -> dict[str, Tensor]:
@@ -133,7 +143,7 @@ class FormatFolder:
             if wrong:
                 raise VerificationFailed(
                     f"layer {layer}: {wrong[0]} read back from the {self.name} files is not as computed",
-                    remedy="check the disk, then retry the job; if it happens again, report it",
+                    remedy=DISK_REMEDY,
                 )
 
     @property

@@ -13,9 +13,13 @@ from kernels.layouts import (
     AWQ_ORDER,
     AWQ_POSITION,
     pack_awq,
+    pack_gptq,
+    pack_gptq_zeros,
     pack_rows,
     packed_words,
     unpack_awq,
+    unpack_gptq,
+    unpack_gptq_zeros,
     unpack_rows,
 )
 
@@ -100,3 +104,33 @@ def test_awq_comes_back(rows: int, words: int, seed: int) -> None:
     values = torch.randint(0, 16, (rows, 8 * words), generator=torch.Generator().manual_seed(seed))
     values = values.to(torch.uint8)
     assert torch.equal(unpack_awq(pack_awq(values)), values)
+
+
+@given(packings())
+@settings(max_examples=60, deadline=None)
+def test_gptq_is_a_bit_stream_down_each_column(case: tuple[Tensor, int]) -> None:
+    rows, bits = case
+    packed = pack_gptq(rows.T.contiguous(), bits)
+    assert packed.T.tolist() == [bit_stream_words(row, bits) for row in rows.tolist()]
+    assert torch.equal(unpack_gptq(packed, bits, rows.shape[1]), rows.T)
+
+
+@given(packings())
+@settings(max_examples=60, deadline=None)
+def test_gptq_stores_zero_points_less_one(case: tuple[Tensor, int]) -> None:
+    values, bits = case
+    zeros = values.clamp(min=1)
+    packed = pack_gptq_zeros(zeros, bits)
+    assert packed.tolist() == [bit_stream_words([zero - 1 for zero in row], bits) for row in zeros.tolist()]
+    assert torch.equal(unpack_gptq_zeros(packed, bits, zeros.shape[1]), zeros)
+
+
+@pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
+def test_symmetric_zero_points_of_gptq_are_one_word(bits: int, word: int) -> None:
+    zeros = torch.full((1, 32), 2 ** (bits - 1), dtype=torch.uint8)
+    assert set(pack_gptq_zeros(zeros, bits).view(-1).tolist()) == {word}
+
+
+def test_a_zero_point_of_zero_is_refused_by_gptq() -> None:
+    with pytest.raises(ValueError, match="zero point of 0"):
+        pack_gptq_zeros(torch.tensor([[3, 0, 1]], dtype=torch.uint8), 4)

@@ -10,12 +10,17 @@ from torch import Tensor
 
 from app.core.format_limits import Scheme
 from tests.golden.make_packed import FROZEN, golden_weight, packed
-from workers.formats import awq, compressed_tensors
+from workers.formats import awq, compressed_tensors, gptq
 
 CASES = {
     "awq w4 g32": (awq, Scheme(bits=4, group_size=32, symmetric=False)),
     "compressed-tensors w4 g32": (compressed_tensors, Scheme(bits=4, group_size=32, symmetric=False)),
     "compressed-tensors w3 g32 sym": (compressed_tensors, Scheme(bits=3, group_size=32, symmetric=True)),
+}
+
+
+CASES |= {
+    f"gptq w{bits} g32 sym": (gptq, Scheme(bits=bits, group_size=32, symmetric=True)) for bits in (2, 3, 4, 8)
 }
 
 
@@ -36,7 +41,8 @@ def test_what_is_written_has_not_changed() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_frozen_bytes_are_read(case: str) -> None:
     layout, scheme = CASES[case]
-    assert layout.weight(frozen_tensors(case), scheme).equals(golden_weight(scheme))
+    expected = golden_weight(scheme, 32 if layout is gptq else 8)
+    assert layout.weight(frozen_tensors(case), scheme).equals(expected)
 
 
 def test_words_worked_out_by_hand() -> None:
@@ -47,3 +53,5 @@ def test_words_worked_out_by_hand() -> None:
     first = four.q[:, 0].tolist()  # the eight channels of AWQ's first word
     word = sum(first[channel] << (4 * place) for place, channel in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
     assert int(frozen_tensors("awq w4 g32")["qweight"][0, 0]) & 0xFFFFFFFF == word
+    assert int(frozen_tensors("gptq w4 g32 sym")["qweight"][0, 0]) == 0x1A3C5E70
+    assert int(frozen_tensors("gptq w4 g32 sym")["qzeros"][0, 0]) == 0x77777777

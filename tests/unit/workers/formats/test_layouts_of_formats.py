@@ -11,10 +11,11 @@ from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQCon
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from app.core.format_limits import Scheme, packed_bytes
 from app.core.specs import FormatName
-from workers.formats import awq, compressed_tensors
+from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.folder import FORMATS
 from workers.modeling.quantized_weight import QuantizedWeight
 
@@ -50,6 +51,15 @@ def awq_weights(draw: st.DrawFn) -> QuantizedWeight:
     return random_weight(scheme, 8 * draw(st.integers(1, 5)), columns, draw(st.integers(0, 10**6)))
 
 
+@st.composite
+def gptq_weights(draw: st.DrawFn) -> QuantizedWeight:
+    scheme = Scheme(
+        bits=draw(st.sampled_from([2, 3, 4, 8])), group_size=draw(st.sampled_from([32, 64, 128, -1])), symmetric=True
+    )  # fmt: skip
+    columns = (32 if scheme.group_size == -1 else scheme.group_size) * draw(st.integers(1, 3))
+    return random_weight(scheme, 32 * draw(st.integers(1, 2)), columns, draw(st.integers(0, 10**6)))
+
+
 def check_round_trip(layout: ModuleType, weight: QuantizedWeight, dtype: torch.dtype) -> None:
     stored = layout.tensors(weight, dtype)
     assert layout.weight(stored, weight.scheme).equals(weight)
@@ -68,6 +78,46 @@ def test_compressed_tensors_come_back(weight: QuantizedWeight, dtype: torch.dtyp
 @settings(max_examples=40, deadline=None)
 def test_awq_comes_back(weight: QuantizedWeight, dtype: torch.dtype) -> None:
     check_round_trip(awq, weight, dtype)
+
+
+@given(gptq_weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_gptq_comes_back(weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    check_round_trip(gptq, weight, dtype)
+
+
+def field(words: list[int], index: int, bits: int) -> int:
+    """Value `index` of a row of words, read as one long integer."""
+    stream = sum((word & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(words))
+    return (stream >> (bits * index)) & (2**bits - 1)
+
+
+def weight_of_gptq(stored: dict[str, Tensor], bits: int) -> list[list[float]]:
+    """(in, out): what the published note on GPTQ's first version says, entry by entry."""
+    columns, zeros = stored["qweight"].T.tolist(), stored["qzeros"].tolist()
+    scales, groups = stored["scales"].tolist(), stored["g_idx"].tolist()
+    return [
+        [
+            (field(columns[out], row, bits) - (field(zeros[group], out, bits) + 1)) * scales[group][out]
+            for out in range(len(columns))
+        ]
+        for row, group in enumerate(groups)
+    ]
+
+
+@given(gptq_weights())
+@settings(max_examples=8, deadline=None)
+def test_an_obvious_reader_of_gptq_reads_the_same_weight(weight: QuantizedWeight) -> None:
+    stored = gptq.tensors(weight, torch.bfloat16)
+    assert weight_of_gptq(stored, weight.scheme.bits) == weight.dequantize().T.tolist()
+
+
+def test_gptq_channels_out_of_order_are_refused() -> None:
+    scheme = Scheme(bits=4, group_size=32, symmetric=True)
+    stored = gptq.tensors(random_weight(scheme, 32, 64, 0), torch.float16)
+    stored["g_idx"] = stored["g_idx"].flip(0)
+    with pytest.raises(ValueError, match="consecutive groups"):
+        gptq.weight(stored, scheme)
 
 
 @given(packed_weights())
@@ -106,10 +156,12 @@ def test_planned_bytes_are_the_tensors_bytes(
     bits: int, group_size: int, dtype: torch.dtype, *, symmetric: bool
 ) -> None:
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
-    weight = random_weight(scheme, 24, 96, 0)
+    weight = random_weight(scheme, 64, 96, 0)
     names: list[FormatName] = ["compressed-tensors"]
     if bits == 4 and not symmetric and group_size > 0:
         names.append("awq")
+    if symmetric:
+        names.append("gptq")
     for name in names:
         written = sum(value.nbytes for value in FORMATS[name].tensors(weight, dtype).values())
-        assert packed_bytes(name, scheme, 24, 96, weight_bits=8 * dtype.itemsize) == written
+        assert packed_bytes(name, scheme, 64, 96, weight_bits=8 * dtype.itemsize) == written

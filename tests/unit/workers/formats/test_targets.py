@@ -1,0 +1,61 @@
+"""Patterns of module names: few, and matching exactly what is meant."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.formats.targets import compact_patterns, exact, matched
+
+DENSE = [f"model.layers.{layer}.{name}" for layer in range(12) for name in (
+    "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj",
+)]  # fmt: skip
+EXPERTS = [
+    f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+    for layer in range(3)
+    for expert in range(11)
+    for name in ("up_proj", "down_proj")
+]
+
+
+def test_one_linear_of_all_layers_is_one_pattern() -> None:
+    wanted = [name for name in DENSE if name.endswith("down_proj")]
+    assert compact_patterns(wanted, DENSE) == [r"^model\.layers\.\d+\.mlp\.down_proj$"]
+
+
+def test_some_layers_are_listed() -> None:
+    wanted = ["model.layers.1.mlp.down_proj", "model.layers.11.mlp.down_proj", "model.layers.3.mlp.gate_proj"]
+    assert compact_patterns(wanted, DENSE) == [
+        r"^model\.layers\.(1|11)\.mlp\.down_proj$", r"^model\.layers\.3\.mlp\.gate_proj$"
+    ]  # fmt: skip
+
+
+def test_all_experts_of_some_layers_are_one_pattern() -> None:
+    wanted = [name for name in EXPERTS if name.endswith("up_proj") and ".layers.2." in name]
+    assert compact_patterns(wanted, EXPERTS) == [r"^model\.layers\.2\.mlp\.experts\.\d+\.up_proj$"]
+
+
+def test_numbers_without_a_rule_are_named_one_by_one() -> None:
+    wanted = ["model.layers.0.mlp.experts.1.up_proj", "model.layers.1.mlp.experts.0.up_proj"]
+    assert compact_patterns(wanted, EXPERTS) == [exact(name) for name in wanted]
+
+
+def test_names_without_numbers_and_dots_that_are_not_any_character() -> None:
+    names = ["lm_head", "lm_headx", "a.b", "aXb"]
+    assert compact_patterns(["lm_head", "a.b"], names) == ["^lm_head$", r"^a\.b$"]
+
+
+@given(st.sampled_from([DENSE, EXPERTS, DENSE + EXPERTS]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_patterns_match_what_is_meant_and_nothing_else(names: list[str], data: st.DataObject) -> None:
+    wanted = data.draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names)))
+    patterns = compact_patterns(wanted, names)
+    assert matched(patterns, names) == set(wanted)
+    assert len(patterns) <= len(wanted)
+
+
+@given(st.sets(st.integers(0, 11), min_size=1), st.sets(st.integers(0, 3), min_size=1))
+@settings(max_examples=40, deadline=None)
+def test_whole_layers_need_one_pattern_for_each_kind_of_linear(layers: set[int], kinds: set[int]) -> None:
+    wanted = [DENSE[4 * layer + kind] for layer in sorted(layers) for kind in sorted(kinds)]
+    assert len(compact_patterns(wanted, DENSE)) == len(kinds)

@@ -1,0 +1,115 @@
+"""The GPTQ layout, first version: qweight packed down the input channels, zero points less one.
+
+A linear of `in` x `out` gives qweight int32 (in * bits / 32, out), qzeros int32 (in/group, out * bits / 32),
+scales float16 (in/group, out) and g_idx int32 (in), the group of each input channel. Source: GPTQModel
+`nn_modules/qlinear`, where the first version is the checkpoint format `gptq`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.core.format_limits import Scheme
+from app.core.plan import CandidatePlan
+from kernels.layouts import pack_gptq, pack_gptq_zeros, packed_words, unpack_gptq, unpack_gptq_zeros
+from workers.formats.targets import compact_patterns
+from workers.modeling.quantized_weight import QuantizedWeight
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+CONFIG_FILE = "quantize_config.json"  # GPTQ's own place for what is in config.json too
+
+# vLLM looks up the fused matrix by its own name, which is none of the checkpoint's.
+FUSED_NAMES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+               "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
+
+
+def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one linear; `dtype` of the model is not used: scales are always float16 here."""
+    bits = weight.scheme.bits
+    return {
+        "qweight": pack_gptq(weight.q.T.contiguous(), bits),
+        "qzeros": pack_gptq_zeros(weight.zero.T.contiguous(), bits),
+        "scales": weight.scale.T.to(torch.float16).contiguous(),
+        "g_idx": group_of_channels(weight.scheme, weight.shape[1]).to(weight.q.device),
+    }
+
+
+def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of `tensors`. Raises ValueError if the channels are not grouped in their order."""
+    in_features, out_features = stored["g_idx"].shape[0], stored["scales"].shape[1]
+    if not torch.equal(stored["g_idx"], group_of_channels(scheme, in_features).to(stored["g_idx"].device)):
+        raise ValueError("g_idx does not name consecutive groups")
+    return QuantizedWeight(
+        unpack_gptq(stored["qweight"], scheme.bits, in_features).T.contiguous(),
+        stored["scales"].T.to(torch.float32).contiguous(),
+        unpack_gptq_zeros(stored["qzeros"], scheme.bits, out_features).T.contiguous(),
+        scheme,
+    )
+
+
+def group_of_channels(scheme: Scheme, in_features: int) -> Tensor:
+    group_size = in_features if scheme.group_size == -1 else scheme.group_size
+    return torch.arange(in_features, dtype=torch.int32) // group_size
+
+
+def shapes(
+    out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a linear."""
+    groups = scheme.groups(in_features)
+    return {
+        "qweight": ((packed_words(in_features, scheme.bits), out_features), torch.int32),
+        "qzeros": ((groups, packed_words(out_features, scheme.bits)), torch.int32),
+        "scales": ((groups, out_features), torch.float16),
+        "g_idx": ((in_features,), torch.int32),
+    }
+
+
+def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
+    """The entry of config.json: the scheme of most linears, and `dynamic` for the others."""
+    schemes = Counter(linear.scheme for linear in candidate.linears if linear.scheme is not None)
+    base = schemes.most_common(1)[0][0]
+    dynamic = dynamic_rules(candidate, base)
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": base.bits,
+        "group_size": base.group_size,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        **({"dynamic": dynamic} if dynamic else {}),
+        "meta": {"quantizer": [f"nibble:{version('nibble')}"]},
+    }
+
+
+def dynamic_rules(candidate: CandidatePlan, base: Scheme) -> dict[str, dict[str, int]]:
+    """GPTQModel's rules by name: `-:` keeps a linear's precision, `+:` gives it another scheme."""
+    schemes = dict.fromkeys(linear.scheme for linear in candidate.linears)
+    # A fused name has the scheme of its parts: sets that servers fuse share one.
+    fused = [fused_name(linear.name) for linear in candidate.linears]
+    every = dict.fromkeys([linear.name for linear in candidate.linears] + [name for name in fused if name])
+    rules: dict[str, dict[str, int]] = {}
+    for scheme in schemes:
+        if scheme == base:
+            continue
+        names = [linear.name for linear in candidate.linears if linear.scheme == scheme]
+        names += dict.fromkeys(name for name in map(fused_name, names) if name)
+        for pattern in compact_patterns(names, every):
+            if scheme is None:
+                rules["-:" + pattern] = {}
+            else:
+                rules["+:" + pattern] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    return rules
+
+
+def fused_name(name: str) -> str | None:
+    """The name that vLLM gives to the matrix of which the linear becomes a part."""
+    parent, _, leaf = name.rpartition(".")
+    return f"{parent}.{FUSED_NAMES[leaf]}" if leaf in FUSED_NAMES else None
