@@ -108,6 +108,12 @@ def plan_notes(
                 f"recipe {index}: transformers cannot open compressed-tensors files of several asymmetric "
                 "schemes; leave out the overrides or set symmetric to true if it has to"
             )
+        narrow = sorted({scheme.bits for scheme in schemes} - {4, 8})
+        if "gptq" in spec.formats and narrow:
+            yield (
+                f"recipe {index}: GPTQModel opens gptq files of {' and '.join(map(str, narrow))} bits, vLLM "
+                "opens those of 4 and 8 bits"
+            )
 
 
 def positive_integer(config: dict[str, object], key: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.entrypoints.convert.converters.ct_dequantizer import CompressedTensorsDequantizer
+from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from app.core.specs import Override, Recipe, SearchSpec
+from kernels.layouts import packed_words
 from tests.tiny_models import MODEL_TYPES, EngineRun, random_model, save_model, some_tokens, tiny_spec
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
@@ -29,6 +32,9 @@ def recipe(**changes: object) -> Recipe:
 
 
 EIGHT = Override(match="down_proj", bits=8, group_size=64)
+THREE = Override(match=r"re:.*[.]1[.]mlp[.](gate|up)_proj", bits=3)
+WHOLE = Override(match="o_proj", group_size=-1)
+MIXED = (EIGHT, THREE, WHOLE)
 
 # name: (model type, changes of the model, recipe)
 CASES = {
@@ -48,6 +54,7 @@ CASES = {
     "qwen3 awq+gptq w4": ("qwen3", {}, recipe(rounding="gptq")),
     "llama kept linears": ("llama", {}, recipe(ignore=("down_proj", "re:.*[.]1[.]self_attn[.].*"))),
     "llama mixed sym": ("llama", {}, recipe(symmetric=True, overrides=(EIGHT,))),
+    "qwen3 four schemes sym": ("qwen3", {}, recipe(symmetric=True, bits=2, overrides=MIXED)),
 }  # fmt: skip
 
 
@@ -91,9 +98,7 @@ def test_transformers_opens_what_was_evaluated(tmp_path: Path, name: str) -> Non
     run = engine_run(tmp_path, name)
     loaded = opened(run.folder("compressed-tensors"))
     expected = dequantized_model(run, "compressed-tensors")
-    tokens = some_tokens(2, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, expected(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert_same_logits(loaded, expected)
     report = run.report
     windows = run.pipeline.read_texts()[1].tokens
     assert perplexity(loaded, windows) == pytest.approx(report.candidates[0].perplexity, rel=1e-5)
@@ -104,22 +109,81 @@ def test_transformers_opens_what_was_evaluated(tmp_path: Path, name: str) -> Non
     assert report.candidates[0].kl > 0
 
 
-@pytest.mark.parametrize(
-    "override", [EIGHT, Override(match="down_proj", bits=8), Override(match="down_proj", group_size=64)]
-)
-def test_several_asymmetric_schemes(tmp_path: Path, override: Override) -> None:
+SEVERAL = {
+    "both": (EIGHT,),
+    "bits": (Override(match="down_proj", bits=8),),
+    "groups": (Override(match="down_proj", group_size=64),),
+    "four schemes": MIXED,
+}
+
+
+def compress_with_packed_zero_points(
+    compress: Callable[..., dict[str, Tensor]],
+) -> Callable[..., dict[str, Tensor]]:
+    """compressed-tensors' `compress` without its fault: for modules without weights it leaves the zero points
+    at one integer per group and row, where files have them packed."""
+
+    def fixed(state: dict[str, Tensor], scheme: QuantizationScheme) -> dict[str, Tensor]:
+        compressed = compress(state, scheme)
+        if state["weight"].is_meta and "weight_zero_point" in compressed:
+            assert scheme.weights is not None
+            rows, *groups = state["weight_zero_point"].shape
+            packed = (packed_words(rows, scheme.weights.num_bits), *groups)
+            compressed["weight_zero_point"] = torch.empty(packed, dtype=torch.int32, device="meta")
+        return compressed
+
+    return fixed
+
+
+@pytest.mark.parametrize("overrides", SEVERAL.values(), ids=SEVERAL)
+def test_several_asymmetric_schemes(
+    tmp_path: Path, overrides: tuple[Override, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """compressed-tensors reads them; transformers can't, and must say so instead of giving other weights."""
     model = save_model(random_model("llama"), tmp_path / "model")
-    run = EngineRun(tiny_spec(recipe(overrides=(override,))), model, tmp_path / "work")
+    run = EngineRun(tiny_spec(recipe(overrides=overrides)), model, tmp_path / "work")
     folder = run.folder("compressed-tensors")
     reader = CompressedTensorsDequantizer(folder, dtype=torch.float32)
     read = reader.process(load_file(folder / "model.safetensors"))
-    expected = dequantized_model(run, "compressed-tensors").state_dict()
+    dense = dequantized_model(run, "compressed-tensors")
+    expected = dense.state_dict()
     assert read.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in read.items())
     with pytest.raises(RuntimeError):
         opened(folder)
     assert any("several asymmetric schemes" in note for note in run.report.notes)
+    compress = PackedQuantizationCompressor.compress
+    monkeypatch.setattr(PackedQuantizationCompressor, "compress", compress_with_packed_zero_points(compress))
+    assert_same_logits(opened(folder), dense)
+
+
+def assert_same_logits(model: PreTrainedModel, expected: PreTrainedModel) -> None:
+    tokens = some_tokens(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, expected(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+GPTQ_CASES = {
+    "llama w4": ("llama", recipe(symmetric=True)),
+    "mistral w3 channel": ("mistral", recipe(symmetric=True, bits=3, group_size=-1)),
+    "qwen2 w8 bf16": ("qwen2", recipe(symmetric=True, bits=8)),
+    "qwen3 w2 mixed": ("qwen3", recipe(symmetric=True, bits=2, ignore=("o_proj",), overrides=(EIGHT, THREE))),
+}
+
+
+@pytest.mark.parametrize("name", GPTQ_CASES)
+def test_gptq_files_hold_the_weights_of_the_compressed_tensors_files(tmp_path: Path, name: str) -> None:
+    """What transformers computes with the compressed-tensors files is what is in the GPTQ files."""
+    model_type, chosen = GPTQ_CASES[name]
+    dtype = torch.bfloat16 if "bf16" in name else torch.float32
+    model = save_model(random_model(model_type, dtype), tmp_path / "model")
+    spec = tiny_spec(chosen, formats=("gptq", "compressed-tensors"))
+    run = EngineRun(spec, model, tmp_path / "work")
+    gptq, own = (dequantized_model(run, name) for name in spec.formats)
+    for key, value in gptq.state_dict().items():
+        assert torch.equal(value, own.state_dict()[key]), key
+    if dtype == torch.float32:  # else compressed-tensors rounds products to the dtype of the scales
+        assert_same_logits(opened(run.folder("compressed-tensors")), gptq)
 
 
 @pytest.mark.parametrize("name", ["llama w4 g32", "qwen2 w4 g32", "mistral w4 g64", "qwen3 w4 g32 tied"])

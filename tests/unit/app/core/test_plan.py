@@ -123,6 +123,15 @@ def test_files_that_transformers_cannot_open_are_noted(*, symmetric: bool, noted
     assert all("several asymmetric schemes" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize(
+    ("formats", "bits", "noted"), [(("gptq",), 3, 1), (("gptq",), 8, 0), (("compressed-tensors",), 3, 0)]
+)
+def test_what_few_servers_open_is_noted(formats: tuple[str, ...], bits: int, noted: int) -> None:
+    notes = planned(asked(*formats, bits=bits, symmetric=True)).notes
+    assert [note for note in notes if "vLLM opens those of 4 and 8 bits" in note] == list(notes)
+    assert len(notes) == noted
+
+
 def test_bits_per_weight_count_scales_and_zero_points() -> None:
     assert planned(asked("awq")).candidates[0].bits_per_weight == pytest.approx(4 + 20 / 64)
     whole_rows = planned(asked(group_size=-1, symmetric=True, bits=8)).candidates[0]
@@ -139,6 +148,17 @@ def test_predicted_sizes_are_the_written_ones(tmp_path: Path, dtype: torch.dtype
     )
     run = EngineRun(tiny_spec(recipes, formats=("awq", "compressed-tensors")), model, tmp_path / "work")
     check_sizes(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_predicted_sizes_of_gptq_are_the_written_ones(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = save_model(random_model("qwen2", dtype), tmp_path / "model")
+    eight = Override(match="down_proj", bits=8, group_size=64)
+    recipes = (
+        Recipe(bits=3, group_size=-1, symmetric=True, method="rtn"),
+        Recipe(bits=2, group_size=32, symmetric=True, method="rtn", overrides=(eight,)),
+    )
+    check_sizes(EngineRun(tiny_spec(recipes, formats=("gptq", "compressed-tensors")), model, tmp_path / "w"))
 
 
 @pytest.mark.parametrize("recipe", [
@@ -252,6 +272,43 @@ def test_what_awq_cannot_hold_is_refused_with_the_nearest(recipe: dict[str, Any]
     assert error.param == "formats"
     assert nearest in error.remedy
     planned(asked("compressed-tensors", **recipe))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_is_symmetric(bits: int) -> None:
+    error = refused(RecipeUnsupported, asked("compressed-tensors", "gptq", bits=bits))
+    assert error.code == "format_cannot_hold_recipe"
+    assert error.param == "formats"
+    assert "gptq holds symmetric grids only" in error.message
+    assert error.remedy == "nearest valid choice: symmetric true"
+    planned(asked("compressed-tensors", "gptq", bits=bits, symmetric=True))
+
+
+def test_gptq_holds_several_schemes() -> None:
+    override = {"match": "down_proj", "bits": 8, "group_size": -1}
+    assert planned(asked("gptq", symmetric=True, overrides=[override])).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [((328, 192), "out_features=328 is not a multiple of 32"), ((320, 200), "in_features=200 is not a mul")],
+)
+def test_gptq_needs_rows_and_columns_in_thirty_twos(shape: tuple[int, int], why: str) -> None:
+    headers = tensors(**{"model.layers.1.mlp.up_proj.weight": header(shape)})
+    recipe = {"symmetric": True, "group_size": -1}
+    with pytest.raises(RecipeUnsupported, match=why) as refusal:
+        plan_job(asked("gptq", **recipe), CONFIG, headers)
+    assert refusal.value.code == "format_cannot_hold_recipe"
+    assert "compressed-tensors" in refusal.value.remedy
+    kept = {"ignore": [r"re:.*\.1\.mlp\.(gate|up)_proj"], **recipe}
+    plan_job(asked("gptq", **kept), CONFIG, headers)
+    plan_job(asked(**recipe), CONFIG, headers)
+
+
+def test_a_recipe_that_suits_no_two_formats_is_refused() -> None:
+    for symmetric, format_name in ((True, "awq"), (False, "gptq")):
+        error = refused(RecipeUnsupported, asked("awq", "gptq", symmetric=symmetric))
+        assert f"the format {format_name} " in error.message
 
 
 def test_awq_needs_rows_in_eights() -> None:

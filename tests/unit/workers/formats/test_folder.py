@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,14 @@ from safetensors.torch import load_file
 
 from app.core.errors import NibbleError, VerificationFailed
 from app.core.safetensors_header import TensorHeader
-from app.core.specs import Recipe
+from app.core.specs import Override, Recipe
 from tests.tiny_models import TOKENIZER, EngineRun, random_model, save_model, tiny_spec
 from workers.formats.folder import FormatFolder
 from workers.layer_checkpoints import LayerCheckpoints
 from workers.modeling.checkpoint import Checkpoint
 from workers.quantization.layer import LayerResult
 
-FORMATS = ("awq", "compressed-tensors")
+FORMATS = ("awq", "compressed-tensors", "gptq")
 RECIPE = Recipe(group_size=32, ignore=("lm_head", r"re:.*layers\.1\.mlp\.down_proj"))
 
 
@@ -47,12 +48,26 @@ class Written:
         file.write_bytes(content)
 
 
-@pytest.fixture
-def engine_run(tmp_path: Path) -> EngineRun:
-    model = save_model(random_model("qwen2", torch.bfloat16), tmp_path / "model")
+def engine_run_of(folder: Path, formats: tuple[str, ...], recipe: Recipe) -> EngineRun:
+    model = save_model(random_model("qwen2", torch.bfloat16), folder / "model")
     (model / "quant_config.json").write_text('{"w_bit": 3}')
+    (model / "quantize_config.json").write_text('{"bits": 3}')
     (model / "merges.txt").write_text("a b\n")
-    return EngineRun(tiny_spec(RECIPE, formats=FORMATS), model, tmp_path / "work")
+    return EngineRun(tiny_spec(recipe, formats=formats), model, folder / "work")
+
+
+@pytest.fixture
+def name() -> str:
+    return "awq"
+
+
+@pytest.fixture
+def engine_run(tmp_path: Path, name: str) -> EngineRun:
+    """A run that makes the format `name`, which most tests vary."""
+    if name == "gptq":
+        symmetric = RECIPE.model_copy(update={"symmetric": True})
+        return engine_run_of(tmp_path, ("gptq", "compressed-tensors"), symmetric)
+    return engine_run_of(tmp_path, ("awq", "compressed-tensors"), RECIPE)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -103,6 +118,7 @@ def test_the_folder_has_all_that_a_loader_needs(engine_run: EngineRun, name: str
     assert {file.name for file in folder.iterdir()} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "merges.txt", "model.safetensors",
+        *(["quantize_config.json"] if name == "gptq" else []),
     }  # fmt: skip
     assert (folder / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
     source = engine_run.pipeline.checkpoint.folder
@@ -123,6 +139,39 @@ def test_the_awq_entry(engine_run: EngineRun) -> None:
         "group_size": 32,
         "zero_point": True,
         "modules_to_not_convert": ["model.layers.1.mlp.down_proj", "lm_head"],
+    }
+
+
+def test_the_gptq_entry_is_in_two_files(tmp_path: Path) -> None:
+    recipe = Recipe(
+        group_size=32,
+        symmetric=True,
+        ignore=(r"re:.*\.0\.self_attn\.o_proj",),
+        overrides=(
+            Override(match="mlp.down_proj", bits=8, group_size=64),
+            Override(match=r"re:.*\.1\.mlp\.(gate|up)_proj", bits=3),
+        ),
+    )
+    folder = engine_run_of(tmp_path, ("gptq",), recipe).folder("gptq")
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert json.loads((folder / "quantize_config.json").read_text()) == entry
+    assert entry == {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "dynamic": {
+            r"-:^model\.layers\.0\.self_attn\.o_proj$": {},
+            r"+:^model\.layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": 64},
+            r"+:^model\.layers\.1\.mlp\.gate_proj$": {"bits": 3, "group_size": 32},
+            r"+:^model\.layers\.1\.mlp\.up_proj$": {"bits": 3, "group_size": 32},
+            r"+:^model\.layers\.1\.mlp\.gate_up_proj$": {"bits": 3, "group_size": 32},
+        },
+        "meta": {"quantizer": [f"nibble:{version('nibble')}"]},
     }
 
 

@@ -53,9 +53,8 @@ def awq_weights(draw: st.DrawFn) -> QuantizedWeight:
 
 @st.composite
 def gptq_weights(draw: st.DrawFn) -> QuantizedWeight:
-    scheme = Scheme(
-        bits=draw(st.sampled_from([2, 3, 4, 8])), group_size=draw(st.sampled_from([32, 64, 128, -1])), symmetric=True
-    )  # fmt: skip
+    bits, group_size = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([32, 64, 128, -1]))
+    scheme = Scheme(bits=bits, group_size=group_size, symmetric=True)
     columns = (32 if scheme.group_size == -1 else scheme.group_size) * draw(st.integers(1, 3))
     return random_weight(scheme, 32 * draw(st.integers(1, 2)), columns, draw(st.integers(0, 10**6)))
 
