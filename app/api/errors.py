@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -38,8 +37,6 @@ HEADERS: dict[int, dict[str, str]] = {
 PROBLEM_TYPE = "application/problem+json"
 # Of a union's branches pydantic reports each; these types say only that a branch has another shape.
 SHAPE_ERRORS = frozenset({"tuple_type", "model_type", "model_attributes_type"})
-# How pydantic names the branches of our unions (`recipe`, `duo_scaling`) in an error's path.
-BRANCH = re.compile(r"Recipe$|bool$|(tuple|literal)\[")
 
 
 class FieldProblem(BaseModel):
@@ -96,17 +93,11 @@ def problem(
 def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
     """Pydantic's findings with the path of the field that a caller wrote."""
     problems = [
-        FieldProblem(path=field_path(finding["loc"]), message=finding["msg"], code=finding["type"])
+        FieldProblem(path=errors.field_path(finding["loc"][1:]), message=finding["msg"], code=finding["type"])
         for finding in found
     ]
     telling = [problem for problem in problems if problem.code not in SHAPE_ERRORS]
     return telling or problems
-
-
-def field_path(location: Sequence[str | int]) -> str:
-    """`recipe.bits` of `("body", "recipe", "Recipe", "bits")`."""
-    parts = [str(part) for part in location[1:] if isinstance(part, int) or not BRANCH.match(part)]
-    return ".".join(parts)
 
 
 def on_nibble_error(request: Request, error: Exception) -> JSONResponse:

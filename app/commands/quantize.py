@@ -20,7 +20,7 @@ from app.commands.doctor import gpu_names
 from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, stderr, stdout
-from app.core.errors import InvalidRequest, JobFault
+from app.core.errors import InvalidRequest, JobFault, field_path
 from app.core.job import Progress
 from app.core.specs import JobSpec, TextSpec
 
@@ -116,7 +116,7 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
         return JobSpec.model_validate(body)
     except ValidationError as fault:
         first = fault.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = field_path(first["loc"])
         raise InvalidRequest(f"{place}: {first['msg']}", remedy="correct this field", param=place) from fault
 
 

@@ -25,6 +25,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
+# How pydantic names the branches of our unions (`recipe`, `duo_scaling`) in an error's path.
+BRANCH = re.compile(r"Recipe$|bool$|(tuple|literal|function-\w+)\[")
+
+
+def field_path(location: Sequence[str | int]) -> str:
+    """`recipe.bits` of `("recipe", "Recipe", "bits")`, which is where pydantic found a fault."""
+    parts = [str(part) for part in location if isinstance(part, int) or not BRANCH.match(part)]
+    return ".".join(parts)
+
 
 class NibbleError(Exception):
     """An error with a stable code and a remedy."""

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from app.api.errors import STATUS, field_path, field_problems, problem, status_of
+from app.api.errors import STATUS, field_problems, problem, status_of
 from app.core import errors
 from app.core.specs import JobSpec
 
@@ -40,8 +40,8 @@ def test_a_problem_says_what_and_what_to_do() -> None:
 
 
 def test_a_fields_path_has_no_names_of_branches() -> None:
-    location = ("body", "recipe", "tuple[Recipe, ...]", 1, "search", "duo_scaling", "literal['both']")
-    assert field_path(location) == "recipe.1.search.duo_scaling"
+    location = ("recipe", "tuple[Recipe, ...]", 1, "search", "duo_scaling", "literal['both']")
+    assert errors.field_path(location) == "recipe.1.search.duo_scaling"
 
 
 @pytest.mark.parametrize(
