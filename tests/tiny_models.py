@@ -7,17 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from app.core.assignment import Assignment, Finished, ProgressMessage
@@ -29,11 +19,18 @@ TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
 TEXTS = TOKENIZER.parent.parent / "workers" / "texts" / "builtin" / "wikitext2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, **ALTERNATING}
+OTHER_MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3": ("gemma3_text", GEMMA),
+    "phi3": ("phi3", {}),
+    "phi3 without grouped heads": ("phi3", {"num_key_value_heads": 4}),
+    "cohere": ("cohere", {"use_qk_norm": True}),
+    "opt": ("opt", {"ffn_dim": 128}),
+    "opt with gelu": ("opt", {"ffn_dim": 128, "activation_function": "gelu", "word_embed_proj_dim": 32}),
+    "gpt-neox": ("gpt_neox", {}),
+    "gpt-neox in sequence": ("gpt_neox", {"use_parallel_residual": False}),
 }
 SHAPE = {
     "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -44,18 +41,19 @@ SHAPE = {
 
 def random_model(model_type: str, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     """A model whose norms, biases and weights are all random: no tensor is a neutral element."""
-    config_class, model_class = CLASSES[model_type]
     generator = torch.Generator().manual_seed(7)
-    model = model_class(config_class(**{**SHAPE, **changes})).eval()
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    gemma = model_type.startswith("gemma")  # its norms add one, its embedding is multiplied by sqrt(hidden)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.copy_((0 if gemma else 1) + 0.2 * noise)
             elif name.endswith(".bias"):
                 parameter.copy_(0.1 * noise)
-            elif "embed_tokens" in name:
-                parameter.copy_(noise)
+            elif "embed" in name:
+                parameter.copy_(noise / (8 if gemma else 1))
             else:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
     return model.to(dtype)

@@ -14,6 +14,7 @@ from app.core.plan import CandidatePlan, Plan
 from app.core.report import LayerReport, LinearReport
 from workers.modeling.checkpoint import Checkpoint
 from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
+from workers.quantization.folding import Heads
 from workers.quantization.layer import LayerResult, LayerTask, quantize_layer
 from workers.statistics_store import LayerStatistics
 
@@ -57,13 +58,11 @@ class LayerSolver:
             for linear in candidate.linears
             if linear.name.startswith(prefix) and linear.scheme is not None
         }
-        config = self.checkpoint.config
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         return LayerTask(
-            self.plan.architecture,
+            self.plan.architecture.at(calibrated.layer),
             candidate.recipe,
             schemes,
-            head_dim,
+            Heads.of(self.checkpoint.config),
             calibrated.weights,
             calibrated.statistics.groups,
             self.weight_dtype,

@@ -146,7 +146,8 @@ class Pipeline:
         full = {name: value.to(self.device, torch.float32) for name, value in weights.items()}
         prefix = self.plan.architecture.layer_prefix(layer)
         self.histograms += [
-            weight_histogram(prefix + name, full[name + ".weight"]) for name in self.plan.architecture.linears
+            weight_histogram(prefix + name, full[name + ".weight"])
+            for name in self.plan.architecture.at(layer).linears
         ]
         return CalibratedLayer(layer, full, LayerStatistics(groups, (probe[0], probe[1])))
 

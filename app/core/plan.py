@@ -40,6 +40,7 @@ class CandidatePlan(Frozen):
     label: str
     recipe: Recipe
     linears: tuple[LinearPlan, ...]
+    full_precision: tuple[str, ...] = ("lm_head",)  # modules that no recipe quantizes, for loaders to know
     output_bytes: dict[FormatName, int]
     bits_per_weight: float  # over the quantized linears, scales and zero points included
 
@@ -132,7 +133,7 @@ def linear_shapes(
     """(out_features, in_features) of every linear by full name, in the order of data."""
     shapes = {}
     for layer in range(num_layers):
-        for linear in architecture.linears:
+        for linear in architecture.at(layer).linears:
             name = architecture.layer_prefix(layer) + linear
             tensor = tensors.get(name + ".weight")
             if tensor is None or len(tensor.shape) != 2 or tensor.dtype not in WEIGHT_DTYPES:
@@ -160,9 +161,9 @@ def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHe
 def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]) -> int:
     sizes = dict.fromkeys(range(num_layers), 0)
     for name, tensor in tensors.items():
-        number = name.removeprefix(architecture.layers + ".").partition(".")[0]
-        if name.startswith(architecture.layers + ".") and number.isdecimal() and int(number) in sizes:
-            sizes[int(number)] += tensor.size
+        layer = layer_number(architecture, name)
+        if layer in sizes:
+            sizes[layer] += tensor.size
     return max(sizes.values())
 
 
@@ -201,9 +202,32 @@ def plan_candidate(
         label=recipe.label,
         recipe=recipe,
         linears=linears,
+        full_precision=kept_modules(architecture, tensors),
         output_bytes={name: kept + size for name, size in packed.items()},
         bits_per_weight=8 * packed[spec.formats[0]] / quantized,
     )
+
+
+def kept_modules(architecture: Architecture, tensors: dict[str, TensorHeader]) -> tuple[str, ...]:
+    """The head by all of its names, and routers: what loaders must not take for quantized linears."""
+    names = dict.fromkeys(
+        ("lm_head", architecture.head, architecture.stored_name(architecture.head + ".")[:-1])
+    )
+    layers = dict.fromkeys(layer_number(architecture, name) for name in tensors)
+    routers = [
+        architecture.layer_prefix(layer) + router
+        for layer in layers
+        if layer is not None
+        for group in architecture.at(layer).groups
+        for router in group.compensated
+    ]
+    return (*names, *dict.fromkeys(routers))
+
+
+def layer_number(architecture: Architecture, name: str) -> int | None:
+    """The decoder layer that a tensor belongs to."""
+    number = name.removeprefix(architecture.layers + ".").partition(".")[0]
+    return int(number) if name.startswith(architecture.layers + ".") and number.isdecimal() else None
 
 
 def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
@@ -266,11 +290,10 @@ def refuse_split_sets(index: int, architecture: Architecture, linears: tuple[Lin
 
 def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ...]]:
     """The layer prefix of a linear and the linears of its layer that servers fuse with it."""
-    for group in architecture.groups:
-        for member in group.balance_layers:
-            if name.endswith("." + member):
-                return name.removesuffix(member), group.balance_layers
-    raise AssertionError(f"{name} is not in the architecture's groups")
+    layer = layer_number(architecture, name)
+    assert layer is not None
+    prefix = architecture.layer_prefix(layer)
+    return prefix, architecture.at(layer).fused_set(name.removeprefix(prefix))
 
 
 def refuse_format(

@@ -70,7 +70,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a missing linear": (edit_weights(lambda tensors: tensors.pop(UP)), "weights_missing"),
     "a truncated file": (truncate, "model_header_invalid"),
     "an unknown architecture": (
-        edit_config(model_type="opt", architectures=["OPTForCausalLM"]), "architecture_unsupported",
+        edit_config(model_type="bloom", architectures=["BloomForCausalLM"]), "architecture_unsupported",
     ),
     "a quantized model": (edit_config(quantization_config={"quant_method": "gptq"}), "already_quantized"),
     "no layers": (edit_config(num_hidden_layers=0), "config_invalid"),

@@ -60,5 +60,5 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
         "bits": candidate.recipe.bits,
         "group_size": candidate.recipe.group_size,
         "zero_point": True,
-        "modules_to_not_convert": [*kept, "lm_head"],
+        "modules_to_not_convert": [*kept, *candidate.full_precision],
     }

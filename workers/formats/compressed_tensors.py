@@ -86,7 +86,7 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*kept, "lm_head"],
+        "ignore": [*kept, *candidate.full_precision],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,

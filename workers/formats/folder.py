@@ -105,7 +105,7 @@ class FormatFolder:
     ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
         prefix = self.plan.architecture.layer_prefix(layer)
-        stored = written.layer_tensors(prefix)
+        stored = written.layer_tensors(prefix, self.plan.architecture.buffers)
         quantized = {}
         for full, plan in self.schemes.items():
             if full.startswith(prefix):

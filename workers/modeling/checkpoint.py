@@ -51,9 +51,10 @@ class Checkpoint:
             )  # fmt: skip
         return values
 
-    def layer_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors under `prefix`, by the rest of their names."""
-        return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
+    def layer_tensors(self, prefix: str, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """All tensors under `prefix`, by the rest of their names, but those of the names `without`."""
+        names = [name.removeprefix(prefix) for name in self.names(prefix)]
+        return {name: self.tensor(prefix + name) for name in names if name not in without}
 
     def raw_bytes(self, name: str) -> Iterator[bytes]:
         """A tensor's bytes in pieces, for copying it unchanged."""

@@ -8,12 +8,13 @@ that alternate between layers are right without knowledge of the architecture.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from app.core.architectures import Architecture
@@ -42,6 +43,33 @@ class Recorder(nn.Module):
         return hidden_states
 
 
+class Final(nn.Module):
+    """Stands in the place of all that precedes the head: gives the states it was handed, after the norm."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.after_layers = nn.Sequential(*modules)
+        self.states: Tensor | None = None
+
+    def forward(self, *_tokens: Any, **_arguments: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.after_layers(self.states))
+
+
+class Head(nn.Module):
+    """From hidden states to logits as the model's own class does it: logit scales and caps are its affair."""
+
+    def __init__(self, model: nn.Module, final: Final) -> None:
+        super().__init__()
+        self.model, self.final = model, final
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., tokens, hidden) to (..., tokens, vocabulary)."""
+        self.final.states = states if states.dim() == 3 else states[None]
+        tokens = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits if states.dim() == 3 else logits[0]
+
+
 class Decoder:
     """Embedding, decoder layers and head of a checkpoint, each loaded when it is asked for."""
 
@@ -52,12 +80,12 @@ class Decoder:
         self.device, self.dtype = device, dtype
         config = text_config(checkpoint.config)
         with torch.device("meta"):
-            self.model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa"
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=architecture.attention
             ).eval()
         self.model.requires_grad_(requires_grad=False)
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
-        restore_buffers(self.model, config, device)
+        restore_buffers(self.model, device)
 
     @property
     def num_layers(self) -> int:
@@ -65,13 +93,13 @@ class Decoder:
 
     def start(self, batches: list[Tensor]) -> tuple[list[Tensor], dict[int, list[LayerArguments]]]:
         """Hidden states before the first layer per batch, and each layer's arguments by batch size."""
-        base = self.model.get_submodule(self.architecture.layers.rpartition(".")[0])
+        path, _, name = self.architecture.layers.rpartition(".")
+        base = self.model.get_submodule(path)
         recorders = [Recorder(layer) for layer in self.layers]
-        name = self.architecture.layers.rpartition(".")[2]
         states: list[Tensor] = []
         arguments: dict[int, list[LayerArguments]] = {}
-        outside = [name for name, _ in base.named_parameters() if not name.startswith("layers.")]
-        with self.loaded(base, self.prefix_of(base), outside):
+        outside = [key for key in base.state_dict() if not key.startswith(f"{name}.")]
+        with self.loaded(base, path + ".", outside):
             setattr(base, name, nn.ModuleList(recorders))
             try:
                 for batch in batches:
@@ -85,19 +113,18 @@ class Decoder:
                 setattr(base, name, self.layers)
         return states, arguments
 
-    def prefix_of(self, module: nn.Module) -> str:
-        name = next(name for name, found in self.model.named_modules() if found is module)
-        return name + "." if name else ""
-
     @contextmanager
     def loaded(
         self, module: nn.Module, prefix: str, names: list[str], weights: dict[str, Tensor] | None = None
     ) -> Iterator[nn.Module]:
-        """`module` with the parameters `names` on the device, from `weights` or the checkpoint."""
-        state = {
-            name: (weights[name] if weights else self.stored(prefix + name)).to(self.device, self.dtype)
-            for name in names
-        }
+        """`module` with the parameters `names` on the device, from `weights` or the checkpoint.
+
+        `weights` go by the checkpoint's names.
+        """
+        state = {}
+        for name in names:
+            value = weights[self.architecture.stored_name(name)] if weights else self.stored(prefix + name)
+            state[name] = value.to(self.device, self.dtype)
         module.load_state_dict(state, strict=False, assign=True)
         try:
             yield module
@@ -106,22 +133,21 @@ class Decoder:
             module.load_state_dict(meta, strict=False, assign=True)
 
     def stored(self, name: str) -> Tensor:
-        """A tensor of the checkpoint; a tied head reads the embedding."""
-        if name not in self.checkpoint.tensors and name == self.architecture.head + ".weight":
-            base = self.architecture.layers.rpartition(".")[0]
-            name = f"{base}.embed_tokens.weight"
-        return self.checkpoint.tensor(name)
+        """A tensor of the checkpoint by transformers' name; a tied head reads the embedding."""
+        tied = (self.architecture.head + ".weight", self.architecture.embedding + ".weight")
+        candidates = (name, self.architecture.stored_name(name), *(tied[1:] if name == tied[0] else ()))
+        found = next((each for each in candidates if each in self.checkpoint.tensors), name)
+        return self.checkpoint.tensor(found)
 
     def layer_weights(self, index: int) -> dict[str, Tensor]:
         """The checkpoint's tensors of a layer by name within the layer."""
-        return self.checkpoint.layer_tensors(self.architecture.layer_prefix(index))
+        return self.checkpoint.layer_tensors(self.architecture.layer_prefix(index), self.architecture.buffers)
 
     @contextmanager
     def layer(self, index: int, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
         """Decoder layer `index` filled with `weights`."""
         layer = self.layers[index]
-        names = [name for name, _ in layer.named_parameters()]
-        with self.loaded(layer, "", names, weights) as filled:
+        with self.loaded(layer, "", list(layer.state_dict()), weights) as filled:
             yield filled
 
     def advance(self, layer: nn.Module, states: Tensor, arguments: LayerArguments) -> Tensor:
@@ -132,16 +158,24 @@ class Decoder:
     @contextmanager
     def head(self) -> Iterator[nn.Module]:
         """Final norm and language model head, as one module from hidden states to logits."""
-        base, _, _ = self.architecture.layers.rpartition(".")
-        norm = self.model.get_submodule(f"{base}.norm")
-        head = self.model.get_submodule(self.architecture.head)
-        norm_names = [name for name, _ in norm.named_parameters()]
-        head_names = [name for name, _ in head.named_parameters()]
-        with (
-            self.loaded(norm, f"{base}.norm.", norm_names),
-            self.loaded(head, self.architecture.head + ".", head_names),
-        ):
-            yield nn.Sequential(norm, head)
+        path = self.architecture.layers.rpartition(".")[0]
+        base, head = self.model.get_submodule(path), self.model.get_submodule(self.architecture.head)
+        parts = {name: self.optional(name) for name in self.architecture.final}
+        final = Final([part for part in parts.values() if part is not None])
+        with ExitStack() as loaded:
+            for name, part in (*parts.items(), (self.architecture.head, head)):
+                if part is not None:
+                    loaded.enter_context(self.loaded(part, name + ".", list(part.state_dict())))
+            self.model.set_submodule(path, final)
+            try:
+                yield Head(self.model, final)
+            finally:
+                self.model.set_submodule(path, base)
+
+    def optional(self, path: str) -> nn.Module | None:
+        """A submodule that a model may do without."""
+        parent, _, name = path.rpartition(".")
+        return getattr(self.model.get_submodule(parent), name, None)
 
 
 def text_config(raw: dict[str, Any]) -> PretrainedConfig:
@@ -150,11 +184,13 @@ def text_config(raw: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(raw["model_type"], **values)
 
 
-def restore_buffers(model: nn.Module, config: PretrainedConfig, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) are computed anew on the device."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            with torch.device("cpu"):
-                fresh = type(module)(config=config)
-            setattr(parent, name.rpartition(".")[2], fresh.to(device))
+def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies, factors) are computed anew on the device."""
+    for module in model.modules():
+        lost = module._non_persistent_buffers_set
+        if lost:
+            for name in lost:
+                setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+            model._init_weights(module)
+            for name in lost:
+                setattr(module, name, getattr(module, name).to(device))

@@ -20,7 +20,6 @@ class CalibrationPass:
 
     def __init__(self, decoder: Decoder, batches: list[Tensor]) -> None:
         self.decoder = decoder
-        self.groups = decoder.architecture.groups
         self.layer = 0
         with torch.no_grad():
             self.states, self.arguments = decoder.start(batches)
@@ -42,9 +41,10 @@ class CalibrationPass:
     def collect(self, weights: dict[str, Tensor]) -> tuple[list[InputStatistics], Tensor, Tensor]:
         """Advance by one layer: its statistics per group, and one window's input and output."""
         probe = self.states[0][:1].clone()
+        architecture = self.decoder.architecture.at(self.layer)
         with (
             self.decoder.layer(self.layer, weights) as module,
-            collecting(module, self.groups) as collectors,
+            collecting(module, architecture) as collectors,
         ):
             for index, batch in enumerate(self.states):
                 self.states[index] = self.advance(module, batch)
@@ -52,7 +52,7 @@ class CalibrationPass:
         prefix = self.decoder.architecture.layer_prefix(self.layer - 1)
         statistics = [
             collector.result(prefix + group.balance_layers[0])
-            for collector, group in zip(collectors, self.groups, strict=True)
+            for collector, group in zip(collectors, architecture.groups, strict=True)
         ]
         return statistics, probe, self.states[0][:1]
 

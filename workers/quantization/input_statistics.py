@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from app.core.architectures import ScaleGroup
+from app.core.architectures import Architecture
 from app.core.errors import ModelRefused
 
 BLOCK = 256  # columns per block of the second moment; only blocks on and above the diagonal are computed
@@ -67,16 +67,18 @@ class InputCollector:
 
 
 @contextmanager
-def collecting(layer: nn.Module, groups: tuple[ScaleGroup, ...]) -> Iterator[list[InputCollector]]:
-    """Collect the input of the first linear of each group while `layer` runs; one collector a group."""
-    collectors = [InputCollector() for _ in groups]
+def collecting(layer: nn.Module, architecture: Architecture) -> Iterator[list[InputCollector]]:
+    """Collect the input of each group while `layer` runs; one collector a group."""
+    collectors = [InputCollector() for _ in architecture.groups]
 
     def observe(collector: InputCollector):  # type: ignore[no-untyped-def]  # a hook of torch
         return lambda _module, inputs: collector.add(inputs[0])
 
     hooks = [
-        layer.get_submodule(group.balance_layers[0]).register_forward_pre_hook(observe(collector))
-        for group, collector in zip(groups, collectors, strict=True)
+        layer.get_submodule(architecture.module_name(group.source)).register_forward_pre_hook(
+            observe(collector)
+        )
+        for group, collector in zip(architecture.groups, collectors, strict=True)
     ]
     try:
         yield collectors

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.core.architectures import Architecture, ScaleGroup
+from app.core.architectures import Architecture
 from app.core.format_limits import Scheme
 from app.core.report import LinearReport
 from app.core.specs import Recipe
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.evolution import evolve_scales
+from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.rounding import (
@@ -26,17 +27,17 @@ from workers.quantization.rounding import (
     round_nearest,
     row_losses,
 )
-from workers.quantization.scale_search import Fold, ScaleChoice, ScaledLinear, search_scales
+from workers.quantization.scale_search import ScaleChoice, ScaledLinear, search_scales
 
 
 @dataclass(frozen=True)
 class LayerTask:
     """What is to be done to one layer. `weights` are float32 by name in the layer."""
 
-    architecture: Architecture
+    architecture: Architecture  # with the groups of this layer
     recipe: Recipe
     schemes: dict[str, Scheme]  # of the linears that are quantized
-    head_dim: int
+    heads: Heads
     weights: dict[str, Tensor]
     statistics: list[InputStatistics]  # one per group of the architecture
     dtype: torch.dtype  # of the checkpoint's weights
@@ -59,7 +60,7 @@ class LayerResult:
 def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
     """The quantized layer, and the folded but unrounded weights for the equivalence check."""
     choices = [choose_scales(task, index) for index in range(len(task.architecture.groups))]
-    folded = fold(task, choices)
+    folded = fold_scales(task.weights, task.heads, task.architecture.groups, choices)
     quantized: dict[str, QuantizedWeight] = {}
     report: list[LinearReport] = []
     for group, statistics, choice in zip(task.architecture.groups, task.statistics, choices, strict=True):
@@ -72,7 +73,8 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
                 rounded = round_linear(linear, task.recipe, task.dtype)
                 quantized[name] = rounded.weight
                 plain = rounding_baseline(linear, choice, task.dtype)
-                report.append(linear_report(name, choice, plain, rounded))
+                entry = linear_report(name, choice, plain, rounded)
+                report.append(entry.model_copy(update={"reason": group.unscaled}))
     linears = {name + ".weight" for name in task.schemes}
     dense = {
         name: value.to(task.dtype).to(torch.float32)
@@ -83,45 +85,22 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
 
 
 def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
-    """Scales of one group, or None where the recipe or a kept linear of the group forbids them."""
+    """Scales of one group, or None where the recipe, the group or a kept linear of it forbids them."""
     group = task.architecture.groups[index]
     scaled = group.balance_layers + ((group.smooth_layer,) if group.smooth_kind == "linear" else ())
     if task.recipe.method != "awq" or any(name not in task.schemes for name in scaled):
         return None
+    if f"{group.smooth_layer}.weight" not in task.weights:
+        return None
     linears = [
         ScaledLinear(task.weights[name + ".weight"], task.schemes[name]) for name in group.balance_layers
     ]
-    search, statistics, target = task.recipe.search, task.statistics[index], fold_of(task, group)
+    search, statistics = task.recipe.search, task.statistics[index]
+    target = fold_of(task.weights, task.heads, group, task.dtype)
     choice = search_scales(linears, statistics, target, search)
     if search.strategy == "evolutionary":
         return evolve_scales(linears, statistics, target, search, choice)
     return choice
-
-
-def fold_of(task: LayerTask, group: ScaleGroup) -> Fold:
-    smooth = task.weights[group.smooth_layer + ".weight"]
-    channels = task.weights[group.balance_layers[0] + ".weight"].shape[1]
-    heads = None
-    if group.repeats_heads and smooth.shape[0] != channels:
-        heads = (smooth.shape[0] // task.head_dim, channels // smooth.shape[0], task.head_dim)
-    return Fold(smooth, group.smooth_kind == "norm", heads, task.dtype)
-
-
-def fold(task: LayerTask, choices: list[ScaleChoice | None]) -> dict[str, Tensor]:
-    """The layer's weights with every choice folded in; the function of the layer is unchanged."""
-    weights = dict(task.weights)
-    for group, choice in zip(task.architecture.groups, choices, strict=True):
-        if choice is None:
-            continue
-        fold_spec = fold_of(task, group)
-        shared = choice.scales if fold_spec.head_shape is None else fold_spec.shared(choice.scales)
-        for name in group.balance_layers:
-            weights[name + ".weight"] = weights[name + ".weight"] * choice.scales
-        for name in (group.smooth_layer + ".weight", group.smooth_layer + ".bias"):
-            if name in weights:
-                value = weights[name]
-                weights[name] = value / (shared[:, None] if value.dim() == 2 else shared)
-    return weights
 
 
 def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: torch.dtype) -> float:

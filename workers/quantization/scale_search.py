@@ -51,10 +51,11 @@ class ScaleChoice:
 class Fold:
     """What absorbs the scales: decides which values they can take."""
 
-    smooth_weight: Tensor  # (C',) of a norm, or (C', n) of a linear; float32
+    smooth_weight: Tensor  # (C',) of a norm, or (C', n) of a linear; float32, what it multiplies by
     is_norm: bool
     head_shape: tuple[int, int, int] | None  # (kv heads, repeats, head_dim) where heads share scales
     dtype: torch.dtype  # of the stored smooth weight
+    offset: float = 0.0  # the norm adds it to what is stored
 
     def shared(self, values: Tensor) -> Tensor:
         """(C,) channel values averaged over the channels that must share a scale: (C',)."""
@@ -69,10 +70,11 @@ class Fold:
 
     def representable(self, scales: Tensor) -> Tensor:
         """The nearest scales whose fold is exact: a norm's weight is stored in few bits, so take
-        s = w / round(w / s), and the product of norm and balance layer is what it was."""
+        s = w / round(w / s), and the product of norm and balance layer is what it was. With an offset o
+        the file holds w - o: s = w / (o + round(w / s - o))."""
         if not self.is_norm:
             return scales
-        stored = (self.smooth_weight / scales).to(self.dtype).to(torch.float32)
+        stored = (self.smooth_weight / scales - self.offset).to(self.dtype).to(torch.float32) + self.offset
         usable = torch.isfinite(stored) & (stored != 0) & (self.smooth_weight != 0)
         return torch.where(usable, self.smooth_weight / stored, torch.ones_like(scales))
 

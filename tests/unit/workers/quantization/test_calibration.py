@@ -45,7 +45,7 @@ def test_statistics_are_those_of_the_original_model(tmp_path: Path) -> None:
     run = CalibrationPass(decoder_of(save_model(model, tmp_path)), BATCHES)
     for layer in range(2):
         found, *_ = run.collect(run.decoder.layer_weights(layer))
-        for group, statistics in zip(run.groups, found, strict=True):
+        for group, statistics in zip(run.decoder.architecture.at(layer).groups, found, strict=True):
             rows = inputs_of(model, f"model.layers.{layer}.{group.balance_layers[-1]}")
             assert statistics.num_tokens == len(rows) == 200
             torch.testing.assert_close(statistics.abs_mean, rows.abs().mean(dim=0), rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from app.core.architectures import ScaleGroup
+from app.core.architectures import Architecture, ScaleGroup
 from app.core.errors import ModelRefused
 from workers.quantization.input_statistics import BLOCK, InputCollector, collecting
 
@@ -67,8 +67,9 @@ def test_the_input_of_the_first_linear_of_each_group_is_collected() -> None:
         ScaleGroup(smooth_layer="norm", smooth_kind="norm", balance_layers=("first", "second")),
         ScaleGroup(smooth_layer="first", smooth_kind="linear", balance_layers=("third",)),
     )
+    architecture = Architecture(model_type="toy", class_name="Toy", groups=groups)
     x = torch.randn(5, 3)
-    with torch.no_grad(), collecting(layer, groups) as collectors:
+    with torch.no_grad(), collecting(layer, architecture) as collectors:
         hidden = layer["first"](x) + layer["second"](x)
         layer["third"](hidden)
     with torch.no_grad():

@@ -16,7 +16,8 @@ from tests.tiny_models import MODEL_TYPES, plant_outliers, random_model, save_mo
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization.calibration import CalibrationPass, equivalence_error
-from workers.quantization.layer import LayerTask, fold, fold_of, quantize_layer
+from workers.quantization.folding import Heads, fold_of, fold_scales
+from workers.quantization.layer import LayerTask, quantize_layer
 from workers.quantization.scale_search import ScaleChoice
 
 CASES = {
@@ -41,14 +42,13 @@ class LayerCase:
         self.probe = (probe[0], probe[1])
 
     def task(self, recipe: Recipe, *, kept: tuple[str, ...] = (), **changes: object) -> LayerTask:
-        architecture = self.run.decoder.architecture
+        architecture = self.run.decoder.architecture.at(0)
         scheme = Scheme(bits=recipe.bits, group_size=recipe.group_size, symmetric=recipe.symmetric)
         values = {
             "architecture": architecture,
             "recipe": recipe,
             "schemes": {name: scheme for name in architecture.linears if name not in kept},
-            "head_dim": self.config.get("head_dim")
-            or self.config["hidden_size"] // self.config["num_attention_heads"],
+            "heads": Heads.of(self.config),
             "weights": self.weights,
             "statistics": self.statistics,
             "dtype": torch.float32,
@@ -76,7 +76,7 @@ def random_choices(task: LayerTask) -> list[ScaleChoice]:
     choices = []
     for group in task.architecture.groups:
         channels = task.weights[group.balance_layers[0] + ".weight"].shape[1]
-        spec = fold_of(task, group)
+        spec = fold_of(task.weights, task.heads, group, task.dtype)
         raw = 4 ** (2 * torch.rand(channels, generator=generator) - 1)
         choices.append(ScaleChoice(spec.spread(spec.shared(raw)), 0.5, 0.0, 0.0, 0.0))
     return choices
@@ -88,7 +88,7 @@ def test_folding_any_scales_keeps_the_function(
 ) -> None:
     case = layer_case(tmp_path, model_type, **changes)
     task = case.task(small())
-    folded = fold(task, random_choices(task))
+    folded = fold_scales(task.weights, task.heads, task.architecture.groups, random_choices(task))
     changed = {name for name, value in folded.items() if not torch.equal(value, case.weights[name])}
     expected = {name + ".weight" for name in task.architecture.linears}
     expected |= {"input_layernorm.weight", "post_attention_layernorm.weight"}

@@ -1,0 +1,108 @@
+"""Every architecture of the table: streamed as transformers computes it, and folded without a change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.architectures import ARCHITECTURES, architecture_of
+from app.core.format_limits import Scheme
+from app.core.specs import Recipe, SearchSpec
+from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
+from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.decoder import Decoder
+from workers.quantization.calibration import CalibrationPass, equivalence_error
+from workers.quantization.folding import Heads, fold_of
+from workers.quantization.layer import LayerTask, quantize_layer
+
+BATCHES = [some_tokens(2), some_tokens(2, seed=1)]
+RECIPE = Recipe(group_size=32, search=SearchSpec(grid_points=4))
+
+
+def decoder_of(folder: Path) -> Decoder:
+    checkpoint = Checkpoint(folder)
+    return Decoder(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"), torch.float32)
+
+
+@torch.no_grad()
+def streamed_logits(decoder: Decoder) -> list[Tensor]:
+    states, arguments = decoder.start(BATCHES)
+    for index in range(decoder.num_layers):
+        with decoder.layer(index, decoder.layer_weights(index)) as layer:
+            states = [decoder.advance(layer, batch, arguments[batch.shape[0]][index]) for batch in states]
+    with decoder.head() as head:
+        return [head(batch) for batch in states]
+
+
+def layer_task(decoder: Decoder, run: CalibrationPass, layer: int) -> tuple[LayerTask, tuple[Tensor, Tensor]]:
+    weights = {name: value.float() for name, value in decoder.layer_weights(layer).items()}
+    statistics, *probe = run.collect(weights)
+    architecture = decoder.architecture.at(layer)
+    scheme = Scheme(bits=4, group_size=32, symmetric=False)
+    task = LayerTask(
+        architecture=architecture,
+        recipe=RECIPE,
+        schemes=dict.fromkeys(architecture.linears, scheme),
+        heads=Heads.of(decoder.checkpoint.config),
+        weights=weights,
+        statistics=statistics,
+        dtype=torch.float32,
+    )
+    return task, (probe[0], probe[1])
+
+
+def test_the_table_is_covered() -> None:
+    tested = {model_type for model_type, _ in OTHER_MODELS.values()}
+    assert tested | {"llama", "mistral", "qwen2", "qwen3"} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    model_type, changes = OTHER_MODELS[name]
+    model = random_model(model_type, **changes)  # type: ignore[arg-type]
+    decoder = decoder_of(save_model(model, tmp_path))
+    for tokens, logits in zip(BATCHES, streamed_logits(decoder), strict=True):
+        with torch.no_grad():
+            expected = model(tokens, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert all(parameter.is_meta for parameter in decoder.model.parameters())
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_scales_of_the_search_keep_the_function(tmp_path: Path, name: str) -> None:
+    model_type, changes = OTHER_MODELS[name]
+    model = random_model(model_type, **changes)  # type: ignore[arg-type]
+    decoder = decoder_of(save_model(model, tmp_path))
+    run = CalibrationPass(decoder, BATCHES)
+    for layer in range(2):
+        task, probe = layer_task(decoder, run, layer)
+        result, folded = quantize_layer(task)
+        assert equivalence_error(run, layer, folded, probe) < 2e-6
+        matrices = {key for key, value in task.weights.items() if value.dim() == 2 and "norm" not in key}
+        routers = {name for group in task.architecture.groups for name in group.compensated}
+        assert result.quantized.keys() == {key.removesuffix(".weight") for key in matrices} - routers
+        for group in task.architecture.groups:
+            entries = [entry for entry in result.report if entry.linear in group.balance_layers]
+            scaled = {entry.ratio is not None for entry in entries}
+            assert scaled == {group.smooth_layer is not None}
+            assert all((entry.reason is None) is (group.unscaled is None) for entry in entries)
+        assert any(entry.scale_spread is not None and entry.scale_spread > 1 for entry in result.report)
+        assert equivalence_error(run, layer, result.weights(task.weights), probe) < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_an_offset_norm_are_exact_in_its_dtype(dtype: torch.dtype) -> None:
+    weights = {"norm.weight": (0.3 * torch.randn(64)).to(dtype).float(), "fed.weight": torch.randn(8, 64)}
+    group = (
+        ARCHITECTURES["gemma2"]
+        .groups[0]
+        .model_copy(update={"smooth_layer": "norm", "balance_layers": ("fed",)})
+    )
+    fold = fold_of(weights, Heads(1, 1), group, dtype)
+    scales = fold.representable(torch.linspace(0.2, 5, 64))
+    stored = (1 + weights["norm.weight"]) / scales - 1
+    torch.testing.assert_close(stored.to(dtype).float(), stored, rtol=0, atol=1e-6)
+    assert scales.std() > 0.5
