@@ -32,20 +32,20 @@ class ColumnGrid:
     """
 
     scale: Tensor
-    zero: Tensor
-    top: int
+    low: Tensor  # the smallest and the largest step from zero
+    high: Tensor
 
     @classmethod
     def of(cls, grid: Grid, order: Tensor) -> ColumnGrid:
         """Of the columns in `order`."""
         group = order // (order.numel() // grid.scale.shape[1])
         scale, zero = (part.squeeze(-1).T[group].contiguous() for part in (grid.scale, grid.zero))
-        return cls(scale, zero, 2**grid.bits - 1)
+        return cls(scale, -zero, 2**grid.bits - 1 - zero)
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """Grid points nearest to the values (rows,) of one column."""
-        scale, zero = self.scale[column], self.zero[column]
-        return (values / scale).round_().clamp_(-zero, self.top - zero).mul_(scale)
+        scale = self.scale[column]
+        return (values / scale).round_().clamp_(self.low[column], self.high[column]).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def round_gptq(weight: Tensor, grid: Grid, scheme: Scheme, moment: Tensor) -> Gp
     factor, damping = inverse_factor(hessian)
     rounded = spread_errors(values.clone(), columns, factor)
     rounded = descend(values, rounded, columns, hessian)
-    integers = (rounded / columns.scale + columns.zero).round_().clamp_(0, columns.top)
+    integers = (rounded / columns.scale - columns.low).round_()
     q = torch.empty_like(integers, dtype=torch.uint8)
     q[order] = integers.to(torch.uint8)
     zero = grid.zero.squeeze(-1).to(torch.uint8)
