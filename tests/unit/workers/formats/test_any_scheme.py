@@ -1,0 +1,137 @@
+"""Folders of random schemes: what is read back was computed, and loaders find each linear's scheme."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils import match_name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.core.format_limits import Scheme
+from app.core.plan import Plan, plan_job
+from app.core.specs import FormatName, JobSpec
+from tests.tiny_models import random_model, save_model, tiny_spec
+from tests.unit.workers.formats.test_layouts_of_formats import random_weight
+from workers.formats.folder import FormatFolder
+from workers.modeling.checkpoint import Checkpoint
+from workers.quantization.layer import LayerResult
+
+SETS = (
+    r"re:.*self_attn\.(q|k|v)_proj", "o_proj", r"re:.*\.(gate|up)_proj", "down_proj", r"re:.*layers\.1\..*",
+    r"re:.*layers\.0\.self_attn\.o_proj", r"re:.*layers\.1\.mlp\.down_proj",
+)  # fmt: skip
+FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "up_proj"}  # how vLLM names them, and one of the parts
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
+    return [
+        Checkpoint(save_model(random_model("qwen2", dtype, vocab_size=64), tmp_path_factory.mktemp("model")))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> JobSpec:
+    """A recipe that every requested format holds."""
+    name: FormatName = draw(st.sampled_from(["compressed-tensors", "gptq", "awq"]))
+    if name == "awq":
+        recipe: dict[str, Any] = {"bits": 4, "group_size": draw(st.sampled_from([32, 64]))}
+    else:
+        schemes = st.fixed_dictionaries(
+            {"bits": st.sampled_from([2, 3, 4, 8]), "group_size": st.sampled_from([32, 64, -1])}
+        )
+        overrides = draw(st.lists(st.tuples(st.sampled_from(SETS), schemes), max_size=3))
+        symmetric = name == "gptq" or draw(st.booleans())
+        recipe = {**draw(schemes), "symmetric": symmetric}
+        recipe["overrides"] = [{"match": match, **scheme} for match, scheme in overrides]
+    recipe["ignore"] = draw(st.lists(st.sampled_from(SETS[3:]), max_size=2, unique=True))
+    return tiny_spec(recipe, formats=(name,))  # type: ignore[arg-type]
+
+
+def random_layers(plan: Plan, seed: int) -> list[LayerResult]:
+    """Random integers and scales for every quantized linear."""
+    layers = []
+    for layer in range(plan.num_layers):
+        prefix = plan.architecture.layer_prefix(layer)
+        quantized = {
+            linear.name.removeprefix(prefix): random_weight(
+                linear.scheme, linear.out_features, linear.in_features, seed + index
+            )
+            for index, linear in enumerate(plan.candidates[0].linears)
+            if linear.name.startswith(prefix) and linear.scheme is not None
+        }
+        layers.append(LayerResult(quantized, {}, []))
+    return layers
+
+
+@given(jobs(), st.integers(0, 10**6), st.integers(0, 1), st.sampled_from([10**9, 20_000]))
+@settings(max_examples=25, deadline=None)
+def test_what_is_read_back_is_what_was_computed(
+    models: list[Checkpoint], spec: JobSpec, seed: int, model: int, shard_bytes: int
+) -> None:
+    source = models[model]
+    plan = plan_job(spec, source.config, source.tensors)
+    layers, candidate = random_layers(plan, seed), plan.candidates[0]
+    with tempfile.TemporaryDirectory() as place:
+        folder = FormatFolder(Path(place) / "out", spec.formats[0], source, plan, candidate)
+        folder.write(layers.__getitem__, shard_bytes)
+        folder.verify(layers.__getitem__)
+        written = Checkpoint(folder.folder)
+        for number, layer in enumerate(layers):
+            weights = folder.read_weights(written, number)
+            for name, weight in layer.quantized.items():
+                assert torch.equal(weights[name + ".weight"], weight.dequantize())
+        assert sum(tensor.size for tensor in written.tensors.values()) == candidate.output_bytes[folder.name]
+        entry = json.loads((folder.folder / "config.json").read_text())["quantization_config"]
+    find = {"awq": scheme_of_awq, "gptq": scheme_of_gptq, "compressed-tensors": scheme_of_compressed_tensors}
+    for linear in candidate.linears:
+        for name in (linear.name, *fused_names(linear.name, folder.name)):
+            assert find[folder.name](entry, name) == linear.scheme, name
+    assert find[folder.name](entry, "lm_head") is None or folder.name == "gptq"
+
+
+def fused_names(name: str, format_name: str) -> list[str]:
+    """The name by which vLLM asks for the linear; compressed-tensors' entry is asked by the parts' names."""
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{fused}" for fused, part in FUSED.items() if (part, format_name) == (leaf, "gptq")]
+
+
+def scheme_of_awq(entry: dict[str, Any], name: str) -> Scheme | None:
+    """As vLLM and AutoAWQ: a kept module's name is part of the linear's name."""
+    if any(kept in name for kept in entry["modules_to_not_convert"]):
+        return None
+    return Scheme(bits=entry["bits"], group_size=entry["group_size"], symmetric=not entry["zero_point"])
+
+
+def scheme_of_gptq(entry: dict[str, Any], name: str) -> Scheme | None:
+    """As vLLM and GPTQModel: the first rule that matches the start of the name."""
+    for rule, changes in entry.get("dynamic", {}).items():
+        if re.match(rule[2:], name):
+            if rule.startswith("-:"):
+                return None
+            return Scheme(symmetric=entry["sym"], **changes)
+    return Scheme(bits=entry["bits"], group_size=entry["group_size"], symmetric=entry["sym"])
+
+
+def scheme_of_compressed_tensors(entry: dict[str, Any], name: str) -> Scheme | None:
+    """As the library: `ignore` first, then the one group that matches."""
+    if any(match_name(name, kept) for kept in entry["ignore"]):
+        return None
+    config = QuantizationConfig.model_validate({k: v for k, v in entry.items() if k != "dequantize"})
+    found = [
+        group.weights
+        for group in config.config_groups.values()
+        if any(target == "Linear" or match_name(name, target) for target in group.targets)
+    ]
+    assert len(found) == 1
+    size = -1 if found[0].strategy == "channel" else found[0].group_size
+    return Scheme(bits=found[0].num_bits, group_size=size, symmetric=found[0].symmetric)
