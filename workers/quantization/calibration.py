@@ -1,7 +1,8 @@
-"""The calibration pass: the original model's hidden states, one decoder layer after the other.
+"""The calibration pass: hidden states of the calibration text, one decoder layer after the other.
 
-Every layer sees the inputs of the original model (the full-precision chain), so statistics of a layer do
-not depend on any recipe: one pass serves them all.
+On the full-precision chain every layer sees the inputs of the original model, so statistics do not depend
+on any recipe: one pass serves them all. On a quantized chain a pass belongs to one recipe: each layer is
+observed with the inputs that its quantized predecessors give, so that GPTQ makes up for their errors.
 """
 
 from __future__ import annotations
@@ -29,32 +30,42 @@ class CalibrationPass:
         self.layer = layer
         self.states = [batch.to(self.decoder.device) for batch in states]
 
-    @torch.no_grad()
     def skip(self) -> None:
-        """Advance by one layer without collecting."""
-        with self.decoder.layer(self.layer, self.decoder.layer_weights(self.layer)) as module:
+        """Advance by one layer of the original model without collecting."""
+        self.pass_through(self.decoder.layer_weights(self.layer))
+
+    @torch.no_grad()
+    def pass_through(self, weights: dict[str, Tensor]) -> None:
+        """Advance by one layer that has these weights."""
+        with self.decoder.layer(self.layer, weights) as module:
             for index, batch in enumerate(self.states):
                 self.states[index] = self.advance(module, batch)
         self.layer += 1
 
-    @torch.no_grad()
     def collect(self, weights: dict[str, Tensor]) -> tuple[list[InputStatistics], Tensor, Tensor]:
         """Advance by one layer: its statistics per group, and one window's input and output."""
         probe = self.states[0][:1].clone()
+        statistics = self.observe(weights, advance=True)
+        self.layer += 1
+        return statistics, probe, self.states[0][:1]
+
+    @torch.no_grad()
+    def observe(self, weights: dict[str, Tensor], *, advance: bool = False) -> list[InputStatistics]:
+        """The statistics of the layer with these weights; its outputs become the states if asked."""
         architecture = self.decoder.architecture.at(self.layer)
         with (
             self.decoder.layer(self.layer, weights) as module,
             collecting(module, architecture) as collectors,
         ):
             for index, batch in enumerate(self.states):
-                self.states[index] = self.advance(module, batch)
-        self.layer += 1
-        prefix = self.decoder.architecture.layer_prefix(self.layer - 1)
-        statistics = [
+                output = self.advance(module, batch)
+                if advance:
+                    self.states[index] = output
+        prefix = self.decoder.architecture.layer_prefix(self.layer)
+        return [
             collector.result(prefix + group.balance_layers[0])
             for collector, group in zip(collectors, architecture.groups, strict=True)
         ]
-        return statistics, probe, self.states[0][:1]
 
     def advance(self, module: torch.nn.Module, batch: Tensor) -> Tensor:
         return self.decoder.advance(module, batch, self.arguments[batch.shape[0]][self.layer])
