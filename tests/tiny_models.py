@@ -21,6 +21,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, **ALTERNATING}
+DEEPSEEK = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 OTHER_MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "gemma2": ("gemma2", GEMMA),
     "gemma3": ("gemma3_text", GEMMA),
@@ -30,6 +35,13 @@ OTHER_MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "opt": ("opt", {"ffn_dim": 128}),
     "opt with gelu": ("opt", {"ffn_dim": 128, "activation_function": "gelu", "word_embed_proj_dim": 32}),
     "gpt-neox": ("gpt_neox", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]},
+    ),
+    "deepseek-v2": ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": None}),
+    "deepseek-v3": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 32, "n_group": 2, "topk_group": 1}),
     "gpt-neox in sequence": ("gpt_neox", {"use_parallel_residual": False}),
 }
 SHAPE = {
@@ -55,7 +67,7 @@ def random_model(model_type: str, dtype: torch.dtype = torch.float32, **changes:
             elif "embed" in name:
                 parameter.copy_(noise / (8 if gemma else 1))
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model.to(dtype)
 
 

@@ -149,6 +149,12 @@ class Pipeline:
             weight_histogram(prefix + name, full[name + ".weight"])
             for name in self.plan.architecture.at(layer).linears
         ]
+        few = sum(group.confidence < 1 for group in groups)
+        if few:
+            experts = sum(group.routed_tokens is not None for group in groups)
+            self.account.note(
+                "few_tokens", f"layer {layer}: {few} of {experts} experts saw too few calibration tokens"
+            )
         return CalibratedLayer(layer, full, LayerStatistics(groups, (probe[0], probe[1])))
 
     def solve(

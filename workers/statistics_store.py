@@ -41,15 +41,13 @@ class StatisticsStore:
         for index, group in enumerate(statistics.groups):
             tensors[f"{index:04d}.abs_mean"] = group.abs_mean
             tensors[f"{index:04d}.second_moment"] = group.second_moment
-        counts = [group.num_tokens for group in statistics.groups]
+        counts = [(group.num_tokens, group.routed_tokens) for group in statistics.groups]
         write_stamped(self.path(layer), tensors, self.identity, json.dumps(counts))
 
     def load(self, layer: int) -> LayerStatistics:
         tensors, extra = read_stamped(self.path(layer))
         groups = [
-            InputStatistics(
-                tensors[f"{index:04d}.abs_mean"], tensors[f"{index:04d}.second_moment"], num_tokens
-            )
-            for index, num_tokens in enumerate(json.loads(extra))
+            InputStatistics(tensors[f"{index:04d}.abs_mean"], tensors[f"{index:04d}.second_moment"], *counts)
+            for index, counts in enumerate(json.loads(extra))
         ]
         return LayerStatistics(groups, (tensors["probe.input"], tensors["probe.output"]))

@@ -8,9 +8,9 @@ code.
 from __future__ import annotations
 
 from app.core.errors import ModelRefused
-from app.core.layer_groups import Architecture, Condition, ScaleGroup, SmoothKind
+from app.core.layer_groups import EXPERT, Architecture, Condition, Experts, ScaleGroup, SmoothKind
 
-__all__ = ["ARCHITECTURES", "Architecture", "ScaleGroup", "architecture_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
 
 
 def attention_groups(norm: str, *, kind: SmoothKind = "norm", out: str = "o_proj") -> tuple[ScaleGroup, ...]:
@@ -123,6 +123,130 @@ GPT_NEOX = Architecture(
     buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
 )
 
+
+def sparse_groups(experts: str, router: str, names: tuple[str, str, str]) -> tuple[ScaleGroup, ...]:
+    """gate and up of all experts after the norm that feeds the router too; down of each after its up."""
+    gate, up, down = names
+    return (
+        ScaleGroup(
+            smooth_layer="post_attention_layernorm",
+            smooth_kind="norm",
+            balance_layers=(f"{experts}.{EXPERT}.{gate}", f"{experts}.{EXPERT}.{up}"),
+            compensated=(router,),
+            observed=router,
+            blocks="experts",
+        ),
+        ScaleGroup(
+            smooth_layer=f"{experts}.{EXPERT}.{up}",
+            balance_layers=(f"{experts}.{EXPERT}.{down}",),
+            expert=f"{experts}.{EXPERT}",
+            blocks="experts",
+        ),
+    )
+
+
+SHARED_GATE_UP = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
+
+
+def with_shared_experts(groups: tuple[ScaleGroup, ...]) -> tuple[ScaleGroup, ...]:
+    """The groups of a sparse block of which some experts see every token."""
+    first, *others = groups
+    joined = first.model_copy(update={"balance_layers": first.balance_layers + SHARED_GATE_UP})
+    down = ScaleGroup(
+        smooth_layer=SHARED_GATE_UP[1], balance_layers=("mlp.shared_experts.down_proj",), blocks="experts"
+    )
+    return (joined, *others, down)
+
+
+def dense_only(groups: tuple[ScaleGroup, ...]) -> tuple[ScaleGroup, ...]:
+    return tuple(group.model_copy(update={"blocks": "dense"}) for group in groups)
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Servers hold the experts of a layer in one tensor.
+EXPERT_SET = tuple(f"mlp.experts.{EXPERT}.{name}" for name in PROJECTIONS)
+DENSE_MLP = dense_only(gated_groups("post_attention_layernorm"))
+MIXTRAL = Architecture(
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    groups=attention_groups("input_layernorm")
+    + sparse_groups("block_sparse_moe.experts", "block_sparse_moe.gate", ("w1", "w3", "w2")),
+    fused=(QKV, tuple(f"block_sparse_moe.experts.{EXPERT}.{name}" for name in ("w1", "w3", "w2"))),
+    stored_names=(("mlp.", "block_sparse_moe."),),
+    experts=Experts(module="mlp.experts", gate="w1", up="w3", down="w2", count_keys=("num_local_experts",)),
+)
+QWEN3_MOE = Architecture(
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    groups=attention_groups("input_layernorm")
+    + DENSE_MLP
+    + sparse_groups("mlp.experts", "mlp.gate", PROJECTIONS),
+    fused=(QKV, GATE_UP, EXPERT_SET),
+    experts=Experts(
+        module="mlp.experts",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        count_keys=("num_experts", "num_local_experts"),
+        dense_layers_key="mlp_only_layers",
+        step_key="decoder_sparse_step",
+    ),
+)
+
+LOW_RANK = Condition(key="q_lora_rank", values=(None,), negated=True)
+FULL_RANK = Condition(key="q_lora_rank", values=(None,))
+
+
+def latent_attention(first: tuple[str, ...], condition: Condition) -> ScaleGroup:
+    return ScaleGroup(
+        smooth_layer="input_layernorm",
+        smooth_kind="norm",
+        balance_layers=tuple(f"self_attn.{name}" for name in first),
+        only_if=condition,
+    )
+
+
+# Keys and values, and in larger models queries, go through a projection of low rank with a norm of its own.
+# kv_b_proj holds a head's keys and values after another, head by head.
+DEEPSEEK_GROUPS = (
+    latent_attention(("q_a_proj", "kv_a_proj_with_mqa"), LOW_RANK),
+    latent_attention(("q_proj", "kv_a_proj_with_mqa"), FULL_RANK),
+    ScaleGroup(
+        smooth_layer="self_attn.q_a_layernorm",
+        smooth_kind="norm",
+        balance_layers=("self_attn.q_b_proj",),
+        only_if=LOW_RANK,
+    ),
+    ScaleGroup(
+        smooth_layer="self_attn.kv_a_layernorm", smooth_kind="norm", balance_layers=("self_attn.kv_b_proj",)
+    ),
+    ScaleGroup(
+        smooth_layer="self_attn.kv_b_proj",
+        smooth_rows="last of each head",
+        balance_layers=("self_attn.o_proj",),
+    ),
+    *DENSE_MLP,
+    *with_shared_experts(sparse_groups("mlp.experts", "mlp.gate", PROJECTIONS)),
+)
+
+
+def deepseek(model_type: str, class_name: str) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        class_name=class_name,
+        groups=DEEPSEEK_GROUPS,
+        fused=(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), GATE_UP, SHARED_GATE_UP, EXPERT_SET),
+        experts=Experts(
+            module="mlp.experts",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+            count_keys=("n_routed_experts",),
+            first_dense_key="first_k_dense_replace",
+        ),
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.model_type: architecture
     for architecture in (
@@ -136,6 +260,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         COHERE,
         OPT,
         GPT_NEOX,
+        MIXTRAL,
+        QWEN3_MOE,
+        deepseek("deepseek_v2", "DeepseekV2ForCausalLM"),
+        deepseek("deepseek_v3", "DeepseekV3ForCausalLM"),
     )
 }
 

@@ -103,6 +103,11 @@ def plan_notes(
         if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
             head = architecture.head
             yield f"recipe {index}: {head} keeps its precision although `ignore` does not name it"
+        if "compressed-tensors" in spec.formats and architecture.experts and not recipe.symmetric:
+            yield (
+                f"recipe {index}: transformers cannot open compressed-tensors files of asymmetric experts; "
+                "set symmetric to true if it has to"
+            )
         schemes = {linear.scheme for linear in candidate.linears if linear.scheme is not None}
         if "compressed-tensors" in spec.formats and len(schemes) > 1 and not recipe.symmetric:
             yield (
@@ -276,16 +281,31 @@ def refuse_indivisible(index: int, recipe: Recipe, linears: tuple[LinearPlan, ..
 def refuse_split_sets(index: int, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:
     """q/k/v and gate/up become one matrix in vLLM and must share one scheme."""
     schemes = {linear.name: linear.scheme for linear in linears}
-    for linear in linears:
-        prefix, group = fused_set(architecture, linear.name)
-        for other in group:
-            if schemes[prefix + other] != linear.scheme:
+    for first, *others in fused_sets(architecture, linears):
+        for other in others:
+            if schemes[first] != schemes[other]:
                 raise RecipeUnsupported(
-                    f"{linear.name} and {prefix}{other} would get different schemes, but servers fuse them",
+                    f"{first} and {other} would get different schemes, but servers fuse them",
                     code="fused_set_split",
-                    remedy=f"let `overrides` and `ignore` match all of {', '.join(group)}",
+                    remedy=f"let `overrides` and `ignore` match all of {set_names((first, *others))}",
                     param=f"recipe.{index}.overrides",
                 )
+
+
+def set_names(names: tuple[str, ...]) -> str:
+    """For people: the ends of the names, a few of them if they are many."""
+    ends = [name.rpartition(".")[2] if len(names) > 8 else ".".join(name.split(".")[-2:]) for name in names]
+    return ", ".join(dict.fromkeys(ends))
+
+
+def fused_sets(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> Iterator[tuple[str, ...]]:
+    """Full names of the linears that servers make one of, set by set."""
+    layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
+    for layer in layers:
+        assert layer is not None
+        prefix = architecture.layer_prefix(layer)
+        for names in architecture.at(layer).fused:
+            yield tuple(prefix + name for name in names)
 
 
 def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ...]]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.entrypoints.convert.converters.ct_dequantizer import CompressedTensorsDequantizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from app.core.errors import RecipeUnsupported
 from app.core.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, some_tokens, tiny_spec
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 
+EXPERTS = ("mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v3")
 RECIPE = Recipe(group_size=32, search=SearchSpec(grid_points=4))
 
 
@@ -47,7 +51,9 @@ def dequantized(run: EngineRun, folder: Path) -> PreTrainedModel:
 def test_transformers_opens_what_was_evaluated(tmp_path: Path, name: str) -> None:
     model_type, changes = OTHER_MODELS[name]
     model = save_model(random_model(model_type, **changes), tmp_path / "model")  # type: ignore[arg-type]
-    run = EngineRun(tiny_spec(RECIPE), model, tmp_path / "work")
+    # transformers reads asymmetric linears, but of experts only symmetric ones
+    recipe = RECIPE.model_copy(update={"symmetric": name in EXPERTS})
+    run = EngineRun(tiny_spec(recipe), model, tmp_path / "work")
     loaded = opened(run.folder("compressed-tensors"))
     expected = dequantized(run, tmp_path / "dequantized")
     tokens = some_tokens(2, 40)
@@ -60,6 +66,64 @@ def test_transformers_opens_what_was_evaluated(tmp_path: Path, name: str) -> Non
     assert 0 < report.kl < 1
     linears = {entry.linear for layer in report.layers for entry in layer.linears if entry.bits == 4}
     assert linears == {name for layer in (0, 1) for name in run.pipeline.plan.architecture.at(layer).linears}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_asymmetric_experts_are_read_by_compressed_tensors(tmp_path: Path, name: str) -> None:
+    """Its own reader gives our weights; transformers drops the zero points of experts and must say so."""
+    model_type, changes = OTHER_MODELS[name]
+    model = save_model(random_model(model_type, **changes), tmp_path / "model")  # type: ignore[arg-type]
+    run = EngineRun(tiny_spec(RECIPE), model, tmp_path / "work")
+    folder = run.folder("compressed-tensors")
+    reader = CompressedTensorsDequantizer(folder, dtype=torch.float32)
+    read = reader.process(load_file(folder / "model.safetensors"))
+    dequantized(run, tmp_path / "dequantized")
+    expected = load_file(tmp_path / "dequantized" / "model.safetensors")
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in read.items())
+    with pytest.raises(RuntimeError):
+        opened(folder)
+    assert any("asymmetric experts" in note for note in run.report.notes)
+
+
+def test_routers_keep_their_precision_and_loaders_are_told(tmp_path: Path) -> None:
+    run = EngineRun(tiny_spec(RECIPE), save_model(random_model("mixtral"), tmp_path / "m"), tmp_path / "work")
+    config = json.loads((run.folder("compressed-tensors") / "config.json").read_text())
+    routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in (0, 1)]
+    assert config["quantization_config"]["ignore"] == ["lm_head", *routers]
+    before = load_file(run.pipeline.checkpoint.folder / "model.safetensors")
+    after = load_file(run.folder("compressed-tensors") / "model.safetensors")
+    for router in routers:
+        scales = after[router + ".weight"] / before[router + ".weight"]
+        torch.testing.assert_close(scales, scales[:1].expand_as(scales), rtol=1e-5, atol=0)
+        assert scales.std() > 0.01
+
+
+def test_an_expert_without_tokens_is_quantized_without_scales(tmp_path: Path) -> None:
+    """Of a direction and its opposite one has a positive logit, so the expert with zeros is never chosen."""
+    model = random_model("mixtral", num_local_experts=4, num_experts_per_tok=1)
+    with torch.no_grad():
+        for layer in model.get_submodule("model.layers"):
+            layer.mlp.gate.weight[0] = 0
+            layer.mlp.gate.weight[2] = -layer.mlp.gate.weight[1]
+    run = EngineRun(tiny_spec(RECIPE), save_model(model, tmp_path / "model"), tmp_path / "work")
+    for layer in run.report.candidates[0].layers:
+        entries = {entry.linear: entry for entry in layer.linears}
+        unseen = entries["block_sparse_moe.experts.0.w2"]
+        assert "only 0 calibration tokens" in (unseen.reason or "")
+        assert (unseen.bits, unseen.scale_spread) == (4, 1.0)
+        assert unseen.loss is not None
+        assert 0 < unseen.loss < 100
+        assert entries["block_sparse_moe.experts.0.w1"].scale_spread != 1.0
+    assert any("experts saw too few calibration tokens" in note for note in run.report.notes)
+
+
+def test_experts_of_a_layer_must_share_one_scheme(tmp_path: Path) -> None:
+    model = save_model(random_model("mixtral"), tmp_path / "model")
+    one = RECIPE.model_copy(update={"ignore": ("lm_head", "experts.1.w1")})
+    with pytest.raises(RecipeUnsupported, match="servers fuse them") as refusal:
+        EngineRun(tiny_spec(one), model, tmp_path / "work")
+    assert "w1, w3, w2" in refusal.value.remedy
 
 
 def test_linears_without_scales_are_quantized_and_say_why(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from app.core.architectures import Architecture
 from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.experts import split_experts
 
 LayerArguments = dict[str, Any]
 
@@ -85,6 +86,9 @@ class Decoder:
             ).eval()
         self.model.requires_grad_(requires_grad=False)
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
+        if architecture.experts is not None:
+            for layer in self.layers:
+                split_experts(layer, architecture.experts)
         restore_buffers(self.model, device)
 
     @property

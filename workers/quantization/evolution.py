@@ -53,8 +53,8 @@ class Objective:
         moment = statistics.second_moment
         return cls(
             sampled(linears, SAMPLED_ROWS),
-            torch.where(alive, x_mean, 1.0).log(),
-            torch.where(alive, w_mean, 1.0).log(),
+            torch.where(alive, x_mean, 1.0).log() * statistics.confidence,
+            torch.where(alive, w_mean, 1.0).log() * statistics.confidence,
             alive,
             moment.to(ranking_dtype(moment.device)),
             fold,

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from app.core.architectures import Architecture
+from app.core.architectures import Architecture, ScaleGroup
 from app.core.errors import ModelRefused
 
+EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
 BLOCK = 256  # columns per block of the second moment; only blocks on and above the diagonal are computed
 
 
@@ -25,22 +26,33 @@ class InputStatistics:
     abs_mean: Tensor  # (C,) float32
     second_moment: Tensor  # (C, C) float32, symmetric
     num_tokens: int
+    routed_tokens: int | None = None  # of an expert: how many of them were routed to it
+
+    @property
+    def confidence(self) -> float:
+        """1 where the tokens tell what the linears will see, 0 for an expert that none was routed to."""
+        return 1.0 if self.routed_tokens is None else min(1.0, self.routed_tokens / EXPERT_TOKENS)
 
     def to(self, device: torch.device) -> InputStatistics:
-        return InputStatistics(self.abs_mean.to(device), self.second_moment.to(device), self.num_tokens)
+        return replace(self, abs_mean=self.abs_mean.to(device), second_moment=self.second_moment.to(device))
 
 
 class InputCollector:
     """Running sums over the batches of one input."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, samples: bool = False) -> None:
+        self.samples, self.sample = samples, list[Tensor]()
+        self.routed_tokens: int | None = None
         self.abs_sum: Tensor | None = None
         self.moment: Tensor | None = None
         self.num_tokens = 0
 
     def add(self, x: Tensor) -> None:
         """x: (..., C)."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.samples and sum(map(len, self.sample)) < EXPERT_TOKENS:
+            self.sample.append(rows[:: max(1, len(rows) // EXPERT_TOKENS)][:EXPERT_TOKENS].clone())
+        rows = rows.to(torch.float32)
         channels = rows.shape[1]
         if self.abs_sum is None or self.moment is None:
             self.abs_sum = torch.zeros(channels, device=rows.device)
@@ -63,13 +75,14 @@ class InputCollector:
                 code="activations_not_finite",
                 remedy="check that the model gives finite outputs in its own dtype",
             )
-        return InputStatistics(self.abs_sum / self.num_tokens, moment, self.num_tokens)
+        return InputStatistics(self.abs_sum / self.num_tokens, moment, self.num_tokens, self.routed_tokens)
 
 
 @contextmanager
 def collecting(layer: nn.Module, architecture: Architecture) -> Iterator[list[InputCollector]]:
     """Collect the input of each group while `layer` runs; one collector a group."""
-    collectors = [InputCollector() for _ in architecture.groups]
+    feeding = {feeding_group(architecture, group) for group in architecture.groups if group.expert}
+    collectors = [InputCollector(samples=index in feeding) for index in range(len(architecture.groups))]
 
     def observe(collector: InputCollector):  # type: ignore[no-untyped-def]  # a hook of torch
         return lambda _module, inputs: collector.add(inputs[0])
@@ -82,6 +95,27 @@ def collecting(layer: nn.Module, architecture: Architecture) -> Iterator[list[In
     ]
     try:
         yield collectors
+        complete_experts(layer, architecture, collectors)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def feeding_group(architecture: Architecture, group: ScaleGroup) -> int:
+    """The group whose input is that of the expert: it holds the expert's first linears."""
+    return next(
+        index
+        for index, other in enumerate(architecture.groups)
+        if other.expert is None and any(name.startswith(f"{group.expert}.") for name in other.balance_layers)
+    )
+
+
+def complete_experts(layer: nn.Module, architecture: Architecture, collectors: list[InputCollector]) -> None:
+    """Show experts that saw few tokens some of those that went to others, so that each has statistics."""
+    for group, collector in zip(architecture.groups, collectors, strict=True):
+        if group.expert is not None:
+            collector.routed_tokens = collector.num_tokens
+            missing = EXPERT_TOKENS - collector.num_tokens
+            if missing > 0:
+                others = torch.cat(collectors[feeding_group(architecture, group)].sample)
+                layer.get_submodule(architecture.module_name(group.expert))(others[:missing])

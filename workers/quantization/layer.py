@@ -74,7 +74,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
                 quantized[name] = rounded.weight
                 plain = rounding_baseline(linear, choice, task.dtype)
                 entry = linear_report(name, choice, plain, rounded)
-                report.append(entry.model_copy(update={"reason": group.unscaled}))
+                report.append(entry.model_copy(update={"reason": group.unscaled or few_tokens(statistics)}))
     linears = {name + ".weight" for name in task.schemes}
     dense = {
         name: value.to(task.dtype).to(torch.float32)
@@ -101,6 +101,17 @@ def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
     if search.strategy == "evolutionary":
         return evolve_scales(linears, statistics, target, search, choice)
     return choice
+
+
+def few_tokens(statistics: InputStatistics) -> str | None:
+    """What to know of an expert that the calibration text hardly reaches."""
+    if statistics.confidence == 1:
+        return None
+    others = statistics.num_tokens - (statistics.routed_tokens or 0)
+    return (
+        f"only {statistics.routed_tokens} calibration tokens are routed to this expert; {others} of other "
+        "experts were added, and scales drawn towards one"
+    )
 
 
 def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: torch.dtype) -> float:

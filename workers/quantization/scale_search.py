@@ -185,7 +185,9 @@ def search_scales(
     w_mean = fold.shared(weight_means(linears))
     tried: list[Candidate] = []
     for ratio, weight_ratio, raw in candidates(search, x_mean, w_mean):
-        scales = fold.representable(raw) if tried else raw  # the identity is exact as it is
+        scales = (
+            fold.representable(raw**statistics.confidence) if tried else raw
+        )  # the identity is exact as it is
         if not tried or fold.fits(scales):
             tried.append((ratio, weight_ratio, fold.spread(scales)))
     finalists = rank(sampled(linears, SAMPLED_ROWS), tried, statistics.second_moment, fold)
