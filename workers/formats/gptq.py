@@ -7,6 +7,7 @@ scales float16 (in/group, out) and g_idx int32 (in), the group of each input cha
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from importlib.metadata import version
 from typing import Any
@@ -90,18 +91,16 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
 
 
 def dynamic_rules(candidate: CandidatePlan, base: Scheme) -> dict[str, dict[str, int]]:
-    """GPTQModel's rules by name: `-:` keeps a linear's precision, `+:` gives it another scheme."""
-    schemes = dict.fromkeys(linear.scheme for linear in candidate.linears)
+    """GPTQModel's rules by name: `-:` keeps a module's precision, `+:` gives it another scheme."""
+    modules: dict[str, Scheme | None] = {linear.name: linear.scheme for linear in candidate.linears}
+    modules |= dict.fromkeys((name for name in candidate.full_precision if name != "lm_head"), None)
     # A fused name has the scheme of its parts: sets that servers fuse share one.
-    fused = [fused_name(linear.name) for linear in candidate.linears]
-    every = dict.fromkeys([linear.name for linear in candidate.linears] + [name for name in fused if name])
+    modules |= {fused: scheme for name, scheme in modules.items() if (fused := fused_name(name))}
     rules: dict[str, dict[str, int]] = {}
-    for scheme in schemes:
+    for scheme in dict.fromkeys(modules.values()):
         if scheme == base:
             continue
-        names = [linear.name for linear in candidate.linears if linear.scheme == scheme]
-        names += dict.fromkeys(name for name in map(fused_name, names) if name)
-        for pattern in compact_patterns(names, every):
+        for pattern in compact_patterns([name for name in modules if modules[name] == scheme], modules):
             if scheme is None:
                 rules["-:" + pattern] = {}
             else:
@@ -111,5 +110,8 @@ def dynamic_rules(candidate: CandidatePlan, base: Scheme) -> dict[str, dict[str,
 
 def fused_name(name: str) -> str | None:
     """The name that vLLM gives to the matrix of which the linear becomes a part."""
+    experts = re.fullmatch(r"(.+\.experts)\.\d+\..+", name)
+    if experts is not None:
+        return experts[1]
     parent, _, leaf = name.rpartition(".")
     return f"{parent}.{FUSED_NAMES[leaf]}" if leaf in FUSED_NAMES else None
