@@ -6,7 +6,7 @@ Layouts: AutoAWQ `awq/modules/linear/gemm.py`, compressed-tensors `compressors/p
 
 from __future__ import annotations
 
-from app.core.specs import FormatName, Frozen, Recipe
+from app.core.specs import FormatName, Frozen
 
 
 class Scheme(Frozen):
@@ -25,34 +25,35 @@ class FormatRefusal(Frozen):
     nearest: str
 
 
-def awq_refusal(recipe: Recipe, schemes: set[Scheme]) -> FormatRefusal | None:
+def awq_refusal(schemes: set[Scheme]) -> FormatRefusal | None:
     """AutoAWQ's GEMM layout: one scheme for the whole model, 4 bits, zero points, finite groups."""
     if len(schemes) > 1:
         return FormatRefusal(
             why="holds one bit width and group size for all linears, the overrides ask for several",
             nearest="drop the overrides, or choose the format compressed-tensors",
         )
-    if any(scheme.bits != 4 for scheme in schemes):
-        return FormatRefusal(why=f"holds 4 bits only, not {recipe.bits}", nearest="bits 4")
-    if recipe.symmetric:
-        return FormatRefusal(why="always has zero points", nearest="symmetric false")
-    if recipe.group_size == -1:
-        return FormatRefusal(why="needs a finite group size", nearest="group_size 128")
+    for scheme in schemes:
+        if scheme.bits != 4:
+            return FormatRefusal(why=f"holds 4 bits only, not {scheme.bits}", nearest="bits 4")
+        if scheme.symmetric:
+            return FormatRefusal(why="always has zero points", nearest="symmetric false")
+        if scheme.group_size == -1:
+            return FormatRefusal(why="needs a finite group size", nearest="group_size 128")
     return None
 
 
-def gptq_refusal(recipe: Recipe) -> FormatRefusal | None:
+def gptq_refusal(schemes: set[Scheme]) -> FormatRefusal | None:
     """GPTQ v1 stores zero points less one, so 0 has no place; vLLM reads symmetric files only."""
-    if not recipe.symmetric:
+    if not all(scheme.symmetric for scheme in schemes):
         return FormatRefusal(why="holds symmetric grids only", nearest="symmetric true")
     return None
 
 
-def format_refusal(name: FormatName, recipe: Recipe, schemes: set[Scheme]) -> FormatRefusal | None:
-    """Why `name` can't hold the recipe, or None. compressed-tensors holds every scheme we make."""
+def format_refusal(name: FormatName, schemes: set[Scheme]) -> FormatRefusal | None:
+    """Why `name` can't hold a model of these schemes, or None. compressed-tensors holds all that we make."""
     if name == "awq":
-        return awq_refusal(recipe, schemes)
-    return gptq_refusal(recipe) if name == "gptq" else None
+        return awq_refusal(schemes)
+    return gptq_refusal(schemes) if name == "gptq" else None
 
 
 # What out_features and in_features must be multiples of: formats without padding pack whole words.

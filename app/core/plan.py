@@ -323,7 +323,7 @@ def refuse_format(
     linears: tuple[LinearPlan, ...],
     schemes: set[Scheme],
 ) -> None:
-    refusal = format_refusal(name, recipe, schemes)
+    refusal = format_refusal(name, schemes)
     if refusal is not None:
         raise RecipeUnsupported(
             f"recipe {index} ({recipe.label}): the format {name} {refusal.why}",

@@ -54,11 +54,12 @@ def shapes(
 def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
     """The entry of config.json."""
     kept = [linear.name for linear in candidate.linears if linear.scheme is None]
+    scheme = next(linear.scheme for linear in candidate.linears if linear.scheme is not None)  # the only one
     return {
         "quant_method": "awq",
         "version": "gemm",
-        "bits": candidate.recipe.bits,
-        "group_size": candidate.recipe.group_size,
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
         "zero_point": True,
         "modules_to_not_convert": [*kept, *candidate.full_precision],
     }

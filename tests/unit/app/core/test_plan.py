@@ -264,6 +264,8 @@ def test_groups_that_do_not_divide_are_refused_with_the_nearest(columns: int, re
         ({"symmetric": True}, "symmetric false"),
         ({"group_size": -1}, "group_size 128"),
         ({"overrides": [{"match": "down_proj", "bits": 8}]}, "compressed-tensors"),
+        ({"overrides": [{"match": "re:.*", "bits": 8}]}, "bits 4"),
+        ({"overrides": [{"match": "re:.*", "group_size": -1}]}, "group_size 128"),
     ],
 )
 def test_what_awq_cannot_hold_is_refused_with_the_nearest(recipe: dict[str, Any], nearest: str) -> None:

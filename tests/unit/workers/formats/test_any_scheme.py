@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from app.core.format_limits import Scheme
 from app.core.plan import Plan, plan_job
-from app.core.specs import FormatName, JobSpec
-from tests.tiny_models import random_model, save_model, tiny_spec
+from app.core.specs import FormatName, JobSpec, Recipe
+from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
 from tests.unit.workers.formats.test_layouts_of_formats import random_weight
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
@@ -44,7 +44,9 @@ def jobs(draw: st.DrawFn) -> JobSpec:
     """A recipe that every requested format holds."""
     name: FormatName = draw(st.sampled_from(["compressed-tensors", "gptq", "awq"]))
     if name == "awq":
-        recipe: dict[str, Any] = {"bits": 4, "group_size": draw(st.sampled_from([32, 64]))}
+        scheme = {"bits": 4, "group_size": draw(st.sampled_from([32, 64]))}
+        everywhere = {"overrides": [{"match": "re:.*", **scheme}]}  # other numbers in the recipe don't matter
+        recipe: dict[str, Any] = draw(st.sampled_from([scheme, {**everywhere, "bits": 8}]))
     else:
         schemes = st.fixed_dictionaries(
             {"bits": st.sampled_from([2, 3, 4, 8]), "group_size": st.sampled_from([32, 64, -1])}
@@ -97,6 +99,31 @@ def test_what_is_read_back_is_what_was_computed(
         for name in (linear.name, *fused_names(linear.name, folder.name)):
             assert find[folder.name](entry, name) == linear.scheme, name
     assert find[folder.name](entry, "lm_head") is None or folder.name == "gptq"
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_every_architecture_in_every_format(tmp_path: Path, name: str) -> None:
+    """The format's weights are those of compressed-tensors, and its size is the planned one."""
+    model_type, changes = OTHER_MODELS[name]
+    model = save_model(random_model(model_type, **changes), tmp_path / "model")  # type: ignore[arg-type]
+    for other in ("awq", "gptq"):
+        recipe = Recipe(method="rtn", group_size=32, symmetric=other == "gptq")
+        run = EngineRun(tiny_spec(recipe, formats=(other, "compressed-tensors")), model, tmp_path / other)
+        plan, source = run.pipeline.plan, run.pipeline.checkpoint
+        folders = [
+            FormatFolder(run.folder(each), each, source, plan, plan.candidates[0])  # type: ignore[arg-type]
+            for each in (other, "compressed-tensors")
+        ]
+        written = [Checkpoint(folder.folder) for folder in folders]
+        for layer in range(plan.num_layers):
+            first, second = (
+                folder.read_weights(files, layer) for folder, files in zip(folders, written, strict=True)
+            )
+            assert first.keys() == second.keys()
+            assert all(torch.equal(value, second[key]) for key, value in first.items())
+        for folder, files in zip(folders, written, strict=True):
+            size = sum(tensor.size for tensor in files.tensors.values())
+            assert size == plan.candidates[0].output_bytes[folder.name]
 
 
 def fused_names(name: str, format_name: str) -> list[str]:
