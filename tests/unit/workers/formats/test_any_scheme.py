@@ -107,7 +107,9 @@ def test_every_architecture_in_every_format(tmp_path: Path, name: str) -> None:
     model_type, changes = OTHER_MODELS[name]
     model = save_model(random_model(model_type, **changes), tmp_path / "model")  # type: ignore[arg-type]
     for other in ("awq", "gptq"):
-        recipe = Recipe(method="rtn", group_size=32, symmetric=other == "gptq")
+        # The tiny models' low-rank projections of deepseek have 40 rows, which gptq refuses.
+        ignore = ("lm_head", r"re:.*_a_proj.*") if other == "gptq" else ("lm_head",)
+        recipe = Recipe(method="rtn", group_size=32, symmetric=other == "gptq", ignore=ignore)
         run = EngineRun(tiny_spec(recipe, formats=(other, "compressed-tensors")), model, tmp_path / other)
         plan, source = run.pipeline.plan, run.pipeline.checkpoint
         folders = [
