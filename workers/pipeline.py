@@ -35,6 +35,8 @@ from workers.quality_report import (
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.evaluation import Quality, compare, final_states
 from workers.quantization.histograms import weight_histogram
+from workers.quantization.layer import LayerResult
+from workers.quantized_chains import QuantizedChains
 from workers.stamped_files import identity_digest
 from workers.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
@@ -112,25 +114,41 @@ class Pipeline:
         if resumed_at == num_layers:
             return resumed_at
         run = self.start_pass(calibration, checkpoints, resumed_at)
+        chains = self.start_chains(run.decoder, calibration, checkpoints, resumed_at)
         states_saved = time.monotonic()
         for layer in range(resumed_at, num_layers):
             calibrated = self.calibrate_next_layer(run)
             if statistics is not None:
                 statistics.save(layer, calibrated.statistics)
             for candidate in self.plan.candidates:
-                self.solve(candidate, calibrated, run, checkpoints)
+                own = chains.calibrated(candidate, calibrated)
+                chains.advance(candidate, own, self.solve(candidate, own, run, checkpoints))
             if layer + 1 < num_layers and time.monotonic() - states_saved > STATES_INTERVAL_S:
                 checkpoints.save_states(layer + 1, run.states)
                 states_saved = time.monotonic()
             self.account.progress(0.6 * (layer + 1) / num_layers, layer + 1)
         return resumed_at
 
+    def start_chains(
+        self, decoder: Decoder, calibration: Windows, checkpoints: LayerCheckpoints, layer: int
+    ) -> QuantizedChains:
+        """The passes of the recipes that are calibrated on their own errors, before `layer`."""
+        chains = QuantizedChains(
+            self.plan.candidates,
+            lambda: CalibrationPass(decoder, self.batches(calibration)),
+            lambda recipe: self.account.stage(Stage.CALIBRATING, recipe),
+        )
+        chains.catch_up(layer, checkpoints)
+        return chains
+
+    def batches(self, windows: Windows) -> list[Tensor]:
+        return windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
+
     def start_pass(self, calibration: Windows, checkpoints: LayerCheckpoints, layer: int) -> CalibrationPass:
         """A pass that stands before `layer`, from the hidden states that were saved nearest to it."""
-        batches = calibration.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
         decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
         with self.account.stage(Stage.CALIBRATING):
-            run = CalibrationPass(decoder, batches)
+            run = CalibrationPass(decoder, self.batches(calibration))
             saved = checkpoints.latest_states(layer)
             if saved is not None:
                 run.restore(*saved)
@@ -163,10 +181,11 @@ class Pipeline:
         calibrated: CalibratedLayer,
         run: CalibrationPass,
         checkpoints: LayerCheckpoints,
-    ) -> None:
+    ) -> LayerResult:
         with self.account.stage(Stage.SEARCHING, candidate.recipe_index):
             result, report = self.solver.solve(candidate, calibrated, run)
             checkpoints.save_layer(candidate.recipe_index, result, report)
+        return result
 
     def judge(
         self, candidates: tuple[CandidatePlan, ...], checkpoints: LayerCheckpoints, evaluation: Windows
@@ -208,7 +227,7 @@ class Pipeline:
         with self.account.stage(Stage.EVALUATING):
             decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
             models = [partial(row[0].read_weights, Checkpoint(row[0].folder)) for row in folders]
-            batches = windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
+            batches = self.batches(windows)
             total = self.plan.num_layers
             first = [] if self.original_states else [decoder.layer_weights]
             states = final_states(
@@ -300,7 +319,6 @@ class Pipeline:
             calibration={
                 **text_entry(self.spec.calibration, calibration),
                 "seed": self.spec.calibration.seed,
-                "inputs": "full-precision chain",
             },
             evaluation=text_entry(self.spec.evaluation, evaluation),
             original=OriginalReport(perplexity=self.original.perplexity, bytes=self.plan.model_bytes),

@@ -38,6 +38,7 @@ def candidate_report(
     return CandidateReport(
         recipe_index=candidate.recipe_index,
         label=candidate.label,
+        inputs=candidate.recipe.inputs,
         recipe=candidate.recipe,
         perplexity=quality.perplexity,
         perplexity_ratio=ratio,

@@ -43,6 +43,7 @@ class CandidateReport(Frozen):
     recipe_index: int
     label: str
     recipe: Recipe
+    inputs: str  # the chain whose outputs its layers were calibrated on
     perplexity: float
     perplexity_ratio: float  # quantized / original
     kl: float  # mean KL(original || quantized) per token, nats

@@ -98,6 +98,11 @@ class Recipe(Frozen):
         return self.method == "gptq" or self.rounding == "gptq"
 
     @property
+    def inputs(self) -> Literal["full-precision chain", "quantized chain"]:
+        """Whose outputs a layer is calibrated on: the original's layers before it, or the quantized ones."""
+        return "quantized chain" if self.method == "gptq" else "full-precision chain"
+
+    @property
     def searches_clip(self) -> bool:
         return self.method != "rtn" and self.search.clip
 

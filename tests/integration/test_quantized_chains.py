@@ -1,0 +1,83 @@
+"""GPTQ on the quantized chain: its own inputs, nobody else's, and the same bytes after a resume."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.assignment import CHECKPOINTS
+from app.core.specs import JobSpec, Recipe, SearchSpec
+from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
+from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.decoder import Decoder
+from workers.quantization.calibration import CalibrationPass
+from workers.texts.windows import calibration_windows, load_tokenizer
+
+AWQ = Recipe(group_size=32, bits=3, search=SearchSpec(grid_points=3))
+GPTQ = Recipe(method="gptq", group_size=32, bits=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(random_model("llama"), tmp_path_factory.mktemp("model") / "llama")
+
+
+def spec(*recipes: Recipe) -> JobSpec:
+    return tiny_spec(recipes[0]).model_copy(update={"recipe": recipes, "formats": ("compressed-tensors",)})
+
+
+def weights_of(run: EngineRun, recipe: int) -> bytes:
+    return (run.folder("compressed-tensors", recipe) / "model.safetensors").read_bytes()
+
+
+def layer_checkpoints(run: EngineRun) -> list[Path]:
+    return sorted((run.work / CHECKPOINTS).glob("layer-*"))
+
+
+def test_the_shared_chain_does_not_notice_a_quantized_one(model: Path, tmp_path: Path) -> None:
+    alone = EngineRun(spec(AWQ), model, tmp_path / "alone")
+    together = EngineRun(spec(AWQ, GPTQ), model, tmp_path / "together")
+    assert weights_of(alone, 0) == weights_of(together, 0)
+    reported = [candidate.inputs for candidate in together.report.candidates]
+    assert reported == ["full-precision chain", "quantized chain"]
+
+
+def test_a_layer_is_calibrated_on_what_its_quantized_predecessor_gives(model: Path, tmp_path: Path) -> None:
+    job = spec(GPTQ)
+    run = EngineRun(job, model, tmp_path / "work")
+    checkpoint = Checkpoint(model)
+    decoder = Decoder(checkpoint, run.pipeline.plan.architecture, torch.device("cpu"), torch.float32)
+    windows = calibration_windows(job.calibration, load_tokenizer(model), None)
+    chain = CalibrationPass(decoder, run.pipeline.batches(windows))
+    original = CalibrationPass(decoder, run.pipeline.batches(windows))
+    first = run.pipeline.open_checkpoints(windows).load_layer(0, 0)
+    chain.pass_through(first.weights(decoder.layer_weights(0)))
+    original.skip()
+
+    def loss(moment: Tensor) -> float:
+        """Of the stored q_proj of layer 1, whose report names the loss that its search saw."""
+        weight = run.pipeline.open_checkpoints(windows).load_layer(0, 1).quantized["self_attn.q_proj"]
+        error = weight.dequantize() - decoder.layer_weights(1)["self_attn.q_proj.weight"].float()
+        return float(((error @ moment) * error).sum())
+
+    entry = run.report.candidates[0].layers[1].linears[0]
+    assert entry.linear == "self_attn.q_proj"
+    own = loss(chain.observe(decoder.layer_weights(1))[0].second_moment)
+    other = loss(original.observe(decoder.layer_weights(1))[0].second_moment)
+    assert entry.loss == pytest.approx(own, rel=1e-3)
+    assert entry.loss != pytest.approx(other, rel=1e-3)
+
+
+def test_a_resumed_chain_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    whole = EngineRun(spec(GPTQ, AWQ), model, tmp_path / "whole")
+    (tmp_path / "resumed" / CHECKPOINTS).mkdir(parents=True)
+    for path in layer_checkpoints(whole):
+        if path.name.startswith("layer-00000"):
+            shutil.copyfile(path, tmp_path / "resumed" / CHECKPOINTS / path.name)
+    resumed = EngineRun(spec(GPTQ, AWQ), model, tmp_path / "resumed")
+    assert resumed.report.resumed_at_layer == 1
+    assert [weights_of(resumed, index) for index in (0, 1)] == [weights_of(whole, index) for index in (0, 1)]
