@@ -47,7 +47,10 @@ class LayerSolver:
             layer=calibrated.layer,
             seconds=time.monotonic() - started,
             equivalence_error=error,
-            linears=(*result.report, *self.kept_linears(candidate, calibrated.layer)),
+            linears=(
+                *self.explained(candidate, calibrated.layer, result.report),
+                *self.kept_linears(candidate, calibrated.layer),
+            ),
         )
         return result, report
 
@@ -77,6 +80,16 @@ class LayerSolver:
                 f"the original by {error:.2e} (limit {limit:.0e})",
                 code="equivalence_failed", remedy="use method rtn, and report the model's architecture",
             )  # fmt: skip
+
+    def explained(
+        self, candidate: CandidatePlan, layer: int, entries: list[LinearReport]
+    ) -> Iterator[LinearReport]:
+        """The entries with what the plan changed about their linears."""
+        prefix = self.plan.architecture.layer_prefix(layer)
+        reasons = {linear.name: linear.reason for linear in candidate.linears if linear.reason}
+        for entry in entries:
+            both = [reason for reason in (reasons.get(prefix + entry.linear), entry.reason) if reason]
+            yield entry.model_copy(update={"reason": "; ".join(both) or None})
 
     def kept_linears(self, candidate: CandidatePlan, layer: int) -> Iterator[LinearReport]:
         prefix = self.plan.architecture.layer_prefix(layer)

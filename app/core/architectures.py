@@ -295,6 +295,5 @@ def architecture_of(config: dict[str, object]) -> Architecture:
     groups = tuple(g for g in found.groups if g.only_if is None or g.only_if.holds(config))
     fitted: dict[str, object] = {"groups": groups}
     if found.experts is not None:
-        fitted["num_experts"] = found.experts.count(config)
-        fitted["dense_layers"] = found.experts.dense_layers(config)
+        fitted |= found.experts.fitted(config)
     return found.model_copy(update=fitted)

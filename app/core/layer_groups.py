@@ -15,6 +15,7 @@ SmoothKind = Literal["norm", "offset norm", "linear"]
 SmoothRows = Literal["all", "last", "last of each head"]
 ConfigValue = str | int | float | bool | None
 
+MAX_EXPERTS = 4096  # a claim beyond this is not taken at its word
 EXPERT = "{expert}"  # in a template's names: every expert's number
 
 
@@ -84,27 +85,23 @@ class Experts(Frozen):
     dense_layers_key: str = ""  # list of layers that have none
     step_key: str = ""  # every n-th layer has them
 
-    def count(self, config: dict[str, object]) -> int:
-        found = next((config[key] for key in self.count_keys if config.get(key)), None)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise ModelRefused(
-                f"config.json: {self.count_keys[0]} is {found!r}, expected a positive integer",
-                code="config_invalid", remedy="restore the model's original config.json", param="model",
-            )  # fmt: skip
-        return found
-
-    def dense_layers(self, config: dict[str, object]) -> tuple[int, ...]:
-        """The decoder layers without experts."""
-        layers = config.get("num_hidden_layers")
+    def fitted(self, config: dict[str, object]) -> dict[str, object]:
+        """How many experts a model has, and which of its layers have none."""
+        count = next((config[key] for key in self.count_keys if config.get(key)), None)
         first, step = config.get(self.first_dense_key) or 0, config.get(self.step_key) or 1
         named = config.get(self.dense_layers_key) or []
-        if not isinstance(first, int) or not isinstance(step, int) or not isinstance(named, list):
+        sound = isinstance(count, int) and 0 < count <= MAX_EXPERTS
+        if not (sound and isinstance(first, int) and isinstance(step, int) and isinstance(named, list)):
             raise ModelRefused(
-                "config.json does not say which layers have experts",
+                f"config.json: {self.count_keys[0]} is {count!r}, or does not say which layers have experts",
                 code="config_invalid", remedy="restore the model's original config.json", param="model",
             )  # fmt: skip
-        count = layers if isinstance(layers, int) else 0
-        return tuple(n for n in range(count) if n < first or n in named or (n + 1) % step)
+        return {
+            "num_experts": count,
+            "first_expert_layer": first,
+            "expert_step": step,
+            "dense_layers": tuple(number for number in named if isinstance(number, int)),
+        }
 
 
 class Architecture(Frozen):
@@ -127,6 +124,8 @@ class Architecture(Frozen):
     presumes: tuple[Condition, ...] = ()  # what the groups rest on
     experts: Experts | None = None
     num_experts: int = 0
+    first_expert_layer: int = 0
+    expert_step: int = 1
     dense_layers: tuple[int, ...] = ()
 
     @property
@@ -139,7 +138,12 @@ class Architecture(Frozen):
 
     def at(self, layer: int) -> Architecture:
         """The architecture with the groups of this layer."""
-        return layer_architecture(self, self.experts is not None and layer not in self.dense_layers)
+        return layer_architecture(self, self.has_experts(layer))
+
+    def has_experts(self, layer: int) -> bool:
+        if self.experts is None or layer < self.first_expert_layer or layer in self.dense_layers:
+            return False
+        return (layer + 1) % self.expert_step == 0
 
     def fused_set(self, linear: str) -> tuple[str, ...]:
         """The linears of a layer that must share one scheme with this one, itself included."""

@@ -12,25 +12,11 @@ from collections.abc import Iterator
 from app.core.architectures import Architecture, architecture_of
 from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.format_limits import Scheme, format_refusal, packed_bytes, shape_refusal
+from app.core.linear_plan import LinearPlan, fit_groups, plan_linear, refuse_indivisible
 from app.core.safetensors_header import DTYPE_BITS, TensorHeader
 from app.core.specs import FormatName, Frozen, JobSpec, Recipe, matches
 
-GROUP_SIZES = (128, 64, 32)
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class LinearPlan(Frozen):
-    """One linear: its scheme, or None with the reason why it keeps its precision."""
-
-    name: str
-    out_features: int
-    in_features: int
-    scheme: Scheme | None
-    reason: str | None = None
-
-    @property
-    def parameters(self) -> int:
-        return self.out_features * self.in_features
 
 
 class CandidatePlan(Frozen):
@@ -180,9 +166,7 @@ def plan_candidate(
     tensors: dict[str, TensorHeader],
 ) -> CandidatePlan:
     recipe = spec.recipes[index]
-    linears = tuple(plan_linear(recipe, name, shape) for name, shape in shapes.items())
-    refuse_indivisible(index, recipe, linears)
-    refuse_split_sets(index, architecture, linears)
+    linears = plan_linears(index, recipe, architecture, shapes)
     schemes = {linear.scheme for linear in linears if linear.scheme is not None}
     for name in spec.formats:
         refuse_format(index, name, recipe, linears, schemes)
@@ -207,18 +191,30 @@ def plan_candidate(
         label=recipe.label,
         recipe=recipe,
         linears=linears,
-        full_precision=kept_modules(architecture, tensors),
+        full_precision=kept_modules(architecture, linears),
         output_bytes={name: kept + size for name, size in packed.items()},
         bits_per_weight=8 * packed[spec.formats[0]] / quantized,
     )
 
 
-def kept_modules(architecture: Architecture, tensors: dict[str, TensorHeader]) -> tuple[str, ...]:
+def plan_linears(
+    index: int, recipe: Recipe, architecture: Architecture, shapes: dict[str, tuple[int, int]]
+) -> tuple[LinearPlan, ...]:
+    """Every linear under the recipe, in sets that servers can fuse and with whole groups."""
+    linears = tuple(plan_linear(recipe, name, shape) for name, shape in shapes.items())
+    refuse_split_sets(index, architecture, linears)
+    if recipe.indivisible == "refuse":
+        refuse_indivisible(index, linears)
+        return linears
+    return fit_groups(recipe, linears, list(fused_sets(architecture, linears)))
+
+
+def kept_modules(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> tuple[str, ...]:
     """The head by all of its names, and routers: what loaders must not take for quantized linears."""
     names = dict.fromkeys(
         ("lm_head", architecture.head, architecture.stored_name(architecture.head + ".")[:-1])
     )
-    layers = dict.fromkeys(layer_number(architecture, name) for name in tensors)
+    layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
     routers = [
         architecture.layer_prefix(layer) + router
         for layer in layers
@@ -242,40 +238,6 @@ def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
     return packed_bytes(
         name, linear.scheme, linear.out_features, linear.in_features, weight_bits=DTYPE_BITS[dtype]
     )
-
-
-def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:
-    scheme, reason = None, None
-    ignored = next((pattern for pattern in recipe.ignore if matches(pattern, name)), None)
-    if ignored is not None:
-        reason = f"ignored by {ignored!r}"
-    else:
-        bits, group_size = recipe.bits, recipe.group_size
-        for override in recipe.overrides:
-            if override.matches(name):
-                bits = override.bits or bits
-                group_size = override.group_size or group_size
-        scheme = Scheme(bits=bits, group_size=group_size, symmetric=recipe.symmetric)
-    return LinearPlan(name=name, out_features=shape[0], in_features=shape[1], scheme=scheme, reason=reason)
-
-
-def refuse_indivisible(index: int, recipe: Recipe, linears: tuple[LinearPlan, ...]) -> None:
-    """Every group must be whole: loaders index scales by in_features // group_size."""
-    for linear in linears:
-        if linear.scheme is None or linear.scheme.group_size == -1:
-            continue
-        if linear.in_features % linear.scheme.group_size:
-            fitting = [size for size in GROUP_SIZES if linear.in_features % size == 0]
-            remedy = (
-                f"use group_size {fitting[0]}"
-                if fitting
-                else f"use group_size -1, or add {linear.name.split('.')[-1]!r} to `ignore`"
-            )
-            raise RecipeUnsupported(
-                f"{linear.name}: in_features={linear.in_features} is not a multiple of "
-                f"group_size={linear.scheme.group_size}",
-                code="group_size_indivisible", remedy=remedy, param=f"recipe.{index}.group_size",
-            )  # fmt: skip
 
 
 def refuse_split_sets(index: int, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:

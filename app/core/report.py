@@ -15,7 +15,7 @@ class LinearReport(Frozen):
     linear: str
     bits: int | None  # None: kept in the model's precision
     group_size: int | None = None
-    reason: str | None = None  # why it was kept
+    reason: str | None = None  # why it was kept, has no scales or another group size
     ratio: float | None = None  # exponent of the activations; with weight_ratio 0, 0 is the identity
     weight_ratio: float | None = None  # exponent of the weights: 0, or 1 - ratio with duo scaling
     scale_spread: float | None = None  # s_max / s_min

@@ -76,6 +76,7 @@ class Recipe(Frozen):
     symmetric: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     ignore: tuple[str, ...] = ("lm_head",)
+    indivisible: Literal["refuse", "nearest", "skip"] = "refuse"  # of in_features by group_size
     search: SearchSpec = SearchSpec()
     overrides: tuple[Override, ...] = Field(default=(), max_length=64)
 

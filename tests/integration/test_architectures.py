@@ -134,3 +134,21 @@ def test_linears_without_scales_are_quantized_and_say_why(tmp_path: Path) -> Non
     assert entries["mlp.dense_4h_to_h"].ratio is None
     assert "activation function" in (entries["mlp.dense_4h_to_h"].reason or "")
     assert entries["attention.dense"].reason is None
+
+
+@pytest.mark.parametrize("choice", ["nearest", "skip"])
+def test_groups_that_do_not_divide(tmp_path: Path, choice: str) -> None:
+    """in_features 64 and 96: groups of 64 fit attention, those of 32 all."""
+    model = save_model(random_model("llama", intermediate_size=96), tmp_path / "model")
+    recipe = RECIPE.model_copy(update={"group_size": 64, "indivisible": choice, "symmetric": True})
+    run = EngineRun(tiny_spec(recipe), model, tmp_path / "work")
+    with torch.no_grad():
+        tokens = some_tokens(2, 40)
+        expected = dequantized(run, tmp_path / "dequantized")(tokens).logits
+        loaded = opened(run.folder("compressed-tensors"))(tokens).logits
+    torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-5)
+    for layer in run.report.candidates[0].layers:
+        down = next(entry for entry in layer.linears if entry.linear == "mlp.down_proj")
+        assert (down.bits, down.group_size) == ((4, 32) if choice == "nearest" else (None, None))
+        assert "in_features=96 is not a multiple of group_size=64" in (down.reason or "")
+        assert all(entry.group_size == 64 for entry in layer.linears if entry is not down)

@@ -257,6 +257,56 @@ def test_groups_that_do_not_divide_are_refused_with_the_nearest(columns: int, re
     assert refusal.value.param == "recipe.0.group_size"
 
 
+@pytest.mark.parametrize(("choice", "size"), [("nearest", 64), ("skip", None)])
+def test_groups_that_do_not_divide_become_smaller_or_none(choice: str, size: int | None) -> None:
+    recipe = {"group_size": 128, "indivisible": choice}
+    headers = tensors(**{
+        f"model.layers.{layer}.mlp.down_proj.weight": header((192, 384)) for layer in range(2)
+    })  # fmt: skip
+    candidate = plan_job(asked(**recipe), CONFIG, headers).candidates[0]
+    for linear in candidate.linears:
+        if linear.name.endswith("down_proj"):
+            assert (linear.scheme and linear.scheme.group_size, linear.reason) == (128, None)
+        else:
+            assert (linear.scheme and linear.scheme.group_size) == size
+            kept = "kept" if size is None else "group_size 64"
+            assert linear.reason == f"{kept}: in_features=192 is not a multiple of group_size=128"
+
+
+def test_formats_of_one_scheme_refuse_the_mixture_and_hold_one_other_size() -> None:
+    mixed = tensors(**{
+        f"model.layers.{layer}.mlp.down_proj.weight": header((192, 384)) for layer in range(2)
+    })  # fmt: skip
+    spec = asked("awq", group_size=128, indivisible="nearest")
+    with pytest.raises(RecipeUnsupported, match="holds one bit width and group size"):
+        plan_job(spec, CONFIG, mixed)
+    schemes = {linear.scheme for linear in plan_job(spec, CONFIG, tensors()).candidates[0].linears}
+    assert {scheme and scheme.group_size for scheme in schemes} == {64}
+
+
+def test_a_fused_set_takes_one_size() -> None:
+    """Experts' gate and up read 192 channels, down reads 96: only 32 divides both."""
+    config = {
+        **CONFIG, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2,
+    }  # fmt: skip
+    headers = {name: value for name, value in tensors().items() if ".mlp." not in name}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.block_sparse_moe."
+        headers[prefix + "gate.weight"] = header((2, 192))
+        for expert in range(2):
+            names = {"w1": (96, 192), "w3": (96, 192), "w2": (192, 96)}
+            headers |= {f"{prefix}experts.{expert}.{n}.weight": header(shape) for n, shape in names.items()}
+    candidate = plan_job(asked(group_size=128, indivisible="nearest"), config, headers).candidates[0]
+    sizes = {linear.name: linear.scheme and linear.scheme.group_size for linear in candidate.linears}
+    assert {size for name, size in sizes.items() if "experts" in name} == {32}
+    assert {size for name, size in sizes.items() if "self_attn" in name} == {64}
+    assert len(candidate.linears) == 2 * (4 + 6)
+    for count in (0, "two", 10**9):
+        with pytest.raises(ModelRefused) as refusal:
+            plan_job(asked(), {**config, "num_local_experts": count}, headers)
+        assert refusal.value.code == "config_invalid"
+
+
 @pytest.mark.parametrize(
     ("recipe", "nearest"),
     [
