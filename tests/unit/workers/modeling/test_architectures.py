@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from app.core.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
-from workers.quantization.calibration import CalibrationPass, equivalence_error
+from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
 from workers.quantization.folding import Heads, fold_of
 from workers.quantization.layer import LayerTask, quantize_layer
 
@@ -107,3 +108,21 @@ def test_scales_of_an_offset_norm_are_exact_in_its_dtype(dtype: torch.dtype) -> 
     stored = (1 + weights["norm.weight"]) / scales - 1
     torch.testing.assert_close(stored.to(dtype).float(), stored, rtol=0, atol=1e-6)
     assert scales.std() > 0.5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3", "gemma3"])
+def test_the_check_of_a_fold_bears_half_precision(tmp_path: Path, name: str) -> None:
+    """Near ties of a router fall to other experts for some tokens: that is no fault of the fold."""
+    model_type, changes = OTHER_MODELS[name]
+    model = random_model(model_type, torch.bfloat16, **changes)  # type: ignore[arg-type]
+    checkpoint = Checkpoint(save_model(model, tmp_path))
+    architecture = architecture_of(checkpoint.config)
+    decoder = Decoder(checkpoint, architecture, torch.device("cpu"), torch.bfloat16)
+    run = CalibrationPass(decoder, [some_tokens(2, 64)])
+    for layer in range(2):
+        task, probe = layer_task(decoder, run, layer)
+        folded = quantize_layer(replace(task, dtype=torch.bfloat16))[1]
+        assert equivalence_error(run, layer, folded, probe) < 0.03
+        wrong = dict(folded)
+        wrong["input_layernorm.weight"] = folded["input_layernorm.weight"] + torch.linspace(0, 2, 64)
+        assert equivalence_error(run, layer, wrong, probe) > EQUIVALENCE_LIMIT[torch.bfloat16]
