@@ -7,14 +7,16 @@ was killed, and its supervisor says by whom.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 
 import torch
 
-from app.core.assignment import REPORT, Assignment, Failed
+from app.core.assignment import REPORT, Assignment, Failed, Noted
 from app.core.errors import JobFault, NibbleError, OutOfMemory
 from app.core.job import Problem
+from kernels.backend import AUTO, Backend, select_backend
 from workers.pipeline import Pipeline
 from workers.progress import ProgressPipe
 
@@ -24,6 +26,8 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
     try:
         if assignment.threads is not None:
             torch.set_num_threads(assignment.threads)
+        backend = chosen_backend()
+        pipe.send(Noted(code="kernel_backend", message=f"kernels: {backend.name}, {backend.reason}"))
         pipe.send(Pipeline(assignment, pipe.send).run())
     except NibbleError as error:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
@@ -45,6 +49,16 @@ def written_report(assignment: Assignment) -> str | None:
     """The report on what was tried, if the run came that far."""
     path = assignment.work_folder / REPORT
     return REPORT if path.exists() else None
+
+
+def chosen_backend() -> Backend:
+    """The backend that the operator asks for. Raises JobFault if it is absent."""
+    try:
+        return select_backend(os.environ.get("NIBBLE_KERNEL_BACKEND", AUTO))
+    except ValueError as fault:
+        raise JobFault(
+            str(fault), code="kernel_backend_absent", remedy="set NIBBLE_KERNEL_BACKEND to auto on the worker"
+        ) from fault
 
 
 def out_of_memory(assignment: Assignment, error: BaseException) -> OutOfMemory:
