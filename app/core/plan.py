@@ -89,23 +89,33 @@ def plan_notes(
         if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
             head = architecture.head
             yield f"recipe {index}: {head} keeps its precision although `ignore` does not name it"
-        if "compressed-tensors" in spec.formats and architecture.experts and not recipe.symmetric:
+        for name in spec.formats:
+            for note in loader_notes(name, candidate):
+                yield f"recipe {index}: {note}"
+
+
+def loader_notes(name: FormatName, candidate: CandidatePlan) -> Iterator[str]:
+    """What of the format's files not every loader opens."""
+    schemes = {linear.scheme for linear in candidate.linears if linear.scheme is not None}
+    experts = {linear.scheme for linear in candidate.linears if ".experts." in linear.name}
+    unopened = "transformers cannot open compressed-tensors files"
+    if name == "compressed-tensors" and not candidate.recipe.symmetric:
+        if experts:
+            yield f"{unopened} of asymmetric experts; set symmetric to true if it has to"
+        if len(schemes) > 1:
             yield (
-                f"recipe {index}: transformers cannot open compressed-tensors files of asymmetric experts; "
-                "set symmetric to true if it has to"
+                f"{unopened} of several asymmetric schemes; leave out the overrides or set symmetric to true "
+                "if it has to"
             )
-        schemes = {linear.scheme for linear in candidate.linears if linear.scheme is not None}
-        if "compressed-tensors" in spec.formats and len(schemes) > 1 and not recipe.symmetric:
-            yield (
-                f"recipe {index}: transformers cannot open compressed-tensors files of several asymmetric "
-                "schemes; leave out the overrides or set symmetric to true if it has to"
-            )
-        narrow = sorted({scheme.bits for scheme in schemes} - {4, 8})
-        if "gptq" in spec.formats and narrow:
-            yield (
-                f"recipe {index}: GPTQModel opens gptq files of {' and '.join(map(str, narrow))} bits, vLLM "
-                "opens those of 4 and 8 bits"
-            )
+    elif name == "compressed-tensors" and len(experts) > 1:
+        yield (
+            f"{unopened} whose layers' experts have several schemes; let `overrides` and `ignore` match the "
+            "experts of all layers if it has to"
+        )
+    narrow = sorted({scheme.bits for scheme in schemes} - {4, 8})
+    if name == "gptq" and narrow:
+        widths = " and ".join(map(str, narrow))
+        yield f"GPTQModel opens gptq files of {widths} bits, vLLM opens those of 4 and 8 bits"
 
 
 def positive_integer(config: dict[str, object], key: str) -> int:

@@ -20,7 +20,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from app.core.specs import Override, Recipe, SearchSpec
 from kernels.layouts import packed_words
-from tests.tiny_models import MODEL_TYPES, EngineRun, random_model, save_model, some_tokens, tiny_spec
+from tests.tiny_models import (
+    MODEL_TYPES,
+    OTHER_MODELS,
+    EngineRun,
+    random_model,
+    save_model,
+    some_tokens,
+    tiny_spec,
+)
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 
@@ -155,6 +163,18 @@ def test_several_asymmetric_schemes(
     compress = PackedQuantizationCompressor.compress
     monkeypatch.setattr(PackedQuantizationCompressor, "compress", compress_with_packed_zero_points(compress))
     assert_same_logits(opened(folder), dense)
+
+
+@pytest.mark.parametrize("overrides", [{"bits": 8}, {"bits": 2}, {"group_size": 64}])
+def test_experts_of_several_schemes(tmp_path: Path, overrides: dict[str, int]) -> None:
+    """transformers reads all experts by one scheme: it must refuse the files, never give other weights."""
+    model_type, changes = OTHER_MODELS["mixtral"]
+    model = save_model(random_model(model_type, **changes), tmp_path / "model")  # type: ignore[arg-type]
+    other = Override.model_validate({"match": r"re:.*layers[.]1[.].*experts.*", **overrides})
+    run = EngineRun(tiny_spec(recipe(symmetric=True, overrides=(other,))), model, tmp_path / "work")
+    assert any("experts have several schemes" in note for note in run.report.notes)
+    with pytest.raises(RuntimeError):
+        opened(run.folder("compressed-tensors"))
 
 
 def assert_same_logits(model: PreTrainedModel, expected: PreTrainedModel) -> None:

@@ -69,7 +69,10 @@ def shapes(
 
 def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
     """The entry of config.json: one config group per scheme."""
-    schemes = list(dict.fromkeys(linear.scheme for linear in candidate.linears if linear.scheme))
+    found = dict.fromkeys(linear.scheme for linear in candidate.linears if linear.scheme)
+    # transformers reads all experts by the first group that names any. With the widest first, narrower ones
+    # have too few words for it and loading fails, where it would else give other weights without a word.
+    schemes = sorted(found, key=lambda scheme: -scheme.bits)
     kept = [linear.name for linear in candidate.linears if linear.scheme is None]
     groups = {
         f"group_{index}": config_group(candidate, scheme, only=len(schemes) == 1)
