@@ -24,6 +24,15 @@ class Account:
         self.candidate_seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.notes: list[str] = []
         self.started = time.monotonic()
+        self.span = (0.0, 1.0)  # of the whole job, that `progress` speaks of
+
+    def begin(self, *, open_ended: bool) -> None:
+        """Leave room for further candidates if their number is unknown."""
+        self.span = (0.0, 0.5) if open_ended else (0.0, 1.0)
+
+    def next_span(self) -> None:
+        """A further candidate: half of what is left."""
+        self.span = (self.span[1], (self.span[1] + 1) / 2)
 
     @contextmanager
     def stage(self, stage: Stage, candidate: int | None = None) -> Iterator[None]:
@@ -40,7 +49,9 @@ class Account:
             if candidate is not None:
                 self.candidate_seconds[candidate][stage] += spent
 
-    def progress(self, fraction: float, layer: int) -> None:
+    def progress(self, part: float, layer: int) -> None:
+        """`part` of the present span is done."""
+        fraction = self.span[0] + part * (self.span[1] - self.span[0])
         spent = time.monotonic() - self.started
         self.send(
             Progressed(

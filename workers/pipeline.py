@@ -1,6 +1,7 @@
 """A job from model folder to checked output folders: the steps on one page.
 
-    read text -> calibrate, and solve each layer for every recipe -> pack -> verify -> evaluate -> report
+    read text -> calibrate, and solve each layer for every recipe -> pack -> verify -> evaluate
+    -> with a target: further recipes from the same statistics, until one meets it -> report
 
 A finished layer is a checkpoint; a run that finds checkpoints of the same work goes on after them.
 """
@@ -39,6 +40,7 @@ from workers.quantization.layer import LayerResult
 from workers.quantized_chains import QuantizedChains
 from workers.stamped_files import identity_digest
 from workers.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
+from workers.target_search import TargetSearch
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
 BATCH_TOKENS = 8192
@@ -61,6 +63,7 @@ class Pipeline:
         self.original: Quality | None = None
         self.original_states: list[Tensor] = []  # after the last layer, on the evaluation text
         self.outcomes: list[Outcome] = []
+        self.search: TargetSearch | None = None
 
     def run(self) -> Finished:
         """The whole job. Raises NibbleError with the reason when it can't succeed."""
@@ -68,9 +71,13 @@ class Pipeline:
             self.account.note("plan", message)
         calibration, evaluation = self.read_texts()
         checkpoints = self.open_checkpoints(calibration)
-        statistics = self.open_statistics(calibration) if self.spec.target is not None else None
+        statistics = None if self.spec.target is None else self.open_statistics(calibration)
+        self.account.begin(open_ended=self.spec.target is not None)
         resumed_at = self.calibrate(calibration, checkpoints, statistics)
         self.judge(self.plan.candidates, checkpoints, evaluation)
+        if self.spec.target is not None:
+            self.search = TargetSearch(self, calibration, evaluation)
+            self.search.run()
         return self.finish(calibration, evaluation, resumed_at)
 
     # --- steps
@@ -160,20 +167,24 @@ class Pipeline:
         layer = run.layer
         with self.account.stage(Stage.CALIBRATING):
             weights = run.decoder.layer_weights(layer)
-            groups, *probe = run.collect(weights)
+            statistics = self.collect(run, weights)
         full = {name: value.to(self.device, torch.float32) for name, value in weights.items()}
         prefix = self.plan.architecture.layer_prefix(layer)
         self.histograms += [
             weight_histogram(prefix + name, full[name + ".weight"])
             for name in self.plan.architecture.at(layer).linears
         ]
-        few = sum(group.confidence < 1 for group in groups)
+        few = sum(group.confidence < 1 for group in statistics.groups)
         if few:
-            experts = sum(group.routed_tokens is not None for group in groups)
+            experts = sum(group.routed_tokens is not None for group in statistics.groups)
             self.account.note(
                 "few_tokens", f"layer {layer}: {few} of {experts} experts saw too few calibration tokens"
             )
-        return CalibratedLayer(layer, full, LayerStatistics(groups, (probe[0], probe[1])))
+        return CalibratedLayer(layer, full, statistics)
+
+    def collect(self, run: CalibrationPass, weights: dict[str, Tensor]) -> LayerStatistics:
+        groups, *probe = run.collect(weights)
+        return LayerStatistics(groups, (probe[0], probe[1]))
 
     def solve(
         self,
@@ -195,7 +206,9 @@ class Pipeline:
         for candidate in candidates:
             folders.append(self.pack(candidate, checkpoints))
             self.account.progress(0.6 + 0.1 * len(folders) / len(candidates), self.plan.num_layers)
-        qualities = self.evaluate(evaluation, folders)
+        single = candidates[0].recipe_index if self.outcomes else None
+        with self.account.stage(Stage.EVALUATING, single):
+            qualities = self.evaluate(evaluation, folders)
         layers = range(self.plan.num_layers)
         self.outcomes += [
             Outcome(
@@ -224,21 +237,20 @@ class Pipeline:
 
     def evaluate(self, windows: Windows, folders: list[list[FormatFolder]]) -> list[Quality]:
         """Every candidate as its first format's files say it is; the original once, on the first call."""
-        with self.account.stage(Stage.EVALUATING):
-            decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
-            models = [partial(row[0].read_weights, Checkpoint(row[0].folder)) for row in folders]
-            batches = self.batches(windows)
-            total = self.plan.num_layers
-            first = [] if self.original_states else [decoder.layer_weights]
-            states = final_states(
-                decoder,
-                batches,
-                [*first, *models],
-                lambda layer: self.account.progress(0.7 + 0.29 * (layer + 1) / total, total),
-            )
-            if first:
-                self.original_states = states.pop(0)
-            self.original, *qualities = compare(decoder, batches, [self.original_states, *states])
+        decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
+        models = [partial(row[0].read_weights, Checkpoint(row[0].folder)) for row in folders]
+        batches = self.batches(windows)
+        total = self.plan.num_layers
+        first = [] if self.original_states else [decoder.layer_weights]
+        states = final_states(
+            decoder,
+            batches,
+            [*first, *models],
+            lambda layer: self.account.progress(0.7 + 0.29 * (layer + 1) / total, total),
+        )
+        if first:
+            self.original_states = states.pop(0)
+        self.original, *qualities = compare(decoder, batches, [self.original_states, *states])
         return qualities
 
     def finish(self, calibration: Windows, evaluation: Windows, resumed_at: int) -> Finished:
@@ -326,6 +338,7 @@ class Pipeline:
                 candidate_report(outcome, self.original, self.spec.target, self.account)
                 for outcome in self.outcomes
             ),
+            tries=() if self.search is None else self.search.report(),
             histograms=tuple(self.histograms),
             stages=dict(self.account.seconds),
             resumed_at_layer=resumed_at,

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from workers.quantization.input_statistics import InputStatistics
@@ -20,6 +21,10 @@ class LayerStatistics:
 
     groups: list[InputStatistics]
     probe: tuple[Tensor, Tensor]  # the layer's input and output, (1, tokens, hidden)
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        groups = [group.to(device) for group in self.groups]
+        return LayerStatistics(groups, (self.probe[0].to(device), self.probe[1].to(device)))
 
 
 class StatisticsStore:

@@ -23,6 +23,7 @@ class LinearReport(Frozen):
     loss_unclipped: float | None = None  # with scales
     loss_clipped: float | None = None  # with scales and clip, nearest integers
     loss: float | None = None  # as rounded
+    energy: float | None = None  # mean square of the output itself, summed over rows, in the losses' unit
     clip_gain: float | None = None  # 1 - loss_clipped / loss_unclipped
     damping: float | None = None  # GPTQ: share of the mean diagonal added to H
     backend: str = "torch"  # what computed the search
@@ -54,6 +55,22 @@ class CandidateReport(Frozen):
     layers: tuple[LayerReport, ...]
 
 
+class TryReport(Frozen):
+    """One candidate on the way to the target."""
+
+    rung: str
+    reason: str  # the figures that led to it
+    recipe_index: int
+    label: str
+    recipe: Recipe
+    perplexity_ratio: float
+    kl: float
+    bytes: dict[FormatName, int]
+    bits_per_weight: float
+    seconds: float  # of this candidate alone
+    meets_target: bool
+
+
 class WeightHistogram(Frozen):
     """Of one linear's original weights: equal bins between `low` and `high`."""
 
@@ -82,6 +99,7 @@ class Report(Frozen):
     original: OriginalReport
     candidates: tuple[CandidateReport, ...]
     published: tuple[int, ...] = ()  # recipe_index of each candidate that is an artifact
+    tries: tuple[TryReport, ...] = ()  # with a target: every candidate, in order
     histograms: tuple[WeightHistogram, ...] = ()
     stages: dict[str, float] = Field(description="wall seconds per stage")
     resumed_at_layer: int = 0

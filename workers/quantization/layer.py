@@ -74,7 +74,8 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
                 quantized[name] = rounded.weight
                 plain = rounding_baseline(linear, choice, task.dtype)
                 entry = linear_report(name, choice, plain, rounded)
-                report.append(entry.model_copy(update={"reason": group.unscaled or few_tokens(statistics)}))
+                update = {"reason": group.unscaled or few_tokens(statistics), "energy": output_energy(linear)}
+                report.append(entry.model_copy(update=update))
     linears = {name + ".weight" for name in task.schemes}
     dense = {
         name: value.to(task.dtype).to(torch.float32)
@@ -121,6 +122,11 @@ def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: t
         weight, moment = weight / choice.scales, moment * torch.outer(choice.scales, choice.scales)
     grid = min_max_grid(grouped_view(weight, scheme), scheme, dtype)
     return float(row_losses(weight, round_nearest(weight, grid, scheme), moment).sum())
+
+
+def output_energy(linear: FoldedLinear) -> float:
+    """Mean square of the output: what its losses are compared with."""
+    return float(((linear.weight @ linear.moment) * linear.weight).sum())
 
 
 def linear_report(
