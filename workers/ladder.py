@@ -2,8 +2,9 @@
 
     as asked -> finer search -> GPTQ rounding -> smaller groups -> more bits where errors weigh most
 
-Each step changes the best try so far. Bits are raised for whole fused sets, since servers make one matrix
-of each: in the order of predicted gain per byte, each step spending twice as many bytes as the one before.
+Each step changes the try with the lowest KL so far: perplexity ratios of near candidates are noise. Bits
+are raised for whole fused sets, since servers make one matrix of each: in the order of predicted gain per
+byte, each step spending twice as many bytes as the one before.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Try:
 
     rung: str
     candidate: CandidatePlan
-    excess: float  # figure / limit: the target is met up to 1
+    kl: float
     errors: dict[str, float]  # by linear: squared error of its output, relative to the output
 
 
@@ -44,14 +45,15 @@ class Step:
     """What to try next; without a recipe the ladder has ended."""
 
     rung: str
+    base: int  # recipe_index of the try that it changes
     recipe: Recipe | None
     passed: tuple[str, ...] = ()  # rungs that were passed over, each with its reason
 
 
 def next_step(tries: Sequence[Try], architecture: Architecture, refusal: Refusal) -> Step:
     """The next rung that changes something and can be held by the model and all formats."""
-    best = min(tries, key=lambda one: one.excess)
-    recipe = best.candidate.recipe
+    best = min(tries, key=lambda one: one.kl)
+    recipe, base = best.candidate.recipe, best.candidate.recipe_index
     names = [name for name, _ in RUNGS]
     done = max((names.index(one.rung) for one in tries if one.rung in names), default=-1)
     passed: list[str] = []
@@ -61,17 +63,17 @@ def next_step(tries: Sequence[Try], architecture: Architecture, refusal: Refusal
             continue
         reason = refusal(changed)
         if reason is None:
-            return Step(rung, changed, tuple(passed))
+            return Step(rung, base, changed, tuple(passed))
         passed.append(f"{rung}: {reason}")
     number = 1 + sum(one.rung.startswith("more bits") for one in tries)
     rung = f"more bits {number}"
     raised = with_more_bits(tries, best, architecture, FIRST_SHARE * 2 ** (number - 1))
     if raised is None or any(one.candidate.recipe == raised for one in tries):
-        return Step(rung, None, (*passed, f"{rung}: every linear that is quantized has the most bits"))
+        return Step(rung, base, None, (*passed, f"{rung}: every linear that is quantized has the most bits"))
     reason = refusal(raised)
     if reason is not None:
-        return Step(rung, None, (*passed, f"{rung}: {reason}"))
-    return Step(rung, raised, tuple(passed))
+        return Step(rung, base, None, (*passed, f"{rung}: {reason}"))
+    return Step(rung, base, raised, tuple(passed))
 
 
 def altered(recipe: Recipe, **changes: object) -> Recipe:
@@ -166,7 +168,7 @@ def with_more_bits(
         sets[index] = wider
         if wider.raised():
             heapq.heappush(queue, (-wider.gain_per_byte(), index))
-    first = min((one for one in tries if one.rung == AS_ASKED), key=lambda one: one.excess)
+    first = min((one for one in tries if one.rung == AS_ASKED), key=lambda one: one.kl)
     return mixed_recipe(best.candidate.recipe, first.candidate.recipe.overrides, sets, architecture)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ class TargetSearch:
             Try(
                 rung=self.rungs.get(outcome.candidate.recipe_index, (AS_ASKED, ""))[0],
                 candidate=outcome.candidate,
-                excess=pipeline.excess(outcome),
+                kl=math.inf if math.isnan(outcome.quality.kl) else outcome.quality.kl,
                 errors=relative_errors(outcome, pipeline),
             )
             for outcome in pipeline.outcomes
@@ -78,10 +79,9 @@ class TargetSearch:
         """Solve, pack and judge one more recipe, from the statistics."""
         pipeline, candidate = self.pipeline, self.planned(recipe)
         index = candidate.recipe_index
-        best = min(pipeline.outcomes, key=pipeline.excess)
-        figures = pipeline.figures(best)
+        figures = pipeline.figures(pipeline.outcomes[step.base])
         reason = (
-            f"recipe {best.candidate.recipe_index} has {figures['perplexity_ratio']:.4f} times the "
+            f"recipe {step.base} has {figures['perplexity_ratio']:.4f} times the "
             f"original's perplexity and a KL of {figures['kl']:.4f}"
         )
         self.rungs[index] = (step.rung, reason)

@@ -29,7 +29,7 @@ TENSORS = {
     for layer in range(3)
     for name, shape in SHAPES.items()
 }
-Excess = Callable[[CandidatePlan], float]
+Figure = Callable[[CandidatePlan], float]
 
 
 class Model:
@@ -50,24 +50,24 @@ class Model:
             return fault.message
         return None
 
-    def add(self, recipe: Recipe, excess: float, rung: str = AS_ASKED, **errors: float) -> None:
+    def add(self, recipe: Recipe, kl: float, rung: str = AS_ASKED, **errors: float) -> None:
         candidate = self.plan(recipe).candidates[0]
         names = {linear.name: 0.01 for linear in candidate.linears}
-        self.tries.append(Try(rung, candidate, excess, {**names, **by_part(candidate, errors)}))
+        self.tries.append(Try(rung, candidate, kl, {**names, **by_part(candidate, errors)}))
 
     def next(self) -> Step:
         return next_step(self.tries, self.plan(Recipe()).architecture, self.refusal)
 
-    def climb(self, recipe: Recipe, excess: Excess) -> Step | None:
-        """Follow the ladder to a try that meets the target (None), or to its end."""
-        self.add(recipe, excess(self.plan(recipe).candidates[0]))
+    def climb(self, recipe: Recipe, kl: Figure) -> Step | None:
+        """Follow the ladder to a try with KL of at most 1 (None), or to its end."""
+        self.add(recipe, kl(self.plan(recipe).candidates[0]))
         for _ in range(40):
-            if self.tries[-1].excess <= 1:
+            if self.tries[-1].kl <= 1:
                 return None
             step = self.next()
             if step.recipe is None:
                 return step
-            self.add(step.recipe, excess(self.plan(step.recipe).candidates[0]), step.rung)
+            self.add(step.recipe, kl(self.plan(step.recipe).candidates[0]), step.rung)
         raise AssertionError("the ladder never ends")
 
     @property
@@ -121,8 +121,8 @@ def test_the_rungs_follow_in_order() -> None:
 def test_it_stops_where_the_target_is_met() -> None:
     model = Model()
     assert model.climb(Recipe(bits=3, group_size=64), by_width) is None
-    assert model.tries[-1].excess <= 1
-    assert all(one.excess > 1 for one in model.tries[:-1])
+    assert model.tries[-1].kl <= 1
+    assert all(one.kl > 1 for one in model.tries[:-1])
     sizes = [one.candidate.output_bytes["compressed-tensors"] for one in model.tries]
     assert sizes == sorted(sizes)
 
