@@ -24,6 +24,7 @@ FINE_GRID_POINTS = 40
 GROUP_SIZES = (128, 64, 32)
 WIDTHS: tuple[int, ...] = tuple(sorted(get_args(Bits)))
 FIRST_SHARE = 1 / 8  # of one more bit for every weight: what the first step of more bits spends
+EXPERT_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a part of a linear's name in its layer
 MAX_PATTERN = 256  # characters of an override's `match`
 
 Refusal = Callable[[Recipe], str | None]  # why a recipe can't be applied, or None
@@ -184,7 +185,10 @@ def fused_sets(one: Try, architecture: Architecture) -> Iterator[FusedSet]:
         seen.add((layer, members))
         names = [layer + member for member in members if layer + member in linears]
         weights = sum(linears[member].parameters for member in names)
-        error = sum(one.errors.get(member, 0.0) for member in names)
+        kinds: dict[str, list[float]] = {}
+        for member in names:  # a token sees few of many experts: their errors count as one
+            kinds.setdefault(EXPERT_NUMBER.sub("", member), []).append(one.errors.get(member, 0.0))
+        error = sum(sum(errors) / len(errors) for errors in kinds.values())
         yield FusedSet(layer, members, scheme.bits, weights, error)
 
 
@@ -215,7 +219,9 @@ def bits_asked(recipe: Recipe, asked: tuple[Override, ...], name: str) -> int:
 
 def patterns(architecture: Architecture, numbers: list[str], members: tuple[str, ...]) -> list[str]:
     """Regular expressions for these linears of these layers, none longer than an override may be."""
-    names = "|".join(re.escape(member) for member in members)
+    # All experts of a layer are one fused set, so any number stands for all of theirs.
+    kinds = dict.fromkeys(EXPERT_NUMBER.sub("*", member) for member in members)
+    names = "|".join(re.escape(kind).replace(r"\*", r"\d+") for kind in kinds)
     pattern = rf"re:{re.escape(architecture.layers)}\.({'|'.join(numbers)})\.({names})"
     if len(pattern) <= MAX_PATTERN:
         return [pattern]

@@ -216,3 +216,13 @@ def test_patterns_fit_into_an_override() -> None:
     for layer in (0, 17, 199):
         name = f"model.layers.{layer}.self_attn.k_proj"
         assert sum(override.matches(name) for override in recipe.overrides) == 1
+
+
+def test_experts_are_named_by_one_pattern() -> None:
+    architecture = Model().plan(Recipe()).architecture
+    members = tuple(f"mlp.experts.{number}.{part}" for number in range(128) for part in ("w1", "w2"))
+    (pattern,) = patterns(architecture, ["3", "5"], members)
+    override = Recipe.model_validate({"overrides": [{"match": pattern, "bits": 8}]}).overrides[0]
+    assert override.matches("model.layers.5.mlp.experts.77.w2")
+    assert not override.matches("model.layers.4.mlp.experts.77.w2")
+    assert not override.matches("model.layers.5.mlp.experts.77.w3")

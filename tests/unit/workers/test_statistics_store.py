@@ -13,8 +13,10 @@ from workers.statistics_store import LayerStatistics, StatisticsStore
 def statistics(seed: int = 0) -> LayerStatistics:
     generator = torch.Generator().manual_seed(seed)
     groups = [
-        InputStatistics(torch.rand(size, generator=generator), torch.rand(size, size, generator=generator), 7)
-        for size in (4, 6)
+        InputStatistics(
+            torch.rand(size, generator=generator), torch.rand(size, size, generator=generator), 7, routed
+        )
+        for size, routed in ((4, None), (6, 3))
     ]
     return LayerStatistics(groups, (torch.rand(1, 3, 4, generator=generator), torch.rand(1, 3, 4)))
 
@@ -26,7 +28,7 @@ def test_statistics_come_back(tmp_path: Path) -> None:
     for mine, theirs in zip(loaded.groups, saved.groups, strict=True):
         assert torch.equal(mine.abs_mean, theirs.abs_mean)
         assert torch.equal(mine.second_moment, theirs.second_moment)
-        assert mine.num_tokens == theirs.num_tokens == 7
+        assert (mine.num_tokens, mine.routed_tokens) == (theirs.num_tokens, theirs.routed_tokens)
     assert all(torch.equal(*pair) for pair in zip(loaded.probe, saved.probe, strict=True))
 
 
