@@ -9,12 +9,15 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import ValidationError
 from redis import Redis
 
+from app.core.device_profile import DeviceProfile
 from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+PROFILE_LIMIT_S = 60.0
 WORK_FOLDER = re.compile(r"(job_[0-9A-Z]{26})-(\d+)")
 
 
@@ -92,6 +96,27 @@ def remove_leftovers(folder: Path, store: JobStore) -> list[str]:
     return removed
 
 
+def device_profile(settings: Settings, device: str) -> DeviceProfile | None:
+    """How fast the device is: as measured before, or measured now; None if that fails."""
+    path = settings.state_dir / f"profile-{device.replace(':', '')}.json"
+    try:
+        return DeviceProfile.model_validate_json(path.read_text("utf-8"))
+    except (OSError, ValidationError):
+        log.info("measuring %s once; kept in %s", device, path)
+    command = [sys.executable, "-m", "workers.device_profile", "--device", device]
+    command += ["--folder", str(settings.scratch_dir)]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROFILE_LIMIT_S, check=True)
+        profile = DeviceProfile.model_validate_json(answer.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, IndexError, ValidationError) as fault:
+        log.warning("%s could not be measured; estimates use nominal rates: %s", device, fault)
+        return None
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(profile.model_dump_json() + "\n", "utf-8")
+    os.replace(aside, path)
+    return profile
+
+
 def describe_worker(device: str, name: str | None) -> WorkerRecord:
     host, pid, now = socket.gethostname(), os.getpid(), datetime.now(UTC)
     return WorkerRecord(
@@ -121,6 +146,7 @@ def serve(
             name=record.name,
             device=record.device,
             shutdown=shutdown,
+            profile=record.profile,
             child_module=child_module,
         )
 
@@ -143,6 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings.scratch_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with resolve_redis(settings) as server:
         record = describe_worker(resolve_device(options.device), options.name)
+        record = record.model_copy(update={"profile": device_profile(settings, record.device)})
         serve(settings, server.url, record, burst=options.burst)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from app.core.assignment import CHECKPOINTS, OUTPUT, REPORT, Assignment, Finished, OutputFolder
+from app.core.cost_model import predict
+from app.core.device_profile import NOMINAL, DeviceKind
 from app.core.errors import TargetMissed
 from app.core.job import Stage
 from app.core.plan import CandidatePlan, Plan, plan_job
@@ -55,6 +57,8 @@ class Pipeline:
         self.device = torch.device(assignment.device)
         self.checkpoint = Checkpoint(assignment.model_folder)
         self.plan: Plan = plan_job(self.spec, self.checkpoint.config, self.checkpoint.tensors)
+        kind: DeviceKind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.prediction = predict(self.plan, self.spec, assignment.profile or NOMINAL[kind])
         weight_dtype: torch.dtype = getattr(torch, self.plan.dtype)
         self.compute_dtype = torch.float32 if self.device.type == "cpu" else weight_dtype
         self.solver = LayerSolver(self.plan, self.checkpoint, self.compute_dtype)
@@ -121,7 +125,8 @@ class Pipeline:
         if resumed_at == num_layers:
             return resumed_at
         run = self.start_pass(calibration, checkpoints, resumed_at)
-        chains = self.start_chains(run.decoder, calibration, checkpoints, resumed_at)
+        chains = self.start_chains(self.plan.candidates, run.decoder, calibration)
+        chains.catch_up(resumed_at, checkpoints)
         states_saved = time.monotonic()
         for layer in range(resumed_at, num_layers):
             calibrated = self.calibrate_next_layer(run)
@@ -137,16 +142,14 @@ class Pipeline:
         return resumed_at
 
     def start_chains(
-        self, decoder: Decoder, calibration: Windows, checkpoints: LayerCheckpoints, layer: int
+        self, candidates: tuple[CandidatePlan, ...], decoder: Decoder, calibration: Windows
     ) -> QuantizedChains:
-        """The passes of the recipes that are calibrated on their own errors, before `layer`."""
-        chains = QuantizedChains(
-            self.plan.candidates,
+        """The passes of the recipes that are calibrated on their own errors, before layer 0."""
+        return QuantizedChains(
+            candidates,
             lambda: CalibrationPass(decoder, self.batches(calibration)),
             lambda recipe: self.account.stage(Stage.CALIBRATING, recipe),
         )
-        chains.catch_up(layer, checkpoints)
-        return chains
 
     def batches(self, windows: Windows) -> list[Tensor]:
         return windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
@@ -340,6 +343,7 @@ class Pipeline:
             ),
             tries=() if self.search is None else self.search.report(),
             histograms=tuple(self.histograms),
+            prediction=self.prediction,
             stages=dict(self.account.seconds),
             resumed_at_layer=resumed_at,
             peak_rss_bytes=peak_rss_bytes(),

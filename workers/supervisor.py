@@ -30,6 +30,7 @@ from app.core.assignment import (
     ProgressMessage,
     StageStarted,
 )
+from app.core.device_profile import DeviceProfile
 from app.core.errors import (
     Conflict,
     DeadlineExceeded,
@@ -70,6 +71,7 @@ class WorkerContext:
     name: str
     device: str
     shutdown: threading.Event
+    profile: DeviceProfile | None = None
     child_module: str = CHILD_MODULE
 
 
@@ -169,6 +171,7 @@ class Attempt:
             work_folder=self._work_folder,
             device=self._context.device,
             shard_bytes=settings.shard_bytes,
+            profile=self._context.profile,
         )
         return assignment, mirror
 

@@ -98,14 +98,18 @@ class TargetSearch:
         waiting = [n for n in layers if not checkpoints.is_ours(checkpoints.layer_key(index, n))]
         if not waiting:
             return
+        # A chain of quantized layers goes through all after the first one that is missing.
+        waiting = list(layers[waiting[0] :])
         self.restore_statistics()
         decoder = Decoder(
             pipeline.checkpoint, pipeline.plan.architecture, pipeline.device, pipeline.compute_dtype
         )
+        chains = pipeline.start_chains((candidate,), decoder, self.calibration)
+        chains.catch_up(waiting[0], checkpoints)
         window = CalibrationPass(decoder, [self.calibration.tokens[:1]])  # for the equivalence check
         for layer in waiting:
-            calibrated = self.calibrated(decoder, layer)
-            pipeline.solve(candidate, calibrated, window, checkpoints)
+            own = chains.calibrated(candidate, self.calibrated(decoder, layer))
+            chains.advance(candidate, own, pipeline.solve(candidate, own, window, checkpoints))
             pipeline.account.progress(0.6 * (layer + 1) / len(layers), layer + 1)
 
     def calibrated(self, decoder: Decoder, layer: int) -> CalibratedLayer:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.dependencies import JobsReader, Services, ServicesParam
-from app.core.estimate import DeviceKind, Estimate, estimate
+from app.core.device_profile import DeviceKind, DeviceProfile
+from app.core.estimate import Estimate, estimate
 from app.core.specs import JobSpec
 from app.core.submission import check_submission
 
@@ -16,10 +17,14 @@ router = APIRouter(prefix="/v1/estimates", tags=["jobs"])
 def estimate_job(spec: JobSpec, services: ServicesParam, principal: JobsReader) -> Estimate:
     """Time, memory, disk and every linear's width, for the job body that POST /v1/jobs takes."""
     checked = check_submission(spec, services.settings)
-    return estimate(checked, device_kind(services))
+    device, profile = best_device(services)
+    return estimate(checked, device, profile)
 
 
-def device_kind(services: Services) -> DeviceKind:
-    """The best device that a living worker has."""
-    has_gpu = any(worker.device.startswith("cuda") for worker in services.workers.living())
-    return "cuda" if has_gpu else "cpu"
+def best_device(services: Services) -> tuple[DeviceKind, DeviceProfile | None]:
+    """The best device that a living worker has, and how fast it is if the worker has measured it."""
+    living = services.workers.living()
+    gpus = [worker for worker in living if worker.device.startswith("cuda")]
+    profiles = [worker.profile for worker in gpus or living if worker.profile is not None]
+    fastest = max(profiles, key=lambda profile: max(profile.matmul.values()), default=None)
+    return "cuda" if gpus else "cpu", fastest

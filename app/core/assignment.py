@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from app.core.device_profile import DeviceProfile
 from app.core.job import Problem, Stage
 from app.core.specs import FormatName, Frozen, JobSpec, Recipe
 
@@ -28,6 +29,7 @@ class Assignment(Frozen):
     device: str = "cpu"
     threads: int | None = None  # CPU threads; None leaves torch's choice
     shard_bytes: int = 4 * 1024**3
+    profile: DeviceProfile | None = None  # of the device, for the report's prediction
 
 
 class StageStarted(Frozen):

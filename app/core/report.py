@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from app.core.cost_model import Prediction
 from app.core.specs import FormatName, Frozen, Recipe
 
 
@@ -101,6 +102,7 @@ class Report(Frozen):
     published: tuple[int, ...] = ()  # recipe_index of each candidate that is an artifact
     tries: tuple[TryReport, ...] = ()  # with a target: every candidate, in order
     histograms: tuple[WeightHistogram, ...] = ()
+    prediction: Prediction | None = None  # made before the run, of the recipes as asked
     stages: dict[str, float] = Field(description="wall seconds per stage")
     resumed_at_layer: int = 0
     peak_rss_bytes: int

@@ -12,6 +12,7 @@ from typing import Any
 
 from redis import Redis
 
+from app.core.device_profile import DeviceProfile
 from app.core.specs import Frozen
 
 NAMES = "nibble:workers"
@@ -25,6 +26,7 @@ class WorkerRecord(Frozen):
     pid: int
     device: str  # cpu, cuda:0
     device_name: str = ""
+    profile: DeviceProfile | None = None
     job: str | None = None
     tenant: str | None = None  # the job's
     started_at: datetime

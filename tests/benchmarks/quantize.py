@@ -40,6 +40,7 @@ def run_child(spec: dict[str, Any], model: Path, options: argparse.Namespace) ->
             "work_folder": folder,
             "device": options.device,
             "threads": options.threads,
+            "profile": options.profile,
         }
         read_end, write_end = os.pipe()
         command = [sys.executable, "-m", "workers.child", "--progress-fd", str(write_end)]
@@ -75,6 +76,27 @@ def quality(options: argparse.Namespace) -> None:
             f"| {awq['label'][4:]:12} | {rounding['perplexity']:.3f} | {peer_rounding:.3f} "
             f"| {awq['perplexity']:.3f} | {peer_awq:.3f} | {awq['perplexity'] / peer_awq:.4f} "
             f"| {rounding['kl']:.5f} | {awq['kl']:.5f} |"
+        )
+
+
+def estimate(options: argparse.Namespace) -> None:
+    """Predicted over actual: seconds per stage, peak memory, bytes, with rates measured here and now."""
+    command = [sys.executable, "-m", "workers.device_profile", "--device", options.device, "--folder", "/tmp"]
+    measured = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    options.profile = json.loads(measured.stdout)
+    print(f"\nPredicted / actual on the bundled model; {options.profile}")
+    for recipe in ({"method": "rtn"}, {}, {"bits": 3, "rounding": "gptq"}):
+        report = run_child({"recipe": recipe}, MODEL, options)
+        prediction, candidate = report["prediction"], report["candidates"][0]
+        stages = {
+            stage: f"{spent:.2f}/{report['stages'][stage]:.2f}"
+            for stage, spent in prediction["seconds"].items()
+        }
+        total = sum(report["stages"][stage] for stage in stages)
+        print(
+            f"{candidate['label']}: seconds {sum(prediction['seconds'].values()) / total:.2f} {stages}, "
+            f"memory {prediction['ram_bytes'] / report['peak_rss_bytes']:.2f}, "
+            f"bytes {prediction['output_bytes'][0] / sum(candidate['bytes'].values()):.4f}"
         )
 
 
@@ -146,13 +168,16 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=("quality", "memory", "race"))
+    parser.add_argument("--only", choices=("quality", "memory", "race", "estimate"))
     options = parser.parse_args()
+    options.profile = None
     print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
     if options.only in (None, "quality"):
         quality(options)
     if options.only in (None, "memory"):
         memory(options)
+    if options.only in (None, "estimate"):
+        estimate(options)
     if options.only == "race" or (options.only is None and options.peer_python):
         race(options)
 
