@@ -29,8 +29,8 @@ def awq_refusal(schemes: set[Scheme]) -> FormatRefusal | None:
     """AutoAWQ's GEMM layout: one scheme for the whole model, 4 bits, zero points, finite groups."""
     if len(schemes) > 1:
         return FormatRefusal(
-            why="holds one bit width and group size for all linears, the overrides ask for several",
-            nearest="drop the overrides, or choose the format compressed-tensors",
+            why="holds one bit width and group size for all linears, and here they have several",
+            nearest="one scheme without overrides or smaller groups, or the format compressed-tensors",
         )
     for scheme in schemes:
         if scheme.bits != 4:

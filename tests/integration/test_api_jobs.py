@@ -46,6 +46,7 @@ def test_a_job_has_the_fields_of_the_contract(service: Service) -> None:
         ({"model": "../../etc/passwd"}, "model_reference_invalid", "model"),
         ({"model": "file:///etc"}, "model_path_forbidden", "model"),
         ({"model": MODEL, "formats": ["awq"], "recipe": {"bits": 3}}, "format_cannot_hold_recipe", "formats"),
+        ({"model": MODEL, "formats": ["gptq"]}, "format_cannot_hold_recipe", "formats"),
         ({"model": MODEL, "calibration": {"texts": ["x"]}}, "text_too_short", "calibration.texts"),
     ],
 )

@@ -18,6 +18,8 @@ from app.core.specs import FormatName
 from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.folder import FORMATS
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.quantization.grid import grouped_view, min_max_grid
+from workers.quantization.rounding import round_nearest
 
 
 def random_weight(scheme: Scheme, out_features: int, in_features: int, seed: int) -> QuantizedWeight:
@@ -164,3 +166,17 @@ def test_planned_bytes_are_the_tensors_bytes(
     for name in names:
         written = sum(value.nbytes for value in FORMATS[name].tensors(weight, dtype).values())
         assert packed_bytes(name, scheme, 64, 96, weight_bits=8 * dtype.itemsize) == written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e-9, 1e-6, 1e-3, 1.0, 1e3])
+def test_weights_of_any_magnitude_are_stored_as_they_were_rounded(
+    magnitude: float, dtype: torch.dtype
+) -> None:
+    """AWQ and GPTQ store scales in float16 whatever the model's dtype, compressed-tensors in that dtype."""
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1)) * magnitude
+    for name, symmetric in (("awq", False), ("gptq", True), ("compressed-tensors", False)):
+        scheme = Scheme(bits=4, group_size=64, symmetric=symmetric)
+        rounded = round_nearest(weight, min_max_grid(grouped_view(weight, scheme), scheme, dtype), scheme)
+        layout = FORMATS[name]  # type: ignore[index]
+        assert layout.weight(layout.tensors(rounded, dtype), scheme).equals(rounded)
