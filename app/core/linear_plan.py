@@ -17,6 +17,7 @@ class LinearPlan(Frozen):
     in_features: int
     scheme: Scheme | None
     reason: str | None = None
+    fitted: bool = False  # the asked-for groups did not divide in_features
 
     @property
     def parameters(self) -> int:
@@ -86,5 +87,7 @@ def fit_groups(
         kept = "kept" if size is None else f"group_size {size}"
         reason = f"{kept}: {misfit(wrong)}" + ("" if wrong.name in names[:1] else f" of {wrong.name}")
         for member in members:
-            found[member.name] = member.model_copy(update={"scheme": changed, "reason": reason})
+            found[member.name] = member.model_copy(
+                update={"scheme": changed, "reason": reason, "fitted": True}
+            )
     return tuple(found[linear.name] for linear in linears)

@@ -89,6 +89,9 @@ def plan_notes(
         if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
             head = architecture.head
             yield f"recipe {index}: {head} keeps its precision although `ignore` does not name it"
+        fitted = [linear.reason for linear in candidate.linears if linear.fitted]
+        if fitted:
+            yield f"recipe {index}: {len(fitted)} linears get other groups or none, the first: {fitted[0]}"
         for name in spec.formats:
             for note in loader_notes(name, candidate):
                 yield f"recipe {index}: {note}"

@@ -24,6 +24,7 @@ from workers.quantization.input_statistics import InputStatistics
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
 SAMPLED_ROWS = 512  # of a group's linears together, to rank candidates on
+MAX_ROWS = 65536  # of errors at once
 FINALISTS = 4  # candidates that are compared on all rows, the identity among them
 FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded
 
@@ -140,14 +141,28 @@ def rounding_loss(
     The product with H runs in the dtype of `moment`, all else in float32. `range_factor` shrinks every
     group's range.
     """
-    errors = []
+    total = torch.zeros((), device=moment.device)
+    for part in parts(linears):
+        errors = []
+        for linear in part:
+            scaled = grouped_view(linear.weight * scales, linear.scheme)
+            grid = min_max_grid(scaled, linear.scheme, dtype, factor=range_factor)
+            rounded = grid.nearest(scaled)
+            errors.append(rounded.view_as(linear.weight).div_(scales).sub_(linear.weight))
+        error = torch.cat(errors) if len(errors) > 1 else errors[0]
+        total += ((error.to(moment.dtype) @ moment) * error).sum(dtype=torch.float32)
+    return total
+
+
+def parts(linears: list[ScaledLinear]) -> Iterator[list[ScaledLinear]]:
+    """Linears to be treated together: of many experts only so many that the errors stay small."""
+    part: list[ScaledLinear] = []
     for linear in linears:
-        scaled = grouped_view(linear.weight * scales, linear.scheme)
-        grid = min_max_grid(scaled, linear.scheme, dtype, factor=range_factor)
-        rounded = grid.nearest(scaled)
-        errors.append(rounded.view_as(linear.weight).div_(scales).sub_(linear.weight))
-    error = torch.cat(errors) if len(errors) > 1 else errors[0]
-    return ((error.to(moment.dtype) @ moment) * error).sum(dtype=torch.float32)
+        if part and sum(each.weight.shape[0] for each in part) + linear.weight.shape[0] > MAX_ROWS:
+            yield part
+            part = []
+        part.append(linear)
+    yield part
 
 
 def ranking_dtype(device: torch.device) -> torch.dtype:

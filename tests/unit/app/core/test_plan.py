@@ -263,7 +263,9 @@ def test_groups_that_do_not_divide_become_smaller_or_none(choice: str, size: int
     headers = tensors(**{
         f"model.layers.{layer}.mlp.down_proj.weight": header((192, 384)) for layer in range(2)
     })  # fmt: skip
-    candidate = plan_job(asked(**recipe), CONFIG, headers).candidates[0]
+    plan = plan_job(asked(**recipe), CONFIG, headers)
+    assert sum("12 linears get other groups or none" in note for note in plan.notes) == 1
+    candidate = plan.candidates[0]
     for linear in candidate.linears:
         if linear.name.endswith("down_proj"):
             assert (linear.scheme and linear.scheme.group_size, linear.reason) == (128, None)
