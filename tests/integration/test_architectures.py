@@ -152,3 +152,19 @@ def test_groups_that_do_not_divide(tmp_path: Path, choice: str) -> None:
         assert (down.bits, down.group_size) == ((4, 32) if choice == "nearest" else (None, None))
         assert "in_features=96 is not a multiple of group_size=64" in (down.reason or "")
         assert all(entry.group_size == 64 for entry in layer.linears if entry is not down)
+
+
+def test_buffers_of_old_checkpoints_are_copied_and_not_judged(tmp_path: Path) -> None:
+    """GPT-NeoX files of the past hold a mask value that is infinite in half precision."""
+    folder = save_model(random_model("gpt_neox"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for layer in (0, 1):
+        prefix = f"gpt_neox.layers.{layer}.attention."
+        tensors[prefix + "masked_bias"] = torch.tensor(-torch.inf, dtype=torch.float16)
+        tensors[prefix + "bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    run = EngineRun(tiny_spec(RECIPE), folder, tmp_path / "work")
+    written = load_file(run.folder("compressed-tensors") / "model.safetensors")
+    assert torch.isinf(written["gpt_neox.layers.1.attention.masked_bias"])
+    config = json.loads((run.folder("compressed-tensors") / "config.json").read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head", "embed_out"]
