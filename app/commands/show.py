@@ -138,10 +138,28 @@ def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
             continue
         grid.add_row(escape(name.replace("_", " ")), estimate_text(name, value))
     console.print(grid)
+    show_candidate_estimates(console, estimate.get("candidates", []))
     for candidate in estimate.get("candidates", []):
         show_decisions(console, candidate)
     for note in estimate.get("notes", []):
         console.print(f"[yellow]note[/] {escape(str(note))}")
+
+
+def show_candidate_estimates(console: Console, candidates: Iterable[Mapping[str, Any]]) -> None:
+    """One row per recipe: its own time, and its size in each format."""
+    rows = list(candidates)
+    formats = list(dict.fromkeys(name for row in rows for name in row.get("output_bytes", {})))
+    grid = table("candidate", ">time", ">bits/weight", *[f">{name}" for name in formats])
+    for row in rows:
+        sizes = row.get("output_bytes", {})
+        grid.add_row(
+            escape(str(row.get("label", ""))),
+            human_seconds(row.get("time_s")),
+            figure(row.get("bits_per_weight"), 2),
+            *[size_text(sizes.get(name)) for name in formats],
+        )
+    if rows:
+        console.print(grid)
 
 
 def show_decisions(console: Console, candidate: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ BATCH_TOKENS = 8192
 CHUNK_TOKENS = 256
 POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
 
-BASE_RAM_BYTES = 480_000_000  # interpreter, torch, transformers, tokenizer
+BASE_RAM_BYTES = 700_000_000  # interpreter, torch, transformers, tokenizer
 BASE_VRAM_BYTES = 600_000_000  # the CUDA context
 # Bytes of memory traffic per value, from the number of passes over float32 arrays.
 ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
@@ -120,8 +120,9 @@ class Costs:
         packed = quantized * len(candidate.output_bytes)
         samples = self.spec.evaluation.num_samples
         reading = self.passes(quantized, VERIFY_BYTES)
+        checking = self.forward(1) + quantized / self.profile.disk  # each layer is checked, then kept
         own = {
-            Stage.SEARCHING: self.scales(candidate) + self.rounding(candidate),
+            Stage.SEARCHING: self.scales(candidate) + self.rounding(candidate) + checking,
             Stage.PACKING: self.passes(packed, PACK_BYTES) + written / self.profile.disk,
             Stage.VERIFYING: self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
             Stage.EVALUATING: self.forward(samples) + self.head(samples) + reading,

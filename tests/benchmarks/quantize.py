@@ -82,11 +82,15 @@ def quality(options: argparse.Namespace) -> None:
 def estimate(options: argparse.Namespace) -> None:
     """Predicted over actual: seconds per stage, peak memory, bytes, with rates measured here and now."""
     command = [sys.executable, "-m", "workers.device_profile", "--device", options.device, "--folder", "/tmp"]
-    measured = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    measured = subprocess.run(
+        command, cwd=REPOSITORY, env=threads, capture_output=True, text=True, check=True
+    )
     options.profile = json.loads(measured.stdout)
     print(f"\nPredicted / actual on the bundled model; {options.profile}")
     for recipe in ({"method": "rtn"}, {}, {"bits": 3, "rounding": "gptq"}):
-        report = run_child({"recipe": recipe}, MODEL, options)
+        spec = {"calibration": {"num_samples": 32}, "evaluation": {"num_samples": 16}, "recipe": recipe}
+        report = run_child(spec, MODEL, options)
         prediction, candidate = report["prediction"], report["candidates"][0]
         stages = {
             stage: f"{spent:.2f}/{report['stages'][stage]:.2f}"
