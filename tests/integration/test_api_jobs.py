@@ -43,6 +43,8 @@ def test_a_job_has_the_fields_of_the_contract(service: Service) -> None:
         ({}, "validation_failed", "model"),
         ({"model": MODEL, "zip": 1}, "validation_failed", "zip"),
         ({"model": MODEL, "recipe": {"bits": 5}}, "validation_failed", "recipe.bits"),
+        ({"model": MODEL, "target": {}}, "validation_failed", "target"),
+        ({"model": MODEL, "target": {"max_kl": 0}}, "validation_failed", "target.max_kl"),
         ({"model": "../../etc/passwd"}, "model_reference_invalid", "model"),
         ({"model": "file:///etc"}, "model_path_forbidden", "model"),
         ({"model": MODEL, "formats": ["awq"], "recipe": {"bits": 3}}, "format_cannot_hold_recipe", "formats"),

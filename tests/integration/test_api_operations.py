@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from app.core.device_profile import NOMINAL
 from app.core.ids import new_id
 from app.core.janitor import STEPS
 from app.core.redis_server import resolve_redis
@@ -151,14 +152,18 @@ def test_living_workers_are_listed_and_hide_other_tenants_jobs(service: Service)
     registry = WorkerRegistry(service.redis)
     fields: dict[str, Any] = {"host": "h", "pid": 1, "started_at": now, "heartbeat_at": now}
     mine = WorkerRecord(name="a", device="cpu", job=new_id("job"), tenant="default", **fields)
-    foreign = WorkerRecord(name="b", device="cuda:0", job=new_id("job"), tenant="other", **fields)
+    profile = NOMINAL["cuda"].model_copy(update={"measured": True})
+    foreign = WorkerRecord(
+        name="b", device="cuda:0", job=new_id("job"), tenant="other", profile=profile, **fields
+    )
     for worker in (mine, foreign):
         registry.beat(worker, ttl_s=30)
     listed = service.client.get("/v1/workers").json()["data"]
     assert [(worker["name"], worker["state"], worker["job"]) for worker in listed] == [
         ("a", "busy", mine.job), ("b", "busy", None),
     ]  # fmt: skip
-    assert service.client.post("/v1/estimates", json={"model": MODEL}).json()["device"] == "cuda"
+    estimate = service.client.post("/v1/estimates", json={"model": MODEL}).json()
+    assert (estimate["device"], estimate["basis"]) == ("cuda", "measured")
     registry.remove("a")
     registry.remove("b")
     assert service.client.get("/v1/workers").json()["data"] == []
