@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -65,12 +65,6 @@ class JobView(Answer):
         return self.state in TERMINAL
 
 
-class JobPage(Answer):
-    items: tuple[JobView, ...] = Field(alias="data")
-    has_more: bool = False
-    next: str | None = None
-
-
 class FileView(Answer):
     path: str
     size: int
@@ -92,12 +86,6 @@ class ArtifactView(Answer):
         return sum(file.size for file in self.files)
 
 
-class ArtifactPage(Answer):
-    items: tuple[ArtifactView, ...] = Field(alias="data")
-    has_more: bool = False
-    next: str | None = None
-
-
 class EventView(Answer):
     id: str
     kind: str
@@ -105,10 +93,27 @@ class EventView(Answer):
     payload: dict[str, Any] = Field(default_factory=dict)
 
 
-class EventPage(Answer):
-    items: tuple[EventView, ...] = Field(alias="data")
+ItemT = TypeVar("ItemT")
+
+
+class Page(Answer, Generic[ItemT]):
+    """A part of a list; `next` is the cursor of the part after it."""
+
+    items: tuple[ItemT, ...] = Field(alias="data")
     has_more: bool = False
     next: str | None = None
+
+
+class JobPage(Page[JobView]):
+    """Jobs, newest first."""
+
+
+class ArtifactPage(Page[ArtifactView]):
+    """Artifacts, newest first."""
+
+
+class EventPage(Page[EventView]):
+    """Events, oldest first."""
 
 
 AnswerT = TypeVar("AnswerT", bound=Answer)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from app.commands.progress import progress_view
-from app.commands.show import show_artifact, show_artifacts
+from app.commands.show import print_page, show_artifact, show_artifacts
 from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout
 from app.core.job import Progress
 
@@ -32,13 +32,7 @@ def list_artifacts(
         return
     with connect(url, api_key) as client:
         page = client.artifacts(limit=limit, after=after)
-    if as_json:
-        print_json(page.model_dump(mode="json", by_alias=True))
-        return
-    console = stdout()
-    show_artifacts(console, page.items)
-    if page.has_more:
-        console.print(f"more: nibble artifacts --after {page.next}")
+    print_page(page, show_artifacts, as_json=as_json, command="nibble artifacts")
 
 
 @artifacts.command()

@@ -8,7 +8,7 @@ import typer
 
 from app.commands import submission
 from app.commands.progress import progress_view
-from app.commands.show import show_estimate, show_job, show_jobs, show_report
+from app.commands.show import print_page, show_estimate, show_job, show_jobs, show_report
 from app.commands.terminal import ApiKey, AsJson, ExitCode, Url, connect, print_json, stdout
 
 if TYPE_CHECKING:
@@ -111,13 +111,7 @@ def jobs(
     """List jobs, newest first."""
     with connect(url, api_key) as client:
         page = client.jobs(state=state, label=label, limit=limit, after=after)
-    if as_json:
-        print_json(page.model_dump(mode="json", by_alias=True))
-        return
-    console = stdout()
-    show_jobs(console, page.items)
-    if page.has_more:
-        console.print(f"more: nibble jobs --after {page.next}")
+    print_page(page, show_jobs, as_json=as_json, command="nibble jobs")
 
 
 def cancel(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:

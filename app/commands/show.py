@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
-from app.commands.terminal import human_bytes, human_seconds, table
+from app.commands.terminal import human_bytes, human_seconds, print_json, stdout, table
 
 if TYPE_CHECKING:
-    from app.client import ArtifactView, JobView
+    from app.client import ArtifactView, JobView, Page
+
+ItemT = TypeVar("ItemT")
 
 STATE_COLOURS = {
     "queued": "cyan",
@@ -26,6 +28,19 @@ STATE_COLOURS = {
 
 def coloured_state(state: str) -> str:
     return f"[{STATE_COLOURS.get(state, 'default')}]{escape(state)}[/]"
+
+
+def print_page(
+    page: Page[ItemT], show: Callable[[Console, Iterable[ItemT]], None], *, as_json: bool, command: str
+) -> None:
+    """A page of a list, and the command that prints the one after it."""
+    if as_json:
+        print_json(page.model_dump(mode="json", by_alias=True))
+        return
+    console = stdout()
+    show(console, page.items)
+    if page.has_more:
+        console.print(f"more: {command} --after {page.next}")
 
 
 def show_jobs(console: Console, jobs: Iterable[JobView]) -> None:

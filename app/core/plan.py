@@ -30,9 +30,6 @@ class CandidatePlan(Frozen):
     output_bytes: dict[FormatName, int]
     bits_per_weight: float  # over the quantized linears, scales and zero points included
 
-    def scheme_of(self, name: str) -> Scheme | None:
-        return next(linear.scheme for linear in self.linears if linear.name == name)
-
 
 class Plan(Frozen):
     """The decisions for every candidate of a job."""

@@ -33,9 +33,6 @@ class QuantizedWeight:
         grouped = self.q.view(out_features, self.scale.shape[1], -1).to(torch.float32)
         return ((grouped - self.zero[..., None]) * self.scale[..., None]).view(out_features, in_features)
 
-    def to(self, device: str | torch.device) -> QuantizedWeight:
-        return QuantizedWeight(self.q.to(device), self.scale.to(device), self.zero.to(device), self.scheme)
-
     def equals(self, other: QuantizedWeight) -> bool:
         return (
             self.scheme == other.scheme
