@@ -88,6 +88,8 @@ def test_a_halted_worker_that_wakes_up_writes_nothing(workshop: Workshop) -> Non
         workshop.sweep()
         with workshop.worker("two"):
             wait_until(lambda: ended(workshop, job))
+            # Its own folder goes only after its record has ended.
+            wait_until(lambda: not (workshop.settings.scratch_dir / f"{job.id}-2").exists())
         for pid in reversed(halted):
             os.kill(pid, signal.SIGCONT)
         wait_until(lambda: list(workshop.settings.scratch_dir.iterdir()) == [])

@@ -110,9 +110,11 @@ class Workshop:
                 start_new_session=True,
             ) as process,
         ):
-            yield process
-            if process.poll() is None:
-                process.kill()
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.kill()
 
     def log_of(self, name: str) -> str:
         return (self.settings.state_dir / f"{name}.log").read_text()
