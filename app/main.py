@@ -9,16 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, errors, estimates, events, jobs, operations, workers
+from app.api import artifacts, errors, estimates, events, jobs, keys, operations, sessions, workers
 from app.api.dependencies import Services
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
+from app.api.origin import OriginGuard
 from app.core.artifact_store import ArtifactStore
 from app.core.changes import ChangeListener
 from app.core.idempotency import IdempotencyKeys
 from app.core.janitor import Janitor, JanitorThread
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
+from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.security import KeyStore, bootstrap_key
@@ -46,9 +48,10 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     errors.install(app)
-    for module in (jobs, events, estimates, artifacts, workers, operations):
+    for module in (jobs, events, estimates, artifacts, workers, keys, sessions, operations):
         app.include_router(module.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
     app.add_middleware(RequestRecord, metrics=metrics)
     return app
 
@@ -77,6 +80,7 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
         objects=objects,
         artifacts=ArtifactStore(objects),
         keys=KeyStore(redis),
+        logins=LoginLinks(redis),
         workers=WorkerRegistry(redis),
         changes=ChangeListener(redis, asyncio.get_running_loop()),
         metrics=metrics,

@@ -13,10 +13,11 @@ from redis import Redis
 from app.api.metrics import Metrics
 from app.core.artifact_store import ArtifactStore
 from app.core.changes import ChangeListener
-from app.core.errors import Unauthenticated
+from app.core.errors import Forbidden, Unauthenticated
 from app.core.idempotency import IdempotencyKeys
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
+from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
 from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
@@ -35,6 +36,7 @@ class Services:
     objects: ObjectStore
     artifacts: ArtifactStore
     keys: KeyStore
+    logins: LoginLinks
     workers: WorkerRegistry
     changes: ChangeListener
     metrics: Metrics
@@ -45,19 +47,34 @@ def services_of(request: Request) -> Services:
 
 
 ServicesParam = Annotated[Services, Depends(services_of)]
+SESSION_COOKIE = "nibble_session"
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 bearer = HTTPBearer(auto_error=False, description="An API key: nib_<id>_<secret>")
 
 
 def authenticated(
-    services: ServicesParam, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+    request: Request,
+    services: ServicesParam,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Principal:
-    if credentials is None:
+    """Who calls, by the API key in the header, else by the cookie of a browser's session."""
+    if credentials is not None:
+        return services.keys.authenticate(credentials.credentials)
+    session = request.cookies.get(SESSION_COOKIE)
+    if session is None:
         raise Unauthenticated(
             "the request carries no API key",
             code="api_key_missing",
             remedy="send `Authorization: Bearer <key>`",
         )
-    return services.keys.authenticate(credentials.credentials)
+    # A browser sends the cookie by itself, and names the origin with every change.
+    if request.method not in SAFE_METHODS and "origin" not in request.headers:
+        raise Forbidden(
+            "a change with a session's cookie must name its origin",
+            code="origin_missing",
+            remedy="send the header Origin, or use an API key",
+        )
+    return services.keys.holder(services.logins.key_id_of(session))
 
 
 def holder_of(scope: Scope) -> Callable[[Principal], Principal]:
@@ -70,6 +87,8 @@ def holder_of(scope: Scope) -> Callable[[Principal], Principal]:
     return check
 
 
+Caller = Annotated[Principal, Depends(authenticated)]
+Admin = Annotated[Principal, Depends(holder_of(Scope.ADMIN))]
 JobsReader = Annotated[Principal, Depends(holder_of(Scope.JOBS_READ))]
 JobsWriter = Annotated[Principal, Depends(holder_of(Scope.JOBS_WRITE))]
 ArtifactsReader = Annotated[Principal, Depends(holder_of(Scope.ARTIFACTS_READ))]

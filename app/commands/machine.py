@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from app.client import NibbleClient
 from app.commands.doctor import gpu_names
-from app.commands.terminal import ExitCode, api_key_file, local_url, stdout
+from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, stdout
 from app.core.errors import NibbleError, Unavailable
 
 if TYPE_CHECKING:
@@ -162,6 +162,9 @@ class Machine:
     def say_ready(self, url: str) -> None:
         given = self.settings.bootstrap_api_key is not None
         self.say(f"API key: {'NIBBLE_BOOTSTRAP_API_KEY' if given else api_key_file(self.settings)}")
+        with NibbleClient(url, api_key=kept_api_key(self.settings)) as client:
+            link = client.document("POST", "/v1/login-links")["path"]
+        self.say(f"log in once with: {escape(url + link)}")
         self.say(f"[bold green]ready[/] at {url}")
 
     def replace_ended(self, workers: Sequence[Member], environment: dict[str, str]) -> None:

@@ -1,6 +1,8 @@
 """API keys: `nib_<id>_<secret>`, kept as SHA-256, with scopes and a tenant.
 
-    nibble:key:<key id>     the key's record as JSON
+    nibble:key:<key id>         the key's record as JSON
+    nibble:keys                 set of the ids
+    nibble:key-used:<key id>    when it was used last, to the minute
 
 The secret has 256 random bits, so a plain digest resists guessing: a slow hash would add nothing.
 """
@@ -12,15 +14,16 @@ import hmac
 import os
 import re
 import secrets
+import time
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import SecretStr
+from pydantic import SecretStr, StringConstraints
 from redis import Redis
 
-from app.core.errors import Forbidden, InvalidRequest, Unauthenticated
+from app.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.core.settings import Settings
 from app.core.specs import Frozen
 
@@ -28,6 +31,10 @@ KEY = re.compile(r"nib_([0-9a-f]{16})_[0-9a-f]{64}")
 MIN_BOOTSTRAP_LENGTH = 24
 DEFAULT_TENANT = "default"
 KEY_FILE = "api-key"
+KEYS = "nibble:keys"
+USE_STEP_S = 60.0  # how exactly the last use of a key is known
+
+TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
 class Scope(StrEnum):
@@ -35,7 +42,8 @@ class Scope(StrEnum):
     JOBS_WRITE = "jobs:write"
     ARTIFACTS_READ = "artifacts:read"
     ARTIFACTS_WRITE = "artifacts:write"
-    ADMIN = "admin"  # implies the others
+    ADMIN = "admin"  # all of its tenant: implies the scopes above, and manages the tenant's keys
+    OPERATOR = "operator"  # of the service: manages the keys of every tenant
 
 
 class ApiKey(Frozen):
@@ -45,7 +53,14 @@ class ApiKey(Frozen):
     tenant: str
     scopes: frozenset[Scope]
     sha256: str
+    name: str = ""
     created_at: datetime
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None  # filled when keys are listed
+
+    @property
+    def has_expired(self) -> bool:
+        return self.expires_at is not None and datetime.now(UTC) >= self.expires_at
 
 
 class Principal(Frozen):
@@ -56,7 +71,7 @@ class Principal(Frozen):
     scopes: frozenset[Scope]
 
     def allows(self, scope: Scope) -> bool:
-        return scope in self.scopes or Scope.ADMIN in self.scopes
+        return scope in self.scopes or (Scope.ADMIN in self.scopes and scope is not Scope.OPERATOR)
 
     def require(self, scope: Scope) -> None:
         if not self.allows(scope):
@@ -87,35 +102,112 @@ class KeyStore:
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
+        self._noted: dict[str, float] = {}  # key id -> when its use was written by this process
 
-    def register(self, key: str, *, tenant: str, scopes: frozenset[Scope]) -> ApiKey:
+    def register(
+        self,
+        key: str,
+        *,
+        tenant: str,
+        scopes: frozenset[Scope],
+        name: str = "",
+        expires_at: datetime | None = None,
+    ) -> ApiKey:
         """Accept `key` from now on."""
         record = ApiKey(
-            id=key_id(key), tenant=tenant, scopes=scopes, sha256=digest(key), created_at=datetime.now(UTC)
+            id=key_id(key),
+            tenant=tenant,
+            scopes=scopes,
+            sha256=digest(key),
+            name=name,
+            created_at=datetime.now(UTC),
+            expires_at=expires_at,
         )
-        self._redis.set(f"nibble:key:{record.id}", record.model_dump_json())
+        self._redis.set(record_key(record.id), record.model_dump_json())
+        self._redis.sadd(KEYS, record.id)
         return record
 
     def authenticate(self, key: str) -> Principal:
-        """Whose key this is. Raises Unauthenticated for an unknown one."""
-        found = self._redis.get(f"nibble:key:{key_id(key)}")
-        record = ApiKey.model_validate_json(found) if found is not None else None
+        """Whose key this is. Raises Unauthenticated for an unknown, revoked or expired one."""
+        record = self._read(key_id(key))
         # Compared also when there is no record, so that the time tells nothing about ids.
         if not hmac.compare_digest(digest(key), record.sha256 if record is not None else "-" * 64):
-            raise Unauthenticated(
-                "the API key is not known",
-                code="api_key_unknown",
-                remedy="send `Authorization: Bearer <key>` with a key of this service",
-            )
+            raise unknown_key()
         assert record is not None
+        return self._principal(record)
+
+    def holder(self, known_id: str) -> Principal:
+        """Who holds the key with this id: for a session that was opened with the key itself."""
+        record = self._read(known_id)
+        if record is None:
+            raise unknown_key()
+        return self._principal(record)
+
+    def list(self, tenant: str | None) -> list[ApiKey]:
+        """The keys of a tenant, or of all tenants, oldest first."""
+        ids = sorted(member.decode() for member in self._redis.smembers(KEYS))
+        found = self._redis.mget([record_key(known) for known in ids]) if ids else []
+        used = self._redis.mget([use_key(known) for known in ids]) if ids else []
+        keys = []
+        for record, moment in zip(found, used, strict=True):
+            if record is None:
+                continue
+            last = datetime.fromtimestamp(float(moment), UTC) if moment is not None else None
+            keys.append(ApiKey.model_validate_json(record).model_copy(update={"last_used_at": last}))
+        chosen = [key for key in keys if tenant is None or key.tenant == tenant]
+        return sorted(chosen, key=lambda key: key.created_at)
+
+    def revoke(self, known_id: str, *, tenant: str | None) -> ApiKey:
+        """Refuse the key from now on. NotFound for an unknown one, and, with `tenant`, for another's."""
+        record = self._read(known_id)
+        if record is None or (tenant is not None and record.tenant != tenant):
+            raise NotFound(
+                f"there is no key {known_id[:64]}", code="key_not_found", remedy="list keys with GET /v1/keys"
+            )
+        self._redis.delete(record_key(known_id), use_key(known_id))
+        self._redis.srem(KEYS, known_id)
+        return record
+
+    def _read(self, known_id: str) -> ApiKey | None:
+        found = self._redis.get(record_key(known_id))
+        return ApiKey.model_validate_json(found) if found is not None else None
+
+    def _principal(self, record: ApiKey) -> Principal:
+        if record.has_expired:
+            raise Unauthenticated(
+                f"the API key {record.id} has expired",
+                code="api_key_expired",
+                remedy="ask the operator for a new key (nibble keys create)",
+            )
+        if time.monotonic() - self._noted.get(record.id, -USE_STEP_S) >= USE_STEP_S:
+            self._noted[record.id] = time.monotonic()
+            self._redis.set(use_key(record.id), time.time())
         return Principal(key_id=record.id, tenant=record.tenant, scopes=record.scopes)
+
+
+def record_key(known_id: str) -> str:
+    return f"nibble:key:{known_id}"
+
+
+def use_key(known_id: str) -> str:
+    return f"nibble:key-used:{known_id}"
+
+
+def unknown_key() -> Unauthenticated:
+    return Unauthenticated(
+        "the API key is not known",
+        code="api_key_unknown",
+        remedy="send `Authorization: Bearer <key>` with a key of this service",
+    )
 
 
 def bootstrap_key(settings: Settings, keys: KeyStore) -> None:
     """Make sure that an admin key is known: the operator's, else one that is made once and kept in a file."""
     given = settings.bootstrap_api_key
     key = checked_bootstrap(given) if given is not None else kept_key(settings.state_dir / KEY_FILE)
-    keys.register(key, tenant=DEFAULT_TENANT, scopes=frozenset({Scope.ADMIN}))
+    keys.register(
+        key, tenant=DEFAULT_TENANT, scopes=frozenset({Scope.ADMIN, Scope.OPERATOR}), name="first key"
+    )
 
 
 def checked_bootstrap(given: SecretStr) -> str:

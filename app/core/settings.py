@@ -28,6 +28,17 @@ def empty_is_none(value: object) -> object:
     return None if value == "" else value
 
 
+def split_names(value: object) -> object:
+    return (
+        [part.strip().lower() for part in value.split(",") if part.strip()]
+        if isinstance(value, str)
+        else value
+    )
+
+
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
 Folder = Annotated[Path, AfterValidator(absolute)]
 Folders = Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(split_folders)]
 OptionalUrl = Annotated[str | None, BeforeValidator(empty_is_none)]
@@ -41,6 +52,7 @@ class Settings(BaseSettings):
     state_dir: Folder = Field(default_factory=default_state_dir, validate_default=True)
     host: str = "127.0.0.1"
     port: int = Field(default=8420, ge=0, le=65535)
+    allowed_hosts: Names = ()
     # No repr: the URL may hold a password.
     redis_url: OptionalUrl = Field(default=None, repr=False)
     storage_url: OptionalUrl = None
@@ -56,6 +68,16 @@ class Settings(BaseSettings):
     cancel_grace_s: float = Field(default=5.0, ge=0, le=60)
     shard_bytes: int = Field(default=4 * 1024**3, ge=1024**2)
     max_body_bytes: int = Field(default=16 * 1024**2, ge=1024)
+
+    @property
+    def accepted_hosts(self) -> frozenset[str] | None:
+        """Names under which this service may be called; None for any.
+
+        On loopback only its own names: another name that leads here was made to lead here by a foreign page.
+        """
+        if self.allowed_hosts:
+            return frozenset(self.allowed_hosts) | LOOPBACK_NAMES
+        return LOOPBACK_NAMES if self.host in LOOPBACK_NAMES else None
 
     @property
     def object_store_url(self) -> str:

@@ -1,0 +1,107 @@
+"""`/v1/keys`: who may call. A tenant's admin manages the tenant's keys, the operator those of all tenants."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal, Self
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from app.api.dependencies import Admin, ServicesParam
+from app.core.errors import Forbidden
+from app.core.security import ApiKey, Principal, Scope, TenantName, new_key
+from app.core.specs import Frozen
+
+router = APIRouter(prefix="/v1/keys", tags=["keys"])
+
+
+class KeyRequest(Frozen):
+    """The body of `POST /v1/keys`."""
+
+    tenant: TenantName | None = Field(default=None, description="The caller's own, if absent.")
+    scopes: frozenset[Scope] = Field(min_length=1)
+    name: str = Field(default="", max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")
+    expires_in_s: int | None = Field(default=None, ge=60, le=10 * 365 * 24 * 3600)
+
+
+class KeyView(BaseModel):
+    object: Literal["key"] = "key"
+    id: str
+    tenant: str
+    name: str
+    scopes: list[Scope]
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None
+    expired: bool
+
+    @classmethod
+    def of(cls, key: ApiKey) -> Self:
+        return cls(
+            id=key.id,
+            tenant=key.tenant,
+            name=key.name,
+            scopes=sorted(key.scopes),
+            created_at=key.created_at,
+            expires_at=key.expires_at,
+            last_used_at=key.last_used_at,
+            expired=key.has_expired,
+        )
+
+
+class NewKeyView(KeyView):
+    key: str = Field(default="", description="The key itself. It is not shown again.")
+
+
+class KeyList(BaseModel):
+    object: Literal["list"] = "list"
+    data: tuple[KeyView, ...]
+    has_more: bool = False
+    next: str | None = None
+
+
+def reachable_tenant(principal: Principal, wanted: str | None) -> str | None:
+    """The tenant whose keys the caller asked for: any for the operator, else only the own. None means all."""
+    if principal.allows(Scope.OPERATOR):
+        return wanted
+    if wanted not in (None, principal.tenant):
+        raise Forbidden(
+            f"only the operator manages keys of the tenant {wanted}",
+            code="tenant_forbidden",
+            remedy="use a key with the scope operator",
+        )
+    return principal.tenant
+
+
+@router.post("", status_code=201)
+def create_key(body: KeyRequest, services: ServicesParam, principal: Admin) -> NewKeyView:
+    """Make a key. The answer is the only place where it is ever shown."""
+    if Scope.OPERATOR in body.scopes:
+        principal.require(Scope.OPERATOR)
+    reachable_tenant(principal, body.tenant)
+    lasts = body.expires_in_s
+    key = new_key()
+    record = services.keys.register(
+        key,
+        tenant=body.tenant or principal.tenant,
+        scopes=body.scopes,
+        name=body.name,
+        expires_at=datetime.now(UTC) + timedelta(seconds=lasts) if lasts is not None else None,
+    )
+    return NewKeyView.of(record).model_copy(update={"key": key})
+
+
+@router.get("")
+def list_keys(
+    services: ServicesParam, principal: Admin, tenant: Annotated[TenantName | None, Query()] = None
+) -> KeyList:
+    """Keys without their secrets, oldest first; of the operator all tenants', else the tenant's."""
+    keys = services.keys.list(reachable_tenant(principal, tenant))
+    return KeyList(data=tuple(KeyView.of(key) for key in keys))
+
+
+@router.delete("/{key_id}", status_code=204)
+def revoke_key(key_id: str, services: ServicesParam, principal: Admin) -> None:
+    """Refuse the key from now on; its sessions end too."""
+    services.keys.revoke(key_id, tenant=reachable_tenant(principal, None))

@@ -1,0 +1,66 @@
+"""Keeps foreign web pages out: every request's Host, and every change's Origin, must be the service's own.
+
+A page that a person visits can send requests to services that only this person reaches, also under a name of
+its own that it lets point here (DNS rebinding). API keys in headers are out of such a page's reach, cookies
+are not; the check holds for both.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.dependencies import SAFE_METHODS
+from app.api.errors import problem
+from app.core.errors import Forbidden
+
+
+class OriginGuard:
+    """Answers 403 to requests under a foreign name, and to changes asked for by a foreign page."""
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal is not None:
+            await problem(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> Forbidden | None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if self._hosts is not None and host_name(host) not in self._hosts:
+            return Forbidden(
+                f"this service is not called {host[:200]!r}",
+                code="host_forbidden",
+                remedy="let the operator add the name to NIBBLE_ALLOWED_HOSTS",
+            )
+        origin = headers.get("origin")
+        if origin is None or scope["method"] in SAFE_METHODS or network_location(origin) == host.lower():
+            return None
+        return Forbidden(
+            f"a page of {origin[:200]!r} may not change anything here",
+            code="origin_forbidden",
+            remedy="call from the service's own pages, or from a program without the header Origin",
+        )
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without port and brackets; empty if it is malformed."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def network_location(origin: str) -> str:
+    """Host and port of an origin; empty for `null` and for what is malformed."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""

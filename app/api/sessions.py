@@ -1,0 +1,61 @@
+"""How a browser logs in: a link that works once, then a cookie that scripts can't read."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import RedirectResponse, Response
+from pydantic import BaseModel
+
+from app.api.dependencies import SESSION_COOKIE, Caller, ServicesParam
+from app.core.login import LINK_S, SESSION_S
+
+router = APIRouter(tags=["sessions"])
+
+
+class LoginLink(BaseModel):
+    object: Literal["login_link"] = "login_link"
+    path: str
+    expires_at: datetime
+
+
+@router.post("/v1/login-links", status_code=201)
+def create_login_link(services: ServicesParam, principal: Caller) -> LoginLink:
+    """A link that opens one session with the rights of the key that asks for it."""
+    code = services.logins.new_code(principal.key_id)
+    return LoginLink(path=f"/login?code={code}", expires_at=datetime.now(UTC) + timedelta(seconds=LINK_S))
+
+
+@router.get(
+    "/login",
+    response_class=Response,
+    status_code=303,
+    responses={401: {"description": "Used, or too old."}},
+)
+def log_in(
+    request: Request, services: ServicesParam, code: Annotated[str, Query(max_length=128)]
+) -> Response:
+    """Open a session and go to the dashboard."""
+    answer = RedirectResponse("/", 303, headers={"Cache-Control": "no-store"})
+    answer.set_cookie(
+        SESSION_COOKIE,
+        services.logins.open_session(code),
+        max_age=SESSION_S,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return answer
+
+
+@router.post("/v1/logout", status_code=204)
+def log_out(request: Request, services: ServicesParam, principal: Caller) -> Response:
+    """End the session of the cookie, if there is one."""
+    session = request.cookies.get(SESSION_COOKIE)
+    if session is not None:
+        services.logins.close_session(session)
+    answer = Response(status_code=204)
+    answer.delete_cookie(SESSION_COOKIE, httponly=True, samesite="strict")
+    return answer
