@@ -3,6 +3,8 @@
 Dense packing puts value i at bits i*b .. i*b+b-1 of one stream of 32-bit words, least significant bit
 first; for 3 bits a value may straddle two words. Sources: AutoAWQ `packing_utils.py` (interleaved nibbles),
 compressed-tensors `pack_quantized` (dense, since October 2025), GPTQ `quant.py` (dense down the columns).
+The same stream in bytes is what little-endian machines hold, so packing works on bytes: an eighth of the
+memory that integers wide enough for a word would take.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+BYTE_BITS = 8
 
 # AutoAWQ: nibble k of a word holds output channel AWQ_ORDER[k] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -35,34 +38,43 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
     if values.numel() and int(values.max()) >= 2**bits:
         raise ValueError(f"pack_rows: value {int(values.max())} does not fit {bits} bits")
     rows, count = values.shape
-    period = WORD_BITS // math.gcd(bits, WORD_BITS)  # values after which words and values align again
-    padded = torch.nn.functional.pad(values, (0, -count % period)).view(rows, -1, period).to(torch.int64)
-    words = torch.zeros(
-        rows, padded.shape[1], period * bits // WORD_BITS, dtype=torch.int64, device=values.device
-    )
+    period, width = byte_period(bits)
+    blocks = -(-count // period)
+    padded = torch.nn.functional.pad(values, (0, blocks * period - count)).view(rows, blocks, period)
+    packed = torch.zeros(rows, blocks, width, dtype=torch.uint8, device=values.device)
     for index in range(period):
-        word, shift = divmod(index * bits, WORD_BITS)
-        words[..., word] |= padded[..., index] << shift
-        if shift + bits > WORD_BITS:
-            words[..., word + 1] |= padded[..., index] >> (WORD_BITS - shift)
-    return to_int32(words).view(rows, -1)[:, : packed_words(count, bits)].contiguous()
+        byte, shift = divmod(index * bits, BYTE_BITS)
+        packed[..., byte] |= padded[..., index] << shift
+        if shift + bits > BYTE_BITS:
+            packed[..., byte + 1] |= padded[..., index] >> (BYTE_BITS - shift)
+    size = 4 * packed_words(count, bits)  # bytes beyond are the padding's
+    flat = packed.view(rows, blocks * width)
+    exact = torch.nn.functional.pad(flat, (0, size - flat.shape[1])).contiguous()
+    return exact.view(-1).view(torch.int32).view(rows, size // 4)
 
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_rows`: int32 (rows, words) to uint8 (rows, count)."""
-    period = WORD_BITS // math.gcd(bits, WORD_BITS)
-    per_period = period * bits // WORD_BITS
     rows = words.shape[0]
-    unsigned = words.to(torch.int64) & 0xFFFFFFFF
-    blocks = torch.nn.functional.pad(unsigned, (0, -words.shape[1] % per_period)).view(rows, -1, per_period)
-    values = torch.empty(rows, blocks.shape[1], period, dtype=torch.uint8, device=words.device)
+    period, width = byte_period(bits)
+    blocks = -(-count // period)
+    # Flat in between: a single column is contiguous with any stride, and then can't be seen as bytes.
+    stored = words.contiguous().view(-1).view(torch.uint8).view(rows, 4 * words.shape[1])
+    packed = torch.nn.functional.pad(stored, (0, blocks * width - stored.shape[1])).view(rows, blocks, width)
+    values = torch.empty(rows, blocks, period, dtype=torch.uint8, device=words.device)
     for index in range(period):
-        word, shift = divmod(index * bits, WORD_BITS)
-        value = blocks[..., word] >> shift
-        if shift + bits > WORD_BITS:
-            value |= blocks[..., word + 1] << (WORD_BITS - shift)
-        values[..., index] = (value & (2**bits - 1)).to(torch.uint8)
-    return values.view(rows, -1)[:, :count].contiguous()
+        byte, shift = divmod(index * bits, BYTE_BITS)
+        value = packed[..., byte] >> shift
+        if shift + bits > BYTE_BITS:
+            value |= packed[..., byte + 1] << (BYTE_BITS - shift)
+        torch.bitwise_and(value, 2**bits - 1, out=values[..., index])
+    return values.view(rows, blocks * period)[:, :count].contiguous()
+
+
+def byte_period(bits: int) -> tuple[int, int]:
+    """Values after which bytes and values align again, and the bytes that they take."""
+    period = BYTE_BITS // math.gcd(bits, BYTE_BITS)
+    return period, period * bits // BYTE_BITS
 
 
 def pack_awq(values: Tensor) -> Tensor:
@@ -101,8 +113,3 @@ def pack_gptq_zeros(zeros: Tensor, bits: int) -> Tensor:
 def unpack_gptq_zeros(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_gptq_zeros`: int32 (groups, words) to uint8 (groups, count)."""
     return unpack_rows(words, bits, count) + GPTQ_ZERO_OFFSET
-
-
-def to_int32(words: Tensor) -> Tensor:
-    """int64 in 0..2^32-1 to int32 with the same bits."""
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -7,7 +7,6 @@ was killed, and its supervisor says by whom.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 
@@ -16,7 +15,7 @@ import torch
 from app.core.assignment import REPORT, Assignment, Failed, Noted
 from app.core.errors import JobFault, NibbleError, OutOfMemory
 from app.core.job import Problem
-from kernels.backend import AUTO, Backend, select_backend
+from kernels.backend import Backend, backends_of
 from workers.pipeline import Pipeline
 from workers.progress import ProgressPipe
 
@@ -26,8 +25,8 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
     try:
         if assignment.threads is not None:
             torch.set_num_threads(assignment.threads)
-        backend = chosen_backend()
-        pipe.send(Noted(code="kernel_backend", message=f"kernels: {backend.name}, {backend.reason}"))
+        names = [backend.name for backend in chosen_backends(assignment)]
+        pipe.send(Noted(code="kernel_backend", message=f"kernels: the first that can of {', '.join(names)}"))
         pipe.send(Pipeline(assignment, pipe.send).run())
     except NibbleError as error:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
@@ -51,10 +50,10 @@ def written_report(assignment: Assignment) -> str | None:
     return REPORT if path.exists() else None
 
 
-def chosen_backend() -> Backend:
-    """The backend that the operator asks for. Raises JobFault if it is absent."""
+def chosen_backends(assignment: Assignment) -> tuple[Backend, ...]:
+    """The backends that the operator allows. Raises JobFault if there is none of that name."""
     try:
-        return select_backend(os.environ.get("NIBBLE_KERNEL_BACKEND", AUTO))
+        return backends_of(torch.device(assignment.device).type, assignment.kernel_backend)
     except ValueError as fault:
         raise JobFault(
             str(fault), code="kernel_backend_absent", remedy="set NIBBLE_KERNEL_BACKEND to auto on the worker"

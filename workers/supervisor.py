@@ -170,6 +170,7 @@ class Attempt:
             evaluation_file=evaluation,
             work_folder=self._work_folder,
             device=self._context.device,
+            kernel_backend=settings.kernel_backend,
             shard_bytes=settings.shard_bytes,
             profile=self._context.profile,
         )

@@ -19,7 +19,7 @@ from app.commands import submission
 from app.commands.doctor import gpu_names
 from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
-from app.commands.terminal import AsJson, print_json, stderr, stdout
+from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout
 from app.core.errors import InvalidRequest, JobFault, field_path
 from app.core.job import Progress
 from app.core.specs import JobSpec, TextSpec
@@ -144,6 +144,7 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
         evaluation_file=text_file(spec.evaluation),
         work_folder=work,
         device=resolve_device(device),
+        kernel_backend=read_settings().kernel_backend,
     )
 
 

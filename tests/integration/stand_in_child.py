@@ -83,12 +83,16 @@ def write_output(assignment: Assignment, value: str) -> Finished:
     return Finished(report="report.json", outputs=tuple(outputs))
 
 
+def surroundings(assignment: Assignment) -> dict[str, object]:
+    return {"names": sorted(os.environ), "kernel_backend": assignment.kernel_backend}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--progress-fd", type=int, required=True)
     pipe = ProgressPipe(parser.parse_args().progress_fd)
     assignment = Assignment.model_validate_json(sys.stdin.read())
-    pipe.send(Noted(code="environment", message="", detail={"names": sorted(os.environ)}))
+    pipe.send(Noted(code="environment", message="", detail=surroundings(assignment)))
     pipe.send(StageStarted(stage=Stage.CALIBRATING))
     value = compute(assignment, pipe)
     pipe.send(write_output(assignment, value))

@@ -78,13 +78,20 @@ def test_a_job_resumes_and_publishes_in_s3(
 def test_the_child_sees_no_keys(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "NIBBLE_REDIS_URL", "NIBBLE_BOOTSTRAP_API_KEY"):
         monkeypatch.setenv(name, "secret")
-    monkeypatch.setenv("NIBBLE_KERNEL_BACKEND", "reference")
     job = workshop.run(workshop.submit())
     seen = workshop.payload(job, "note")["detail"]
     assert isinstance(seen, dict)
     names = set(seen["names"])
-    assert {"PATH", "TMPDIR", "HF_HUB_OFFLINE", "NIBBLE_KERNEL_BACKEND"} <= names
-    assert not [name for name in names if name.startswith(("AWS_", "HF_TOKEN", "NIBBLE_R", "NIBBLE_B"))]
+    assert {"PATH", "TMPDIR", "HF_HUB_OFFLINE"} <= names
+    assert not [name for name in names if name.startswith(("AWS_", "HF_TOKEN", "NIBBLE_"))]
+
+
+def test_the_setting_of_the_kernels_reaches_the_child(redis: Redis, redis_url: str, tmp_path: Path) -> None:
+    workshop = Workshop(redis, redis_url, tmp_path / "state", kernel_backend="triton")
+    job = workshop.run(workshop.submit())
+    seen = workshop.payload(job, "note")["detail"]
+    assert isinstance(seen, dict)
+    assert seen["kernel_backend"] == "triton"
 
 
 @pytest.mark.parametrize(

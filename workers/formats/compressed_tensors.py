@@ -16,6 +16,7 @@ from torch import Tensor
 from app.core.format_limits import Scheme
 from app.core.plan import CandidatePlan
 from kernels.layouts import pack_rows, packed_words, unpack_rows
+from kernels.weight import PackedWeight
 from workers.formats.targets import compact_patterns
 from workers.modeling.quantized_weight import QuantizedWeight
 
@@ -41,15 +42,32 @@ def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `tensors`."""
-    out_features, in_features = (int(size) for size in stored["weight_shape"])
+    in_features = int(stored["weight_shape"][1])
     scale = stored["weight_scale"].to(torch.float32)
     if scheme.symmetric:
         zero = torch.full_like(scale, 2 ** (scheme.bits - 1)).to(torch.uint8)
     else:
-        packed = stored["weight_zero_point"].T.contiguous()
-        zero = unpack_rows(packed, scheme.bits, out_features).T.contiguous()
+        zero = zero_points(stored, scheme)
     q = unpack_rows(stored["weight_packed"], scheme.bits, in_features)
     return QuantizedWeight(q, scale, zero, scheme)
+
+
+def packed_weight(stored: dict[str, Tensor], scheme: Scheme) -> PackedWeight:
+    """The tensors of one linear, for the kernels, which share this packing of the weights."""
+    return PackedWeight(
+        qweight=stored["weight_packed"],
+        scale=stored["weight_scale"],
+        zero=None if scheme.symmetric else zero_points(stored, scheme),
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        in_features=int(stored["weight_shape"][1]),
+    )
+
+
+def zero_points(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
+    """uint8 (out_features, groups)."""
+    packed = stored["weight_zero_point"].T.contiguous()
+    return unpack_rows(packed, scheme.bits, int(stored["weight_shape"][0])).T.contiguous()
 
 
 def shapes(

@@ -34,9 +34,8 @@ def assignment(tmp_path: Path) -> Assignment:
     )
 
 
-def test_an_absent_backend_fails_the_job(assignment: Assignment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NIBBLE_KERNEL_BACKEND", "cuda")
-    code, messages = messages_of(assignment)
+def test_an_absent_backend_fails_the_job(assignment: Assignment) -> None:
+    code, messages = messages_of(assignment.model_copy(update={"kernel_backend": "cuda"}))
     assert (code, messages[-1]["kind"]) == (1, "failed")
     assert messages[-1]["error"]["code"] == "kernel_backend_absent"  # type: ignore[index]
 

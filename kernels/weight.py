@@ -1,0 +1,49 @@
+"""The one canonical packed weight: what checkpoints become, and what backends repack when they load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_packed
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """w = (q - zero) * scale per group of consecutive input channels.
+
+    Raises TypeError or ValueError for tensors that don't belong together.
+    """
+
+    qweight: Tensor  # int32 (out_features, ceil(in_features * bits / 32)), rows of layouts.pack_rows
+    scale: Tensor  # float16, bfloat16 or float32 (out_features, groups)
+    zero: Tensor | None  # uint8 (out_features, groups); None: 2^(bits-1) everywhere
+    bits: int
+    group_size: int  # 32, 64, 128, or -1: the whole row
+    in_features: int
+
+    def __post_init__(self) -> None:
+        check_packed(self.qweight, self.scale, self.zero, self.bits, self.group_size, self.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1]
+
+    @property
+    def channels_per_group(self) -> int:
+        return self.in_features // self.groups
+
+    @property
+    def packed_bytes(self) -> int:
+        tensors = [self.qweight, self.scale, *([] if self.zero is None else [self.zero])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, device: torch.device) -> PackedWeight:
+        zero = None if self.zero is None else self.zero.to(device)
+        return replace(self, qweight=self.qweight.to(device), scale=self.scale.to(device), zero=zero)
