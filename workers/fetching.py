@@ -45,14 +45,18 @@ class ModelCache:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self._folder = folder
-        self._roots = settings.model_roots
+        self._settings = settings
 
     def fetch(self, reference: str, on_bytes: OnBytes) -> FetchedModel:
         """The model's folder and digest, downloaded if need be.
 
         Raises ModelRefused if its files are unsafe: they may have changed since the job was accepted.
         """
-        files = open_model(reference, model_roots=self._roots)
+        files = open_model(
+            reference,
+            model_roots=self._settings.model_roots,
+            networks=self._settings.outgoing_networks,
+        )
         sizes = inspect_model(files).files
         key = files.content_key()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,7 @@ def fetch_text(spec: TextSpec, settings: Settings, dest: Path, on_bytes: OnBytes
     """The text file of a spec, copied to `dest` with its suffix; None if no file is needed."""
     if not is_remote(spec.source):
         return None
-    text = open_text(spec.source, model_roots=settings.model_roots)
+    text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     target = dest.with_suffix(Path(text.path).suffix)
     target.parent.mkdir(parents=True, exist_ok=True)
     text.files.download(text.path, target, on_bytes)

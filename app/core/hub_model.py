@@ -1,41 +1,46 @@
 """A model repository on the hub, read at one pinned commit.
 
-Metadata comes through huggingface_hub (HF_ENDPOINT and HF_TOKEN are honoured there); ranges and downloads
-are plain HTTP, so that a download can be stopped between pieces and goes on where a cut connection left it.
+Addresses and credentials come from huggingface_hub (HF_ENDPOINT, HF_TOKEN). All requests are ours: they pass
+the guard of outgoing requests, and a download can be stopped between pieces and taken up where it was cut.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal
+from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 
-from app.core.errors import ModelRefused, NibbleError, Unavailable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from app.core.errors import ModelRefused, Unavailable
+from app.core.outgoing import IpNetwork, OutgoingGuard, guarded_client, origin_of
 
 TRIES = 5
+MAX_REDIRECTS = 5
+MAX_LISTING_BYTES = 32 * 1024**2
 RepoKind = Literal["model", "dataset"]
 
 
 class HubModel:
     """The files of one commit. A branch or tag is resolved when the object is made, once."""
 
-    def __init__(self, repository: str, revision: str | None = None, *, kind: RepoKind = "model") -> None:
-        # Imported here: the client costs a quarter second, and most jobs' models are no hub models.
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
+    def __init__(
+        self,
+        repository: str,
+        revision: str | None = None,
+        *,
+        kind: RepoKind = "model",
+        networks: Sequence[IpNetwork] = (),
+    ) -> None:
         self.repository = repository
         self.kind = kind
-        self.commit, self._sizes, self._sha256 = read_listing(repository, revision, kind)
+        self._client = hub_client(networks)
+        self.commit, self._sizes, self._sha256 = read_listing(self._client, repository, revision, kind)
         self.name = f"hf:{repository}@{self.commit}"
-        self._client = httpx.Client(headers=build_hf_headers(), follow_redirects=True, timeout=30)
 
     def list(self) -> dict[str, int]:
         return dict(self._sizes)
@@ -84,7 +89,7 @@ class HubModel:
                 for piece in self.stream(url, position, end):
                     position += len(piece)
                     yield piece
-            except (httpx.TransportError, Retryable) as cut:
+            except (httpx.RequestError, Retryable) as cut:
                 fault = cut
             tries = 0 if position > before else tries + 1
             if tries == TRIES:
@@ -126,46 +131,72 @@ def range_headers(start: int, end: int) -> dict[str, str]:
     return {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
 
 
-def read_listing(
-    repository: str, revision: str | None, kind: RepoKind
-) -> tuple[str, dict[str, int], dict[str, str]]:
-    """The commit behind a revision, its files' sizes, and the SHA-256 of those that state one."""
-    from huggingface_hub import HfApi
-
-    with hub_access(repository, revision):
-        read = HfApi().model_info if kind == "model" else HfApi().dataset_info
-        listing = read(repository, revision=revision or "main", files_metadata=True, timeout=30)
-    commit = listing.sha or ""
-    if len(commit) != 40 or set(commit) - set("0123456789abcdef"):
-        raise Unavailable(f"the hub states no commit for {repository}@{revision or 'main'}: {commit!r}")
-    siblings = listing.siblings or []
-    sizes = {entry.rfilename: entry.size for entry in siblings if entry.size is not None}
-    sha256 = {entry.rfilename: entry.lfs.sha256 for entry in siblings if entry.lfs is not None}
-    return commit, sizes, sha256
+class Lfs(BaseModel):
+    sha256: str | None = None
 
 
-@contextmanager
-def hub_access(repository: str, revision: str | None) -> Iterator[None]:
-    """Turns the hub's faults into ours."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+class Sibling(BaseModel):
+    rfilename: str
+    size: int | None = None
+    lfs: Lfs | None = None
+
+
+class Listing(BaseModel):
+    """What we read of the hub's description of a repository at a revision."""
+
+    sha: str = Field(pattern=r"^[0-9a-f]{40}$")
+    siblings: tuple[Sibling, ...] = ()
+
+
+def hub_client(networks: Sequence[IpNetwork]) -> httpx.Client:
+    # Imported here: the library costs a quarter second, and most jobs' models are no hub models.
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    # The endpoint is the operator's choice. What it redirects to is not, and passes the guard hop by hop.
+    guard = OutgoingGuard(networks, trusted=[origin_of(httpx.URL(ENDPOINT))])
+    return guarded_client(
+        guard, headers=build_hf_headers(), timeout=30, follow_redirects=True, max_redirects=MAX_REDIRECTS
     )
 
-    # Its base is the HTTP client's own error class, whose name depends on the hub library's version.
-    transport_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+
+def read_listing(
+    client: httpx.Client, repository: str, revision: str | None, kind: RepoKind
+) -> tuple[str, dict[str, int], dict[str, str]]:
+    """The commit behind a revision, its files' sizes, and the SHA-256 of those that state one."""
+    from huggingface_hub.constants import ENDPOINT
+
+    wanted = quote(revision or "main", safe="")
+    url = f"{ENDPOINT}/api/{kind}s/{repository}/revision/{wanted}?blobs=true"
     try:
-        yield
-    except NibbleError:
-        raise
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as fault:
-        raise refuse_access(repository, revision, "not found, private or gated") from fault
-    except (HfHubHTTPError, transport_error, OSError) as fault:
+        with client.stream("GET", url) as answer:
+            body = limited_body(answer)
+    except (httpx.HTTPError, httpx.InvalidURL) as fault:
         raise Unavailable(
             f"the hub does not answer for {repository}: {fault}", remedy="try again later"
         ) from fault
+    if answer.status_code in (400, 401, 403, 404):
+        raise refuse_access(repository, revision, "not found, private or gated")
+    if answer.status_code != 200:
+        raise Unavailable(f"the hub answers {answer.status_code} for {repository}", remedy="try again later")
+    try:
+        listing = Listing.model_validate_json(body)
+    except ValidationError as fault:
+        raise Unavailable(
+            f"the hub's description of {repository}@{revision or 'main'} can't be read: {fault}"
+        ) from fault
+    sizes = {entry.rfilename: entry.size for entry in listing.siblings if entry.size is not None}
+    stated = {entry.rfilename: entry.lfs.sha256 for entry in listing.siblings if entry.lfs is not None}
+    return listing.sha, sizes, {path: digest for path, digest in stated.items() if digest is not None}
+
+
+def limited_body(answer: httpx.Response) -> bytes:
+    body = bytearray()
+    for piece in answer.iter_bytes():
+        body += piece
+        if len(body) > MAX_LISTING_BYTES:
+            raise Unavailable(f"the hub's answer is larger than {MAX_LISTING_BYTES} bytes")
+    return bytes(body)
 
 
 def refuse_access(repository: str, revision: str | None, why: str) -> ModelRefused:

@@ -22,6 +22,7 @@ from app.core.hub_model import HubModel
 from app.core.model_headers import ModelHeaders, inspect_model, model_digest, needed_files
 from app.core.model_reference import ModelReference, parse_model_reference
 from app.core.object_store import open_bucket
+from app.core.outgoing import IpNetwork
 
 __all__ = [
     "HubModel",
@@ -63,14 +64,19 @@ class ModelFiles(Protocol):
         """The file's SHA-256 where the source states it, else None."""
 
 
-def open_model(reference: str, *, model_roots: Sequence[Path]) -> ModelFiles:
-    """The files behind a reference. A hub branch or tag is resolved to a commit here, once."""
+def open_model(
+    reference: str, *, model_roots: Sequence[Path], networks: Sequence[IpNetwork] = ()
+) -> ModelFiles:
+    """The files behind a reference. A hub branch or tag is resolved to a commit here, once.
+
+    `networks` are those besides the public internet to which requests may go.
+    """
     parsed = parse_model_reference(reference)
     if parsed.scheme == "file":
         return LocalModel(Path(parsed.path), model_roots)
     if parsed.scheme == "s3":
         return S3Model(str(parsed), open_bucket(parsed.bucket or "", prefix=parsed.path))
-    return HubModel(parsed.path, parsed.revision)
+    return HubModel(parsed.path, parsed.revision, networks=networks)
 
 
 class LocalModel:

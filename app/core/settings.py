@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,6 +39,7 @@ def split_names(value: object) -> object:
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(split_names)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
 Folder = Annotated[Path, AfterValidator(absolute)]
 Folders = Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(split_folders)]
@@ -57,6 +59,7 @@ class Settings(BaseSettings):
     redis_url: OptionalUrl = Field(default=None, repr=False)
     storage_url: OptionalUrl = None
     model_roots: Folders = ()
+    outgoing_networks: Networks = ()
     bootstrap_api_key: Annotated[SecretStr | None, BeforeValidator(empty_is_none)] = None
     kernel_backend: str = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"

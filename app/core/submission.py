@@ -32,7 +32,7 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
 
     Raises ModelRefused, RecipeUnsupported or TextRefused, or Unavailable if a source does not answer.
     """
-    files = open_model(spec.model, model_roots=settings.model_roots)
+    files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     headers = inspect_model(files)
     plan = plan_job(spec, headers.config, headers.tensors)
     pinned = {
@@ -60,7 +60,7 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> TextSpecT
             )
         return spec
     try:
-        text = open_text(spec.source, model_roots=settings.model_roots)
+        text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     except TextRefused as fault:
         fault.param = fault.param or f"{param}.dataset"
         raise

@@ -14,6 +14,7 @@ from app.core.errors import ModelRefused, TextRefused
 from app.core.model_reference import parse_model_reference
 from app.core.model_source import HubModel, LocalModel, ModelFiles, S3Model
 from app.core.object_store import open_bucket
+from app.core.outgoing import IpNetwork
 
 SUFFIXES = (".jsonl", ".txt")
 MAX_TEXT_BYTES = 1024**3
@@ -34,7 +35,7 @@ def is_remote(source: str) -> bool:
     return not source.startswith(HERE)
 
 
-def open_text(reference: str, *, model_roots: Sequence[Path]) -> TextFile:
+def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence[IpNetwork] = ()) -> TextFile:
     """The file behind a dataset reference.
 
     Raises TextRefused if it does not exist, is too large or may not be read.
@@ -42,7 +43,7 @@ def open_text(reference: str, *, model_roots: Sequence[Path]) -> TextFile:
     if not reference.partition("@")[0].endswith(SUFFIXES):
         raise refuse_text(reference, f"the file's name must end in {' or '.join(SUFFIXES)}")
     try:
-        files, path = locate(reference, model_roots)
+        files, path = locate(reference, model_roots, networks)
         size = files.list().get(path)
     except ModelRefused as fault:
         raise refuse_text(reference, fault.message) from fault
@@ -53,14 +54,17 @@ def open_text(reference: str, *, model_roots: Sequence[Path]) -> TextFile:
     return TextFile(files, path, size)
 
 
-def locate(reference: str, model_roots: Sequence[Path]) -> tuple[ModelFiles, str]:
+def locate(
+    reference: str, model_roots: Sequence[Path], networks: Sequence[IpNetwork]
+) -> tuple[ModelFiles, str]:
     scheme, _, rest = reference.partition(":")
     if scheme == "hf":
         path, separator, revision = rest.partition("@")
         parts = PurePosixPath(path).parts
         repository = "/".join(parts[:2]) + separator + revision
         parsed = parse_model_reference(f"hf:{repository}")
-        return HubModel(parsed.path, parsed.revision, kind="dataset"), "/".join(parts[2:])
+        files = HubModel(parsed.path, parsed.revision, kind="dataset", networks=networks)
+        return files, "/".join(parts[2:])
     parsed = parse_model_reference(reference)
     place = PurePosixPath(parsed.path)
     if parsed.scheme == "s3":

@@ -31,6 +31,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.cuts = 0  # so many of the next file answers break off half way
         self.refusals = 0  # so many of the next file answers are 503
+        self.redirect: str | None = None  # where files are said to lie
         self.damaged: str | None = None  # the last byte of this file is changed on its way
 
     @property
@@ -95,6 +96,9 @@ class HubRequests(BaseHTTPRequestHandler):
         found = self.server.find(match["kind"] or "models", match["repository"], match["revision"])
         if found is None or match["path"] not in found[1]:
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        if self.server.redirect is not None:
+            self.answer(302, b"", {"Location": self.server.redirect})
             return
         if self.server.refusals:
             self.server.refusals -= 1

@@ -144,3 +144,14 @@ def test_a_dataset_file_is_read(hub: HubServer, probe: Probe) -> None:
     hub.push("org/texts", {"data/train.jsonl": b'{"text": "x"}'}, kind="datasets")
     assert probe("text", "hf:org/texts/data/train.jsonl")["text"] == '{"text": "x"}'
     assert probe("text", "hf:org/texts/data/gone.jsonl")["code"] == "text_source_invalid"
+
+
+@pytest.mark.parametrize("place", ["http://169.254.169.254/latest", "http://127.0.0.1:9/x", "file:///etc"])
+def test_a_redirect_into_the_inner_network_is_not_followed(
+    hub: HubServer, probe: Probe, files: dict[str, bytes], place: str
+) -> None:
+    hub.push("org/name", files)
+    hub.redirect = place
+    assert probe("inspect", "org/name")["code"] in ("destination_refused", "unavailable")
+    hub.redirect = f"http://localhost:{hub.server_port}/x"  # loopback by another name than the operator's
+    assert probe("inspect", "org/name")["code"] == "destination_refused"
