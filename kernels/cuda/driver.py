@@ -1,0 +1,165 @@
+"""Loads cubins and launches kernels through the CUDA driver's C interface, which is stable across versions.
+
+PyTorch owns the context, the memory and the streams; this module adds launches to them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+LIBRARY = "libcuda.so.1"
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+DEFAULT_SHARED_BYTES = 48 * 1024
+
+Argument = torch.Tensor | int | float | None
+Grid = tuple[int, int, int]
+
+
+class DriverError(RuntimeError):
+    """The CUDA driver returned an error."""
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, and a value in a union of 64 bytes."""
+
+    _fields_ = [
+        ("id", ctypes.c_uint),
+        ("padding", ctypes.c_uint),
+        ("value", ctypes.c_int * 16),
+    ]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+class Driver:
+    """The driver's library, each call's status checked."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.call("cuInit", 0)
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Calls `name`. Raises DriverError, with the driver's name and text of the error."""
+        status = self.library[name](*arguments)
+        if status:
+            error, text = ctypes.c_char_p(), ctypes.c_char_p()
+            self.library.cuGetErrorName(status, ctypes.byref(error))
+            self.library.cuGetErrorString(status, ctypes.byref(text))
+            known = f"{(error.value or b'unknown').decode()}: {(text.value or b'').decode()}"
+            raise DriverError(f"{name} failed with {status} ({known})")
+
+    @functools.lru_cache  # noqa: B019 - one driver lives as long as the process
+    def context(self, device: int) -> ctypes.c_void_p:
+        """The device's primary context: the one that PyTorch uses."""
+        context, handle = ctypes.c_void_p(), ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(handle), device)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        return context
+
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """Makes the device's context current in this thread, and puts the former back."""
+        self.call("cuCtxPushCurrent_v2", self.context(device))
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+
+@functools.cache
+def open_driver() -> Driver:
+    """The process's driver. Raises DriverError where there is none."""
+    try:
+        return Driver(ctypes.CDLL(LIBRARY))
+    except OSError as error:
+        raise DriverError(f"no NVIDIA driver: {error}") from error
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many blocks of how many threads, and each block's dynamic shared memory.
+
+    `overlap`: the kernel may start before the previous one on its stream has ended; it must then execute
+    griddepcontrol.wait before it touches what others write.
+    """
+
+    grid: Grid
+    block: Grid
+    shared_bytes: int = 0
+    overlap: bool = False
+
+
+class Function:
+    """A kernel of a loaded module."""
+
+    def __init__(self, driver: Driver, handle: ctypes.c_void_p, device: int) -> None:
+        self.driver = driver
+        self.handle = handle
+        self.device = device
+        self.shared_limit = DEFAULT_SHARED_BYTES
+        self.overlap = Attribute(OVERLAP, 0, (ctypes.c_int * 16)(1))
+
+    def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
+        """Adds the kernel to PyTorch's current stream: tensors go as pointers, integers as 32 bits, floats as
+        float32, None as a null pointer."""
+        values = [as_c(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        attributes = ctypes.pointer(self.overlap) if launch.overlap else None
+        config = LaunchConfig(
+            launch.grid, launch.block, launch.shared_bytes, stream, attributes, int(launch.overlap)
+        )
+        with self.driver.on(self.device):
+            self.allow_shared(launch.shared_bytes)
+            self.driver.call("cuLaunchKernelEx", ctypes.byref(config), self.handle, pointers, None)
+
+    def allow_shared(self, count: int) -> None:
+        """Raises the limit of dynamic shared memory to `count` bytes, once."""
+        if count > self.shared_limit:
+            self.driver.call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED, count)
+            self.shared_limit = count
+
+
+class Module:
+    """A cubin on one device."""
+
+    def __init__(self, code: bytes, device: int) -> None:
+        self.driver = open_driver()
+        self.device = device
+        self.handle = ctypes.c_void_p()
+        with self.driver.on(device):
+            self.driver.call("cuModuleLoadData", ctypes.byref(self.handle), code)
+
+    def function(self, name: str) -> Function:
+        """The kernel declared extern "C" under `name`."""
+        handle = ctypes.c_void_p()
+        with self.driver.on(self.device):
+            self.driver.call("cuModuleGetFunction", ctypes.byref(handle), self.handle, name.encode())
+        return Function(self.driver, handle, self.device)
+
+
+def as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    """A kernel's argument as the C value whose address the driver wants."""
+    if argument is None:
+        return ctypes.c_void_p()
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)

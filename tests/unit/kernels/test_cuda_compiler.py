@@ -1,0 +1,114 @@
+"""The CUDA sources compile for every architecture without spills, and the cache compiles each once."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from kernels.cuda.compiler import (
+    ARCHITECTURES,
+    SOURCES,
+    Compiled,
+    CompileError,
+    Nvcc,
+    architecture_for,
+    find_nvrtc,
+)
+from kernels.cuda.cubin_cache import CubinCache, register_counts, spilled_bytes
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: nothing compiles CUDA here")
+NAMES = sorted(path.name for path in SOURCES.glob("*.cu"))
+
+
+class CountingCompiler:
+    """Stands in for a compiler where only the cache is under test."""
+
+    def __init__(self, version: str = "stand-in 1") -> None:
+        self.version = version
+        self.calls: list[tuple[str, ...]] = []
+
+    def compile(self, source: Path, architecture: str, defines: Sequence[str]) -> Compiled:
+        self.calls.append((source.name, architecture, *defines))
+        return Compiled(b"code of " + architecture.encode(), "report")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_source_compiles_without_spills(name: str, architecture: str, tmp_path: Path) -> None:
+    assert NVCC is not None
+    compiled = CubinCache(tmp_path, Nvcc(NVCC)).get(name, architecture)
+    assert compiled.code.startswith(b"\x7fELF")
+    assert register_counts(compiled.report)
+    assert spilled_bytes(compiled.report) == 0
+
+
+@needs_nvcc
+def test_an_error_of_the_compiler_is_shown(tmp_path: Path) -> None:
+    assert NVCC is not None
+    with pytest.raises(CompileError, match=r"(?s)nvcc.*BITS"):
+        CubinCache(tmp_path, Nvcc(NVCC)).get("packing.cu", "sm_80", {"BITS": "no-number"})
+
+
+def test_nvrtc_compiles_without_a_toolkit(tmp_path: Path) -> None:
+    nvrtc = find_nvrtc()
+    if nvrtc is None:
+        pytest.skip("the NVRTC library is not installed")
+    compiled = CubinCache(tmp_path, nvrtc).get("packing.cu", "sm_90a", {"BITS": 3})
+    assert compiled.code.startswith(b"\x7fELF")
+    assert spilled_bytes(compiled.report) == 0
+
+
+def test_a_kernel_is_compiled_once(tmp_path: Path) -> None:
+    compiler = CountingCompiler()
+    first = CubinCache(tmp_path, compiler).get("packing.cu", "sm_80", {"BITS": 4})
+    second = CubinCache(tmp_path, compiler).get("packing.cu", "sm_80", {"BITS": 4})
+    assert first == second == Compiled(b"code of sm_80", "report")
+    assert compiler.calls == [("packing.cu", "sm_80", "BITS=4")]
+
+
+def test_architecture_defines_and_compiler_are_part_of_the_key(tmp_path: Path) -> None:
+    compiler, newer = CountingCompiler(), CountingCompiler("stand-in 2")
+    for architecture in ARCHITECTURES:
+        for bits in (3, 4):
+            CubinCache(tmp_path, compiler).get("packing.cu", architecture, {"BITS": bits})
+            CubinCache(tmp_path, newer).get("packing.cu", architecture, {"BITS": bits})
+    assert len(compiler.calls) == len(newer.calls) == 4
+    assert len(list(tmp_path.glob("*.cubin"))) == 8
+
+
+def test_threads_wait_for_the_one_that_compiles(tmp_path: Path) -> None:
+    compiler = CountingCompiler()
+    threads = [
+        threading.Thread(target=CubinCache(tmp_path, compiler).get, args=("packing.cu", "sm_90a"))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiler.calls) == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    cache = CubinCache(tmp_path, CountingCompiler())
+    with pytest.raises(ValueError, match=r"architecture 'sm_70': known are sm_80, sm_90a"):
+        cache.get("packing.cu", "sm_70")
+    with pytest.raises(ValueError, match=r"source 'absent.cu' is not among"):
+        cache.get("absent.cu", "sm_80")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90a"), ((7, 5), None), ((10, 0), None)],
+)
+def test_machine_code_runs_within_one_generation(
+    capability: tuple[int, int], architecture: str | None
+) -> None:
+    assert architecture_for(capability) == architecture
