@@ -89,10 +89,25 @@ def run(spec: JobSpec, work: Path, out: Path, *, device: str, quiet: bool) -> di
     with progress_view(console) as view:
         view.show("fetching", Progress())
         assignment = prepare(spec, work, device)
-        finished = supervise(assignment, view)
+        try:
+            finished = supervise(assignment, view)
+        except JobFault as fault:
+            keep_report(work, out, fault)
+            raise
     report: dict[str, Any] = json.loads((work / finished.report).read_text())
     place(finished, work, out)
     return report
+
+
+def keep_report(work: Path, out: Path, fault: JobFault) -> None:
+    """Show the report of a missed target, and keep it beside `out`, where nothing else is written."""
+    from app.core.assignment import REPORT
+
+    if fault.code == "target_missed" and (work / REPORT).is_file():
+        kept = out.with_name(f"{out.name}.report.json")
+        (work / REPORT).replace(kept)
+        show_report(stderr(), json.loads(kept.read_text("utf-8")))
+        stderr().print(f"report written to {escape(str(kept))}")
 
 
 def refuse_missing_engine() -> None:

@@ -99,7 +99,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def show_report(console: Console, report: Mapping[str, Any]) -> None:
-    """The report's figures: one row per candidate, then the seconds of each stage."""
+    """The report's figures: one row per candidate, the way to the target, then the seconds of each stage."""
     candidates = report.get("candidates", [])
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
@@ -126,14 +126,37 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             figure(candidate.get("bits_per_weight"), 2),
         )
     console.print(grid)
-    show_stages(console, report.get("stages", {}))
+    show_tries(console, report.get("tries", []))
+    show_stages(console, report.get("stages", {}), report.get("prediction") or {})
 
 
-def show_stages(console: Console, stages: Mapping[str, float]) -> None:
-    grid = table("stage", ">seconds")
+def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:
+    """What was tried to meet the target, in order."""
+    grid = table("try", "rung", ">ratio", ">KL", ">bits/weight", ">seconds", "target")
+    for one in tries:
+        grid.add_row(
+            escape(str(one.get("label", ""))),
+            escape(str(one.get("rung", ""))),
+            figure(one.get("perplexity_ratio"), 5),
+            figure(one.get("kl"), 5),
+            figure(one.get("bits_per_weight"), 2),
+            figure(one.get("seconds"), 2),
+            "met" if one.get("meets_target") else "missed",
+        )
+    if grid.row_count:
+        console.print(grid)
+
+
+def show_stages(console: Console, stages: Mapping[str, float], prediction: Mapping[str, Any]) -> None:
+    """Seconds of each stage, beside what was predicted of them."""
+    predicted = prediction.get("seconds", {})
+    grid = table("stage", ">seconds", *([">predicted"] if predicted else []))
     for stage, seconds in stages.items():
-        grid.add_row(escape(stage), f"{seconds:.2f}")
-    grid.add_row("total", f"{sum(stages.values()):.2f}")
+        grid.add_row(
+            escape(stage), f"{seconds:.2f}", *([figure(predicted.get(stage), 2)] if predicted else [])
+        )
+    total = [f"{sum(predicted.values()):.2f}"] if predicted else []
+    grid.add_row("total", f"{sum(stages.values()):.2f}", *total)
     console.print(grid)
 
 

@@ -196,14 +196,15 @@ def plan_candidate(
         for name in spec.formats
     }
     quantized = sum(linear.parameters for linear in linears if linear.scheme)
+    bits_per_weight = 8 * packed[spec.formats[0]] / quantized
     return CandidatePlan(
         recipe_index=index,
-        label=recipe.label,
+        label=f"{recipe.label} mixed {bits_per_weight:.2f}" if len(schemes) > 1 else recipe.label,
         recipe=recipe,
         linears=linears,
         full_precision=kept_modules(architecture, linears),
         output_bytes={name: kept + size for name, size in packed.items()},
-        bits_per_weight=8 * packed[spec.formats[0]] / quantized,
+        bits_per_weight=bits_per_weight,
     )
 
 

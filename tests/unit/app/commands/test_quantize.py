@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from app.cli import main
 from app.commands import quantize
-from app.core.assignment import Finished, OutputFolder
-from app.core.errors import InvalidRequest, NibbleError
+from app.core.assignment import REPORT, Finished, OutputFolder
+from app.core.errors import InvalidRequest, JobFault, NibbleError, TargetMissed
 from app.core.specs import CalibrationSpec, JobSpec
 
 
@@ -55,6 +56,20 @@ def test_recipes_are_named_and_equal_names_numbered(tmp_path: Path) -> None:
         "report.json",
         "rtn-w4-g128-awq/config.json",
     ]
+
+
+def test_the_report_of_a_missed_target_is_kept_beside_the_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / REPORT).parent.mkdir()
+    (tmp_path / REPORT).write_text('{"model": "a/b", "candidates": [{"label": "awq w4 g128"}]}')
+    out = tmp_path / "out"
+    quantize.keep_report(tmp_path, out, JobFault("died", code="child_died"))
+    assert (tmp_path / REPORT).is_file()
+    quantize.keep_report(tmp_path, out, TargetMissed("missed"))
+    assert json.loads((tmp_path / "out.report.json").read_text())["model"] == "a/b"
+    assert not out.exists()
+    assert "awq w4 g128" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_left_alone(tmp_path: Path, example_model: Path) -> None:

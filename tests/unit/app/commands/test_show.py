@@ -35,6 +35,18 @@ def test_a_report_shows_every_figure() -> None:
         assert figure in text
 
 
+def test_a_report_shows_the_tries_and_the_prediction_beside_the_fact() -> None:
+    tried = {
+        "label": "awq w3 g128 mixed 3.61", "rung": "more bits", "perplexity_ratio": 1.00412, "kl": 0.02,
+        "bits_per_weight": 3.61, "seconds": 7.5, "meets_target": True,
+    }  # fmt: skip
+    document = {**REPORT, "tries": [tried], "prediction": {"seconds": {"calibrating": 8.25}}}
+    text = text_of(show_report, document)
+    for part in ("awq w3 g128 mixed 3.61", "more bits", "1.00412", "7.50", "met", "predicted", "8.25"):
+        assert part in text
+    assert "predicted" not in text_of(show_report, REPORT)
+
+
 def test_an_estimate_shows_figures_and_notes() -> None:
     document = {
         "time_s": 90.0,

@@ -386,6 +386,14 @@ def test_splitting_a_fused_set_is_refused(recipe: dict[str, Any]) -> None:
     assert "_proj" in error.remedy
 
 
+def test_mixtures_of_one_recipe_have_labels_of_their_own() -> None:
+    wider = [{"match": "re:.*mlp.*", "bits": bits} for bits in (2, 8)]
+    labels = [planned(asked(overrides=(each,))).candidates[0].label for each in wider]
+    assert planned(asked()).candidates[0].label == "awq w4 g64"
+    assert all(label.startswith("awq w4 g64 mixed ") for label in labels)
+    assert labels[0] != labels[1]
+
+
 def test_whole_fused_sets_may_differ() -> None:
     recipe = {"overrides": [{"match": r"re:.*\.(gate|up)_proj", "bits": 8}]}
     schemes = {linear.scheme for linear in planned(asked(**recipe)).candidates[0].linears}
