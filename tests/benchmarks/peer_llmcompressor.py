@@ -1,17 +1,22 @@
-"""llm-compressor's AWQ on given token windows, timed inside its process; prints one JSON line.
+"""llm-compressor on given token windows, timed inside its process; prints one JSON line.
 
-Runs in an environment of its own (`pip install llmcompressor==0.14.0.1`), started by `quantize.py`.
+Runs in an environment of its own (`pip install llmcompressor==0.14.0.1`), started by `quantize.py` and
+`fidelity.py`. With `--evaluation` the line holds the perplexity on those windows too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM
@@ -20,32 +25,54 @@ from transformers import AutoModelForCausalLM
 torch.Tensor.pin_memory = lambda self, *_args, **_kwargs: self
 
 
+def modifiers(method: str, bits: int, group_size: int) -> list[Any]:
+    """rtn, awq, gptq or awq+gptq, asymmetric; GPTQ with its default, static activation order."""
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(num_bits=bits, strategy="group", group_size=group_size, symmetric=False),
+    )
+    rounding = GPTQModifier if method.endswith("gptq") else QuantizationModifier
+    scales = [AWQModifier(duo_scaling="both", n_grid=20)] if method.startswith("awq") else []
+    return [*scales, rounding(config_groups={"group_0": scheme}, ignore=["lm_head"])]
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: list[list[int]]) -> float:
+    losses = [
+        model(input_ids=torch.tensor([window]), labels=torch.tensor([window])).loss for window in windows
+    ]
+    return math.exp(float(torch.stack(losses).double().mean()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--windows", required=True, help="JSON list of token id lists")
+    parser.add_argument("--evaluation", help="as --windows: the perplexity on these is printed too")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--method", default="awq", choices=("rtn", "awq", "gptq", "awq+gptq"))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with open(options.windows, encoding="utf-8") as file:
         windows = json.load(file)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     samples = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(w) for w in windows]})
-    recipe = [
-        AWQModifier(duo_scaling="both", n_grid=20),
-        QuantizationModifier(targets=["Linear"], scheme="W4A16_ASYM", ignore=["lm_head"]),
-    ]
     started = time.perf_counter()
     oneshot(
         model=model,
         dataset=samples,
-        recipe=recipe,
+        recipe=modifiers(options.method, options.bits, options.group_size),
         max_seq_length=len(windows[0]),
         num_calibration_samples=len(windows),
     )
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "dtype": str(model.dtype), "torch": torch.__version__}))
+    line = {"seconds": time.perf_counter() - started, "dtype": str(model.dtype), "torch": torch.__version__}
+    if options.evaluation:
+        with open(options.evaluation, encoding="utf-8") as file:
+            line["perplexity"] = perplexity(model, json.load(file))
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":
