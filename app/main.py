@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, errors, estimates, events, jobs, keys, operations, sessions, workers
+from app.api import artifacts, errors, estimates, events, jobs, keys, operations, sessions, webhooks, workers
 from app.api.dependencies import Services
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
@@ -22,9 +22,12 @@ from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
+from app.core.outgoing import OutgoingGuard
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.security import KeyStore, bootstrap_key
 from app.core.settings import Settings
+from app.core.webhook_sender import WebhookSender, WebhookThread
+from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
 
 
@@ -48,7 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     errors.install(app)
-    for module in (jobs, events, estimates, artifacts, workers, keys, sessions, operations):
+    for module in (jobs, events, estimates, artifacts, workers, webhooks, keys, sessions, operations):
         app.include_router(module.router)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
@@ -81,6 +84,8 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
         artifacts=ArtifactStore(objects),
         keys=KeyStore(redis),
         logins=LoginLinks(redis),
+        deliveries=DeliveryStore(redis),
+        webhook_secrets=WebhookSecrets(redis),
         workers=WorkerRegistry(redis),
         changes=ChangeListener(redis, asyncio.get_running_loop()),
         metrics=metrics,
@@ -100,6 +105,12 @@ def start_threads(services: Services, stack: ExitStack) -> None:
         max_attempts=services.settings.max_attempts,
         on_step=services.metrics.janitor_step,
     )
-    thread = JanitorThread(janitor, services.settings.janitor_interval_s)
-    thread.start()
-    stack.callback(thread.stop)
+    sender = WebhookSender(
+        services.deliveries,
+        services.webhook_secrets,
+        OutgoingGuard(services.settings.outgoing_networks),
+        on_outcome=services.metrics.webhook_outcome,
+    )
+    for thread in (JanitorThread(janitor, services.settings.janitor_interval_s), WebhookThread(sender)):
+        thread.start()
+        stack.callback(thread.stop)

@@ -21,6 +21,7 @@ from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
 from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
+from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
 
 
@@ -37,6 +38,8 @@ class Services:
     artifacts: ArtifactStore
     keys: KeyStore
     logins: LoginLinks
+    deliveries: DeliveryStore
+    webhook_secrets: WebhookSecrets
     workers: WorkerRegistry
     changes: ChangeListener
     metrics: Metrics

@@ -26,6 +26,7 @@ STATUS: dict[type[errors.NibbleError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.QueueFull: 429,
+    errors.QuotaExceeded: 429,
     errors.Unavailable: 503,
     errors.NibbleError: 500,
 }

@@ -60,6 +60,9 @@ class Metrics:
         self._janitor = Counter(
             "nibble_janitor_steps", "Lost jobs set right, by what was done.", ["step"], registry=self.registry
         )
+        self._webhooks = Counter(
+            "nibble_webhooks", "Webhooks sent, by outcome.", ["outcome"], registry=self.registry
+        )
         for step in STEPS:
             self._janitor.labels(step)
 
@@ -76,6 +79,9 @@ class Metrics:
 
     def janitor_step(self, step: str) -> None:
         self._janitor.labels(step).inc()
+
+    def webhook_outcome(self, outcome: str) -> None:
+        self._webhooks.labels(outcome).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

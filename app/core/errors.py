@@ -11,6 +11,7 @@
     ├── NotFound                no such job, artifact or file for this tenant
     ├── Conflict                the state of the resource does not allow it
     ├── QueueFull               no room for another job
+    ├── QuotaExceeded           the tenant has used up what it may use
     ├── Unavailable             Redis or object storage does not answer
     └── JobFault                a job that was accepted ends without a result
         ├── Cancelled           its owner asked for it
@@ -92,6 +93,10 @@ class Conflict(NibbleError):
 
 class QueueFull(NibbleError):
     code = "queue_full"
+
+
+class QuotaExceeded(NibbleError):
+    code = "quota_exceeded"
 
 
 class Unavailable(NibbleError):

@@ -3,6 +3,7 @@
 nibble:job:<id>          hash: record (JSON without the spec), spec (JSON, never rewritten), version
 nibble:jobs:<tenant>     sorted set of ids, score 0: ULIDs sort by time
 nibble:state:<state>     set of ids, for the janitor and the metrics
+nibble:active:<tenant>   set of ids of jobs that have not ended, for the quota
 nibble:events:<id>       stream of events, capped
 nibble:lease:<id>        the attempt that a worker executes, with an expiry
 nibble:changes           channel: the id of each job that changed
@@ -18,72 +19,16 @@ from typing import Any
 from pydantic import Field
 from redis import Redis
 
-from app.core.errors import Conflict, MalformedRequest, NibbleError, NotFound
+from app.core.errors import Conflict, MalformedRequest, NibbleError, NotFound, QuotaExceeded
 from app.core.ids import is_id
 from app.core.job import TRANSITIONS, Job, JobState
 from app.core.job_changes import claimed, is_executing, stale
+from app.core.job_scripts import APPEND, CREATE, DELETE, RELEASE, RENEW, SWAP
 from app.core.specs import Frozen
+from app.core.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
 
-CHANGES = "nibble:changes"
-MAX_EVENTS = 10_000
 MAX_COLLISIONS = 50
 PAGE_STEP = 200
-
-# KEYS: job, tenant index, state set, events. ARGV: id, record, spec, event payload.
-CREATE = f"""
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'record', ARGV[2], 'spec', ARGV[3], 'version', 1)
-redis.call('ZADD', KEYS[2], 0, ARGV[1])
-redis.call('SADD', KEYS[3], ARGV[1])
-redis.call('XADD', KEYS[4], '*', 'kind', 'state', 'payload', ARGV[4])
-redis.call('PUBLISH', '{CHANGES}', ARGV[1])
-return 1
-"""
-
-# KEYS: job, state set before, state set after, events.
-# ARGV: id, expected version, record, event kind or '', event payload.
-SWAP = f"""
-if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], 'record', ARGV[3])
-redis.call('HINCRBY', KEYS[1], 'version', 1)
-redis.call('SREM', KEYS[2], ARGV[1])
-redis.call('SADD', KEYS[3], ARGV[1])
-if ARGV[4] ~= '' then
-  redis.call('XADD', KEYS[4], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[4], 'payload', ARGV[5])
-end
-redis.call('PUBLISH', '{CHANGES}', ARGV[1])
-return 1
-"""
-
-# KEYS: job, tenant index, state set, events, lease. ARGV: id, expected version.
-DELETE = f"""
-if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
-redis.call('DEL', KEYS[1], KEYS[4], KEYS[5])
-redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('SREM', KEYS[3], ARGV[1])
-redis.call('PUBLISH', '{CHANGES}', ARGV[1])
-return 1
-"""
-
-# KEYS: job, events. ARGV: id, kind, payload. An event of a deleted job would never be removed.
-APPEND = f"""
-if redis.call('EXISTS', KEYS[1]) == 0 then return false end
-local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[2], 'payload', ARGV[3])
-redis.call('PUBLISH', '{CHANGES}', ARGV[1])
-return id
-"""
-
-# KEYS: lease. ARGV: attempt, milliseconds.
-RENEW = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
-
-# KEYS: lease. ARGV: attempt.
-RELEASE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('DEL', KEYS[1])
-"""
 
 
 class JobEvent(Frozen):
@@ -126,6 +71,10 @@ def state_key(state: JobState) -> str:
     return f"nibble:state:{state}"
 
 
+def active_key(tenant: str) -> str:
+    return f"nibble:active:{tenant}"
+
+
 def events_key(job_id: str) -> str:
     return f"nibble:events:{job_id}"
 
@@ -151,6 +100,16 @@ def encode(job: Job) -> str:
     record = job.model_dump_json(exclude={"spec"})
     Job.model_validate({**json.loads(record), "spec": job.spec})
     return record
+
+
+def delivery_keys(message: Delivery | None) -> list[str]:
+    """For the scripts; without a message they touch none of these."""
+    known, job_id = (message.id, message.job) if message is not None else ("none", "none")
+    return [delivery_key(known), deliveries_key(job_id), DUE]
+
+
+def delivery_arguments(message: Delivery | None) -> list[str]:
+    return ["", ""] if message is None else [message.id, message.model_dump_json()]
 
 
 def announcement(before: Job, after: Job) -> tuple[str, str]:
@@ -194,11 +153,25 @@ class JobStore:
         self._renew = self._redis.register_script(RENEW)
         self._release = self._redis.register_script(RELEASE)
 
-    def create(self, job: Job) -> bool:
-        """Record a new job; False if its id exists already."""
+    def create(self, job: Job, *, most_active: int = 0) -> bool:
+        """Record a new job; False if its id exists already.
+
+        Raises QuotaExceeded if the tenant has `most_active` jobs that have not ended; 0 is no limit.
+        """
         keys = [job_key(job.id), tenant_key(job.tenant), state_key(job.state), events_key(job.id)]
         arguments = [job.id, encode(job), job.spec.model_dump_json(), state_payload(job)]
-        return bool(self._create(keys=keys, args=arguments))
+        message = message_of(None, job)
+        created = self._create(
+            keys=[*keys, active_key(job.tenant), *delivery_keys(message)],
+            args=[*arguments, int(not job.is_terminal), most_active, *delivery_arguments(message)],
+        )
+        if created < 0:
+            raise QuotaExceeded(
+                f"the tenant {job.tenant} has {most_active} jobs that have not ended, which is its limit",
+                code="job_quota_exceeded",
+                remedy="wait until jobs end, cancel some, or let the operator raise the limit",
+            )
+        return bool(created)
 
     def read(self, job_id: str) -> tuple[Job, int]:
         """The job and the version of its record."""
@@ -241,8 +214,14 @@ class JobStore:
                 return before
             check_change(before, after)
             kind, payload = announcement(before, after)
+            message = message_of(before, after)
             keys = [job_key(job_id), state_key(before.state), state_key(after.state), events_key(job_id)]
-            if self._swap(keys=keys, args=[job_id, version, encode(after), kind, payload]):
+            active = "0" if after.is_terminal else "1"
+            arguments = [job_id, str(version), encode(after), kind, payload, active]
+            if self._swap(
+                keys=[*keys, active_key(after.tenant), *delivery_keys(message)],
+                args=[*arguments, *delivery_arguments(message)],
+            ):
                 return after
         raise Conflict(
             f"job {job_id} was changed {MAX_COLLISIONS} times while it was to be written",

@@ -178,6 +178,18 @@ class TargetSpec(Frozen):
         return " and ".join(filter(None, (ratio, kl)))
 
 
+WebhookEvent = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled"]
+
+
+class WebhookSpec(Frozen):
+    """Where the service tells of a job's changes."""
+
+    url: str = Field(min_length=1, max_length=2048, pattern=r"^https?://")
+    events: tuple[WebhookEvent, ...] = Field(
+        default=("job.succeeded", "job.failed", "job.cancelled"), min_length=1, max_length=4
+    )
+
+
 class JobSpec(Frozen):
     """The body of `POST /v1/jobs`."""
 
@@ -190,6 +202,7 @@ class JobSpec(Frozen):
     priority: Literal["high", "normal", "low"] = "normal"
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=32)
     timeout_s: int = Field(default=14400, ge=1, le=7 * 24 * 3600)
+    webhook: WebhookSpec | None = None
 
     @field_validator("formats")
     @classmethod

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import httpx
+
 from app.core.errors import TextRefused
 from app.core.model_source import HubModel, inspect_model, open_model
+from app.core.outgoing import DestinationRefused, OutgoingGuard
 from app.core.plan import Plan, plan_job
 from app.core.settings import Settings
 from app.core.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
@@ -32,6 +35,8 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
 
     Raises ModelRefused, RecipeUnsupported or TextRefused, or Unavailable if a source does not answer.
     """
+    if spec.webhook is not None:
+        check_webhook(spec.webhook.url, settings)
     files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     headers = inspect_model(files)
     plan = plan_job(spec, headers.config, headers.tensors)
@@ -46,6 +51,19 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     return CheckedSubmission(
         spec=spec.model_copy(update=pinned), plan=plan, download_bytes=sum(headers.files.values())
     )
+
+
+def check_webhook(url: str, settings: Settings) -> None:
+    """Refuse a URL to which no webhook could be sent, while its owner still listens."""
+    try:
+        OutgoingGuard(settings.outgoing_networks).address(httpx.URL(url))
+    except DestinationRefused as fault:
+        fault.param = "webhook.url"
+        raise
+    except (httpx.ConnectError, httpx.InvalidURL) as fault:
+        raise DestinationRefused(
+            f"the webhook's URL can't be used: {fault}", remedy="correct the URL", param="webhook.url"
+        ) from fault
 
 
 def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> TextSpecT:

@@ -24,10 +24,11 @@ ALLOWED = {
     Scope.JOBS_READ: {
         "GET /v1/jobs", "GET /v1/jobs/{job_id}", "GET /v1/jobs/{job_id}/events",
         "GET /v1/jobs/{job_id}/report", "POST /v1/estimates", "GET /v1/workers",
+        "GET /v1/jobs/{job_id}/webhook-deliveries",
     },
     Scope.JOBS_WRITE: {
         "POST /v1/jobs", "POST /v1/jobs/{job_id}/cancel", "POST /v1/jobs/{job_id}/retry",
-        "DELETE /v1/jobs/{job_id}",
+        "DELETE /v1/jobs/{job_id}", "POST /v1/jobs/{job_id}/webhook-deliveries/{delivery_id}/redeliver",
     },
     Scope.ARTIFACTS_READ: {
         "GET /v1/artifacts", "GET /v1/artifacts/{artifact_id}",
@@ -46,7 +47,8 @@ def operations(service: Service) -> Iterator[tuple[str, str]]:
 
 
 def called(service: Service, key: str | None, method: str, template: str) -> int:
-    path = template.format(job_id=new_id("job"), artifact_id=new_id("art"), path="x", key_id="0" * 16)
+    path = template.format(job_id=new_id("job"), artifact_id=new_id("art"), path="x", key_id="0" * 16,
+                           delivery_id="msg_x")  # fmt: skip
     body = {"model": MODEL} if method == "POST" else None
     with service.client_with(key) as client:
         return client.request(method, path, json=body).status_code
@@ -85,7 +87,8 @@ def test_another_tenants_id_is_404_on_every_route(service: Service) -> None:
     service.end(job_id)
     service.objects.put(f"reports/{job_id}.json", b"{}")
     artifact = service.publish(job_id, {"a": b"1"})
-    own = {"job_id": job_id, "artifact_id": artifact.id, "path": "a", "key_id": key_id(ADMIN_KEY)}
+    own = {"job_id": job_id, "artifact_id": artifact.id, "path": "a", "key_id": key_id(ADMIN_KEY),
+           "delivery_id": "msg_x"}  # fmt: skip
     routes = [(method, path) for method, path in operations(service) if "{" in path]
     with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
         statuses = {

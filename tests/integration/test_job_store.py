@@ -9,7 +9,8 @@ from redis import Redis
 from app.core.errors import Conflict, MalformedRequest, NotFound
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress, Stage, transition
-from app.core.job_store import CHANGES, JobFilter, JobStore
+from app.core.job_scripts import CHANGES
+from app.core.job_store import JobFilter, JobStore
 from app.core.specs import JobSpec
 
 

@@ -1,0 +1,87 @@
+"""The changes of a job's keys that must happen in one step, as scripts that Redis runs.
+
+The delivery of a webhook is recorded together with the change that it tells of: neither is ever lost.
+"""
+
+from __future__ import annotations
+
+CHANGES = "nibble:changes"
+MAX_EVENTS = 10_000
+DELIVERIES_KEPT_S = 30 * 24 * 3600
+
+# The last three keys of a script that uses it: delivery, the job's deliveries, deliveries due. Last two
+# arguments: delivery id or '', delivery.
+RECORD_DELIVERY = f"""
+if ARGV[#ARGV - 1] ~= '' then
+  local id = ARGV[#ARGV - 1]
+  redis.call('SET', KEYS[#KEYS - 2], ARGV[#ARGV], 'EX', {DELIVERIES_KEPT_S})
+  redis.call('ZADD', KEYS[#KEYS - 1], 0, id)
+  redis.call('EXPIRE', KEYS[#KEYS - 1], {DELIVERIES_KEPT_S})
+  redis.call('ZADD', KEYS[#KEYS], redis.call('TIME')[1], id)
+end
+"""
+
+# KEYS: job, tenant index, state set, events, the tenant's active jobs, …
+# ARGV: id, record, spec, event payload, 1 if active, most active jobs or 0, …
+CREATE = f"""
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+if ARGV[5] == '1' then
+  local most = tonumber(ARGV[6])
+  if most > 0 and redis.call('SCARD', KEYS[5]) >= most then return -1 end
+  redis.call('SADD', KEYS[5], ARGV[1])
+end
+redis.call('HSET', KEYS[1], 'record', ARGV[2], 'spec', ARGV[3], 'version', 1)
+redis.call('ZADD', KEYS[2], 0, ARGV[1])
+redis.call('SADD', KEYS[3], ARGV[1])
+redis.call('XADD', KEYS[4], '*', 'kind', 'state', 'payload', ARGV[4])
+{RECORD_DELIVERY}
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return 1
+"""
+
+# KEYS: job, state set before, state set after, events, the tenant's active jobs, …
+# ARGV: id, expected version, record, event kind or '', event payload, 1 if active, …
+SWAP = f"""
+if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], 'record', ARGV[3])
+redis.call('HINCRBY', KEYS[1], 'version', 1)
+redis.call('SREM', KEYS[2], ARGV[1])
+redis.call('SADD', KEYS[3], ARGV[1])
+if ARGV[6] ~= '1' then redis.call('SREM', KEYS[5], ARGV[1]) end
+if ARGV[4] ~= '' then
+  redis.call('XADD', KEYS[4], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[4], 'payload', ARGV[5])
+end
+{RECORD_DELIVERY}
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return 1
+"""
+
+# KEYS: job, tenant index, state set, events, lease. ARGV: id, expected version.
+DELETE = f"""
+if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
+redis.call('DEL', KEYS[1], KEYS[4], KEYS[5])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('SREM', KEYS[3], ARGV[1])
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return 1
+"""
+
+# KEYS: job, events. ARGV: id, kind, payload. An event of a deleted job would never be removed.
+APPEND = f"""
+if redis.call('EXISTS', KEYS[1]) == 0 then return false end
+local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[2], 'payload', ARGV[3])
+redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+return id
+"""
+
+# KEYS: lease. ARGV: attempt, milliseconds.
+RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+# KEYS: lease. ARGV: attempt.
+RELEASE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
