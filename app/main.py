@@ -9,7 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, errors, estimates, events, jobs, keys, operations, sessions, webhooks, workers
+from app.api import (
+    artifacts,
+    dashboard,
+    errors,
+    estimates,
+    events,
+    jobs,
+    keys,
+    operations,
+    sessions,
+    webhooks,
+    workers,
+)
 from app.api.dependencies import Services
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
@@ -53,6 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     for module in (jobs, events, estimates, artifacts, workers, webhooks, keys, sessions, operations):
         app.include_router(module.router)
+    dashboard.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
     app.add_middleware(RequestRecord, metrics=metrics)

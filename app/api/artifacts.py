@@ -11,7 +11,13 @@ from pydantic import BaseModel
 
 from app.api.dependencies import ArtifactsReader, ArtifactsWriter, Services, ServicesParam
 from app.api.errors import problem
-from app.api.preconditions import ByteRange, UnsatisfiableRange, matches_tag, requested_range
+from app.api.preconditions import (
+    ByteRange,
+    UnsatisfiableRange,
+    matches_tag,
+    requested_range,
+    tagged_answer,
+)
 from app.api.schemas import ArtifactList, ArtifactView
 from app.core.artifact import ArtifactFile
 from app.core.artifact_store import file_key
@@ -31,15 +37,17 @@ class Conditions(BaseModel):
 ConditionsParam = Annotated[Conditions, Header()]
 
 
-@router.get("")
+@router.get("", response_model=ArtifactList, responses={304: {"description": "Not changed."}})
 def list_artifacts(
     services: ServicesParam,
     principal: ArtifactsReader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
-) -> ArtifactList:
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
     """The tenant's artifacts, newest first."""
-    return ArtifactList.of(services.artifacts.page(principal.tenant, limit=limit, after=after))
+    page = ArtifactList.of(services.artifacts.page(principal.tenant, limit=limit, after=after))
+    return tagged_answer(page, if_none_match)
 
 
 @router.get("/{artifact_id}")

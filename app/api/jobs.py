@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import JSONResponse
@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, JobsWriter, Services, ServicesParam
 from app.api.job_creation import Creation, create_job, retry_job
-from app.api.preconditions import matches_tag, preferred_wait
+from app.api.preconditions import matches_tag, preferred_wait, tagged_answer
 from app.api.schemas import JobList, JobView
 from app.api.waiting import wait_for_job
 from app.core.errors import Conflict, MalformedRequest, NotFound
@@ -79,14 +79,21 @@ class JobQuery(BaseModel):
     label: list[str] = Field(default=[], description="key=value; several must all match.")
     limit: int = Field(default=20, ge=1, le=100)
     after: str | None = Field(default=None, description="`next` of the page before.")
+    view: Literal["full", "brief"] = Field(default="full", description="`brief` leaves out the specs.")
 
 
-@router.get("")
-def list_jobs(services: ServicesParam, principal: JobsReader, query: Annotated[JobQuery, Query()]) -> JobList:
+@router.get("", response_model=JobList, responses={304: {"description": "Not changed."}})
+def list_jobs(
+    services: ServicesParam,
+    principal: JobsReader,
+    query: Annotated[JobQuery, Query()],
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """The tenant's jobs, newest first."""
     labels = parsed_labels(query.label)
     wanted = JobFilter(state=query.state, labels=labels, limit=query.limit, after=query.after)
-    return JobList.of(services.jobs.page(principal.tenant, wanted))
+    page = JobList.of(services.jobs.page(principal.tenant, wanted), brief=query.view == "brief")
+    return tagged_answer(page, if_none_match)
 
 
 def parsed_labels(labels: list[str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""For operators and their tools: liveness, readiness, metrics, and an index at `/`."""
+"""For operators and their tools: liveness, readiness, metrics."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from redis.exceptions import RedisError
 
@@ -60,14 +60,3 @@ def occupancy(services: Services) -> Occupancy:
         queues=services.queue.depths(),
         workers={"busy": busy, "idle": len(living) - busy},
     )
-
-
-@router.get("/")
-def index(request: Request) -> dict[str, object]:
-    """What this is, and where to look."""
-    return {
-        "service": "nibble",
-        "version": request.app.version,
-        "links": {"openapi": "/openapi.json", "jobs": "/v1/jobs", "artifacts": "/v1/artifacts",
-                  "health": "/healthz", "ready": "/readyz", "metrics": "/metrics"},
-    }  # fmt: skip

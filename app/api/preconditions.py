@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import NamedTuple
+
+from fastapi.responses import Response
+from pydantic import BaseModel
 
 MAX_WAIT_S = 60
 WAIT = re.compile(r"\s*wait\s*=\s*(\d{1,6})\s*", re.IGNORECASE)
@@ -27,6 +31,16 @@ def matches_tag(if_none_match: str | None, etag: str) -> bool:
         return False
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return "*" in tags or etag in tags
+
+
+def tagged_answer(value: BaseModel, if_none_match: str | None) -> Response:
+    """`value` as JSON with a tag of its content; 304 for a caller who has it."""
+    body = value.model_dump_json().encode()
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if matches_tag(if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def preferred_wait(prefer: str | None) -> int | None:

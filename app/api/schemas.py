@@ -57,16 +57,53 @@ class JobView(BaseModel):
         )
 
 
+class BriefJobView(BaseModel):
+    """A line of a list: small enough to ask for every other second."""
+
+    object: Literal["job.brief"] = "job.brief"
+    id: str
+    state: JobState
+    stage: Stage | None
+    progress: Progress
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    model: str
+    recipes: tuple[str, ...]  # their labels
+    labels: dict[str, str]
+    error: Problem | None
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        return cls(
+            id=job.id,
+            state=job.state,
+            stage=job.stage,
+            progress=job.progress,
+            created_at=job.created_at,
+            started_at=job.started_at,
+            finished_at=job.finished_at,
+            model=job.spec.model,
+            recipes=tuple(recipe.label for recipe in job.spec.recipes),
+            labels=job.spec.labels,
+            error=job.error,
+        )
+
+
 class JobList(BaseModel):
     object: Literal["list"] = "list"
-    data: tuple[JobView, ...]
+    data: tuple[JobView, ...] | tuple[BriefJobView, ...]
     has_more: bool
     next: str | None  # the value of `after` for the next page
 
     @classmethod
-    def of(cls, page: JobPage) -> Self:
-        jobs = tuple(JobView.of(job) for job in page.jobs)
-        return cls(data=jobs, has_more=page.has_more, next=jobs[-1].id if page.has_more else None)
+    def of(cls, page: JobPage, *, brief: bool = False) -> Self:
+        data: tuple[JobView, ...] | tuple[BriefJobView, ...]
+        if brief:
+            data = tuple(BriefJobView.of(job) for job in page.jobs)
+        else:
+            data = tuple(JobView.of(job) for job in page.jobs)
+        return cls(data=data, has_more=page.has_more, next=page.jobs[-1].id if page.has_more else None)
 
 
 class EventView(BaseModel):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Header
+from fastapi.responses import Response
 
 from app.api.dependencies import JobsReader, ServicesParam
+from app.api.preconditions import tagged_answer
 from app.api.schemas import WorkerList, WorkerView
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 
-@router.get("")
-def list_workers(services: ServicesParam, principal: JobsReader) -> WorkerList:
+@router.get("", response_model=WorkerList, responses={304: {"description": "Not changed."}})
+def list_workers(
+    services: ServicesParam, principal: JobsReader, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
     """The workers whose heartbeat is fresh."""
     living = services.workers.living()
-    return WorkerList(data=tuple(WorkerView.of(worker, tenant=principal.tenant) for worker in living))
+    page = WorkerList(data=tuple(WorkerView.of(worker, tenant=principal.tenant) for worker in living))
+    return tagged_answer(page, if_none_match)

@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from app.client import NibbleClient
+from tests.e2e.installed import START_LIMIT_S, STOP_LIMIT_S, Service, running_service, wait_for
 
-START_LIMIT_S = 90.0
-STOP_LIMIT_S = 40.0
 JOB = {
     "recipe": {"method": "awq", "bits": 4, "group_size": 128, "search": {"grid_points": 4}},
     "calibration": {"num_samples": 8, "sequence_length": 128},
     "evaluation": {"num_samples": 4},
     "formats": ["awq", "compressed-tensors"],
 }
-
-
-class Service:
-    """A running `nibble up` and its environment."""
-
-    def __init__(self, state: Path, model_root: Path, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.environment = {
-            **os.environ,
-            "NIBBLE_STATE_DIR": str(state),
-            "NIBBLE_PORT": str(port),
-            "NIBBLE_MODEL_ROOTS": str(model_root),
-        }
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "app.cli", "up"], env=self.environment, stdout=out, stderr=out
-            )
-
-    def await_ready(self) -> None:
-        wait_for(lambda: "ready at" in self.log.read_text() or self.process.poll() is not None, START_LIMIT_S)
-        assert self.process.poll() is None, self.log.read_text()
-
-    def members(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def nibble(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "app.cli", *arguments],
-            env=self.environment, capture_output=True, text=True, check=False, timeout=240,
-        )  # fmt: skip
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -68,27 +28,10 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("the condition did not become true")
-        time.sleep(0.1)
-
-
 @pytest.fixture
 def service(tmp_path: Path, example_model: Path) -> Iterator[Service]:
-    running = Service(tmp_path / "state", example_model.parent, tmp_path / "up.log")
-    try:
-        running.await_ready()
+    with running_service(tmp_path, example_model.parent) as running:
         yield running
-    finally:
-        running.process.terminate()
-        try:
-            running.process.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            running.process.kill()
-            running.process.wait()
 
 
 def test_a_job_from_submission_to_checked_files(

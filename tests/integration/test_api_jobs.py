@@ -195,6 +195,18 @@ def test_progress_and_errors_are_shown(service: Service) -> None:
     }  # fmt: skip
 
 
+def test_brief_lists_are_small_and_tagged(service: Service) -> None:
+    job = service.submit()
+    answer = service.client.get("/v1/jobs", params={"view": "brief"})
+    line = answer.json()["data"][0]
+    assert (line["object"], line["id"], line["recipes"]) == ("job.brief", job["id"], ["awq w4 g128"])
+    assert "spec" not in line
+    again = {"If-None-Match": answer.headers["etag"]}
+    assert service.client.get("/v1/jobs", params={"view": "brief"}, headers=again).status_code == 304
+    service.submit()
+    assert service.client.get("/v1/jobs", params={"view": "brief"}, headers=again).status_code == 200
+
+
 def test_lists_have_pages_and_filters(service: Service) -> None:
     ids = [service.submit(labels={"n": str(n % 2)})["id"] for n in range(5)]
     service.end(ids[0])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -219,3 +220,23 @@ def test_without_storage_the_service_is_not_ready(
         listed = service.client.get("/v1/artifacts")
     assert (ready.status_code, ready.json()["checks"]["redis"]) == (503, "ok")
     assert (listed.status_code, listed.json()["code"]) == (503, "storage_unavailable")
+
+
+def test_browsers_get_the_dashboard_under_a_strict_policy(service: Service) -> None:
+    page = service.client.get("/", headers={"Accept": "text/html"})
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    script = service.client.get("/assets/main.js")
+    assert script.headers["content-type"].startswith("text/javascript")
+    tag = {"If-None-Match": script.headers["etag"]}
+    assert service.client.get("/assets/main.js", headers=tag).status_code == 304
+    assert service.client.get("/assets/../../core/settings.py").status_code == 404
+
+
+def test_no_page_names_another_host(repository: Path) -> None:
+    for path in (repository / "app" / "dashboard").rglob("*"):
+        if path.suffix in (".html", ".css", ".js") and path.parent.name != "vendor":
+            hosts = re.findall(r"https?://[^\s\"'`]+", path.read_text())
+            assert [host for host in hosts if not host.startswith("http://www.w3.org/")] == [], path

@@ -1,0 +1,7 @@
+"""The dashboard's page and assets: plain files, served as they are."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+PAGE = FOLDER / "index.html"
+ASSETS = FOLDER / "assets"

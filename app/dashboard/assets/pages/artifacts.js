@@ -1,0 +1,74 @@
+// Published models: the list, and one with its files.
+import { send } from "../api.js";
+import { age, bytes, change, date, number, recipeLabel } from "../format.js";
+import { Confirmed, Copy, Empty, Facts, Loaded, Title } from "../parts.js";
+import { usePolled } from "../polling.js";
+import { Table } from "../table.js";
+import { html } from "../ui.js";
+import { modelName } from "../format.js";
+import { DeployButton } from "./deploy.js";
+
+const LIST = [
+  ["Model", (artifact) => html`<a href=${`#/artifacts/${artifact.id}`}>${modelName(artifact.model)}</a>`],
+  ["Recipe", (artifact) => artifact.summary.label || recipeLabel(artifact.recipe)],
+  ["Format", (artifact) => artifact.format],
+  ["Size", (artifact) => bytes(artifact.size), "number"],
+  ["Bits per weight", (artifact) => number(artifact.summary.bits_per_weight, 3), "number"],
+  ["Perplexity against original", (artifact) => change(artifact.summary.perplexity_ratio), "number"],
+  ["Age", (artifact) => age(artifact.created_at)],
+];
+const FILES = (artifact) => [
+  ["File", (file) => html`<a href=${`/v1/artifacts/${artifact.id}/files/${file.path}`} download>${file.path}</a>`],
+  ["Size", (file) => bytes(file.size), "number"],
+  ["SHA-256", (file) => html`<code class="digest">${file.sha256}</code>`],
+];
+
+export function ArtifactsPage() {
+  const polled = usePolled("/v1/artifacts?limit=100", 15);
+  return html`<${Title}>Artifacts<//>
+    <${Loaded} polled=${polled}>${(page) =>
+      page.data.length === 0
+        ? html`<${Empty} title="Nothing published yet">A job that succeeds leaves its model here. <a href="#/jobs/new">New job</a><//>`
+        : html`<${Table} caption="Quantized models, newest first" columns=${LIST} rows=${page.data} keyOf=${(artifact) => artifact.id} />`}<//>`;
+}
+
+function Use({ artifact }) {
+  const folder = `./${modelName(artifact.model)}-${artifact.format}`;
+  return html`<section aria-labelledby="use">
+    <h2 id="use">Use it</h2>
+    <${Copy} label="Download" text=${`nibble artifacts download ${artifact.id} -o ${folder}`} />
+    <${Copy} label="vLLM" text=${`vllm serve ${folder}`} />
+    <${Copy} label="transformers" text=${`from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("${folder}")`} />
+  </section>`;
+}
+
+function Artifact({ artifact }) {
+  const { summary } = artifact;
+  const remove = async () => {
+    await send("DELETE", `/v1/artifacts/${artifact.id}`);
+    location.hash = "#/artifacts";
+  };
+  return html`<${Title} text=${modelName(artifact.model)} aside=${html`<div class="actions">
+      <${DeployButton} artifact=${artifact.id} suggested=${`${modelName(artifact.model)}-w${artifact.recipe.bits}`.toLowerCase()} />
+      <${Confirmed} label="Delete" question="Delete this artifact?" consequence="Its files are removed from storage. Deployments of it keep running until they are loaded anew." action=${remove} />
+    </div>`}>${modelName(artifact.model)} <small>${summary.label || recipeLabel(artifact.recipe)}</small><//>
+    <${Facts} rows=${[
+      ["Format", artifact.format],
+      ["Size", bytes(artifact.size)],
+      ["Bits per weight", number(summary.bits_per_weight, 3)],
+      ["Perplexity", number(summary.perplexity, 5)],
+      ["Against the original", summary.perplexity_ratio && change(summary.perplexity_ratio)],
+      ["KL per token", number(summary.kl, 3)],
+      ["Published", date(artifact.created_at)],
+      ["Made by", html`<a href=${`#/jobs/${artifact.job}`}>${artifact.job}</a>`],
+      ["Source", artifact.model],
+      ["Source digest", html`<code class="digest">${artifact.model_digest}</code>`],
+    ]} />
+    <${Use} artifact=${artifact} />
+    <${Table} caption="Files" columns=${FILES(artifact)} rows=${artifact.files} keyOf=${(file) => file.path} />`;
+}
+
+export function ArtifactPage({ id }) {
+  const polled = usePolled(`/v1/artifacts/${id}`, () => null);
+  return html`<${Loaded} polled=${polled}>${(artifact) => html`<${Artifact} artifact=${artifact} />`}<//>`;
+}

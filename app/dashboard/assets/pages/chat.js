@@ -1,0 +1,84 @@
+// A playground for one deployment: streaming, with a stop button and the usual parameters.
+import { stream } from "../api.js";
+import { Problem, Title } from "../parts.js";
+import { html, useEffect, useRef, useState } from "../ui.js";
+
+const PARAMETERS = [
+  ["temperature", "Temperature", { min: 0, max: 2, step: 0.1 }],
+  ["top_p", "Top p", { min: 0.05, max: 1, step: 0.05 }],
+  ["max_tokens", "Longest answer (tokens)", { min: 1, max: 4096, step: 1 }],
+];
+
+function useChat(model, parameters) {
+  const [messages, setMessages] = useState([]);
+  const [error, setError] = useState(null);
+  const [running, setRunning] = useState(null);
+  const ask = async (text) => {
+    const asked = [...messages, { role: "user", content: text }];
+    const control = new AbortController();
+    setError(null);
+    setRunning(control);
+    let answer = "";
+    setMessages([...asked, { role: "assistant", content: "" }]);
+    try {
+      for await (const chunk of stream("/v1/chat/completions", { model, messages: asked, stream: true, ...parameters }, control.signal)) {
+        if (chunk.error) throw chunk.error;
+        answer += chunk.choices[0]?.delta?.content || "";
+        setMessages([...asked, { role: "assistant", content: answer }]);
+      }
+    } catch (fault) {
+      if (!control.signal.aborted) setError(fault);
+    } finally {
+      setRunning(null);
+    }
+  };
+  return { messages, error, ask, stop: running && (() => running.abort()), clear: () => setMessages([]) };
+}
+
+function Parameters({ values, onChange }) {
+  return html`<details class="parameters"><summary>Parameters</summary>
+    <div class="fields">${PARAMETERS.map(([name, label, limits]) => html`<label key=${name}>${label}
+      <input type="number" ...${limits} value=${values[name]}
+        onInput=${(event) => event.target.value !== "" && onChange({ ...values, [name]: Number(event.target.value) })} />
+    </label>`)}</div>
+  </details>`;
+}
+
+function Composer({ chat }) {
+  const [text, setText] = useState("");
+  const submit = (event) => {
+    event.preventDefault();
+    if (!text.trim() || chat.stop) return;
+    chat.ask(text.trim());
+    setText("");
+  };
+  const onKey = (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+  };
+  return html`<form class="composer" onSubmit=${submit}>
+    <label class="unseen" for="message">Message</label>
+    <textarea id="message" rows="2" placeholder="Write a message; Enter sends it" value=${text}
+      onInput=${(event) => setText(event.target.value)} onKeyDown=${onKey}></textarea>
+    ${chat.stop
+      ? html`<button type="button" class="danger" onClick=${chat.stop}>Stop</button>`
+      : html`<button type="submit" class="main">Send</button>`}
+  </form>`;
+}
+
+export function ChatPage({ id: model }) {
+  const [parameters, setParameters] = useState({ temperature: 0.8, top_p: 0.95, max_tokens: 128 });
+  const chat = useChat(model, parameters);
+  const end = useRef(null);
+  useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [chat.messages]);
+  return html`<${Title} text=${`Chat with ${model}`} aside=${html`<button type="button" class="quiet" onClick=${chat.clear}>Start anew</button>`}>${model}<//>
+    <${Parameters} values=${parameters} onChange=${setParameters} />
+    <div class="messages" role="log" aria-live="polite" aria-label="Conversation">
+      ${chat.messages.map((message, index) => html`<div key=${index} class=${`message message-${message.role}`}>
+        <small>${message.role === "user" ? "You" : model}</small>
+        <p>${message.content || "…"}</p>
+      </div>`)}
+      <div ref=${end}></div>
+    </div>
+    <${Problem} error=${chat.error} title="No answer" />
+    <${Composer} chat=${chat} />`;
+}

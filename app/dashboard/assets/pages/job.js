@@ -1,0 +1,124 @@
+// One job: where it stands, what happened, what came out.
+import { read, send } from "../api.js";
+import { clock, date, duration, modelName, recipeLabel } from "../format.js";
+import { Bar, Confirmed, Copy, Facts, Loaded, Problem, State, Title } from "../parts.js";
+import { usePolled } from "../polling.js";
+import { html, useEffect, useRef, useState } from "../ui.js";
+import { ReportSection } from "./report.js";
+
+const STAGES = ["fetching", "calibrating", "searching", "packing", "verifying", "evaluating", "publishing"];
+const isOver = (job) => ["succeeded", "failed", "cancelled"].includes(job.state);
+const recipesOf = (spec) => (Array.isArray(spec.recipe) ? spec.recipe : [spec.recipe]);
+
+function Timeline({ job }) {
+  const at = job.state === "succeeded" ? STAGES.length : STAGES.indexOf(job.stage);
+  return html`<ol class="timeline" aria-label="Stages">
+    ${STAGES.map((stage, index) => {
+      const where = index < at ? "done" : index === at ? (isOver(job) ? "ended" : "now") : "next";
+      return html`<li key=${stage} class=${where} aria-current=${where === "now" ? "step" : undefined}>
+        ${stage}<span class="unseen">, ${where}</span></li>`;
+    })}
+  </ol>`;
+}
+
+function Standing({ job }) {
+  const { fraction, layer, layers, eta_s: eta } = job.progress;
+  return html`<section class="card" aria-label="Progress">
+    <div class="title"><${State} state=${job.state} />
+      ${!isOver(job) && html`<${Bar} fraction=${fraction} label="Progress of the job" />`}
+      <small>${layers ? `layer ${layer ?? 0} of ${layers}` : ""}${eta && !isOver(job) ? `, about ${duration(eta)} left` : ""}</small>
+    </div>
+    <${Timeline} job=${job} />
+    <${Problem} error=${job.error} title=${`It ${job.state}`} />
+  </section>`;
+}
+
+function Actions({ job, onChange }) {
+  const cancel = async () => {
+    await send("POST", `/v1/jobs/${job.id}/cancel`);
+    onChange();
+  };
+  const retry = async () => {
+    const created = await send("POST", `/v1/jobs/${job.id}/retry`);
+    location.hash = `#/jobs/${created.id}`;
+  };
+  const remove = async () => {
+    await send("DELETE", `/v1/jobs/${job.id}`);
+    location.hash = "#/jobs";
+  };
+  return html`<div class="actions">
+    <a class="quiet button" href=${`#/jobs/new/${job.id}`}>Use as template</a>
+    ${isOver(job)
+      ? html`<button type="button" class="quiet" onClick=${retry}>Run again</button>
+          <${Confirmed} label="Delete" question="Delete this job?" consequence="Its events and report are removed. Artifacts stay." action=${remove} />`
+      : html`<${Confirmed} label="Cancel job" question="Cancel this job?" consequence="What was calculated so far is dropped." action=${cancel} />`}
+  </div>`;
+}
+
+function inWords(event) {
+  const { payload } = event;
+  return payload.message || payload.key || payload.stage || payload.state || payload.code || JSON.stringify(payload);
+}
+
+/** All events so far; asked for again whenever the job changed. */
+function useEvents(job) {
+  const [events, setEvents] = useState([]);
+  const last = useRef(null);
+  const asking = useRef(false);
+  useEffect(() => {
+    if (asking.current) return;
+    asking.current = true;
+    const path = `/v1/jobs/${job.id}/events?limit=500${last.current ? `&after=${last.current}` : ""}`;
+    read(path)
+      .then(({ value }) => {
+        last.current = value.next;
+        if (value.data.length) setEvents((before) => [...before, ...value.data]);
+      }, () => {})
+      .finally(() => {
+        asking.current = false;
+      });
+  }, [job]);
+  return events;
+}
+
+function Events({ job }) {
+  const events = useEvents(job);
+  return html`<details class="card" open=${!isOver(job)}>
+    <summary>Events (${events.length})</summary>
+    <ol class="events">${[...events].reverse().map((event) => html`<li key=${event.id}>
+      <time datetime=${event.at}>${clock(event.at)}</time> <strong>${event.kind}</strong> <span>${inWords(event)}</span>
+    </li>`)}</ol>
+  </details>`;
+}
+
+function Spec({ job }) {
+  const { spec } = job;
+  const took = job.started_at && job.finished_at ? (new Date(job.finished_at) - new Date(job.started_at)) / 1000 : null;
+  return html`<${Facts} rows=${[
+      ["Model", spec.model],
+      ["Recipe", recipesOf(spec).map(recipeLabel).join(", ")],
+      ["Formats", spec.formats.join(", ")],
+      ["Target", spec.target && JSON.stringify(spec.target)],
+      ["Created", date(job.created_at)],
+      ["Took", took === null ? null : duration(took)],
+      ["Attempt", job.attempt > 1 ? job.attempt : null],
+      ["Labels", Object.entries(job.labels).map(([key, value]) => `${key}=${value}`).join(", ")],
+      ["Repeats", job.retry_of && html`<a href=${`#/jobs/${job.retry_of}`}>${job.retry_of}</a>`],
+      ["Artifacts", job.artifacts.length > 0 && job.artifacts.map((id) => html`<a class="line" key=${id} href=${`#/artifacts/${id}`}>${id}</a>`)],
+    ]} />
+    <details><summary>As a request</summary><${Copy} label="The body of POST /v1/jobs" text=${JSON.stringify(spec, null, 2)} /></details>`;
+}
+
+function Job({ job, onChange }) {
+  return html`<${Title} text=${modelName(job.spec.model)} aside=${html`<${Actions} job=${job} onChange=${onChange} />`}>
+      ${modelName(job.spec.model)} <small>${recipesOf(job.spec).map(recipeLabel).join(", ")}</small><//>
+    <${Standing} job=${job} />
+    <${Spec} job=${job} />
+    ${job.links.report && html`<${ReportSection} path=${job.links.report} />`}
+    <${Events} job=${job} />`;
+}
+
+export function JobPage({ id }) {
+  const polled = usePolled(`/v1/jobs/${id}`, (job, hint) => (isOver(job) ? null : hint ?? 2));
+  return html`<${Loaded} polled=${polled}>${(job) => html`<${Job} job=${job} onChange=${polled.ask} />`}<//>`;
+}

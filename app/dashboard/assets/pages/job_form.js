@@ -1,0 +1,56 @@
+// The form's fields and the body of POST /v1/jobs, each from the other.
+
+export const BLANK = {
+  model: "", method: "awq", bits: "4", group_size: "128", rounding: "nearest", symmetric: "no", strategy: "grid",
+  formats: ["compressed-tensors"], ratio: "", num_samples: "128", sequence_length: "512",
+  dataset: "builtin:wikitext2", priority: "normal", labels: "",
+};
+
+export const PRESETS = [
+  { name: "Balanced", text: "AWQ, 4 bits, groups of 128", form: {} },
+  { name: "Best at 4 bits", text: "AWQ scales with GPTQ rounding", form: { rounding: "gptq" } },
+  { name: "Small", text: "3 bits with GPTQ rounding", form: { bits: "3", rounding: "gptq" } },
+  { name: "Within one percent", text: "the smallest model that loses at most 1 % perplexity", form: { bits: "3", rounding: "gptq", ratio: "1.01" } },
+  { name: "Nearly lossless", text: "plain rounding to 8 bits, quick", form: { method: "rtn", bits: "8" } },
+];
+
+function numberOr(text, whenBlank) {
+  if (text.trim() === "") return whenBlank;
+  return Number.isNaN(Number(text)) ? text : Number(text);
+}
+
+function labelsOf(text) {
+  const pairs = text.split(",").map((pair) => pair.trim()).filter(Boolean).map((pair) => pair.split("="));
+  return Object.fromEntries(pairs.map(([key, ...value]) => [key.trim(), value.join("=").trim()]));
+}
+
+/** What is sent. Text that is no number stays text: the service names the field that it refuses. */
+export function specOf(form) {
+  const recipe = {
+    method: form.method, bits: Number(form.bits), group_size: Number(form.group_size),
+    symmetric: form.symmetric === "yes", rounding: form.rounding, search: { strategy: form.strategy },
+  };
+  const body = {
+    model: form.model.trim(), recipe, formats: form.formats, priority: form.priority, labels: labelsOf(form.labels),
+    calibration: {
+      dataset: form.dataset.trim(), num_samples: numberOr(form.num_samples, 128),
+      sequence_length: numberOr(form.sequence_length, 512),
+    },
+  };
+  if (form.ratio.trim()) body.target = { max_perplexity_ratio: numberOr(form.ratio, null) };
+  return body;
+}
+
+/** The form that a finished job's spec would have come from; of several recipes the first. */
+export function formOf(spec) {
+  const recipe = Array.isArray(spec.recipe) ? spec.recipe[0] : spec.recipe;
+  return {
+    ...BLANK, preset: null, model: spec.model, method: recipe.method, bits: String(recipe.bits),
+    group_size: String(recipe.group_size), rounding: recipe.rounding, symmetric: recipe.symmetric ? "yes" : "no",
+    strategy: recipe.search.strategy, formats: spec.formats, priority: spec.priority,
+    ratio: spec.target?.max_perplexity_ratio ? String(spec.target.max_perplexity_ratio) : "",
+    num_samples: String(spec.calibration.num_samples), sequence_length: String(spec.calibration.sequence_length),
+    dataset: spec.calibration.dataset || BLANK.dataset,
+    labels: Object.entries(spec.labels).map(([key, value]) => `${key}=${value}`).join(", "),
+  };
+}

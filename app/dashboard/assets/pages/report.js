@@ -1,0 +1,133 @@
+// A job's quality report: candidates side by side, plots, and where the time went.
+import { Chart } from "../charts.js";
+import { bytes, change, duration, number } from "../format.js";
+import { Facts, Loaded } from "../parts.js";
+import { usePolled } from "../polling.js";
+import { Table } from "../table.js";
+import { html, useState } from "../ui.js";
+
+const size = (candidate) => Math.max(...Object.values(candidate.bytes));
+const sum = (values) => values.reduce((total, value) => total + (value ?? 0), 0);
+
+function Candidates({ report }) {
+  const rounding = report.candidates.find((each) => each.recipe.method === "rtn");
+  const columns = [
+    ["Recipe", (each) => html`${each.label}${report.published.includes(each.recipe_index) ? html` <span class="label">published</span>` : ""}`],
+    ["Perplexity", (each) => number(each.perplexity, 5), "number"],
+    ["Against original", (each) => change(each.perplexity_ratio), "number"],
+    ["KL per token", (each) => number(each.kl, 3), "number"],
+    ["Size", (each) => bytes(size(each)), "number"],
+    ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
+    ["Own time", (each) => duration(sum(Object.values(each.seconds))), "number"],
+    ...(rounding ? [["Gain over rounding", (each) => change(each.perplexity / rounding.perplexity), "number"]] : []),
+  ];
+  return html`<${Table} caption=${`Candidates; the original has perplexity ${number(report.original.perplexity, 5)} and ${bytes(report.original.bytes)}`}
+    columns=${columns} rows=${report.candidates} keyOf=${(each) => each.recipe_index} />`;
+}
+
+function Tries({ report }) {
+  if (report.tries.length === 0) return null;
+  const columns = [
+    ["Try", (each) => each.label],
+    ["Rung", (each) => each.rung],
+    ["Why", (each) => each.reason],
+    ["Against original", (each) => change(each.perplexity_ratio), "number"],
+    ["KL", (each) => number(each.kl, 3), "number"],
+    ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
+    ["Target", (each) => (each.meets_target ? "✓ met" : "✕ missed")],
+  ];
+  return html`<${Table} caption="The way to the target" columns=${columns} rows=${report.tries} />`;
+}
+
+function QualityPlot({ candidates }) {
+  const sizes = [...new Set(candidates.map(size))].sort((a, b) => a - b);
+  const rows = candidates.map((each) => sizes.map((bytes) => (bytes === size(each) ? each.perplexity : null)));
+  return html`<${Chart} title="Perplexity of candidates against size" kind="points" x="MB" y="perplexity"
+    names=${candidates.map((each) => each.label)} data=${[sizes.map((bytes) => bytes / 1e6), ...rows]} />`;
+}
+
+/** Per layer: the sum over its linears of `pick`. */
+function perLayer(candidate, pick) {
+  return candidate.layers.map((layer) => sum(layer.linears.map(pick)));
+}
+
+function LayerPlots({ candidate }) {
+  const layers = candidate.layers.map((layer) => layer.layer);
+  const relative = (name) => perLayer(candidate, (linear) => (linear.energy ? (linear[name] ?? linear.loss) / linear.energy : 0));
+  const ratios = candidate.layers.map((layer) => {
+    const chosen = layer.linears.filter((linear) => linear.ratio !== null);
+    return chosen.length ? sum(chosen.map((linear) => linear.ratio)) / chosen.length : null;
+  });
+  return html`<div class="charts">
+    <${Chart} title="Error per layer, of plain rounding and as quantized" log whole x="layer" y="relative output error"
+      names=${["rounding", "as quantized"]} data=${[layers, relative("loss_rounding"), relative("loss")]} />
+    ${ratios.some((ratio) => ratio !== null) && html`<${Chart} title="Chosen ratio per layer, mean over its groups" whole x="layer" y="ratio"
+      names=${["ratio"]} data=${[layers, ratios]} />`}
+  </div>`;
+}
+
+function Sensitivity({ candidate }) {
+  const linears = candidate.layers.flatMap((layer) => layer.linears.filter((linear) => linear.energy)
+    .map((linear) => ({ name: `${layer.layer}.${linear.linear}`, bits: linear.bits, error: linear.loss / linear.energy, gain: linear.clip_gain })));
+  const worst = linears.sort((a, b) => b.error - a.error).slice(0, 12);
+  return html`<${Table} caption="The most sensitive linears" rows=${worst} keyOf=${(each) => each.name} columns=${[
+    ["Linear", (each) => html`<code>${each.name}</code>`],
+    ["Bits", (each) => each.bits, "number"],
+    ["Relative output error", (each) => number(each.error, 3), "number"],
+    ["Gain of clipping", (each) => (each.gain === null ? "–" : `${(100 * each.gain).toFixed(1)} %`), "number"],
+  ]} />`;
+}
+
+function Histogram({ histograms }) {
+  const [name, setName] = useState(histograms[0].linear);
+  const chosen = histograms.find((each) => each.linear === name);
+  const width = (chosen.high - chosen.low) / chosen.counts.length;
+  const centres = chosen.counts.map((_, index) => chosen.low + (index + 0.5) * width);
+  const bounds = ["p0.1", "p99.9"].map((key) => chosen.percentiles[key]).filter((value) => value !== undefined);
+  return html`<div>
+    <label>Weights of <select value=${name} onChange=${(event) => setName(event.target.value)}>
+      ${histograms.map((each) => html`<option key=${each.linear} value=${each.linear}>${each.linear}</option>`)}
+    </select></label>
+    <${Chart} title=${`Weights of ${name}${bounds.length ? "; lines at the 0.1 and 99.9 percentiles" : ""}`} kind="bars"
+      x="weight" y="count" names=${["count"]} data=${[centres, chosen.counts]} marks=${bounds} />
+  </div>`;
+}
+
+function Cost({ report }) {
+  const predicted = report.prediction?.seconds || {};
+  const rows = Object.entries(report.stages);
+  return html`<${Table} caption="Where the time went" rows=${rows} keyOf=${([stage]) => stage} columns=${[
+      ["Stage", ([stage]) => stage],
+      ["Seconds", ([, spent]) => duration(spent), "number"],
+      ["Predicted", ([stage]) => duration(predicted[stage]), "number"],
+    ]} />
+    <${Facts} rows=${[
+      ["Peak memory", bytes(report.peak_rss_bytes)],
+      ["Peak GPU memory", report.peak_vram_bytes ? bytes(report.peak_vram_bytes) : null],
+      ["Resumed at layer", report.resumed_at_layer || null],
+      ["Device", report.environment.device],
+    ]} />`;
+}
+
+function ReportBody({ report }) {
+  const [index, setIndex] = useState(report.published.at(-1) ?? report.candidates[0]?.recipe_index);
+  const candidate = report.candidates.find((each) => each.recipe_index === index);
+  return html`<section class="stack" aria-labelledby="report">
+    <h2 id="report">Report</h2>
+    <${Candidates} report=${report} />
+    <${Tries} report=${report} />
+    ${report.candidates.length > 1 && html`<${QualityPlot} candidates=${report.candidates} />
+      <label>Details of <select value=${index} onChange=${(event) => setIndex(Number(event.target.value))}>
+        ${report.candidates.map((each) => html`<option key=${each.recipe_index} value=${each.recipe_index}>${each.label}</option>`)}
+      </select></label>`}
+    ${candidate && html`<${LayerPlots} candidate=${candidate} /><${Sensitivity} candidate=${candidate} />`}
+    ${report.histograms.length > 0 && html`<${Histogram} histograms=${report.histograms} />`}
+    <${Cost} report=${report} />
+    ${report.notes.length > 0 && html`<div><h3>Notes</h3><ul>${report.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul></div>`}
+  </section>`;
+}
+
+export function ReportSection({ path }) {
+  const polled = usePolled(path, () => null);
+  return html`<${Loaded} polled=${polled}>${(report) => html`<${ReportBody} report=${report} />`}<//>`;
+}

@@ -1,0 +1,204 @@
+"""The dashboard in a real Chromium: from the form to report and artifact, without a fault on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
+
+from tests.e2e.installed import Service, running_service
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+PAGE_WEIGHT_LIMIT = 300_000
+POLL_LIMIT = 20_000
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("dashboard"), repository / "examples") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A signed-in page that notes what the browser complains about."""
+
+    def __init__(self, browser: Browser, service: Service, **options: object) -> None:
+        self.page: Page = browser.new_page(**options)  # type: ignore[arg-type]
+        self.service = service
+        self.complaints: list[str] = []
+        self.sizes: dict[str, int] = {}
+        self.page.on("console", lambda message: self._note(message.type, message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(service.url + login_path(service))
+
+    def _note(self, kind: str, text: str) -> None:
+        # A refused form is a 4xx answer, which Chromium reports as a failed resource.
+        if kind in ("error", "warning") and "status of 4" not in text:
+            self.complaints.append(text)
+
+    def open(self, path: str) -> Page:
+        self.page.goto(f"{self.service.url}/#{path}")
+        return self.page
+
+    def faults(self) -> list[str]:
+        """Serious faults that axe finds on the page as it is."""
+        found = Axe().run(self.page).response["violations"]
+        return [
+            f"{fault['id']}: {node['html']}"
+            for fault in found
+            if fault["impact"] in ("serious", "critical")
+            for node in fault["nodes"]
+        ]
+
+
+def api_key(service: Service) -> str:
+    return (Path(service.environment["NIBBLE_STATE_DIR"]) / "api-key").read_text().strip()
+
+
+def call(service: Service, path: str, body: object = None) -> dict[str, object]:
+    request = urllib.request.Request(
+        service.url + path,
+        method="POST",
+        data=json.dumps(body).encode() if body is not None else b"",
+        headers={"Authorization": f"Bearer {api_key(service)}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return dict(json.load(answer))
+
+
+def login_path(service: Service) -> str:
+    return str(call(service, "/v1/login-links")["path"])
+
+
+@pytest.fixture
+def visit(browser: Browser, service: Service) -> Iterator[Visit]:
+    visit = Visit(browser, service)
+    yield visit
+    visit.page.close()
+    assert visit.complaints == []
+
+
+def test_from_the_form_to_the_artifact(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_text("Nearly lossless").click()
+    page.get_by_text("Target, text, priority").click()
+    page.get_by_label("Calibration windows").fill("4")
+    page.get_by_label("Tokens per window").fill("64")
+    page.get_by_label("Labels").fill("team=search")
+    expect(page.get_by_text("bits per weight")).to_be_visible()
+    assert visit.faults() == []
+    page.get_by_role("button", name="Submit job").click()
+    expect(page.locator(".state-succeeded")).to_be_visible(timeout=120_000)
+    expect(page.get_by_role("heading", name="Report")).to_be_visible()
+    expect(page.get_by_role("region", name="Candidates")).to_contain_text("rtn w8 g128")
+    expect(page.locator(".uplot").first).to_be_visible()
+    assert visit.faults() == []
+    page.locator("a[href^='#/artifacts/art_']").click()
+    expect(page.get_by_role("link", name="model.safetensors")).to_be_visible()
+    assert visit.faults() == []
+    with page.expect_download() as download:
+        page.get_by_role("link", name="config.json", exact=True).click()
+    assert "quantization_config" in json.loads(Path(download.value.path()).read_text())
+
+
+def test_refusals_stand_beside_their_fields(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_text("Target, text, priority").click()
+    page.get_by_label("Tokens per window").fill("few")
+    field = page.locator(".field-bad")
+    expect(field).to_contain_text("Tokens per window")
+    expect(field).to_contain_text("integer")
+    page.get_by_label("Tokens per window").fill("64")
+    expect(field).to_have_count(0)
+
+
+def test_every_section_is_usable_in_both_themes_and_on_a_phone(browser: Browser, service: Service) -> None:
+    for options in (
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"viewport": {"width": 360, "height": 700}},
+    ):
+        visit = Visit(browser, service, **options)
+        for section in ("Jobs", "Artifacts", "Deployments", "Workers"):
+            visit.page.get_by_role("navigation").get_by_role("link", name=section).click()
+            expect(visit.page.get_by_role("heading", level=1)).to_have_text(section)
+            expect(visit.page.locator(".loading")).to_have_count(0)
+            assert visit.faults() == []
+            overflow = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert overflow <= 0, f"{section} is wider than the screen"
+        visit.page.close()
+        assert visit.complaints == []
+
+
+def test_pages_are_light_and_polls_cost_little(
+    browser: Browser, service: Service, example_model: Path
+) -> None:
+    body = {"model": example_model.as_uri(), "recipe": {"method": "rtn"}}
+    call(service, "/v1/jobs", {**body, "calibration": {"num_samples": 2, "sequence_length": 32}})
+    page = browser.new_page()
+    sizes: dict[str, int] = {}
+    page.on("response", lambda answer: sizes.update({answer.url: body_size(answer)}))
+    page.goto(service.url + login_path(service))
+    expect(page.get_by_role("list", name="Jobs, newest first")).to_be_visible()
+    assert len(sizes) > 10
+    assert sum(sizes.values()) < PAGE_WEIGHT_LIMIT
+    polls = [size for url, size in sizes.items() if "/v1/jobs?" in url]
+    assert 0 < max(polls) < POLL_LIMIT
+    # Once nothing changes, nothing is sent again.
+    with page.expect_response(lambda answer: "/v1/jobs?" in answer.url and answer.status == 304):
+        expect(page.locator(".state-succeeded").first).to_be_visible(timeout=60_000)
+    page.close()
+
+
+def body_size(answer: Response) -> int:
+    return int(answer.headers.get("content-length", 0))
+
+
+def test_a_service_that_is_away_is_said_so(browser: Browser, tmp_path: Path, example_model: Path) -> None:
+    with running_service(tmp_path, example_model.parent) as service:
+        visit = Visit(browser, service)
+        expect(visit.page.get_by_text("No jobs yet")).to_be_visible()
+    expect(visit.page.get_by_text("The service has not answered since")).to_be_visible(timeout=60_000)
+    expect(visit.page.get_by_text("No jobs yet")).to_be_visible()
+    visit.page.close()
+
+
+def test_without_a_session_a_key_opens_one(browser: Browser, service: Service) -> None:
+    page = browser.new_page()
+    page.goto(service.url)
+    page.get_by_label("API key").fill("nib_wrong")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("alert")).to_contain_text("key")
+    page.get_by_label("API key").fill(api_key(service))
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    cookies = page.context.cookies()
+    assert [(cookie["httpOnly"], cookie["sameSite"]) for cookie in cookies] == [(True, "Strict")]
+    page.close()
