@@ -1,0 +1,223 @@
+"""From an artifact's folder to a model that computes from packed weights.
+
+The modules are transformers' own, built without memory; tensors are read one linear at a time, so the
+full-precision model never exists and loading takes little more than what stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from app.core.architectures import Architecture, architecture_of
+from app.core.errors import ModelRefused
+from kernels.weight import PackedWeight
+from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.decoder import restore_buffers, text_config
+from workers.modeling.experts import split_experts
+from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
+from workers.serving.packed_weights import READERS, check_config
+
+log = logging.getLogger(__name__)
+
+STATUS_KIB = 1024
+REMEDY = "publish the artifact again; if it happens again, report it with the artifact's config.json"
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What to load, and how."""
+
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype | None = None  # None: the model's own
+    kernel_backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what loading it took."""
+
+    model: PreTrainedModel
+    config: dict[str, Any]
+    dtype: torch.dtype
+    kernels: dict[str, int]  # the backend and the problem it solves, to how many linears
+    packed_bytes: int  # of all weights as they lie on the device
+    peak_bytes: int  # that loading took
+
+
+class Loader:
+    """Fills one model."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        self.request, self.device = request, request.device
+        self.checkpoint = Checkpoint(request.folder)
+        self.config = {**self.checkpoint.config}
+        self.quantization = self.config.pop("quantization_config", None) or {}
+        self.method = check_config(self.quantization) if self.quantization else None
+        self.architecture = architecture_of(self.config)
+        self.dtype = request.dtype or model_dtype(self.config, self.device)
+        self.used: set[str] = set()
+        self.kernels: Counter[str] = Counter()
+        self.packed_bytes = 0
+
+    def load(self) -> LoadedModel:
+        before = resident_bytes()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        model = empty_model(self.config, self.architecture, self.dtype)
+        for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
+            if self.is_packed(self.stored_name(name)):
+                model.set_submodule(name, self.packed_linear(self.stored_name(name), linear))
+        self.fill(model)
+        restore_buffers(model, self.device)
+        self.refuse_leftovers()
+        for kernel, count in self.kernels.items():
+            log.info("%d linears: %s", count, kernel)
+        peak = peak_bytes(self.device, before)
+        return LoadedModel(model, self.config, self.dtype, dict(self.kernels), self.packed_bytes, peak)
+
+    def stored_name(self, name: str) -> str:
+        """The name in the checkpoint of a parameter or module of transformers."""
+        layers = self.architecture.layers + "."
+        if not name.startswith(layers):
+            return self.architecture.stored_name(name)
+        number, _, local = name.removeprefix(layers).partition(".")
+        return f"{layers}{number}.{self.architecture.stored_name(local)}"
+
+    def is_packed(self, stored: str) -> bool:
+        return self.method is not None and f"{stored}.{READERS[self.method][0]}" in self.checkpoint.tensors
+
+    def packed_linear(self, stored: str, linear: nn.Linear) -> QuantizedLinear:
+        """A linear from its packed tensors, on the device in the layout of its kernel."""
+        assert self.method is not None
+        _, suffixes, read = READERS[self.method]
+        names = {suffix: f"{stored}.{suffix}" for suffix in suffixes}
+        present = {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
+        weight = read(
+            stored,
+            {suffix: self.checkpoint.tensor(name) for suffix, name in present.items()},
+            self.quantization,
+        )
+        if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
+            raise ModelRefused(
+                f"{stored} is {weight.out_features} x {weight.in_features} in the files, and "
+                f"{linear.out_features} x {linear.in_features} by config.json",
+                code="artifact_unsupported", remedy=REMEDY,
+            )  # fmt: skip
+        self.used.update(present.values())
+        bias = None
+        if linear.bias is not None:
+            bias = self.checkpoint.tensor(f"{stored}.bias")
+            self.used.add(f"{stored}.bias")
+        return self.built(stored, weight, bias)
+
+    def built(self, stored: str, weight: PackedWeight, bias: torch.Tensor | None) -> QuantizedLinear:
+        try:
+            module = quantized_linear(
+                weight, dtype=self.dtype, device=self.device, bias=bias, requested=self.request.kernel_backend
+            )
+        except ValueError as fault:
+            raise ModelRefused(
+                f"{stored}: {fault}", code="kernel_unsupported", remedy="set the kernel backend to auto"
+            ) from fault
+        self.kernels[described(weight, module)] += 1
+        self.packed_bytes += module.packed_bytes
+        return module
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Every parameter that is left, in the dtype that its module wants."""
+        head = self.architecture.head + ".weight"
+        embedding = self.architecture.embedding + ".weight"
+        for name, empty in list(model.state_dict().items()):
+            if empty.device.type != "meta":
+                continue
+            stored = self.stored_name(name)
+            if stored not in self.checkpoint.tensors and name == head:
+                continue  # tied: shared with the embedding below
+            if stored not in self.checkpoint.tensors:
+                raise ModelRefused(
+                    f"the artifact lacks the tensor {stored}", code="artifact_incomplete", remedy=REMEDY
+                )
+            self.used.add(stored)
+            values = self.checkpoint.tensor(stored).to(self.device, empty.dtype)
+            if values.shape != empty.shape:
+                raise ModelRefused(
+                    f"{stored} is {tuple(values.shape)} in the files, and {tuple(empty.shape)} by config.json",
+                    code="artifact_unsupported", remedy=REMEDY,
+                )  # fmt: skip
+            model.load_state_dict({name: values}, strict=False, assign=True)
+            self.packed_bytes += values.numel() * values.element_size()
+        state = model.state_dict()
+        if head in state and state[head].device.type == "meta":
+            model.load_state_dict({head: state[embedding]}, strict=False, assign=True)
+        model.requires_grad_(requires_grad=False)
+
+    def refuse_leftovers(self) -> None:
+        """Tensors that no module took mean that this is not the model that config.json describes."""
+        old = tuple("." + name for name in self.architecture.buffers)
+        left = [n for n in self.checkpoint.tensors if n not in self.used and not (old and n.endswith(old))]
+        if left:
+            raise ModelRefused(
+                f"no module of {self.architecture.class_name} takes the tensor {left[0]}"
+                + (f" and {len(left) - 1} more" if len(left) > 1 else ""),
+                code="artifact_unsupported", remedy=REMEDY,
+            )  # fmt: skip
+
+
+def load_model(request: LoadRequest) -> LoadedModel:
+    """The artifact of a folder on a device.
+
+    Raises ModelRefused for files that can't be served, naming what is wrong with them.
+    """
+    return Loader(request).load()
+
+
+def empty_model(config: dict[str, Any], architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            text_config(config), dtype=dtype, attn_implementation=architecture.attention
+        ).eval()
+    if architecture.experts is not None:
+        for layer in model.get_submodule(architecture.layers):
+            split_experts(layer, architecture.experts)
+    return model
+
+
+def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The dtype that config.json names. float16 is slow on CPUs and overflows, so there it is float32."""
+    named = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(named), None)
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ModelRefused(
+            f"config.json: dtype {named!r}", code="config_invalid", remedy="use float16, bfloat16 or float32"
+        )
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
+def described(weight: PackedWeight, module: QuantizedLinear) -> str:
+    grid = "asymmetric" if weight.zero is not None else "symmetric"
+    group = "rows" if weight.group_size == -1 else f"groups of {weight.group_size}"
+    shape = f"{weight.out_features}x{weight.in_features}"
+    return f"{shape}, {weight.bits} bits, {group}, {grid}: {module.selection}"
+
+
+def resident_bytes() -> int:
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * resource.getpagesize()
+
+
+def peak_bytes(device: torch.device, before: int) -> int:
+    """The most that loading took: of the device's memory, or of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * STATUS_KIB - before, 0)
