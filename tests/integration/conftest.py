@@ -15,7 +15,9 @@ from redis import Redis
 
 from app.core.redis_server import connect, embedded_binary, wait_for_redis
 from app.core.settings import Settings
+from app.core.specs import Recipe
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
+from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 
 
 @pytest.fixture(scope="session")
@@ -106,3 +108,13 @@ def service(redis_url: str, tmp_path: Path) -> Iterator[Service]:
     )
     with running_service(settings) as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of two layers, rounded to 4 bits."""
+    folder = tmp_path_factory.mktemp("artifact")
+    model = save_model(random_model("llama"), folder / "model")
+    recipe = Recipe(method="rtn", group_size=32, symmetric=True)
+    spec = tiny_spec(recipe, formats=("compressed-tensors",))
+    return EngineRun(spec, model, folder / "work").folder("compressed-tensors")

@@ -152,7 +152,7 @@ class Loader:
             values = self.checkpoint.tensor(stored).to(self.device, empty.dtype)
             if values.shape != empty.shape:
                 raise ModelRefused(
-                    f"{stored} is {tuple(values.shape)} in the files, and {tuple(empty.shape)} by config.json",
+                    f"{stored} is {tuple(values.shape)} in the files, {tuple(empty.shape)} by config.json",
                     code="artifact_unsupported", remedy=REMEDY,
                 )  # fmt: skip
             model.load_state_dict({name: values}, strict=False, assign=True)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import ModelRefused
-from kernels.layouts import (
-    pack_rows, packed_words, unpack_awq, unpack_gptq_zeros, unpack_rows
-)  # fmt: skip
+from kernels.layouts import pack_rows, packed_words, unpack_awq, unpack_gptq_zeros, unpack_rows  # fmt: skip
 from kernels.weight import PackedWeight
 
 SLICE_VALUES = 2 * 1024**2  # unpacked at a time; as int64 while they are packed
@@ -46,7 +44,9 @@ def from_compressed_tensors(name: str, stored: Stored, config: QuantizationConfi
     packed, scale = stored["weight_packed"], stored["weight_scale"]
     bits = next((bits for bits in WIDTHS if packed_words(in_features, bits) == packed.shape[1]), None)
     if bits is None or packed.shape[0] != out_features:
-        raise refused(name, f"weight_packed {tuple(packed.shape)} is not ({out_features}, {in_features}) packed")
+        raise refused(
+            name, f"weight_packed {tuple(packed.shape)} is not ({out_features}, {in_features}) packed"
+        )
     zero = None
     if "weight_zero_point" in stored:
         words = stored["weight_zero_point"].T.contiguous()

@@ -1,0 +1,162 @@
+"""`python -m workers.serving`: one artifact behind OpenAI's routes.
+
+It reports to its starter through `--ready-fd`, one JSON line for each message: `loading`, then `ready` with
+the port, or `failed` with code, message and remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from app.core.errors import NibbleError, OutOfMemory
+from workers.serving.batch import Batch
+from workers.serving.engine import Engine, Limits
+from workers.serving.loading import LoadedModel, LoadRequest, load_model
+from workers.serving.metrics import Metrics
+from workers.serving.routes import create_app
+from workers.serving.served_model import ServedModel
+from workers.serving.server import listen, serve
+from workers.serving.tokenization import Tokenization
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_SHARE = 0.25  # of a host's free memory; of a GPU's it is most of what the weights leave
+GPU_CACHE_SHARE = 0.8
+
+
+class ReadyPipe:
+    """Messages to whoever started the server; nothing if nobody listens."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        if descriptor is not None:
+            os.set_inheritable(descriptor, False)
+
+    def send(self, kind: str, **content: Any) -> None:
+        if self._descriptor is not None:
+            with os.fdopen(self._descriptor, "wb", closefd=False) as pipe:
+                pipe.write(json.dumps({"kind": kind, **content}).encode() + b"\n")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m workers.serving", description=__doc__)
+    parser.add_argument("--artifact", type=Path, required=True, help="the artifact's folder")
+    parser.add_argument("--name", required=True, help="what requests call the model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="auto", help="of activations; auto: the model's"
+    )
+    parser.add_argument("--kernel-backend", default="auto")
+    parser.add_argument("--ready-fd", type=int, help="where to report")
+    parser.add_argument("--threads", type=int, help="of the CPU; all if absent")
+    parser.add_argument(
+        "--max-model-len", type=int, help="tokens of a prompt and its answer; the model's if absent"
+    )
+    parser.add_argument("--max-sequences", type=int, default=32, help="that run at the same time")
+    parser.add_argument("--max-waiting", type=int, default=256, help="requests beyond those; more get 429")
+    parser.add_argument("--cache-tokens", type=int, help="in the cache; a share of free memory if absent")
+    parser.add_argument(
+        "--max-batch-tokens", type=int, default=512, help="of prompts, read between two tokens"
+    )
+    parser.add_argument("--drain-s", type=float, default=30.0, help="for running requests after SIGTERM")
+    return parser.parse_args(arguments)
+
+
+def limits_of(options: argparse.Namespace, loaded: LoadedModel) -> Limits:
+    longest = int(loaded.config.get("max_position_embeddings") or 2048)
+    cells = options.cache_tokens or cache_cells(loaded, torch.device(options.device))
+    length = min(options.max_model_len or longest, longest, cells)
+    return Limits(
+        max_model_len=length,
+        max_sequences=options.max_sequences,
+        max_waiting=options.max_waiting,
+        max_cells=min(cells, options.max_sequences * length),
+        prefill_tokens=options.max_batch_tokens,
+    )
+
+
+def cache_cells(loaded: LoadedModel, device: torch.device) -> int:
+    """Tokens whose keys and values fit into the memory that is free."""
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE)
+    else:
+        free = int(psutil.virtual_memory().available * CACHE_SHARE)
+    return max(free // bytes_per_token(loaded), 1)
+
+
+def bytes_per_token(loaded: LoadedModel) -> int:
+    """Of keys and values, at most: some architectures keep fewer."""
+    config = loaded.model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = max(
+        size, (getattr(config, "qk_nope_head_dim", 0) or 0) + (getattr(config, "qk_rope_head_dim", 0) or 0)
+    )
+    return int(config.num_hidden_layers * 2 * heads * size * loaded.dtype.itemsize)
+
+
+def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    pipe.send("loading", artifact=str(options.artifact), device=options.device)
+    loaded = load_model(
+        LoadRequest(
+            options.artifact, torch.device(options.device), DTYPES[options.dtype], options.kernel_backend
+        )
+    )
+    tokenization = Tokenization(options.artifact, int(loaded.model.config.vocab_size))
+    metrics = Metrics(options.name)
+    limits = limits_of(options, loaded)
+    batch = Batch(loaded.model, limits.max_cells)
+    engine = Engine(batch, tokenization, limits, metrics, tokenization.end_tokens)
+    served = ServedModel(options.name, engine, tokenization, metrics)
+
+    def ready(port: int) -> None:
+        pipe.send(
+            "ready", port=port, kernels=loaded.kernels, packed_bytes=loaded.packed_bytes,
+            peak_bytes=loaded.peak_bytes, max_model_len=limits.max_model_len,
+        )  # fmt: skip
+
+    asyncio.run(serve(create_app(served), served, bound, options.drain_s, ready))
+
+
+def main() -> int:
+    """0 after an orderly end; 1 if the artifact can't be served."""
+    options = parse_arguments(None)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    pipe = ReadyPipe(options.ready_fd)
+    try:
+        run(options, listen(options.host, options.port), pipe)
+    except NibbleError as error:
+        return failed(pipe, error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        remedy = "use a device with more memory"
+        return failed(pipe, OutOfMemory(f"{options.device} ran out of memory: {error}", remedy=remedy))
+    except Exception as error:  # noqa: BLE001  # the process's boundary: its starter must hear what happened
+        traceback.print_exc()
+        return failed(pipe, NibbleError(f"{type(error).__name__}: {error}", remedy="see the server's log"))
+    return 0
+
+
+def failed(pipe: ReadyPipe, error: NibbleError) -> int:
+    pipe.send("failed", code=error.code, message=error.message, remedy=error.remedy)
+    sys.stderr.write(f"{error.message}; {error.remedy}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The model's side of the engine: prompts are read piece by piece, rows advance together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from workers.serving.requests import Sequence
+from workers.serving.row_cache import RowCache
+
+
+class Prefill:
+    """A prompt on its way into the cache, for all the sequences that start with it."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.sequences = sequences
+        self.tokens = list(sequences[0].tokens)
+        self.done = 0
+        # Without the model's config: windows of sliding layers are masked, not cut, as in the rows.
+        self.cache = DynamicCache()
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.done
+
+
+class Batch:
+    """The sequences that run, one row of the cache each."""
+
+    def __init__(self, model: PreTrainedModel, max_cells: int) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self.cache = RowCache(max_cells)
+        self.sequences: list[Sequence] = []
+
+    def read(self, prefill: Prefill, limit: int) -> Tensor | None:
+        """Up to `limit` tokens of a prompt; after the last one, float32 logits (1, vocabulary)."""
+        piece = prefill.tokens[prefill.done : prefill.done + limit]
+        positions = torch.arange(prefill.done, prefill.done + len(piece), device=self.device)[None]
+        logits = self.forward([piece], positions, prefill.cache, None)
+        prefill.done += len(piece)
+        return None if prefill.left else logits
+
+    def join(self, prefill: Prefill) -> None:
+        """The sequences of a prompt that was read get a row each."""
+        for sequence in prefill.sequences:
+            self.cache.join(prefill.cache, prefill.done)
+            self.sequences.append(sequence)
+
+    def leave(self, row: int) -> Sequence:
+        """Remove a row; the last one takes its place."""
+        self.cache.leave(row)
+        sequence = self.sequences[row]
+        self.sequences[row] = self.sequences[-1]
+        self.sequences.pop()
+        return sequence
+
+    def advance(self) -> Tensor:
+        """Run the last token of every row: float32 logits (rows, vocabulary)."""
+        self.cache.reserve(len(self.sequences), self.cache.window.width)
+        positions = torch.tensor([[length] for length in self.cache.lengths], device=self.device)
+        mask = self.cache.mask(self.device)
+        logits = self.forward([[s.tokens[-1]] for s in self.sequences], positions, self.cache, mask)
+        self.cache.advance()
+        return logits
+
+    def forward(
+        self, tokens: list[list[int]], positions: Tensor, cache: DynamicCache | RowCache, mask: Tensor | None
+    ) -> Tensor:
+        """Logits after the last column of (rows, tokens)."""
+        output = self.model(
+            input_ids=torch.tensor(tokens, device=self.device),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits.float()

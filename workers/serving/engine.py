@@ -1,0 +1,321 @@
+"""The engine: one thread that batches all requests, token by token.
+
+A step reads a piece of the next prompts and then advances every running sequence by one token. Requests
+join and leave between steps, so none waits for another to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from app.core.errors import QueueFull, Unavailable
+from workers.serving.batch import Batch, Prefill
+from workers.serving.detokenizer import Decoder, Detokenizer, Stopped
+from workers.serving.metrics import Metrics
+from workers.serving.requests import Choice, FinishReason, Generation, Piece, Sequence
+from workers.serving.sampling import choose
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model's output is not finite (NaN or infinity); serve it in bfloat16 or float32"
+DRAINING = "the server is shutting down"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine takes on."""
+
+    max_model_len: int  # tokens of a prompt and its answer
+    max_sequences: int  # that run at the same time
+    max_waiting: int  # requests beyond those
+    max_cells: int  # of the cache: rows times the longest row
+    prefill_tokens: int  # of prompts read between two tokens of the running sequences
+
+
+News = tuple[Generation, Piece]
+
+
+def deliver_here(news: list[News]) -> None:
+    """Call the listeners in the engine's own thread."""
+    for generation, piece in news:
+        generation.deliver(piece)
+
+
+class Engine:
+    """Runs until it is stopped or fails. All public methods may be called from any thread."""
+
+    def __init__(
+        self, batch: Batch, decoder: Decoder, limits: Limits, metrics: Metrics, end_tokens: frozenset[int]
+    ) -> None:
+        self.batch, self.decoder, self.limits = batch, decoder, limits
+        self.metrics, self.end_tokens = metrics, end_tokens
+        self.failure: str | None = None
+        self.draining = False
+        self._arrived = threading.Condition()
+        self._waiting: deque[list[Sequence]] = deque()  # sequences that share a prompt
+        self._known: dict[str, list[Sequence]] = {}
+        self._prefills: list[Prefill] = []
+        self._outbox: list[News] = []
+        self._abandoned: str | None = None
+        self.publish: Callable[[list[News]], None] = deliver_here
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, generation: Generation) -> None:
+        """Raises QueueFull if too many wait, and Unavailable if the engine runs no more."""
+        sequences = [self._sequence(generation, index) for index in range(generation.n)]
+        with self._arrived:
+            if self.failure is not None or self.draining:
+                raise Unavailable(self.failure or DRAINING, code="engine_unavailable", remedy="try again")
+            if len(self._waiting) >= self.limits.max_waiting:
+                raise QueueFull(
+                    f"{len(self._waiting)} requests wait already", remedy="try again later", code="overloaded"
+                )
+            self._waiting.append(sequences)
+            self._known[generation.id] = sequences
+            self.metrics.waiting.set(len(self._waiting))
+            self._arrived.notify()
+
+    def cancel(self, id: str) -> None:
+        """End a request whose caller has gone; nothing is delivered any more."""
+        with self._arrived:
+            for sequence in self._known.get(id, ()):
+                sequence.cancelled = True
+            self._arrived.notify()
+
+    def drain(self) -> None:
+        """Take no more requests; those at hand run on."""
+        with self._arrived:
+            self.draining = True
+            self._arrived.notify()
+
+    def abandon(self, message: str) -> None:
+        """End what still runs with an error."""
+        with self._arrived:
+            self._abandoned = message
+            self._arrived.notify()
+
+    @property
+    def idle(self) -> bool:
+        return not self._known
+
+    def _sequence(self, generation: Generation, index: int) -> Sequence:
+        detokenizer = Detokenizer(
+            self.decoder, generation.prompt, skip_special_tokens=generation.skip_special_tokens
+        )
+        return Sequence(generation, index, detokenizer)
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while True:
+                    self._await_work()
+                    self._step()
+        except Exception as error:  # the thread's boundary: every caller must hear of it
+            log.exception("the engine failed")
+            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+
+    def _await_work(self) -> None:
+        with self._arrived:
+            while not (self._waiting or self._prefills or self.batch.sequences):
+                self._arrived.wait()
+
+    def _step(self) -> None:
+        if self._abandoned is not None:
+            self._end_all(self._abandoned)
+        self._drop_cancelled()
+        self._admit()
+        self._read_prompts()
+        self._make_room()
+        if self.batch.sequences:
+            started = time.monotonic()
+            rows = list(self.batch.sequences)
+            self._continue(rows, self.batch.advance())
+            self._leave_finished()
+            self._publish()
+            log.debug("%d rows in %.1f ms", len(rows), 1000 * (time.monotonic() - started))
+        self.metrics.running.set(len(self.batch.sequences) + sum(len(p.sequences) for p in self._prefills))
+        self.metrics.cache_use.set(min(self.batch.cache.cells / self.limits.max_cells, 1.0))
+
+    def _drop_cancelled(self) -> None:
+        with self._arrived:
+            for group in [group for group in self._waiting if all(s.cancelled for s in group)]:
+                self._waiting.remove(group)
+                self._forget(group)
+            self.metrics.waiting.set(len(self._waiting))
+        for prefill in [p for p in self._prefills if all(s.cancelled for s in p.sequences)]:
+            self._prefills.remove(prefill)
+            self._forget(prefill.sequences)
+        for sequence in self.batch.sequences:
+            if sequence.cancelled and not sequence.finished:
+                self._end(Piece(sequence.index, "", (), "abort"), sequence)
+        self._leave_finished()
+
+    def _admit(self) -> None:
+        """Start on prompts while there is room for their rows."""
+        with self._arrived:
+            while self._waiting:
+                group = self._waiting[0]
+                rows = len(self.batch.sequences) + sum(len(p.sequences) for p in self._prefills)
+                longest = max(
+                    len(group[0].tokens) + 1,
+                    self.batch.cache.window.width,
+                    *(len(p.tokens) for p in self._prefills),
+                )
+                taken = rows + len(group)
+                full = taken > self.limits.max_sequences or taken * longest > self.limits.max_cells
+                if full and rows:
+                    return
+                self._waiting.popleft()
+                self._prefills.append(Prefill(group))
+                if not group[0].generated:  # else it was here before
+                    self.metrics.admitted(group[0].generation)
+            self.metrics.waiting.set(len(self._waiting))
+
+    def _read_prompts(self) -> None:
+        budget = self.limits.prefill_tokens
+        while self._prefills and budget > 0:
+            prefill = self._prefills[0]
+            before = prefill.left
+            logits = self.batch.read(prefill, budget)
+            budget -= before - prefill.left
+            if logits is not None:
+                self._prefills.pop(0)
+                self.batch.join(prefill)
+                self._continue(prefill.sequences, logits.expand(len(prefill.sequences), -1))
+                self._leave_finished()
+                self._publish()
+
+    def _make_room(self) -> None:
+        """Send the youngest sequences back to wait when the cache is full; they are read again later."""
+        cache = self.batch.cache
+        while len(self.batch.sequences) > 1 and (
+            cache.window.rows * (cache.window.width + 1) > self.limits.max_cells
+        ):
+            sequence = self.batch.leave(
+                max(
+                    range(len(self.batch.sequences)),
+                    key=lambda row: self.batch.sequences[row].generation.arrived,
+                )
+            )
+            self.metrics.preemptions.inc()
+            with self._arrived:
+                self._waiting.appendleft([sequence])
+
+    def _continue(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Give each sequence its next token."""
+        for sequence, choice in zip(sequences, choose(logits, sequences, self.end_tokens), strict=True):
+            if sequence.cancelled:
+                continue
+            if choice is None:
+                self._end(error_piece(sequence, NOT_FINITE), sequence)
+            else:
+                self._take(sequence, choice)
+
+    def _take(self, sequence: Sequence, choice: Choice) -> None:
+        stopping, token = sequence.stopping, choice.token
+        try:
+            sequence.add(choice)
+        except ValueError as fault:  # the grammar came to an end that no token leads out of
+            self._end(error_piece(sequence, str(fault)), sequence)
+            return
+        self.metrics.token(sequence)
+        enough = sequence.generated >= stopping.min_tokens
+        if enough and token in self.end_tokens and not stopping.ignore_eos:
+            self._finish(sequence, "stop")
+        elif enough and token in stopping.token_ids:
+            self._finish(sequence, "stop", stop_reason=token)
+        else:
+            self._append_text(sequence, sequence.detokenizer.add(token), enough=enough)
+
+    def _append_text(self, sequence: Sequence, added: str, *, enough: bool) -> None:
+        text = sequence.stops.add(added) if enough else added
+        if isinstance(text, Stopped):
+            self._finish(sequence, "stop", text=text.text, stop_reason=text.string, withheld=False)
+        elif sequence.matcher is not None and sequence.matcher.complete:
+            self._finish(sequence, "stop", text=text)
+        elif self._at_limit(sequence):
+            self._finish(sequence, "length", text=text)
+        elif text:
+            self._deliver(sequence, Piece(sequence.index, text, ()))
+
+    def _at_limit(self, sequence: Sequence) -> bool:
+        long = len(sequence.tokens) >= self.limits.max_model_len
+        return long or sequence.generated >= sequence.stopping.max_tokens
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        stop_reason: int | str | None = None,
+        withheld: bool = True,
+    ) -> None:
+        """End a sequence, with the text that was withheld until now."""
+        if withheld and reason != "error":
+            rest = sequence.stops.add(sequence.detokenizer.rest())
+            if isinstance(rest, Stopped):  # completed by a character that was incomplete until now
+                reason, stop_reason, text = "stop", rest.string, text + rest.text
+            else:
+                text += rest + sequence.stops.rest()
+        self._end(Piece(sequence.index, text, (), reason, stop_reason), sequence)
+
+    def _end(self, piece: Piece, sequence: Sequence) -> None:
+        sequence.finished = True
+        reason = piece.finish_reason
+        assert reason is not None
+        self.metrics.finished(sequence, reason)
+        if reason != "abort":
+            self._deliver(sequence, piece)
+        group = self._known.get(sequence.generation.id, [])
+        if all(each.finished or each.cancelled for each in group):
+            self._forget(group)
+
+    def _deliver(self, sequence: Sequence, piece: Piece) -> None:
+        self._outbox.append((sequence.generation, replace(piece, choices=tuple(sequence.pending))))
+        sequence.pending = []
+
+    def _publish(self) -> None:
+        if self._outbox:
+            news, self._outbox = self._outbox, []
+            self.publish(news)
+
+    def _leave_finished(self) -> None:
+        for row in reversed(range(len(self.batch.sequences))):
+            if self.batch.sequences[row].finished:
+                self.batch.leave(row)
+
+    def _forget(self, group: list[Sequence]) -> None:
+        for sequence in group:
+            self._known.pop(sequence.generation.id, None)
+
+    def _fail(self, message: str) -> None:
+        with self._arrived:
+            self.failure = message
+        self._end_all(message)
+        self.metrics.running.set(0)
+
+    def _end_all(self, message: str) -> None:
+        with self._arrived:
+            groups = list(self._known.values())
+            self._waiting.clear()
+        self._prefills.clear()
+        for sequence in [sequence for group in groups for sequence in group if not sequence.finished]:
+            self._end(error_piece(sequence, message), sequence)
+        self._publish()
+        self.metrics.waiting.set(0)
+
+
+def error_piece(sequence: Sequence, message: str) -> Piece:
+    return Piece(sequence.index, "", (), "error", error=message)

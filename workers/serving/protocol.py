@@ -1,0 +1,213 @@
+"""The bodies of requests, as OpenAI documents them and vLLM extends them.
+
+Fields that are not known are accepted and logged: clients send ever new ones. Fields that are known but
+can't be honoured are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+
+Tokens = list[int]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def check_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is needed for the type json_schema")
+        return self
+
+
+class Body(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: str | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[int, Bias] | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    response_format: ResponseFormat | None = None
+    stop_token_ids: Tokens | None = None
+    allowed_token_ids: Annotated[Tokens, Field(min_length=1)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = Field(default=0, ge=0)
+    skip_special_tokens: bool = True
+    user: str | None = None
+    # Known, and not honoured: each must be absent or without effect.
+    prompt_logprobs: None = None
+    bad_words: Annotated[list[str], Field(max_length=0)] | None = None
+    structured_outputs: None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    use_beam_search: Literal[False] | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    @model_validator(mode="after")
+    def check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A turn; roles and further keys are the chat template's affair."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        given = self.model_dump(exclude_unset=True)
+        if isinstance(self.content, list):
+            given["content"] = "\n".join(part.text for part in self.content)
+        return given
+
+
+class ChatRequest(Body):
+    messages: list[Message] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: None = None  # a template is code: only the model's own runs
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if self.continue_final_message and (
+            self.add_generation_prompt or self.messages[-1].role != "assistant"
+        ):
+            raise ValueError(
+                "continue_final_message needs add_generation_prompt to be false and a last assistant message"
+            )
+        names = {tool.function.name for tool in self.tools or ()}
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which tools lacks")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is required, and there are no tools")
+        return self
+
+
+class CompletionRequest(Body):
+    prompt: str | Tokens | list[str] | list[Tokens]
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
+    add_special_tokens: bool = True
+    suffix: Literal[""] | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of must be absent or equal to n")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs is not supported: logprobs of prompts are not computed")
+        return self
+
+    @property
+    def prompts(self) -> list[str | Tokens]:
+        """Each prompt alone."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        single = [each for each in self.prompt if isinstance(each, int)]
+        several = [each for each in self.prompt if not isinstance(each, int)]
+        return [single] if single else [*several]

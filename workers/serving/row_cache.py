@@ -1,0 +1,168 @@
+"""Keys and values of the sequences of a batch: one row each, all ending in the same column.
+
+A sequence of n tokens takes the last n columns of its row, as in a left-padded batch, so every decoder of
+transformers can use it: new tokens of all rows go to one column, and the model makes its masks (causal,
+sliding) from the plain padding mask. Rows double and columns grow in steps; a row that ends is filled by
+the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+COLUMN_STEP = 256
+
+
+@dataclass
+class Window:
+    """The part of the buffers that is in use, shared by all layers."""
+
+    rows: int = 0
+    start: int = 0  # the first column that any row uses
+    end: int = 0  # the column after the last token
+
+    @property
+    def width(self) -> int:
+        return self.end - self.start
+
+
+class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not checked
+    """One layer's keys and values: (rows, heads, columns, head size)."""
+
+    is_sliding = False  # all tokens are kept; the mask of a sliding layer hides the old ones
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = empty_rows(key_states), empty_rows(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_arguments: object, **_options: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write one new token of each row behind its others; all keys and values in use."""
+        rows, start, end = self.window.rows, self.window.start, self.window.end
+        self.keys[:rows, :, end] = key_states[:, :, 0]
+        self.values[:rows, :, end] = value_states[:, :, 0]
+        return self.keys[:rows, :, start : end + 1], self.values[:rows, :, start : end + 1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.width + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.window.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def put(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """A sequence's (heads, tokens, head size) at the end of its row."""
+        columns = slice(self.window.end - keys.shape[1], self.window.end)
+        self.keys[row, :, columns], self.values[row, :, columns] = keys, values
+
+    def move(self, source: int, target: int) -> None:
+        columns = slice(self.window.start, self.window.end)
+        self.keys[target, :, columns] = self.keys[source, :, columns]
+        self.values[target, :, columns] = self.values[source, :, columns]
+
+    def lay_out(self, rows: int, columns: int, end: int) -> None:
+        """Move what is in use into new buffers, so that its last token is before column `end`."""
+        self.keys = self.moved(self.keys, rows, columns, end)
+        self.values = self.moved(self.values, rows, columns, end)
+
+    def moved(self, old: Tensor, rows: int, columns: int, end: int) -> Tensor:
+        # Zeros, not garbage: a masked value is multiplied by 0, and 0 x NaN is NaN.
+        new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+        used = self.window
+        new[: used.rows, :, end - used.width : end] = old[: used.rows, :, used.start : used.end]
+        return new
+
+
+class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
+    """What a model's forward pass reads and extends by one token per row."""
+
+    def __init__(self, max_cells: int) -> None:
+        self.max_cells = max_cells  # spare rows are not made beyond it
+        self.window = Window()
+        self.lengths: list[int] = []  # tokens of each row
+        self.rows_allocated = self.columns_allocated = 0
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *arguments: object, **options: object
+    ) -> tuple[Tensor, Tensor]:
+        return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
+
+    def join(self, prefilled: Cache, length: int) -> None:
+        """Append a row with the `length` tokens of a cache of one sequence."""
+        while len(self.layers) < len(prefilled.layers):
+            layer = RowLayer(self.window)
+            source = prefilled.layers[len(self.layers)]
+            layer.lazy_initialization(source.keys, source.values)
+            self.layers.append(layer)
+        self.reserve(self.window.rows + 1, max(length, self.window.width))
+        row = self.window.rows
+        self.window.rows += 1
+        self.window.start = min(self.window.start, self.window.end - length)
+        self.lengths.append(length)
+        for layer, source in zip(self.layers, prefilled.layers, strict=True):
+            layer.put(row, source.keys[0], source.values[0])
+
+    def leave(self, row: int) -> None:
+        """Drop a row; the last one takes its place."""
+        last = self.window.rows - 1
+        if row != last:
+            for layer in self.layers:
+                layer.move(last, row)
+        self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        self.window.rows = last
+        self.window.start = self.window.end - max(self.lengths, default=0)
+        if last == 0:
+            self.release()
+
+    def release(self) -> None:
+        """Give the memory back: what a burst needed is not kept for ever."""
+        self.window.start = self.window.end = self.rows_allocated = self.columns_allocated = 0
+        for layer in self.layers:
+            layer.lazy_initialization(layer.keys, layer.values)
+
+    def reserve(self, rows: int, width: int) -> None:
+        """Room for `rows` rows of `width` columns and one more."""
+        fits = rows <= self.rows_allocated and width <= self.window.end < self.columns_allocated
+        if fits:
+            return
+        # Tokens can be added until the next multiple of a step, and at least half a step of them.
+        columns = -(-(width + COLUMN_STEP // 2) // COLUMN_STEP) * COLUMN_STEP
+        doubled = 1 << (rows - 1).bit_length()
+        rows = max(rows, min(doubled, self.max_cells // columns), self.window.rows)
+        for layer in self.layers:
+            layer.lay_out(rows, columns, width)
+        self.window.start, self.window.end = width - self.window.width, width
+        self.rows_allocated, self.columns_allocated = rows, columns
+
+    def advance(self) -> None:
+        """After a forward pass: every row has one token more."""
+        self.window.end += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def mask(self, device: torch.device) -> Tensor:
+        """True where a row has a token, the coming one included: bool (rows, columns)."""
+        width = self.window.width + 1
+        first = torch.tensor([width - 1 - length for length in self.lengths])
+        return (torch.arange(width) >= first[:, None]).to(device)
+
+    @property
+    def cells(self) -> int:
+        """Tokens that the rows in use would hold if all were as long as the longest."""
+        return self.window.rows * self.window.width
+
+
+def empty_rows(states: Tensor) -> Tensor:
+    return states.new_zeros(0, states.shape[1], 0, states.shape[3])

@@ -1,0 +1,139 @@
+"""The next token of each sequence of a batch, by each request's own rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Several
+
+import torch
+from torch import Tensor
+
+from workers.serving.requests import Alternative, Choice, Sampling, Sequence
+
+
+def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[int]) -> list[Choice | None]:
+    """One choice for each row of float32 logits (sequences, vocabulary); None where they hold NaN.
+
+    Every sequence draws with a generator of its own, and rows don't touch each other, so what is chosen
+    does not depend on who else is in the batch.
+    """
+    broken = ~torch.isfinite(logits.amax(-1))
+    scores = adjusted(logits, sequences, end_tokens)
+    tokens = draw(scores, sequences).tolist()
+    choices: list[Choice | None] = [Choice(token) for token in tokens]
+    asked = [row for row, sequence in enumerate(sequences) if sequence.sampling.top_logprobs is not None]
+    for row, choice in zip(asked, with_logprobs(logits, sequences, asked, tokens), strict=True):
+        choices[row] = choice
+    if bool(broken.any()):
+        choices = [None if bad else choice for bad, choice in zip(broken.tolist(), choices, strict=True)]
+    return choices
+
+
+def adjusted(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[int]) -> Tensor:
+    """Penalties, biases and bans, in the order of the OpenAI documentation and vLLM."""
+    scores = logits
+    for row, sequence in enumerate(sequences):
+        sampling, stopping = sequence.sampling, sequence.stopping
+        bans = sequence.generated < stopping.min_tokens
+        plain = not (sampling.penalized or sampling.logit_bias or sampling.allowed_token_ids)
+        if plain and not bans and sequence.matcher is None:
+            continue
+        if scores is logits:
+            scores = logits.clone()
+        if sampling.penalized:
+            penalize_(scores[row], sequence)
+        for token, bias in sampling.logit_bias.items():
+            scores[row, token] += bias
+        if bans:
+            scores[row, list(end_tokens | stopping.token_ids)] = -math.inf
+        if sampling.allowed_token_ids:
+            allowed = torch.full_like(scores[row], -math.inf)
+            allowed[list(sampling.allowed_token_ids)] = 0
+            scores[row] += allowed
+        if sequence.matcher is not None:
+            scores[row].masked_fill_(~sequence.matcher.allowed().to(scores.device), -math.inf)
+    return scores
+
+
+def penalize_(scores: Tensor, sequence: Sequence) -> None:
+    """Lower the scores (vocabulary) of tokens that came before, in place.
+
+    As in vLLM: presence and frequency count what was generated; repetition, which divides, the prompt too.
+    """
+    sampling: Sampling = sequence.sampling
+    if sequence.penalties is None:
+        sequence.penalties = scores.new_zeros(2, scores.shape[0])
+        sequence.penalties[1, list(set(sequence.tokens))] = 1
+        for token in sequence.tokens[len(sequence.generation.prompt) :]:
+            sequence.penalties[0, token] += 1
+    counts, seen = sequence.penalties
+    if sampling.repetition_penalty != 1:
+        divided = torch.where(
+            scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
+        )
+        scores.copy_(torch.where(seen.bool(), divided, scores))
+    scores -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+
+
+def draw(scores: Tensor, sequences: Several[Sequence]) -> Tensor:
+    """int64 (sequences)."""
+    tokens = scores.argmax(-1)
+    kinds: dict[bool, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        if not sequence.sampling.greedy:
+            kinds.setdefault(sequence.sampling.truncated, []).append(row)
+    for truncated, rows in kinds.items():
+        chosen = [sequences[row] for row in rows]
+        heat = [sequence.sampling.temperature for sequence in chosen]
+        probabilities = torch.softmax(scores[rows].double() / column(heat, scores), -1)
+        if truncated:
+            probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            probabilities = truncate(probabilities, [sequence.sampling for sequence in chosen])
+            tokens[rows] = order.gather(-1, pick(probabilities, chosen)).squeeze(-1)
+        else:
+            tokens[rows] = pick(probabilities, chosen).squeeze(-1)
+    return tokens
+
+
+def truncate(probabilities: Tensor, samplings: list[Sampling]) -> Tensor:
+    """Zero what min_p, top_k and top_p take away from rows sorted in descending order."""
+    limit = column([sampling.min_p for sampling in samplings], probabilities)
+    kept = torch.where(probabilities < limit * probabilities[:, :1], 0.0, probabilities)
+    size = probabilities.shape[-1]
+    top_k = column([sampling.top_k or size for sampling in samplings], probabilities)
+    kept = torch.where(torch.arange(size, device=kept.device) >= top_k, 0.0, kept)
+    top_p = column([sampling.top_p for sampling in samplings], probabilities)
+    before = kept.cumsum(-1) - kept  # of more probable tokens
+    return torch.where(before >= top_p * kept.sum(-1, keepdim=True), 0.0, kept)
+
+
+def pick(probabilities: Tensor, sequences: list[Sequence]) -> Tensor:
+    """(rows, 1): the column where the cumulative probability passes each sequence's own random number."""
+    sums = probabilities.cumsum(-1)
+    at = column([sequence.random.random() for sequence in sequences], probabilities) * sums[:, -1:]
+    return torch.searchsorted(sums, at, right=True).clamp_(max=probabilities.shape[-1] - 1)
+
+
+def column(values: list[float] | list[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
+def with_logprobs(
+    logits: Tensor, sequences: Several[Sequence], rows: list[int], tokens: list[int]
+) -> list[Choice]:
+    """Choices of some rows with the model's own logprobs, before penalties and temperature."""
+    if not rows:
+        return []
+    logprobs = torch.log_softmax(logits[rows], -1)
+    most = max(sequences[row].sampling.top_logprobs or 0 for row in rows)
+    best = logprobs.topk(min(most, logprobs.shape[-1]), -1)
+    own = logprobs.gather(-1, torch.tensor([[tokens[row]] for row in rows], device=logits.device))
+    choices = []
+    for row, value, values, ids in zip(
+        rows, own[:, 0].tolist(), best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        wanted = sequences[row].sampling.top_logprobs or 0
+        pairs = zip(ids[:wanted], values[:wanted], strict=True)
+        top = tuple(Alternative(token, logprob) for token, logprob in pairs)
+        choices.append(Choice(tokens[row], value, top))
+    return choices

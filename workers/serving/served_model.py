@@ -1,0 +1,268 @@
+"""What the routes see of the model: requests become generations, with the model's own defaults."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from app.core.errors import InvalidRequest, NotFound
+from workers.serving.engine import Engine, News
+from workers.serving.grammar import Grammars, Matcher
+from workers.serving.metrics import Metrics
+from workers.serving.protocol import Body, ChatRequest, CompletionRequest, NamedTool
+from workers.serving.requests import Generation, Piece, Sampling, Stopping
+from workers.serving.tokenization import Tokenization
+
+COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The token ids of a request, and how its text is constrained."""
+
+    ids: list[tuple[int, ...]]
+    max_tokens: int | None
+    top_logprobs: int | None
+    schema: dict[str, Any] | None = None
+    schema_param: str = "response_format"
+
+
+class Answer:
+    """The pieces of all choices of a request, as the engine makes them. Lives in the event loop."""
+
+    def __init__(self, engine: Engine, prompts: list[tuple[int, ...]], choices: int) -> None:
+        self.engine, self.prompts, self.choices = engine, prompts, choices
+        self.id = uuid.uuid4().hex
+        self.ids: list[str] = []
+        self.open = choices
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+
+    def put(self, piece: Piece) -> None:
+        self._pieces.put_nowait(piece)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Until every choice has ended."""
+        while self.open:
+            piece = await self._pieces.get()
+            self.open -= piece.finish_reason is not None
+            yield piece
+
+    def cancel(self) -> None:
+        """Stop what still runs, because nobody listens any more."""
+        for id in self.ids if self.open else ():
+            self.engine.cancel(id)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+
+class ServedModel:
+    """An engine with its tokenizer, under a name."""
+
+    def __init__(self, name: str, engine: Engine, tokenization: Tokenization, metrics: Metrics) -> None:
+        self.name, self.engine, self.tokenization, self.metrics = name, engine, tokenization, metrics
+        self.max_model_len = engine.limits.max_model_len
+        self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
+        given = tokenization.generation_config
+        self.defaults = {key: given[key] for key in SAMPLING_DEFAULTS if given.get(key) is not None}
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on the engine's news are handed over in `loop`."""
+
+        def publish(news: list[News]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(dispatch, news)
+
+        self.engine.publish = publish
+
+    def check_name(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise NotFound(f"the model {name!r} does not exist here", code="model_not_found",
+                           remedy=f"this server has {self.name!r}", param="model")  # fmt: skip
+
+    def chat_prompts(self, request: ChatRequest) -> Prompts:
+        """Renders and encodes; takes time, so it runs in a thread."""
+        text = self.render(request)
+        limit = request.max_completion_tokens or request.max_tokens
+        top = (request.top_logprobs or 0) if request.logprobs else None
+        schema, param = chat_schema(request)
+        ids = tuple(self.tokenization.encode(text, special_tokens=self.tokenization.template.is_default))
+        return Prompts([self.checked(ids, limit)], limit, top, schema, param)
+
+    def render(self, request: ChatRequest) -> str:
+        messages = [message.for_template() for message in request.messages]
+        last = messages[-1].get("content") or ""
+        tools = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
+        given = {
+            key: value for key, value in (request.chat_template_kwargs or {}).items() if key not in RESERVED
+        }
+        text = self.tokenization.template.render(
+            messages,
+            tools=tools if tools and request.tool_choice != "none" else None,
+            documents=None,
+            add_generation_prompt=request.add_generation_prompt,
+            **given,
+        )
+        if request.continue_final_message and last.strip() in text:
+            text = text[: text.rindex(last.strip()) + len(last.strip())]
+        return text
+
+    def completion_prompts(self, request: CompletionRequest) -> Prompts:
+        prompts: list[tuple[int, ...]] = []
+        limit = request.max_tokens or COMPLETION_TOKENS
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                prompt = self.tokenization.encode(prompt, special_tokens=request.add_special_tokens)
+            prompts.append(self.checked(tuple(prompt), limit if request.max_tokens else None))
+        if not prompts:
+            raise InvalidRequest("prompt holds no prompt", param="prompt", remedy="give text or tokens")
+        schema = format_schema(request)
+        return Prompts(prompts, limit, request.logprobs, schema)
+
+    def checked(self, ids: tuple[int, ...], max_tokens: int | None) -> tuple[int, ...]:
+        """Raises InvalidRequest for a prompt that does not fit."""
+        if not ids:
+            raise InvalidRequest("the prompt has no tokens", param="prompt", remedy="give text or tokens")
+        if not all(0 <= token < self.tokenization.vocabulary for token in ids):
+            raise InvalidRequest(
+                f"the prompt holds a token outside of 0..{self.tokenization.vocabulary - 1}",
+                param="prompt", remedy="use this model's tokenizer",
+            )  # fmt: skip
+        if len(ids) + (max_tokens or 1) > self.max_model_len:
+            asked = f" and {max_tokens} were asked for" if max_tokens else ""
+            raise InvalidRequest(
+                f"this model's maximum context length is {self.max_model_len} tokens; "
+                f"the prompt has {len(ids)}{asked}",
+                code="context_length_exceeded", param="messages",
+                remedy="shorten the prompt or lower max_tokens",
+            )  # fmt: skip
+        return ids
+
+    def start(self, request: Body, prompts: Prompts) -> Answer:
+        """Hand all choices to the engine. Raises QueueFull or Unavailable, and then nothing runs."""
+        n = request.n or 1
+        sampling = self.sampling(request, prompts)
+        matcher = self.matcher(prompts)
+        answer = Answer(self.engine, prompts.ids, n * len(prompts.ids))
+        generations = [
+            Generation(
+                id=f"{answer.id}-{place}", prompt=ids, sampling=sampling, n=n, matcher=matcher,
+                stopping=self.stopping(request, prompts, len(ids)),
+                deliver=lambda piece, first=place * n: answer.put(shifted(piece, first)),  # type: ignore[misc]
+                skip_special_tokens=request.skip_special_tokens,
+            )
+            for place, ids in enumerate(prompts.ids)
+        ]  # fmt: skip
+        answer.ids = [generation.id for generation in generations]
+        try:
+            for generation in generations:
+                self.engine.submit(generation)
+        except Exception:
+            answer.cancel()
+            raise
+        return answer
+
+    def sampling(self, request: Body, prompts: Prompts) -> Sampling:
+        def chosen(name: str, otherwise: float) -> Any:
+            given = getattr(request, name)
+            return given if given is not None else self.defaults.get(name, otherwise)
+
+        biased = [*(request.logit_bias or {}), *(request.allowed_token_ids or ())]
+        if any(not 0 <= token < self.tokenization.vocabulary for token in biased):
+            raise InvalidRequest(
+                f"a token id is outside of the vocabulary 0..{self.tokenization.vocabulary - 1}",
+                param="logit_bias" if request.logit_bias else "allowed_token_ids",
+                remedy="use this model's tokens",
+            )  # fmt: skip
+        return Sampling(
+            temperature=chosen("temperature", 1.0),
+            top_p=chosen("top_p", 1.0),
+            top_k=max(chosen("top_k", 0), 0),
+            min_p=chosen("min_p", 0.0),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=chosen("repetition_penalty", 1.0),
+            logit_bias=request.logit_bias or {},
+            allowed_token_ids=tuple(request.allowed_token_ids or ()),
+            seed=request.seed,
+            top_logprobs=prompts.top_logprobs,
+        )
+
+    def stopping(self, request: Body, prompts: Prompts, length: int) -> Stopping:
+        room = self.max_model_len - length
+        return Stopping(
+            max_tokens=min(prompts.max_tokens or room, room),
+            min_tokens=request.min_tokens,
+            strings=request.stop_strings,
+            token_ids=frozenset(request.stop_token_ids or ()),
+            ignore_eos=request.ignore_eos,
+            include_string=request.include_stop_str_in_output,
+        )
+
+    def matcher(self, prompts: Prompts) -> Matcher | None:
+        if prompts.schema is None:
+            return None
+        with self._grammars_lock:
+            if self._grammars is None:
+                tokenization = self.tokenization
+                self._grammars = Grammars(
+                    tokenization.to_json(), tokenization.vocabulary, sorted(tokenization.end_tokens)
+                )
+        return self._grammars.json_schema(prompts.schema, prompts.schema_param)
+
+
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def shifted(piece: Piece, by: int) -> Piece:
+    """A prompt's choice numbered among those of all prompts."""
+    if by == 0:
+        return piece
+    return Piece(
+        piece.index + by, piece.text, piece.choices, piece.finish_reason, piece.stop_reason, piece.error
+    )
+
+
+def dispatch(news: list[News]) -> None:
+    for generation, piece in news:
+        generation.deliver(piece)
+
+
+def format_schema(request: Body) -> dict[str, Any] | None:
+    """The JSON schema that the text must keep to."""
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    return wanted.json_schema.json_schema if wanted.json_schema else ANY_OBJECT
+
+
+def chat_schema(request: ChatRequest) -> tuple[dict[str, Any] | None, str]:
+    """The schema of the text, or of the call that tool_choice demands; and which field says so."""
+    parameters = {tool.function.name: tool.function.parameters or ANY_OBJECT for tool in request.tools or ()}
+    if isinstance(request.tool_choice, NamedTool):
+        return parameters[request.tool_choice.function.name], "tools"
+    if request.tool_choice == "required":
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": schema},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for name, schema in parameters.items()
+        ]
+        return {"anyOf": calls}, "tools"
+    return format_schema(request), "response_format"
+
+
+def unknown_fields(body: Body) -> list[str]:
+    """Names that were accepted without effect."""
+    return sorted(body.model_extra or {})
