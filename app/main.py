@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 
 from app.api import (
     artifacts,
+    audit,
     dashboard,
     errors,
     estimates,
@@ -19,28 +19,38 @@ from app.api import (
     keys,
     operations,
     sessions,
+    tenants,
     webhooks,
     workers,
 )
+from app.api.audit import AuditTrail
 from app.api.dependencies import Services
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
 from app.core.artifact_store import ArtifactStore
+from app.core.audit import AuditLog
 from app.core.changes import ChangeListener
 from app.core.idempotency import IdempotencyKeys
 from app.core.janitor import Janitor, JanitorThread
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
+from app.core.limits import TenantLimits
 from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
 from app.core.outgoing import OutgoingGuard
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
+from app.core.reuse import ReuseIndex, package_version
 from app.core.security import KeyStore, bootstrap_key
 from app.core.settings import Settings
 from app.core.webhook_sender import WebhookSender, WebhookThread
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
+
+ROUTES = (
+    *(jobs, events, webhooks, estimates, artifacts, workers),
+    *(keys, tenants, audit, sessions, operations),
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -57,26 +67,20 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Nibble",
         summary="Quantizes language models.",
-        version=service_version(),
+        version=package_version(),
         lifespan=lifespan,
         docs_url=None,  # the interactive pages load their scripts from elsewhere
         redoc_url=None,
     )
     errors.install(app)
-    for module in (jobs, events, estimates, artifacts, workers, webhooks, keys, sessions, operations):
+    for module in ROUTES:
         app.include_router(module.router)
     dashboard.install(app)
+    app.add_middleware(AuditTrail)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
     app.add_middleware(RequestRecord, metrics=metrics)
     return app
-
-
-def service_version() -> str:
-    try:
-        return version("nibble")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "0"
 
 
 def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Services:
@@ -96,6 +100,9 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
         objects=objects,
         artifacts=ArtifactStore(objects),
         keys=KeyStore(redis),
+        limits=TenantLimits(redis, settings),
+        audit=AuditLog(redis),
+        reuse=ReuseIndex(redis, objects),
         logins=LoginLinks(redis),
         deliveries=DeliveryStore(redis),
         webhook_secrets=WebhookSecrets(redis),

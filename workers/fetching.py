@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +17,9 @@ from typing import IO
 from pydantic import ValidationError
 
 from app.core.model_source import LocalModel, ModelFiles, inspect_model, model_digest, open_model
+from app.core.reuse import text_key
 from app.core.settings import Settings
-from app.core.specs import Frozen, TextSpec
+from app.core.specs import Frozen, JobSpec, TextSpec
 from app.core.text_source import is_remote, open_text
 
 PIECE = 1 << 22
@@ -113,11 +113,31 @@ def fetch_text(spec: TextSpec, settings: Settings, dest: Path, on_bytes: OnBytes
     return target
 
 
+class FetchedTexts(Frozen):
+    """A job's texts on this host. A text that needs no file has none."""
+
+    calibration: Path | None
+    evaluation: Path | None
+    calibration_digest: str
+    evaluation_digest: str
+
+
+def fetch_texts(spec: JobSpec, settings: Settings, folder: Path, on_bytes: OnBytes) -> FetchedTexts:
+    calibration = fetch_text(spec.calibration, settings, folder / "calibration", on_bytes)
+    evaluation = fetch_text(spec.evaluation, settings, folder / "evaluation", on_bytes)
+    return FetchedTexts(
+        calibration=calibration,
+        evaluation=evaluation,
+        calibration_digest=text_digest(spec.calibration, calibration, on_bytes),
+        evaluation_digest=text_digest(spec.evaluation, evaluation, on_bytes),
+    )
+
+
 def text_digest(spec: TextSpec, file: Path | None, on_bytes: OnBytes) -> str:
     """What identifies the text of a spec: its content, or the name of a bundled set."""
     if file is not None:
         return file_sha256(file, on_bytes)
-    return hashlib.sha256(json.dumps([spec.source, spec.texts]).encode()).hexdigest()
+    return text_key(spec)
 
 
 def file_sha256(path: Path, on_bytes: OnBytes) -> str:

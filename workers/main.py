@@ -21,8 +21,10 @@ from app.core.device_profile import DeviceProfile
 from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
+from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
+from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.worker_registry import WorkerRecord
 from workers.queue_worker import QueueWorker
@@ -138,14 +140,17 @@ def serve(
 
     def context() -> WorkerContext:
         redis = connect(redis_url)
+        objects = ObjectStore(settings.object_store_url)
         return WorkerContext(
             settings=settings,
             store=JobStore(redis),
             queue=JobQueue(redis, limit=settings.queue_limit),
-            objects=ObjectStore(settings.object_store_url),
+            objects=objects,
             name=record.name,
             device=record.device,
             shutdown=shutdown,
+            reuse=ReuseIndex(redis, objects),
+            limits=TenantLimits(redis, settings),
             profile=record.profile,
             child_module=child_module,
         )

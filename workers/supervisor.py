@@ -44,12 +44,14 @@ from app.core.job_changes import failed, requeued
 from app.core.job_child import CHILD_MODULE, JobChild
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
+from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
+from app.core.reuse import Contents, Made, ReuseIndex, fingerprint
 from app.core.settings import Settings
 from app.core.storage_keys import checkpoint_prefix, report_key
 from workers.checkpoints import CheckpointMirror, checkpoint_key
-from workers.fetching import FetchedModel, ModelCache, fetch_text, text_digest
-from workers.publication import Publication, inside, published_before
+from workers.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
+from workers.publication import Publication, inside, published_before, read_manifest
 from workers.watch import Stopped, StopReason, Watch
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class WorkerContext:
     name: str
     device: str
     shutdown: threading.Event
+    reuse: ReuseIndex
+    limits: TenantLimits
     profile: DeviceProfile | None = None
     child_module: str = CHILD_MODULE
 
@@ -98,6 +102,7 @@ class Attempt:
         self._job = job
         self._watch = watch
         self._work_folder = context.settings.scratch_dir / f"{job.id}-{job.attempt}"
+        self._fingerprint: str | None = None
         self._fraction = 0.0
         self._written = 0.0
 
@@ -126,35 +131,53 @@ class Attempt:
             shutil.rmtree(older, ignore_errors=True)
         self._work_folder.mkdir(parents=True, mode=0o700)
 
-    def _execute(self) -> tuple[str, ...]:
+    def _execute(self) -> Made:
         before = published_before(self._context.objects, self._job)
         if before is not None:
             self._event("note", {"code": "already_published", "message": "an earlier attempt had published"})
-            return before
+            return Made(job=self._job.id, artifacts=before)
         self._set_stage(Stage.FETCHING)
         model = self._fetch_model()
-        assignment, mirror = self._prepare(model)
+        texts = fetch_texts(self._job.spec, self._context.settings, self._work_folder, self._watch.on_bytes)
+        made = self._made_before(model, texts)
+        if made is not None:
+            return made
+        assignment, mirror = self._prepare(model, texts)
         finished = self._run_child(assignment, mirror)
         self._set_stage(Stage.PUBLISHING)
         publication = Publication(
             self._context.objects, self._job, model_digest=model.digest, work_folder=self._work_folder
         )
-        return publication.publish(finished, check=self._watch.check, before_commit=self._check_lease)
+        artifacts = publication.publish(finished, check=self._watch.check, before_commit=self._check_lease)
+        return Made(job=self._job.id, artifacts=artifacts)
+
+    def _made_before(self, model: FetchedModel, texts: FetchedTexts) -> Made | None:
+        """What another job has made of the same contents, unless this one shall compute again."""
+        contents = Contents(
+            model=model.digest, calibration=texts.calibration_digest, evaluation=texts.evaluation_digest
+        )
+        self._fingerprint = fingerprint(self._job.spec, contents)
+        if self._job.spec.force:
+            return None
+        made = self._context.reuse.find(self._job.tenant, self._fingerprint)
+        if made is not None:
+            self._check_lease()
+            self._context.reuse.copy_report(made, self._job.id)
+            self._event("note", {"code": "reused", "message": f"{made.job} has made this before"})
+        return made
 
     def _fetch_model(self) -> FetchedModel:
         settings = self._context.settings
         cache = ModelCache(settings.state_dir / "cache" / "models", settings)
         return cache.fetch(self._job.spec.model, self._watch.on_bytes)
 
-    def _prepare(self, model: FetchedModel) -> tuple[Assignment, CheckpointMirror]:
-        """The texts and the checkpoints of earlier attempts in place, and the child's assignment."""
-        settings, spec, on_bytes = self._context.settings, self._job.spec, self._watch.on_bytes
-        calibration = fetch_text(spec.calibration, settings, self._work_folder / "calibration", on_bytes)
-        evaluation = fetch_text(spec.evaluation, settings, self._work_folder / "evaluation", on_bytes)
+    def _prepare(self, model: FetchedModel, texts: FetchedTexts) -> tuple[Assignment, CheckpointMirror]:
+        """The checkpoints of earlier attempts in place, and the child's assignment."""
+        settings = self._context.settings
         key = checkpoint_key(
             self._job,
             model=model.digest,
-            text=text_digest(spec.calibration, calibration, on_bytes),
+            text=texts.calibration_digest,
             device=self._context.device,
         )
         mirror = CheckpointMirror(self._context.objects, self._job, key, self._work_folder)
@@ -162,12 +185,12 @@ class Attempt:
         if restored:
             self._event("resumed", {"attempt": self._job.attempt, "checkpoints": restored})
         assignment = Assignment(
-            spec=spec,
+            spec=self._job.spec,
             model_folder=model.folder,
             model_name=model.name,
             model_digest=model.digest,
-            calibration_file=calibration,
-            evaluation_file=evaluation,
+            calibration_file=texts.calibration,
+            evaluation_file=texts.evaluation,
             work_folder=self._work_folder,
             device=self._context.device,
             kernel_backend=settings.kernel_backend,
@@ -237,15 +260,26 @@ class Attempt:
         progress = Progress(**message.model_dump(exclude={"kind", "fraction"}), fraction=self._fraction)
         self._update(lambda job: job.model_copy(update={"progress": progress}))
 
-    def _succeed(self, artifacts: tuple[str, ...]) -> None:
+    def _succeed(self, made: Made) -> None:
+        reused_from = made.job if made.job != self._job.id else None
+        changes = {"artifacts": made.artifacts, "reused_from": reused_from}
         # The commit point is passed: a request to stop that arrives now comes too late.
         self._update(
-            lambda job: transition(
-                job, JobState.SUCCEEDED, artifacts=artifacts, progress=Progress(fraction=1.0)
-            ),
+            lambda job: transition(job, JobState.SUCCEEDED, progress=Progress(fraction=1.0), **changes),
             stoppable=False,
         )
         self._drop_checkpoints()
+        self._note_made(made)
+
+    def _note_made(self, made: Made) -> None:
+        """For later jobs of the same contents, and for the tenant's quota."""
+        tenant, context = self._job.tenant, self._context
+        for known in filter(None, (self._job.fingerprint, self._fingerprint)):
+            context.reuse.note(tenant, known, made)
+        for artifact_id in made.artifacts:
+            manifest = read_manifest(context.objects, artifact_id)
+            if manifest is not None:
+                context.limits.add_artifact(tenant, artifact_id, manifest.size)
 
     def _fail(self, fault: NibbleError) -> None:
         # Its checkpoints stay: a retry of the job goes on from them.

@@ -60,6 +60,7 @@ def read_artifact(artifact_id: str, services: ServicesParam, principal: Artifact
 def delete_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsWriter) -> None:
     """Remove an artifact and its files."""
     services.artifacts.delete(principal.tenant, artifact_id)
+    services.limits.remove_artifact(principal.tenant, artifact_id)
 
 
 @router.head("/{artifact_id}/files/{path:path}", include_in_schema=False)

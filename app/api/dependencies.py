@@ -12,13 +12,16 @@ from redis import Redis
 
 from app.api.metrics import Metrics
 from app.core.artifact_store import ArtifactStore
+from app.core.audit import AuditLog
 from app.core.changes import ChangeListener
 from app.core.errors import Forbidden, Unauthenticated
 from app.core.idempotency import IdempotencyKeys
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
+from app.core.limits import TenantLimits
 from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
+from app.core.reuse import ReuseIndex
 from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
 from app.core.webhooks import DeliveryStore, WebhookSecrets
@@ -37,6 +40,9 @@ class Services:
     objects: ObjectStore
     artifacts: ArtifactStore
     keys: KeyStore
+    limits: TenantLimits
+    audit: AuditLog
+    reuse: ReuseIndex
     logins: LoginLinks
     deliveries: DeliveryStore
     webhook_secrets: WebhookSecrets
@@ -55,10 +61,19 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 bearer = HTTPBearer(auto_error=False, description="An API key: nib_<id>_<secret>")
 
 
-def authenticated(
-    request: Request,
-    services: ServicesParam,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+
+
+def authenticated(request: Request, services: ServicesParam, credentials: Credentials) -> Principal:
+    """Who calls. Counts the request against the tenant's rate."""
+    principal = identified(request, services, credentials)
+    request.state.principal = principal  # for the audit log and the logs
+    services.limits.count_request(principal.tenant)
+    return principal
+
+
+def identified(
+    request: Request, services: Services, credentials: HTTPAuthorizationCredentials | None
 ) -> Principal:
     """Who calls, by the API key in the header, else by the cookie of a browser's session."""
     if credentials is not None:
@@ -91,6 +106,7 @@ def holder_of(scope: Scope) -> Callable[[Principal], Principal]:
 
 
 Caller = Annotated[Principal, Depends(authenticated)]
+Operator = Annotated[Principal, Depends(holder_of(Scope.OPERATOR))]
 Admin = Annotated[Principal, Depends(holder_of(Scope.ADMIN))]
 JobsReader = Annotated[Principal, Depends(holder_of(Scope.JOBS_READ))]
 JobsWriter = Annotated[Principal, Depends(holder_of(Scope.JOBS_WRITE))]

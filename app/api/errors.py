@@ -27,6 +27,7 @@ STATUS: dict[type[errors.NibbleError], int] = {
     errors.Conflict: 409,
     errors.QueueFull: 429,
     errors.QuotaExceeded: 429,
+    errors.RateLimited: 429,
     errors.Unavailable: 503,
     errors.NibbleError: 500,
 }
@@ -103,6 +104,8 @@ def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
 
 def on_nibble_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.NibbleError)
+    if isinstance(error, errors.RateLimited):
+        return problem(error, headers={"Retry-After": str(error.retry_after_s)})
     return problem(error)
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from app.api.dependencies import Services
 from app.core.errors import NotFound
 from app.core.ids import new_id
-from app.core.job import Job
+from app.core.job import Job, JobState, Progress
+from app.core.reuse import Made
 from app.core.specs import JobSpec
-from app.core.submission import check_submission
+from app.core.submission import CheckedSubmission, check_submission
 
 
 class Creation(NamedTuple):
@@ -24,7 +25,7 @@ def create_job(services: Services, tenant: str, spec: JobSpec, *, idempotency_ke
         earlier = earlier_job(services, tenant, spec, idempotency_key)
         if earlier is not None:
             return Creation(earlier, is_new=False)
-    services.queue.require_room()
+    require_room(services, tenant)
     checked = check_submission(spec, services.settings)
     # Claimed only now: a refused body must not use up its key.
     job_id = (
@@ -32,23 +33,43 @@ def create_job(services: Services, tenant: str, spec: JobSpec, *, idempotency_ke
         if idempotency_key is not None
         else new_id("job")
     )
-    return record_job(
-        services, Job(id=job_id, tenant=tenant, spec=checked.spec, created_at=datetime.now(UTC))
+    return record_job(services, checked, new_job(checked, job_id, tenant))
+
+
+def new_job(checked: CheckedSubmission, job_id: str, tenant: str) -> Job:
+    return Job(
+        id=job_id,
+        tenant=tenant,
+        spec=checked.spec,
+        created_at=datetime.now(UTC),
+        fingerprint=checked.fingerprint,
     )
+
+
+def require_room(services: Services, tenant: str) -> None:
+    """Raises QueueFull or QuotaExceeded. The limit of active jobs is kept when the job is recorded."""
+    services.queue.require_room()
+    services.limits.require_storage(tenant)
 
 
 def retry_job(services: Services, job: Job) -> Creation:
     """A new job with the spec of one that has ended."""
-    services.queue.require_room()
+    require_room(services, job.tenant)
     checked = check_submission(job.spec, services.settings)
-    again = Job(
-        id=new_id("job"),
-        tenant=job.tenant,
-        spec=checked.spec,
-        created_at=datetime.now(UTC),
-        retry_of=job.id,
+    again = new_job(checked, new_id("job"), job.tenant).model_copy(update={"retry_of": job.id})
+    return record_job(services, checked, again)
+
+
+def reusing(job: Job, made: Made) -> Job:
+    return job.model_copy(
+        update={
+            "state": JobState.SUCCEEDED,
+            "artifacts": made.artifacts,
+            "reused_from": made.job,
+            "progress": Progress(fraction=1.0),
+            "finished_at": datetime.now(UTC),
+        }
     )
-    return record_job(services, again)
 
 
 def earlier_job(services: Services, tenant: str, spec: JobSpec, key: str) -> Job | None:
@@ -61,10 +82,17 @@ def earlier_job(services: Services, tenant: str, spec: JobSpec, key: str) -> Job
         return None
 
 
-def record_job(services: Services, job: Job) -> Creation:
-    """Record, then queue: if this process dies in between, a janitor queues the job."""
-    is_new = services.jobs.create(job)
-    if is_new:
-        services.queue.enqueue(job)
+def record_job(services: Services, checked: CheckedSubmission, job: Job) -> Creation:
+    """Record, then queue: if this process dies in between, a janitor queues the job.
+
+    What was made before is not made again: the job has succeeded as it is recorded.
+    """
+    made = None if job.spec.force else services.reuse.find(job.tenant, checked.fingerprint)
+    if made is not None:
+        services.reuse.copy_report(made, job.id)
+        job = reusing(job, made)
+    if services.jobs.create(job, most_active=services.limits.of(job.tenant).active_jobs):
+        if not job.is_terminal:
+            services.queue.enqueue(job)
         return Creation(job, is_new=True)
     return Creation(services.jobs.get(job.tenant, job.id), is_new=False)

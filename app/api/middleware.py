@@ -33,6 +33,7 @@ class RequestRecord:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
         status = 500
 
         async def send_marked(message: Message) -> None:

@@ -30,6 +30,7 @@ class JobView(BaseModel):
     error: Problem | None
     artifacts: tuple[str, ...]
     retry_of: str | None
+    reused_from: str | None
     links: dict[str, str]
 
     @classmethod
@@ -53,6 +54,7 @@ class JobView(BaseModel):
             error=job.error,
             artifacts=job.artifacts,
             retry_of=job.retry_of,
+            reused_from=job.reused_from,
             links=links,
         )
 

@@ -12,6 +12,7 @@
     ├── Conflict                the state of the resource does not allow it
     ├── QueueFull               no room for another job
     ├── QuotaExceeded           the tenant has used up what it may use
+    ├── RateLimited             the tenant sends more requests than it may
     ├── Unavailable             Redis or object storage does not answer
     └── JobFault                a job that was accepted ends without a result
         ├── Cancelled           its owner asked for it
@@ -97,6 +98,14 @@ class QueueFull(NibbleError):
 
 class QuotaExceeded(NibbleError):
     code = "quota_exceeded"
+
+
+class RateLimited(NibbleError):
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, remedy: str, retry_after_s: int) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(NibbleError):

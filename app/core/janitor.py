@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from app.core.errors import Conflict, NotFound, WorkerLost
 from app.core.job import Job, JobState, transition
-from app.core.job_changes import failed, requeued
+from app.core.job_changes import failed, overdue, requeued
 from app.core.job_queue import JobQueue, Place, entry_id
 from app.core.job_store import JobStore
 
@@ -42,6 +42,8 @@ class Janitor:
         self._queue.sweep()
         moving: set[str] = set()
         for job in self._jobs(JobState.QUEUED):
+            if self._fail_overdue(job):
+                continue
             if self._check_entry(job) is Place.MOVING:
                 moving.add(entry_id(job))
         self._moving = moving
@@ -92,6 +94,21 @@ class Janitor:
                 "then retry the job",
             ),
         )
+
+    def _fail_overdue(self, seen: Job) -> bool:
+        """End a job that waited too long for its first start; True if it has ended."""
+        limit_s = seen.spec.queue_timeout_s
+        if limit_s is None or seen.attempt > 0 or self._store.age_s(seen.id) <= limit_s:
+            return False
+        try:
+            job = self._store.update(seen.id, overdue)
+        except (Conflict, NotFound) as fault:
+            log.info("job %s changed while it was looked at: %s", seen.id, fault)
+            return True
+        if job.state is JobState.FAILED:
+            self._queue.remove(seen)
+            self._report("failed", "it waited too long for a worker", seen)
+        return True
 
     def _check_entry(self, job: Job) -> Place:
         """Queue a waiting job again whose entry is gone."""

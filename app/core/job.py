@@ -80,6 +80,8 @@ class Job(Frozen):
     error: Problem | None = None
     artifacts: tuple[str, ...] = ()
     retry_of: str | None = None
+    fingerprint: str | None = None  # of its contents, as far as submission could see
+    reused_from: str | None = None  # the job that has made its artifacts
 
     @property
     def is_terminal(self) -> bool:

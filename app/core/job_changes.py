@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from app.core.errors import Conflict, NibbleError
+from app.core.errors import Conflict, DeadlineExceeded, NibbleError
 from app.core.job import Job, JobState, Problem, Progress, transition
 
 
@@ -32,6 +32,20 @@ def claimed(job: Job, attempt: int, worker: str) -> Job:
 def requeued(job: Job) -> Job:
     """The job back in its queue, after the worker of its attempt was lost."""
     return transition(job, JobState.QUEUED, stage=None, progress=Progress(), worker=None)
+
+
+def overdue(job: Job) -> Job:
+    """The job failed, because no worker began it in time; unchanged if one has."""
+    if job.state is not JobState.QUEUED or job.attempt > 0:
+        return job
+    return failed(
+        job,
+        DeadlineExceeded(
+            f"it waited longer than {job.spec.queue_timeout_s} s for a worker",
+            code="queue_deadline_exceeded",
+            remedy="raise queue_timeout_s, or have workers started; GET /v1/workers lists those that live",
+        ),
+    )
 
 
 def failed(job: Job, error: NibbleError) -> Job:

@@ -276,6 +276,13 @@ class JobStore:
         """The ids of all tenants' jobs in `state`, oldest first."""
         return sorted(job_id.decode() for job_id in self._redis.smembers(state_key(state)))
 
+    def age_s(self, job_id: str) -> float:
+        """Seconds since the job was recorded, by the clock of Redis: those of hosts may jump."""
+        first = self._redis.xrange(events_key(job_id), count=1)
+        seconds, microseconds = self._redis.time()
+        created_s = int(first[0][0].partition(b"-")[0]) / 1000 if first else seconds
+        return float(seconds + microseconds / 1e6 - created_s)
+
     def counts(self) -> dict[JobState, int]:
         pipe = self._redis.pipeline(transaction=False)
         for state in JobState:

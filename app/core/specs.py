@@ -202,6 +202,8 @@ class JobSpec(Frozen):
     priority: Literal["high", "normal", "low"] = "normal"
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=32)
     timeout_s: int = Field(default=14400, ge=1, le=7 * 24 * 3600)
+    queue_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # waiting for its first start
+    force: bool = False  # compute also what was computed before
     webhook: WebhookSpec | None = None
 
     @field_validator("formats")

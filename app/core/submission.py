@@ -13,6 +13,7 @@ from app.core.errors import TextRefused
 from app.core.model_source import HubModel, inspect_model, open_model
 from app.core.outgoing import DestinationRefused, OutgoingGuard
 from app.core.plan import Plan, plan_job
+from app.core.reuse import Contents, fingerprint, text_key
 from app.core.settings import Settings
 from app.core.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
 from app.core.text_source import is_remote, open_text
@@ -28,6 +29,7 @@ class CheckedSubmission(Frozen):
     spec: JobSpec
     plan: Plan
     download_bytes: int
+    fingerprint: str
 
 
 def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
@@ -40,16 +42,19 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     headers = inspect_model(files)
     plan = plan_job(spec, headers.config, headers.tensors)
-    pinned = {
-        "calibration": pinned_text(spec.calibration, settings, param="calibration"),
-        "evaluation": pinned_text(spec.evaluation, settings, param="evaluation"),
-        # Other sources have no versions to name: their reference stays as it was written.
-        "model": files.name if isinstance(files, HubModel) else spec.model,
-    }
+    calibration, calibration_key = pinned_text(spec.calibration, settings, param="calibration")
+    evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")
+    # Other sources have no versions to name: their reference stays as it was written.
+    model = files.name if isinstance(files, HubModel) else spec.model
+    pinned = {"calibration": calibration, "evaluation": evaluation, "model": model}
+    contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
     require_length(spec.calibration, spec.calibration.sequence_length, param="calibration.texts")
     require_length(spec.evaluation, spec.calibration.sequence_length, param="evaluation.texts")
     return CheckedSubmission(
-        spec=spec.model_copy(update=pinned), plan=plan, download_bytes=sum(headers.files.values())
+        spec=spec.model_copy(update=pinned),
+        plan=plan,
+        download_bytes=sum(headers.files.values()),
+        fingerprint=fingerprint(spec, contents),
     )
 
 
@@ -66,8 +71,11 @@ def check_webhook(url: str, settings: Settings) -> None:
         ) from fault
 
 
-def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> TextSpecT:
-    """The spec with a hub dataset at its commit. Raises TextRefused if its source does not exist."""
+def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[TextSpecT, str]:
+    """The spec with a hub dataset at its commit, and a key of the text's content.
+
+    Raises TextRefused if its source does not exist.
+    """
     if not is_remote(spec.source):
         if spec.texts is None and spec.source not in BUILTIN_TEXTS:
             raise TextRefused(
@@ -76,16 +84,17 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> TextSpecT
                 remedy=f"use {', '.join(BUILTIN_TEXTS)}, a file:// or s3:// jsonl file, or inline texts",
                 param=f"{param}.dataset",
             )
-        return spec
+        return spec, text_key(spec)
     try:
         text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     except TextRefused as fault:
         fault.param = fault.param or f"{param}.dataset"
         raise
+    key = f"{text.files.content_key()}/{text.path}"
     if not isinstance(text.files, HubModel):
-        return spec
+        return spec, key
     pinned = f"hf:{text.files.repository}/{text.path}@{text.files.commit}"
-    return spec.model_copy(update={"dataset": pinned})
+    return spec.model_copy(update={"dataset": pinned}), key
 
 
 def require_length(spec: TextSpec, sequence_length: int, *, param: str) -> None:

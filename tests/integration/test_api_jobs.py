@@ -33,7 +33,7 @@ def test_a_submitted_job_is_recorded_and_queued(service: Service) -> None:
 def test_a_job_has_the_fields_of_the_contract(service: Service) -> None:
     assert list(service.submit()) == [
         "object", "id", "state", "stage", "progress", "attempt", "created_at", "started_at", "finished_at",
-        "spec", "labels", "error", "artifacts", "retry_of", "links",
+        "spec", "labels", "error", "artifacts", "retry_of", "reused_from", "links",
     ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def operations(service: Service) -> Iterator[tuple[str, str]]:
 
 def called(service: Service, key: str | None, method: str, template: str) -> int:
     path = template.format(job_id=new_id("job"), artifact_id=new_id("art"), path="x", key_id="0" * 16,
-                           delivery_id="msg_x")  # fmt: skip
+                           delivery_id="msg_x", tenant="default")  # fmt: skip
     body = {"model": MODEL} if method == "POST" else None
     with service.client_with(key) as client:
         return client.request(method, path, json=body).status_code
@@ -89,7 +89,7 @@ def test_another_tenants_id_is_404_on_every_route(service: Service) -> None:
     service.objects.put(f"reports/{job_id}.json", b"{}")
     artifact = service.publish(job_id, {"a": b"1"})
     own = {"job_id": job_id, "artifact_id": artifact.id, "path": "a", "key_id": key_id(ADMIN_KEY),
-           "delivery_id": "msg_x"}  # fmt: skip
+           "delivery_id": "msg_x", "tenant": "default"}  # fmt: skip
     routes = [(method, path) for method, path in operations(service) if "{" in path]
     with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
         statuses = {
@@ -99,6 +99,8 @@ def test_another_tenants_id_is_404_on_every_route(service: Service) -> None:
         assert client.get("/v1/jobs").json()["data"] == []
         assert client.get("/v1/artifacts").json()["data"] == []
     assert len(statuses) >= 10
+    # Refused before anything is looked up: the scope is the operator's.
+    assert statuses.pop("PUT /v1/tenants/{tenant}/limits") == 403
     assert set(statuses.values()) == {404}, statuses
     assert service.client.get(f"/v1/artifacts/{artifact.id}/files/a").content == b"1"
 

@@ -24,6 +24,7 @@ SPEC = {
     "calibration": CalibrationSpec(num_samples=8, sequence_length=128),
     "evaluation": EvaluationSpec(num_samples=4),
     "formats": ("awq", "compressed-tensors"),
+    "force": True,
 }
 
 

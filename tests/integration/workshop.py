@@ -20,7 +20,9 @@ from app.core.janitor import Janitor
 from app.core.job import Job
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
+from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
+from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.specs import FormatName, JobSpec
 from workers.publication import read_manifest
@@ -43,6 +45,7 @@ class Workshop:
             "cancel_grace_s": 1,
         }
         self.settings = Settings.model_validate({**defaults, **changes})
+        self.redis = redis
         self.store = JobStore(redis)
         self.queue = JobQueue(redis, limit=100)
         self.objects = ObjectStore(self.settings.object_store_url)
@@ -50,7 +53,7 @@ class Workshop:
         self.settings.scratch_dir.mkdir(parents=True)
 
     def submit(self, *, timeout_s: int = 60, model: str = MODEL, **labels: str) -> Job:
-        return self.record(JobSpec(model=model, labels=labels, timeout_s=timeout_s))
+        return self.record(JobSpec(model=model, labels=labels, timeout_s=timeout_s, force=True))
 
     def record(self, spec: JobSpec) -> Job:
         job = Job(id=new_id("job"), tenant="default", spec=spec, created_at=datetime.now(UTC))
@@ -66,6 +69,8 @@ class Workshop:
             name="test",
             device="cpu",
             shutdown=self.shutdown,
+            reuse=ReuseIndex(self.redis, self.objects),
+            limits=TenantLimits(self.redis, self.settings),
             child_module=STAND_IN,
         )
 

@@ -1,0 +1,81 @@
+"""`/v1/audit`, and the part of every request that writes it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+from redis.exceptions import RedisError
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.dependencies import SAFE_METHODS, Admin, Services, ServicesParam
+from app.api.events import checked_event_id
+from app.core.audit import AuditEntry
+from app.core.security import Principal
+
+log = logging.getLogger(__name__)
+router = APIRouter(prefix="/v1/audit", tags=["audit"])
+
+# Sent with POST, but changing nothing.
+QUESTIONS = frozenset({"/v1/estimates", "/v1/chat/completions", "/v1/completions"})
+
+
+class AuditList(BaseModel):
+    object: Literal["list"] = "list"
+    data: tuple[AuditEntry, ...]
+    has_more: bool
+    next: str | None
+
+
+@router.get("")
+def list_audit(
+    services: ServicesParam,
+    principal: Admin,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: str | None = None,
+) -> AuditList:
+    """The tenant's changes, newest first: by which key, with which answer."""
+    found = services.audit.page(principal.tenant, limit=limit + 1, before=checked_event_id(after))
+    data = tuple(found[:limit])
+    has_more = len(found) > limit
+    return AuditList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
+
+
+class AuditTrail:
+    """Writes an entry before the answer to a change is sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in SAFE_METHODS or scope["path"] in QUESTIONS:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_recorded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await record(scope, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, send_recorded)
+
+
+async def record(scope: Scope, status: int) -> None:
+    principal: Principal | None = scope["state"].get("principal")
+    if principal is None:  # nobody whose tenant could read it; the access log has the request
+        return
+    services: Services = scope["app"].state.services
+    entry: dict[str, str | int] = {
+        "key_id": principal.key_id,
+        "request_id": scope["state"].get("request_id", ""),
+        "method": scope["method"],
+        "path": scope["path"][:500],
+        "status": status,
+    }
+    try:
+        await run_in_threadpool(services.audit.append, principal.tenant, entry)
+    except RedisError:
+        log.exception("not in the audit log: %s", entry)

@@ -1,0 +1,53 @@
+"""`/v1/tenants/{tenant}/limits`: what a tenant may use, and uses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel
+
+from app.api.dependencies import Admin, Operator, Services, ServicesParam
+from app.core.errors import NotFound
+from app.core.limits import Limits
+from app.core.security import Scope, TenantName
+
+router = APIRouter(prefix="/v1/tenants", tags=["tenants"])
+Tenant = Annotated[TenantName, Path()]
+
+
+class Usage(BaseModel):
+    active_jobs: int
+    storage_bytes: int
+
+
+class LimitsView(BaseModel):
+    object: Literal["tenant_limits"] = "tenant_limits"
+    tenant: str
+    limits: Limits  # 0 is no limit
+    usage: Usage
+
+    @classmethod
+    def of(cls, services: Services, tenant: str) -> LimitsView:
+        usage = Usage(
+            active_jobs=services.limits.active_jobs(tenant),
+            storage_bytes=services.limits.stored_bytes(tenant),
+        )
+        return cls(tenant=tenant, limits=services.limits.of(tenant), usage=usage)
+
+
+@router.get("/{tenant}/limits")
+def read_limits(tenant: Tenant, services: ServicesParam, principal: Admin) -> LimitsView:
+    """Limits and use of the caller's tenant; of any, for the operator."""
+    if tenant != principal.tenant and not principal.allows(Scope.OPERATOR):
+        raise NotFound(
+            f"there is no tenant {tenant}", code="tenant_not_found", remedy="ask for the tenant of your key"
+        )
+    return LimitsView.of(services, tenant)
+
+
+@router.put("/{tenant}/limits")
+def set_limits(body: Limits, tenant: Tenant, services: ServicesParam, principal: Operator) -> LimitsView:
+    """Limits for one tenant, in place of those of the settings."""
+    services.limits.set(tenant, body)
+    return LimitsView.of(services, tenant)

@@ -1,0 +1,50 @@
+"""Who changed what, when: one entry for each changing request, those that were refused included.
+
+nibble:audit:<tenant>    stream, capped
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from redis import Redis
+
+from app.core.specs import Frozen
+
+MAX_ENTRIES = 100_000
+
+
+class AuditEntry(Frozen):
+    id: str
+    at: datetime
+    key_id: str
+    request_id: str
+    method: str
+    path: str
+    status: int
+
+
+class AuditLog:
+    def __init__(self, redis: Redis) -> None:
+        self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
+
+    def append(self, tenant: str, fields: dict[str, str | int]) -> None:
+        self._redis.xadd(audit_key(tenant), fields, maxlen=MAX_ENTRIES, approximate=True)
+
+    def page(self, tenant: str, *, limit: int, before: str | None) -> list[AuditEntry]:
+        """Entries before the id `before`, newest first."""
+        newest = "+" if before is None else f"({before}"
+        found = self._redis.xrevrange(audit_key(tenant), newest, "-", count=limit)
+        return [
+            AuditEntry(
+                id=entry_id.decode(),
+                at=datetime.fromtimestamp(int(entry_id.partition(b"-")[0]) / 1000, UTC),
+                **{name.decode(): value.decode() for name, value in fields.items()},
+            )
+            for entry_id, fields in found
+        ]
+
+
+def audit_key(tenant: str) -> str:
+    return f"nibble:audit:{tenant}"

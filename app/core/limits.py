@@ -1,0 +1,111 @@
+"""What a tenant may use, and what it uses.
+
+nibble:limits:<tenant>    the operator's limits for one tenant, as JSON; else those of the settings hold
+nibble:usage:<tenant>     hash: bytes by artifact
+nibble:rate:<tenant>      when the next request would be in time (generic cell rate algorithm)
+
+0 is no limit. The limit of active jobs is kept by the script that creates a job.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from pydantic import Field
+from redis import Redis
+
+from app.core.errors import QuotaExceeded, RateLimited
+from app.core.settings import Settings
+from app.core.specs import Frozen
+
+REREAD_S = 2.0  # how long a process goes by the limits that it has read
+
+# KEYS: rate. ARGV: seconds for each request, seconds of burst. Gives the seconds to wait as text, or 0.
+ADMIT = """
+local now = redis.call('TIME')
+now = now[1] + now[2] / 1000000
+local due = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), now)
+local wait = due + ARGV[1] - now - ARGV[2]
+if wait > 0 then return tostring(wait) end
+due = due + ARGV[1]
+redis.call('SET', KEYS[1], string.format('%.6f', due), 'PX', math.ceil((due - now) * 1000))
+return '0'
+"""
+
+
+class Limits(Frozen):
+    """The most that a tenant may use."""
+
+    active_jobs: int = Field(default=0, ge=0)
+    storage_bytes: int = Field(default=0, ge=0)
+    requests_per_minute: int = Field(default=0, ge=0, le=10_000_000)
+
+
+class TenantLimits:
+    """Limits and use of each tenant."""
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
+        self._admit = self._redis.register_script(ADMIT)
+        self._read: dict[str, tuple[float, Limits]] = {}
+        self._defaults = Limits(
+            active_jobs=settings.tenant_jobs,
+            storage_bytes=settings.tenant_storage_bytes,
+            requests_per_minute=settings.tenant_requests_per_minute,
+        )
+
+    def of(self, tenant: str) -> Limits:
+        known = self._read.get(tenant)
+        if known is not None and time.monotonic() - known[0] < REREAD_S:
+            return known[1]
+        found = self._redis.get(f"nibble:limits:{tenant}")
+        limits = Limits.model_validate_json(found) if found is not None else self._defaults
+        self._read[tenant] = (time.monotonic(), limits)
+        return limits
+
+    def set(self, tenant: str, limits: Limits) -> None:
+        self._redis.set(f"nibble:limits:{tenant}", limits.model_dump_json())
+        self._read.pop(tenant, None)
+
+    def count_request(self, tenant: str) -> None:
+        """Raises RateLimited beyond the tenant's rate; what ten seconds allow may come at once."""
+        rate = self.of(tenant).requests_per_minute
+        if rate == 0:
+            return
+        seconds = 60.0 / rate
+        wait = float(self._admit(keys=[f"nibble:rate:{tenant}"], args=[seconds, max(10.0, seconds)]))
+        if wait > 0:
+            raise RateLimited(
+                f"the tenant {tenant} may send {rate} requests per minute",
+                remedy="wait as long as Retry-After says; poll with `Prefer: wait=N`, or follow the events",
+                retry_after_s=math.ceil(wait),
+            )
+
+    def require_storage(self, tenant: str) -> None:
+        """Raises QuotaExceeded if the tenant's artifacts fill what it may store."""
+        most = self.of(tenant).storage_bytes
+        used = self.stored_bytes(tenant) if most else 0
+        if used >= most > 0:
+            raise QuotaExceeded(
+                f"the artifacts of the tenant {tenant} take {used} bytes; the limit is {most}",
+                code="storage_quota_exceeded",
+                remedy="delete artifacts, or let the operator raise the limit",
+            )
+
+    def stored_bytes(self, tenant: str) -> int:
+        return sum(int(size) for size in self._redis.hvals(usage_key(tenant)))
+
+    def active_jobs(self, tenant: str) -> int:
+        return int(self._redis.scard(f"nibble:active:{tenant}"))
+
+    def add_artifact(self, tenant: str, artifact_id: str, size: int) -> None:
+        self._redis.hset(usage_key(tenant), artifact_id, size)
+
+    def remove_artifact(self, tenant: str, artifact_id: str) -> None:
+        self._redis.hdel(usage_key(tenant), artifact_id)
+
+
+def usage_key(tenant: str) -> str:
+    return f"nibble:usage:{tenant}"

@@ -1,0 +1,176 @@
+"""Quotas, rates, deadlines of the queue, reuse of what was made, and the record of who did what."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from app.core.janitor import Janitor
+from app.core.job import JobState
+from app.core.job_queue import Place
+from app.core.reuse import Made, ReuseIndex
+from app.core.security import Scope, key_id
+from tests.integration.api_service import ADMIN_KEY, MODEL, Service
+from tests.integration.workshop import Workshop
+
+
+def limit(service: Service, **limits: int) -> dict[str, Any]:
+    answer = service.client.put("/v1/tenants/default/limits", json=limits)
+    assert answer.status_code == 200, answer.text
+    document: dict[str, Any] = answer.json()
+    return document
+
+
+def test_a_tenant_has_no_more_active_jobs_than_it_may(service: Service) -> None:
+    limit(service, active_jobs=3)
+
+    def submit(_: int) -> int:
+        return service.client.post("/v1/jobs", json={"model": MODEL}).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = sorted(pool.map(submit, range(8)))
+    assert statuses == [202] * 3 + [429] * 5
+    refused = service.client.post("/v1/jobs", json={"model": MODEL})
+    assert refused.json()["code"] == "job_quota_exceeded"
+    assert refused.headers["retry-after"]
+    jobs = service.client.get("/v1/jobs").json()["data"]
+    service.client.post(f"/v1/jobs/{jobs[0]['id']}/cancel")
+    service.end(jobs[1]["id"])
+    usage = service.client.get("/v1/tenants/default/limits").json()["usage"]
+    assert usage["active_jobs"] == 1
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as other:
+        assert other.post("/v1/jobs", json={"model": MODEL}).status_code == 202
+
+
+def test_a_tenant_that_fills_its_storage_submits_nothing(service: Service) -> None:
+    job_id = service.submit()["id"]
+    artifact = service.publish(job_id, {"a": b"12345678"})
+    limit(service, storage_bytes=8)
+    service.redis.hset("nibble:usage:default", artifact.id, 8)
+    refused = service.client.post("/v1/jobs", json={"model": MODEL})
+    assert (refused.status_code, refused.json()["code"]) == (429, "storage_quota_exceeded")
+    service.client.delete(f"/v1/artifacts/{artifact.id}")
+    service.submit()
+
+
+def test_requests_beyond_the_rate_are_told_when_to_come_back(service: Service) -> None:
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
+        service.client.put("/v1/tenants/other/limits", json={"requests_per_minute": 30})
+        answers = [client.get("/v1/jobs") for _ in range(12)]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    assert answers[0].status_code == 200
+    assert refused[0].json()["code"] == "rate_limited"
+    assert 1 <= int(refused[0].headers["retry-after"]) <= 3
+    assert service.client.get("/v1/jobs").status_code == 200
+
+
+def test_only_the_operator_sets_limits(service: Service) -> None:
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
+        assert client.put("/v1/tenants/other/limits", json={}).json()["code"] == "scope_missing"
+        assert client.get("/v1/tenants/other/limits").json()["limits"]["active_jobs"] == 0
+        assert client.get("/v1/tenants/default/limits").status_code == 404
+
+
+def test_every_change_is_in_the_audit_log(service: Service) -> None:
+    headers = {"X-Request-ID": "req-1"}
+    job_id = service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers).json()["id"]
+    service.client.get(f"/v1/jobs/{job_id}")
+    service.client.post("/v1/estimates", json={"model": MODEL})
+    service.client.delete(f"/v1/jobs/{job_id}")
+    service.client.post("/v1/jobs", json={})
+    page = service.client.get("/v1/audit", params={"limit": 2}).json()
+    rest = service.client.get("/v1/audit", params={"after": page["next"]}).json()
+    told = [(entry["method"], entry["path"], entry["status"]) for entry in page["data"] + rest["data"]]
+    assert told == [
+        ("POST", "/v1/jobs", 422), ("DELETE", f"/v1/jobs/{job_id}", 409), ("POST", "/v1/jobs", 202),
+    ]  # fmt: skip
+    first = rest["data"][0]
+    assert (first["request_id"], first["key_id"]) == ("req-1", key_id(ADMIN_KEY))
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as other:
+        assert other.get("/v1/audit").json()["data"] == []
+
+
+@pytest.fixture
+def janitor(service: Service) -> Janitor:
+    return Janitor(service.store, service.queue, max_attempts=3, on_step=lambda _: None)
+
+
+def age(service: Service, job_id: str, seconds: int) -> None:
+    """Have the job been recorded so long ago, as Redis sees it."""
+    name = f"nibble:events:{job_id}"
+    first = service.redis.xrange(name, count=1)[0]
+    service.redis.delete(name)
+    moment = int(first[0].partition(b"-")[0]) - seconds * 1000
+    service.redis.xadd(name, first[1], id=f"{moment}-0")
+
+
+def test_a_job_that_waits_too_long_fails(service: Service, janitor: Janitor) -> None:
+    late, begun = service.submit(queue_timeout_s=60)["id"], service.submit(queue_timeout_s=60)["id"]
+    patient = service.submit()["id"]
+    service.claim(begun)
+    janitor.sweep()
+    assert service.store.load(late).state is JobState.QUEUED
+    for job_id in (late, patient, begun):
+        age(service, job_id, 61)
+    janitor.sweep()
+    ended = service.store.load(late)
+    assert ended.error is not None
+    assert (ended.state, ended.error.code) == (JobState.FAILED, "queue_deadline_exceeded")
+    assert service.queue.place(ended) is Place.GONE
+    assert service.store.load(patient).state is JobState.QUEUED
+    assert service.store.load(begun).state is JobState.RUNNING
+
+
+def made_job(service: Service) -> tuple[str, str]:
+    """A job that has ended with an artifact, as a worker leaves it; both ids."""
+    job_id = service.submit()["id"]
+    artifact = service.publish(job_id, {"a": b"1"})
+    service.end(job_id, artifacts=(artifact.id,))
+    service.objects.put(f"reports/{job_id}.json", b'{"version": 1}')
+    known = service.store.load(job_id).fingerprint
+    assert known is not None
+    made = Made(job=job_id, artifacts=(artifact.id,))
+    ReuseIndex(service.redis, service.objects).note("default", known, made)
+    return job_id, artifact.id
+
+
+def test_the_same_contents_give_the_same_artifact(service: Service) -> None:
+    first, artifact = made_job(service)
+    again = service.submit(labels={"other": "label"}, priority="low", timeout_s=60)
+    assert (again["state"], again["artifacts"], again["reused_from"]) == ("succeeded", [artifact], first)
+    assert service.client.get(f"/v1/jobs/{again['id']}/report").json() == {"version": 1}
+    assert service.queue.place(service.store.load(again["id"])) is Place.GONE
+    assert service.submit(force=True)["state"] == "queued"
+    assert service.submit(recipe={"bits": 8})["state"] == "queued"
+    assert service.submit(calibration={"seed": 1})["state"] == "queued"
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as other:
+        assert other.post("/v1/jobs", json={"model": MODEL}).json()["state"] == "queued"
+
+
+def test_what_was_deleted_is_made_again(service: Service) -> None:
+    _, artifact = made_job(service)
+    service.client.delete(f"/v1/artifacts/{artifact}")
+    assert service.submit()["state"] == "queued"
+
+
+def test_a_worker_finds_what_was_made_of_the_same_digests(
+    redis: Redis, redis_url: str, tmp_path: Path
+) -> None:
+    workshop = Workshop(redis, redis_url, tmp_path / "state")
+    first = workshop.run(workshop.submit())
+    again = workshop.run(workshop.record(first.spec.model_copy(update={"force": False})))
+    assert (again.state, again.artifacts, again.reused_from) == (
+        JobState.SUCCEEDED, first.artifacts, first.id,
+    )  # fmt: skip
+    assert workshop.kinds(again).count("checkpoint") == 0
+    assert workshop.payload(again, "note")["code"] == "reused"
+    manifest = workshop.manifest(first)
+    assert manifest is not None
+    used = workshop.redis.hgetall("nibble:usage:default")
+    assert used == {manifest.id.encode(): str(manifest.size).encode()}
+    assert workshop.run(workshop.submit()).artifacts != first.artifacts
