@@ -1,6 +1,6 @@
 # The API without torch. Build from the repository's root:
 #   docker build -f docker/api.Dockerfile -t nibble-api .
-FROM python:3.12-slim-bookworm
+FROM python:3.12.12-slim-bookworm
 
 RUN useradd --create-home --uid 10001 nibble && install -d -o nibble -g nibble /var/lib/nibble
 WORKDIR /srv/nibble
@@ -15,12 +15,13 @@ COPY app app
 COPY workers/__init__.py workers/__init__.py
 COPY kernels/__init__.py kernels/__init__.py
 RUN pip install --no-cache-dir --no-deps .
+COPY docker/entrypoint.sh /usr/local/bin/nibble-entrypoint
 
-USER nibble
+USER 10001
 ENV NIBBLE_STATE_DIR=/var/lib/nibble NIBBLE_HOST=0.0.0.0 NIBBLE_PORT=8420 PYTHONUNBUFFERED=1
 VOLUME /var/lib/nibble
 EXPOSE 8420
 HEALTHCHECK --interval=10s --timeout=3s --start-period=15s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8420/readyz', timeout=2)"]
-ENTRYPOINT ["nibble"]
+ENTRYPOINT ["nibble-entrypoint"]
 CMD ["api"]

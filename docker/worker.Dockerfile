@@ -1,11 +1,15 @@
 # A worker with torch. Build from the repository's root:
 #   docker build -f docker/worker.Dockerfile -t nibble-worker .
 # For GPUs give the index of CUDA wheels and run with --gpus:
-#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
-FROM python:3.12-slim-bookworm
+#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
+FROM python:3.12.12-slim-bookworm
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN useradd --create-home --uid 10001 nibble && install -d -o nibble -g nibble /var/lib/nibble
+# The CPU kernels are compiled on first use, for the processor that they meet.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++=4:12.2.0-3 \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /srv/nibble
 
 # torch first: it is the largest layer and changes least.
@@ -19,9 +23,11 @@ COPY app app
 COPY workers workers
 COPY kernels kernels
 RUN pip install --no-cache-dir --no-deps .
+COPY docker/entrypoint.sh /usr/local/bin/nibble-entrypoint
 
-USER nibble
+USER 10001
 ENV NIBBLE_STATE_DIR=/var/lib/nibble PYTHONUNBUFFERED=1
 VOLUME /var/lib/nibble
-ENTRYPOINT ["nibble"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["nibble-entrypoint", "worker", "--check"]
+ENTRYPOINT ["nibble-entrypoint"]
 CMD ["worker"]

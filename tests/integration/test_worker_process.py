@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from rq import Queue
 
 from app.core.job import Job, JobState
 from app.core.worker_registry import WorkerRegistry
-from tests.integration.workshop import Workshop, processes_with, wait_until
+from tests.integration.workshop import REPOSITORY, Workshop, processes_with, wait_until
 
 
 @pytest.fixture
@@ -137,3 +139,20 @@ def test_a_starting_worker_removes_what_dead_attempts_left(workshop: Workshop) -
     with workshop.worker("one"):
         wait_until(lambda: not dead.exists())
         assert alive.exists()
+
+
+def test_a_health_check_knows_whether_this_host_has_a_worker(workshop: Workshop, redis: Redis) -> None:
+    environment = {**os.environ, "NIBBLE_REDIS_URL": str(workshop.settings.redis_url)}
+    command = [sys.executable, "-m", "app.cli", "worker", "--check"]
+
+    def check() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+
+    silent = check()
+    assert silent.returncode != 0
+    assert "sends heartbeats" in silent.stderr
+    with workshop.worker("one"):
+        wait_until(WorkerRegistry(redis).living)
+        assert check().returncode == 0
