@@ -1,0 +1,206 @@
+"""`nibble::rounding_errors` and `nibble::clip_step`, with fakes. The bodies here are PyTorch's operators.
+
+kernels/search/reference.py is the slow truth of each, kernels/search/cuda.py the fused bodies for GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_device, check_dtype, check_scheme, check_shape
+from kernels.search.grids import GridRule
+
+CHUNK = 2**19  # values treated at once: a few megabytes, so that temporaries stay in a CPU's cache
+ERROR_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.library.custom_op("nibble::rounding_errors", mutates_args=())
+def rounding_errors(
+    weight: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    range_factor: float,
+    error_dtype: torch.dtype,
+) -> Tensor:
+    """What rounding `weight diag(s)` to its grid changes of the weight, for each row s of `scales`.
+
+    weight: (rows, C) float32; scales: (candidates, C) float32. The ranges of the groups are shrunk by
+    `range_factor`. Errors: (candidates, rows, C).
+    """
+    check_rounding(weight, scales, bits, group_size, error_dtype)
+    rule = GridRule(bits, symmetric, scale_dtype)
+    rows, channels = weight.shape
+    grouped = weight.view(1, rows, -1, channels if group_size == -1 else group_size)
+    errors = weight.new_empty((scales.shape[0], rows, channels), dtype=error_dtype)
+    for part, out in chunks(scales, errors, weight.numel()):
+        factors = part.view(part.shape[0], 1, grouped.shape[2], grouped.shape[3])
+        scaled = grouped * factors
+        low, high = scaled.aminmax(dim=-1, keepdim=True)
+        rounded = rule.nearest(scaled, *rule.fit(low * range_factor, high * range_factor))
+        out.view(part.shape[0], *grouped.shape[1:]).copy_(rounded.div_(factors).sub_(grouped))
+    return errors
+
+
+def chunks(scales: Tensor, errors: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """As many candidates at once as stay in the cache; all of them on a GPU's memory."""
+    count = max(1, (CHUNK if scales.device.type == "cpu" else 64 * CHUNK) // max(size, 1))
+    return list(zip(scales.split(count), errors.split(count), strict=True))
+
+
+@rounding_errors.register_fake
+def _(
+    weight: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    range_factor: float,
+    error_dtype: torch.dtype,
+) -> Tensor:
+    check_rounding(weight, scales, bits, group_size, error_dtype)
+    GridRule(bits, symmetric, scale_dtype)
+    return weight.new_empty((scales.shape[0], *weight.shape), dtype=error_dtype)
+
+
+def check_rounding(
+    weight: Tensor, scales: Tensor, bits: int, group_size: int, error_dtype: torch.dtype
+) -> None:
+    check_dtype("weight", weight.dtype, (torch.float32,))
+    check_dtype("scales", scales.dtype, (torch.float32,))
+    check_dtype("error_dtype", error_dtype, ERROR_DTYPES)
+    if weight.dim() != 2:
+        raise ValueError(f"weight has {weight.dim()} dimensions; allowed: 2")
+    if not weight.is_contiguous():
+        raise ValueError(f"weight has strides {weight.stride()}; allowed: those of a contiguous tensor")
+    check_scheme(bits, group_size, weight.shape[1])
+    if scales.dim() != 2 or scales.shape[1] != weight.shape[1] or not scales.is_contiguous():
+        allowed = f"contiguous (candidates, {weight.shape[1]})"
+        raise ValueError(
+            f"scales has shape {tuple(scales.shape)}, strides {scales.stride()}; allowed: {allowed}"
+        )
+    check_device("scales", scales, weight.device)
+
+
+@torch.library.custom_op("nibble::clip_step", mutates_args=("error", "ranges"))
+def clip_step(
+    weight: Tensor,
+    block: Tensor,
+    others: Tensor,
+    error: Tensor,
+    ranges: Tensor,
+    joint: Sequence[float],
+    side: Sequence[float],
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> None:
+    """The best range of one group for every row: the lowest `e B e^T + 2 e o^T`, e the rounding error.
+
+    weight: (rows, g) float32; block B: (g, g), H of these columns; others o: (rows, g), the error of all
+    other groups times their cross block of H. ranges: (4, rows) float32: the factors that shrink the lower
+    and the upper bound, where the search starts from and what it finds, and the scale and zero point of the
+    range found. error: (rows, g), where e of that range is written.
+
+    Tried are the start, both bounds times each of `joint`, then the lower bound times each of `side` (on a
+    symmetric grid: both), then the upper one; each list relative to the best before it. Ties stay.
+    """
+    check_clip(weight, block, others, error, ranges)
+    rule = GridRule(bits, symmetric, scale_dtype)
+    count = max(1, CHUNK // (weight.shape[1] * max(1, len(joint), len(side))))
+    if weight.device.type != "cpu":
+        count = weight.shape[0]
+    for start in range(0, weight.shape[0], max(count, 1)):
+        rows = slice(start, start + count)
+        step = RowRanges(weight[rows], block, others[rows], rule, ranges[:2, rows])
+        step.try_factors(joint, low=True, high=True)
+        step.try_factors(side, low=True, high=symmetric)
+        if not symmetric:
+            step.try_factors(side, low=False, high=True)
+        error[rows] = step.error
+        ranges[:, rows] = torch.stack([*step.factors, *step.grid()])
+
+
+@clip_step.register_fake
+def _(
+    weight: Tensor,
+    block: Tensor,
+    others: Tensor,
+    error: Tensor,
+    ranges: Tensor,
+    joint: Sequence[float],
+    side: Sequence[float],
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> None:
+    check_clip(weight, block, others, error, ranges)
+    GridRule(bits, symmetric, scale_dtype)
+
+
+def check_clip(weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight has {weight.dim()} dimensions; allowed: 2")
+    rows, size = weight.shape
+    expected = {"weight": (rows, size), "block": (size, size), "others": (rows, size), "error": (rows, size)}
+    given = {"weight": weight, "block": block, "others": others, "error": error, "ranges": ranges}
+    for name, tensor in given.items():
+        check_dtype(name, tensor.dtype, (torch.float32,))
+        check_shape(name, tensor, expected.get(name, (4, rows)))
+        check_device(name, tensor, weight.device)
+        if tensor.numel() and tensor.stride(1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; allowed: neighbours in a row at 1")
+
+
+class RowRanges:
+    """The best range so far of one group for some rows, with its error and its loss."""
+
+    def __init__(self, weight: Tensor, block: Tensor, others: Tensor, rule: GridRule, start: Tensor) -> None:
+        self.weight, self.block, self.others, self.rule = weight, block, others, rule
+        low, high = weight.aminmax(dim=1)
+        self.bounds = torch.stack([low.clamp(max=0.0), high.clamp(min=0.0)])
+        self.factors = start.clone()  # (2, rows): of the lower and the upper bound
+        candidates = self.factors[None]
+        self.error = self.errors(candidates)[0]
+        self.loss = self.losses(self.error[None])[0]
+
+    def errors(self, factors: Tensor) -> Tensor:
+        """factors: (candidates, 2, rows); errors: (candidates, rows, g)."""
+        low, high = (factors * self.bounds)[..., None].unbind(dim=1)
+        scale, zero = self.rule.fit(low, high)
+        return self.rule.nearest(self.weight, scale, zero).sub_(self.weight)
+
+    def losses(self, errors: Tensor) -> Tensor:
+        """(candidates, rows)."""
+        products = errors.flatten(0, 1) @ self.block
+        products = products.view_as(errors).add_(self.others, alpha=2)
+        return torch.linalg.vecdot(products, errors)
+
+    def try_factors(self, multiples: Sequence[float], *, low: bool, high: bool) -> None:
+        """Move the bounds of each row to the best of these multiples where that lowers its loss."""
+        if not multiples:
+            return
+        steps = torch.tensor(multiples, dtype=torch.float32, device=self.weight.device)[:, None]
+        moved = self.factors.expand(len(multiples), -1, -1).clone()
+        if low:
+            moved[:, 0] *= steps
+        if high:
+            moved[:, 1] *= steps
+        errors = self.errors(moved)
+        losses = self.losses(errors)
+        loss, best = torch.where(torch.isnan(losses), torch.inf, losses).min(dim=0)
+        better = loss < self.loss
+        rows = torch.arange(len(best), device=best.device)
+        self.factors = torch.where(better, moved[best, :, rows].T, self.factors)
+        self.error = torch.where(better[:, None], errors[best, rows], self.error)
+        self.loss = torch.where(better, loss, self.loss)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the best range, (rows,) each."""
+        return self.rule.fit(*(self.factors * self.bounds).unbind())
