@@ -1,6 +1,7 @@
-"""`nibble::rounding_errors` and `nibble::clip_step`, with fakes. The bodies here are PyTorch's operators.
+"""`nibble::rounding_errors` and `nibble::clip_step`, with fakes.
 
-kernels/search/reference.py is the slow truth of each, kernels/search/cuda.py the fused bodies for GPUs.
+Their bodies are PyTorch's operators; on NVIDIA GPUs they are one fused kernel each (kernels/search/cuda.py),
+but for whole rows as groups. kernels/search/reference.py is the slow truth.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_device, check_dtype, check_scheme, check_shape
+from kernels.search import cuda
 from kernels.search.grids import GridRule
 
 CHUNK = 2**19  # values treated at once: a few megabytes, so that temporaries stay in a CPU's cache
@@ -36,8 +38,14 @@ def rounding_errors(
     check_rounding(weight, scales, bits, group_size, error_dtype)
     rule = GridRule(bits, symmetric, scale_dtype)
     rows, channels = weight.shape
-    grouped = weight.view(1, rows, -1, channels if group_size == -1 else group_size)
     errors = weight.new_empty((scales.shape[0], rows, channels), dtype=error_dtype)
+    if errors.numel() == 0:
+        return errors
+    if weight.is_cuda and cuda.fits(group_size, (weight,)) and cuda.runs_on(weight.get_device()):
+        cuda.rounding_errors(weight, scales, group_size, rule, range_factor, errors)
+        return errors
+    size = channels if group_size == -1 else group_size
+    grouped = weight.view(1, rows, channels // size, size)
     for part, out in chunks(scales, errors, weight.numel()):
         factors = part.view(part.shape[0], 1, grouped.shape[2], grouped.shape[3])
         scaled = grouped * factors
@@ -50,7 +58,7 @@ def rounding_errors(
 def chunks(scales: Tensor, errors: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     """As many candidates at once as stay in the cache; all of them on a GPU's memory."""
     count = max(1, (CHUNK if scales.device.type == "cpu" else 64 * CHUNK) // max(size, 1))
-    return list(zip(scales.split(count), errors.split(count), strict=True))
+    return list(zip(torch.split(scales, count), torch.split(errors, count), strict=True))
 
 
 @rounding_errors.register_fake
@@ -103,16 +111,22 @@ def clip_step(
 ) -> None:
     """The best range of one group for every row: the lowest `e B e^T + 2 e o^T`, e the rounding error.
 
-    weight: (rows, g) float32; block B: (g, g), H of these columns; others o: (rows, g), the error of all
-    other groups times their cross block of H. ranges: (4, rows) float32: the factors that shrink the lower
-    and the upper bound, where the search starts from and what it finds, and the scale and zero point of the
-    range found. error: (rows, g), where e of that range is written.
+    weight: (rows, g) float32; block B: (g, g), symmetric, H of these columns; others o: (rows, g), the error
+    of all other groups times their cross block of H. ranges: (4, rows) float32: the factors that shrink the
+    lower and the upper bound, where the search starts from and what it finds, and the scale and zero point
+    of the range found. error: (rows, g), where e of that range is written.
 
     Tried are the start, both bounds times each of `joint`, then the lower bound times each of `side` (on a
     symmetric grid: both), then the upper one; each list relative to the best before it. Ties stay.
     """
     check_clip(weight, block, others, error, ranges)
     rule = GridRule(bits, symmetric, scale_dtype)
+    group = (weight, block, others, error)
+    if weight.numel() == 0:
+        return
+    if weight.is_cuda and cuda.fits(weight.shape[1], group) and cuda.runs_on(weight.get_device()):
+        cuda.clip_step(group, ranges, joint, side, rule)
+        return
     count = max(1, CHUNK // (weight.shape[1] * max(1, len(joint), len(side))))
     if weight.device.type != "cpu":
         count = weight.shape[0]
@@ -180,7 +194,8 @@ class RowRanges:
         """(candidates, rows)."""
         products = errors.flatten(0, 1) @ self.block
         products = products.view_as(errors).add_(self.others, alpha=2)
-        return torch.linalg.vecdot(products, errors)
+        found: Tensor = torch.linalg.vecdot(products, errors)
+        return found
 
     def try_factors(self, multiples: Sequence[float], *, low: bool, high: bool) -> None:
         """Move the bounds of each row to the best of these multiples where that lowers its loss."""

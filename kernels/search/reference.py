@@ -60,7 +60,9 @@ def clip_step(
         best = start[:, row].clone()
         loss, error = judged(best)
         moves = [[(f, f) for f in joint]]
-        moves += [[(f, f) for f in side]] if rule.symmetric else [[(f, 1) for f in side], [(1, f) for f in side]]
+        moves += (
+            [[(f, f) for f in side]] if rule.symmetric else [[(f, 1) for f in side], [(1, f) for f in side]]
+        )
         for stage in moves:
             base = best.clone()
             for move in stage:

@@ -26,7 +26,7 @@ from workers.quantization.scale_search import (
     ScaledLinear,
     normalised,
     ranking_dtype,
-    rounding_loss,
+    rounding_losses,
     sampled,
     weight_means,
 )
@@ -67,10 +67,11 @@ class Objective:
     def __call__(self, candidate: NDArray[np.float64]) -> float:
         a, b, f = (float(value) for value in candidate)
         scales = self.scales(a, b)
-        if not self.fold.fits(scales):
+        if not bool(self.fold.fits(scales)):
             return 1e30
         spread = self.fold.spread(scales)
-        loss = float(rounding_loss(self.linears, spread, self.moment, self.fold.dtype, range_factor=f))
+        losses = rounding_losses(self.linears, spread[None], self.moment, self.fold.dtype, range_factor=f)
+        loss = float(losses)
         return loss if np.isfinite(loss) else 1e30
 
 
@@ -90,7 +91,7 @@ def evolve_scales(
     ]
     if not losses[1] < losses[0]:
         return start
-    loss = float(rounding_loss(linears, found, statistics.second_moment, fold.dtype))
+    loss = float(rounding_losses(linears, found[None], statistics.second_moment, fold.dtype))
     return replace(start, scales=found, ratio=float(best[0]), weight_ratio=float(best[1]), loss=loss)
 
 

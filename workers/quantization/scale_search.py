@@ -9,6 +9,7 @@ the identity; it is always tried, so the search never does worse than plain roun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from app.core.format_limits import Scheme
 from app.core.specs import SearchSpec
-from workers.quantization.grid import grouped_view, min_max_grid
+from kernels.search.operators import rounding_errors
+from workers.quantization.grid import grouped_view
 from workers.quantization.input_statistics import InputStatistics
+from workers.quantization.losses import row_losses
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
 SAMPLED_ROWS = 512  # of a group's linears together, to rank candidates on
-MAX_ROWS = 65536  # of errors at once
 FINALISTS = 4  # candidates that are compared on all rows, the identity among them
 FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded
+ERRORS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}  # values; bounds memory
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,17 @@ class ScaledLinear:
 
     weight: Tensor  # (out_features, C) float32
     scheme: Scheme
+
+    def rounding_errors(
+        self, scales: Tensor, dtype: torch.dtype, range_factor: float, error_dtype: torch.dtype
+    ) -> Tensor:
+        """(candidates, out_features, C): the operator of that name with this linear's grid."""
+        scheme = self.scheme
+        errors: Tensor = rounding_errors(
+            self.weight, scales, scheme.bits, scheme.group_size, scheme.symmetric, dtype, range_factor,
+            error_dtype,
+        )  # fmt: skip
+        return errors
 
 
 @dataclass(frozen=True)
@@ -63,11 +77,12 @@ class Fold:
         return values if self.head_shape is None else values.view(self.head_shape).mean(dim=1).flatten()
 
     def spread(self, values: Tensor) -> Tensor:
-        """(C',) values repeated to the channels of the balance layers: (C,)."""
+        """(..., C') values repeated to the channels of the balance layers: (..., C)."""
         if self.head_shape is None:
             return values
         kv_heads, repeats, head_dim = self.head_shape
-        return values.view(kv_heads, 1, head_dim).expand(kv_heads, repeats, head_dim).flatten()
+        heads = values.view(-1, kv_heads, 1, head_dim).expand(-1, -1, repeats, -1)
+        return heads.reshape(*values.shape[:-1], -1)
 
     def representable(self, scales: Tensor) -> Tensor:
         """The nearest scales whose fold is exact: a norm's weight is stored in few bits, so take
@@ -79,10 +94,11 @@ class Fold:
         usable = torch.isfinite(stored) & (stored != 0) & (self.smooth_weight != 0)
         return torch.where(usable, self.smooth_weight / stored, torch.ones_like(scales))
 
-    def fits(self, scales: Tensor) -> bool:
-        """False if dividing by `scales` leaves float16's range, which servers compute in."""
-        divisor = scales if self.smooth_weight.dim() == 1 else scales[:, None]
-        return bool((self.smooth_weight / divisor).abs().amax() < FLOAT16_LIMIT)
+    def fits(self, scales: Tensor) -> Tensor:
+        """(...,): false where dividing by `scales` (..., C') leaves float16's range, which servers use."""
+        size = self.smooth_weight.abs()
+        largest = size if size.dim() == 1 else size.amax(dim=1)
+        return (largest / scales).amax(dim=-1) < FLOAT16_LIMIT
 
 
 def weight_means(linears: list[ScaledLinear]) -> Tensor:
@@ -97,38 +113,62 @@ def weight_means(linears: list[ScaledLinear]) -> Tensor:
 
 
 def normalised(log_scales: Tensor, alive: Tensor) -> Tensor:
-    """exp of the logarithms, centred between their extremes; 1 for dead channels.
+    """exp of the logarithms (..., C), centred between their extremes; 1 for dead channels.
 
     In logarithms neither the product of the extremes nor a power can leave the range of floats.
     """
-    if not bool(alive.any()):
-        return torch.ones_like(log_scales)
-    live = log_scales[alive]
-    middle = (live.max() + live.min()) / 2
-    limit = torch.tensor(MAX_SPREAD, device=live.device).log() / 2
-    return torch.where(alive, (log_scales - middle).clamp(-limit, limit), torch.zeros_like(log_scales)).exp()
+    highest = torch.where(alive, log_scales, -torch.inf).amax(dim=-1, keepdim=True)
+    lowest = torch.where(alive, log_scales, torch.inf).amin(dim=-1, keepdim=True)
+    limit = math.log(MAX_SPREAD) / 2
+    centred = (log_scales - (highest + lowest) / 2).clamp(-limit, limit)
+    return torch.where(alive, centred, torch.zeros_like(centred)).exp()
 
 
-Candidate = tuple[float, float, Tensor]  # ratio, weight_ratio, scales
+@dataclass(frozen=True)
+class Candidates:
+    """What is tried, the identity first."""
+
+    ratios: list[tuple[float, float]]  # exponents of the activations' and of the weights' means
+    scales: Tensor  # (candidates, C) of the balance layers
+
+    def __len__(self) -> int:
+        return len(self.ratios)
 
 
-def candidates(search: SearchSpec, x_mean: Tensor, w_mean: Tensor) -> Iterator[Candidate]:
-    """The grid, identity first."""
-    alive = (x_mean > 0) & (w_mean > 0)
-    log_x = torch.where(alive, x_mean, 1.0).log()
-    log_w = torch.where(alive, w_mean, 1.0).log()
-    yield 0.0, 0.0, torch.ones_like(x_mean)
+def exponents(search: SearchSpec) -> list[tuple[float, float]]:
+    """Exponents of both means on the grid, without the identity."""
+    found: list[tuple[float, float]] = []
     ratios = [step / search.grid_points for step in range(search.grid_points + 1)]
     if search.duo_scaling is not True:
-        for ratio in ratios[1:]:
-            yield ratio, 0.0, normalised(ratio * log_x, alive)
+        found += [(ratio, 0.0) for ratio in ratios[1:]]
     if search.duo_scaling is not False:
         # Ratio 1 is the same with and without the weights.
-        for ratio in ratios if search.duo_scaling is True else ratios[:-1]:
-            yield ratio, 1 - ratio, normalised(ratio * log_x - (1 - ratio) * log_w, alive)
+        found += [(r, 1 - r) for r in (ratios if search.duo_scaling is True else ratios[:-1])]
+    return found
 
 
-def rounding_loss(
+def grid_scales(grid: list[tuple[float, float]], x_mean: Tensor, w_mean: Tensor) -> Tensor:
+    """x_mean^a / w_mean^b for each (a, b) of the grid, normalised: (candidates, C)."""
+    alive = (x_mean > 0) & (w_mean > 0)
+    log_x, log_w = torch.where(alive, x_mean, 1.0).log(), torch.where(alive, w_mean, 1.0).log()
+    a, b = torch.tensor(grid, device=x_mean.device)[..., None].unbind(dim=1)
+    return normalised(a * log_x - b * log_w, alive)
+
+
+def candidates(
+    linears: list[ScaledLinear], statistics: InputStatistics, fold: Fold, search: SearchSpec
+) -> Candidates:
+    """The grid's scales as the fold can hold them, and the identity, which is exact as it is."""
+    x_mean, w_mean = fold.shared(statistics.abs_mean), fold.shared(weight_means(linears))
+    grid = exponents(search)
+    scales = fold.representable(grid_scales(grid, x_mean, w_mean) ** statistics.confidence)
+    fitting = fold.fits(scales).tolist()
+    kept = [index for index, fits in enumerate(fitting) if fits]
+    spread = fold.spread(torch.cat([torch.ones_like(x_mean)[None], scales[kept]]))
+    return Candidates([(0.0, 0.0), *(grid[index] for index in kept)], spread)
+
+
+def rounding_losses(
     linears: list[ScaledLinear],
     scales: Tensor,
     moment: Tensor,
@@ -136,29 +176,30 @@ def rounding_loss(
     *,
     range_factor: float = 1.0,
 ) -> Tensor:
-    """Expected squared output error of rounding `W diag(scales)`, summed over the linears; a scalar.
+    """Expected squared output error of rounding `W diag(s)`, summed over the linears, for each row s of
+    `scales`: (candidates,).
 
     The product with H runs in the dtype of `moment`, all else in float32. `range_factor` shrinks every
     group's range.
     """
-    total = torch.zeros((), device=moment.device)
-    for part in parts(linears):
-        errors = []
-        for linear in part:
-            scaled = grouped_view(linear.weight * scales, linear.scheme)
-            grid = min_max_grid(scaled, linear.scheme, dtype, factor=range_factor)
-            rounded = grid.nearest(scaled)
-            errors.append(rounded.view_as(linear.weight).div_(scales).sub_(linear.weight))
-        error = torch.cat(errors) if len(errors) > 1 else errors[0]
-        total += ((error.to(moment.dtype) @ moment) * error).sum(dtype=torch.float32)
+    limit = ERRORS_AT_ONCE[moment.device.type]
+    total = torch.zeros(len(scales), device=moment.device)
+    for part in parts(linears, limit):
+        count = max(1, limit // sum(linear.weight.numel() for linear in part))
+        losses = []
+        for some in torch.split(scales, count):
+            errors = [linear.rounding_errors(some, dtype, range_factor, moment.dtype) for linear in part]
+            joined = torch.cat(errors, dim=1) if len(errors) > 1 else errors[0]
+            losses.append(row_losses(joined.flatten(0, 1), moment).view(len(some), -1).sum(dim=1))
+        total += torch.cat(losses)
     return total
 
 
-def parts(linears: list[ScaledLinear]) -> Iterator[list[ScaledLinear]]:
-    """Linears to be treated together: of many experts only so many that the errors stay small."""
+def parts(linears: list[ScaledLinear], limit: int) -> Iterator[list[ScaledLinear]]:
+    """Linears to be treated together, up to `limit` weights: one product for many small experts."""
     part: list[ScaledLinear] = []
     for linear in linears:
-        if part and sum(each.weight.shape[0] for each in part) + linear.weight.shape[0] > MAX_ROWS:
+        if part and sum(each.weight.numel() for each in part) + linear.weight.numel() > limit:
             yield part
             part = []
         part.append(linear)
@@ -196,29 +237,18 @@ def search_scales(
 
     All candidates are ranked on a sample of rows; the best few and the identity are compared on all rows.
     """
-    x_mean = fold.shared(statistics.abs_mean)
-    w_mean = fold.shared(weight_means(linears))
-    tried: list[Candidate] = []
-    for ratio, weight_ratio, raw in candidates(search, x_mean, w_mean):
-        scales = (
-            fold.representable(raw**statistics.confidence) if tried else raw
-        )  # the identity is exact as it is
-        if not tried or fold.fits(scales):
-            tried.append((ratio, weight_ratio, fold.spread(scales)))
+    tried = candidates(linears, statistics, fold, search)
     finalists = rank(sampled(linears, SAMPLED_ROWS), tried, statistics.second_moment, fold)
-    exact = [
-        rounding_loss(linears, tried[index][2], statistics.second_moment, fold.dtype) for index in finalists
-    ]
-    loss = torch.stack(exact)
-    best = int(torch.where(torch.isfinite(loss), loss, torch.inf).argmin())
-    ratio, weight_ratio, scales = tried[finalists[best]]
-    return ScaleChoice(scales, ratio, weight_ratio, float(loss[0]), float(loss[best]))
+    losses = rounding_losses(linears, tried.scales[finalists], statistics.second_moment, fold.dtype)
+    best = int(torch.where(torch.isfinite(losses), losses, torch.inf).argmin())
+    ratio, weight_ratio = tried.ratios[finalists[best]]
+    scales = tried.scales[finalists[best]]
+    return ScaleChoice(scales, ratio, weight_ratio, float(losses[0]), float(losses[best]))
 
 
-def rank(linears: list[ScaledLinear], tried: list[Candidate], moment: Tensor, fold: Fold) -> list[int]:
+def rank(linears: list[ScaledLinear], tried: Candidates, moment: Tensor, fold: Fold) -> list[int]:
     """The identity, which is the first candidate, and the best others by the loss on these rows."""
-    ranking = moment.to(ranking_dtype(moment.device))
-    losses = torch.stack([rounding_loss(linears, scales, ranking, fold.dtype) for _, _, scales in tried])
+    losses = rounding_losses(linears, tried.scales, moment.to(ranking_dtype(moment.device)), fold.dtype)
     losses = torch.where(torch.isfinite(losses), losses, torch.inf)
     order = losses[1:].argsort()[: FINALISTS - 1] + 1
     return [0, *order.tolist()]

@@ -1,7 +1,8 @@
 // Inner steps of the search for scales and ranges: kernels/search/operators.py says what they compute.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "ptx.cuh"
+
+#define INFINITE __int_as_float(0x7f800000)
 
 enum ScaleType { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
 
@@ -18,8 +19,8 @@ struct Grid {
 };
 
 __device__ __forceinline__ float stored_scale(float scale, int type) {
-  scale = __half2float(__float2half_rn(fminf(scale, 65280.0f)));
-  if (type == BFLOAT16) scale = __bfloat162float(__float2bfloat16_rn(scale));
+  scale = Half::widen(Half::narrow(fminf(scale, 65280.0f)));
+  if (type == BFLOAT16) scale = Bfloat::widen(Bfloat::narrow(scale));
   return scale > 0.0f ? scale : 1.0f;
 }
 
@@ -42,9 +43,7 @@ __device__ __forceinline__ float nearest(float value, const Grid& grid, const Ru
 }
 
 __device__ __forceinline__ float as_error(float value, float*) { return value; }
-__device__ __forceinline__ __nv_bfloat16 as_error(float value, __nv_bfloat16*) {
-  return __float2bfloat16_rn(value);
-}
+__device__ __forceinline__ u16 as_error(float value, u16*) { return Bfloat::narrow(value); }
 
 // One warp rounds one group of one row for one candidate.
 template <int SIZE, typename Error>
@@ -58,7 +57,7 @@ __device__ void rounding_errors(const float* weight, const float* scales, Error*
   const long group = warp % groups, row = warp / groups % rows, candidate = warp / groups / rows;
   const long channel = group * SIZE + lane * PER_LANE;
   float w[PER_LANE], s[PER_LANE];
-  float low = INFINITY, high = -INFINITY;
+  float low = INFINITE, high = -INFINITE;
 #pragma unroll
   for (int i = 0; i < PER_LANE; ++i) {
     w[i] = weight[row * channels + channel + i];
@@ -92,9 +91,9 @@ __device__ void rounding_errors(const float* weight, const float* scales, Error*
 ROUNDING_ERRORS(32, float, float)
 ROUNDING_ERRORS(64, float, float)
 ROUNDING_ERRORS(128, float, float)
-ROUNDING_ERRORS(32, bfloat16, __nv_bfloat16)
-ROUNDING_ERRORS(64, bfloat16, __nv_bfloat16)
-ROUNDING_ERRORS(128, bfloat16, __nv_bfloat16)
+ROUNDING_ERRORS(32, bfloat16, u16)
+ROUNDING_ERRORS(64, bfloat16, u16)
+ROUNDING_ERRORS(128, bfloat16, u16)
 
 // --- the clip step
 //
@@ -108,13 +107,12 @@ ROUNDING_ERRORS(128, bfloat16, __nv_bfloat16)
 
 constexpr int PAD = 8;  // floats between rows of H in shared memory: eight rows then meet no bank twice
 
-__device__ __forceinline__ void multiply(float (&sum)[4], const float (&a)[4], float2 b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+__device__ __forceinline__ void multiply(float4& sum, const float4& a, float2 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[1])),
-        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
+      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
+      : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a.z)), "r"(__float_as_uint(a.y)),
+        "r"(__float_as_uint(a.w)), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
 }
 
 __device__ __forceinline__ float tf32(float value) {
@@ -123,68 +121,55 @@ __device__ __forceinline__ float tf32(float value) {
   return __uint_as_float(bits);
 }
 
-// Each value: [0], [1] two columns of the first row, [2], [3] of the second.
+// Two columns of the first row, then of the second, for every block of 8 columns.
 template <int SIZE>
-struct Tile {
-  float value[SIZE / 8][4];
-};
+using Tile = float4[SIZE / 8];
 
-template <int SIZE>
-__device__ __forceinline__ void load(Tile<SIZE>& tile, const float* from, long stride, long row, int rows,
-                                     int pair) {
-#pragma unroll
-  for (int j = 0; j < SIZE / 8; ++j) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const long at = (row + 8 * half) * stride + 8 * j + 2 * pair;
-      const bool inside = row + 8 * half < rows;
-      tile.value[j][2 * half] = inside ? from[at] : 0.0f;
-      tile.value[j][2 * half + 1] = inside ? from[at + 1] : 0.0f;
-    }
-  }
+__device__ __forceinline__ float2 two(const float* from, long stride, long row, int rows, int column) {
+  return row < rows ? *reinterpret_cast<const float2*>(from + row * stride + column) : float2{0.0f, 0.0f};
 }
 
-// Half the losses of both rows for the factors; the errors are left in `error`.
+__device__ __forceinline__ float4 four(const float* from, long stride, long row, int rows, int column) {
+  const float2 first = two(from, stride, row, rows, column), second = two(from, stride, row + 8, rows, column);
+  return {first.x, first.y, second.x, second.y};
+}
+
+__device__ __forceinline__ float error_of(float weight, const Grid& grid, float inverse, int steps) {
+  const float step = fminf(fmaxf(rintf(weight * inverse), -grid.zero), float(steps) - grid.zero);
+  return fmaf(step, grid.scale, -weight);
+}
+
+// Half the losses of both rows on their grids. `others` and `moment` lie in shared memory.
 template <int SIZE>
-__device__ __forceinline__ float2 half_losses(const Tile<SIZE>& weight, const Tile<SIZE>& others,
-                                              Tile<SIZE>& error, const float* moment, const Grid (&grid)[2],
-                                              const Rule& rule) {
+__device__ __forceinline__ float2 half_losses(const Tile<SIZE>& weight, const float4* others,
+                                              const float* moment, const Grid (&grid)[2], int steps) {
   constexpr int BLOCKS = SIZE / 8;
   const int lane = threadIdx.x % 32;
   const float* column = moment + (lane / 4) * (SIZE + PAD) + 2 * (lane % 4);
+  const float inverse[2] = {1.0f / grid[0].scale, 1.0f / grid[1].scale};
+  Tile<SIZE> e;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float inverse = 1.0f / grid[half].scale;
-    const float bottom = -grid[half].zero, top = float(rule.steps) - grid[half].zero;
-#pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        const float step = fminf(fmaxf(rintf(weight.value[j][i] * inverse), bottom), top);
-        error.value[j][i] = fmaf(step, grid[half].scale, -weight.value[j][i]);
-      }
-    }
+  for (int j = 0; j < BLOCKS; ++j) {
+    e[j] = {error_of(weight[j].x, grid[0], inverse[0], steps), error_of(weight[j].y, grid[0], inverse[0], steps),
+            error_of(weight[j].z, grid[1], inverse[1], steps), error_of(weight[j].w, grid[1], inverse[1], steps)};
   }
   float2 loss = {0.0f, 0.0f};
 #pragma unroll
   for (int first = 0; first < BLOCKS; first += 4) {  // four chains of products at a time
-    float sum[4][4];
+    float4 sum[4];
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[n][i] = others.value[first + n][i];
+    for (int n = 0; n < 4; ++n) sum[n] = others[(first + n) * 32 + lane];
 #pragma unroll
     for (int k = 0; k < first + 4; ++k)
 #pragma unroll
       for (int n = 0; n < 4; ++n)
         if (k <= first + n)
-          multiply(sum[n], error.value[k],
+          multiply(sum[n], e[k],
                    *reinterpret_cast<const float2*>(column + (first + n) * 8 * (SIZE + PAD) + 8 * k));
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const float(&e)[4] = error.value[first + n];
-      loss.x += e[0] * sum[n][0] + e[1] * sum[n][1];
-      loss.y += e[2] * sum[n][2] + e[3] * sum[n][3];
+      loss.x += e[first + n].x * sum[n].x + e[first + n].y * sum[n].y;
+      loss.y += e[first + n].z * sum[n].z + e[first + n].w * sum[n].w;
     }
   }
 #pragma unroll
@@ -195,6 +180,18 @@ __device__ __forceinline__ float2 half_losses(const Tile<SIZE>& weight, const Ti
   return loss;
 }
 
+// H of the group as half_losses wants it.
+template <int SIZE>
+__device__ __forceinline__ void stage(float* moment, const float* block, long stride) {
+  for (int at = threadIdx.x; at < SIZE * SIZE / 4; at += blockDim.x) {
+    const int n = at / (SIZE / 4), k = at % (SIZE / 4) * 4;
+    const float4 value = *reinterpret_cast<const float4*>(block + n * stride + k);
+    const float share = n / 8 == k / 8 ? 0.5f : 1.0f;
+    *reinterpret_cast<float4*>(moment + n * (SIZE + PAD) + k) = {
+        tf32(share * value.x), tf32(share * value.y), tf32(share * value.z), tf32(share * value.w)};
+  }
+}
+
 // weight, others, error: (rows, SIZE) with row strides; block: (SIZE, SIZE); ranges: (4, rows).
 // `factors` holds `joint` and then `side`.
 template <int SIZE>
@@ -202,28 +199,26 @@ __device__ void clip_step(const float* weight, long weight_stride, const float* 
                           const float* others, long others_stride, float* error, long error_stride,
                           float* ranges, long ranges_stride, const float* factors, int joint, int side,
                           int rows, const Rule& rule) {
-  extern __shared__ float moment[];
-  for (int at = threadIdx.x; at < SIZE * SIZE; at += blockDim.x) {
-    const int n = at / SIZE, k = at % SIZE;
-    const float value = block[n * block_stride + k];
-    moment[n * (SIZE + PAD) + k] = tf32(n / 8 == k / 8 ? 0.5f * value : value);
-  }
-  __syncthreads();
+  extern __shared__ float4 shared[];
+  float* moment = reinterpret_cast<float*>(shared);
+  float4* o = shared + SIZE * (SIZE + PAD) / 4 + threadIdx.x / 32 * SIZE / 8 * 32;
+  stage<SIZE>(moment, block, block_stride);
   const int lane = threadIdx.x % 32, pair = lane % 4;
   const long row = ((long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 16 + lane / 4;
-  Tile<SIZE> w, o, e;
-  load(w, weight, weight_stride, row, rows, pair);
-  load(o, others, others_stride, row, rows, pair);
+  Tile<SIZE> w;
   float low[2] = {0.0f, 0.0f}, high[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int j = 0; j < SIZE / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      low[i / 2] = fminf(low[i / 2], w.value[j][i]);
-      high[i / 2] = fmaxf(high[i / 2], w.value[j][i]);
-    }
+  for (int j = 0; j < SIZE / 8; ++j) {
+    w[j] = four(weight, weight_stride, row, rows, 8 * j + 2 * pair);
+    o[j * 32 + lane] = four(others, others_stride, row, rows, 8 * j + 2 * pair);
+    low[0] = fminf(low[0], fminf(w[j].x, w[j].y));
+    high[0] = fmaxf(high[0], fmaxf(w[j].x, w[j].y));
+    low[1] = fminf(low[1], fminf(w[j].z, w[j].w));
+    high[1] = fmaxf(high[1], fmaxf(w[j].z, w[j].w));
+  }
+  __syncthreads();
   // Per row: factors of the best range so far and its loss; the factors that this stage starts from.
-  float best[2][2], base[2][2], loss[2] = {INFINITY, INFINITY};
+  float best[2][2], base[2][2], loss[2] = {INFINITE, INFINITE};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -257,7 +252,7 @@ __device__ void clip_step(const float* weight, long weight_stride, const float* 
       tried[half][1] = moves_high ? __fmul_rn(base[half][1], factor) : base[half][1];
       grid[half] = fit(__fmul_rn(low[half], tried[half][0]), __fmul_rn(high[half], tried[half][1]), rule);
     }
-    const float2 found = half_losses(w, o, e, moment, grid, rule);
+    const float2 found = half_losses<SIZE>(w, o, moment, grid, rule.steps);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float value = half ? found.y : found.x;
@@ -280,20 +275,19 @@ __device__ void clip_step(const float* weight, long weight_stride, const float* 
       ranges[3 * ranges_stride + at] = grid.zero;
     }
 #pragma unroll
-    for (int j = 0; j < SIZE / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float value = w.value[j][2 * half + i];
-        error[at * error_stride + 8 * j + 2 * pair + i] = __fsub_rn(nearest(value, grid, rule), value);
-      }
+    for (int j = 0; j < SIZE / 8; ++j) {
+      const float first = half ? w[j].z : w[j].x, second = half ? w[j].w : w[j].y;
+      *reinterpret_cast<float2*>(error + at * error_stride + 8 * j + 2 * pair) = {
+          __fsub_rn(nearest(first, grid, rule), first), __fsub_rn(nearest(second, grid, rule), second)};
+    }
   }
 }
 
 #define CLIP_STEP(SIZE)                                                                                  \
   extern "C" __global__ void __launch_bounds__(128) clip_step_##SIZE(                                    \
-      const float* weight, long weight_stride, const float* block, long block_stride,                    \
-      const float* others, long others_stride, float* error, long error_stride, float* ranges,           \
-      long ranges_stride, const float* factors, int joint, int side, int rows, int steps, int symmetric, \
+      const float* weight, int weight_stride, const float* block, int block_stride,                    \
+      const float* others, int others_stride, float* error, int error_stride, float* ranges,           \
+      int ranges_stride, const float* factors, int joint, int side, int rows, int steps, int symmetric, \
       int scale_type, float two_steps) {                                                                 \
     clip_step<SIZE>(weight, weight_stride, block, block_stride, others, others_stride, error,            \
                     error_stride, ranges, ranges_stride, factors, joint, side, rows,                     \

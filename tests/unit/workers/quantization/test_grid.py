@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.core.format_limits import Scheme
-from workers.quantization.grid import grouped_view, min_max_grid, stored_scale
+from kernels.search.grids import stored_scale
+from workers.quantization.grid import grouped_view, min_max_grid
 
 BITS = (2, 3, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -21,6 +21,8 @@ from workers.quantization.scale_search import (
     Fold,
     ScaledLinear,
     candidates,
+    exponents,
+    grid_scales,
     normalised,
     search_scales,
 )
@@ -89,25 +91,28 @@ def test_the_loss_is_never_above_plain_rounding(
 
 
 @pytest.mark.parametrize(
-    ("duo", "exponents"),
+    ("duo", "expected"),
     [
-        (False, [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0)]),
-        (True, [(0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]),
-        ("both", [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]),
+        (False, [(0.5, 0.0), (1.0, 0.0)]),
+        (True, [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]),
+        ("both", [(0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]),
     ],
 )
 def test_candidates_without_and_with_duo_scaling(
-    duo: Literal["both"] | bool, exponents: list[tuple[float, float]]
+    duo: Literal["both"] | bool, expected: list[tuple[float, float]]
 ) -> None:
-    x_mean, w_mean = torch.rand(8) + 0.1, torch.rand(8) + 0.1
-    tried = list(candidates(SearchSpec(grid_points=2, duo_scaling=duo), x_mean, w_mean))
-    assert [(ratio, weight_ratio) for ratio, weight_ratio, _ in tried] == exponents
-    assert torch.equal(tried[0][2], torch.ones(8))
+    search = SearchSpec(grid_points=2, duo_scaling=duo)
+    fold = Fold(torch.ones(CHANNELS, 1), is_norm=False, head_shape=None, dtype=torch.float32)
+    tried = candidates(linears(), statistics_of(outlier_inputs()), fold, search)
+    assert exponents(search) == expected
+    assert tried.ratios == [(0.0, 0.0), *expected]
+    assert torch.equal(tried.scales[0], torch.ones(CHANNELS))
 
 
 def test_candidates_follow_the_formula_of_awq() -> None:
     x_mean, w_mean = torch.rand(8) + 0.1, torch.rand(8) + 0.1
-    for ratio, weight_ratio, scales in candidates(SearchSpec(grid_points=4), x_mean, w_mean):
+    grid = exponents(SearchSpec(grid_points=4))
+    for (ratio, weight_ratio), scales in zip(grid, grid_scales(grid, x_mean, w_mean), strict=True):
         raw = x_mean**ratio / w_mean**weight_ratio
         torch.testing.assert_close(scales, raw / (raw.max() * raw.min()).sqrt(), rtol=1e-5, atol=0)
 

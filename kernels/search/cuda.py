@@ -1,0 +1,85 @@
+"""The search's operators on NVIDIA GPUs: kernels/csrc/cuda/search.cu, one launch for each call."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.cuda.compiler import CompileError
+from kernels.cuda.driver import DriverError, Function, Launch
+from kernels.cuda.library import shared_library
+from kernels.search.grids import GridRule
+
+SOURCE = "search.cu"
+GROUP_SIZES = (32, 64, 128)
+WARP_ROWS = 16  # of the clip step
+PAD = 8  # PAD of search.cu
+SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+ERROR_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def runs_on(device: int) -> bool:
+    """True if the kernels can be compiled for the device; the reason is a warning where not."""
+    try:
+        shared_library().function(SOURCE, f"clip_step_{GROUP_SIZES[0]}", device)
+    except (CompileError, DriverError, ValueError) as fault:
+        warnings.warn(f"the search runs without its CUDA kernels: {fault}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+def fits(group_size: int, tensors: Sequence[Tensor]) -> bool:
+    """True if the kernels take this group size, and every row starts at a multiple of 16 bytes."""
+    return group_size in GROUP_SIZES and all(
+        tensor.data_ptr() % 16 == 0 and tensor.stride(-2) % 4 == 0 and tensor.stride(-2) < 2**31
+        for tensor in tensors
+    )
+
+
+def function(name: str, tensor: Tensor) -> Function:
+    return shared_library().function(SOURCE, name, tensor.device.index or 0)
+
+
+def rule_arguments(rule: GridRule) -> tuple[int, int, int, float]:
+    """The members of struct Rule."""
+    return rule.steps, int(rule.symmetric), SCALE_TYPES[rule.dtype], 2 / rule.steps
+
+
+def rounding_errors(
+    weight: Tensor, scales: Tensor, group_size: int, rule: GridRule, range_factor: float, errors: Tensor
+) -> None:
+    """Fills errors (candidates, rows, C)."""
+    rows, channels = weight.shape
+    warps = len(scales) * rows * channels // group_size
+    arguments = (weight, scales, errors, len(scales), rows, channels, range_factor)
+    kernel = function(f"rounding_errors_{group_size}_{ERROR_NAMES[errors.dtype]}", weight)
+    kernel(Launch((-(-warps // 8), 1, 1), (256, 1, 1)), (*arguments, *rule_arguments(rule)))
+
+
+@functools.cache
+def factors_on(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values or (1.0,), dtype=torch.float32, device=device)
+
+
+def clip_step(
+    group: tuple[Tensor, Tensor, Tensor, Tensor],
+    ranges: Tensor,
+    joint: Sequence[float],
+    side: Sequence[float],
+    rule: GridRule,
+) -> None:
+    """Fills error and ranges; `group`: weight, block, others and error."""
+    rows, size = group[0].shape
+    multiprocessors = torch.cuda.get_device_properties(ranges.device).multi_processor_count
+    warps = 4 if rows >= 4 * WARP_ROWS * multiprocessors else 2
+    shared = 4 * size * (size + PAD) + warps * WARP_ROWS * size * 4
+    launch = Launch((-(-rows // (WARP_ROWS * warps)), 1, 1), (32 * warps, 1, 1), shared)
+    strided = [value for tensor in (*group, ranges) for value in (tensor, tensor.stride(0))]
+    factors = factors_on(ranges.device, (*joint, *side))
+    counts = (len(joint), len(side), rows)
+    function(f"clip_step_{size}", ranges)(launch, (*strided, factors, *counts, *rule_arguments(rule)))
