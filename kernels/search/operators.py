@@ -15,7 +15,8 @@ from kernels.checks import check_device, check_dtype, check_scheme, check_shape
 from kernels.search import cuda
 from kernels.search.grids import GridRule
 
-CHUNK = 2**19  # values treated at once: a few megabytes, so that temporaries stay in a CPU's cache
+CHUNK = 2**19  # values treated at once: temporaries of a few megabytes stay in a CPU's cache
+GPU_CHUNK = 2**25  # bounds the memory of temporaries
 ERROR_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -55,9 +56,13 @@ def rounding_errors(
     return errors
 
 
+def at_once(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
 def chunks(scales: Tensor, errors: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """As many candidates at once as stay in the cache; all of them on a GPU's memory."""
-    count = max(1, (CHUNK if scales.device.type == "cpu" else 64 * CHUNK) // max(size, 1))
+    """Candidates and the place of their errors, as many as may be treated at once."""
+    count = max(1, at_once(scales.device) // size)
     return list(zip(torch.split(scales, count), torch.split(errors, count), strict=True))
 
 
@@ -127,16 +132,11 @@ def clip_step(
     if weight.is_cuda and cuda.fits(weight.shape[1], group) and cuda.runs_on(weight.get_device()):
         cuda.clip_step(group, ranges, joint, side, rule)
         return
-    count = max(1, CHUNK // (weight.shape[1] * max(1, len(joint), len(side))))
-    if weight.device.type != "cpu":
-        count = weight.shape[0]
-    for start in range(0, weight.shape[0], max(count, 1)):
+    count = max(1, at_once(weight.device) // (weight.shape[1] * max(1, len(joint), len(side))))
+    for start in range(0, weight.shape[0], count):
         rows = slice(start, start + count)
         step = RowRanges(weight[rows], block, others[rows], rule, ranges[:2, rows])
-        step.try_factors(joint, low=True, high=True)
-        step.try_factors(side, low=True, high=symmetric)
-        if not symmetric:
-            step.try_factors(side, low=False, high=True)
+        step.search(joint, side)
         error[rows] = step.error
         ranges[:, rows] = torch.stack([*step.factors, *step.grid()])
 
@@ -196,6 +196,13 @@ class RowRanges:
         products = products.view_as(errors).add_(self.others, alpha=2)
         found: Tensor = torch.linalg.vecdot(products, errors)
         return found
+
+    def search(self, joint: Sequence[float], side: Sequence[float]) -> None:
+        """Both bounds together, then one after the other."""
+        self.try_factors(joint, low=True, high=True)
+        self.try_factors(side, low=True, high=self.rule.symmetric)
+        if not self.rule.symmetric:
+            self.try_factors(side, low=False, high=True)
 
     def try_factors(self, multiples: Sequence[float], *, low: bool, high: bool) -> None:
         """Move the bounds of each row to the best of these multiples where that lowers its loss."""
