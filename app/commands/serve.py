@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from typing import Annotated
 
 import typer
-from redis.exceptions import RedisError
 
 from app.commands.terminal import read_settings
-from app.core.errors import Unavailable
-from app.core.redis_server import connect
-from app.core.worker_registry import WorkerRegistry
 
 
 def api() -> None:
@@ -31,32 +26,13 @@ def worker(
 ) -> None:
     """Run one worker."""
     if check:
+        from app.commands.health import check_worker
+
         check_worker()
         return
     # The process becomes the worker: signals reach it directly, and app imports nothing of workers.
     command = [sys.executable, "-m", "workers.main", "--device", device]
     os.execv(sys.executable, command)  # noqa: S606  # no shell is wanted
-
-
-def check_worker() -> None:
-    """For health checks of containers. Raises Unavailable if this host has no living worker."""
-    settings = read_settings()
-    if settings.redis_url is None:
-        raise Unavailable(
-            "NIBBLE_REDIS_URL is not set: there is nobody to ask", code="redis_unknown",
-            remedy="set it to the Redis that the worker uses",
-        )  # fmt: skip
-    host = socket.gethostname()
-    try:
-        living = WorkerRegistry(connect(settings.redis_url)).living()
-    except RedisError as fault:
-        raise Unavailable(
-            f"Redis does not answer: {fault}", code="redis_unavailable", remedy="check NIBBLE_REDIS_URL"
-        ) from fault
-    if not any(worker.host == host for worker in living):
-        raise Unavailable(
-            f"no worker of {host} sends heartbeats", code="worker_silent", remedy="read the worker's log"
-        )
 
 
 def up() -> None:

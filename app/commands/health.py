@@ -1,0 +1,33 @@
+"""Whether a worker of this host lives, for health checks of containers."""
+
+from __future__ import annotations
+
+import socket
+
+from redis.exceptions import RedisError
+
+from app.commands.terminal import read_settings
+from app.core.errors import Unavailable
+from app.core.redis_server import connect
+from app.core.worker_registry import WorkerRegistry
+
+
+def check_worker() -> None:
+    """For health checks of containers. Raises Unavailable if this host has no living worker."""
+    settings = read_settings()
+    if settings.redis_url is None:
+        raise Unavailable(
+            "NIBBLE_REDIS_URL is not set: there is nobody to ask", code="redis_unknown",
+            remedy="set it to the Redis that the worker uses",
+        )  # fmt: skip
+    host = socket.gethostname()
+    try:
+        living = WorkerRegistry(connect(settings.redis_url)).living()
+    except RedisError as fault:
+        raise Unavailable(
+            f"Redis does not answer: {fault}", code="redis_unavailable", remedy="check NIBBLE_REDIS_URL"
+        ) from fault
+    if not any(worker.host == host for worker in living):
+        raise Unavailable(
+            f"no worker of {host} sends heartbeats", code="worker_silent", remedy="read the worker's log"
+        )
