@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from pydantic import ValidationError
 
@@ -23,6 +24,8 @@ from app.core.specs import Frozen, JobSpec, TextSpec
 from app.core.text_source import is_remote, open_text
 
 PIECE = 1 << 22
+IN_USE = ".use"
+PARTIAL = ".partial"
 OnBytes = Callable[[int], None]  # hears of every piece, and may raise to stop
 
 
@@ -45,6 +48,7 @@ class ModelCache:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self._folder = folder
+        self._uses: list[IO[str]] = []
         self._settings = settings
 
     def fetch(self, reference: str, on_bytes: OnBytes) -> FetchedModel:
@@ -65,10 +69,26 @@ class ModelCache:
                 folder = files.folder
             else:
                 folder = self._folder / key
+                self._hold(key)
                 if not folder.exists():
+                    make_room(self._folder, sum(sizes.values()), self._settings.model_cache_bytes)
                     download_model(files, sizes, folder, on_bytes)
             digests = self._digests(key, folder, sizes, on_bytes)
         return FetchedModel(folder=folder, name=files.name, digest=model_digest(digests))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        for use in self._uses:
+            use.close()
+        self._uses.clear()
+
+    def _hold(self, key: str) -> None:
+        """Keep the model from being evicted until this cache is left or the process ends."""
+        use = (self._folder / f"{key}{IN_USE}").open("w")
+        fcntl.flock(use, fcntl.LOCK_SH)
+        self._uses.append(use)
 
     def _digests(self, key: str, folder: Path, sizes: Mapping[str, int], on_bytes: OnBytes) -> dict[str, str]:
         """SHA-256 by file; hashing a large model takes minutes, so the result is kept by content key."""
@@ -85,12 +105,53 @@ class ModelCache:
         return sha256
 
 
+def make_room(cache: Path, needed: int, most: int) -> list[str]:
+    """Remove the models that were used least recently until `needed` more bytes fit into `most`; their keys.
+
+    A model that a job uses stays, and what does not fit is downloaded all the same: the limit bounds what is
+    kept, not what is worked on.
+    """
+    models = [path for path in cache.iterdir() if path.is_dir()]
+    sizes = {path: folder_bytes(path) for path in models}
+    removed: list[str] = []
+    for path in sorted(models, key=last_use):
+        if not most or sum(sizes.values()) + needed <= most:
+            break
+        if evict(path):
+            del sizes[path]
+            removed.append(path.name)
+    return removed
+
+
+def folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def last_use(path: Path) -> float:
+    """When a job has last taken the model into use, which writes its lock file."""
+    use = path.with_name(path.name.removesuffix(PARTIAL) + IN_USE)
+    return use.stat().st_mtime if use.exists() else 0.0
+
+
+def evict(path: Path) -> bool:
+    """Remove a model unless somebody uses it."""
+    with path.with_name(path.name.removesuffix(PARTIAL) + IN_USE).open("a") as use:
+        try:
+            fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        gone = path.with_name(path.name + ".evicted")
+        path.rename(gone)  # at once: a half removed model must not be taken for one
+        shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
 def download_model(files: ModelFiles, sizes: Mapping[str, int], folder: Path, on_bytes: OnBytes) -> None:
     """Copy a model's files to `folder`, which appears when all of them are there.
 
     Files that an earlier try finished are kept.
     """
-    stage = folder.with_name(folder.name + ".partial")
+    stage = folder.with_name(folder.name + PARTIAL)
     stage.mkdir(exist_ok=True)
     for path, size in sorted(sizes.items()):
         dest = stage / path

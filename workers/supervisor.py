@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ from app.core.errors import (
     NotFound,
     Unavailable,
 )
-from app.core.job import Job, JobState, Problem, Progress, Stage, transition
+from app.core.job import Job, JobState, Progress, Stage, transition
 from app.core.job_changes import failed, requeued
 from app.core.job_child import CHILD_MODULE, JobChild
 from app.core.job_queue import JobQueue
@@ -50,6 +51,7 @@ from app.core.reuse import Contents, Made, ReuseIndex, fingerprint
 from app.core.settings import Settings
 from app.core.storage_keys import checkpoint_prefix, report_key
 from workers.checkpoints import CheckpointMirror, checkpoint_key
+from workers.faults import disk_fault, pause_before_next, reported
 from workers.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
 from workers.publication import Publication, inside, published_before, read_manifest
 from workers.watch import Stopped, StopReason, Watch
@@ -108,15 +110,17 @@ class Attempt:
 
     def run(self) -> None:
         """Do the work and write how it ended."""
+        with ExitStack() as self._stack:
+            self._run()
+
+    def _run(self) -> None:
         try:
             self._make_work_folder()
             self._succeed(self._execute())
         except Stopped as stop:
             self._stop(stop.reason)
-        except Unavailable as fault:
-            self._retry_or_fail(fault)
         except NibbleError as fault:
-            self._fail(fault)
+            self._retry_or_fail(fault)
         except OSError as fault:
             self._fail(disk_fault(fault))
         except Exception:  # the task boundary: whatever it was, the job must end
@@ -168,7 +172,7 @@ class Attempt:
 
     def _fetch_model(self) -> FetchedModel:
         settings = self._context.settings
-        cache = ModelCache(settings.state_dir / "cache" / "models", settings)
+        cache = self._stack.enter_context(ModelCache(settings.state_dir / "cache" / "models", settings))
         return cache.fetch(self._job.spec.model, self._watch.on_bytes)
 
     def _prepare(self, model: FetchedModel, texts: FetchedTexts) -> tuple[Assignment, CheckpointMirror]:
@@ -285,13 +289,20 @@ class Attempt:
         # Its checkpoints stay: a retry of the job goes on from them.
         self._end(lambda job: failed(job, fault))
 
-    def _retry_or_fail(self, fault: Unavailable) -> None:
-        """Storage or the hub did not answer: another attempt may meet them well."""
-        if self._job.attempt >= self._context.settings.max_attempts:
+    def _retry_or_fail(self, fault: NibbleError) -> None:
+        """Give the job back after a pause if another attempt may fare better."""
+        attempt = self._job.attempt
+        pause_s = pause_before_next(fault, attempt, self._context.settings)
+        if pause_s is None:
             self._fail(fault)
             return
-        self._event("retry", {"code": fault.code, "message": fault.message, "attempt": self._job.attempt})
-        self._requeue()
+        payload = {"code": fault.code, "message": fault.message, "attempt": attempt, "pause_s": pause_s}
+        try:
+            self._event("retry", payload)
+        except Stopped as stop:
+            self._stop(stop.reason)
+            return
+        self._requeue(pause_s=pause_s)
 
     def _stop(self, reason: StopReason) -> None:
         if reason is StopReason.CANCELLED:
@@ -307,17 +318,22 @@ class Attempt:
         else:
             log.warning("lease lost; another attempt may run", extra={"job": self._job.id})
 
-    def _requeue(self) -> None:
-        """Give the job back, so that another worker goes on from its checkpoints."""
+    def _requeue(self, *, pause_s: float = 0.0) -> None:
+        """Give the job back: another attempt goes on from its checkpoints, at once or after a pause."""
 
         def given_back(job: Job) -> Job:
             if job.state is JobState.CANCELLING:
                 return transition(job, JobState.CANCELLED)
             return requeued(job)
 
+        if pause_s > 0:
+            self._written_to_redis(
+                lambda: self._context.store.postpone(self._job.id, pause_s), stoppable=False
+            )
         job = self._end(given_back)
         self._context.store.release(self._job.id, self._job.attempt)
-        if job is not None and job.state is JobState.QUEUED:
+        # After a pause a janitor queues it.
+        if job is not None and job.state is JobState.QUEUED and pause_s == 0:
             self._context.queue.enqueue(job)
 
     def _end(self, change: Callable[[Job], Job]) -> Job | None:
@@ -365,15 +381,3 @@ class Attempt:
         except Unavailable as fault:
             # The job has ended well; what is left costs space only.
             log.warning("checkpoints not removed: %s", fault.message, extra={"job": self._job.id})
-
-
-def reported(problem: Problem) -> JobFault:
-    return JobFault(problem.message, code=problem.code, remedy=problem.remedy)
-
-
-def disk_fault(fault: OSError) -> JobFault:
-    return JobFault(
-        f"the worker could not write or read its own files: {fault}",
-        code="worker_disk",
-        remedy="let the operator free space in NIBBLE_STATE_DIR, then retry",
-    )

@@ -73,7 +73,7 @@ class Member:
         return None if self.process is None else self.process.poll()
 
     def crashes_in_a_row(self) -> bool:
-        return len(self.starts) > MAX_RESTARTS and self.starts[-1] - self.starts[0] < RESTART_WINDOW_S
+        return crashes_in_a_row(self.starts)
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL for the whole session; its last lines are printed."""
@@ -89,6 +89,10 @@ class Member:
         self.reader.join(READER_LIMIT_S)  # a process that it left behind could hold the pipe open
 
 
+def crashes_in_a_row(starts: Sequence[float]) -> bool:
+    return len(starts) > MAX_RESTARTS and starts[-1] - starts[0] < RESTART_WINDOW_S
+
+
 class Machine:
     """Redis, the API and the workers of this machine."""
 
@@ -96,6 +100,7 @@ class Machine:
         self.settings = settings
         self.console = stdout()
         self.stop_signal: int | None = None
+        self.redis_starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
 
     def run(self) -> ExitCode:
         """Run until a signal or the death of a member that can't be replaced."""
@@ -124,7 +129,7 @@ class Machine:
             self.await_ready(redis, members)
             while self.stop_signal is None:
                 refuse_ended(api)
-                refuse_dead_redis(redis)
+                self.replace_redis(redis)
                 self.replace_ended(workers, environment)
                 time.sleep(POLL_S)
         except NibbleError as fault:
@@ -167,6 +172,19 @@ class Machine:
         self.say(f"log in once with: {escape(url + link)}")
         self.say(f"[bold green]ready[/] at {url}")
 
+    def replace_redis(self, redis: RedisServer) -> None:
+        """Start a dead Redis again, over its file and at its address: the others reconnect."""
+        if redis.is_alive:
+            return
+        self.redis_starts.append(time.monotonic())
+        if crashes_in_a_row(self.redis_starts):
+            raise Unavailable(
+                f"Redis has ended {len(self.redis_starts)} times within {RESTART_WINDOW_S:.0f} s",
+                remedy="read redis/server.log in NIBBLE_STATE_DIR; what was recorded is on disk",
+            )
+        self.say("redis has ended; starting it again")
+        redis.restart(self.settings)
+
     def replace_ended(self, workers: Sequence[Member], environment: dict[str, str]) -> None:
         """Start a dead worker again: the service takes up its job."""
         for worker in workers:
@@ -189,11 +207,6 @@ def refuse_ended(member: Member) -> None:
             f"{member.name} ended with {exit_text(code)}",
             remedy="read its lines above; `nibble doctor` checks this machine",
         )
-
-
-def refuse_dead_redis(redis: RedisServer) -> None:
-    if not redis.is_alive:
-        raise Unavailable("the Redis server has ended", remedy="start again: what it recorded is on disk")
 
 
 def exit_text(code: int) -> str:

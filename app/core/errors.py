@@ -128,6 +128,10 @@ class DeadlineExceeded(JobFault):
     code = "deadline_exceeded"
 
 
+class ChildKilled(JobFault):
+    code = "child_killed"
+
+
 class OutOfMemory(JobFault):
     code = "out_of_memory"
 

@@ -112,12 +112,14 @@ class Janitor:
 
     def _check_entry(self, job: Job) -> Place:
         """Queue a waiting job again whose entry is gone."""
+        if self._store.is_postponed(job.id):
+            return Place.WAITING
         place = self._queue.place(job)
         is_lost = place is Place.GONE or (place is Place.MOVING and entry_id(job) in self._moving)
         if is_lost:
             self._queue.remove(job)
             self._queue.enqueue(job)
-            self._report("enqueued", "its queue entry was gone", job)
+            self._report("enqueued", "it was in no queue", job)
             return Place.WAITING
         return place
 

@@ -23,7 +23,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from app.core.assignment import Assignment, ProgressMessage, progress_messages
-from app.core.errors import JobFault, OutOfMemory
+from app.core.errors import ChildKilled, JobFault, OutOfMemory
 
 CHILD_MODULE = "workers.child"
 TAIL_BYTES = 64 * 1024
@@ -181,6 +181,11 @@ def exit_fault(return_code: int, *, oom_killed: bool) -> JobFault:
         return OutOfMemory(
             "the kernel killed the job's process because memory ran out",
             remedy="give the worker more memory, or lower calibration.num_samples or sequence_length",
+        )
+    if return_code == -signal.SIGKILL:
+        return ChildKilled(
+            "the job's process was killed from outside (signal 9); no memory had run out",
+            remedy="find out who sends signal 9 on the worker's host (an operator, a limit of the container)",
         )
     cause = f"exit code {return_code}"
     if return_code < 0:

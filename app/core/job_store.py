@@ -5,6 +5,7 @@ nibble:jobs:<tenant>     sorted set of ids, score 0: ULIDs sort by time
 nibble:state:<state>     set of ids, for the janitor and the metrics
 nibble:active:<tenant>   set of ids of jobs that have not ended, for the quota
 nibble:events:<id>       stream of events, capped
+nibble:postponed:<id>    there while a job waits after a fault, before it is queued again
 nibble:lease:<id>        the attempt that a worker executes, with an expiry
 nibble:changes           channel: the id of each job that changed
 """
@@ -100,6 +101,10 @@ def encode(job: Job) -> str:
     record = job.model_dump_json(exclude={"spec"})
     Job.model_validate({**json.loads(record), "spec": job.spec})
     return record
+
+
+def postponed_key(job_id: str) -> str:
+    return f"nibble:postponed:{job_id}"
 
 
 def delivery_keys(message: Delivery | None) -> list[str]:
@@ -329,6 +334,13 @@ class JobStore:
         except NibbleError:
             self.release(job_id, attempt)
             raise
+
+    def postpone(self, job_id: str, seconds: float) -> None:
+        """Have no janitor queue the job for some seconds, by the clock of Redis."""
+        self._redis.set(postponed_key(job_id), 1, px=max(1, int(seconds * 1000)))
+
+    def is_postponed(self, job_id: str) -> bool:
+        return bool(self._redis.exists(postponed_key(job_id)))
 
     def acquire(self, job_id: str, attempt: int, lease_s: float) -> bool:
         """Take the lease for `lease_s` seconds; False if it is held."""

@@ -81,6 +81,11 @@ class RedisServer:
         """False if the server that this process started has ended."""
         return self._process is None or self._process.poll() is None
 
+    def restart(self, settings: Settings) -> None:
+        """Start the server again after it has ended: same folder, same address."""
+        again = own_server(settings.state_dir)
+        self.kind, self._process = again.kind, again._process
+
     def stop(self) -> None:
         """End the server that this process started: it writes its file and goes."""
         if self._process is None or self._process.poll() is not None:

@@ -72,6 +72,7 @@ class Settings(BaseSettings):
     tenant_storage_bytes: int = Field(default=0, ge=0)
     tenant_requests_per_minute: int = Field(default=0, ge=0, le=10_000_000)
     cancel_grace_s: float = Field(default=5.0, ge=0, le=60)
+    model_cache_bytes: int = Field(default=200 * 1000**3, ge=0)
     shard_bytes: int = Field(default=4 * 1024**3, ge=1024**2)
     max_body_bytes: int = Field(default=16 * 1024**2, ge=1024)
 

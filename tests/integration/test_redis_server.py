@@ -132,3 +132,19 @@ def test_an_absent_redis_is_waited_for_and_then_reported() -> None:
         wait_for_redis(client, limit_s=0)
     assert refusal.value.code == "redis_unavailable"
     client.close()
+
+
+def test_a_killed_server_is_started_again_at_its_address(settings: Settings) -> None:
+    with resolve_redis(settings) as server:
+        client = connect(server.url)
+        client.set("kept", 1)
+        time.sleep(1.1)  # the file is synced each second
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        while server.is_alive:
+            time.sleep(0.02)
+        url = server.url
+        server.restart(settings)
+        assert (server.is_alive, server.url) == (True, url)
+        assert client.get("kept") == b"1"
+        client.close()

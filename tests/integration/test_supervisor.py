@@ -14,6 +14,7 @@ from redis import Redis
 from app.core.ids import artifact_id
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested, requeued
+from app.core.job_queue import Place
 from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
 from tests.integration.workshop import Workshop, wait_until
 from workers.publication import published_before
@@ -97,7 +98,6 @@ def test_the_setting_of_the_kernels_reaches_the_child(redis: Redis, redis_url: s
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        ("kill", "child_crashed"),
         ("exit", "child_crashed"),
         ("babble", "child_protocol"),
         ("report", "target_missed"),
@@ -111,6 +111,25 @@ def test_a_child_that_fails_fails_its_job(workshop: Workshop, fault: str, code: 
     assert job.error.remedy
     assert workshop.payload(job, "failure")["code"] == code
     assert workshop.manifest(job) is None
+
+
+def test_a_killed_child_is_started_again_after_a_pause(workshop: Workshop) -> None:
+    job = workshop.submit(fault="kill")
+    for attempt in (1, 2):
+        waiting = workshop.run(job, attempt)
+        assert (waiting.state, waiting.attempt) == (JobState.QUEUED, attempt)
+        workshop.sweep()
+        assert sum(workshop.queue.depths().values()) == 0
+        workshop.redis.delete(f"nibble:postponed:{job.id}")
+        workshop.sweep()
+        assert workshop.queue.place(workshop.store.load(job.id)) is Place.WAITING
+        workshop.queue.remove(waiting)
+    ended = workshop.run(job, 3)
+    assert ended.error is not None
+    assert (ended.state, ended.error.code) == (JobState.FAILED, "child_killed")
+    assert [event.payload["pause_s"] for event in workshop.store.events(job.id) if event.kind == "retry"] == [
+        5.0, 15.0,
+    ]  # fmt: skip
 
 
 def test_a_missed_target_leaves_its_report(workshop: Workshop) -> None:
@@ -230,7 +249,7 @@ def test_a_second_attempt_keeps_the_first_manifest(workshop: Workshop) -> None:
 
 
 def test_a_retry_goes_on_from_the_failed_jobs_checkpoints(workshop: Workshop) -> None:
-    failed = workshop.run(workshop.submit(fault="kill"))
+    failed = workshop.run(workshop.submit(fault="exit"))
     job = workshop.submit()
     workshop.store.update(job.id, lambda job: job.model_copy(update={"retry_of": failed.id}))
     ended = workshop.run(job)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -9,7 +11,14 @@ import pytest
 from app.core.model_source import LocalModel, needed_files
 from app.core.settings import Settings
 from app.core.specs import CalibrationSpec
-from workers.fetching import ModelCache, download_model, exclusive, fetch_text, text_digest
+from workers.fetching import (
+    ModelCache,
+    download_model,
+    exclusive,
+    fetch_text,
+    make_room,
+    text_digest,
+)
 
 
 def nothing(_: int) -> None:
@@ -113,3 +122,25 @@ def test_bundled_and_inline_texts_need_no_file(tmp_path: Path) -> None:
     for spec in specs:
         assert fetch_text(spec, Settings(), tmp_path / "text", nothing) is None
     assert len({text_digest(spec, None, nothing) for spec in specs}) == 4
+
+
+def kept_model(cache: Path, name: str, size: int, used_at: float) -> Path:
+    folder = cache / name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(size))
+    (cache / f"{name}.use").touch()
+    os.utime(cache / f"{name}.use", (used_at, used_at))
+    return folder
+
+
+def test_the_models_used_least_recently_go_first_and_those_in_use_stay(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for name, used_at in (("new", 30.0), ("old", 10.0), ("held", 5.0), ("middle", 20.0)):
+        kept_model(cache, name, 100, used_at)
+    assert make_room(cache, 100, 0) == []
+    assert make_room(cache, 100, 500) == []
+    with (cache / "held.use").open() as use:
+        fcntl.flock(use, fcntl.LOCK_SH)
+        assert make_room(cache, 100, 300) == ["old", "middle"]
+        assert make_room(cache, 1000, 300) == ["new"]
+    assert sorted(path.name for path in cache.iterdir() if path.is_dir()) == ["held"]

@@ -179,7 +179,7 @@ def test_the_environment_is_an_allow_list(tmp_path: Path) -> None:
     ("code", "oom_killed", "expected"),
     [
         (-9, True, "out_of_memory"),
-        (-9, False, "child_crashed"),
+        (-9, False, "child_killed"),
         (-11, True, "child_crashed"),
         (1, True, "child_crashed"),
     ],

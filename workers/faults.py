@@ -1,0 +1,43 @@
+"""What a fault of an attempt means: whether another attempt may fare better, and when."""
+
+from __future__ import annotations
+
+from app.core.errors import ChildKilled, JobFault, NibbleError, Unavailable
+from app.core.job import Problem
+from app.core.settings import Settings
+
+# Storage and hubs come back: many attempts may meet their absence, over 20 minutes.
+OUTAGE_ATTEMPTS = 8
+FIRST_PAUSE_S = 5.0
+PAUSE_FACTOR = 3.0
+LONGEST_PAUSE_S = 300.0
+
+
+def pause_before_next(fault: NibbleError, attempt: int, settings: Settings) -> float | None:
+    """Seconds until the job may go on after the fault; None if it has failed for good.
+
+    An absent storage or hub, and a process that was killed from outside, say nothing about the job. Memory
+    that ran out, a crash, or a refused model would be met again.
+    """
+    if isinstance(fault, Unavailable):
+        most = max(OUTAGE_ATTEMPTS, settings.max_attempts)
+    elif isinstance(fault, ChildKilled):
+        most = settings.max_attempts
+    else:
+        return None
+    if attempt >= most:
+        return None
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * PAUSE_FACTOR ** (attempt - 1))
+
+
+def reported(problem: Problem) -> JobFault:
+    """What the child said, as the fault that it is."""
+    return JobFault(problem.message, code=problem.code, remedy=problem.remedy)
+
+
+def disk_fault(fault: OSError) -> JobFault:
+    return JobFault(
+        f"the worker could not write or read its own files: {fault}",
+        code="worker_disk",
+        remedy="let the operator free space in NIBBLE_STATE_DIR, then retry",
+    )
