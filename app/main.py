@@ -12,9 +12,11 @@ from app.api import (
     artifacts,
     audit,
     dashboard,
+    deployments,
     errors,
     estimates,
     events,
+    inference,
     jobs,
     keys,
     operations,
@@ -25,12 +27,16 @@ from app.api import (
 )
 from app.api.audit import AuditTrail
 from app.api.dependencies import Services
+from app.api.gateway import Gateway
+from app.api.key_cache import KeyCache
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
+from app.api.routing import RoutingTable
 from app.core.artifact_store import ArtifactStore
 from app.core.audit import AuditLog
 from app.core.changes import ChangeListener
+from app.core.deployment_store import DeploymentStore
 from app.core.idempotency import IdempotencyKeys
 from app.core.janitor import Janitor, JanitorThread
 from app.core.job_queue import JobQueue
@@ -48,7 +54,7 @@ from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
 
 ROUTES = (
-    *(jobs, events, webhooks, estimates, artifacts, workers),
+    *(jobs, events, webhooks, estimates, artifacts, workers, deployments, inference),
     *(keys, tenants, audit, sessions, operations),
 )
 
@@ -61,8 +67,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ExitStack() as stack:
             # In this thread, not a pool's: an embedded Redis ends with the thread that started it.
-            app.state.services = open_services(settings, metrics, stack)
+            app.state.services = services = open_services(settings, metrics, stack)
             yield
+            await services.gateway.close()
 
     app = FastAPI(
         title="Nibble",
@@ -90,7 +97,12 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
     redis = connect(server.url)
     stack.callback(redis.close)
     wait_for_redis(redis)
-    objects = ObjectStore(settings.object_store_url)
+    objects, keys, deployments = (
+        ObjectStore(settings.object_store_url),
+        KeyStore(redis),
+        DeploymentStore(redis),
+    )
+    routes = RoutingTable(redis, deployments)
     services = Services(
         settings=settings,
         redis=redis,
@@ -99,7 +111,7 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
         idempotency=IdempotencyKeys(redis),
         objects=objects,
         artifacts=ArtifactStore(objects),
-        keys=KeyStore(redis),
+        keys=keys,
         limits=TenantLimits(redis, settings),
         audit=AuditLog(redis),
         reuse=ReuseIndex(redis, objects),
@@ -108,6 +120,10 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
         webhook_secrets=WebhookSecrets(redis),
         workers=WorkerRegistry(redis),
         changes=ChangeListener(redis, asyncio.get_running_loop()),
+        deployments=deployments,
+        routes=routes,
+        callers=KeyCache(keys, lambda: routes.is_offline),
+        gateway=Gateway(routes, deployments, settings, metrics),
         metrics=metrics,
     )
     bootstrap_key(settings, services.keys)
@@ -119,6 +135,9 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
 def start_threads(services: Services, stack: ExitStack) -> None:
     services.changes.start()
     stack.callback(services.changes.stop)
+    services.routes.refresh()
+    services.routes.start()
+    stack.callback(services.routes.stop)
     janitor = Janitor(
         services.jobs,
         services.queue,

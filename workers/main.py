@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from redis import Redis
 
+from app.core.deployment_store import DeploymentStore
 from app.core.device_profile import DeviceProfile
 from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
@@ -146,6 +147,7 @@ def serve(
             store=JobStore(redis),
             queue=JobQueue(redis, limit=settings.queue_limit),
             objects=objects,
+            deployments=DeploymentStore(redis),
             name=record.name,
             device=record.device,
             shutdown=shutdown,

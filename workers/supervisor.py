@@ -31,6 +31,7 @@ from app.core.assignment import (
     ProgressMessage,
     StageStarted,
 )
+from app.core.deployment_store import DeploymentStore
 from app.core.device_profile import DeviceProfile
 from app.core.errors import (
     Conflict,
@@ -43,6 +44,7 @@ from app.core.errors import (
 from app.core.job import Job, JobState, Progress, Stage, transition
 from app.core.job_changes import failed, requeued
 from app.core.job_child import CHILD_MODULE, JobChild
+from app.core.job_deployment import deploy_result
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.limits import TenantLimits
@@ -72,6 +74,7 @@ class WorkerContext:
     store: JobStore
     queue: JobQueue
     objects: ObjectStore
+    deployments: DeploymentStore
     name: str
     device: str
     shutdown: threading.Event
@@ -264,10 +267,17 @@ class Attempt:
         progress = Progress(**message.model_dump(exclude={"kind", "fraction"}), fraction=self._fraction)
         self._update(lambda job: job.model_copy(update={"progress": progress}))
 
+    def _deploy(self, artifacts: tuple[str, ...]) -> None:
+        deployments, store, job = self._context.deployments, self._context.store, self._job
+        told = self._written_to_redis(lambda: deploy_result(deployments, job, artifacts), stoppable=False)
+        if told is not None:
+            self._written_to_redis(lambda: store.append_event(job.id, *told), stoppable=False)
+
     def _succeed(self, made: Made) -> None:
         reused_from = made.job if made.job != self._job.id else None
         changes = {"artifacts": made.artifacts, "reused_from": reused_from}
         # The commit point is passed: a request to stop that arrives now comes too late.
+        self._deploy(made.artifacts)
         self._update(
             lambda job: transition(job, JobState.SUCCEEDED, progress=Progress(fraction=1.0), **changes),
             stoppable=False,

@@ -21,7 +21,7 @@ from app.api.preconditions import (
 from app.api.schemas import ArtifactList, ArtifactView
 from app.core.artifact import ArtifactFile
 from app.core.artifact_store import file_key
-from app.core.errors import InvalidRequest
+from app.core.errors import Conflict, InvalidRequest
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 
@@ -58,9 +58,20 @@ def read_artifact(artifact_id: str, services: ServicesParam, principal: Artifact
 
 @router.delete("/{artifact_id}", status_code=204)
 def delete_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsWriter) -> None:
-    """Remove an artifact and its files."""
+    """Remove an artifact and its files. A deployment that serves it must go first."""
+    require_unused(services, services.artifacts.get(principal.tenant, artifact_id).id)
     services.artifacts.delete(principal.tenant, artifact_id)
     services.limits.remove_artifact(principal.tenant, artifact_id)
+
+
+def require_unused(services: Services, artifact_id: str) -> None:
+    users = [live.spec.name for live in services.deployments.all() if live.spec.artifact == artifact_id]
+    if users:
+        raise Conflict(
+            f"artifact {artifact_id} is served by the deployment {', '.join(users)}",
+            code="artifact_in_use",
+            remedy="delete the deployment first",
+        )
 
 
 @router.head("/{artifact_id}/files/{path:path}", include_in_schema=False)

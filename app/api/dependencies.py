@@ -10,10 +10,14 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from redis import Redis
 
+from app.api.gateway import Gateway
+from app.api.key_cache import KeyCache
 from app.api.metrics import Metrics
+from app.api.routing import RoutingTable
 from app.core.artifact_store import ArtifactStore
 from app.core.audit import AuditLog
 from app.core.changes import ChangeListener
+from app.core.deployment_store import DeploymentStore
 from app.core.errors import Forbidden, Unauthenticated
 from app.core.idempotency import IdempotencyKeys
 from app.core.job_queue import JobQueue
@@ -48,6 +52,10 @@ class Services:
     webhook_secrets: WebhookSecrets
     workers: WorkerRegistry
     changes: ChangeListener
+    deployments: DeploymentStore
+    routes: RoutingTable
+    callers: KeyCache
+    gateway: Gateway
     metrics: Metrics
 
 
@@ -112,3 +120,5 @@ JobsReader = Annotated[Principal, Depends(holder_of(Scope.JOBS_READ))]
 JobsWriter = Annotated[Principal, Depends(holder_of(Scope.JOBS_WRITE))]
 ArtifactsReader = Annotated[Principal, Depends(holder_of(Scope.ARTIFACTS_READ))]
 ArtifactsWriter = Annotated[Principal, Depends(holder_of(Scope.ARTIFACTS_WRITE))]
+DeploymentsReader = Annotated[Principal, Depends(holder_of(Scope.DEPLOYMENTS_READ))]
+DeploymentsWriter = Annotated[Principal, Depends(holder_of(Scope.DEPLOYMENTS_WRITE))]

@@ -36,6 +36,8 @@ HEADERS: dict[int, dict[str, str]] = {
     429: {"Retry-After": "10"},
     503: {"Retry-After": "5"},
 }
+INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
+INFERENCE_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 PROBLEM_TYPE = "application/problem+json"
 # Of a union's branches pydantic reports each; these types say only that a branch has another shape.
 SHAPE_ERRORS = frozenset({"tuple_type", "model_type", "model_attributes_type"})
@@ -58,6 +60,38 @@ class ProblemDocument(BaseModel):
     remedy: str
     param: str | None = None
     errors: list[FieldProblem] | None = None
+
+
+def is_inference(path: str) -> bool:
+    """True for the routes whose callers expect errors in OpenAI's shape."""
+    return path.startswith(INFERENCE_ROUTES)
+
+
+def inference_problem(
+    error: errors.NibbleError, *, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The answer that tells of `error` in OpenAI's shape."""
+    status = status if status is not None else status_of(error)
+    told = {
+        "message": f"{error.message} ({error.remedy})" if error.remedy else error.message,
+        "type": INFERENCE_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+        "param": error.param,
+        "code": error.code,
+    }
+    return JSONResponse({"error": told}, status_code=status, headers=answer_headers(error, status, headers))
+
+
+def told(
+    request: Request,
+    error: errors.NibbleError,
+    *,
+    status: int | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """The answer that tells of `error` in the shape that the route's callers expect."""
+    if is_inference(request.url.path):
+        return inference_problem(error, status=status, headers=headers)
+    return problem(error, status=status, headers=headers)
 
 
 def status_of(error: errors.NibbleError) -> int:
@@ -87,9 +121,16 @@ def problem(
     return JSONResponse(
         document.model_dump(exclude_none=True),
         status_code=status,
-        headers={**HEADERS.get(status, {}), **(headers or {})},
+        headers=answer_headers(error, status, headers),
         media_type=PROBLEM_TYPE,
     )
+
+
+def answer_headers(error: errors.NibbleError, status: int, more: Mapping[str, str] | None) -> dict[str, str]:
+    headers = {**HEADERS.get(status, {}), **(more or {})}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    return headers
 
 
 def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
@@ -104,9 +145,7 @@ def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
 
 def on_nibble_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.NibbleError)
-    if isinstance(error, errors.RateLimited):
-        return problem(error, headers={"Retry-After": str(error.retry_after_s)})
-    return problem(error)
+    return told(request, error)
 
 
 def on_invalid_fields(request: Request, error: Exception) -> JSONResponse:
@@ -137,27 +176,29 @@ def on_http_exception(request: Request, error: Exception) -> JSONResponse:
         code=phrase.lower().replace(" ", "_"),
         remedy="see /openapi.json for the routes and their methods",
     )
-    return problem(refusal, status=error.status_code, headers=error.headers)
+    return told(request, refusal, status=error.status_code, headers=error.headers)
 
 
 def on_redis_error(request: Request, error: Exception) -> JSONResponse:
     log.error("redis failed: %s", error)
-    return problem(
+    return told(
+        request,
         errors.Unavailable(
             f"Redis failed: {error}",
             code="redis_unavailable",
             remedy="try again; if it lasts, the operator checks Redis (/readyz)",
-        )
+        ),
     )
 
 
 def on_unexpected(request: Request, error: Exception) -> JSONResponse:
     """The last handler: the server logs the error with its traceback."""
-    return problem(
+    return told(
+        request,
         errors.NibbleError(
             "the service met an error of its own",
             remedy="report it with the X-Request-ID of this answer",
-        )
+        ),
     )
 
 

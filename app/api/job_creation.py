@@ -6,9 +6,11 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from app.api.dependencies import Services
+from app.api.deployments import require_engine
 from app.core.errors import NotFound
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress
+from app.core.job_deployment import deploy_result
 from app.core.reuse import Made
 from app.core.specs import JobSpec
 from app.core.submission import CheckedSubmission, check_submission
@@ -26,6 +28,7 @@ def create_job(services: Services, tenant: str, spec: JobSpec, *, idempotency_ke
         if earlier is not None:
             return Creation(earlier, is_new=False)
     require_room(services, tenant)
+    check_deploy(services, tenant, spec)
     checked = check_submission(spec, services.settings)
     # Claimed only now: a refused body must not use up its key.
     job_id = (
@@ -55,6 +58,7 @@ def require_room(services: Services, tenant: str) -> None:
 def retry_job(services: Services, job: Job) -> Creation:
     """A new job with the spec of one that has ended."""
     require_room(services, job.tenant)
+    check_deploy(services, job.tenant, job.spec)
     checked = check_submission(job.spec, services.settings)
     again = new_job(checked, new_id("job"), job.tenant).model_copy(update={"retry_of": job.id})
     return record_job(services, checked, again)
@@ -70,6 +74,13 @@ def reusing(job: Job, made: Made) -> Job:
             "finished_at": datetime.now(UTC),
         }
     )
+
+
+def check_deploy(services: Services, tenant: str, spec: JobSpec) -> None:
+    """Refuse now what the deployment after the job would be refused for."""
+    if spec.deploy is not None:
+        services.deployments.require_free(tenant, spec.deploy.name)
+        require_engine(services, spec.deploy)
 
 
 def earlier_job(services: Services, tenant: str, spec: JobSpec, key: str) -> Job | None:
@@ -92,7 +103,11 @@ def record_job(services: Services, checked: CheckedSubmission, job: Job) -> Crea
         services.reuse.copy_report(made, job.id)
         job = reusing(job, made)
     if services.jobs.create(job, most_active=services.limits.of(job.tenant).active_jobs):
-        if not job.is_terminal:
+        if made is None:
             services.queue.enqueue(job)
+        else:
+            told = deploy_result(services.deployments, job, made.artifacts)
+            if told is not None:
+                services.jobs.append_event(job.id, *told)
         return Creation(job, is_new=True)
     return Creation(services.jobs.get(job.tenant, job.id), is_new=False)

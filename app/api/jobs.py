@@ -18,6 +18,7 @@ from app.core.errors import Conflict, MalformedRequest, NotFound
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested
 from app.core.job_store import JobFilter
+from app.core.security import Scope
 from app.core.specs import JobSpec
 from app.core.storage_keys import checkpoint_prefix, report_key
 
@@ -52,6 +53,8 @@ async def submit_job(
     prefer: Prefer = None,
 ) -> JSONResponse:
     """Record and queue a job. 202 means that it is recorded."""
+    if spec.deploy is not None:
+        principal.require(Scope.DEPLOYMENTS_WRITE)
     created = await run_in_threadpool(
         create_job, services, principal.tenant, spec, idempotency_key=idempotency_key
     )

@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from app.core.janitor import STEPS
 
+FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
 
 class Occupancy(NamedTuple):
     """How full the service is at one moment."""
@@ -18,6 +20,8 @@ class Occupancy(NamedTuple):
     jobs: dict[str, int]  # by state
     queues: dict[str, int]  # by name
     workers: dict[str, int]  # by what they do: busy, idle
+    deployments: dict[str, int]  # by state
+    replicas: dict[str, int]  # by state
 
 
 class OccupancyCollector(Collector):
@@ -34,6 +38,8 @@ class OccupancyCollector(Collector):
         yield family("nibble_jobs", "Jobs by state.", "state", occupancy.jobs)
         yield family("nibble_queue_depth", "Jobs that wait for a worker.", "queue", occupancy.queues)
         yield family("nibble_workers", "Living workers.", "state", occupancy.workers)
+        yield family("nibble_deployments", "Deployments by state.", "state", occupancy.deployments)
+        yield family("nibble_replicas", "Servers of deployments.", "state", occupancy.replicas)
 
 
 def family(name: str, documentation: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:
@@ -66,6 +72,26 @@ class Metrics:
         for step in STEPS:
             self._janitor.labels(step)
 
+        self._inference = Counter(
+            "nibble_inference_requests",
+            "Relayed requests; 499: the caller left, 502: the server ended amid a stream.",
+            ["deployment", "status"],
+            registry=self.registry,
+        )
+        self._retries = Counter(
+            "nibble_inference_retries",
+            "Requests that a second replica was asked for.",
+            ["deployment"],
+            registry=self.registry,
+        )
+        self._first_bytes = Histogram(
+            "nibble_inference_first_byte_seconds",
+            "Time to a server's first bytes.",
+            ["deployment"],
+            buckets=FIRST_BYTE_BUCKETS,
+            registry=self.registry,
+        )
+
     def observe_occupancy(self, read: Callable[[], Occupancy]) -> None:
         self.registry.register(OccupancyCollector(read))
 
@@ -76,6 +102,15 @@ class Metrics:
         self._in_flight.dec()
         self._requests.labels(method, route, str(status)).inc()
         self._latency.labels(route).observe(seconds)
+
+    def inference_ends(self, deployment: str, status: int) -> None:
+        self._inference.labels(deployment, str(status)).inc()
+
+    def inference_retried(self, deployment: str) -> None:
+        self._retries.labels(deployment).inc()
+
+    def first_byte(self, deployment: str, seconds: float) -> None:
+        self._first_bytes.labels(deployment).observe(seconds)
 
     def janitor_step(self, step: str) -> None:
         self._janitor.labels(step).inc()

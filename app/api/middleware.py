@@ -10,7 +10,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import problem
+from app.api.errors import inference_problem, is_inference, problem
 from app.api.metrics import Metrics
 from app.core.errors import InvalidRequest
 
@@ -78,7 +78,8 @@ class BodyLimit:
                 code="body_too_large",
                 remedy="put large texts into a file and name it as dataset",
             )
-            await problem(refusal, status=413, headers={"Connection": "close"})(scope, receive, send)
+            shaped = inference_problem if is_inference(scope["path"]) else problem
+            await shaped(refusal, status=413, headers={"Connection": "close"})(scope, receive, send)
             return
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import StrEnum
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from redis.exceptions import RedisError
 
 from app.api.dependencies import Services, ServicesParam
 from app.api.metrics import Occupancy
+from app.core.deployment import DeploymentState, ReplicaState
 from app.core.errors import Unavailable
 
 router = APIRouter(tags=["operations"])
@@ -53,10 +57,18 @@ def metrics(services: ServicesParam) -> Response:
 
 
 def occupancy(services: Services) -> Occupancy:
-    living = services.workers.living()
+    living = [worker for worker in services.workers.living() if worker.queue == "jobs"]
     busy = sum(worker.job is not None for worker in living)
+    deployments = services.deployments.all()
     return Occupancy(
         jobs={str(state): count for state, count in services.jobs.counts().items()},
         queues=services.queue.depths(),
         workers={"busy": busy, "idle": len(living) - busy},
+        deployments=counted([live.state for live in deployments], DeploymentState),
+        replicas=counted([replica.state for live in deployments for replica in live.replicas], ReplicaState),
     )
+
+
+def counted(states: Sequence[StrEnum], kinds: type[StrEnum]) -> dict[str, int]:
+    """How often each kind occurs, zero included."""
+    return {str(kind): states.count(kind) for kind in kinds}

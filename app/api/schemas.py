@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal, Self
 
@@ -9,9 +10,10 @@ from pydantic import BaseModel
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.artifact_store import ArtifactPage
+from app.core.deployment import DeploymentState, LiveDeployment, ReplicaState
 from app.core.job import Job, JobState, Problem, Progress, Stage
 from app.core.job_store import JobEvent, JobPage
-from app.core.specs import FormatName, JobSpec, Recipe
+from app.core.specs import Engine, FormatName, JobSpec, Recipe, VllmOptions
 from app.core.worker_registry import WorkerRecord
 
 
@@ -171,13 +173,71 @@ class ArtifactList(BaseModel):
         return cls(data=data, has_more=page.has_more, next=data[-1].id if page.has_more else None)
 
 
+class ReplicaView(BaseModel):
+    slot: int
+    worker: str
+    engine: str
+    state: ReplicaState
+    running: int
+    waiting: int
+    restarts: int
+    note: str
+    since: datetime
+
+
+class DeploymentView(BaseModel):
+    object: Literal["deployment"] = "deployment"
+    id: str
+    name: str
+    artifact: str
+    engine: Engine
+    state: DeploymentState
+    reason: str  # of a state that is not plainly ready
+    error: Problem | None
+    idle_timeout_s: int | None
+    replicas: int  # wanted
+    vllm: VllmOptions | None
+    servers: tuple[ReplicaView, ...]  # that there are
+    job: str | None
+    created_at: datetime
+    links: dict[str, str]
+
+    @classmethod
+    def of(cls, live: LiveDeployment, engines: Sequence[Sequence[str]]) -> Self:
+        """`engines`: what each living worker of the queue `serve` can run."""
+        deployment, spec = live.deployment, live.spec
+        links = {"self": f"/v1/deployments/{live.id}", "artifact": f"/v1/artifacts/{spec.artifact}"}
+        shown = set(ReplicaView.model_fields)
+        return cls(
+            id=live.id,
+            **spec.model_dump(exclude={"vllm"}),
+            vllm=spec.vllm,
+            state=live.state,
+            reason=live.reason(engines),
+            error=deployment.error,
+            servers=tuple(ReplicaView(**each.model_dump(include=shown)) for each in live.replicas),
+            job=deployment.job,
+            created_at=deployment.created_at,
+            links=links,
+        )
+
+
+class DeploymentList(BaseModel):
+    object: Literal["list"] = "list"
+    data: tuple[DeploymentView, ...]
+    has_more: bool
+    next: str | None
+
+
 class WorkerView(BaseModel):
     object: Literal["worker"] = "worker"
     name: str
     host: str
     device: str
     device_name: str
+    queue: Literal["jobs", "serve"]
     state: Literal["idle", "busy"]
+    servers: int
     job: str | None  # shown to its own tenant
     started_at: datetime
     heartbeat_at: datetime
@@ -189,7 +249,9 @@ class WorkerView(BaseModel):
             host=worker.host,
             device=worker.device,
             device_name=worker.device_name,
-            state="idle" if worker.job is None else "busy",
+            queue=worker.queue,
+            state="idle" if worker.job is None and worker.servers == 0 else "busy",
+            servers=worker.servers,
             job=worker.job if worker.tenant == tenant else None,
             started_at=worker.started_at,
             heartbeat_at=worker.heartbeat_at,

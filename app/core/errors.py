@@ -46,12 +46,19 @@ class NibbleError(Exception):
     code = "internal"
 
     def __init__(
-        self, message: str, *, remedy: str = "", code: str | None = None, param: str | None = None
+        self,
+        message: str,
+        *,
+        remedy: str = "",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
         self.param = param
+        self.retry_after_s = retry_after_s  # where it is known
         if code is not None:
             self.code = code
 
@@ -102,10 +109,6 @@ class QuotaExceeded(NibbleError):
 
 class RateLimited(NibbleError):
     code = "rate_limited"
-
-    def __init__(self, message: str, *, remedy: str, retry_after_s: int) -> None:
-        super().__init__(message, remedy=remedy)
-        self.retry_after_s = retry_after_s
 
 
 class Unavailable(NibbleError):

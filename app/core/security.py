@@ -42,6 +42,9 @@ class Scope(StrEnum):
     JOBS_WRITE = "jobs:write"
     ARTIFACTS_READ = "artifacts:read"
     ARTIFACTS_WRITE = "artifacts:write"
+    DEPLOYMENTS_READ = "deployments:read"
+    DEPLOYMENTS_WRITE = "deployments:write"
+    INFERENCE = "inference"
     ADMIN = "admin"  # all of its tenant: implies the scopes above, and manages the tenant's keys
     OPERATOR = "operator"  # of the service: manages the keys of every tenant
 

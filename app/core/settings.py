@@ -76,6 +76,13 @@ class Settings(BaseSettings):
     shard_bytes: int = Field(default=4 * 1024**3, ge=1024**2)
     max_body_bytes: int = Field(default=16 * 1024**2, ge=1024)
 
+    serve_host: str = "127.0.0.1"
+    serve_slots: int = Field(default=4, ge=1, le=64)
+    load_limit_s: float = Field(default=1800.0, ge=1)
+    drain_s: float = Field(default=60.0, ge=0, le=3600)
+    inference_limit: int = Field(default=256, ge=1)
+    inference_silence_s: float = Field(default=600.0, ge=1)
+
     @property
     def accepted_hosts(self) -> frozenset[str] | None:
         """Names under which this service may be called; None for any.

@@ -16,6 +16,7 @@ FormatName = Literal["awq", "compressed-tensors", "gptq"]
 Method = Literal["rtn", "awq", "gptq"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, -1]
+Engine = Literal["auto", "transformers", "vllm"]
 
 LabelKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(max_length=128)]
@@ -190,6 +191,38 @@ class WebhookSpec(Frozen):
     )
 
 
+class VllmOptions(Frozen):
+    """Options that are passed on to `vllm serve`; those that are absent are vLLM's to choose."""
+
+    tensor_parallel_size: int | None = Field(default=None, ge=1, le=64)
+    pipeline_parallel_size: int | None = Field(default=None, ge=1, le=64)
+    distributed_executor_backend: Literal["mp", "ray"] | None = None  # ray: over several hosts
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] | None = None
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] | None = None
+    enforce_eager: bool = False
+    enable_prefix_caching: bool | None = None
+
+
+class DeploymentOptions(Frozen):
+    """How an artifact is served: under which name, by which engine, by how many servers."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$")  # `model` of OpenAI requests
+    engine: Engine = "auto"
+    idle_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # None: never unloaded
+    replicas: int = Field(default=1, ge=1, le=16)
+    vllm: VllmOptions | None = None
+
+    @model_validator(mode="after")
+    def options_fit_engine(self) -> DeploymentOptions:
+        if self.vllm is not None and self.engine != "vllm":
+            raise ValueError('options of vllm need "engine": "vllm"')
+        return self
+
+
 class JobSpec(Frozen):
     """The body of `POST /v1/jobs`."""
 
@@ -205,6 +238,7 @@ class JobSpec(Frozen):
     queue_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # waiting for its first start
     force: bool = False  # compute also what was computed before
     webhook: WebhookSpec | None = None
+    deploy: DeploymentOptions | None = None  # serve the first artifact once the job has succeeded
 
     @field_validator("formats")
     @classmethod

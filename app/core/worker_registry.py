@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from redis import Redis
 
@@ -27,6 +27,9 @@ class WorkerRecord(Frozen):
     device: str  # cpu, cuda:0
     device_name: str = ""
     profile: DeviceProfile | None = None
+    queue: Literal["jobs", "serve"] = "jobs"
+    engines: tuple[str, ...] = ()  # that a worker of the queue `serve` can run
+    servers: int = 0  # that it runs
     job: str | None = None
     tenant: str | None = None  # the job's
     started_at: datetime

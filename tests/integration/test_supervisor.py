@@ -15,8 +15,9 @@ from app.core.ids import artifact_id
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested, requeued
 from app.core.job_queue import Place
+from app.core.specs import DeploymentOptions, JobSpec
 from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
-from tests.integration.workshop import Workshop, wait_until
+from tests.integration.workshop import MODEL, Workshop, wait_until
 from workers.publication import published_before
 from workers.supervisor import run_attempt
 
@@ -262,3 +263,18 @@ def test_a_model_that_has_gone_fails_the_job(workshop: Workshop, tmp_path: Path)
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error.code == "model_path_forbidden"
+
+
+def test_deploy_in_a_job_serves_its_first_artifact_once(workshop: Workshop) -> None:
+    spec = JobSpec(model=MODEL, deploy=DeploymentOptions(name="tiny", idle_timeout_s=60))
+    first, second = workshop.record(spec), workshop.record(spec)
+    assert workshop.run(first).state is JobState.SUCCEEDED
+    deployed = workshop.deployments.all()
+    assert [live.spec.name for live in deployed] == ["tiny"]
+    assert deployed[0].spec.artifact == workshop.store.load(first.id).artifacts[0]
+    assert (deployed[0].deployment.job, deployed[0].spec.idle_timeout_s) == (first.id, 60)
+    assert workshop.payload(first, "deployed")["deployment"] == deployed[0].id
+    # The name is in use by now: the job succeeds, and says why nothing was deployed.
+    assert workshop.run(second).state is JobState.SUCCEEDED
+    assert len(workshop.deployments.all()) == 1
+    assert "deployment_name_taken" in str(workshop.store.events(second.id))

@@ -15,6 +15,7 @@ from pathlib import Path
 from redis import Redis
 
 from app.core.artifact import ArtifactManifest
+from app.core.deployment_store import DeploymentStore
 from app.core.ids import artifact_id, new_id
 from app.core.janitor import Janitor
 from app.core.job import Job
@@ -49,6 +50,7 @@ class Workshop:
         self.store = JobStore(redis)
         self.queue = JobQueue(redis, limit=100)
         self.objects = ObjectStore(self.settings.object_store_url)
+        self.deployments = DeploymentStore(redis)
         self.shutdown = threading.Event()
         self.settings.scratch_dir.mkdir(parents=True)
 
@@ -66,6 +68,7 @@ class Workshop:
             store=self.store,
             queue=self.queue,
             objects=self.objects,
+            deployments=self.deployments,
             name="test",
             device="cpu",
             shutdown=self.shutdown,

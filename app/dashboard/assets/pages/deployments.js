@@ -18,8 +18,7 @@ function Deployment({ deployment, onChange }) {
     await send("DELETE", `/v1/deployments/${deployment.id}`);
     onChange();
   };
-  const replicas = deployment.replicas || [];
-  const busy = Array.isArray(replicas) ? replicas.reduce((sum, each) => sum + (each.running || 0), 0) : null;
+  const busy = deployment.servers.reduce((sum, each) => sum + each.running, 0);
   return html`<article class="card">
     <div class="title">
       <h2>${deployment.name}</h2>
@@ -32,9 +31,9 @@ function Deployment({ deployment, onChange }) {
     </div>
     <p><small>
       <a href=${`#/artifacts/${deployment.artifact}`}>${deployment.artifact}</a>, engine ${deployment.engine},
-      made ${age(deployment.created_at)}${busy !== null ? `, ${busy} requests running` : ""}${deployment.idle_timeout_s ? `, unloads after ${duration(deployment.idle_timeout_s)} without requests` : ""}
+      made ${age(deployment.created_at)}, ${busy} requests running${deployment.idle_timeout_s ? `, unloads after ${duration(deployment.idle_timeout_s)} without requests` : ""}
     </small></p>
-    ${deployment.reason && html`<p class="bad">${deployment.reason.message || deployment.reason}</p>`}
+    ${deployment.reason && html`<p class=${deployment.state === "failed" ? "bad" : "note"}>${deployment.reason}</p>`}
     <details><summary>Call it</summary><${Copy} label="curl" text=${example(deployment.name)} /></details>
   </article>`;
 }

@@ -1,0 +1,107 @@
+"""`/v1/deployments`: serve an artifact under a name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+
+from app.api.dependencies import DeploymentsReader, DeploymentsWriter, Services, ServicesParam
+from app.api.schemas import DeploymentList, DeploymentView
+from app.core.deployment import DeploymentSpec, LiveDeployment
+from app.core.deployment_store import removed
+from app.core.errors import InvalidRequest, MalformedRequest
+from app.core.ids import is_id
+from app.core.specs import DeploymentOptions
+
+router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
+
+POLL_AFTER = {"starting": "1", "draining": "1"}
+
+
+@router.post("", status_code=202, response_model=DeploymentView)
+def create_deployment(
+    spec: DeploymentSpec, services: ServicesParam, principal: DeploymentsWriter
+) -> JSONResponse:
+    """Record a deployment; a worker with the queue `serve` starts its servers."""
+    services.artifacts.get(principal.tenant, spec.artifact)
+    require_engine(services, spec)
+    deployment = services.deployments.create(principal.tenant, spec)
+    services.routes.refresh()
+    return answer(services, services.deployments.get(principal.tenant, deployment.id), status=202)
+
+
+@router.get("")
+def list_deployments(
+    services: ServicesParam,
+    principal: DeploymentsReader,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+) -> DeploymentList:
+    """The tenant's deployments, newest first."""
+    if after is not None and not is_id("dep", after):
+        raise MalformedRequest(
+            f"{after[:64]!r} is not a cursor",
+            code="invalid_cursor",
+            remedy="pass the `next` of the page before",
+            param="after",
+        )
+    own = [live for live in services.deployments.all() if live.deployment.tenant == principal.tenant]
+    older = [live for live in own if after is None or live.id < after]
+    engines = serving_engines(services)
+    views = tuple(DeploymentView.of(live, engines) for live in older[:limit])
+    has_more = len(older) > limit
+    return DeploymentList(data=views, has_more=has_more, next=views[-1].id if has_more else None)
+
+
+@router.get("/{deployment_id}", response_model=DeploymentView)
+def read_deployment(
+    deployment_id: str, services: ServicesParam, principal: DeploymentsReader
+) -> JSONResponse:
+    """The deployment, its state and its replicas."""
+    return answer(services, services.deployments.get(principal.tenant, deployment_id))
+
+
+@router.delete(
+    "/{deployment_id}",
+    status_code=202,
+    response_model=DeploymentView,
+    responses={204: {"description": "Nothing ran; it is gone."}},
+)
+def delete_deployment(deployment_id: str, services: ServicesParam, principal: DeploymentsWriter) -> Response:
+    """Take no more requests, finish those that run, then stop. The name is free at once."""
+    live = services.deployments.get(principal.tenant, deployment_id)
+    deployment = services.deployments.update(live.id, removed)
+    gone = services.deployments.forget(deployment)
+    services.routes.refresh()
+    if gone:
+        return Response(status_code=204)
+    return answer(services, LiveDeployment(deployment=deployment, replicas=live.replicas), status=202)
+
+
+def answer(services: Services, live: LiveDeployment, *, status: int = 200) -> JSONResponse:
+    """The deployment with a hint when to look again."""
+    view = DeploymentView.of(live, serving_engines(services))
+    headers = {"Location": view.links["self"]} if status == 202 else {}
+    if view.state in POLL_AFTER:
+        headers["Retry-After"] = POLL_AFTER[view.state]
+    return JSONResponse(view.model_dump(mode="json"), status_code=status, headers=headers)
+
+
+def serving_engines(services: Services) -> list[tuple[str, ...]]:
+    """What each living worker of the queue `serve` can run."""
+    return [worker.engines for worker in services.workers.living() if worker.queue == "serve"]
+
+
+def require_engine(services: Services, options: DeploymentOptions) -> None:
+    """Refuse an engine that none of the living workers has. Without any worker the deployment waits."""
+    engines = serving_engines(services)
+    if options.engine == "auto" or not engines or any(options.engine in offered for offered in engines):
+        return
+    raise InvalidRequest(
+        f"no worker has {options.engine} installed",
+        code=f"{options.engine}_not_installed",
+        remedy=f"install {options.engine} on a worker of the queue `serve`, or use another engine",
+        param="engine",
+    )

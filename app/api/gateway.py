@@ -1,0 +1,270 @@
+"""Relays inference requests to the servers of a deployment.
+
+find      the deployment by tenant and model, the replica with the least to do
+ask       before the first byte, a dead or full replica is replaced by another one, once
+relay     bytes pass as they come, whole events at a time; a server that dies leaves an error event
+leave     a caller who goes away cancels the request at the server
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import httpx
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from app.api.metrics import Metrics
+from app.api.relay import ClientGone, RelayedEvents, Upstream
+from app.api.routing import RoutingTable
+from app.core.deployment import DeploymentState, LiveDeployment, Replica, ReplicaState
+from app.core.deployment_store import DeploymentStore, awakened
+from app.core.errors import MalformedRequest, NibbleError, NotFound, QueueFull, Unavailable
+from app.core.settings import Settings
+
+CONNECT_S = 3.0
+KEEPALIVE_S = 4.0  # below the five seconds after which servers close idle connections
+SUSPECT_S = 3.0  # a replica that refused a connection is asked last for so long
+USUAL_LOAD_S = 5.0
+MAX_RETRY_AFTER_S = 60
+PASSED_ON = ("content-type", "accept", "x-request-id")
+BUSY = frozenset({429, 503})
+
+
+class Inquiry(NamedTuple):
+    """A request on its way to a server."""
+
+    live: LiveDeployment
+    path: str
+    body: bytes
+    headers: dict[str, str]
+
+
+class Gateway:
+    """One per process. `close` it with the event loop that used it."""
+
+    def __init__(
+        self, routes: RoutingTable, store: DeploymentStore, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._routes = routes
+        self._store = store
+        self._limit = settings.inference_limit
+        self._metrics = metrics
+        self._in_flight: Counter[str] = Counter()  # by deployment
+        self._asked: Counter[str] = Counter()  # by the replica's url
+        self._suspects: dict[str, float] = {}
+        silence = settings.inference_silence_s
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(connect=CONNECT_S, read=silence, write=silence, pool=CONNECT_S),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=256, keepalive_expiry=KEEPALIVE_S
+            ),
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def answer(self, request: Request, tenant: str) -> Response:
+        """The server's answer to a completion request."""
+        started = time.perf_counter()
+        body = await request.body()
+        live = await self._deployment(tenant, model_of(body))
+        release = self._admit(live)
+        headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
+        inquiry = Inquiry(live, request.url.path, body, headers)
+        gone = asyncio.create_task(disconnected(request.receive))
+        try:
+            upstream = await self._unless(gone, self._begin(inquiry))
+        except ClientGone:
+            release(499)
+            return Response(status_code=499)
+        except BaseException as fault:
+            gone.cancel()
+            release(getattr(fault, "status", 503))
+            raise
+        self._metrics.first_byte(live.id, time.perf_counter() - started)
+        if upstream.is_stream:
+            return RelayedEvents(upstream, gone, release)
+        gone.cancel()
+        release(upstream.response.status_code)
+        return Response(
+            upstream.first, status_code=upstream.response.status_code, headers=upstream.passed_headers()
+        )
+
+    async def _deployment(self, tenant: str, name: str) -> LiveDeployment:
+        """The deployment of that name; one that rests is woken up."""
+        live = self._routes.find(tenant, name)
+        if live is None:
+            raise unknown_model(name)
+        if live.deployment.error is not None:
+            error = live.deployment.error
+            raise Unavailable(
+                f"{name} can't be served: {error.message}", code=error.code, remedy=error.remedy
+            )
+        self._routes.note_use(live.deployment)
+        if live.state in (DeploymentState.DRAINING, DeploymentState.STOPPED):
+            await run_in_threadpool(self._store.update, live.id, awakened)
+            raise loading(live)
+        return live
+
+    def _admit(self, live: LiveDeployment) -> Callable[[int], None]:
+        """Count the request in; the result counts it out, with its status."""
+        if self._in_flight[live.id] >= self._limit:
+            self._metrics.inference_ends(live.id, 429)
+            raise QueueFull(
+                f"{live.spec.name} has {self._limit} requests in progress already",
+                code="too_many_requests",
+                remedy="ask again in a moment, or let the operator add replicas",
+            )
+        self._in_flight[live.id] += 1
+
+        def release(status: int) -> None:
+            self._in_flight[live.id] -= 1
+            self._routes.note_use(live.deployment)
+            self._metrics.inference_ends(live.id, status)
+
+        return release
+
+    async def _unless(self, gone: asyncio.Task[None], begin: Coroutine[None, None, Upstream]) -> Upstream:
+        """The server's first bytes, unless the caller leaves before them."""
+        asking = asyncio.create_task(begin)
+        await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if asking.done():
+            return asking.result()
+        asking.cancel()
+        await asyncio.wait({asking})
+        raise ClientGone
+
+    async def _begin(self, inquiry: Inquiry) -> Upstream:
+        """The beginning of an answer, from a second replica if the first one is dead or full."""
+        first = self._choose(inquiry.live, avoid=None)
+        try:
+            upstream = await self._ask(first, inquiry)
+            if upstream.response.status_code not in BUSY or len(inquiry.live.ready) < 2:
+                return upstream
+        except httpx.ReadTimeout as fault:
+            raise silent(inquiry.live) from fault
+        except httpx.TransportError:
+            self._suspects[str(first.url)] = time.monotonic() + SUSPECT_S
+        self._metrics.inference_retried(inquiry.live.id)
+        # Read again: the dead replica's successor may be there already.
+        live = self._routes.find(inquiry.live.deployment.tenant, inquiry.live.spec.name) or inquiry.live
+        try:
+            return await self._ask(self._choose(live, avoid=first.url), inquiry)
+        except httpx.TransportError as fault:
+            raise lost(live) from fault
+
+    def _choose(self, live: LiveDeployment, *, avoid: str | None) -> Replica:
+        """The replica with the least to do. The one to avoid is asked again if there is no other."""
+        if not live.ready:
+            raise loading(live)
+        now = time.monotonic()
+        self._suspects = {url: until for url, until in self._suspects.items() if until > now}
+
+        def burden(replica: Replica) -> tuple[bool, bool, int]:
+            url = str(replica.url)
+            reported = replica.running + replica.waiting
+            return url == avoid, url in self._suspects, max(reported, self._asked[url])
+
+        return min(live.ready, key=burden)
+
+    async def _ask(self, replica: Replica, inquiry: Inquiry) -> Upstream:
+        """Send the request and wait for the first bytes; of an answer that is no stream, for all."""
+        url = str(replica.url)
+        self._asked[url] += 1
+        response: httpx.Response | None = None
+        try:
+            asked = self._http.build_request(
+                "POST", url + inquiry.path, content=inquiry.body, headers=inquiry.headers
+            )
+            response = await self._http.send(asked, stream=True)
+            chunks = response.aiter_raw()
+            is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+            first = await anext(chunks, b"") if is_stream else await response.aread()
+        except BaseException:
+            self._forget(url)
+            if response is not None:
+                await response.aclose()
+            raise
+        upstream = Upstream(response, chunks, first, is_stream=is_stream, on_close=lambda: self._forget(url))
+        if not is_stream:
+            await upstream.close()
+        return upstream
+
+    def _forget(self, url: str) -> None:
+        self._asked[url] -= 1
+        if self._asked[url] <= 0:
+            del self._asked[url]
+
+
+def model_of(body: bytes) -> str:
+    try:
+        document = json.loads(body)
+    except ValueError as fault:
+        raise MalformedRequest(
+            "the body is not valid JSON", code="json_invalid", remedy="send application/json"
+        ) from fault
+    model = document.get("model") if isinstance(document, dict) else None
+    if not isinstance(model, str):
+        raise MalformedRequest(
+            "the body names no model",
+            code="model_missing",
+            remedy="set `model` to the name of a deployment; GET /v1/models lists them",
+            param="model",
+        )
+    return model
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the caller has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def unknown_model(name: str) -> NotFound:
+    return NotFound(
+        f"the model {name[:200]!r} does not exist",
+        code="model_not_found",
+        remedy="use the name of a deployment; GET /v1/models lists them",
+        param="model",
+    )
+
+
+def ask_again(message: str, code: str, seconds: float) -> Unavailable:
+    """No replica answers at the moment; the caller should ask again after `seconds`."""
+    retry_after = min(max(1, math.ceil(seconds)), MAX_RETRY_AFTER_S)
+    refusal = Unavailable(message, code=code, remedy=f"ask again in {retry_after} s")
+    refusal.retry_after = retry_after
+    return refusal
+
+
+def loading(live: LiveDeployment) -> Unavailable:
+    """Says when to ask again, from how long the last start took."""
+    left = live.deployment.load_s or USUAL_LOAD_S
+    for replica in live.replicas:
+        if replica.state is ReplicaState.LOADING:
+            left -= (datetime.now(UTC) - replica.since).total_seconds()
+    return ask_again(f"{live.spec.name} is loading", "model_loading", left)
+
+
+def lost(live: LiveDeployment) -> Unavailable:
+    message = f"the server of {live.spec.name} ended; it is being started again"
+    return ask_again(message, "replica_lost", live.deployment.load_s or USUAL_LOAD_S)
+
+
+def silent(live: LiveDeployment) -> NibbleError:
+    return Unavailable(
+        f"the server of {live.spec.name} sent nothing for too long",
+        code="inference_timeout",
+        remedy="ask for fewer tokens, or let the operator raise NIBBLE_INFERENCE_SILENCE_S",
+    )

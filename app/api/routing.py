@@ -1,0 +1,105 @@
+"""The table by which inference requests find their servers: read from Redis by a thread, kept without it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from app.core.deployment import Deployment, Goal, LiveDeployment
+from app.core.deployment_store import CHANGES, DeploymentStore
+from app.core.errors import NibbleError
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 0.5
+RETRY_S = 0.5
+# After Redis comes back, replicas that it has forgotten stay in the table until their workers tell it again.
+RECOVERY_S = 10.0
+
+Key = tuple[str, str]  # tenant, name
+
+
+class RoutingTable(threading.Thread):
+    """Deployments by tenant and name. Readers get a snapshot without waiting."""
+
+    def __init__(self, redis: Redis, store: DeploymentStore) -> None:
+        super().__init__(name="routing", daemon=True)
+        self._redis: Any = redis
+        self._store = store
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._table: dict[Key, LiveDeployment] = {}
+        self._used: dict[str, Deployment] = {}
+        self._failed_at: float | None = None
+        self.is_offline = False  # Redis did not answer the last time
+
+    def find(self, tenant: str, name: str) -> LiveDeployment | None:
+        return self._table.get((tenant, name))
+
+    def of_tenant(self, tenant: str) -> list[LiveDeployment]:
+        return [live for (owner, _), live in self._table.items() if owner == tenant]
+
+    def note_use(self, deployment: Deployment) -> None:
+        """Remember that the deployment is in use; the thread tells Redis."""
+        if deployment.spec.idle_timeout_s is not None:
+            self._used[deployment.id] = deployment
+
+    def refresh(self) -> None:
+        """Read the deployments now, and remove those that are deleted and have no server any more."""
+        with self._lock:
+            found = self._store.all()
+            table = {(live.deployment.tenant, live.spec.name): live for live in found if is_wanted(live)}
+            if self._failed_at is not None and time.monotonic() - self._failed_at < RECOVERY_S:
+                table = {key: self._with_known_replicas(key, live) for key, live in table.items()}
+            self._table = table
+            for live in found:
+                if live.deployment.goal is Goal.REMOVE and not live.replicas:
+                    self._store.forget(live.deployment)
+
+    def _with_known_replicas(self, key: Key, live: LiveDeployment) -> LiveDeployment:
+        before = self._table.get(key)
+        if before is None or before.id != live.id or not live.deployment.wants_servers:
+            return live
+        told = {replica.slot for replica in live.replicas}
+        kept = tuple(replica for replica in before.replicas if replica.slot not in told)
+        return live.model_copy(update={"replicas": (*live.replicas, *kept)})
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._follow()
+            except RedisError as fault:
+                log.warning("routing keeps its table: %s", fault)
+                self.is_offline = True
+                self._failed_at = time.monotonic()
+                self._stopped.wait(RETRY_S)
+
+    def _follow(self) -> None:
+        with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+            channel.subscribe(CHANGES)
+            while not self._stopped.is_set():
+                self._pass()
+                channel.get_message(timeout=REFRESH_S)
+
+    def _pass(self) -> None:
+        try:
+            self.refresh()
+        except NibbleError as fault:
+            log.warning("routing keeps its table: %s", fault.message)
+        self.is_offline = False
+        used, self._used = self._used, {}
+        if used:
+            self._store.touch(used.values())
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+
+def is_wanted(live: LiveDeployment) -> bool:
+    return live.deployment.goal is not Goal.REMOVE
