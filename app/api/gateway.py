@@ -243,9 +243,7 @@ def unknown_model(name: str) -> NotFound:
 def ask_again(message: str, code: str, seconds: float) -> Unavailable:
     """No replica answers at the moment; the caller should ask again after `seconds`."""
     retry_after = min(max(1, math.ceil(seconds)), MAX_RETRY_AFTER_S)
-    refusal = Unavailable(message, code=code, remedy=f"ask again in {retry_after} s")
-    refusal.retry_after = retry_after
-    return refusal
+    return Unavailable(message, code=code, remedy=f"ask again in {retry_after} s", retry_after_s=retry_after)
 
 
 def loading(live: LiveDeployment) -> Unavailable:
