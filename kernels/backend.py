@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.cpu.aten import AtenBackend
+from kernels.cpu.native import NativeBackend
 from kernels.problem import Problem
 from kernels.torch_backend import TorchBackend
 from kernels.weight import PackedWeight
@@ -54,7 +56,7 @@ class Selection:
 
 # The best first. On every device PyTorch's own operators are the last resort.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "cpu": (TorchBackend(),),
+    "cpu": (NativeBackend(tiles=True), NativeBackend(tiles=False), AtenBackend(), TorchBackend()),
     "cuda": (TorchBackend(),),
 }
 

@@ -1,0 +1,229 @@
+"""Our own kernels for the CPU: products on AMX tiles, or dot products of AVX-512 registers.
+
+bfloat16 has 8 significant bits, and so has what these instructions multiply. A float16 or float32 input is
+written as a sum of bfloat16 numbers (two or three, which hold all its bits), and each is multiplied: no input
+loses precision, and none takes a scalar path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_bias, check_dtype, check_input
+from kernels.cpu.blocked_layout import CHUNK, ROWS, BlockedWeight, groups_per_chunk, to_blocks
+from kernels.cpu.native_library import BlockedStruct, NotCompiled, address, native_library
+from kernels.problem import Problem
+from kernels.weight import PackedWeight
+
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # `ScaleType` of linear.cpp
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that hold an input
+
+# From here on weights rounded to bfloat16 are multiplied: their sums need not leave the tiles for each group.
+ROUNDED_ROWS = 32
+# Without tiles: from here on the weight is dequantized, part by part, for PyTorch's own product.
+DEQUANTIZED_ROWS = 16
+DEQUANTIZED_BYTES = 4 * 1024**2  # of such a part
+SMALL_PRODUCT = 2**20  # multiplications that are not worth a second thread
+
+
+@torch.library.custom_op("nibble::blocked_linear", mutates_args=())
+def blocked_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    tiles: bool,
+) -> Tensor:
+    """x (..., in_features) to (..., out_features), from a BlockedWeight's tensors."""
+    check_dtype("x", x.dtype, tuple(PARTS))
+    check_bias(bias, out_features, x)
+    output = x.new_empty((*x.shape[:-1], out_features))
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0]:
+        weight = Blocks(codes, scale, zero, bits, group_size)
+        flat = output.view(-1, out_features)
+        (multiply_by_tiles if tiles else multiply_by_rows)(weight, rows, bias, flat)
+    return output
+
+
+@blocked_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    tiles: bool,
+) -> Tensor:
+    check_dtype("x", x.dtype, tuple(PARTS))
+    check_bias(bias, out_features, x)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tensors of a BlockedWeight, as the library takes them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def channels(self) -> int:
+        """in_features, filled up."""
+        return self.codes.shape[1] * CHUNK
+
+    @property
+    def rows(self) -> int:
+        """out_features, filled up."""
+        return self.codes.shape[0] * ROWS
+
+    def struct(self) -> BlockedStruct:
+        return BlockedStruct(
+            codes=self.codes.data_ptr(),
+            scale=self.scale.data_ptr(),
+            zero=address(self.zero),
+            blocks=self.codes.shape[0],
+            chunks=self.codes.shape[1],
+            groups=self.scale.shape[1],
+            per_chunk=groups_per_chunk(self.group_size),
+            scale_type=TYPES[self.scale.dtype],
+            planes=self.codes.shape[3],
+            midpoints=midpoints(self.bits).data_ptr(),
+        )
+
+
+@functools.cache
+def midpoints(bits: int) -> Tensor:
+    return torch.full((4 * ROWS,), 2 ** (bits - 1), dtype=torch.uint8)
+
+
+def threads_for(weight: Blocks, rows: int) -> int:
+    return 1 if rows * weight.rows * weight.channels < SMALL_PRODUCT else torch.get_num_threads()
+
+
+def in_bfloat16(x: Tensor, channels: int) -> Tensor:
+    """x (rows, in_features) as bfloat16 (parts * rows, channels), whose parts add up to x."""
+    parts = [x]
+    if x.dtype != torch.bfloat16:
+        parts, rest = [], x.float()
+        for _ in range(PARTS[x.dtype]):
+            parts.append(rest.bfloat16())
+            rest = rest - parts[-1].float()
+    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if channels != found.shape[1]:
+        found = torch.nn.functional.pad(found, (0, channels - found.shape[1]))
+    return found if found.stride(1) == 1 else found.contiguous()
+
+
+def multiply_by_tiles(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    library, count = native_library(tiles=True), x.shape[0]
+    columns = in_bfloat16(x, weight.channels)
+    whole = x.dtype == torch.bfloat16  # the library writes the output itself
+    target = output if whole else torch.empty(columns.shape[0], output.shape[1])
+    added = None if bias is None or not whole else bias.float().contiguous()
+    product = library.nibble_tiles if whole and count >= ROUNDED_ROWS else library.nibble_tiles_exact
+    product(
+        ctypes.byref(weight.struct()), columns.data_ptr(), columns.shape[0], columns.stride(0),
+        address(added), target.data_ptr(), TYPES[target.dtype], output.shape[1],
+        threads_for(weight, columns.shape[0]),
+    )  # fmt: skip
+    if not whole:
+        add_parts(target, bias, output)
+
+
+def multiply_by_rows(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    columns = x.shape[0] * PARTS[x.dtype]
+    if columns >= DEQUANTIZED_ROWS:
+        multiply_dequantized(weight, x, bias, output)
+        return
+    columns_of_x = in_bfloat16(x, weight.channels)
+    sums = torch.empty(columns, weight.rows)
+    native_library(tiles=False).nibble_few_rows(
+        ctypes.byref(weight.struct()), columns_of_x.data_ptr(), columns, columns_of_x.stride(0),
+        sums.data_ptr(), threads_for(weight, columns),
+    )  # fmt: skip
+    add_parts(sums[:, : output.shape[1]], bias, output)
+
+
+def add_parts(sums: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """sums (parts * rows, out_features), float32."""
+    total = sums.view(-1, output.shape[0], sums.shape[1]).sum(0) if len(sums) > len(output) else sums
+    output.copy_(total if bias is None else total + bias.float())
+
+
+def multiply_dequantized(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    """Part by part, so that a part is still in the cache when it is multiplied.
+
+    float16 inputs are multiplied in float32: processors without its arithmetic compute it number by number.
+    """
+    library = native_library(tiles=False)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    values = x.to(dtype)
+    step = max(1, DEQUANTIZED_BYTES // (weight.channels * dtype.itemsize * ROWS))  # blocks
+    part = torch.empty(min(step, weight.codes.shape[0]) * ROWS, weight.channels, dtype=dtype)
+    struct = weight.struct()
+    for first in range(0, weight.codes.shape[0], step):
+        last = min(first + step, weight.codes.shape[0])
+        library.nibble_dequantize(
+            ctypes.byref(struct), first, last, TYPES[dtype], part.data_ptr(), torch.get_num_threads()
+        )
+        rows = slice(first * ROWS, min(last * ROWS, output.shape[1]))
+        if rows.start >= rows.stop:
+            break
+        added = None if bias is None else bias[rows].to(dtype)
+        dense = part[: rows.stop - rows.start, : x.shape[1]]
+        output[:, rows] = torch.nn.functional.linear(values, dense, added)
+
+
+class NativeKernel:
+    """Keeps a weight in blocks."""
+
+    def __init__(self, weight: BlockedWeight, dtype: torch.dtype, *, tiles: bool) -> None:
+        self.weight, self.dtype, self.tiles = weight, dtype, tiles
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.weight.packed_bytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.weight
+        check_input(x, weight.in_features, self.dtype, weight.codes.device)
+        output: Tensor = blocked_linear(
+            x, weight.codes, weight.scale, weight.zero, bias, weight.bits, weight.group_size,
+            weight.out_features, self.tiles,
+        )  # fmt: skip
+        return output
+
+
+class NativeBackend:
+    """`amx`: products on tiles. `avx512`: on registers."""
+
+    def __init__(self, *, tiles: bool) -> None:
+        self.tiles = tiles
+        self.name = "amx" if tiles else "avx512"
+
+    def can_implement(self, problem: Problem) -> str | None:
+        """None, or why the library can't be had. The first call compiles it."""
+        try:
+            native_library(tiles=self.tiles)
+        except NotCompiled as fault:
+            return str(fault)
+        return None
+
+    def prepare(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> NativeKernel:
+        return NativeKernel(to_blocks(weight.to(device)), dtype, tiles=self.tiles)

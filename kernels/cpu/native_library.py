@@ -1,0 +1,166 @@
+"""The C++ kernels of the CPU: compiled when they are first used, kept on disk, loaded once.
+
+A library's name is a digest of all that goes into it: sources, flags, compiler and processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
+SOURCE = "linear.cpp"
+HEADERS = ("rows.h", "tiles.h")
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = (
+    "-O2",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fopenmp",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-w",
+)
+TILES = "-DNIBBLE_AMX"
+COMPILE_TIMEOUT_S = 300
+
+ROWS_NEED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
+TILES_NEED = ROWS_NEED | {"amx_tile", "amx_bf16"}
+
+
+class NotCompiled(Exception):
+    """Why there is no library."""
+
+
+class BlockedStruct(ctypes.Structure):
+    """`Weight` of linear.cpp."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("chunks", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("per_chunk", ctypes.c_int64),
+        ("scale_type", ctypes.c_int64),
+        ("planes", ctypes.c_int64),
+        ("midpoints", ctypes.c_void_p),
+    )
+
+
+def default_folder() -> Path:
+    """Where libraries lie unless the caller names a folder."""
+    return Path.home() / ".cache" / "nibble" / "cpu"
+
+
+@functools.cache
+def processor() -> tuple[str, frozenset[str]]:
+    """The first processor's model and its features, as Linux names them; none elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return "unknown", frozenset()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return fields.get("model name", "unknown"), frozenset(fields.get("flags", "").split())
+
+
+@functools.cache
+def native_library(*, tiles: bool) -> ctypes.CDLL:
+    """The library, with products on AMX tiles or without.
+
+    Raises NotCompiled if the processor, the system or the compiler is not up to it.
+    """
+    model, features = processor()
+    missing = sorted((TILES_NEED if tiles else ROWS_NEED) - features)
+    if missing:
+        raise NotCompiled(f"the processor ({model}) lacks {', '.join(missing)}")
+    library = load(compiled(default_folder(), tiles=tiles), tiles=tiles)
+    if tiles and not library.nibble_tiles_ready():
+        raise NotCompiled("the system does not grant AMX's registers")
+    return library
+
+
+def compiled(folder: Path, *, tiles: bool) -> Path:
+    """The library's file, made if this is the first use.
+
+    Raises NotCompiled with what went wrong.
+    """
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise NotCompiled(f"no C++ compiler on PATH: none of {', '.join(COMPILERS)}")
+    flags = (*FLAGS, TILES) if tiles else FLAGS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"linear-{library_key(compiler, flags)}.so"
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                part = path.with_suffix(f".{os.getpid()}.part")
+                run_compiler([compiler, *flags, str(SOURCES / SOURCE), "-o", str(part)])
+                part.replace(path)
+    except OSError as fault:
+        raise NotCompiled(f"the folder of compiled kernels can't be used: {fault}") from fault
+    return path
+
+
+def library_key(compiler: str, flags: tuple[str, ...]) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    model, features = processor()
+    digest = hashlib.sha256("\0".join([version, *flags, model, *sorted(features)]).encode())
+    for name in (SOURCE, *HEADERS):
+        digest.update(name.encode() + b"\0" + (SOURCES / name).read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def run_compiler(command: list[str]) -> None:
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as fault:
+        raise NotCompiled(f"{command[0]} took longer than {COMPILE_TIMEOUT_S} s") from fault
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
+        raise NotCompiled(f"{command[0]} failed with {result.returncode}: {first}")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, among threads and processes."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def load(path: Path, *, tiles: bool) -> ctypes.CDLL:
+    pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as fault:
+        raise NotCompiled(f"the compiled kernels can't be loaded: {fault}") from fault
+    weight = ctypes.POINTER(BlockedStruct)
+    library.nibble_dequantize.argtypes = [weight, number, number, number, pointer, threads]
+    library.nibble_dequantize.restype = None
+    if not tiles:
+        library.nibble_few_rows.argtypes = [weight, pointer, number, number, pointer, threads]
+        library.nibble_few_rows.restype = None
+        return library
+    for product in (library.nibble_tiles, library.nibble_tiles_exact):
+        product.argtypes = [weight, pointer, number, number, pointer, pointer, number, number, threads]
+        product.restype = None
+    return library
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
