@@ -22,6 +22,7 @@ class Account:
         self.send, self.device, self.num_layers = send, device, num_layers
         self.seconds: dict[str, float] = defaultdict(float)
         self.candidate_seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.inside: list[float] = []  # of each stage that runs: seconds of the stages inside it
         self.notes: list[str] = []
         self.started = time.monotonic()
         self.span = (0.0, 1.0)  # of the whole job, that `progress` speaks of
@@ -38,16 +39,26 @@ class Account:
     def stage(self, stage: Stage, candidate: int | None = None) -> Iterator[None]:
         """Announce a stage and count its seconds, of the job and of the candidate it serves."""
         self.send(StageStarted(stage=stage))
+        with self.counted(stage, candidate):
+            yield
+
+    @contextmanager
+    def counted(self, stage: Stage, candidate: int | None = None) -> Iterator[None]:
+        """Count the seconds of a stage without a word; inside of another one they are not that one's."""
         started = time.monotonic()
+        self.inside.append(0.0)
         try:
             yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent = time.monotonic() - started
-            self.seconds[stage] += spent
+            own = spent - self.inside.pop()
+            if self.inside:
+                self.inside[-1] += spent
+            self.seconds[stage] += own
             if candidate is not None:
-                self.candidate_seconds[candidate][stage] += spent
+                self.candidate_seconds[candidate][stage] += own
 
     def progress(self, part: float, layer: int) -> None:
         """`part` of the present span is done."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from app.core.report import LayerReport, LinearReport
 from workers.modeling.checkpoint import Checkpoint
 from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
 from workers.quantization.folding import Heads
-from workers.quantization.layer import LayerResult, LayerTask, quantize_layer
+from workers.quantization.layer import LayerResult, LayerTask, Observe, quantize_layer
 from workers.statistics_store import LayerStatistics
 
 
@@ -36,11 +36,18 @@ class LayerSolver:
         self.weight_dtype: torch.dtype = getattr(torch, plan.dtype)
 
     def solve(
-        self, candidate: CandidatePlan, calibrated: CalibratedLayer, run: CalibrationPass
+        self,
+        candidate: CandidatePlan,
+        calibrated: CalibratedLayer,
+        run: CalibrationPass,
+        observe: Observe | None = None,
     ) -> tuple[LayerResult, LayerReport]:
-        """Raises VerificationFailed if the scaled layer is another function than the original."""
+        """The quantized layer; `observe` looks at it on the candidate's own chain.
+
+        Raises VerificationFailed if the scaled layer is another function than the original.
+        """
         started = time.monotonic()
-        result, folded = quantize_layer(self.task(candidate, calibrated))
+        result, folded = quantize_layer(replace(self.task(candidate, calibrated), observe=observe))
         error = equivalence_error(run, calibrated.layer, folded, calibrated.statistics.probe)
         self.check_equivalence(candidate, calibrated.layer, error)
         report = LayerReport(

@@ -38,7 +38,7 @@ from workers.quality_report import (
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.evaluation import Quality, compare, final_states
 from workers.quantization.histograms import weight_histogram
-from workers.quantization.layer import LayerResult
+from workers.quantization.paired_pass import PairedPass
 from workers.quantized_chains import QuantizedChains
 from workers.stamped_files import identity_digest
 from workers.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
@@ -133,8 +133,7 @@ class Pipeline:
             if statistics is not None:
                 statistics.save(layer, calibrated.statistics)
             for candidate in self.plan.candidates:
-                own = chains.calibrated(candidate, calibrated)
-                chains.advance(candidate, own, self.solve(candidate, own, run, checkpoints))
+                self.solve(candidate, calibrated, run, chains, checkpoints)
             if layer + 1 < num_layers and time.monotonic() - states_saved > STATES_INTERVAL_S:
                 checkpoints.save_states(layer + 1, run.states)
                 states_saved = time.monotonic()
@@ -147,8 +146,8 @@ class Pipeline:
         """The passes of the recipes that are calibrated on their own errors, before layer 0."""
         return QuantizedChains(
             candidates,
-            lambda: CalibrationPass(decoder, self.batches(calibration)),
-            lambda recipe: self.account.stage(Stage.CALIBRATING, recipe),
+            lambda: PairedPass(decoder, self.batches(calibration)),
+            lambda recipe: self.account.counted(Stage.CALIBRATING, recipe),
         )
 
     def batches(self, windows: Windows) -> list[Tensor]:
@@ -194,12 +193,16 @@ class Pipeline:
         candidate: CandidatePlan,
         calibrated: CalibratedLayer,
         run: CalibrationPass,
+        chains: QuantizedChains,
         checkpoints: LayerCheckpoints,
-    ) -> LayerResult:
+    ) -> None:
+        """One layer for one recipe, kept as a checkpoint; the recipe's own chain goes on behind it."""
+        original = calibrated.weights
         with self.account.stage(Stage.SEARCHING, candidate.recipe_index):
-            result, report = self.solver.solve(candidate, calibrated, run)
+            observe = chains.observer(candidate, original)
+            result, report = self.solver.solve(candidate, calibrated, run, observe)
             checkpoints.save_layer(candidate.recipe_index, result, report)
-        return result
+            chains.advance(candidate, original, result)
 
     def judge(
         self, candidates: tuple[CandidatePlan, ...], checkpoints: LayerCheckpoints, evaluation: Windows

@@ -1,25 +1,25 @@
 """Calibration on a recipe's own errors: inputs that the quantized predecessors of a layer give.
 
 GPTQ spreads a column's error over the next ones for given inputs. With the inputs of the quantized chain
-it also makes up for what earlier layers lost. Such a recipe can't share its statistics, so it costs two
-more forward passes; `awq`, with either rounding, stays on the full-precision chain that all others share.
+it also makes up for what earlier layers lost. Such a recipe can't share its statistics: it costs several
+forward passes. `awq` with plain rounding stays on the full-precision chain that all others share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+
+from torch import Tensor
 
 from app.core.plan import CandidatePlan
 from workers.layer_checkpoints import LayerCheckpoints
-from workers.layer_solver import CalibratedLayer
-from workers.quantization.calibration import CalibrationPass
-from workers.quantization.layer import LayerResult
+from workers.quantization.layer import LayerResult, Observe
+from workers.quantization.paired_pass import PairedPass, PairedStatistics
 
 
 class QuantizedChains:
-    """One calibration pass for each recipe that asks for it, before layer 0 at first.
+    """One pair of passes for each recipe that asks for it, before layer 0 at first.
 
     `timed` gives the context in which the forward passes of a recipe are counted.
     """
@@ -27,7 +27,7 @@ class QuantizedChains:
     def __init__(
         self,
         candidates: Iterable[CandidatePlan],
-        start: Callable[[], CalibrationPass],
+        start: Callable[[], PairedPass],
         timed: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self.timed = timed
@@ -44,20 +44,25 @@ class QuantizedChains:
                 while chain.layer < layer:
                     original = chain.decoder.layer_weights(chain.layer)
                     result = checkpoints.load_layer(recipe, chain.layer)
-                    chain.pass_through(result.weights(original))
+                    chain.advance(original, result.weights(original))
 
-    def calibrated(self, candidate: CandidatePlan, shared: CalibratedLayer) -> CalibratedLayer:
-        """The layer with the statistics of the candidate's own chain, or as it is."""
+    def observer(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> Observe | None:
+        """Looks at the present layer on the candidate's own chain; None if it has none."""
         chain = self.passes.get(candidate.recipe_index)
         if chain is None:
-            return shared
-        with self.timed(candidate.recipe_index):
-            groups = chain.observe(shared.weights)
-        return replace(shared, statistics=replace(shared.statistics, groups=groups))
+            return None
 
-    def advance(self, candidate: CandidatePlan, layer: CalibratedLayer, result: LayerResult) -> None:
+        def observe(
+            groups: Sequence[int], own: dict[str, Tensor], scales: Sequence[Tensor | None]
+        ) -> list[PairedStatistics]:
+            with self.timed(candidate.recipe_index):
+                return chain.observe(groups, original, own, scales)
+
+        return observe
+
+    def advance(self, candidate: CandidatePlan, original: dict[str, Tensor], result: LayerResult) -> None:
         """Pass the candidate's chain through the layer as it was quantized."""
         chain = self.passes.get(candidate.recipe_index)
         if chain is not None:
             with self.timed(candidate.recipe_index):
-                chain.pass_through(result.weights(layer.weights))
+                chain.advance(original, result.weights(original))

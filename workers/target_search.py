@@ -108,8 +108,7 @@ class TargetSearch:
         chains.catch_up(waiting[0], checkpoints)
         window = CalibrationPass(decoder, [self.calibration.tokens[:1]])  # for the equivalence check
         for layer in waiting:
-            own = chains.calibrated(candidate, self.calibrated(decoder, layer))
-            chains.advance(candidate, own, pipeline.solve(candidate, own, window, checkpoints))
+            pipeline.solve(candidate, self.calibrated(decoder, layer), window, chains, checkpoints)
             pipeline.account.progress(0.6 * (layer + 1) / len(layers), layer + 1)
 
     def calibrated(self, decoder: Decoder, layer: int) -> CalibratedLayer:

@@ -8,12 +8,22 @@ code.
 from __future__ import annotations
 
 from app.core.errors import ModelRefused
-from app.core.layer_groups import EXPERT, Architecture, Condition, Experts, ScaleGroup, SmoothKind
+from app.core.layer_groups import (
+    EXPERT,
+    LAYER_OUTPUT,
+    Architecture,
+    Condition,
+    Experts,
+    ScaleGroup,
+    SmoothKind,
+)
 
 __all__ = ["ARCHITECTURES", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
 
 
-def attention_groups(norm: str, *, kind: SmoothKind = "norm", out: str = "o_proj") -> tuple[ScaleGroup, ...]:
+def attention_groups(
+    norm: str, joins: str | None, *, kind: SmoothKind = "norm", out: str = "o_proj"
+) -> tuple[ScaleGroup, ...]:
     """q, k and v after a norm; the output projection after v."""
     return (
         ScaleGroup(
@@ -21,23 +31,31 @@ def attention_groups(norm: str, *, kind: SmoothKind = "norm", out: str = "o_proj
             smooth_kind=kind,
             balance_layers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ),
-        ScaleGroup(smooth_layer="self_attn.v_proj", balance_layers=(f"self_attn.{out}",), repeats_heads=True),
+        ScaleGroup(
+            smooth_layer="self_attn.v_proj",
+            balance_layers=(f"self_attn.{out}",),
+            repeats_heads=True,
+            joins=joins,
+        ),
     )
 
 
-def gated_groups(norm: str, *, kind: SmoothKind = "norm") -> tuple[ScaleGroup, ...]:
+def gated_groups(norm: str, joins: str | None, *, kind: SmoothKind = "norm") -> tuple[ScaleGroup, ...]:
     """gate and up after a norm; down after up, which the activation does not touch."""
     return (
         ScaleGroup(smooth_layer=norm, smooth_kind=kind, balance_layers=("mlp.gate_proj", "mlp.up_proj")),
-        ScaleGroup(smooth_layer="mlp.up_proj", balance_layers=("mlp.down_proj",)),
+        ScaleGroup(smooth_layer="mlp.up_proj", balance_layers=("mlp.down_proj",), joins=joins),
     )
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-LLAMA_GROUPS = attention_groups("input_layernorm") + gated_groups("post_attention_layernorm")
-GEMMA_GROUPS = attention_groups("input_layernorm", kind="offset norm") + gated_groups(
-    "pre_feedforward_layernorm", kind="offset norm"
+ATTENTION = attention_groups("input_layernorm", "post_attention_layernorm")
+DENSE = gated_groups("post_attention_layernorm", LAYER_OUTPUT)
+LLAMA_GROUPS = ATTENTION + DENSE
+# Norms stand between these groups' outputs and the stream.
+GEMMA_GROUPS = attention_groups("input_layernorm", None, kind="offset norm") + gated_groups(
+    "pre_feedforward_layernorm", None, kind="offset norm"
 )
 CURVED = "no scales: the activation function before it is not linear"
 
@@ -58,11 +76,17 @@ PHI3 = Architecture(
             smooth_rows="last",
             balance_layers=("self_attn.o_proj",),
             repeats_heads=True,
+            joins="post_attention_layernorm",
         ),
         ScaleGroup(
             smooth_layer="post_attention_layernorm", smooth_kind="norm", balance_layers=("mlp.gate_up_proj",)
         ),
-        ScaleGroup(smooth_layer="mlp.gate_up_proj", smooth_rows="last", balance_layers=("mlp.down_proj",)),
+        ScaleGroup(
+            smooth_layer="mlp.gate_up_proj",
+            smooth_rows="last",
+            balance_layers=("mlp.down_proj",),
+            joins=LAYER_OUTPUT,
+        ),
     ),
 )
 
@@ -72,8 +96,13 @@ COHERE = Architecture(
     class_name="CohereForCausalLM",
     groups=(
         ScaleGroup(smooth_layer="input_layernorm", smooth_kind="norm", balance_layers=QKV + GATE_UP),
-        ScaleGroup(smooth_layer="self_attn.v_proj", balance_layers=("self_attn.o_proj",), repeats_heads=True),
-        ScaleGroup(smooth_layer="mlp.up_proj", balance_layers=("mlp.down_proj",)),
+        ScaleGroup(
+            smooth_layer="self_attn.v_proj",
+            balance_layers=("self_attn.o_proj",),
+            repeats_heads=True,
+            joins=LAYER_OUTPUT,
+        ),
+        ScaleGroup(smooth_layer="mlp.up_proj", balance_layers=("mlp.down_proj",), joins=LAYER_OUTPUT),
     ),
     fused=(QKV, GATE_UP),
 )
@@ -83,12 +112,15 @@ OPT = Architecture(
     model_type="opt",
     class_name="OPTForCausalLM",
     groups=(
-        *attention_groups("self_attn_layer_norm", out="out_proj"),
+        *attention_groups("self_attn_layer_norm", "final_layer_norm", out="out_proj"),
         ScaleGroup(smooth_layer="final_layer_norm", smooth_kind="norm", balance_layers=("fc1",)),
         # A positive factor passes through ReLU, but through no other function.
-        ScaleGroup(smooth_layer="fc1", balance_layers=("fc2",), only_if=RELU),
+        ScaleGroup(smooth_layer="fc1", balance_layers=("fc2",), joins=LAYER_OUTPUT, only_if=RELU),
         ScaleGroup(
-            balance_layers=("fc2",), unscaled=CURVED, only_if=RELU.model_copy(update={"negated": True})
+            balance_layers=("fc2",),
+            unscaled=CURVED,
+            joins=LAYER_OUTPUT,
+            only_if=RELU.model_copy(update={"negated": True}),
         ),
     ),
     fused=(QKV,),
@@ -114,7 +146,7 @@ GPT_NEOX = Architecture(
         ScaleGroup(
             smooth_layer="post_attention_layernorm", smooth_kind="norm", balance_layers=("mlp.dense_h_to_4h",)
         ),
-        ScaleGroup(balance_layers=("mlp.dense_4h_to_h",), unscaled=CURVED),
+        ScaleGroup(balance_layers=("mlp.dense_4h_to_h",), unscaled=CURVED, joins=LAYER_OUTPUT),
     ),
     layers="gpt_neox.layers",
     embedding="gpt_neox.embed_in",
@@ -153,7 +185,10 @@ def with_shared_experts(groups: tuple[ScaleGroup, ...]) -> tuple[ScaleGroup, ...
     first, *others = groups
     joined = first.model_copy(update={"balance_layers": first.balance_layers + SHARED_GATE_UP})
     down = ScaleGroup(
-        smooth_layer=SHARED_GATE_UP[1], balance_layers=("mlp.shared_experts.down_proj",), blocks="experts"
+        smooth_layer=SHARED_GATE_UP[1],
+        balance_layers=("mlp.shared_experts.down_proj",),
+        joins=LAYER_OUTPUT,
+        blocks="experts",
     )
     return (joined, *others, down)
 
@@ -165,12 +200,11 @@ def dense_only(groups: tuple[ScaleGroup, ...]) -> tuple[ScaleGroup, ...]:
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Servers hold the experts of a layer in one tensor.
 EXPERT_SET = tuple(f"mlp.experts.{EXPERT}.{name}" for name in PROJECTIONS)
-DENSE_MLP = dense_only(gated_groups("post_attention_layernorm"))
+DENSE_MLP = dense_only(DENSE)
 MIXTRAL = Architecture(
     model_type="mixtral",
     class_name="MixtralForCausalLM",
-    groups=attention_groups("input_layernorm")
-    + sparse_groups("block_sparse_moe.experts", "block_sparse_moe.gate", ("w1", "w3", "w2")),
+    groups=ATTENTION + sparse_groups("block_sparse_moe.experts", "block_sparse_moe.gate", ("w1", "w3", "w2")),
     fused=(QKV, tuple(f"block_sparse_moe.experts.{EXPERT}.{name}" for name in ("w1", "w3", "w2"))),
     stored_names=(("mlp.", "block_sparse_moe."),),
     experts=Experts(module="mlp.experts", gate="w1", up="w3", down="w2", count_keys=("num_local_experts",)),
@@ -178,9 +212,7 @@ MIXTRAL = Architecture(
 QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
-    groups=attention_groups("input_layernorm")
-    + DENSE_MLP
-    + sparse_groups("mlp.experts", "mlp.gate", PROJECTIONS),
+    groups=ATTENTION + DENSE_MLP + sparse_groups("mlp.experts", "mlp.gate", PROJECTIONS),
     fused=(QKV, GATE_UP, EXPERT_SET),
     experts=Experts(
         module="mlp.experts",
@@ -224,6 +256,7 @@ DEEPSEEK_GROUPS = (
         smooth_layer="self_attn.kv_b_proj",
         smooth_rows="last of each head",
         balance_layers=("self_attn.o_proj",),
+        joins="post_attention_layernorm",
     ),
     *DENSE_MLP,
     *with_shared_experts(sparse_groups("mlp.experts", "mlp.gate", PROJECTIONS)),

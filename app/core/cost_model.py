@@ -24,7 +24,8 @@ BASE_VRAM_BYTES = 600_000_000  # the CUDA context
 # Bytes of memory traffic per value, from the number of passes over float32 arrays.
 ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
 CLIP_BYTES = 37 * ROUNDING_BYTES  # factors of both visits of the clip search
-GPTQ_BYTES = 260  # a column at a time: quantize, spread, two sweeps of descent
+GPTQ_BYTES = 600  # a column at a time: quantize, spread, six sweeps of descent
+CHAIN_FORWARDS = 6  # of both models up to each group of a layer, and through it
 PACK_BYTES = 40
 VERIFY_BYTES = 60
 SOFTMAX_BYTES = 40
@@ -109,9 +110,17 @@ class Costs:
         """One pass of the original, and the second moments: half of each symmetric product."""
         samples = self.spec.calibration.num_samples
         tokens = samples * self.length
-        moments = sum(self.product(width, tokens, width, float32=True) / 2 for width in self.inputs)
         histograms = self.passes(sum(each.parameters for each in self.linears), ROUNDING_BYTES)
-        return self.forward(samples) + moments + histograms
+        return self.forward(samples) + self.products(tokens) / 2 + histograms
+
+    def products(self, tokens: float) -> float:
+        """Of every group's inputs with as many values per token; half of it where the outcome is symmetric."""
+        return sum(self.product(width, tokens, width, float32=True) for width in self.inputs)
+
+    def chain(self) -> float:
+        """The original and the quantized copy side by side, with moments and drifts."""
+        samples = self.spec.calibration.num_samples
+        return CHAIN_FORWARDS * self.forward(samples) + 1.5 * self.products(samples * self.length)
 
     def candidate(self, candidate: CandidatePlan) -> dict[Stage, float]:
         """What one recipe adds."""
@@ -128,7 +137,7 @@ class Costs:
             Stage.EVALUATING: self.forward(samples) + self.head(samples) + reading,
         }
         if candidate.recipe.inputs == "quantized chain":
-            own[Stage.CALIBRATING] = self.calibration() + self.forward(self.spec.calibration.num_samples)
+            own[Stage.CALIBRATING] = self.chain()
         return own
 
     def scales(self, candidate: CandidatePlan) -> float:
@@ -157,7 +166,7 @@ class Costs:
             if recipe.searches_clip:
                 seconds += 2 * whole + self.clip(linear, linear.scheme)
             if recipe.rounds_with_gptq:
-                seconds += 6 * whole + self.product(width, width, width, float32=True)
+                seconds += 14 * whole + self.product(width, width, width, float32=True)
                 seconds += self.passes(linear.parameters, GPTQ_BYTES)
         return seconds
 
@@ -226,7 +235,8 @@ def working_bytes(plan: Plan, spec: JobSpec) -> int:
     activations = 4 * 4 * min(batch, spec.calibration.num_samples) * length * widest
     embedding = 4 * plan.vocab_size * plan.hidden_size
     solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
-    calibrating = spec.calibration.num_samples * hidden + activations + solving
+    chains = sum(candidate.recipe.inputs == "quantized chain" for candidate in plan.candidates)
+    calibrating = (1 + 2 * chains) * spec.calibration.num_samples * hidden + activations + solving
     models = 1 + len(plan.candidates)
     logits = 4 * 4 * min(CHUNK_TOKENS, length) * plan.vocab_size
     evaluating = models * spec.evaluation.num_samples * hidden + 2 * 4 * layer + logits

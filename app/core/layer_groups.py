@@ -16,6 +16,7 @@ SmoothRows = Literal["all", "last", "last of each head"]
 ConfigValue = str | int | float | bool | None
 
 MAX_EXPERTS = 4096  # a claim beyond this is not taken at its word
+LAYER_OUTPUT = "output"
 EXPERT = "{expert}"  # in a template's names: every expert's number
 
 
@@ -38,7 +39,8 @@ class ScaleGroup(Frozen):
     (routers). Without a smooth layer the linears are quantized without scales, for the reason in `unscaled`.
     An "offset norm" multiplies by 1 + weight. With grouped-query attention v -> o shares one scale between
     the query heads of a key/value head (`repeats_heads`). Of a fused projection only some rows are divided
-    (`smooth_rows`).
+    (`smooth_rows`). A group whose output is added to the residual stream as it is says where it `joins` it:
+    the module that reads the sum, or the layer's output.
     """
 
     balance_layers: tuple[str, ...]
@@ -50,6 +52,7 @@ class ScaleGroup(Frozen):
     unscaled: str | None = None
     observed: str | None = None  # the module whose input is read; the first balance layer if None
     expert: str | None = None  # the expert that alone sees this input, and only the tokens routed to it
+    joins: str | None = None
     only_if: Condition | None = None
     blocks: Literal["all", "dense", "experts"] = "all"
 
@@ -132,6 +135,17 @@ class Architecture(Frozen):
     def linears(self) -> tuple[str, ...]:
         """The linears that are quantized, in the order in which data meets them."""
         return tuple(name for group in self.groups for name in group.balance_layers)
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The groups in steps, each of which reads what the steps before it give; all experts are one."""
+        steps: list[tuple[int, ...]] = []
+        for index, group in enumerate(self.groups):
+            if group.expert is not None and self.groups[index - 1].expert is not None:
+                steps[-1] += (index,)
+            else:
+                steps.append((index,))
+        return tuple(steps)
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."

@@ -102,7 +102,7 @@ class Recipe(Frozen):
     @property
     def inputs(self) -> Literal["full-precision chain", "quantized chain"]:
         """Whose outputs a layer is calibrated on: the original's layers before it, or the quantized ones."""
-        return "quantized chain" if self.method == "gptq" else "full-precision chain"
+        return "quantized chain" if self.rounds_with_gptq else "full-precision chain"
 
     @property
     def searches_clip(self) -> bool:

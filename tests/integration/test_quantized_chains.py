@@ -14,7 +14,7 @@ from app.core.specs import JobSpec, Recipe, SearchSpec
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
-from workers.quantization.calibration import CalibrationPass
+from workers.quantization.paired_pass import PairedPass
 from workers.texts.windows import calibration_windows, load_tokenizer
 
 AWQ = Recipe(group_size=32, bits=3, search=SearchSpec(grid_points=3))
@@ -46,30 +46,30 @@ def test_the_shared_chain_does_not_notice_a_quantized_one(model: Path, tmp_path:
     assert reported == ["full-precision chain", "quantized chain"]
 
 
-def test_a_layer_is_calibrated_on_what_its_quantized_predecessor_gives(model: Path, tmp_path: Path) -> None:
+def test_a_layer_makes_up_for_what_its_quantized_predecessor_lost(model: Path, tmp_path: Path) -> None:
     job = spec(GPTQ)
     run = EngineRun(job, model, tmp_path / "work")
     checkpoint = Checkpoint(model)
     decoder = Decoder(checkpoint, run.pipeline.plan.architecture, torch.device("cpu"), torch.float32)
     windows = calibration_windows(job.calibration, load_tokenizer(model), None)
-    chain = CalibrationPass(decoder, run.pipeline.batches(windows))
-    original = CalibrationPass(decoder, run.pipeline.batches(windows))
-    first = run.pipeline.open_checkpoints(windows).load_layer(0, 0)
-    chain.pass_through(first.weights(decoder.layer_weights(0)))
-    original.skip()
-
-    def loss(moment: Tensor) -> float:
-        """Of the stored q_proj of layer 1, whose report names the loss that its search saw."""
-        weight = run.pipeline.open_checkpoints(windows).load_layer(0, 1).quantized["self_attn.q_proj"]
-        error = weight.dequantize() - decoder.layer_weights(1)["self_attn.q_proj.weight"].float()
-        return float(((error @ moment) * error).sum())
-
+    chain = PairedPass(decoder, run.pipeline.batches(windows))
+    checkpoints = run.pipeline.open_checkpoints(windows)
+    original = decoder.layer_weights(0)
+    chain.advance(original, checkpoints.load_layer(0, 0).weights(original))
+    original = {name: value.float() for name, value in decoder.layer_weights(1).items()}
+    (seen,) = chain.observe((0,), original, original, [None])
     entry = run.report.candidates[0].layers[1].linears[0]
     assert entry.linear == "self_attn.q_proj"
-    own = loss(chain.observe(decoder.layer_weights(1))[0].second_moment)
-    other = loss(original.observe(decoder.layer_weights(1))[0].second_moment)
-    assert entry.loss == pytest.approx(own, rel=1e-3)
-    assert entry.loss != pytest.approx(other, rel=1e-3)
+    weight = original["self_attn.q_proj.weight"]
+    stored = checkpoints.load_layer(0, 1).quantized["self_attn.q_proj"].dequantize()
+
+    def loss(wanted: Tensor) -> float:
+        """Of the stored weights, as the report names it."""
+        error = stored - wanted
+        return float(((error @ seen.inputs.second_moment) * error).sum())
+
+    assert entry.loss == pytest.approx(loss(seen.corrected(weight)), rel=1e-3)
+    assert entry.loss != pytest.approx(loss(weight), rel=1e-3)
 
 
 def test_a_resumed_chain_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:

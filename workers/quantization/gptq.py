@@ -3,7 +3,8 @@
 Frantar et al., arXiv 2210.17323, with static activation order: grids are fixed per group first, then
 columns are visited by descending diagonal of H, so a group stays a run of neighbours in the file. Sweeps of
 coordinate descent follow (QuantEase, arXiv 2309.01885): a column is moved to its best grid point given all
-others, which can only lower `tr(E H E^T)`.
+others. In between the scales of all groups of a row are fitted to its integers. Either can only lower
+`tr(E H E^T)`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 from app.core.errors import RecipeUnsupported
 from app.core.format_limits import Scheme
 from workers.modeling.quantized_weight import QuantizedWeight
-from workers.quantization.grid import Grid
+from workers.quantization.grid import Grid, stored_scale
 
 BLOCK = 128  # columns that are finished before the rest of the matrix is updated
 DAMPING = 0.01  # of the mean diagonal, added to it
 MAX_DAMPING = 1.0
 SWEEPS = 2
+REFITS = 2  # of the scales, each followed by sweeps
+FIT_RANGE = (0.25, 4.0)  # of a fitted scale, relative to the one before
+FIT_VALUES = 2**24  # of the normal equations at once: rows x groups x groups
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class GptqRounding:
     damping: float  # the share of the mean diagonal that made H positive definite
 
 
-def round_gptq(weight: Tensor, grid: Grid, scheme: Scheme, moment: Tensor) -> GptqRounding:
-    """weight: (rows, C) float32; moment: (C, C) float32.
+def round_gptq(
+    weight: Tensor, grid: Grid, scheme: Scheme, moment: Tensor, dtype: torch.dtype
+) -> GptqRounding:
+    """weight: (rows, C) float32; moment: (C, C) float32; dtype: of the stored scales, besides float16.
 
     Raises RecipeUnsupported if H can't be made positive definite.
     """
@@ -72,11 +78,59 @@ def round_gptq(weight: Tensor, grid: Grid, scheme: Scheme, moment: Tensor) -> Gp
     factor, damping = inverse_factor(hessian)
     rounded = spread_errors(values.clone(), columns, factor)
     rounded = descend(values, rounded, columns, hessian)
-    integers = (rounded / columns.scale - columns.low).round_()
-    q = torch.empty_like(integers, dtype=torch.uint8)
-    q[order] = integers.to(torch.uint8)
+    integers = integers_of(rounded, columns, order)
+    for _ in range(REFITS):
+        grid = fitted_scales(weight, integers, grid, moment, dtype)
+        columns = ColumnGrid.of(grid, order)
+        rounded = (integers.T[order] + columns.low) * columns.scale
+        rounded = descend(values, rounded, columns, hessian)
+        integers = integers_of(rounded, columns, order)
     zero = grid.zero.squeeze(-1).to(torch.uint8)
-    return GptqRounding(QuantizedWeight(q.T.contiguous(), grid.scale.squeeze(-1), zero, scheme), damping)
+    weights = QuantizedWeight(integers.to(torch.uint8), grid.scale.squeeze(-1), zero, scheme)
+    return GptqRounding(weights, damping)
+
+
+def integers_of(rounded: Tensor, columns: ColumnGrid, order: Tensor) -> Tensor:
+    """(rows, C) integers as float32, in the file's order of columns."""
+    integers = torch.empty_like(rounded)
+    integers[order] = (rounded / columns.scale - columns.low).round_()
+    return integers.T.contiguous()
+
+
+def fitted_scales(weight: Tensor, integers: Tensor, grid: Grid, moment: Tensor, dtype: torch.dtype) -> Grid:
+    """The grid with the scales that suit these integers best, for the rows whose loss they lower.
+
+    For given steps from zero v a row's loss is quadratic in the scales of its groups: the best ones solve
+    `A s = b` with A_gh = v_g H_gh v_h and b_g = v_g (H w)_g. They are rounded to what files hold.
+    """
+    rows, groups = grid.scale.shape[:2]
+    scales = grid.scale.clone()
+    wanted = weight @ moment
+    chunk = max(1, FIT_VALUES // groups**2)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        steps = integers[part].view(-1, groups, integers.shape[1] // groups) - grid.zero[part]
+        fitted = best_scales(steps, wanted[part].view_as(steps), moment)
+        ratio = fitted / grid.scale[part]
+        within = (ratio > FIT_RANGE[0]) & (ratio < FIT_RANGE[1])
+        fitted = stored_scale(torch.where(within, fitted, grid.scale[part]), dtype)
+        errors = [(steps * s).flatten(1) - weight[part] for s in (grid.scale[part], fitted)]
+        before, after = (((error @ moment) * error).sum(dim=1) for error in errors)
+        scales[part] = torch.where((after < before)[:, None, None], fitted, grid.scale[part])
+    return Grid(scales, grid.zero, grid.bits)
+
+
+def best_scales(steps: Tensor, wanted: Tensor, moment: Tensor) -> Tensor:
+    """(rows, groups, 1): the solution of the normal equations; NaN or infinite where there is none."""
+    rows, groups, size = steps.shape
+    matrix = steps.new_empty(rows, groups, groups)
+    for group in range(groups):
+        spread = steps[:, group] @ moment[group * size : (group + 1) * size]
+        matrix[:, group] = (spread.view(rows, groups, size) * steps).sum(dim=2)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-6 * diagonal.mean(dim=1, keepdim=True) + 1e-30  # groups of zeros have no scale
+    solution: Tensor = torch.linalg.solve_ex(matrix, (wanted * steps).sum(dim=2, keepdim=True))[0]
+    return solution
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:

@@ -33,6 +33,13 @@ class InputStatistics:
         """1 where the tokens tell what the linears will see, 0 for an expert that none was routed to."""
         return 1.0 if self.routed_tokens is None else min(1.0, self.routed_tokens / EXPERT_TOKENS)
 
+    def scaled(self, scales: Tensor | None) -> InputStatistics:
+        """Of the input as linears with these scales folded in read it."""
+        if scales is None:
+            return self
+        moment = self.second_moment / torch.outer(scales, scales)
+        return replace(self, abs_mean=self.abs_mean / scales, second_moment=moment)
+
     def to(self, device: torch.device) -> InputStatistics:
         return replace(self, abs_mean=self.abs_mean.to(device), second_moment=self.second_moment.to(device))
 

@@ -1,11 +1,13 @@
 """One decoder layer, one recipe: scales, fold, clip, round.
 
 All scales of a layer are found and folded before any linear is rounded: a later fold divides rows of `up`
-and `v`, which must not happen after they became integers.
+and `v`, which must not happen after they became integers. Then the groups are rounded in the order of data,
+so that a recipe on the quantized chain can observe each after the ones before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ from workers.quantization.evolution import evolve_scales
 from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
+from workers.quantization.paired_pass import PairedStatistics
 from workers.quantization.rounding import (
     FoldedLinear,
     RoundedLinear,
@@ -28,6 +31,9 @@ from workers.quantization.rounding import (
     row_losses,
 )
 from workers.quantization.scale_search import ScaleChoice, ScaledLinear, search_scales
+
+# Groups, the layer's weights so far (scaled, some rounded), the scales by group -> what the groups see.
+Observe = Callable[[Sequence[int], dict[str, Tensor], Sequence[Tensor | None]], list[PairedStatistics]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class LayerTask:
     weights: dict[str, Tensor]
     statistics: list[InputStatistics]  # one per group of the architecture
     dtype: torch.dtype  # of the checkpoint's weights
+    observe: Observe | None = None  # of a recipe on the quantized chain
 
 
 @dataclass(frozen=True)
@@ -61,21 +68,21 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
     """The quantized layer, and the folded but unrounded weights for the equivalence check."""
     choices = [choose_scales(task, index) for index in range(len(task.architecture.groups))]
     folded = fold_scales(task.weights, task.heads, task.architecture.groups, choices)
+    weights = dict(folded)  # the linears that are rounded replace theirs
     quantized: dict[str, QuantizedWeight] = {}
     report: list[LinearReport] = []
-    for group, statistics, choice in zip(task.architecture.groups, task.statistics, choices, strict=True):
-        moment = statistics.second_moment
-        if choice is not None:
-            moment = moment / torch.outer(choice.scales, choice.scales)
-        for name in group.balance_layers:
-            if name in task.schemes:
-                linear = FoldedLinear(name, folded[name + ".weight"], moment, task.schemes[name])
-                rounded = round_linear(linear, task.recipe, task.dtype)
-                quantized[name] = rounded.weight
-                plain = rounding_baseline(linear, choice, task.dtype)
-                entry = linear_report(name, choice, plain, rounded)
-                update = {"reason": group.unscaled or few_tokens(statistics), "energy": output_energy(linear)}
-                report.append(entry.model_copy(update=update))
+    for stage in task.architecture.stages:
+        for index, seen in zip(stage, observed(task, stage, weights, choices), strict=True):
+            for name in task.architecture.groups[index].balance_layers:
+                if name in task.schemes:
+                    plain = folded[name + ".weight"]
+                    linear = FoldedLinear(
+                        name, seen.corrected(plain), seen.inputs.second_moment, task.schemes[name], plain
+                    )
+                    rounded = round_linear(linear, task.recipe, task.dtype)
+                    quantized[name] = rounded.weight
+                    report.append(entry_of(task, index, choices[index], linear, rounded))
+                    weights[name + ".weight"] = rounded.weight.dequantize()
     linears = {name + ".weight" for name in task.schemes}
     dense = {
         name: value.to(task.dtype).to(torch.float32)
@@ -83,6 +90,19 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
         if name not in linears and value is not task.weights[name]
     }
     return LayerResult(quantized, dense, report), folded
+
+
+def observed(
+    task: LayerTask, stage: Sequence[int], weights: dict[str, Tensor], choices: list[ScaleChoice | None]
+) -> list[PairedStatistics]:
+    """What the groups of a stage see: on their recipe's own chain, or as calibrated on the original."""
+    scales = [None if choice is None else choice.scales for choice in (choices[index] for index in stage)]
+    if task.observe is not None:
+        return task.observe(stage, weights, scales)
+    return [
+        PairedStatistics(task.statistics[index].scaled(factor))
+        for index, factor in zip(stage, scales, strict=True)
+    ]
 
 
 def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
@@ -104,6 +124,15 @@ def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
     return choice
 
 
+def entry_of(
+    task: LayerTask, index: int, choice: ScaleChoice | None, linear: FoldedLinear, rounded: RoundedLinear
+) -> LinearReport:
+    """The report of one linear of group `index`."""
+    entry = linear_report(linear.name, choice, rounding_baseline(linear, choice, task.dtype), rounded)
+    reason = task.architecture.groups[index].unscaled or few_tokens(task.statistics[index])
+    return entry.model_copy(update={"reason": reason, "energy": output_energy(linear)})
+
+
 def few_tokens(statistics: InputStatistics) -> str | None:
     """What to know of an expert that the calibration text hardly reaches."""
     if statistics.confidence == 1:
@@ -117,11 +146,12 @@ def few_tokens(statistics: InputStatistics) -> str | None:
 
 def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: torch.dtype) -> float:
     """The loss of plain rounding, in the unit of the others: rows as the next group's fold left them."""
-    weight, moment, scheme = linear.weight, linear.moment, linear.scheme
+    weight, plain, moment, scheme = linear.weight, linear.plain, linear.moment, linear.scheme
     if choice is not None:
-        weight, moment = weight / choice.scales, moment * torch.outer(choice.scales, choice.scales)
-    grid = min_max_grid(grouped_view(weight, scheme), scheme, dtype)
-    return float(row_losses(weight, round_nearest(weight, grid, scheme), moment).sum())
+        weight, plain = weight / choice.scales, plain / choice.scales
+        moment = moment * torch.outer(choice.scales, choice.scales)
+    grid = min_max_grid(grouped_view(plain, scheme), scheme, dtype)
+    return float(row_losses(weight, round_nearest(plain, grid, scheme), moment).sum())
 
 
 def output_energy(linear: FoldedLinear) -> float:

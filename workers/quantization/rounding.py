@@ -23,9 +23,10 @@ class FoldedLinear:
     """A linear with all scales of its layer folded in, and the second moment of its folded input."""
 
     name: str
-    weight: Tensor  # (rows, C) float32
+    weight: Tensor  # (rows, C) float32: what the rounded weights should come near to
     moment: Tensor  # (C, C) float32
     scheme: Scheme
+    plain: Tensor  # (rows, C) float32: without the correction for errors of earlier layers
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
         before = after = row_losses(weight, nearest, moment)
     rounded, final, damping = round_nearest(weight, grid, scheme), after, None
     if recipe.rounds_with_gptq:
-        rounded, final, damping = better_rows(weight, moment, grid, rounded)
+        rounded, final, damping = better_rows(weight, moment, grid, rounded, dtype)
     unclipped, clipped, loss = (float(rows.sum()) for rows in (before, after, final))
     if not math.isfinite(unclipped + clipped + loss):
         raise RecipeUnsupported(
@@ -69,14 +70,17 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
 
 
 def better_rows(
-    weight: Tensor, moment: Tensor, grid: Grid, nearest: QuantizedWeight
+    weight: Tensor, moment: Tensor, grid: Grid, nearest: QuantizedWeight, dtype: torch.dtype
 ) -> tuple[QuantizedWeight, Tensor, float]:
     """GPTQ's integers for the rows where they lower the loss, the loss per row, and the damping."""
-    outcome = round_gptq(weight, grid, nearest.scheme, moment)
+    outcome = round_gptq(weight, grid, nearest.scheme, moment, dtype)
     plain, spread = row_losses(weight, nearest, moment), row_losses(weight, outcome.weight, moment)
-    worse = spread > plain
-    q = torch.where(worse[:, None], nearest.q, outcome.weight.q)
-    merged = QuantizedWeight(q, nearest.scale, nearest.zero, nearest.scheme)
+    worse = (spread > plain)[:, None]
+    q, scale, zero = (
+        torch.where(worse, getattr(nearest, part), getattr(outcome.weight, part))
+        for part in ("q", "scale", "zero")
+    )
+    merged = QuantizedWeight(q, scale, zero, nearest.scheme)
     return merged, torch.minimum(plain, spread), outcome.damping
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from app.core.errors import RecipeUnsupported
 from app.core.format_limits import Scheme
 from app.core.specs import Recipe
+from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization import gptq
-from workers.quantization.gptq import inverse_factor, round_gptq
+from workers.quantization.gptq import best_scales, fitted_scales, inverse_factor, round_gptq
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
 from workers.quantization.rounding import FoldedLinear, round_linear, round_nearest, row_losses
 
@@ -55,9 +56,10 @@ def textbook(weight: Tensor, grid: Grid, moment: Tensor) -> Tensor:
 
 def test_columns_are_rounded_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "SWEEPS", 0)
+    monkeypatch.setattr(gptq, "REFITS", 0)
     monkeypatch.setattr(gptq, "BLOCK", 16)  # several blocks, and groups that straddle them
     weight, moment = weight_of(24, 96), moment_of(96)
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment)
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment, torch.float16)
     wanted = textbook(weight, grid_of(weight), moment)
     # float32 against float64: a value half way between two integers may fall either way.
     assert (outcome.weight.q != wanted).float().mean() < 0.005
@@ -70,10 +72,36 @@ def test_each_sweep_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = [float(row_losses(weight, round_nearest(weight, grid, SCHEME), moment).sum())]
     for sweeps in (0, 1, 3):
         monkeypatch.setattr(gptq, "SWEEPS", sweeps)
-        outcome = round_gptq(weight, grid, SCHEME, moment)
+        outcome = round_gptq(weight, grid, SCHEME, moment, torch.float16)
         losses.append(float(row_losses(weight, outcome.weight, moment).sum()))
     assert losses[1] < 0.8 * losses[0]
     assert losses[1] > losses[2] > losses[3]
+
+
+def test_fitted_scales_lower_the_loss_of_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "FIT_VALUES", 64)  # several rows at a time, not all
+    weight, moment = weight_of(40, 128), moment_of(128)
+    weight[3, :32] = 0.0  # a group of zeros has no best scale
+    grid = grid_of(weight)
+    nearest = round_nearest(weight, grid, SCHEME)
+    fitted = fitted_scales(weight, nearest.q.float(), grid, moment, torch.float16)
+    after = QuantizedWeight(nearest.q, fitted.scale.squeeze(-1), nearest.zero, SCHEME)
+    losses = [row_losses(weight, each, moment) for each in (nearest, after)]
+    assert bool((losses[1] <= losses[0]).all())
+    assert losses[1].sum() < 0.98 * losses[0].sum()
+    assert torch.equal(fitted.scale.half().float(), fitted.scale)
+    assert torch.equal(fitted.scale[3, 0], grid.scale[3, 0])
+
+
+def test_scales_are_the_solution_of_least_squares() -> None:
+    weight, moment = weight_of(3, 64).double(), moment_of(64).double()
+    steps = torch.randint(-3, 4, (3, 2, 32), generator=torch.Generator().manual_seed(2)).double()
+    found = best_scales(steps, (weight @ moment).view_as(steps), moment)
+    root = torch.linalg.cholesky(moment).T  # H = root^T root
+    for row in range(3):
+        columns = torch.stack([root[:, :32] @ steps[row, 0], root[:, 32:] @ steps[row, 1]], dim=1)
+        wanted = torch.linalg.lstsq(columns, (root @ weight[row])[:, None]).solution
+        torch.testing.assert_close(found[row], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_dead_inputs_get_zero_and_harm_nothing() -> None:
@@ -81,7 +109,7 @@ def test_dead_inputs_get_zero_and_harm_nothing() -> None:
     dead = torch.tensor([3, 40])
     moment[dead] = 0.0
     moment[:, dead] = 0.0
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment)
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment, torch.float16)
     assert torch.equal(outcome.weight.dequantize()[:, dead], torch.zeros(16, 2))
     nearest = round_nearest(weight, grid_of(weight), SCHEME)
     assert row_losses(weight, outcome.weight, moment).sum() < row_losses(weight, nearest, moment).sum()
@@ -91,7 +119,7 @@ def test_a_singular_moment_is_damped_until_it_factors() -> None:
     direction = torch.ones(64, 1)
     moment = direction @ direction.T  # rank one
     weight = weight_of(8, 64)
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment)
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment, torch.float16)
     assert gptq.DAMPING <= outcome.damping <= gptq.MAX_DAMPING
     assert bool(torch.isfinite(outcome.weight.dequantize()).all())
 
@@ -116,7 +144,7 @@ def test_no_row_ends_worse_than_rounding_it_to_nearest(bits: int, group_size: in
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
     weight, moment = weight_of(12, 64), moment_of(64)
     recipe = Recipe.model_validate({"method": "gptq", "bits": bits, "search": {"clip": False}})
-    rounded = round_linear(FoldedLinear("linear", weight, moment, scheme), recipe, torch.float16)
+    rounded = round_linear(FoldedLinear("linear", weight, moment, scheme, weight), recipe, torch.float16)
     nearest = round_nearest(weight, grid_of(weight, scheme), scheme)
     ours, plain = row_losses(weight, rounded.weight, moment), row_losses(weight, nearest, moment)
     assert bool((ours <= plain * 1.0001).all())
@@ -127,5 +155,5 @@ def test_no_row_ends_worse_than_rounding_it_to_nearest(bits: int, group_size: in
 
 def test_all_zero_weights_stay_zero() -> None:
     weight = torch.zeros(4, 64)
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment_of(64))
+    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment_of(64), torch.float16)
     assert torch.equal(outcome.weight.dequantize(), weight)

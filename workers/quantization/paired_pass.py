@@ -1,0 +1,204 @@
+"""The calibration text on its way through the original model and through its quantized copy, side by side.
+
+A layer of the copy gets inputs that the quantized layers before it have changed. Rounding it to reproduce
+its own weights would keep that damage. What it should reproduce is what the original gives for the same
+token, so each group of linears is observed in both models: the second moment of its input in the copy, and
+the expected product of what is missing in its output with that input. Groups are observed in turn, the
+linears before them rounded already, so `o` sees what became of `v`, and `down` what became of `up`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from app.core.layer_groups import LAYER_OUTPUT, Architecture, ScaleGroup
+from workers.modeling.decoder import Decoder, LayerArguments
+from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
+
+CORRECTION_DAMPING = 0.01  # of the mean diagonal, added to it
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PairedStatistics:
+    """Of one group's input in the copy, with C channels, as the folded linears read it."""
+
+    inputs: InputStatistics
+    input_drift: Tensor | None = None  # (C, C): mean of (original input - own input) times own input
+    output_drift: Tensor | None = None  # (rows, C): mean of what the residual stream lacks times own input
+
+    def corrected(self, weight: Tensor) -> Tensor:
+        """The weights (rows, C) that bring the output nearest to the original's; unchanged if none can.
+
+        The correction is the ridge regression of what is missing on the input, and shrinks where the tokens
+        are few for the number of channels.
+        """
+        if self.output_drift is not None:
+            drift = self.output_drift
+        elif self.input_drift is not None:
+            drift = weight @ self.input_drift
+        else:
+            return weight
+        damped = self.inputs.second_moment.clone()
+        damped.diagonal().add_(CORRECTION_DAMPING * damped.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):
+            return weight
+        trust = self.inputs.num_tokens / (self.inputs.num_tokens + weight.shape[1])
+        corrected = weight + trust * torch.cholesky_solve(drift.T, lower).T
+        return corrected if bool(torch.isfinite(corrected).all()) else weight
+
+
+class PairedPass:
+    """Hidden states of both models before `layer`."""
+
+    def __init__(self, decoder: Decoder, batches: list[Tensor]) -> None:
+        self.decoder, self.layer = decoder, 0
+        with torch.no_grad():
+            self.original, self.arguments = decoder.start(batches)
+        self.own = list(self.original)
+
+    @torch.no_grad()
+    def advance(self, original: Weights, own: Weights) -> None:
+        """Both models by one layer."""
+        for states, weights in ((self.original, original), (self.own, own)):
+            with self.decoder.layer(self.layer, weights) as module:
+                for index, batch in enumerate(states):
+                    states[index] = self.decoder.advance(module, batch, self.called_with(batch))
+        self.layer += 1
+
+    def called_with(self, batch: Tensor) -> LayerArguments:
+        return self.arguments[batch.shape[0]][self.layer]
+
+    @torch.no_grad()
+    def observe(
+        self, groups: Sequence[int], original: Weights, own: Weights, scales: Sequence[Tensor | None]
+    ) -> list[PairedStatistics]:
+        """The groups' statistics; `scales` per group: what divides their inputs in the copy."""
+        architecture = self.decoder.architecture.at(self.layer)
+        chosen = [architecture.groups[index] for index in groups]
+        if any(group.expert is not None for group in chosen):
+            return self.observe_experts(groups, own)
+        watched = [Drift(group, factor) for group, factor in zip(chosen, scales, strict=True)]
+        with (
+            self.decoder.layer(self.layer, original) as module,
+            watching(module, architecture, chosen) as seen,
+        ):
+            state = self.state_of(module, own)
+            for mine, theirs in zip(self.own, self.original, strict=True):
+                wanted = seen.run(module, {}, theirs, self.called_with(theirs))
+                found = seen.run(module, state, mine, self.called_with(mine))
+                for drift in watched:
+                    drift.add(wanted, found)
+        prefix = architecture.layer_prefix(self.layer)
+        return [drift.result(prefix + drift.group.balance_layers[0]) for drift in watched]
+
+    def observe_experts(self, groups: Sequence[int], own: Weights) -> list[PairedStatistics]:
+        """Routers send tokens elsewhere in the copy, so experts have no pairs: moments alone."""
+        architecture = self.decoder.architecture.at(self.layer)
+        with (
+            self.decoder.layer(self.layer, own) as module,
+            collecting(module, architecture) as collectors,
+        ):
+            for batch in self.own:
+                self.decoder.advance(module, batch, self.called_with(batch))
+        prefix = architecture.layer_prefix(self.layer)
+        names = [prefix + architecture.groups[index].balance_layers[0] for index in groups]
+        return [
+            PairedStatistics(collectors[index].result(name))
+            for index, name in zip(groups, names, strict=True)
+        ]
+
+    def state_of(self, module: nn.Module, weights: Weights) -> Weights:
+        """The weights by the module's own names, on its device and in its dtype."""
+        decoder = self.decoder
+        return {
+            name: weights[decoder.architecture.stored_name(name)].to(decoder.device, decoder.dtype)
+            for name in module.state_dict()
+        }
+
+
+class Reached(Exception):
+    """Every module that is watched was called."""
+
+
+class Seen:
+    """What the watched modules were called with in the last run of a layer."""
+
+    def __init__(self, watched: set[str], *, whole: bool) -> None:
+        self.watched, self.whole = watched, whole
+        self.inputs: dict[str, Tensor] = {}
+
+    def note(self, name: str, value: Tensor) -> None:
+        self.inputs[name] = value
+        if not self.whole and self.watched <= self.inputs.keys():
+            raise Reached
+
+    def run(
+        self, module: nn.Module, state: Weights, batch: Tensor, arguments: LayerArguments
+    ) -> dict[str, Tensor]:
+        """Inputs by name, and the layer's output if it was run to its end; `state` replaces its weights."""
+        self.inputs = {}
+        try:
+            output = functional_call(module, state, (batch,), arguments)
+            self.inputs[LAYER_OUTPUT] = output[0] if isinstance(output, tuple) else output
+        except Reached:
+            pass
+        return {name: value.reshape(-1, value.shape[-1]).float() for name, value in self.inputs.items()}
+
+
+@contextmanager
+def watching(module: nn.Module, architecture: Architecture, groups: Sequence[ScaleGroup]) -> Iterator[Seen]:
+    """Note what the groups' linears read, and what the residual stream is after them."""
+    names = {name for group in groups for name in (group.source, group.joins) if name is not None}
+    seen = Seen(names - {LAYER_OUTPUT}, whole=LAYER_OUTPUT in names)
+
+    def noting(name: str):  # type: ignore[no-untyped-def]  # a hook of torch
+        return lambda _module, inputs: seen.note(name, inputs[0])
+
+    hooks = [
+        module.get_submodule(architecture.module_name(name)).register_forward_pre_hook(noting(name))
+        for name in sorted(seen.watched)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Drift:
+    """Running sums of one group over the batches."""
+
+    def __init__(self, group: ScaleGroup, scales: Tensor | None) -> None:
+        self.group, self.scales = group, scales
+        self.collector = InputCollector()
+        self.total: Tensor | None = None
+
+    def add(self, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+        """What one batch gave in the original and in the copy."""
+        own = found[self.group.source]
+        self.collector.add(own)
+        if self.group.joins is not None:
+            missing = wanted[self.group.joins] - found[self.group.joins]
+        elif self.scales is not None:
+            missing = wanted[self.group.source] / self.scales - own
+        else:
+            missing = wanted[self.group.source] - own
+        product = missing.T @ own
+        self.total = product if self.total is None else self.total.add_(product)
+
+    def result(self, name: str) -> PairedStatistics:
+        inputs = self.collector.result(name)
+        assert self.total is not None
+        mean = self.total / inputs.num_tokens
+        if self.group.joins is not None:
+            return PairedStatistics(inputs, output_drift=mean)
+        return PairedStatistics(inputs, input_drift=mean)
