@@ -114,7 +114,7 @@ class Costs:
         return self.forward(samples) + self.products(tokens) / 2 + histograms
 
     def products(self, tokens: float) -> float:
-        """Of every group's inputs with as many values per token; half of it where the outcome is symmetric."""
+        """Of every group's inputs with as many values per token; half if the outcome is symmetric."""
         return sum(self.product(width, tokens, width, float32=True) for width in self.inputs)
 
     def chain(self) -> float:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
 from app.core.format_limits import Scheme
+from kernels.search.grids import stored_scale
 from workers.modeling.quantized_weight import QuantizedWeight
-from workers.quantization.grid import Grid, stored_scale
+from workers.quantization.grid import Grid
 
 BLOCK = 128  # columns that are finished before the rest of the matrix is updated
 DAMPING = 0.01  # of the mean diagonal, added to it
