@@ -18,7 +18,7 @@ from app.core.layer_groups import (
     SmoothKind,
 )
 
-__all__ = ["ARCHITECTURES", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
+__all__ = ["ARCHITECTURES", "LAYER_OUTPUT", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
 
 
 def attention_groups(

@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--planted", action="store_true")
     options = parser.parse_args()
+    options.profile = None
     print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
     print_table(fidelity(MODEL, options))
     if options.planted:
