@@ -6,8 +6,9 @@ import sys
 
 import typer
 
-from app.commands import doctor, jobs, keys, quantize, serve
+from app.commands import chat, doctor, jobs, keys, quantize, serve
 from app.commands.artifacts import artifacts
+from app.commands.deployments import deploy, deployments
 from app.commands.terminal import report_error
 from app.core.errors import NibbleError
 
@@ -19,7 +20,7 @@ EPILOG = (
 COMMANDS = (
     serve.up, serve.api, serve.worker,
     jobs.submit, jobs.watch, jobs.jobs, jobs.cancel, jobs.report, jobs.estimate,
-    quantize.quantize, doctor.doctor, keys.login,
+    quantize.quantize, doctor.doctor, keys.login, deploy, chat.chat,
 )  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def build() -> typer.Typer:
     for command in COMMANDS:
         nibble.command()(command)
     nibble.add_typer(artifacts, name="artifacts")
+    nibble.add_typer(deployments, name="deployments")
     nibble.add_typer(keys.keys, name="keys")
     return nibble
 

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.chat_stream import Chunk, OnWait, chat_chunks
 from app.core.errors import NibbleError
 from app.core.job import TERMINAL, Problem, Progress
 
@@ -86,6 +87,30 @@ class ArtifactView(Answer):
         return sum(file.size for file in self.files)
 
 
+class ServerView(Answer):
+    slot: int
+    worker: str
+    engine: str
+    state: str
+    running: int = 0
+    waiting: int = 0
+    restarts: int = 0
+
+
+class DeploymentView(Answer):
+    id: str
+    name: str
+    artifact: str
+    engine: str
+    state: str
+    reason: str = ""
+    error: Problem | None = None
+    idle_timeout_s: int | None = None
+    replicas: int = 1
+    servers: tuple[ServerView, ...] = ()
+    created_at: datetime
+
+
 class EventView(Answer):
     id: str
     kind: str
@@ -110,6 +135,10 @@ class JobPage(Page[JobView]):
 
 class ArtifactPage(Page[ArtifactView]):
     """Artifacts, newest first."""
+
+
+class DeploymentPage(Page[DeploymentView]):
+    """Deployments, newest first."""
 
 
 class EventPage(Page[EventView]):
@@ -175,6 +204,26 @@ class NibbleClient:
 
     def artifact(self, artifact_id: str) -> ArtifactView:
         return self.read(ArtifactView, "GET", f"/v1/artifacts/{segment(artifact_id)}")
+
+    def deploy(self, body: Mapping[str, Any]) -> DeploymentView:
+        return self.read(DeploymentView, "POST", "/v1/deployments", json=dict(body))
+
+    def deployment(self, deployment_id: str) -> DeploymentView:
+        return self.read(DeploymentView, "GET", f"/v1/deployments/{segment(deployment_id)}")
+
+    def deployments(self, *, limit: int = 20, after: str | None = None) -> DeploymentPage:
+        params = given({"limit": limit, "after": after})
+        return self.read(DeploymentPage, "GET", "/v1/deployments", params=params)
+
+    def delete_deployment(self, deployment_id: str) -> None:
+        self.send("DELETE", f"/v1/deployments/{segment(deployment_id)}")
+
+    def chat(self, body: Mapping[str, Any], *, on_wait: OnWait = lambda _: None) -> Iterator[Chunk]:
+        """The chunks of a streamed answer; a model that loads is waited for."""
+        try:
+            yield from chat_chunks(self.http, body, on_wait)
+        except httpx.TransportError as fault:
+            raise unreachable(self.url, fault) from fault
 
     def ready(self) -> bool:
         """True once the service takes jobs; False while it starts or lacks Redis or storage."""

@@ -120,7 +120,7 @@ class Machine:
         api = Member("api", "app.cli", "api", colour=COLOURS[0])
         workers = [
             Member(name, *worker_command(name, device), colour=COLOURS[1 + index % (len(COLOURS) - 1)])
-            for index, (name, device) in enumerate(worker_devices())
+            for index, (name, device) in enumerate([*worker_devices("worker"), *worker_devices("serve")])
         ]
         members = [api, *workers]
         try:
@@ -214,7 +214,9 @@ def exit_text(code: int) -> str:
 
 
 def worker_command(name: str, device: str) -> tuple[str, ...]:
-    return ("workers.main", "--device", device, "--name", registered_name(name))
+    """One process does jobs, another one serves: a machine does both at once."""
+    module = "workers.serving_supervisor" if name.startswith("serve") else "workers.main"
+    return (module, "--device", device, "--name", registered_name(name))
 
 
 def registered_name(name: str) -> str:
@@ -222,7 +224,7 @@ def registered_name(name: str) -> str:
     return f"{socket.gethostname()[:32]}-{name}-{os.getpid()}"
 
 
-def worker_devices() -> list[tuple[str, str]]:
-    """Name and device of each worker: one for every GPU, else one on the CPU."""
+def worker_devices(kind: str) -> list[tuple[str, str]]:
+    """Name and device of each worker of a kind: one for every GPU, else one on the CPU."""
     count = len(gpu_names())
-    return [(f"worker{number}", f"cuda:{number}") for number in range(count)] or [("worker", "cpu")]
+    return [(f"{kind}{number}", f"cuda:{number}") for number in range(count)] or [(kind, "cpu")]

@@ -1,0 +1,161 @@
+"""`nibble chat`: a conversation in the terminal, streamed as it is written."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from app.commands.terminal import ApiKey, ExitCode, Url, connect, report_error, stdout
+from app.core.errors import NibbleError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from app.client import NibbleClient
+
+HELP = """[dim]/new    forget the conversation      /system TEXT  how the model shall behave
+/undo   forget the last exchange    /set NAME VALUE  temperature, top_p, max_tokens, seed
+/help   this list                   /quit, Ctrl-D    leave      Ctrl-C  stop an answer[/]"""
+PARAMETERS = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
+
+
+@dataclass
+class Conversation:
+    """What was said, and how the model is asked."""
+
+    model: str
+    parameters: dict[str, float | int] = field(default_factory=dict)
+    system: str | None = None
+    exchanges: list[dict[str, str]] = field(default_factory=list)
+
+    def body(self) -> dict[str, Any]:
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        return {
+            "model": self.model,
+            "messages": [*opening, *self.exchanges],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.parameters,
+        }
+
+    def say(self, text: str) -> None:
+        self.exchanges.append({"role": "user", "content": text})
+
+    def hear(self, text: str) -> None:
+        self.exchanges.append({"role": "assistant", "content": text})
+
+    def undo(self) -> None:
+        """Forget the last question and its answer."""
+        while self.exchanges and self.exchanges.pop()["role"] != "user":
+            pass
+
+
+def chat(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A deployment's name.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="One question; without it a conversation.", show_default=False)
+    ] = None,
+    *,
+    system: Annotated[
+        str | None, typer.Option(help="How the model shall behave.", show_default=False)
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(show_default=False)] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Talk to a deployment."""
+    given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    parameters = {key: value for key, value in given.items() if value is not None}
+    talk = Conversation(model=name, parameters=parameters, system=system)
+    console = stdout()
+    with connect(url, api_key) as client:
+        if prompt is not None or not sys.stdin.isatty():
+            talk.say(prompt if prompt is not None else sys.stdin.read())
+            answer(client, talk, console)
+            return
+        console.print(f"[bold]{escape(name)}[/] [dim]/help lists the commands[/]")
+        converse(client, talk, console)
+
+
+def converse(client: NibbleClient, talk: Conversation, console: Console) -> None:
+    """Ask and answer until the end of the input."""
+    while True:
+        try:
+            line = console.input("\n[bold cyan]you[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line.startswith("/"):
+            command(talk, line, console)
+        elif line:
+            talk.say(line)
+            console.print(f"[bold green]{escape(talk.model)}[/] ", end="")
+            try:
+                answer(client, talk, console)
+            except NibbleError as error:
+                talk.undo()
+                if report_error(error) is ExitCode.UNREACHABLE:
+                    return
+
+
+def command(talk: Conversation, line: str, console: Console) -> None:
+    word, _, rest = line.partition(" ")
+    if word == "/new":
+        talk.exchanges.clear()
+        console.print("[dim]a new conversation[/]")
+    elif word == "/undo":
+        talk.undo()
+        console.print(f"[dim]{len(talk.exchanges)} messages are left[/]")
+    elif word == "/system":
+        talk.system = rest or None
+        console.print("[dim]noted[/]")
+    elif word == "/set":
+        set_parameter(talk, rest, console)
+    else:
+        console.print(HELP)
+
+
+def set_parameter(talk: Conversation, text: str, console: Console) -> None:
+    name, _, value = text.partition(" ")
+    try:
+        talk.parameters[name] = PARAMETERS[name](value)
+    except (KeyError, ValueError):
+        console.print(f"[dim]/set NAME VALUE, NAME one of {', '.join(PARAMETERS)}[/]")
+    else:
+        console.print(f"[dim]{name} is {talk.parameters[name]:g}[/]")
+
+
+def answer(client: NibbleClient, talk: Conversation, console: Console) -> None:
+    """Print the model's answer as it comes, and keep it. Ctrl-C keeps what has come."""
+    parts: list[str] = []
+    started, first, usage = time.monotonic(), 0.0, 0
+    try:
+        for chunk in client.chat(talk.body(), on_wait=lambda seconds: waiting(console, seconds)):
+            usage = (chunk.get("usage") or {}).get("completion_tokens", usage)
+            for choice in chunk.get("choices", ()):
+                piece = (choice.get("delta") or {}).get("content") or ""
+                if piece:
+                    first = first or time.monotonic()
+                    parts.append(piece)
+                    console.print(escape(piece), end="", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(" [dim]stopped[/]", end="")
+    console.print()
+    talk.hear("".join(parts))
+    if console.is_terminal and usage and first:
+        rate = (usage - 1) / max(time.monotonic() - first, 1e-9)
+        console.print(f"[dim]{usage} tokens, {rate:.1f} per second, first after {first - started:.2f} s[/]")
+
+
+def waiting(console: Console, seconds: float) -> None:
+    if console.is_terminal:
+        console.print(f"[dim]it is loading; asking again in {seconds:.0f} s[/]")

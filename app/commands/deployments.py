@@ -1,0 +1,169 @@
+"""Commands about deployments: deploy, list, show, delete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from app.commands.show import print_page
+from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout, table
+from app.core.errors import NibbleError, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from app.client import DeploymentView, NibbleClient
+
+POLL_S = 0.5
+
+deployments = typer.Typer(help="List, show and delete deployments.", no_args_is_help=False)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A deployment's name, or its id.")]
+
+
+def deploy(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")],
+    *,
+    name: Annotated[str, typer.Option("--name", "-n", help="What requests call the model.")],
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    replicas: Annotated[int, typer.Option(min=1, max=16, help="How many servers.")] = 1,
+    idle_timeout: Annotated[
+        int | None,
+        typer.Option(min=1, help="Unload after so many seconds without a request.", show_default=False),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it answers.")] = True,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Serve an artifact behind OpenAI's routes."""
+    body = {"artifact": artifact, "name": name, "engine": engine, "replicas": replicas}
+    if idle_timeout is not None:
+        body["idle_timeout_s"] = idle_timeout
+    with connect(url, api_key) as client:
+        made = client.deploy(body)
+        if wait:
+            made = await_ready(client, made, stdout(), quiet=as_json)
+        if as_json:
+            print_json(made.model_dump(mode="json"))
+        else:
+            show_deployment(stdout(), made)
+            stdout().print(f"\ntalk to it: [bold]nibble chat {escape(name)}[/]")
+
+
+def await_ready(
+    client: NibbleClient, made: DeploymentView, console: Console, *, quiet: bool
+) -> DeploymentView:
+    """The deployment once it answers. Raises Unavailable if it fails, and tells why it waits."""
+    told = ""
+    with console.status(f"starting {escape(made.name)}") as status:
+        while made.state == "starting":
+            if made.reason != told and not quiet:
+                told = made.reason
+                status.update(escape(told))
+                if not console.is_terminal:
+                    console.print(escape(told))
+            time.sleep(POLL_S)
+            made = client.deployment(made.id)
+    if made.state != "ready":
+        error = made.error
+        raise Unavailable(
+            error.message if error is not None else f"{made.name} is {made.state}: {made.reason}",
+            code=error.code if error is not None else "deployment_not_ready",
+            remedy=error.remedy if error is not None else "",
+        )
+    return made
+
+
+@deployments.callback(invoke_without_command=True)
+def list_deployments(
+    context: typer.Context,
+    *,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+    after: Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """List deployments, newest first."""
+    if context.invoked_subcommand is not None:
+        return
+    with connect(url, api_key) as client:
+        page = client.deployments(limit=limit, after=after)
+    print_page(page, show_deployments, as_json=as_json, command="nibble deployments")
+
+
+@deployments.command()
+def show(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Show a deployment and its servers."""
+    with connect(url, api_key) as client:
+        found = named(client, name)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        show_deployment(stdout(), found)
+
+
+@deployments.command()
+def delete(name: Name, *, url: Url = None, api_key: ApiKey = None) -> None:
+    """Take no more requests, finish those that run, then stop."""
+    with connect(url, api_key) as client:
+        found = named(client, name)
+        client.delete_deployment(found.id)
+        with stdout().status(f"{escape(found.name)} finishes what runs"):
+            while exists(client, found.id):
+                time.sleep(POLL_S)
+    stdout().print(f"{escape(found.name)} is gone")
+
+
+def named(client: NibbleClient, name: str) -> DeploymentView:
+    """The deployment of that name or id."""
+    page = client.deployments(limit=100)
+    while True:
+        for each in page.items:
+            if name in (each.name, each.id) and each.state != "draining":
+                return each
+        if page.next is None:
+            raise NotFound(
+                f"there is no deployment {name!r}",
+                code="deployment_not_found",
+                remedy="`nibble deployments` lists them",
+            )
+        page = client.deployments(limit=100, after=page.next)
+
+
+def exists(client: NibbleClient, deployment_id: str) -> bool:
+    try:
+        client.deployment(deployment_id)
+    except NibbleError as error:
+        if error.code == "deployment_not_found":
+            return False
+        raise
+    return True
+
+
+def show_deployments(console: Console, items: Iterable[DeploymentView]) -> None:
+    grid = table("name", "state", "engine", "servers", "artifact", "why")
+    for each in items:
+        ready = sum(server.state == "ready" for server in each.servers)
+        servers = f"{ready} of {each.replicas}"
+        grid.add_row(escape(each.name), each.state, each.engine, servers, each.artifact, escape(each.reason))
+    console.print(grid)
+
+
+def show_deployment(console: Console, each: DeploymentView) -> None:
+    console.print(f"[bold]{escape(each.name)}[/]  {each.state}  {each.id}  {each.artifact}")
+    if each.reason:
+        console.print(escape(each.reason))
+    grid = table(">server", "state", "engine", "worker", ">running", ">waiting", ">restarts")
+    for server in each.servers:
+        grid.add_row(
+            str(server.slot), server.state, server.engine, escape(server.worker),
+            str(server.running), str(server.waiting), str(server.restarts),
+        )  # fmt: skip
+    if each.servers:
+        console.print(grid)
