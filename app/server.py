@@ -33,6 +33,7 @@ class ApiServer(uvicorn.Server):
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT."""
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # relayed requests have their line in the access log
     app = create_app(settings)
     config = uvicorn.Config(
         app,

@@ -1,0 +1,85 @@
+"""The terminal's deployment commands against a running service with real workers and stand-in servers."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from app.cli import main
+from tests.integration.api_service import ADMIN_KEY, Service
+from tests.integration.serving_floor import Floor
+from tests.integration.workshop import wait_until
+
+
+@pytest.fixture
+def floor(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Floor]:
+    monkeypatch.setenv("NIBBLE_URL", service.url)
+    monkeypatch.setenv("NIBBLE_API_KEY", ADMIN_KEY)
+    floor = Floor(service)
+    with floor.worker():
+        yield floor
+
+
+def nibble(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int | None)
+    return int(ended.value.code or 0)
+
+
+def test_deploy_chat_and_delete(
+    floor: Floor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = floor.artifact(load_s=0.5)
+    assert nibble("deploy", artifact, "--name", "tiny") == 0
+    assert "nibble chat tiny" in capsys.readouterr().out
+    wait_until(lambda: floor.chat("tiny").status_code == 200)
+    assert nibble("deployments", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"][0]["state"] == "ready"
+    assert nibble("deployments") == 0
+    assert nibble("deployments", "show", "tiny") == 0
+    listed = capsys.readouterr().out
+    assert "1 of 1" in listed
+    assert artifact in listed
+
+    assert nibble("chat", "tiny", "hello") == 0
+    assert capsys.readouterr().out == "t0 t1 t2 \n"
+    monkeypatch.setattr(
+        sys, "stdin", Terminal("hello\n/set temperature 0.5\n/nonsense\n/undo\n/new\n/quit\n")
+    )
+    assert nibble("chat", "tiny") == 0
+    spoken = capsys.readouterr().out
+    assert "t0 t1 t2" in spoken
+    assert "temperature is 0.5" in spoken
+    assert "0 messages are left" in spoken
+
+    assert nibble("deployments", "delete", "tiny") == 0
+    assert nibble("chat", "tiny", "hello") == 1
+    assert nibble("deployments", "delete", "tiny") == 1
+    assert "deployment_not_found" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Lines that somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_chat_waits_for_a_model_that_loads(floor: Floor, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = floor.artifact(load_s=1)
+    floor.deploy("tiny", artifact)
+    assert nibble("chat", "tiny", "hello") == 0
+    assert capsys.readouterr().out == "t0 t1 t2 \n"
+
+
+def test_deploy_tells_why_nothing_can_be_served(floor: Floor, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"code": "kernel_missing", "message": "no kernel for 3 bits", "remedy": "use 4 bits"}
+    assert nibble("deploy", floor.artifact(fail=told), "--name", "tiny") == 1
+    errors = capsys.readouterr().err
+    assert "no kernel for 3 bits" in errors
+    assert "use 4 bits" in errors
