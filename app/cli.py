@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from app.commands import chat, doctor, jobs, keys, quantize, serve
+from app.commands import chat, doctor, jobs, keys, quantize, serve, storage
 from app.commands.artifacts import artifacts
 from app.commands.deployments import deploy, deployments
 from app.commands.terminal import report_error
@@ -20,7 +20,7 @@ EPILOG = (
 COMMANDS = (
     serve.up, serve.api, serve.worker,
     jobs.submit, jobs.watch, jobs.jobs, jobs.cancel, jobs.report, jobs.estimate,
-    quantize.quantize, doctor.doctor, keys.login, deploy, chat.chat,
+    quantize.quantize, doctor.doctor, keys.login, deploy, chat.chat, storage.gc,
 )  # fmt: skip
 
 

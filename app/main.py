@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI
+from redis import Redis
 
 from app.api import (
     artifacts,
@@ -21,6 +22,7 @@ from app.api import (
     keys,
     operations,
     sessions,
+    storage,
     tenants,
     webhooks,
     workers,
@@ -37,8 +39,9 @@ from app.core.artifact_store import ArtifactStore
 from app.core.audit import AuditLog
 from app.core.changes import ChangeListener
 from app.core.deployment_store import DeploymentStore
+from app.core.garbage import GarbageCollector
 from app.core.idempotency import IdempotencyKeys
-from app.core.janitor import Janitor, JanitorThread
+from app.core.janitor import Janitor, Repeated
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.limits import TenantLimits
@@ -55,7 +58,7 @@ from app.core.worker_registry import WorkerRegistry
 
 ROUTES = (
     *(jobs, events, webhooks, estimates, artifacts, workers, deployments, inference),
-    *(keys, tenants, audit, sessions, operations),
+    *(keys, tenants, audit, sessions, storage, operations),
 )
 
 
@@ -97,22 +100,33 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
     redis = connect(server.url)
     stack.callback(redis.close)
     wait_for_redis(redis)
+    services = connected(settings, redis, metrics)
+    bootstrap_key(settings, services.keys)
+    metrics.observe_occupancy(lambda: operations.occupancy(services))
+    start_threads(services, stack)
+    return services
+
+
+def connected(settings: Settings, redis: Redis, metrics: Metrics) -> Services:
+    """All stores over one Redis and one object storage."""
     objects, keys, deployments = (
         ObjectStore(settings.object_store_url),
         KeyStore(redis),
         DeploymentStore(redis),
     )
     routes = RoutingTable(redis, deployments)
-    services = Services(
+    records, limits = JobStore(redis), TenantLimits(redis, settings)
+    return Services(
         settings=settings,
         redis=redis,
-        jobs=JobStore(redis),
+        jobs=records,
         queue=JobQueue(redis, limit=settings.queue_limit),
         idempotency=IdempotencyKeys(redis),
         objects=objects,
         artifacts=ArtifactStore(objects),
         keys=keys,
-        limits=TenantLimits(redis, settings),
+        limits=limits,
+        garbage=GarbageCollector(records, objects, limits, settings),
         audit=AuditLog(redis),
         reuse=ReuseIndex(redis, objects),
         logins=LoginLinks(redis),
@@ -126,10 +140,6 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
         gateway=Gateway(routes, deployments, settings, metrics),
         metrics=metrics,
     )
-    bootstrap_key(settings, services.keys)
-    metrics.observe_occupancy(lambda: operations.occupancy(services))
-    start_threads(services, stack)
-    return services
 
 
 def start_threads(services: Services, stack: ExitStack) -> None:
@@ -138,18 +148,25 @@ def start_threads(services: Services, stack: ExitStack) -> None:
     services.routes.refresh()
     services.routes.start()
     stack.callback(services.routes.stop)
+    settings = services.settings
     janitor = Janitor(
         services.jobs,
         services.queue,
-        max_attempts=services.settings.max_attempts,
+        services.objects,
+        max_attempts=settings.max_attempts,
         on_step=services.metrics.janitor_step,
     )
     sender = WebhookSender(
         services.deliveries,
         services.webhook_secrets,
-        OutgoingGuard(services.settings.outgoing_networks),
+        OutgoingGuard(settings.outgoing_networks),
         on_outcome=services.metrics.webhook_outcome,
     )
-    for thread in (JanitorThread(janitor, services.settings.janitor_interval_s), WebhookThread(sender)):
+    threads = (
+        Repeated("janitor", janitor.sweep, settings.janitor_interval_s),
+        Repeated("garbage", services.garbage.collect, settings.gc_interval_s),
+        WebhookThread(sender),
+    )
+    for thread in threads:
         thread.start()
         stack.callback(thread.stop)

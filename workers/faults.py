@@ -8,7 +8,6 @@ from app.core.settings import Settings
 
 # Storage and hubs come back: many attempts may meet their absence, over 20 minutes.
 OUTAGE_ATTEMPTS = 8
-FIRST_PAUSE_S = 5.0
 PAUSE_FACTOR = 3.0
 LONGEST_PAUSE_S = 300.0
 
@@ -27,7 +26,7 @@ def pause_before_next(fault: NibbleError, attempt: int, settings: Settings) -> f
         return None
     if attempt >= most:
         return None
-    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * PAUSE_FACTOR ** (attempt - 1))
+    return min(LONGEST_PAUSE_S, settings.retry_pause_s * PAUSE_FACTOR ** (attempt - 1))
 
 
 def reported(problem: Problem) -> JobFault:

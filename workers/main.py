@@ -28,8 +28,8 @@ from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.worker_registry import WorkerRecord
+from workers.context import WorkerContext
 from workers.queue_worker import QueueWorker
-from workers.supervisor import WorkerContext
 from workers.tasks import open_context
 
 log = logging.getLogger(__name__)

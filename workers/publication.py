@@ -7,7 +7,6 @@ other removes its files.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,10 +14,11 @@ from pathlib import Path
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.assignment import Finished, OutputFolder
-from app.core.errors import JobFault
+from app.core.errors import JobFault, Unavailable
 from app.core.ids import artifact_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
+from app.core.published import read_manifest
 from app.core.storage_keys import manifest_key, report_key
 
 PIECE = 1 << 22
@@ -47,10 +47,23 @@ class Publication:
             self._objects.put(report_key(self._job.id), report)
             before_commit()
             for manifest in manifests:
-                self._objects.create(manifest_key(manifest.id), manifest.model_dump_json().encode())
+                self._commit(manifest)
         for manifest in manifests:
             self._remove_other_attempts(manifest.id)
         return tuple(manifest.id for manifest in manifests)
+
+    def _commit(self, manifest: ArtifactManifest) -> None:
+        """Make the artifact exist, or find it existing.
+
+        A storage that says "exists already" may mean a write of ours whose answer was lost, or be wrong.
+        """
+        self._objects.create(manifest_key(manifest.id), manifest.model_dump_json().encode())
+        if read_manifest(self._objects, manifest.id) is None:
+            raise Unavailable(
+                f"object storage refused the manifest of {manifest.id}, but has none",
+                code="storage_inconsistent",
+                remedy="check that the storage supports If-None-Match",
+            )
 
     def _upload(self, output: OutputFolder, check: Callable[[], None]) -> ArtifactManifest:
         art_id = artifact_id(self._job.id, output.recipe_index, output.format)
@@ -96,23 +109,6 @@ class Publication:
         for prefix in self._objects.list_folders(f"artifacts/{art_id}"):
             if manifest is not None and prefix != manifest.prefix:
                 self._objects.delete_prefix(f"artifacts/{art_id}/{prefix}")
-
-
-def published_before(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
-    """The artifacts of a job whose earlier attempt died between its last manifest and its last record."""
-    if objects.head(report_key(job.id)) is None:
-        return None
-    report = json.loads(objects.get(report_key(job.id)))
-    published = report.get("published", range(len(job.spec.recipes)))
-    ids = tuple(artifact_id(job.id, index, name) for index in published for name in job.spec.formats)
-    whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
-    return ids if ids and whole else None
-
-
-def read_manifest(objects: ObjectStore, art_id: str) -> ArtifactManifest | None:
-    if objects.head(manifest_key(art_id)) is None:
-        return None
-    return ArtifactManifest.model_validate_json(objects.get(manifest_key(art_id)))
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -31,8 +29,6 @@ from app.core.assignment import (
     ProgressMessage,
     StageStarted,
 )
-from app.core.deployment_store import DeploymentStore
-from app.core.device_profile import DeviceProfile
 from app.core.errors import (
     Conflict,
     DeadlineExceeded,
@@ -43,19 +39,16 @@ from app.core.errors import (
 )
 from app.core.job import Job, JobState, Progress, Stage, transition
 from app.core.job_changes import failed, requeued
-from app.core.job_child import CHILD_MODULE, JobChild
+from app.core.job_child import JobChild
 from app.core.job_deployment import deploy_result
-from app.core.job_queue import JobQueue
-from app.core.job_store import JobStore
-from app.core.limits import TenantLimits
-from app.core.object_store import ObjectStore
-from app.core.reuse import Contents, Made, ReuseIndex, fingerprint
-from app.core.settings import Settings
+from app.core.published import published_before, read_manifest, withdraw
+from app.core.reuse import Contents, Made, fingerprint
 from app.core.storage_keys import checkpoint_prefix, report_key
 from workers.checkpoints import CheckpointMirror, checkpoint_key
+from workers.context import WorkerContext
 from workers.faults import disk_fault, pause_before_next, reported
 from workers.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
-from workers.publication import Publication, inside, published_before, read_manifest
+from workers.publication import Publication, inside
 from workers.watch import Stopped, StopReason, Watch
 
 log = logging.getLogger(__name__)
@@ -64,24 +57,6 @@ T = TypeVar("T")
 PROGRESS_S = 0.5  # the record is rewritten at most this often for progress alone
 TAIL_CHARACTERS = 4000  # of the child's output in the failure event
 REDIS_PATIENCE_S = 60.0
-
-
-@dataclass(frozen=True)
-class WorkerContext:
-    """What a worker's attempts share."""
-
-    settings: Settings
-    store: JobStore
-    queue: JobQueue
-    objects: ObjectStore
-    deployments: DeploymentStore
-    name: str
-    device: str
-    shutdown: threading.Event
-    reuse: ReuseIndex
-    limits: TenantLimits
-    profile: DeviceProfile | None = None
-    child_module: str = CHILD_MODULE
 
 
 def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
@@ -297,7 +272,8 @@ class Attempt:
 
     def _fail(self, fault: NibbleError) -> None:
         # Its checkpoints stay: a retry of the job goes on from them.
-        self._end(lambda job: failed(job, fault))
+        if self._end(lambda job: failed(job, fault)) is not None:
+            self._withdraw()
 
     def _retry_or_fail(self, fault: NibbleError) -> None:
         """Give the job back after a pause if another attempt may fare better."""
@@ -317,6 +293,7 @@ class Attempt:
     def _stop(self, reason: StopReason) -> None:
         if reason is StopReason.CANCELLED:
             self._end(lambda job: transition(job, JobState.CANCELLED))
+            self._withdraw()
             self._drop_checkpoints()
         elif reason is StopReason.DEADLINE:
             limit = self._job.spec.timeout_s
@@ -360,7 +337,8 @@ class Attempt:
         )
 
     def _event(self, kind: str, payload: dict[str, Any]) -> None:
-        self._written_to_redis(lambda: self._context.store.append_event(self._job.id, kind, payload))
+        job_id, attempt = self._job.id, self._job.attempt
+        self._written_to_redis(lambda: self._context.store.append_event(job_id, kind, payload, attempt))
 
     def _written_to_redis(self, write: Callable[[], T], *, stoppable: bool = True) -> T:
         """Write through a restart of Redis. Raises Stopped if the job is no longer this attempt's."""
@@ -384,6 +362,13 @@ class Attempt:
         self._watch.check()
         if not self._context.store.holds(self._job.id, self._job.attempt):
             raise Stopped(StopReason.LEASE_LOST)
+
+    def _withdraw(self) -> None:
+        """A job without a result shows no artifact, also if it failed between two formats."""
+        try:
+            withdraw(self._context.objects, self._job)
+        except Unavailable as fault:
+            log.warning("left to the collection of garbage: %s", fault.message, extra={"job": self._job.id})
 
     def _drop_checkpoints(self) -> None:
         try:

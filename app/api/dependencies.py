@@ -19,6 +19,7 @@ from app.core.audit import AuditLog
 from app.core.changes import ChangeListener
 from app.core.deployment_store import DeploymentStore
 from app.core.errors import Forbidden, Unauthenticated
+from app.core.garbage import GarbageCollector
 from app.core.idempotency import IdempotencyKeys
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
@@ -46,6 +47,7 @@ class Services:
     keys: KeyStore
     limits: TenantLimits
     audit: AuditLog
+    garbage: GarbageCollector
     reuse: ReuseIndex
     logins: LoginLinks
     deliveries: DeliveryStore

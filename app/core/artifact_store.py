@@ -13,9 +13,7 @@ from app.core.errors import MalformedRequest, NotFound
 from app.core.ids import is_id
 from app.core.object_store import ObjectStore
 from app.core.specs import Frozen
-from app.core.storage_keys import manifest_key
-
-ARTIFACTS = "artifacts"
+from app.core.storage_keys import ARTIFACTS, manifest_key
 
 
 class ArtifactPage(Frozen):

@@ -12,23 +12,34 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from app.core.errors import Conflict, NotFound, WorkerLost
-from app.core.job import Job, JobState, transition
+from app.core.errors import Conflict, NibbleError, NotFound, Unavailable, WorkerLost
+from app.core.job import Job, JobState, Progress, transition
 from app.core.job_changes import failed, overdue, requeued
 from app.core.job_queue import JobQueue, Place, entry_id
 from app.core.job_store import JobStore
+from app.core.object_store import ObjectStore
+from app.core.published import published_before, withdraw
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[str], None]
-STEPS = ("requeued", "failed", "cancelled", "enqueued")
+STEPS = ("requeued", "failed", "cancelled", "succeeded", "enqueued")
 
 
 class Janitor:
     """One pass looks at every job that has not ended. `on_step` hears the name of each step taken."""
 
-    def __init__(self, store: JobStore, queue: JobQueue, *, max_attempts: int, on_step: OnStep) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        queue: JobQueue,
+        objects: ObjectStore,
+        *,
+        max_attempts: int,
+        on_step: OnStep = lambda step: None,
+    ) -> None:
         self._store = store
+        self._objects = objects
         self._queue = queue
         self._max_attempts = max_attempts
         self._on_step = on_step
@@ -61,14 +72,22 @@ class Janitor:
         if self._store.holds(seen.id, seen.attempt):
             return
         try:
-            job = self._store.update(seen.id, lambda job: self._without_worker(job, seen))
+            # A worker that died after its commit point has succeeded: only the record lacks that.
+            made = published_before(self._objects, seen)
+            job = self._store.update(seen.id, lambda job: self._without_worker(job, seen, made))
+            if job.state in (JobState.CANCELLED, JobState.FAILED):
+                withdraw(self._objects, job)
         except (Conflict, NotFound) as fault:
             log.info("job %s changed while it was looked at: %s", seen.id, fault)
+            return
+        except Unavailable as fault:
+            log.warning("job %s is looked at again later: %s", seen.id, fault)
             return
         if (job.state, job.attempt) == (seen.state, seen.attempt):
             return
         step = "requeued" if job.state is JobState.QUEUED else str(job.state)
-        if step not in STEPS:  # the worker itself has ended the job meanwhile
+        ended_itself = step == "succeeded" and made is None
+        if step not in STEPS or ended_itself:  # the worker itself has ended the job meanwhile
             return
         message = f"worker {seen.worker} stopped renewing its lease in attempt {seen.attempt}; {step}"
         self._store.append_event(
@@ -78,10 +97,12 @@ class Janitor:
         if job.state is JobState.QUEUED:
             self._queue.enqueue(job)
 
-    def _without_worker(self, job: Job, seen: Job) -> Job:
+    def _without_worker(self, job: Job, seen: Job, made: tuple[str, ...] | None) -> Job:
         """What becomes of a job whose worker is gone; unchanged if it is not the one that was seen."""
         if job.attempt != seen.attempt or job.state is not seen.state:
             return job
+        if made is not None:
+            return transition(job, JobState.SUCCEEDED, artifacts=made, progress=Progress(fraction=1.0))
         if job.state is JobState.CANCELLING:
             return transition(job, JobState.CANCELLED)
         if job.attempt < self._max_attempts:
@@ -128,21 +149,21 @@ class Janitor:
         self._on_step(step)
 
 
-class JanitorThread(threading.Thread):
-    """Runs a janitor every `interval_s` seconds until it is stopped."""
+class Repeated(threading.Thread):
+    """Does `work` every `interval_s` seconds until it is stopped."""
 
-    def __init__(self, janitor: Janitor, interval_s: float) -> None:
-        super().__init__(name="janitor", daemon=True)
-        self._janitor = janitor
+    def __init__(self, name: str, work: Callable[[], object], interval_s: float) -> None:
+        super().__init__(name=name, daemon=True)
+        self._work = work
         self._interval_s = interval_s
         self._stopped = threading.Event()
 
     def run(self) -> None:
         while not self._stopped.wait(self._interval_s):
             try:
-                self._janitor.sweep()
-            except RedisError as fault:
-                log.warning("the janitor could not finish its pass: %s", fault)
+                self._work()
+            except (RedisError, NibbleError) as fault:
+                log.warning("%s could not finish its pass: %s", self.name, fault)
 
     def stop(self) -> None:
         self._stopped.set()

@@ -66,9 +66,17 @@ redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return 1
 """
 
-# KEYS: job, events. ARGV: id, kind, payload. An event of a deleted job would never be removed.
+# KEYS: job, events. ARGV: id, kind, payload, attempt or ''. An event of a deleted job would never be removed.
+# With an attempt, only the one that executes the job may speak: -1 for any other.
 APPEND = f"""
-if redis.call('EXISTS', KEYS[1]) == 0 then return false end
+local record = redis.call('HGET', KEYS[1], 'record')
+if not record then return false end
+if ARGV[4] ~= '' then
+  local job = cjson.decode(record)
+  if job.attempt ~= tonumber(ARGV[4]) or (job.state ~= 'running' and job.state ~= 'cancelling') then
+    return -1
+  end
+end
 local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[2], 'payload', ARGV[3])
 redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return id

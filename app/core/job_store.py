@@ -294,13 +294,18 @@ class JobStore:
             pipe.scard(state_key(state))
         return dict(zip(JobState, pipe.execute(), strict=True))
 
-    def append_event(self, job_id: str, kind: str, payload: dict[str, Any]) -> str:
-        """Add to the job's history and return the event's id."""
+    def append_event(
+        self, job_id: str, kind: str, payload: dict[str, Any], attempt: int | None = None
+    ) -> str:
+        """Add to the job's history and return the event's id. With `attempt`, as in `update`."""
         event_id = self._append(
-            keys=[job_key(job_id), events_key(job_id)], args=[job_id, kind, json.dumps(payload)]
+            keys=[job_key(job_id), events_key(job_id)],
+            args=[job_id, kind, json.dumps(payload), "" if attempt is None else attempt],
         )
         if event_id is None:
             raise missing(job_id)
+        if event_id == -1:
+            raise stale(self.load(job_id), attempt or 0)
         return str(event_id.decode())
 
     def events(self, job_id: str, after: str | None = None, limit: int = 100) -> list[JobEvent]:

@@ -170,6 +170,19 @@ class ObjectStore:
             found = obstore.list_with_delimiter(self._store, prefix + "/")
         return sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
 
+    def list_folders_like(self, prefix: str, start: str) -> list[str]:
+        """The names of the folders below `prefix` that begin with `start`; on S3 without listing all."""
+        with translated(check_key(prefix)):
+            pages = obstore.list(self._store, prefix, offset=f"{prefix}/{start}")
+            names: set[str] = set()
+            for page in pages:
+                found = [meta["path"].removeprefix(prefix + "/").partition("/")[0] for meta in page]
+                names.update(name for name in found if name.startswith(start))
+                # S3 lists in order; a folder of this host does not.
+                if self.can_presign and found and found[-1] > start and not found[-1].startswith(start):
+                    break
+        return sorted(names)
+
     def list(self, prefix: str) -> list[ObjectHead]:
         """Every object below the folder `prefix`, by key."""
         with translated(check_key(prefix)):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+ARTIFACTS = "artifacts"
+CHECKPOINTS = "checkpoints"
+
 
 def manifest_key(artifact_id: str) -> str:
     """Its creation is what makes an artifact exist."""
-    return f"artifacts/{artifact_id}/manifest.json"
+    return f"{ARTIFACTS}/{artifact_id}/manifest.json"
 
 
 def report_key(job_id: str) -> str:
@@ -14,4 +17,4 @@ def report_key(job_id: str) -> str:
 
 def checkpoint_prefix(job_id: str) -> str:
     """Of the layers that a job has finished."""
-    return f"checkpoints/{job_id}"
+    return f"{CHECKPOINTS}/{job_id}"

@@ -6,7 +6,6 @@ nibble:workers          sorted set of names by the time at which they count as d
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 from typing import Any, Literal
 
@@ -42,7 +41,7 @@ class WorkerRegistry:
 
     def beat(self, record: WorkerRecord, *, ttl_s: float) -> None:
         """Say that the worker lives, for `ttl_s` seconds."""
-        now = time.time()
+        now, _ = self._redis.time()  # the hosts' clocks may differ
         pipe = self._redis.pipeline()
         pipe.set(f"nibble:worker:{record.name}", record.model_dump_json(), px=int(ttl_s * 1000))
         pipe.zadd(NAMES, {record.name: now + ttl_s})

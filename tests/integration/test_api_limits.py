@@ -97,7 +97,7 @@ def test_every_change_is_in_the_audit_log(service: Service) -> None:
 
 @pytest.fixture
 def janitor(service: Service) -> Janitor:
-    return Janitor(service.store, service.queue, max_attempts=3, on_step=lambda _: None)
+    return Janitor(service.store, service.queue, service.objects, max_attempts=3)
 
 
 def age(service: Service, job_id: str, seconds: int) -> None:

@@ -11,6 +11,7 @@ from app.core.job import Job, JobState, transition
 from app.core.job_changes import cancel_requested
 from app.core.job_queue import JobQueue, Place
 from app.core.job_store import JobStore
+from app.core.object_store import ObjectStore
 from app.core.specs import JobSpec
 
 
@@ -21,11 +22,12 @@ class House:
         self.redis = redis
         self.store = JobStore(redis)
         self.queue = JobQueue(redis, limit=100)
+        self.objects = ObjectStore("memory:///")
         self.steps: list[str] = []
         self.janitor = self.new_janitor()
 
     def new_janitor(self) -> Janitor:
-        return Janitor(self.store, self.queue, max_attempts=2, on_step=self.steps.append)
+        return Janitor(self.store, self.queue, self.objects, max_attempts=2, on_step=self.steps.append)
 
     def submit(self) -> Job:
         spec = JobSpec(model="org/name")

@@ -15,10 +15,10 @@ from app.core.ids import artifact_id
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested, requeued
 from app.core.job_queue import Place
+from app.core.published import published_before
 from app.core.specs import DeploymentOptions, JobSpec
 from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
 from tests.integration.workshop import MODEL, Workshop, wait_until
-from workers.publication import published_before
 from workers.supervisor import run_attempt
 
 

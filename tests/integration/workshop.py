@@ -23,11 +23,12 @@ from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
+from app.core.published import read_manifest
 from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.specs import FormatName, JobSpec
-from workers.publication import read_manifest
-from workers.supervisor import WorkerContext, run_attempt
+from workers.context import WorkerContext
+from workers.supervisor import run_attempt
 
 STAND_IN = "tests.integration.stand_in_child"
 REPOSITORY = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ class Workshop:
 
     def sweep(self) -> None:
         """One pass of the janitor."""
-        Janitor(self.store, self.queue, max_attempts=3, on_step=lambda _: None).sweep()
+        Janitor(self.store, self.queue, self.objects, max_attempts=3).sweep()
 
     def kinds(self, job: Job) -> list[str]:
         return [event.kind for event in self.store.events(job.id, limit=1000)]

@@ -11,9 +11,10 @@ from app.core.errors import JobFault
 from app.core.ids import artifact_id, new_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
+from app.core.published import published_before, read_manifest
 from app.core.specs import JobSpec
 from app.core.storage_keys import report_key
-from workers.publication import Publication, published_before, read_manifest
+from workers.publication import Publication
 
 
 @pytest.fixture

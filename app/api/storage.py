@@ -1,0 +1,33 @@
+"""`/v1/gc`: what the operator asks of the storage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+
+from app.api.dependencies import Operator, ServicesParam
+from app.core.garbage import Garbage
+
+router = APIRouter(prefix="/v1/gc", tags=["storage"])
+
+
+class GarbageView(BaseModel):
+    object: Literal["garbage"] = "garbage"
+    dry_run: bool
+    checkpoints: tuple[str, ...]
+    artifacts: tuple[str, ...]
+    jobs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, garbage: Garbage, *, dry_run: bool) -> Self:
+        return cls(dry_run=dry_run, **garbage.model_dump())
+
+
+@router.post("")
+def collect_garbage(
+    services: ServicesParam, principal: Operator, dry_run: Annotated[bool, Query()] = False
+) -> GarbageView:
+    """Remove what nothing refers to, and records older than they are kept; with `dry_run` only name it."""
+    return GarbageView.of(services.garbage.collect(dry_run=dry_run), dry_run=dry_run)
