@@ -111,10 +111,20 @@ def service(redis_url: str, tmp_path: Path) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def small_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of two layers, rounded to 4 bits."""
-    folder = tmp_path_factory.mktemp("artifact")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random llama of two layers, rounded to 4 bits, by format; only awq has zero points."""
+    folder = tmp_path_factory.mktemp("artifacts")
     model = save_model(random_model("llama"), folder / "model")
-    recipe = Recipe(method="rtn", group_size=32, symmetric=True)
-    spec = tiny_spec(recipe, formats=("compressed-tensors",))
-    return EngineRun(spec, model, folder / "work").folder("compressed-tensors")
+    symmetric = Recipe(method="rtn", group_size=32, symmetric=True)
+    runs = [
+        EngineRun(tiny_spec(symmetric, formats=("compressed-tensors", "gptq")), model, folder / "symmetric"),
+        EngineRun(
+            tiny_spec(Recipe(method="rtn", group_size=32), formats=("awq",)), model, folder / "asymmetric"
+        ),
+    ]
+    return {output.format: run.work / output.folder for run in runs for output in run.finished.outputs}
+
+
+@pytest.fixture(scope="session")
+def small_artifact(artifacts: dict[str, Path]) -> Path:
+    return artifacts["compressed-tensors"]

@@ -1,0 +1,95 @@
+"""An engine in the test's own process, and requests for it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from tests.tiny_models import TEXTS, TOKENIZER
+from workers.serving.batch import Batch
+from workers.serving.engine import Engine, Limits
+from workers.serving.loading import LoadRequest, load_model
+from workers.serving.metrics import Metrics
+from workers.serving.requests import Generation, Piece, Sampling, Stopping
+from workers.serving.served_model import ServedModel
+from workers.serving.tokenization import Tokenization
+
+LIMITS = {
+    "max_model_len": 256, "max_sequences": 32, "max_waiting": 64, "max_cells": 8192, "prefill_tokens": 512
+}  # fmt: skip
+
+
+class Served:
+    """A loaded artifact behind a running engine."""
+
+    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, **limits: int) -> None:
+        self.loaded = load_model(LoadRequest(folder, torch.device("cpu"), dtype))
+        self.limits = Limits(**{**LIMITS, **limits})
+        self.tokenization = Tokenization(folder, self.loaded.model.config.vocab_size)
+        self.metrics = Metrics("tiny")
+        batch = Batch(self.loaded.model, self.limits.max_cells)
+        self.engine = Engine(
+            batch, self.tokenization, self.limits, self.metrics, self.tokenization.end_tokens
+        )
+        self.served = ServedModel("tiny", self.engine, self.tokenization, self.metrics)
+        self.engine.start()
+
+    def answers(self, requests: list[dict[str, Any]]) -> list[list[Piece]]:
+        """All pieces of each request; the requests run together."""
+        found: list[list[Piece]] = [[] for _ in requests]
+        left = [request.get("n", 1) for request in requests]
+        ended = threading.Event()
+
+        def deliver(number: int, piece: Piece) -> None:
+            found[number].append(piece)
+            left[number] -= piece.finish_reason is not None
+            if not any(left):
+                ended.set()
+
+        for number, request in enumerate(requests):
+            self.engine.submit(
+                Generation(id=f"r{number}", deliver=lambda piece, n=number: deliver(n, piece), **request)
+            )
+        assert ended.wait(60)
+        return found
+
+    def generate(self, requests: list[dict[str, Any]]) -> list[list[int]]:
+        """The tokens of each request."""
+        return [
+            [choice.token for piece in pieces for choice in piece.choices]
+            for pieces in self.answers(requests)
+        ]
+
+    @property
+    def preemptions(self) -> float:
+        value = self.metrics.registry.get_sample_value(
+            "vllm:num_preemptions_total", {"model_name": "tiny", "engine": "0"}
+        )
+        assert value is not None
+        return value
+
+
+def greedy(prompt: list[int], max_tokens: int, **stopping: Any) -> dict[str, Any]:
+    return {
+        "prompt": tuple(prompt),
+        "sampling": Sampling(temperature=0),
+        "stopping": Stopping(max_tokens, ignore_eos=True, **stopping),
+    }
+
+
+def sampled(prompt: list[int], max_tokens: int, **sampling: Any) -> dict[str, Any]:
+    return greedy(prompt, max_tokens) | {"sampling": Sampling(**sampling)}
+
+
+def prompts_of_text(count: int) -> list[list[int]]:
+    """Prompts of many lengths, from 1 token on."""
+    tokens = (
+        Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+        .encode((TEXTS / "test.txt").read_text("utf-8")[:20000])
+        .ids
+    )
+    return [tokens[97 * place : 97 * place + 1 + 7 * place] for place in range(count)]

@@ -1,0 +1,93 @@
+"""Greedy answers of the server's engine against transformers on the same artifact; together as alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from app.core.format_limits import Scheme
+from tests.inference import Served, greedy, prompts_of_text
+from workers.formats.folder import FORMATS
+from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.decoder import text_config
+
+PROMPTS, NEW_TOKENS = 20, 24
+
+
+@pytest.fixture(scope="module")
+def served(small_artifact: Path) -> Served:
+    return Served(small_artifact, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def alone(served: Served) -> list[list[int]]:
+    """Each prompt's answer when nothing else runs."""
+    return [served.generate([greedy(prompt, NEW_TOKENS)])[0] for prompt in prompts_of_text(PROMPTS)]
+
+
+def test_greedy_answers_are_those_of_transformers(small_artifact: Path, alone: list[list[int]]) -> None:
+    """The judge loads the artifact through compressed-tensors, in float32."""
+    judge = AutoModelForCausalLM.from_pretrained(small_artifact, dtype=torch.float32).eval()
+    assert judge.config.quantization_config.quant_method == "compressed-tensors"
+    for prompt, answer in zip(prompts_of_text(PROMPTS), alone, strict=True):
+        tokens = torch.tensor([prompt])
+        expected = judge.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False,
+            eos_token_id=-1,
+        )  # fmt: skip
+        assert answer == expected[0, len(prompt) :].tolist()
+
+
+def test_concurrent_answers_are_those_of_requests_alone(served: Served, alone: list[list[int]]) -> None:
+    requests = [greedy(prompt, NEW_TOKENS) for prompt in prompts_of_text(PROMPTS)]
+    assert served.generate(requests) == alone
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"prefill_tokens": 7}, {"max_sequences": 3}, {"max_cells": 300}],
+    ids=["prompts in pieces", "few rows", "a cache that overflows"],
+)
+def test_scheduling_changes_no_answer(
+    small_artifact: Path, alone: list[list[int]], limits: dict[str, int]
+) -> None:
+    served = Served(small_artifact, dtype=torch.float32, **limits)
+    requests = [greedy(prompt, NEW_TOKENS) for prompt in prompts_of_text(PROMPTS)]
+    assert served.generate(requests) == alone
+    assert served.preemptions > 0 if "max_cells" in limits else served.preemptions == 0
+
+
+@pytest.mark.parametrize("format_name", ["awq", "gptq"])
+def test_other_formats_are_read_as_they_were_written(artifacts: dict[str, Path], format_name: str) -> None:
+    """Against transformers on the dequantized weights: it needs libraries of its own for these formats."""
+    served = Served(artifacts[format_name], dtype=torch.float32)
+    judge = dequantized(artifacts[format_name], format_name)
+    for prompt in prompts_of_text(4)[1:]:
+        tokens = torch.tensor([prompt])
+        expected = judge.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False, eos_token_id=-1
+        )
+        assert served.generate([greedy(prompt, 8)]) == [expected[0, len(prompt) :].tolist()]
+
+
+def dequantized(folder: Path, format_name: str) -> PreTrainedModel:
+    """The model with the weights that the files stand for."""
+    checkpoint, layout = Checkpoint(folder), FORMATS[format_name]
+    config = {**checkpoint.config}
+    entry = config.pop("quantization_config")
+    scheme = Scheme(bits=4, group_size=32, symmetric=format_name == "gptq")
+    assert (entry["bits"], entry["group_size"]) == (4, 32)
+    state: dict[str, torch.Tensor] = {}
+    for name in checkpoint.tensors:
+        linear, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            parts = {each: checkpoint.tensor(f"{linear}.{each}") for each in layout.SUFFIXES}
+            state[f"{linear}.weight"] = layout.weight(parts, scheme).dequantize()
+        elif suffix not in layout.SUFFIXES:
+            state[name] = checkpoint.tensor(name).float()
+    model = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32).eval()
+    model.load_state_dict(state, strict=False)
+    return model
