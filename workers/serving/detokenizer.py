@@ -9,8 +9,6 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"
 # Tokens of the prompt that the first text is read with: some tokenizers strip a space at the start.
 CONTEXT_TOKENS = 4
-# A character has four bytes at most: of more broken bytes than three, the first can't become whole.
-INCOMPLETE = 3
 
 
 class Decoder(Protocol):
@@ -45,8 +43,10 @@ class Detokenizer:
         self.window.append(token)
         self.fresh += 1
         text = self.text()
+        # A byte that can be no character any more shows when something whole follows: some tokenizers make
+        # a whole run of bytes unreadable while its last character is incomplete.
         broken = len(text) - len(text.rstrip(REPLACEMENT))
-        whole = len(text) - min(broken, INCOMPLETE)
+        whole = len(text) - broken
         added = text[self.given : whole]
         self.given = max(self.given, whole)
         if not broken and text:
