@@ -17,6 +17,7 @@ from app.core.redis_server import connect, embedded_binary, wait_for_redis
 from app.core.settings import Settings
 from app.core.specs import Recipe
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
+from tests.integration.inference_process import InferenceProcess, inference_server
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 
 
@@ -128,3 +129,10 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def small_artifact(artifacts: dict[str, Path]) -> Path:
     return artifacts["compressed-tensors"]
+
+
+@pytest.fixture(scope="session")
+def inference(small_artifact: Path) -> Iterator[InferenceProcess]:
+    """A running inference server on it."""
+    with inference_server(small_artifact, "--dtype", "float32") as running:
+        yield running

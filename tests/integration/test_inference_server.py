@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-from tests.integration.inference_process import NAME, InferenceProcess, inference_server
+from tests.integration.inference_process import NAME, InferenceProcess
 
 
-@pytest.fixture(scope="module")
-def server(small_artifact: Path) -> Iterator[InferenceProcess]:
-    with inference_server(small_artifact) as running:
-        yield running
-
-
-def test_it_reports_loading_and_then_readiness(server: InferenceProcess) -> None:
-    loading, ready = server.messages
+def test_it_reports_loading_and_then_readiness(inference: InferenceProcess) -> None:
+    loading, ready = inference.messages
     assert loading["kind"] == "loading"
     assert ready["kind"] == "ready"
     assert sum(ready["kernels"].values()) == 14  # linears: seven in each of two layers
@@ -26,8 +15,8 @@ def test_it_reports_loading_and_then_readiness(server: InferenceProcess) -> None
     assert ready["max_model_len"] == 256
 
 
-def test_it_lists_its_model_and_is_healthy(server: InferenceProcess) -> None:
-    with server.client() as client:
+def test_it_lists_its_model_and_is_healthy(inference: InferenceProcess) -> None:
+    with inference.client() as client:
         listed = client.get("/v1/models").json()
         assert [(model["id"], model["max_model_len"]) for model in listed["data"]] == [(NAME, 256)]
         health = client.get("/health")
@@ -35,9 +24,9 @@ def test_it_lists_its_model_and_is_healthy(server: InferenceProcess) -> None:
         assert set(client.get("/version").json()) == {"version"}
 
 
-def test_a_completion(server: InferenceProcess) -> None:
+def test_a_completion(inference: InferenceProcess) -> None:
     body = {"model": NAME, "prompt": "The city of", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
-    with server.client() as client:
+    with inference.client() as client:
         answers = [client.post("/v1/completions", json=body).json() for _ in range(2)]
     assert answers[0]["choices"] == answers[1]["choices"]
     assert answers[0]["usage"]["completion_tokens"] == 5

@@ -14,6 +14,10 @@ from torch import Tensor
 from app.core.errors import InvalidRequest
 
 
+# A weak model asked for JSON likes to write spaces for ever, so there is at most one between two parts.
+JSON_OPTIONS: Any = {"whitespace_pattern": " ?"}
+
+
 class Matcher:
     """How far one sequence has come in a grammar."""
 
@@ -52,7 +56,7 @@ class Grammars:
     def json_schema(self, schema: dict[str, Any], param: str) -> Matcher:
         """Raises InvalidRequest for a schema that can't be kept to, naming the part that can't."""
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), JSON_OPTIONS)
         except ValueError as fault:
             raise refused(str(fault), param) from fault
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
