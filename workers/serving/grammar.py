@@ -13,7 +13,6 @@ from torch import Tensor
 
 from app.core.errors import InvalidRequest
 
-
 # A weak model asked for JSON likes to write spaces for ever, so there is at most one between two parts.
 JSON_OPTIONS: Any = {"whitespace_pattern": " ?"}
 
