@@ -10,6 +10,9 @@ constexpr int kTile = 1024;       // bytes: 16 rows of 64
 constexpr int kFeature = 18;      // XFEATURE_XTILEDATA
 constexpr int kPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
 
+// GCC's tile instructions don't tell the compiler what memory they read: what was written must be written by now.
+inline void settle() { asm volatile("" ::: "memory"); }
+
 struct alignas(64) TileShapes {
   uint8_t palette, start, reserved[14];
   uint16_t bytes[16];  // of a row
@@ -22,15 +25,18 @@ class TileScope {
   // Tiles 0-3: sums, 4-5: weights, 6-7: x with `columns` columns.
   explicit TileScope(int columns) {
     _tile_storeconfig(&before_);
+    settle();
     TileShapes shapes{};
     shapes.palette = 1;
     for (int t = 0; t < 8; ++t) {
       shapes.rows[t] = 16;
       shapes.bytes[t] = uint16_t(t == 4 || t == 5 ? 64 : 4 * columns);
     }
+    settle();
     _tile_loadconfig(&shapes);
   }
   ~TileScope() {
+    settle();
     if (before_.palette) {
       _tile_loadconfig(&before_);
     } else {
@@ -69,8 +75,10 @@ inline void transpose(__m512i* r) {
   }
 }
 
-// x (rows, stride) bfloat16 to tiles of 16 columns: [columns/16][K/32][16 pairs of channels][16 columns].
-void pack_columns(const uint16_t* x, int64_t rows, int64_t stride, int64_t tiles, uint8_t* out, int threads) {
+// x (rows, stride) bfloat16 to tiles of 16 columns, in parts of at most `part` tiles of channels:
+// [K/32/part][columns/16][part][16 pairs of channels][16 columns].
+void pack_columns(const uint16_t* x, int64_t rows, int64_t stride, int64_t tiles, int64_t part, uint8_t* out,
+                  int threads) {
   const int64_t groups = (rows + 15) / 16;
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
   for (int64_t group = 0; group < groups; ++group) {
@@ -81,7 +89,8 @@ void pack_columns(const uint16_t* x, int64_t rows, int64_t stride, int64_t tiles
         r[i] = row < rows ? _mm512_loadu_si512(x + row * stride + tile * 32) : _mm512_setzero_si512();
       }
       transpose(r);
-      uint8_t* place = out + (group * tiles + tile) * kTile;
+      const int64_t start = tile / part * part, length = std::min(part, tiles - start);
+      uint8_t* place = out + (start * groups + group * length + tile - start) * kTile;
       for (int i = 0; i < 16; ++i) _mm512_store_si512(place + i * 64, r[i]);
     }
   }
@@ -139,7 +148,7 @@ inline void codes_to_tiles(const Weight& w, int64_t block, int64_t chunk, uint8_
 #pragma GCC unroll 4
   for (int row = 0; row < kRows; ++row) {
     for (int p = 0; p < PLANES; ++p) {
-      _mm_prefetch(codes + (row * PLANES + p) * kPlane + kPrefetch, _MM_HINT_T0);
+      _mm_prefetch(codes + (row * PLANES + p) * kPlane + kPrefetch, _MM_HINT_T1);
       const __m512i words = _mm512_loadu_si512(codes + (row * PLANES + p) * kPlane);
       __m512i table[kGroups];
       for (int g = 0; g < kGroups; ++g) {
@@ -160,32 +169,36 @@ inline void codes_to_tiles(const Weight& w, int64_t block, int64_t chunk, uint8_
 
 constexpr int kBlocks = 4;  // of 16 rows, that a thread multiplies at once: a product waits long for its sum
 
-// Adds the sums of a group, times their scales, to `total`, and clears their tiles.
+// The sums of a group leave their tiles, which start again at zero.
 template <bool ONE>
-inline void take_sums(const Weight& w, int64_t first, int64_t group, float* total) {
-  alignas(64) float sums[kBlocks][256];
+inline void store_sums(float* sums) {
   constexpr int kStride = ONE ? 4 : 64;
-  _tile_stored(0, sums[0], kStride);
-  _tile_stored(1, sums[1], kStride);
-  _tile_stored(2, sums[2], kStride);
-  _tile_stored(3, sums[3], kStride);
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + 256, kStride);
+  _tile_stored(2, sums + 512, kStride);
+  _tile_stored(3, sums + 768, kStride);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int b = 0; b < kBlocks; ++b) {
-    float* to = total + b * 256;
+  settle();
+}
+
+// Adds stored sums, times the scales of their group, to `total`.
+template <bool ONE>
+inline void add_sums(const Weight& w, int64_t first, int64_t group, const float* sums, float* total) {
+  for (int b = 0; b < kBlocks; ++b, sums += 256, total += 256) {
     const __m512 scale = scales_of(w, first + b, group);
     if (ONE) {
-      _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(sums[b]), scale, _mm512_load_ps(to)));
+      _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(sums), scale, _mm512_load_ps(total)));
       continue;
     }
     alignas(64) float factor[16];
     _mm512_store_ps(factor, scale);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      const __m512 sum = _mm512_load_ps(sums[b] + 16 * i);
-      _mm512_store_ps(to + 16 * i, _mm512_fmadd_ps(sum, _mm512_set1_ps(factor[i]), _mm512_load_ps(to + 16 * i)));
+      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums + 16 * i), _mm512_set1_ps(factor[i]));
+      _mm512_store_ps(total + 16 * i, _mm512_add_ps(scaled, _mm512_load_ps(total + 16 * i)));
     }
   }
 }
@@ -193,6 +206,7 @@ inline void take_sums(const Weight& w, int64_t first, int64_t group, float* tota
 // 32 channels of each block; a block's tiles are `stride` bytes apart.
 template <bool ONE>
 inline void multiply(const uint8_t* weights, int64_t stride, const uint8_t* x) {
+  settle();
   _tile_loadd(6, x, ONE ? 4 : 64);
   _tile_loadd(4, weights, 64);
   _tile_dpbf16ps(0, 4, 6);
@@ -208,37 +222,48 @@ constexpr int kMostGroups = 8;  // of 16 columns, that share one conversion of t
 
 // kBlocks blocks from `first` on times `groups` groups of columns of x.
 template <int GPC, int PLANES, bool ONE>
-void exact_blocks(const Weight& w, int64_t first, const uint8_t* x, int64_t x_group, int64_t groups,
+void exact_blocks(const Weight& w, int64_t first, const uint8_t* x, int64_t x_chunk, int64_t groups,
                   const Output& output, int64_t column) {
   constexpr int kBlock = PLANES * 4 * kTile, kPart = kBlocks * kBlock;
   constexpr int kX = ONE ? 64 : kTile;  // bytes of 32 channels of x
   // Sums of a whole row would have to stay in tiles for each group of columns: they are taken per chunk, too.
   constexpr int kGroups = GPC ? GPC : 1;
-  // Two buffers: tiles are loaded from one while the other is written, so no load waits for a store.
-  uint8_t* parts = thread_scratch.of(2 * kPart + kMostGroups * kBlocks * kTile);
-  float* total = reinterpret_cast<float*>(parts + 2 * kPart);
+  // Two buffers of weights: tiles are loaded from one while the other is written, so no load waits for a store.
+  // For the same reason sums are added one group later than they are stored.
+  uint8_t* parts = thread_scratch.of(2 * kPart + (2 + kMostGroups) * kBlocks * kTile);
+  float* stored[2] = {reinterpret_cast<float*>(parts + 2 * kPart),
+                      reinterpret_cast<float*>(parts + 2 * kPart + kBlocks * kTile)};
+  float* total = stored[1] + kBlocks * 256;
   std::memset(total, 0, size_t(groups) * kBlocks * kTile);
-  const auto convert = [&](int64_t chunk) {
-    for (int b = 0; b < kBlocks; ++b)
-      codes_to_tiles<GPC, PLANES>(w, first + b, chunk, parts + chunk % 2 * kPart + b * kBlock);
-  };
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  convert(0);
+  for (int b = 0; b < kBlocks; ++b) codes_to_tiles<GPC, PLANES>(w, first + b, 0, parts + b * kBlock);
+  int64_t waiting_group = -1, waiting_columns = 0;
+  int turn = 0;
   for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
-    if (chunk + 1 < w.chunks) convert(chunk + 1);
     const uint8_t* weights = parts + chunk % 2 * kPart;
+    uint8_t* next = parts + (chunk + 1) % 2 * kPart;
     for (int64_t g = 0; g < groups; ++g) {
-      const uint8_t* here = x + g * x_group + chunk * 4 * kX;
-      for (int part = 0; part < kGroups; ++part) {
-        for (int i = part * 4 / kGroups; i < (part + 1) * 4 / kGroups; ++i)
-          for (int p = 0; p < PLANES; ++p) multiply<ONE>(weights + (p * 4 + i) * kTile, kBlock, here + i * kX);
-        take_sums<ONE>(w, first, chunk * GPC + part, total + g * kBlocks * 256);
+      const uint8_t* here = x + chunk * x_chunk + g * 4 * kX;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        // The next chunk's weights are converted between this one's products, which run beside.
+        if (g == 0 && chunk + 1 < w.chunks)
+          codes_to_tiles<GPC, PLANES>(w, first + i, chunk + 1, next + i * kBlock);
+        for (int p = 0; p < PLANES; ++p) multiply<ONE>(weights + (p * 4 + i) * kTile, kBlock, here + i * kX);
+        if ((i + 1) * kGroups % 4) continue;
+        store_sums<ONE>(stored[turn]);
+        if (waiting_group >= 0)
+          add_sums<ONE>(w, first, waiting_group, stored[1 - turn], total + waiting_columns * kBlocks * 256);
+        waiting_group = chunk * GPC + i * kGroups / 4;
+        waiting_columns = g;
+        turn = 1 - turn;
       }
     }
   }
+  add_sums<ONE>(w, first, waiting_group, stored[1 - turn], total + waiting_columns * kBlocks * 256);
   for (int64_t g = 0; g < groups; ++g) {
     for (int b = 0; b < kBlocks && (first + b) * kRows < output.rows; ++b) {
       const float* sums = total + (g * kBlocks + b) * 256;
@@ -272,6 +297,7 @@ constexpr int64_t kBlockK = 4;    // chunks
 // 2 x 2 tiles of sums over `tiles` tiles of channels. A second row or column that is not there repeats the first.
 inline void quad(const uint8_t* weights, int64_t next_row, const uint8_t* x, int64_t next_column, int64_t tiles,
                  float* const* sums, bool fresh) {
+  settle();
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -298,28 +324,30 @@ inline void quad(const uint8_t* weights, int64_t next_row, const uint8_t* x, int
   _tile_stored(1, sums[1], 64);
   _tile_stored(2, sums[2], 64);
   _tile_stored(3, sums[3], 64);
+  settle();
 }
 
 // Blocks n .. n_end-1 of weights times column groups m .. m_end-1 of x.
-void rounded_part(const Weight& w, int64_t n, int64_t n_end, const uint8_t* x, int64_t m, int64_t m_end,
-                  Dequantize dequantize, const Output& output) {
-  const int64_t all_tiles = w.chunks * 4, rows = n_end - n, columns = m_end - m;
+void rounded_part(const Weight& w, int64_t n, int64_t n_end, const uint8_t* x, int64_t all_groups, int64_t m,
+                  int64_t m_end, Dequantize dequantize, const Output& output) {
+  const int64_t rows = n_end - n, columns = m_end - m;
   constexpr int64_t kStrip = kBlockK * 4 * kTile;  // a block's weights
-  uint8_t* weights = thread_scratch.of(kBlockN * kStrip + (kBlockN * kBlockM + 4) * kTile);
-  float* sums = reinterpret_cast<float*>(weights + kBlockN * kStrip);
+  uint8_t* weights = thread_scratch.of(2 * kStrip + (kBlockN * kBlockM + 4) * kTile);
+  float* sums = reinterpret_cast<float*>(weights + 2 * kStrip);
   float* spare = sums + kBlockN * kBlockM * 256;
   const auto sums_at = [&](int64_t i, int64_t j) {
     return i < rows && j < columns ? sums + (i * kBlockM + j) * 256 : spare;
   };
   for (int64_t chunk = 0; chunk < w.chunks; chunk += kBlockK) {
     const int64_t chunk_end = std::min(w.chunks, chunk + kBlockK), tiles = (chunk_end - chunk) * 4;
-    for (int64_t i = 0; i < rows; ++i)
-      dequantize(w, n + i, chunk, chunk_end, weights + i * kStrip, Places{64, kTile});
+    const uint8_t* here = x + chunk * 4 * all_groups * kTile;
     for (int64_t i = 0; i < rows; i += 2) {
+      for (int64_t r = i; r < std::min(rows, i + 2); ++r)
+        dequantize(w, n + r, chunk, chunk_end, weights + (r - i) * kStrip, Places{64, kTile});
       for (int64_t j = 0; j < columns; j += 2) {
         float* const four[4] = {sums_at(i, j), sums_at(i, j + 1), sums_at(i + 1, j), sums_at(i + 1, j + 1)};
-        quad(weights + i * kStrip, i + 1 < rows ? kStrip : 0, x + ((m + j) * all_tiles + chunk * 4) * kTile,
-             j + 1 < columns ? all_tiles * kTile : 0, tiles, four, chunk == 0);
+        quad(weights, i + 1 < rows ? kStrip : 0, here + (m + j) * tiles * kTile, j + 1 < columns ? tiles * kTile : 0,
+             tiles, four, chunk == 0);
       }
     }
   }
@@ -339,15 +367,15 @@ int nibble_tiles_ready() { return syscall(SYS_arch_prctl, kPermission, kFeature)
 void nibble_tiles_exact(const Weight* weight, const void* x, int64_t rows, int64_t stride, const float* bias,
                         void* out, int64_t type, int64_t out_features, int threads) {
   const Weight w = *weight;
-  const int64_t tiles = w.chunks * 4, x_group = tiles * kTile;
+  const int64_t tiles = w.chunks * 4, groups = (rows + 15) / 16;
+  const int64_t x_chunk = rows == 1 ? kChunk * 2 : groups * 4 * kTile;
   const uint8_t* columns = static_cast<const uint8_t*>(x);
   if (rows > 1) {
-    uint8_t* packed = packed_x.of(size_t((rows + 15) / 16 * x_group));
-    pack_columns(static_cast<const uint16_t*>(x), rows, stride, tiles, packed, threads);
+    uint8_t* packed = packed_x.of(size_t(groups * tiles * kTile));
+    pack_columns(static_cast<const uint16_t*>(x), rows, stride, tiles, 4, packed, threads);
     columns = packed;
   }
   const Output output{out, type, out_features, out_features, rows, bias};
-  const int64_t groups = (rows + 15) / 16;
   const Exact product = w.planes == 2 ? (rows == 1 ? exact_of<2, true>(w) : exact_of<2, false>(w))
                                       : (rows == 1 ? exact_of<1, true>(w) : exact_of<1, false>(w));
 #pragma omp parallel num_threads(threads)
@@ -357,7 +385,7 @@ void nibble_tiles_exact(const Weight* weight, const void* x, int64_t rows, int64
     for (int64_t first = 0; first < w.blocks; first += kBlocks) {
       for (int64_t g = 0; g < groups; g += kMostGroups) {
         const int64_t count = std::min<int64_t>(kMostGroups, groups - g);
-        product(w, first, columns + g * x_group, x_group, count, output, 16 * g);
+        product(w, first, columns + g * 4 * kTile, x_chunk, count, output, 16 * g);
       }
     }
   }
@@ -369,7 +397,7 @@ void nibble_tiles(const Weight* weight, const void* x, int64_t rows, int64_t str
   const Weight w = *weight;
   const int64_t tiles = w.chunks * 4, groups = (rows + 15) / 16;
   uint8_t* packed = packed_x.of(size_t(groups * tiles) * kTile);
-  pack_columns(static_cast<const uint16_t*>(x), rows, stride, tiles, packed, threads);
+  pack_columns(static_cast<const uint16_t*>(x), rows, stride, tiles, kBlockK * 4, packed, threads);
   const Output output{out, type, out_features, out_features, rows, bias};
   const Dequantize dequantize = dequantize_of(w, kBfloat);
   const int64_t parts_n = (w.blocks + kBlockN - 1) / kBlockN, parts_m = (groups + kBlockM - 1) / kBlockM;
@@ -380,8 +408,8 @@ void nibble_tiles(const Weight* weight, const void* x, int64_t rows, int64_t str
     for (int64_t part_m = 0; part_m < parts_m; ++part_m) {
       for (int64_t part_n = 0; part_n < parts_n; ++part_n) {
         const int64_t n = part_n * kBlockN, m = part_m * kBlockM;
-        rounded_part(w, n, std::min(w.blocks, n + kBlockN), packed, m, std::min(groups, m + kBlockM), dequantize,
-                     output);
+        rounded_part(w, n, std::min(w.blocks, n + kBlockN), packed, groups, m, std::min(groups, m + kBlockM),
+                     dequantize, output);
       }
     }
   }

@@ -1,0 +1,312 @@
+"""Matrix products of packed weights beside their roofline, a dense product and every peer in the same run.
+
+    python tests/benchmarks/kernels.py --device cpu --threads 1
+    python tests/benchmarks/kernels.py --device cpu --shape 4096x4096 --m 1 16 --bits 4 --group 128
+
+Shapes are in_features x out_features. Each candidate is first compared with float64 on fresh random inputs, and
+dropped from the table if it is wrong. Candidates then take turns, each over copies of the weight that together
+exceed the cache; the best and the median time of a call are kept. The floor is the larger of the bytes of packed
+weight, input and output at the measured rate of reading, and the operations at the measured rate of a large
+dense product. Figures go to a table and, with --json, to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from kernels import layouts  # noqa: E402
+from kernels.backend import backends_of  # noqa: E402
+from kernels.problem import Problem  # noqa: E402
+from kernels.weight import PackedWeight  # noqa: E402
+
+SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672")
+ROWS = (1, 4, 16, 32, 64, 256, 2048)
+DENSE = "torch bf16"
+TOLERANCE = 2e-2  # of the largest output, against float64: three roundings to bfloat16
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Candidate:
+    """One way to compute: copies of a weight that calls take in turn."""
+
+    name: str
+    copies: list[Product]
+    error: float = float("nan")
+    times: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Times are microseconds."""
+
+    shape: str
+    rows: int
+    scheme: str
+    candidate: str
+    best_us: float
+    median_us: float
+    floor_us: float
+    fraction: float  # of the floor's rate that the best time reaches
+    ratio: float  # of the dense product's best time to this one's
+    error: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the benchmark needs of a device: its rates, its cache, and how calls are timed."""
+
+    name: str
+    torch_device: torch.device
+    read_rate: float  # bytes per second
+    product_rate: float  # operations per second
+    rotation_bytes: int  # that the copies of a weight take together, at least
+    time_calls: Callable[[list[Product], Tensor, float], list[float]]  # seconds of each call
+    peers: Callable[[PackedWeight, int], list[Candidate]]  # others' kernels, with copies of the weight
+
+
+# ------------------------------------------------------------------------------------------------------- CPU
+
+
+def cpu_device(options: argparse.Namespace) -> Device:
+    torch.set_num_threads(options.threads)
+    return Device(
+        name=f"{cpu_name()}, {options.threads} threads",
+        torch_device=torch.device("cpu"),
+        read_rate=options.read_gbps * 1e9 if options.read_gbps else cpu_read_rate(),
+        product_rate=cpu_product_rate(),
+        rotation_bytes=options.rotation_mib * 1024**2,
+        time_calls=time_cpu_calls,
+        peers=lambda weight, copies: [],  # PyTorch's own operators are a backend of ours: `aten`
+    )
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+READ_SOURCE = """
+#include <stddef.h>
+#include <stdint.h>
+uint64_t read_all(const uint64_t* p, size_t n) {
+  uint64_t a = 0, b = 0, c = 0, d = 0;
+  for (size_t i = 0; i < n; i += 32)
+    for (int k = 0; k < 8; ++k) { a ^= p[i + k]; b ^= p[i + 8 + k]; c ^= p[i + 16 + k]; d ^= p[i + 24 + k]; }
+  return a ^ b ^ c ^ d;
+}
+"""
+
+
+def cpu_read_rate() -> float:
+    """Bytes per second of one thread that reads, the best of several passes over a gibibyte."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "read.c", Path(folder) / "read.so"
+        source.write_text(READ_SOURCE)
+        flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC"]
+        subprocess.run(["gcc", *flags, str(source), "-o", str(library)], check=True)
+        read_all = ctypes.CDLL(str(library)).read_all
+    read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    read_all.restype = ctypes.c_uint64
+    values = torch.ones(2**30, dtype=torch.uint8)
+    part = 2**26
+    parts = [values.data_ptr() + start for start in range(0, values.numel(), part)]
+    best = min(seconds(lambda start=start: read_all(start, part // 8)) for _ in range(4) for start in parts)
+    return part / best
+
+
+def cpu_product_rate() -> float:
+    """Operations per second of a dense bfloat16 product that stays in the cache."""
+    a, b = torch.randn(256, 2048).bfloat16(), torch.randn(256, 2048).bfloat16()
+    best = min(seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(50))
+    return 2 * 256 * 256 * 2048 / best
+
+
+def time_cpu_calls(copies: list[Product], x: Tensor, budget_s: float) -> list[float]:
+    """Every copy in turn until the budget is spent, and at least three calls."""
+    found: list[float] = []
+    while len(found) < 3 or sum(found) < budget_s:
+        product = copies[len(found) % len(copies)]
+        found.append(seconds(lambda product=product: product(x)))
+    return found
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+# -------------------------------------------------------------------------------------------------- candidates
+
+
+def random_weight(shape: str, bits: int, group: int, *, asymmetric: bool) -> PackedWeight:
+    in_features, out_features = (int(size) for size in shape.split("x"))
+    groups = 1 if group == -1 else in_features // group
+    q = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8)
+    zero = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8) if asymmetric else None
+    scale = ((torch.rand(out_features, groups) + 0.5) * 2.0 ** (-bits - 2)).to(torch.float16)
+    return PackedWeight(layouts.pack_rows(q, bits), scale, zero, bits, group, in_features)
+
+
+def dense_weight(weight: PackedWeight) -> Tensor:
+    """float32, by other steps than the kernels' own."""
+    q = layouts.unpack_rows(weight.qweight, weight.bits, weight.in_features).float()
+    zero = torch.full_like(weight.scale, 2.0 ** (weight.bits - 1)) if weight.zero is None else weight.zero
+    per_group = weight.channels_per_group
+    return (q - zero.float().repeat_interleave(per_group, 1)) * weight.scale.float().repeat_interleave(
+        per_group, 1
+    )
+
+
+def copies_for(device: Device, size: int) -> int:
+    return max(2, -(-device.rotation_bytes // max(size, 1)))
+
+
+def dense_candidate(dense: Tensor, device: Device) -> Candidate:
+    half = dense.bfloat16()
+    count = copies_for(device, half.numel() * 2)
+    held = [half.clone().to(device.torch_device) for _ in range(count)]
+    return Candidate(DENSE, [lambda x, w=w: torch.nn.functional.linear(x, w) for w in held])
+
+
+def our_candidates(weight: PackedWeight, device: Device, names: list[str] | None) -> list[Candidate]:
+    problem = Problem.of(weight, torch.bfloat16, device.torch_device)
+    found = []
+    for backend in backends_of(device.torch_device.type):
+        if (names and backend.name not in names) or (not names and backend.name == "torch"):
+            continue
+        if (why := backend.can_implement(problem)) is not None:
+            print(f"# {backend.name}: {why}")
+            continue
+        count = copies_for(device, weight.packed_bytes)
+        kernels = [backend.prepare(weight, torch.bfloat16, device.torch_device) for _ in range(count)]
+        found.append(Candidate(backend.name, [lambda x, k=k: k(x, None) for k in kernels]))
+    return found
+
+
+def check(candidate: Candidate, dense: Tensor, device: Device, rows: int) -> bool:
+    """Compare with float64 on a fresh input; on a part of the rows where there are many."""
+    x = torch.randn(rows, dense.shape[1]).bfloat16()
+    output = candidate.copies[-1](x.to(device.torch_device)).cpu()
+    some = torch.randperm(rows)[:16]
+    expected = x[some].double() @ dense.double().T
+    candidate.error = float((output[some].double() - expected).abs().max() / expected.abs().max())
+    return candidate.error < TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------------------- table
+
+
+def floor_seconds(weight: PackedWeight, rows: int, device: Device, candidate: str) -> float:
+    """The least time that bytes and operations take; the dense product reads 16 bits for each weight."""
+    size = weight.in_features * weight.out_features
+    stored = 2 * size if candidate == DENSE else weight.packed_bytes
+    moved = stored + 2 * rows * (weight.in_features + weight.out_features)
+    return max(moved / device.read_rate, 2 * rows * size / device.product_rate)
+
+
+def measure(shape: str, options: argparse.Namespace, device: Device) -> list[Row]:
+    scheme = f"w{options.bits} " + ("channel" if options.group == -1 else f"g{options.group}")
+    weight = random_weight(shape, options.bits, options.group, asymmetric=options.asymmetric)
+    dense = dense_weight(weight)
+    candidates = [dense_candidate(dense, device), *our_candidates(weight, device, options.backend)]
+    candidates += device.peers(weight, copies_for(device, weight.packed_bytes))
+    lines = []
+    for rows in options.m:
+        right = [candidate for candidate in candidates if check(candidate, dense, device, rows)]
+        for candidate in candidates:
+            if candidate not in right:
+                print(
+                    f"# {candidate.name} is wrong at {shape}, M = {rows}: relative error {candidate.error:.1e}"
+                )
+        x = torch.randn(rows, weight.in_features).bfloat16().to(device.torch_device)
+        times: dict[str, list[float]] = {candidate.name: [] for candidate in right}
+        for _ in range(options.rounds):  # in turns: what disturbs the machine disturbs all of them
+            for candidate in right:
+                times[candidate.name] += device.time_calls(candidate.copies, x, options.budget_s)
+        base = min(times.get(DENSE, [float("nan")]))
+        for candidate in right:
+            best, floor = min(times[candidate.name]), floor_seconds(weight, rows, device, candidate.name)
+            lines.append(
+                Row(
+                    shape, rows, scheme, candidate.name, best * 1e6,
+                    statistics.median(times[candidate.name]) * 1e6, floor * 1e6, floor / best, base / best,
+                    candidate.error,
+                )
+            )  # fmt: skip
+            print_row(lines[-1])
+    return lines
+
+
+def print_row(row: Row) -> None:
+    print(
+        f"| {row.shape} | {row.rows} | {row.scheme} | {row.candidate} | {row.best_us:.1f} | {row.median_us:.1f} "
+        f"| {row.floor_us:.1f} | {row.fraction:.2f} | {row.ratio:.2f} | {row.error:.1e} |",
+        flush=True,
+    )
+
+
+def commit() -> str:
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES))
+    parser.add_argument("--m", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--backend", nargs="+", help="only these of ours; default: all but `torch`")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget-s", type=float, default=0.3, help="of each candidate in each round")
+    parser.add_argument("--rotation-mib", type=int, default=400, help="of copies of each weight")
+    parser.add_argument("--read-gbps", type=float, help="in place of measuring")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(0)
+    device = cpu_device(options)
+    print(
+        f"# {device.name}; torch {torch.__version__}; Python {platform.python_version()}; commit {commit()}"
+    )
+    print(f"# reading {device.read_rate / 1e9:.1f} GB/s, product {device.product_rate / 1e12:.2f} TFLOP/s")
+    print("| shape | M | scheme | kernel | best us | median us | floor us | of the floor | ratio | error |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    lines = [line for shape in options.shape for line in measure(shape, options, device)]
+    if options.json:
+        content = {
+            "device": device.name, "torch": torch.__version__, "commit": commit(),
+            "read_rate": device.read_rate, "product_rate": device.product_rate,
+            "rows": [asdict(line) for line in lines],
+        }  # fmt: skip
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
