@@ -109,12 +109,16 @@ def mounted(source: str, place: Path) -> Iterator[None]:
 
 def build(options: argparse.Namespace, root: Path, stack: ExitStack) -> Tree:
     """The tree after all build steps."""
+    root.chmod(0o755)  # others than root shall run in it
     subprocess.run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, root], check=True)
     shutil.copy2("/etc/resolv.conf", root / "etc/resolv.conf")
     for folder in ("/proc", "/dev", *options.mount):
         stack.enter_context(mounted(folder, root / folder.lstrip("/")))
     passed = {name: os.environ[name] for name in options.pass_ if name in os.environ}
-    tree = Tree(root, {"PATH": f"{PYTHON}/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **passed})
+    tree = Tree(
+        root,
+        {"PATH": f"{PYTHON}/bin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **passed},
+    )
     tree.run(["python3", "-m", "venv", PYTHON])
     arguments = dict(pair.split("=", 1) for pair in options.build_arg)
     for keyword, rest in instructions(options.dockerfile):

@@ -4,7 +4,7 @@ import { percent } from "./format.js";
 
 const MARKS = {
   queued: "○", running: "◐", cancelling: "◌", succeeded: "✓", failed: "✕", cancelled: "–",
-  starting: "◐", ready: "✓", draining: "◌", stopped: "–", idle: "○", busy: "◐",
+  starting: "◐", fetching: "◐", loading: "◐", restarting: "◌", ready: "✓", draining: "◌", stopped: "–", idle: "○", busy: "◐",
 };
 
 /** A state in words and with a mark: never colour alone. */

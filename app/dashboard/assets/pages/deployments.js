@@ -1,11 +1,22 @@
 // What is served, and where to talk to it.
 import { send } from "../api.js";
 import { age, duration } from "../format.js";
-import { Confirmed, Copy, Empty, Loaded, State, Title } from "../parts.js";
+import { Confirmed, Copy, Empty, Loaded, Problem, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
+import { Table } from "../table.js";
 import { html } from "../ui.js";
 
 const pollEvery = (page) => (page.data.some((each) => ["starting", "draining"].includes(each.state)) ? 2 : 10);
+
+const SERVERS = [
+  ["Server", (server) => server.slot],
+  ["State", (server) => html`<${State} state=${server.state} /> <small>${server.note}</small>`],
+  ["Engine", (server) => server.engine],
+  ["Worker", (server) => server.worker],
+  ["Running", (server) => server.running, "number"],
+  ["Waiting", (server) => server.waiting, "number"],
+  ["Restarts", (server) => server.restarts, "number"],
+];
 
 function example(name) {
   return `curl ${location.origin}/v1/chat/completions -H "Authorization: Bearer $NIBBLE_API_KEY" \\
@@ -18,22 +29,25 @@ function Deployment({ deployment, onChange }) {
     await send("DELETE", `/v1/deployments/${deployment.id}`);
     onChange();
   };
-  const busy = deployment.servers.reduce((sum, each) => sum + each.running, 0);
+  const { servers, state } = deployment;
   return html`<article class="card">
     <div class="title">
       <h2>${deployment.name}</h2>
-      <${State} state=${deployment.state} />
+      <${State} state=${state} />
       <div class="actions">
-        ${deployment.state === "ready" && html`<a class="main button" href=${`#/deployments/${encodeURIComponent(deployment.name)}/chat`}>Chat</a>`}
+        ${["ready", "stopped"].includes(state) && html`<a class="main button" href=${`#/deployments/${encodeURIComponent(deployment.name)}/chat`}>Chat</a>`}
         <${Confirmed} label="Stop" question=${`Stop ${deployment.name}?`} action=${remove}
           consequence="Answers that are being written are finished first; then clients get 404." />
       </div>
     </div>
     <p><small>
       <a href=${`#/artifacts/${deployment.artifact}`}>${deployment.artifact}</a>, engine ${deployment.engine},
-      made ${age(deployment.created_at)}, ${busy} requests running${deployment.idle_timeout_s ? `, unloads after ${duration(deployment.idle_timeout_s)} without requests` : ""}
+      made ${age(deployment.created_at)}${deployment.idle_timeout_s ? `, unloads after ${duration(deployment.idle_timeout_s)} without requests` : ""}
     </small></p>
-    ${deployment.reason && html`<p class=${deployment.state === "failed" ? "bad" : "note"}>${deployment.reason}</p>`}
+    ${deployment.error
+      ? html`<${Problem} error=${deployment.error} title="It can't be served" />`
+      : deployment.reason && html`<p><small>${deployment.reason}</small></p>`}
+    ${servers.length > 0 && html`<${Table} caption=${`Servers of ${deployment.name}`} hideCaption columns=${SERVERS} rows=${servers} />`}
     <details><summary>Call it</summary><${Copy} label="curl" text=${example(deployment.name)} /></details>
   </article>`;
 }

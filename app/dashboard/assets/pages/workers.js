@@ -8,6 +8,7 @@ import { html } from "../ui.js";
 const COLUMNS = [
   ["Worker", (worker) => worker.name],
   ["State", (worker) => html`<${State} state=${worker.state} />`],
+  ["Takes", (worker) => (worker.queue === "serve" ? "deployments" : "jobs")],
   ["Device", (worker) => html`${worker.device} <small>${worker.device_name}</small>`],
   ["Runs", (worker) => (worker.job ? html`<a href=${`#/jobs/${worker.job}`}>${worker.job}</a>` : "–")],
   ["Host", (worker) => modelName(worker.host)],
