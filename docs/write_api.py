@@ -1,19 +1,19 @@
-"""Writes docs/api.md from the service's OpenAPI document: `python docs/write_api.py`. A test compares them."""
+"""Writes docs/api.md from the service's OpenAPI document: `python docs/write_api.py`; a test compares."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from app.main import create_app
 from app.core.settings import Settings
+from app.main import create_app
 
 PAGE = Path(__file__).parent / "api.md"
 INTRODUCTION = """# The HTTP API
 
-Made from the service's OpenAPI document (`/openapi.json`), which has every schema. Errors of the management routes are
-`application/problem+json` with a stable `code` and a `remedy`; the inference routes answer as OpenAI's do. Send your key as
-`Authorization: Bearer …`.
+Made from the service's OpenAPI document (`/openapi.json`), which has every schema. Errors of the management
+routes are `application/problem+json` with a stable `code` and a `remedy`; the inference routes answer as OpenAI's
+do. Send your key as `Authorization: Bearer …`.
 """
 
 

@@ -1,0 +1,58 @@
+"""What the documentation tells people to type works, and its pages are whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.installed import Service, running_service
+
+EXECUTED = re.compile(r"<!-- executed -->\n```sh\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture
+def service(tmp_path: Path, example_model: Path) -> Iterator[Service]:
+    with running_service(tmp_path, example_model.parent) as running:
+        yield running
+
+
+@pytest.mark.timeout(480)
+def test_the_tutorial_can_be_typed(service: Service, repository: Path, tmp_path: Path) -> None:
+    blocks = EXECUTED.findall((repository / "docs" / "tutorial.md").read_text())
+    assert len(blocks) == 5
+    folder = tmp_path / "tutorial"
+    folder.mkdir()
+    (folder / "examples").symlink_to(repository / "examples")
+    programs = Path(sys.executable).parent
+    typed = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        env={**service.environment, "PATH": f"{programs}:{os.environ['PATH']}"},
+        cwd=folder, capture_output=True, text=True, check=False, timeout=420,
+    )  # fmt: skip
+    assert typed.returncode == 0, typed.stdout + typed.stderr
+    assert "parameters" in typed.stdout
+    assert '"object":"chat.completion"' in typed.stdout.replace('": "', '":"')
+
+
+def test_the_site_builds_without_a_warning(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "site" / "tutorial" / "index.html").exists()
+
+
+def test_the_api_page_is_what_the_service_says(repository: Path) -> None:
+    program = "from docs.write_api import PAGE, page; assert page() == PAGE.read_text('utf-8')"
+    compared = subprocess.run(
+        [sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert compared.returncode == 0, f"run `python docs/write_api.py`\n{compared.stderr}"
