@@ -12,8 +12,8 @@ PAGE = Path(__file__).parent / "api.md"
 INTRODUCTION = """# The HTTP API
 
 Made from the service's OpenAPI document (`/openapi.json`), which has every schema. Errors of the management
-routes are `application/problem+json` with a stable `code` and a `remedy`; the inference routes answer as OpenAI's
-do. Send your key as `Authorization: Bearer …`.
+routes are `application/problem+json` with a stable `code` and a `remedy`; the inference routes answer as
+OpenAI's do. Send your key as `Authorization: Bearer …`.
 """
 
 
