@@ -15,6 +15,7 @@ from kernels.cuda.compiler import ARCHITECTURES, SOURCES, Compiled, CompileError
 RESOURCES = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
 )
+INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 
@@ -60,12 +61,25 @@ class CubinCache:
 
 
 def cache_key(source: Path, words: list[str]) -> str:
-    """A digest of the source, of every header beside it, and of `words`."""
+    """A digest of the source, of the headers that it includes, and of `words`."""
     digest = hashlib.sha256()
-    for path in (source, *sorted(source.parent.glob("*.cuh"))):
+    for path in (source, *sorted(included_headers(source))):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     digest.update("\0".join(words).encode())
     return digest.hexdigest()[:24]
+
+
+def included_headers(source: Path) -> set[Path]:
+    """The headers beside `source` that it includes, directly or not."""
+    found: set[Path] = set()
+    waiting = [source]
+    while waiting:
+        for name in INCLUDE.findall(waiting.pop().read_text()):
+            header = source.parent / name
+            if header not in found:
+                found.add(header)
+                waiting.append(header)
+    return found
 
 
 def write(path: Path, content: bytes) -> None:

@@ -15,10 +15,12 @@ import torch
 
 LIBRARY = "libcuda.so.1"
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_BYTES_OF_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+PROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 DEFAULT_SHARED_BYTES = 48 * 1024
 
-Argument = torch.Tensor | int | float | None
+Argument = torch.Tensor | int | float | ctypes.Structure | None
 Grid = tuple[int, int, int]
 
 
@@ -74,6 +76,13 @@ class Driver:
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
         return context
 
+    def attribute(self, number: int, device: int) -> int:
+        """A CUdevice_attribute of the device."""
+        value, handle = ctypes.c_int(), ctypes.c_int()
+        self.call("cuDeviceGet", ctypes.byref(handle), device)
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), number, handle)
+        return value.value
+
     @contextmanager
     def on(self, device: int) -> Iterator[None]:
         """Makes the device's context current in this thread, and puts the former back."""
@@ -119,7 +128,7 @@ class Function:
 
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         """Adds the kernel to PyTorch's current stream: tensors go as pointers, integers as 32 bits, floats as
-        float32, None as a null pointer."""
+        float32, None as a null pointer, structures by value."""
         values = [as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = torch.cuda.current_stream(self.device).cuda_stream
@@ -156,8 +165,10 @@ class Module:
         return Function(self.driver, handle, self.device)
 
 
-def as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+def as_c(argument: Argument) -> ctypes.Structure | ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
     """A kernel's argument as the C value whose address the driver wants."""
+    if isinstance(argument, ctypes.Structure):
+        return argument
     if argument is None:
         return ctypes.c_void_p()
     if isinstance(argument, torch.Tensor):

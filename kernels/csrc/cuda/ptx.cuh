@@ -159,9 +159,14 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// Orders this thread's ordinary accesses to shared memory before copies of the engine.
+__device__ __forceinline__ void fence_before_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 #else
+__device__ __forceinline__ void fence_before_bulk_copies() {}
 __device__ __forceinline__ void wait_for_previous_grid() {}
 __device__ __forceinline__ void let_next_grid_start() {}
 #endif
