@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels.cpu.aten import AtenBackend
 from kernels.cpu.native import NativeBackend
+from kernels.cuda import operators as cuda_operators  # noqa: F401 - registers the operators' bodies
+from kernels.cuda.backend import CudaBackend
 from kernels.problem import Problem
 from kernels.torch_backend import TorchBackend
 from kernels.weight import PackedWeight
@@ -57,7 +59,7 @@ class Selection:
 # The best first. On every device PyTorch's own operators are the last resort.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "cpu": (NativeBackend(tiles=True), NativeBackend(tiles=False), AtenBackend(), TorchBackend()),
-    "cuda": (TorchBackend(),),
+    "cuda": (CudaBackend(), TorchBackend()),
 }
 
 

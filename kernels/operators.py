@@ -62,6 +62,13 @@ def dequantize(
     """The weight of a PackedWeight's tensors: `dtype` (out_features, in_features), rounded once."""
     check_packed(qweight, scale, zero, bits, group_size, in_features)
     check_dtype("dtype", dtype, DTYPES)
+    return dequantize_in_torch(qweight, scale, zero, bits, in_features, dtype)
+
+
+def dequantize_in_torch(
+    qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """`dequantize` of checked tensors, in PyTorch's own operators."""
     rows, groups = scale.shape
     q = layouts.unpack_rows(qweight, bits, in_features).view(rows, groups, -1)
     shift = 2 ** (bits - 1) if zero is None else zero.to(torch.float32)[..., None]

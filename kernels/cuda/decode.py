@@ -67,6 +67,8 @@ class Shape:
             "SPLITS": self.splits,
             "STAGES": self.stages,
             "HELD_TOKENS": self.tokens,
+            # One row is one copy of the engine; more of them arrive sooner by the threads' own.
+            **({} if self.tokens == 1 else {"BULK_TOKENS": 0}),
             "SCALE_WEIGHTS": int(self.scale_weights),
             "EXPECTED_SHARED_BYTES": self.shared_bytes(form),
         }
@@ -97,6 +99,11 @@ def device_of(index: int) -> Device:
     return Device(driver.attribute(PROCESSORS, index), driver.attribute(SHARED_BYTES_OF_BLOCK, index))
 
 
+def hopper(index: int) -> bool:
+    """Whether the device has Hopper's instructions and overlapping launches."""
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
 @dataclass(frozen=True)
 class Plan:
     """A shape, and how many blocks of it."""
@@ -110,61 +117,82 @@ def strips_of(rows: int, shape: Shape) -> int:
     return -(-tiles // shape.strip_tiles)
 
 
-# By token tiles, the best first by measurement (docs/benchmarks.md): (row tiles, row warps, splits).
+# (row tiles, row warps, splits) by token tiles, as the sweeps of docs/benchmarks.md left them.
 SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
-    1: ((7, 1, 8), (4, 1, 8), (2, 1, 8), (1, 1, 8)),
-    2: ((7, 1, 8), (4, 1, 8), (2, 1, 8), (1, 1, 8)),
-    4: ((4, 4, 2), (4, 2, 4), (2, 2, 4), (1, 2, 4)),
-    8: ((4, 4, 2), (4, 2, 4), (2, 2, 4), (1, 2, 4)),
+    1: ((7, 1, 8), (4, 1, 8), (2, 1, 16), (1, 1, 16), (1, 1, 4)),
+    2: ((7, 1, 8), (4, 2, 4), (4, 1, 8), (2, 1, 8), (1, 1, 8), (1, 1, 4)),
+    4: ((4, 2, 4), (2, 4, 4), (2, 4, 2), (1, 2, 4), (1, 1, 2)),
+    8: ((4, 4, 2), (2, 4, 2), (1, 4, 2), (1, 1, 2)),
 }
+# What a block does, in times of reading one record from device memory: reading 1056 bytes of activations from
+# the cache; waiting for other blocks at a strip that it shares.
+CACHE_READ, SHARED_STRIP, RECORD = 0.5, 60.0, 1056
+BYTES_AHEAD = 56 * 1024  # of weights, by a block: more of them delay the first
 
 
 def fitted(shape: Shape, form: Format, device: Device) -> Shape | None:
-    """`shape` with the most stages, up to four, that fit in shared memory; None where two don't."""
-    for stages in (4, 3, 2):
+    """`shape` with the stages, two to four, that BYTES_AHEAD wants and shared memory holds, else None."""
+    best = None
+    for stages in (2, 3, 4):
         staged = replace(shape, stages=stages)
-        if staged.shared_bytes(form) <= device.shared_bytes:
-            return staged
-    return None
+        if staged.shared_bytes(form) > device.shared_bytes:
+            break
+        best = staged
+        if shape.splits * stages * shape.strip_tiles * form.record_bytes >= BYTES_AHEAD:
+            break
+    return best
 
 
-def shapes_for(token_tiles: int, form: Format, device: Device) -> Iterator[Shape]:
-    for row_tiles, row_warps, splits in SHAPES[token_tiles]:
-        shape = Shape(row_tiles, token_tiles, row_warps, splits, 0, scale_weights=token_tiles > 4)
+def shapes_for(tokens: int, form: Format, device: Device) -> Iterator[Shape]:
+    tiles = token_tiles(tokens)
+    for row_tiles, row_warps, splits in SHAPES[tiles]:
+        shape = Shape(row_tiles, tiles, row_warps, splits, 0, tiles > 4, held_tokens=int(tokens == 1))
         staged = fitted(shape, form, device)
         if staged is not None:
             yield staged
 
 
-def units_of_busiest(rows: int, channels: int, shape: Shape, processors: int) -> tuple[float, int]:
-    """Records' columns of tiles that the busiest block reads, and the number of blocks."""
-    strips, units = strips_of(rows, shape), -(-channels // UNIT_CHANNELS)
+def deals(strips: int, units: int, processors: int) -> Iterator[tuple[int, int]]:
+    """Ways to deal strips to blocks: the number of blocks, and how many strips a block shares with others."""
     total = strips * units
-    blocks = min(processors, total)
-    # Where whole strips spread almost as evenly, they spare the addition across blocks.
-    if strips <= processors and strips * 10 >= processors * 9:
-        blocks = strips
-    elif strips > processors:
+    yield min(processors, total), 2
+    if strips <= processors:
+        shares = min(processors // strips, units)
+        yield strips * shares, int(shares > 1)
+    else:
         rounds = -(-strips // processors)
-        even = -(-strips // rounds)
-        if strips % even == 0 and even * 10 >= processors * 9:
-            blocks = even
-    return -(-total // blocks) * shape.strip_tiles, blocks
+        if strips % rounds == 0:
+            yield strips // rounds, 0
 
 
-def make_plan(token_tiles: int, rows: int, channels: int, form: Format, device: Device) -> Plan:
-    """The shape whose busiest block has the least to do, counting a strip's sums."""
-    best: tuple[float, Plan] | None = None
-    for shape in shapes_for(token_tiles, form, device):
-        busiest, blocks = units_of_busiest(rows, channels, shape, device.processors)
-        units = -(-channels // UNIT_CHANNELS)
-        shared = strips_of(rows, shape) * units % blocks != 0 or strips_of(rows, shape) < blocks
-        cost = busiest * (1.1 if shared else 1.0)
-        if best is None or cost < best[0] * 0.97:
-            best = cost, Plan(shape, blocks)
-    if best is None:
+def cost(shape: Shape, blocks: int, shared: int, total: int) -> float:
+    """Of the block with most to do."""
+    units = -(-total // blocks)
+    tokens = shape.tokens * UNIT_CHANNELS * 2 / RECORD * CACHE_READ
+    return units * (shape.strip_tiles + tokens) + shared * SHARED_STRIP
+
+
+def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> Plan:
+    """The shape, and the way to deal, whose busiest block has the least to do."""
+    units = -(-channels // UNIT_CHANNELS)
+    plans = [
+        (cost(shape, blocks, shared, strips_of(rows, shape) * units), Plan(shape, blocks))
+        for shape in shapes_for(tokens, form, device)
+        for blocks, shared in deals(strips_of(rows, shape), units, device.processors)
+    ]
+    if not plans:
         raise ValueError(f"no shape of the decode kernel fits {device.shared_bytes} bytes of shared memory")
-    return best[1]
+    return min(plans, key=lambda plan: plan[0])[1]
+
+
+def token_tiles(tokens: int) -> int:
+    return next(tiles for tiles in TOKEN_TILES if tokens <= tiles * 8)
+
+
+def lone_block(shared_bytes: int, device: Device) -> int:
+    """Shared memory that leaves no room for a second block: the next kernel's blocks, started early, would
+    take places beside this one's, two on some processors and none on others."""
+    return max(shared_bytes, device.shared_bytes // 2 + 1024)
 
 
 @dataclass(frozen=True)
@@ -180,27 +208,25 @@ class Prepared:
 class DecodeKernel:
     """y = x W^T + bias for up to MAX_TOKENS rows of x."""
 
-    def __init__(self, library: Library, workspace: Workspace, *, overlap: bool = False) -> None:
-        self.library, self.workspace, self.overlap = library, workspace, overlap
+    def __init__(self, library: Library, workspace: Workspace) -> None:
+        self.library, self.workspace = library, workspace
         self.prepared: dict[tuple[object, ...], Prepared] = {}
 
     def __call__(self, x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor, form: Format) -> None:
         """Writes `output` (tokens, rows); x (tokens, channels), both contiguous and on 16-byte addresses."""
         device, tokens, channels, rows = x.get_device(), *x.shape, output.shape[1]
-        token_tiles = next(tiles for tiles in TOKEN_TILES if tokens <= tiles * 8)
-        key = (device, token_tiles, channels, rows, form, x.dtype)
+        key = (device, tokens == 1, token_tiles(tokens), channels, rows, form, x.dtype)
         prepared = self.prepared.get(key)
         if prepared is None:
-            plan = make_plan(token_tiles, rows, channels, form, device_of(device))
+            plan = make_plan(tokens, rows, channels, form, device_of(device))
             prepared = self.prepared[key] = self.prepare(plan, rows, form, x.dtype, device)
         self.launch(prepared, x, records, bias, output)
 
     def prepare(self, plan: Plan, rows: int, form: Format, dtype: torch.dtype, device: int) -> Prepared:
         shape = plan.shape
         function = self.library.function(SOURCE, "decode", device, shape.defines(form, dtype))
-        launch = Launch(
-            (plan.blocks, 1, 1), (shape.warps * 32, 1, 1), shape.shared_bytes(form), overlap=self.overlap
-        )
+        shared = lone_block(shape.shared_bytes(form), device_of(device))
+        launch = Launch((plan.blocks, 1, 1), (shape.warps * 32, 1, 1), shared, overlap=hopper(device))
         partial_bytes = plan.blocks * 2 * shape.row_warps * shape.sums * LANE_SUM_BYTES
         return Prepared(function, launch, partial_bytes, strips_of(rows, shape))
 

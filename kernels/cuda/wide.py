@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels.cuda.decode import Device, format_defines
+from kernels.cuda.decode import Device, device_of, format_defines, lone_block
 from kernels.cuda.driver import Function, Launch
-from kernels.cuda.layout import TILE_ROWS, Format
+from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format
 from kernels.cuda.library import Library
 from kernels.cuda.tensor_map import describe
 from kernels.cuda.workspace import Workspace
@@ -65,7 +66,20 @@ class Plan:
     split: bool
 
 
-SHAPES = tuple(Shape(blocks, tokens) for blocks in (1, 2) for tokens in (16, 32, 64, 128)) + (Shape(1, 256),)
+# Microseconds of a block for a unit of 128 channels, by shape, on an H100 (docs/benchmarks.md).
+UNIT_TIMES = {
+    Shape(1, 16): 0.46,
+    Shape(1, 32): 0.47,
+    Shape(2, 32): 0.83,
+    Shape(1, 64): 0.60,
+    Shape(2, 64): 1.04,
+    Shape(1, 128): 0.83,
+    Shape(2, 128): 1.35,
+    Shape(1, 256): 1.43,
+}
+# Of waiting for the blocks that share a tile, and of exchanging a KiB of sums with them.
+SHARED_TILE, SHARED_KIB = 2.2, 0.045
+SPLIT_LOSS = 1.08  # blocks that split tiles read less of what others have just read
 MAX_STAGES = 8
 
 
@@ -82,6 +96,38 @@ def tiles_of(tokens: int, rows: int, shape: Shape) -> int:
     return -(-rows // shape.rows) * -(-tokens // shape.tokens)
 
 
+def deals(tiles: int, units: int, processors: int) -> Iterator[tuple[int, bool, int, int]]:
+    """Ways to deal tiles: blocks, whether tiles are split, units of the busiest, tiles that it shares."""
+    yield min(tiles, processors), False, -(-tiles // processors) * units, 0
+    total = tiles * units
+    blocks = min(processors, total)
+    yield blocks, True, -(-total // blocks), 2
+    shares = min(processors // tiles, units) if tiles <= processors else 1
+    if shares > 1:
+        yield tiles * shares, True, -(-units // shares), 1
+
+
+def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> Plan:
+    """The shape, and the way to deal, whose busiest block is done first."""
+    units = -(-channels // UNIT_CHANNELS)
+    plans: list[tuple[float, Plan]] = []
+    for shape, unit_time in UNIT_TIMES.items():
+        staged = fitted(shape, form, device)
+        if staged is None:
+            continue
+        exchange = SHARED_TILE + SHARED_KIB * shape.rows * shape.tokens * 4 / 1024
+        plans += [
+            (
+                busiest * unit_time * (SPLIT_LOSS if split else 1) + shared * exchange,
+                Plan(staged, blocks, split),
+            )
+            for blocks, split, busiest, shared in deals(
+                tiles_of(tokens, rows, shape), units, device.processors
+            )
+        ]
+    return min(plans, key=lambda plan: plan[0])[1]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A plan with its kernel loaded: what a call needs."""
@@ -96,9 +142,19 @@ class Prepared:
 class WideKernel:
     """y = x W^T + bias for any number of rows of x, on compute capability 9."""
 
-    def __init__(self, library: Library, workspace: Workspace, *, overlap: bool = False) -> None:
-        self.library, self.workspace, self.overlap = library, workspace, overlap
+    def __init__(self, library: Library, workspace: Workspace) -> None:
+        self.library, self.workspace = library, workspace
         self.prepared: dict[tuple[object, ...], Prepared] = {}
+
+    def __call__(self, x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor, form: Format) -> None:
+        """Writes `output` (tokens, rows); x (tokens, channels), both contiguous and on 16-byte addresses."""
+        device, tokens, channels, rows = x.get_device(), *x.shape, output.shape[1]
+        key = (device, tokens, channels, rows, form, x.dtype)
+        prepared = self.prepared.get(key)
+        if prepared is None:
+            plan = make_plan(tokens, rows, channels, form, device_of(device))
+            prepared = self.prepared[key] = self.prepare(plan, (tokens, rows), form, x.dtype, device)
+        self.launch(prepared, x, records, bias, output)
 
     def prepare(
         self, plan: Plan, sizes: tuple[int, int], form: Format, dtype: torch.dtype, device: int
@@ -106,7 +162,8 @@ class WideKernel:
         """`sizes`: tokens and rows."""
         shape = plan.shape
         function = self.library.function(SOURCE, "wide", device, shape.defines(form, dtype))
-        launch = Launch((plan.blocks, 1, 1), (shape.threads, 1, 1), shape.shared_bytes(form), overlap=self.overlap)
+        shared = lone_block(shape.shared_bytes(form), device_of(device))
+        launch = Launch((plan.blocks, 1, 1), (shape.threads, 1, 1), shared, overlap=True)
         partial_bytes = plan.blocks * 2 * shape.rows * shape.tokens * 4 if plan.split else 0
         return Prepared(function, launch, plan, partial_bytes, tiles_of(*sizes, shape))
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from kernels.cuda.compiler import (
     ARCHITECTURES,
@@ -19,6 +20,8 @@ from kernels.cuda.compiler import (
     find_nvrtc,
 )
 from kernels.cuda.cubin_cache import CubinCache, register_counts, spilled_bytes
+from kernels.cuda.decode import Shape
+from kernels.cuda.layout import Format
 
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH: nothing compiles CUDA here")
@@ -46,6 +49,18 @@ def test_every_source_compiles_without_spills(name: str, architecture: str, tmp_
     assert compiled.code.startswith(b"\x7fELF")
     assert register_counts(compiled.report)
     assert spilled_bytes(compiled.report) == 0
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("bits", "architecture"), [(3, "sm_80"), (4, "sm_90a"), (8, "sm_90a")])
+def test_what_decodes_keeps_its_sums_in_registers(bits: int, architecture: str, tmp_path: Path) -> None:
+    """The widest strip, for one token: 255 registers would be a spill in disguise."""
+    assert NVCC is not None
+    form = Format(bits, 128, asymmetric=True, scale_dtype=torch.bfloat16)
+    defines = Shape(7, 1, 1, 8, 2, held_tokens=1).defines(form, torch.bfloat16)
+    report = CubinCache(tmp_path, Nvcc(NVCC)).get("decode.cu", architecture, defines).report
+    assert spilled_bytes(report) == 0
+    assert max(register_counts(report)) <= 224
 
 
 @needs_nvcc

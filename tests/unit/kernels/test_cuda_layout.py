@@ -1,7 +1,7 @@
-"""The CUDA kernels' data movement, followed in Python: record, lane, fragment and product equal the reference.
+"""The CUDA kernels' data movement, followed in Python: record, lane, fragment, product equal the reference.
 
-What csrc/cuda/fragments.cuh and decode.cu compute is written here once more with the same addresses, masks and
-magic numbers, for a whole warp at once.
+What csrc/cuda/fragments.cuh and decode.cu compute is written here once more with the same addresses, masks
+and magic numbers, for a whole warp at once.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def model_linear(weight: PackedWeight, x: np.ndarray, numbers: Numbers) -> np.nd
 
 
 def random_weight(
-    bits: int, group_size: int, *, rows: int = 24, channels: int = 256, asymmetric: bool = True
+    bits: int, group_size: int, *, rows: int = 17, channels: int = 256, asymmetric: bool = True
 ) -> PackedWeight:
     generator = torch.Generator().manual_seed(bits * 1000 + group_size + channels)
     groups = 1 if group_size == -1 else channels // group_size

@@ -1,0 +1,124 @@
+"""The linear operator on records: which kernel computes how many tokens."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kernels.cuda.decode import MAX_TOKENS, DecodeKernel, format_defines, hopper
+from kernels.cuda.driver import Launch
+from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format, format_of
+from kernels.cuda.library import shared_library
+from kernels.cuda.wide import WideKernel
+from kernels.cuda.workspace import Workspace
+from kernels.weight import PackedWeight
+
+RECORD_SOURCE = "records.cu"
+RECORD_THREADS = 128
+RECORDS_PER_BLOCK = 4  # of the kernel `dense`, a warp each
+ALIGNMENT = 16
+# On Hopper the decode kernel is ahead up to this many tokens (docs/benchmarks.md).
+DECODE_TOKENS = 16
+
+
+class Kernels:
+    """The kernels with what they share."""
+
+    def __init__(self) -> None:
+        workspace = Workspace()
+        self.decode = DecodeKernel(shared_library(), workspace)
+        self.wide = WideKernel(shared_library(), workspace)
+
+
+@functools.cache
+def kernels() -> Kernels:
+    return Kernels()
+
+
+def make_records(weight: PackedWeight) -> Tensor:
+    """layout.make_records, computed by the GPU that holds the weight."""
+    form, device = format_of(weight), weight.qweight.device
+    tiles, units = -(-weight.out_features // TILE_ROWS), -(-weight.in_features // UNIT_CHANNELS)
+    records = torch.empty(units, tiles, form.record_bytes, dtype=torch.uint8, device=device)
+    function = shared_library().function(
+        RECORD_SOURCE, "make_records", records.get_device(), format_defines(form, torch.float16)
+    )
+    sizes = (weight.out_features, weight.in_features, weight.qweight.shape[1], weight.groups)
+    function(
+        Launch((tiles, units, 1), (RECORD_THREADS, 1, 1)),
+        (weight.qweight, weight.scale, weight.zero, records, *sizes, weight.channels_per_group),
+    )
+    return records
+
+
+def dense(records: Tensor, rows: int, channels: int, form: Format, dtype: torch.dtype) -> Tensor:
+    """The weight of the records, (rows, channels) in `dtype`."""
+    units, tiles, _ = records.shape
+    output = torch.empty(rows, channels, dtype=dtype, device=records.device)
+    function = shared_library().function(
+        RECORD_SOURCE, "dense", records.get_device(), format_defines(form, dtype)
+    )
+    blocks = -(-tiles // RECORDS_PER_BLOCK)
+    function(
+        Launch((blocks, units, 1), (RECORDS_PER_BLOCK * 32, 1, 1)), (records, output, rows, channels, tiles)
+    )
+    return output
+
+
+def linear(x: Tensor, records: Tensor, bias: Tensor | None, rows: int, form: Format) -> Tensor:
+    """x (..., channels) times the records' weight, plus bias: (..., rows)."""
+    tokens = aligned(x.reshape(-1, x.shape[-1]))
+    on_hopper = hopper(x.get_device())
+    if tokens.shape[0] > MAX_TOKENS and not on_hopper:
+        weight = dense(records, rows, x.shape[-1], form, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    output = x.new_empty(tokens.shape[0], rows)
+    if tokens.shape[0]:
+        wide = on_hopper and tokens.shape[0] > DECODE_TOKENS
+        (kernels().wide if wide else kernels().decode)(tokens, records, bias, output, form)
+    return output.view(*x.shape[:-1], rows)
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """`matrix`, contiguous and on an address that the copies can take."""
+    contiguous = matrix.contiguous()
+    return contiguous if contiguous.data_ptr() % ALIGNMENT == 0 else contiguous.clone()
+
+
+# Not torch.library.custom_op, whose wrapper takes longer than a small product.
+LIBRARY = torch.library.Library("nibble", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "cuda_linear(Tensor x, Tensor records, Tensor? bias, int out_features, int bits, int group_size, "
+    "bool asymmetric, ScalarType scale_dtype) -> Tensor"
+)
+
+
+@torch.library.impl(LIBRARY, "cuda_linear", "CUDA")
+def cuda_linear(
+    x: Tensor,
+    records: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    asymmetric: bool,
+    scale_dtype: torch.dtype,
+) -> Tensor:
+    """`linear`, as the operator nibble::cuda_linear."""
+    return linear(x, records, bias, out_features, Format(bits, group_size, asymmetric, scale_dtype))
+
+
+@torch.library.register_fake("nibble::cuda_linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def fake_cuda_linear(
+    x: Tensor,
+    records: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    asymmetric: bool,
+    scale_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -1,0 +1,95 @@
+"""Packing, unpacking and dequantizing on the GPU: the operators' bodies for CUDA tensors."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from kernels import layouts
+from kernels.cuda.compiler import CompileError
+from kernels.cuda.decode import TYPE_CODES
+from kernels.cuda.driver import DriverError, Launch
+from kernels.cuda.library import shared_library
+
+SOURCE = "packing.cu"
+THREADS = 256
+NATURAL_ORDER = tuple(range(8))
+DEQUANTIZED_AT_ONCE = 8  # values of a thread
+
+
+@functools.cache
+def runs_on(device: int) -> bool:
+    """True if the kernels can be compiled for the device; the reason is a warning where not."""
+    try:
+        shared_library().function(SOURCE, "pack", device, {"BITS": 4})
+    except (CompileError, DriverError, ValueError) as fault:
+        warnings.warn(f"packing runs without its CUDA kernels: {fault}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+def takes(tensor: Tensor) -> bool:
+    """True if the kernels take this tensor: on a GPU of theirs, its elements within 32-bit indices."""
+    return tensor.is_cuda and tensor.numel() < 2**31 and runs_on(tensor.get_device())
+
+
+def order_word(order: tuple[int, ...]) -> str:
+    """Which of eight values lies at each place of a word, a nibble each."""
+    return f"{sum(value << (4 * place) for place, value in enumerate(order)):#x}u"
+
+
+def pack(values: Tensor, bits: int, *, down: bool = False, order: tuple[int, ...] = NATURAL_ORDER) -> Tensor:
+    """uint8 (rows, n) to int32 words along the rows, or (n, columns) along the columns if `down`.
+
+    Raises ValueError for a value that does not fit: it would change its neighbour.
+    """
+    if values.numel() and int(values.max()) >= 2**bits:
+        raise ValueError(f"pack: value {int(values.max())} does not fit {bits} bits")
+    values = values.contiguous()
+    lines, count = values.shape[::-1] if down else values.shape
+    words = layouts.packed_words(count, bits)
+    packed = values.new_empty((words, lines) if down else (lines, words), dtype=torch.int32)
+    steps = (1, lines, 1, lines) if down else (count, 1, words, 1)
+    run("pack", bits, order, packed.numel(), (values, packed, lines, count, words, *steps, int(down)))
+    return packed
+
+
+def unpack(
+    packed: Tensor, bits: int, count: int, *, down: bool = False, order: tuple[int, ...] = NATURAL_ORDER
+) -> Tensor:
+    """The inverse of `pack`: `count` values of each line."""
+    packed = packed.contiguous()
+    words, lines = packed.shape if down else packed.shape[::-1]
+    values = packed.new_empty((count, lines) if down else (lines, count), dtype=torch.uint8)
+    steps = (1, lines, 1, lines) if down else (count, 1, words, 1)
+    run("unpack", bits, order, values.numel(), (packed, values, lines, count, *steps, int(down)))
+    return values
+
+
+def run(
+    name: str, bits: int, order: tuple[int, ...], threads: int, arguments: tuple[Tensor | int, ...]
+) -> None:
+    """One thread for each of `threads` results."""
+    if threads == 0:
+        return
+    assert isinstance(arguments[0], Tensor)
+    defines: dict[str, int | str] = {"BITS": bits, "ORDER": order_word(order)}
+    function = shared_library().function(SOURCE, name, arguments[0].get_device(), defines)
+    function(Launch((-(-threads // THREADS), 1, 1), (THREADS, 1, 1)), arguments)
+
+
+def dequantize(
+    qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """operators.dequantize of checked tensors."""
+    rows, groups = scale.shape
+    output = torch.empty(rows, in_features, dtype=dtype, device=qweight.device)
+    defines = {"BITS": bits, "SCALE_TYPE": TYPE_CODES[scale.dtype], "OUTPUT_TYPE": TYPE_CODES[dtype]}
+    function = shared_library().function(SOURCE, "dequantize", qweight.get_device(), defines)
+    threads = rows * -(-in_features // DEQUANTIZED_AT_ONCE)
+    sizes = rows, in_features, qweight.shape[1], groups, in_features // groups
+    function(Launch((-(-threads // THREADS), 1, 1), (THREADS, 1, 1)), (qweight, scale, zero, output, *sizes))
+    return output
