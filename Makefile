@@ -17,7 +17,7 @@ STAMP := $(VENV)/installed
 PYTEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS)
 
-.PHONY: help install demo test lint format types imports unit integration e2e bench clean
+.PHONY: help install demo test lint format types imports unit integration faults e2e bench clean
 
 help:
 	@sed -n '3,6s/^# \{0,1\}//p' Makefile
@@ -59,6 +59,10 @@ unit: $(STAMP)
 
 integration: $(STAMP)
 	$(PYTEST) tests/integration
+
+# The long form of the fault suite: FAULTS injected faults in the course that SEED chooses.
+faults: $(STAMP)
+	FAULTS=$${FAULTS:-200} SEED=$${SEED:-1} OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -s --timeout 3600
 
 e2e: $(STAMP)
 	$(BIN)/pytest tests/e2e

@@ -1,0 +1,7 @@
+"""The S3 server of the integration tests serves here too."""
+
+from __future__ import annotations
+
+from tests.integration.conftest import s3_endpoint, s3_server
+
+__all__ = ["s3_endpoint", "s3_server"]

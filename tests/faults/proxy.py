@@ -1,0 +1,127 @@
+"""A proxy in front of an S3 server that breaks answers on demand."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+# `lost`: the request is carried out, and its answer never arrives.
+KINDS = ("500", "503", "412", "reset", "lost", "truncated", "slow")
+SLOW_S = 1.5
+
+
+class FaultProxy(ThreadingHTTPServer):
+    """Each of the next requests meets a fault of `pending`; without one it is passed on."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), Passage)
+        parts = urlsplit(target)
+        self.target = (str(parts.hostname), int(parts.port or 80))
+        self.pending: deque[str] = deque()
+        self.met: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def next_fault(self, method: str) -> str | None:
+        """The fault that this request meets. Only conditional writes can be refused with 412."""
+        try:
+            fault = self.pending.popleft()
+        except IndexError:
+            return None
+        if fault == "412" and method != "PUT":
+            return None
+        self.met.append(fault)
+        return fault
+
+    def handle_error(self, request: object, address: object) -> None:
+        """A client that went away is no news here."""
+
+
+class Passage(BaseHTTPRequestHandler):
+    server: FaultProxy
+    protocol_version = "HTTP/1.1"
+
+    def pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        fault = self.server.next_fault(self.command)
+        if fault == "412" and "if-none-match" not in {name.lower() for name in self.headers}:
+            fault = None
+        if fault in ("500", "503", "412"):
+            self.refuse(int(fault))
+            return
+        if fault == "reset":
+            self.reset()
+            return
+        if fault == "slow":
+            time.sleep(SLOW_S)
+        status, headers, content = self.ask(body)
+        if fault == "lost":
+            self.reset()
+            return
+        self.answer(status, headers, content, cut=fault == "truncated" and len(content) > 1)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on  # names of the base class
+
+    def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection(*self.server.target, timeout=60)
+        try:
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            connection.close()
+
+    def answer(self, status: int, headers: list[tuple[str, str]], content: bytes, *, cut: bool) -> None:
+        self.send_response_only(status)
+        skipped = {"connection", "transfer-encoding"}
+        if self.command != "HEAD":
+            skipped.add("content-length")
+        for name, value in headers:
+            if name.lower() not in skipped:
+                self.send_header(name, value)
+        if self.command != "HEAD" and status not in (204, 304):
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            self.close_connection = True
+
+    def refuse(self, status: int) -> None:
+        code = {500: "InternalError", 503: "SlowDown", 412: "PreconditionFailed"}[status]
+        content = f"<Error><Code>{code}</Code><Message>broken on purpose</Message></Error>".encode()
+        self.answer(status, [("Content-Type", "application/xml")], content, cut=False)
+
+    def reset(self) -> None:
+        """End the connection with RST instead of FIN."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def fault_proxy(target: str) -> Iterator[FaultProxy]:
+    with FaultProxy(target) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            proxy.shutdown()
+            thread.join()
