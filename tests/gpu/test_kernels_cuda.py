@@ -1,4 +1,4 @@
-"""The CUDA kernels beside the float64 reference: schemes, ragged shapes, poisoned outputs, graphs, streams."""
+"""The CUDA kernels beside the float64 reference: schemes, shapes, poisoned outputs, graphs, streams."""
 
 from __future__ import annotations
 
