@@ -86,9 +86,9 @@ class Floor:
 
     @contextmanager
     def worker(
-        self, name: str = "one", device: str = "cpu", **environment: str
+        self, name: str = "one", device: str = "cpu", *, real: bool = False, **environment: str
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """A worker process. Its state folder is the API's."""
+        """A worker process over the state folder of the API; its servers are stand-ins unless `real`."""
         settings = self.service.settings
         chosen = {
             **os.environ,
@@ -97,7 +97,9 @@ class Floor:
             "NIBBLE_DRAIN_S": "20",
             **environment,
         }
-        command = [sys.executable, "-m", "tests.integration.stand_in_serving_worker", name, device]
+        stand_in = ["tests.integration.stand_in_serving_worker", name, device]
+        own = ["workers.serving_supervisor", "--name", name, "--device", device]
+        command = [sys.executable, "-m", *(own if real else stand_in)]
         with (
             (settings.state_dir / f"{name}.log").open("ab") as log,
             subprocess.Popen(
