@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from app.core.format_limits import Scheme
+from app.core.specs import FormatName
 from tests.tiny_models import TEXTS, TOKENIZER
+from workers.formats.folder import FORMATS
+from workers.modeling.checkpoint import Checkpoint
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits
 from workers.serving.loading import LoadRequest, load_model
@@ -93,3 +100,34 @@ def prompts_of_text(count: int) -> list[list[int]]:
         .ids
     )
     return [tokens[97 * place : 97 * place + 1 + 7 * place] for place in range(count)]
+
+
+def dequantized(folder: Path, format_name: FormatName, target: Path) -> PreTrainedModel:
+    """An artifact of 4 bits in groups of 32, as a plain model in float32 that transformers reads itself."""
+    checkpoint, layout = Checkpoint(folder), FORMATS[format_name]
+    scheme = Scheme(bits=4, group_size=32, symmetric=format_name != "awq")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in checkpoint.tensors:
+        linear, _, suffix = name.rpartition(".")
+        if suffix == layout.SUFFIXES[0]:
+            names = {each: f"{linear}.{each}" for each in layout.SUFFIXES}
+            parts = {each: checkpoint.tensor(n) for each, n in names.items() if n in checkpoint.tensors}
+            tensors[f"{linear}.weight"] = layout.weight(parts, scheme).dequantize()
+        elif suffix not in layout.SUFFIXES:
+            tensors[name] = checkpoint.tensor(name).float()
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    (target / "config.json").write_text(json.dumps(config))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    return model.eval()
+
+
+def generated(judge: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens by transformers' own `generate`."""
+    tokens = torch.tensor([prompt])
+    judge.generation_config.eos_token_id = None  # the requests ignore it, too
+    settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    found = judge.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+    answer: list[int] = found[0, len(prompt) :].tolist()
+    return answer

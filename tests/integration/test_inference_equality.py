@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from app.core.format_limits import Scheme
-from tests.inference import Served, greedy, prompts_of_text
-from workers.formats.folder import FORMATS
-from workers.modeling.checkpoint import Checkpoint
-from workers.modeling.decoder import text_config
+from app.core.specs import FormatName
+from tests.inference import Served, dequantized, generated, greedy, prompts_of_text
 
 PROMPTS, NEW_TOKENS = 20, 24
 
@@ -61,33 +58,11 @@ def test_scheduling_changes_no_answer(
 
 
 @pytest.mark.parametrize("format_name", ["awq", "gptq"])
-def test_other_formats_are_read_as_they_were_written(artifacts: dict[str, Path], format_name: str) -> None:
-    """Against transformers on the dequantized weights: it needs libraries of its own for these formats."""
+def test_other_formats_are_read_as_they_were_written(
+    artifacts: dict[str, Path], format_name: FormatName, tmp_path: Path
+) -> None:
+    """Against the weights that the files stand for: transformers needs further libraries to read them."""
     served = Served(artifacts[format_name], dtype=torch.float32)
-    judge = dequantized(artifacts[format_name], format_name)
-    for prompt in prompts_of_text(4)[1:]:
-        tokens = torch.tensor([prompt])
-        expected = judge.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False, eos_token_id=-1
-        )
-        assert served.generate([greedy(prompt, 8)]) == [expected[0, len(prompt) :].tolist()]
-
-
-def dequantized(folder: Path, format_name: str) -> PreTrainedModel:
-    """The model with the weights that the files stand for."""
-    checkpoint, layout = Checkpoint(folder), FORMATS[format_name]
-    config = {**checkpoint.config}
-    entry = config.pop("quantization_config")
-    scheme = Scheme(bits=4, group_size=32, symmetric=format_name == "gptq")
-    assert (entry["bits"], entry["group_size"]) == (4, 32)
-    state: dict[str, torch.Tensor] = {}
-    for name in checkpoint.tensors:
-        linear, _, suffix = name.rpartition(".")
-        if suffix == "qweight":
-            parts = {each: checkpoint.tensor(f"{linear}.{each}") for each in layout.SUFFIXES}
-            state[f"{linear}.weight"] = layout.weight(parts, scheme).dequantize()
-        elif suffix not in layout.SUFFIXES:
-            state[name] = checkpoint.tensor(name).float()
-    model = AutoModelForCausalLM.from_config(text_config(config), dtype=torch.float32).eval()
-    model.load_state_dict(state, strict=False)
-    return model
+    judge = dequantized(artifacts[format_name], format_name, tmp_path / "judge")
+    for prompt in prompts_of_text(5)[1:]:
+        assert served.generate([greedy(prompt, 8)]) == [generated(judge, prompt, 8)]

@@ -6,8 +6,8 @@ full-precision model never exists and loading takes little more than what stays.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import resource
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import restore_buffers, text_config
 from workers.modeling.experts import split_experts
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
+from workers.serving.heap import returned_at_once
 from workers.serving.packed_weights import READERS, check_config
 
 log = logging.getLogger(__name__)
@@ -71,15 +72,16 @@ class Loader:
         self.packed_bytes = 0
 
     def load(self) -> LoadedModel:
-        before = resident_bytes()
+        before = status_bytes("VmRSS")
+        forget_peak()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         model = empty_model(self.config, self.architecture, self.dtype)
+        restore_buffers(model, self.device)  # before weights: it initializes whole modules
         for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
             if self.is_packed(self.stored_name(name)):
                 model.set_submodule(name, self.packed_linear(self.stored_name(name), linear))
         self.fill(model)
-        restore_buffers(model, self.device)
         self.refuse_leftovers()
         for kernel, count in self.kernels.items():
             log.info("%d linears: %s", count, kernel)
@@ -179,7 +181,8 @@ def load_model(request: LoadRequest) -> LoadedModel:
 
     Raises ModelRefused for files that can't be served, naming what is wrong with them.
     """
-    return Loader(request).load()
+    with returned_at_once():
+        return Loader(request).load()
 
 
 def empty_model(config: dict[str, Any], architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
@@ -211,13 +214,21 @@ def described(weight: PackedWeight, module: QuantizedLinear) -> str:
     return f"{shape}, {weight.bits} bits, {group}, {grid}: {module.selection}"
 
 
-def resident_bytes() -> int:
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * resource.getpagesize()
+def status_bytes(field: str) -> int:
+    """A size from the kernel's account of this process. (getrusage's peak counts the parent's memory, too.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field + ":"))
+    return int(line.split()[1]) * STATUS_KIB
+
+
+def forget_peak() -> None:
+    """Count the peak from now on, where the kernel lets a process say so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device, before: int) -> int:
     """The most that loading took: of the device's memory, or of the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * STATUS_KIB - before, 0)
+    return status_bytes("VmHWM") - before
