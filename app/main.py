@@ -29,6 +29,7 @@ from app.api import (
 )
 from app.api.audit import AuditTrail
 from app.api.dependencies import Services
+from app.api.description import describe
 from app.api.gateway import Gateway
 from app.api.key_cache import KeyCache
 from app.api.metrics import Metrics
@@ -86,6 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
     for module in ROUTES:
         app.include_router(module.router)
     dashboard.install(app)
+    describe(app)
     app.add_middleware(AuditTrail)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)

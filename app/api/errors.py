@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from redis import exceptions as redis_errors
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.core import errors
 
@@ -176,7 +177,19 @@ def on_http_exception(request: Request, error: Exception) -> JSONResponse:
         code=phrase.lower().replace(" ", "_"),
         remedy="see /openapi.json for the routes and their methods",
     )
-    return told(request, refusal, status=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(allowed_methods(request))
+    return told(request, refusal, status=error.status_code, headers=headers)
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """Of all routes with this path: the framework names those of the first one only."""
+    methods: set[str] = set()
+    for route in request.app.router.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
 
 
 def on_redis_error(request: Request, error: Exception) -> JSONResponse:

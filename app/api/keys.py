@@ -20,7 +20,7 @@ class KeyRequest(Frozen):
     """The body of `POST /v1/keys`."""
 
     tenant: TenantName | None = Field(default=None, description="The caller's own, if absent.")
-    scopes: frozenset[Scope] = Field(min_length=1)
+    scopes: tuple[Scope, ...] = Field(min_length=1, max_length=32)
     name: str = Field(default="", max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")
     expires_in_s: int | None = Field(default=None, ge=60, le=10 * 365 * 24 * 3600)
 
@@ -85,7 +85,7 @@ def create_key(body: KeyRequest, services: ServicesParam, principal: Admin) -> N
     record = services.keys.register(
         key,
         tenant=body.tenant or principal.tenant,
-        scopes=body.scopes,
+        scopes=frozenset(body.scopes),
         name=body.name,
         expires_at=datetime.now(UTC) + timedelta(seconds=lasts) if lasts is not None else None,
     )

@@ -34,6 +34,8 @@ class AuditLog:
 
     def page(self, tenant: str, *, limit: int, before: str | None) -> list[AuditEntry]:
         """Entries before the id `before`, newest first."""
+        if before is not None and not before.replace("-", "").strip("0"):
+            return []  # nothing is before the first id, and Redis refuses the question
         newest = "+" if before is None else f"({before}"
         found = self._redis.xrevrange(audit_key(tenant), newest, "-", count=limit)
         return [

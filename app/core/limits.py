@@ -38,9 +38,9 @@ return '0'
 class Limits(Frozen):
     """The most that a tenant may use."""
 
-    active_jobs: int = Field(default=0, ge=0)
-    storage_bytes: int = Field(default=0, ge=0)
-    requests_per_minute: int = Field(default=0, ge=0, le=10_000_000)
+    active_jobs: int = Field(default=0, ge=0, strict=True)
+    storage_bytes: int = Field(default=0, ge=0, strict=True)
+    requests_per_minute: int = Field(default=0, ge=0, le=10_000_000, strict=True)
 
 
 class TenantLimits:

@@ -89,6 +89,7 @@ def test_every_change_is_in_the_audit_log(service: Service) -> None:
     assert told == [
         ("POST", "/v1/jobs", 422), ("DELETE", f"/v1/jobs/{job_id}", 409), ("POST", "/v1/jobs", 202),
     ]  # fmt: skip
+    assert service.client.get("/v1/audit?after=0-0").json()["data"] == []
     first = rest["data"][0]
     assert (first["request_id"], first["key_id"]) == ("req-1", key_id(ADMIN_KEY))
     with service.client_with(service.key(Scope.ADMIN, tenant="other")) as other:

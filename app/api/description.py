@@ -1,0 +1,84 @@
+"""The OpenAPI document: what the framework derives, and the errors that every route may answer."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+
+from app.api.errors import INFERENCE_ROUTES, PROBLEM_TYPE, STATUS, ProblemDocument
+from app.core.ids import ARTIFACT_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTERN
+
+PROBLEMS = sorted({*STATUS.values(), 413} - {500})
+OPEN_PROBLEMS = (403, 422, 503)  # of routes that need no key
+EVENT_ID_PATTERN = r"^\d{1,15}-\d{1,15}$"
+# What parameters look like beyond their type. The routes refuse other values with 400, not 422, so the
+# framework must not check them.
+PATTERNS = {
+    ("/v1/jobs", "after"): JOB_ID_PATTERN,
+    ("/v1/jobs", "label"): r"^[^=]+=",
+    ("/v1/jobs/{job_id}/events", "after"): EVENT_ID_PATTERN,
+    ("/v1/jobs/{job_id}/events", "last-event-id"): EVENT_ID_PATTERN,
+    ("/v1/artifacts", "after"): ARTIFACT_ID_PATTERN,
+    ("/v1/deployments", "after"): rf"^dep_{ULID_PATTERN}$",
+    ("/v1/audit", "after"): EVENT_ID_PATTERN,
+    ("/v1/jobs", "Idempotency-Key"): r"^[\x20-\x7e]{1,255}$",
+    ("/v1/jobs", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
+}
+FRAMEWORK_SCHEMAS = ("HTTPValidationError", "ValidationError")
+
+
+def describe(app: FastAPI) -> None:
+    """Have the application's document name its problems."""
+    derive = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = with_problems(derive())
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the framework's own way to extend the document
+
+
+def with_problems(document: dict[str, Any]) -> dict[str, Any]:
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in FRAMEWORK_SCHEMAS:
+        schemas.pop(name, None)
+    problem = ProblemDocument.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(problem.pop("$defs", {}))
+    schemas["ProblemDocument"] = problem
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            add_problems(path, operation)
+            for parameter in operation.get("parameters", ()):
+                add_pattern(parameter["schema"], PATTERNS.get((path, parameter["name"])))
+    # A browser gets the dashboard, a program an index.
+    document["paths"]["/"]["get"]["responses"]["200"]["content"]["application/json"] = {"schema": {}}
+    return document
+
+
+def add_problems(path: str, operation: dict[str, Any]) -> None:
+    """The errors of one operation; those that it describes itself stay as they are."""
+    answers = operation["responses"]
+    if "HTTPValidationError" in str(answers.get("422", "")):
+        del answers["422"]
+    for status in PROBLEMS if "security" in operation else OPEN_PROBLEMS:
+        answers.setdefault(str(status), problem_answer(path, status))
+
+
+def add_pattern(schema: dict[str, Any], pattern: str | None) -> None:
+    """The pattern on the string that the schema allows, alone or among other types or in a list."""
+    if pattern is None:
+        return
+    for branch in schema.get("anyOf", [schema.get("items", schema)]):
+        if branch.get("type") == "string":
+            branch["pattern"] = pattern
+
+
+def problem_answer(path: str, status: int) -> dict[str, Any]:
+    if path.startswith(INFERENCE_ROUTES):
+        content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+    else:
+        content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}
+    return {"description": HTTPStatus(status).phrase, "content": content}
