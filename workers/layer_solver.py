@@ -15,7 +15,7 @@ from app.core.report import LayerReport, LinearReport
 from workers.modeling.checkpoint import Checkpoint
 from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
 from workers.quantization.folding import Heads
-from workers.quantization.layer import LayerResult, LayerTask, Observe, quantize_layer
+from workers.quantization.layer import LayerResult, LayerTask, OwnChain, quantize_layer
 from workers.statistics_store import LayerStatistics
 
 
@@ -40,20 +40,21 @@ class LayerSolver:
         candidate: CandidatePlan,
         calibrated: CalibratedLayer,
         run: CalibrationPass,
-        observe: Observe | None = None,
+        chain: OwnChain | None = None,
     ) -> tuple[LayerResult, LayerReport]:
-        """The quantized layer; `observe` looks at it on the candidate's own chain.
+        """The quantized layer; `chain` is the candidate's own view of it.
 
         Raises VerificationFailed if the scaled layer is another function than the original.
         """
         started = time.monotonic()
-        result, folded = quantize_layer(replace(self.task(candidate, calibrated), observe=observe))
+        result, folded = quantize_layer(replace(self.task(candidate, calibrated), chain=chain))
         error = equivalence_error(run, calibrated.layer, folded, calibrated.statistics.probe)
         self.check_equivalence(candidate, calibrated.layer, error)
         report = LayerReport(
             layer=calibrated.layer,
             seconds=time.monotonic() - started,
             equivalence_error=error,
+            learning=result.learning,
             linears=(
                 *self.explained(candidate, calibrated.layer, result.report),
                 *self.kept_linears(candidate, calibrated.layer),

@@ -199,8 +199,8 @@ class Pipeline:
         """One layer for one recipe, kept as a checkpoint; the recipe's own chain goes on behind it."""
         original = calibrated.weights
         with self.account.stage(Stage.SEARCHING, candidate.recipe_index):
-            observe = chains.observer(candidate, original)
-            result, report = self.solver.solve(candidate, calibrated, run, observe)
+            own = chains.view(candidate, original)
+            result, report = self.solver.solve(candidate, calibrated, run, own)
             checkpoints.save_layer(candidate.recipe_index, result, report)
             chains.advance(candidate, original, result)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from app.core.plan import CandidatePlan
 from workers.layer_checkpoints import LayerCheckpoints
-from workers.quantization.layer import LayerResult, Observe
+from workers.quantization.layer import LayerResult, OwnChain
+from workers.quantization.omniquant import Lesson
 from workers.quantization.paired_pass import PairedPass, PairedStatistics
 
 
@@ -46,8 +47,8 @@ class QuantizedChains:
                     result = checkpoints.load_layer(recipe, chain.layer)
                     chain.advance(original, result.weights(original))
 
-    def observer(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> Observe | None:
-        """Looks at the present layer on the candidate's own chain; None if it has none."""
+    def view(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> OwnChain | None:
+        """The present layer on the candidate's own chain; None if it has none."""
         chain = self.passes.get(candidate.recipe_index)
         if chain is None:
             return None
@@ -58,7 +59,11 @@ class QuantizedChains:
             with self.timed(candidate.recipe_index):
                 return chain.observe(groups, original, own, scales)
 
-        return observe
+        def lesson() -> Lesson:
+            with self.timed(candidate.recipe_index):
+                return chain.lesson(original)
+
+        return OwnChain(observe, lesson)
 
     def advance(self, candidate: CandidatePlan, original: dict[str, Tensor], result: LayerResult) -> None:
         """Pass the candidate's chain through the layer as it was quantized."""

@@ -25,7 +25,11 @@ BASE_VRAM_BYTES = 600_000_000  # the CUDA context
 ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
 CLIP_BYTES = 37 * ROUNDING_BYTES  # factors of both visits of the clip search
 GPTQ_BYTES = 600  # a column at a time: quantize, spread, six sweeps of descent
+LESSON_WINDOWS = 32
+STEP_WINDOWS = 4
+LESSON_FORWARDS = 4  # forward, backward as two, and the loss of what would be stored
 CHAIN_FORWARDS = 6  # of both models up to each group of a layer, and through it
+LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
 PACK_BYTES = 40
 VERIFY_BYTES = 60
 SOFTMAX_BYTES = 40
@@ -138,12 +142,17 @@ class Costs:
         }
         if candidate.recipe.inputs == "quantized chain":
             own[Stage.CALIBRATING] = self.chain()
+        if candidate.recipe.method == "omniquant":
+            taught = min(LESSON_WINDOWS, self.spec.calibration.num_samples)
+            rounding = self.passes(quantized, LESSON_BYTES) * taught / STEP_WINDOWS
+            lesson = LESSON_FORWARDS * self.forward(taught) + rounding
+            own[Stage.SEARCHING] += candidate.recipe.search.epochs * lesson
         return own
 
     def scales(self, candidate: CandidatePlan) -> float:
         """AWQ's scale search: candidates on sampled rows, the finalists on all."""
         recipe = candidate.recipe
-        if recipe.method != "awq":
+        if not recipe.searches_scales:
             return 0.0
         seconds = 0.0
         for rows, width in groups_of(self.plan, candidate):

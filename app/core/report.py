@@ -30,12 +30,22 @@ class LinearReport(Frozen):
     backend: str = "torch"  # what computed the search
 
 
+class LearningReport(Frozen):
+    """What OmniQuant learned of a layer: mean squared differences of its output from the original's."""
+
+    windows: int  # of calibration text, on the quantized chain
+    steps: int
+    loss_start: float  # as the search and the rounding left it
+    loss: float  # of the best epoch; never above the start
+
+
 class LayerReport(Frozen):
     """One decoder layer of one candidate."""
 
     layer: int
     seconds: float
     equivalence_error: float  # relative output error of the scaled, unrounded layer
+    learning: LearningReport | None = None
     linears: tuple[LinearReport, ...]
 
 

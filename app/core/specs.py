@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 FormatName = Literal["awq", "compressed-tensors", "gptq"]
-Method = Literal["rtn", "awq", "gptq"]
+Method = Literal["rtn", "awq", "gptq", "omniquant"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, -1]
 Engine = Literal["auto", "transformers", "vllm"]
@@ -30,12 +30,13 @@ class Frozen(BaseModel):
 
 
 class SearchSpec(Frozen):
-    """How AWQ looks for scales and clip bounds."""
+    """How AWQ and OmniQuant look for scales and clip bounds."""
 
     strategy: Literal["grid", "evolutionary"] = "grid"
     grid_points: int = Field(default=20, ge=2, le=200)
     duo_scaling: Literal["both"] | bool = "both"
     clip: bool = True
+    epochs: int = Field(default=12, ge=1, le=200)  # of OmniQuant
     budget: int = Field(default=96, ge=12, le=10000)  # evaluations of the evolutionary search, per group
     seed: int = Field(default=0, ge=0, le=2**32 - 1)  # of the evolutionary search
 
@@ -96,13 +97,19 @@ class Recipe(Frozen):
 
     @property
     def rounds_with_gptq(self) -> bool:
-        """Method gptq is GPTQ rounding without scales; awq may ask for it."""
+        """Method gptq is GPTQ rounding without scales; awq and omniquant may ask for it."""
         return self.method == "gptq" or self.rounding == "gptq"
 
     @property
     def inputs(self) -> Literal["full-precision chain", "quantized chain"]:
         """Whose outputs a layer is calibrated on: the original's layers before it, or the quantized ones."""
-        return "quantized chain" if self.rounds_with_gptq else "full-precision chain"
+        own = self.rounds_with_gptq or self.method == "omniquant"
+        return "quantized chain" if own else "full-precision chain"
+
+    @property
+    def searches_scales(self) -> bool:
+        """OmniQuant starts to learn from AWQ's scales."""
+        return self.method in ("awq", "omniquant")
 
     @property
     def searches_clip(self) -> bool:
@@ -111,7 +118,7 @@ class Recipe(Frozen):
     @property
     def label(self) -> str:
         """A short name for tables: `awq w4 g128`, `awq+gptq w3 g64 sym`."""
-        method = "awq+gptq" if self.method == "awq" and self.rounding == "gptq" else self.method
+        method = f"{self.method}+gptq" if self.searches_scales and self.rounding == "gptq" else self.method
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"{method} w{self.bits} {group}{' sym' if self.symmetric else ''}"
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from app.core.architectures import Architecture
 from app.core.format_limits import Scheme
-from app.core.report import LinearReport
+from app.core.report import LearningReport, LinearReport
 from app.core.specs import Recipe
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.evolution import evolve_scales
 from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
+from workers.quantization.omniquant import Draft, Lesson, Teacher
 from workers.quantization.paired_pass import PairedStatistics
 from workers.quantization.rounding import (
     FoldedLinear,
@@ -37,6 +38,14 @@ Observe = Callable[[Sequence[int], dict[str, Tensor], Sequence[Tensor | None]], 
 
 
 @dataclass(frozen=True)
+class OwnChain:
+    """The view of one layer on the quantized chain of one recipe."""
+
+    observe: Observe
+    lesson: Callable[[], Lesson]
+
+
+@dataclass(frozen=True)
 class LayerTask:
     """What is to be done to one layer. `weights` are float32 by name in the layer."""
 
@@ -47,7 +56,7 @@ class LayerTask:
     weights: dict[str, Tensor]
     statistics: list[InputStatistics]  # one per group of the architecture
     dtype: torch.dtype  # of the checkpoint's weights
-    observe: Observe | None = None  # of a recipe on the quantized chain
+    chain: OwnChain | None = None  # of a recipe on the quantized chain
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class LayerResult:
     quantized: dict[str, QuantizedWeight]  # by linear
     dense: dict[str, Tensor]  # by tensor name, float32, representable in the checkpoint's dtype
     report: list[LinearReport]  # one entry per quantized linear
+    learning: LearningReport | None = None
 
     def weights(self, original: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of the layer with the quantized ones dequantized."""
@@ -69,6 +79,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
     choices = [choose_scales(task, index) for index in range(len(task.architecture.groups))]
     folded = fold_scales(task.weights, task.heads, task.architecture.groups, choices)
     weights = dict(folded)  # the linears that are rounded replace theirs
+    linears: dict[str, FoldedLinear] = {}
     quantized: dict[str, QuantizedWeight] = {}
     report: list[LinearReport] = []
     for stage in task.architecture.stages:
@@ -76,20 +87,57 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
             for name in task.architecture.groups[index].balance_layers:
                 if name in task.schemes:
                     plain = folded[name + ".weight"]
-                    linear = FoldedLinear(
+                    linears[name] = linear = FoldedLinear(
                         name, seen.corrected(plain), seen.inputs.second_moment, task.schemes[name], plain
                     )
                     rounded = round_linear(linear, task.recipe, task.dtype)
                     quantized[name] = rounded.weight
                     report.append(entry_of(task, index, choices[index], linear, rounded))
                     weights[name + ".weight"] = rounded.weight.dequantize()
+    result = LayerResult(quantized, stored_dense(task, folded), report)
+    if task.chain is not None and task.recipe.method == "omniquant":
+        scaled = tuple(choice is not None for choice in choices)
+        return taught(task, linears, folded, scaled, result)
+    return result, folded
+
+
+def stored_dense(task: LayerTask, folded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors beside the quantized ones that the fold has changed, as they will be stored."""
     linears = {name + ".weight" for name in task.schemes}
-    dense = {
+    return {
         name: value.to(task.dtype).to(torch.float32)
         for name, value in folded.items()
         if name not in linears and value is not task.weights[name]
     }
-    return LayerResult(quantized, dense, report), folded
+
+
+def taught(
+    task: LayerTask,
+    linears: dict[str, FoldedLinear],
+    folded: dict[str, Tensor],
+    scaled: tuple[bool, ...],
+    start: LayerResult,
+) -> tuple[LayerResult, dict[str, Tensor]]:
+    """The layer after OmniQuant's lesson, and its folded but unrounded weights."""
+    assert task.chain is not None
+    groups = task.architecture.groups
+    wanted = {**folded, **{name + ".weight": linear.weight for name, linear in linears.items()}}
+    draft = Draft(task.architecture, task.heads, task.dtype, wanted, scaled, start.quantized)
+    teacher = Teacher(draft, task.chain.lesson())
+    learned = teacher.teach(task.recipe.search.epochs, fixed_integers=task.recipe.rounds_with_gptq)
+    folded = fold_scales(folded, task.heads, groups, learned.scales)
+    wanted = fold_scales(wanted, task.heads, groups, learned.scales)
+    losses = {}
+    for group, choice in zip(groups, learned.scales, strict=True):
+        for name in (name for name in group.balance_layers if name in linears):
+            moment = linears[name].moment
+            if choice is not None:
+                moment = moment / torch.outer(choice.scales, choice.scales)
+            rows = row_losses(wanted[name + ".weight"], learned.quantized[name], moment)
+            losses[name] = float(rows.sum())
+    report = [entry.model_copy(update={"loss": losses[entry.linear]}) for entry in start.report]
+    result = LayerResult(learned.quantized, stored_dense(task, folded), report, learned.report)
+    return result, folded
 
 
 def observed(
@@ -97,8 +145,8 @@ def observed(
 ) -> list[PairedStatistics]:
     """What the groups of a stage see: on their recipe's own chain, or as calibrated on the original."""
     scales = [None if choice is None else choice.scales for choice in (choices[index] for index in stage)]
-    if task.observe is not None:
-        return task.observe(stage, weights, scales)
+    if task.chain is not None:
+        return task.chain.observe(stage, weights, scales)
     return [
         PairedStatistics(task.statistics[index].scaled(factor))
         for index, factor in zip(stage, scales, strict=True)
@@ -109,7 +157,7 @@ def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
     """Scales of one group, or None where the recipe, the group or a kept linear of it forbids them."""
     group = task.architecture.groups[index]
     scaled = group.balance_layers + ((group.smooth_layer,) if group.smooth_kind == "linear" else ())
-    if task.recipe.method != "awq" or any(name not in task.schemes for name in scaled):
+    if not task.recipe.searches_scales or any(name not in task.schemes for name in scaled):
         return None
     if f"{group.smooth_layer}.weight" not in task.weights:
         return None

@@ -9,7 +9,7 @@ linears before them rounded already, so `o` sees what became of `v`, and `down` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,10 @@ from torch.func import functional_call
 from app.core.architectures import LAYER_OUTPUT, Architecture, ScaleGroup
 from workers.modeling.decoder import Decoder, LayerArguments
 from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
+from workers.quantization.omniquant import Lesson
 
+LESSON_WINDOWS = 32  # of the calibration text, that a layer is taught with
+STEP_WINDOWS = 4  # per step
 CORRECTION_DAMPING = 0.01  # of the mean diagonal, added to it
 
 Weights = dict[str, Tensor]
@@ -63,6 +66,8 @@ class PairedPass:
         self.decoder, self.layer = decoder, 0
         with torch.no_grad():
             self.original, self.arguments = decoder.start(batches)
+            self.size = min(STEP_WINDOWS, batches[0].shape[0])
+            self.arguments = {**decoder.start([batches[0][: self.size]])[1], **self.arguments}
         self.own = list(self.original)
 
     @torch.no_grad()
@@ -116,7 +121,29 @@ class PairedPass:
             for index, name in zip(groups, names, strict=True)
         ]
 
-    def state_of(self, module: nn.Module, weights: Weights) -> Weights:
+    @torch.no_grad()
+    def lesson(self, original: Weights) -> Lesson:
+        """What the present layer is taught with: states of the copy, outputs of the original."""
+        inputs, targets = list[Tensor](), list[Tensor]()
+        with self.decoder.layer(self.layer, original) as module:
+            for mine, theirs in zip(self.own, self.original, strict=True):
+                for start in range(0, len(mine) - self.size + 1, self.size):
+                    if len(inputs) * self.size < LESSON_WINDOWS:
+                        batch = theirs[start : start + self.size]
+                        targets.append(self.decoder.advance(module, batch, self.called_with(batch)))
+                        inputs.append(mine[start : start + self.size])
+        return Lesson(inputs, targets, self.forward)
+
+    def forward(self, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
+        """The present layer's output with these weights; gradients reach them."""
+        module = self.decoder.layers[self.layer]
+        state = self.state_of(module, weights)
+        output: Tensor | tuple[Tensor, ...] = functional_call(
+            module, state, (batch,), self.called_with(batch)
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    def state_of(self, module: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
         """The weights by the module's own names, on its device and in its dtype."""
         decoder = self.decoder
         return {

@@ -14,7 +14,7 @@ from app.core.plan import plan_job
 from app.core.specs import JobSpec
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
 from workers import pipeline
-from workers.quantization import evaluation, scale_search
+from workers.quantization import evaluation, paired_pass, scale_search
 
 
 @pytest.fixture
@@ -30,6 +30,8 @@ def predicted(model: Path, profile: DeviceProfile = NOMINAL["cpu"], **changes: o
 
 def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.SAMPLED_ROWS == scale_search.SAMPLED_ROWS
+    assert cost_model.LESSON_WINDOWS == paired_pass.LESSON_WINDOWS
+    assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
     assert cost_model.FINALISTS == scale_search.FINALISTS
     assert cost_model.BATCH_TOKENS == pipeline.BATCH_TOKENS
     assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
@@ -46,6 +48,7 @@ def test_the_engine_has_the_same_constants() -> None:
         ({"recipe": {"search": {"grid_points": 10}}}, {"recipe": {"search": {"grid_points": 40}}}),
         ({"recipe": {}}, {"recipe": {"rounding": "gptq"}}),
         ({"recipe": {}}, {"recipe": {"search": {"strategy": "evolutionary"}}}),
+        ({"recipe": {"rounding": "gptq"}}, {"recipe": {"method": "omniquant", "rounding": "gptq"}}),
         ({"recipe": [{}]}, {"recipe": [{}, {"bits": 3}]}),
     ],
 )
