@@ -19,6 +19,15 @@ from workers.texts.windows import calibration_windows, load_tokenizer
 
 AWQ = Recipe(group_size=32, bits=3, search=SearchSpec(grid_points=3))
 GPTQ = Recipe(method="gptq", group_size=32, bits=3)
+OMNIQUANT = Recipe(method="omniquant", group_size=32, bits=3, search=SearchSpec(grid_points=3, epochs=4))
+EVERY_METHOD = (
+    AWQ.model_copy(update={"method": "rtn"}),
+    AWQ,
+    AWQ.model_copy(update={"rounding": "gptq"}),
+    GPTQ,
+    OMNIQUANT,
+    OMNIQUANT.model_copy(update={"rounding": "gptq"}),
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +81,23 @@ def test_a_layer_makes_up_for_what_its_quantized_predecessor_lost(model: Path, t
     assert entry.loss != pytest.approx(loss(weight), rel=1e-3)
 
 
-def test_a_resumed_chain_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    whole = EngineRun(spec(GPTQ, AWQ), model, tmp_path / "whole")
+def test_every_method_resumes_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    whole = EngineRun(spec(*EVERY_METHOD), model, tmp_path / "whole")
     (tmp_path / "resumed" / CHECKPOINTS).mkdir(parents=True)
     for path in layer_checkpoints(whole):
         if path.name.startswith("layer-00000"):
             shutil.copyfile(path, tmp_path / "resumed" / CHECKPOINTS / path.name)
-    resumed = EngineRun(spec(GPTQ, AWQ), model, tmp_path / "resumed")
+    resumed = EngineRun(spec(*EVERY_METHOD), model, tmp_path / "resumed")
     assert resumed.report.resumed_at_layer == 1
-    assert [weights_of(resumed, index) for index in (0, 1)] == [weights_of(whole, index) for index in (0, 1)]
+    for index, candidate in enumerate(resumed.report.candidates):
+        assert weights_of(resumed, index) == weights_of(whole, index), candidate.label
+
+
+def test_the_report_says_what_was_learned(model: Path, tmp_path: Path) -> None:
+    (candidate,) = EngineRun(spec(OMNIQUANT), model, tmp_path / "work").report.candidates
+    assert candidate.label == "omniquant w3 g32"
+    assert candidate.inputs == "quantized chain"
+    for layer in candidate.layers:
+        assert layer.learning is not None
+        assert layer.learning.loss <= layer.learning.loss_start
+        assert layer.learning.steps == OMNIQUANT.search.epochs  # one batch of four windows
