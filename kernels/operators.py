@@ -71,9 +71,10 @@ def dequantize_in_torch(
     """`dequantize` of checked tensors, in PyTorch's own operators."""
     rows, groups = scale.shape
     q = layouts.unpack_rows(qweight, bits, in_features).view(rows, groups, -1)
-    shift = 2 ** (bits - 1) if zero is None else zero.to(torch.float32)[..., None]
     # In float32 the difference is exact and the product is rounded once before it is rounded to dtype.
-    weight = (q.to(torch.float32) - shift) * scale.to(torch.float32)[..., None]
+    weight = q.to(torch.float32)
+    weight -= 2 ** (bits - 1) if zero is None else zero.to(torch.float32)[..., None]
+    weight *= scale.to(torch.float32)[..., None]
     return weight.view(rows, in_features).to(dtype)
 
 

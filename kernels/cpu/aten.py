@@ -24,9 +24,9 @@ ROW_MULTIPLE = 16  # out_features of the int4 operator
 CHANNEL_MULTIPLE = 16  # in_features of the int8 operator
 VECTORISED = ("AVX2", "AVX512")
 # Rows from which dequantizing in PyTorch and a dense product win (tests/benchmarks/kernels.py).
-INT4_CROSSOVER = 192
-INT8_CROSSOVER = 32
-PART_ROWS = 512  # of the weight, dequantized at once
+INT4_CROSSOVER = 128
+INT8_CROSSOVER = 16
+PART_ROWS = 256  # of the weight, dequantized at once
 
 
 class Int4Kernel:

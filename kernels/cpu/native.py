@@ -23,8 +23,7 @@ from kernels.weight import PackedWeight
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # `ScaleType` of linear.cpp
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that hold an input
 
-# From here on weights rounded to bfloat16 are multiplied: their sums need not leave the tiles for each group.
-ROUNDED_ROWS = 32
+MOST_ROWS = 2048  # multiplied at once: bounds the memory for a rearranged input
 # Without tiles: from here on the weight is dequantized, part by part, for PyTorch's own product.
 DEQUANTIZED_ROWS = 16
 DEQUANTIZED_BYTES = 4 * 1024**2  # of such a part
@@ -50,8 +49,11 @@ def blocked_linear(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0]:
         weight = Blocks(codes, scale, zero, bits, group_size)
+        multiply = multiply_by_tiles if tiles else multiply_by_rows
         flat = output.view(-1, out_features)
-        (multiply_by_tiles if tiles else multiply_by_rows)(weight, rows, bias, flat)
+        for first in range(0, rows.shape[0], MOST_ROWS):
+            part = slice(first, first + MOST_ROWS)
+            multiply(weight, rows[part], bias, flat[part])
     return output
 
 
@@ -131,12 +133,14 @@ def in_bfloat16(x: Tensor, channels: int) -> Tensor:
 
 
 def multiply_by_tiles(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    library, count = native_library(tiles=True), x.shape[0]
+    library = native_library(tiles=True)
     columns = in_bfloat16(x, weight.channels)
     whole = x.dtype == torch.bfloat16  # the library writes the output itself
     target = output if whole else torch.empty(columns.shape[0], output.shape[1])
     added = None if bias is None or not whole else bias.float().contiguous()
-    product = library.nibble_tiles if whole and count >= ROUNDED_ROWS else library.nibble_tiles_exact
+    # For one row sums leave the tiles cheaply. For more, weights rounded to bfloat16 are multiplied, as in a
+    # dense product of that dtype, and sums need not leave the tiles for each group.
+    product = library.nibble_tiles if whole and x.shape[0] > 1 else library.nibble_tiles_exact
     product(
         ctypes.byref(weight.struct()), columns.data_ptr(), columns.shape[0], columns.stride(0),
         address(added), target.data_ptr(), TYPES[target.dtype], output.shape[1],

@@ -61,8 +61,14 @@ class BlockedStruct(ctypes.Structure):
 
 
 def default_folder() -> Path:
-    """Where libraries lie unless the caller names a folder."""
-    return Path.home() / ".cache" / "nibble" / "cpu"
+    """Where libraries lie unless the caller names a folder.
+
+    Raises NotCompiled for a user without a home.
+    """
+    try:
+        return Path.home() / ".cache" / "nibble" / "cpu"
+    except RuntimeError as fault:
+        raise NotCompiled(f"there is no place for compiled kernels: {fault}") from fault
 
 
 @functools.cache
@@ -76,12 +82,27 @@ def processor() -> tuple[str, frozenset[str]]:
     return fields.get("model name", "unknown"), frozenset(fields.get("flags", "").split())
 
 
-@functools.cache
 def native_library(*, tiles: bool) -> ctypes.CDLL:
     """The library, with products on AMX tiles or without.
 
     Raises NotCompiled if the processor, the system or the compiler is not up to it.
     """
+    found = library_or_reason(tiles=tiles)
+    if isinstance(found, str):
+        raise NotCompiled(found)
+    return found
+
+
+@functools.cache
+def library_or_reason(*, tiles: bool) -> ctypes.CDLL | str:
+    """What came of the one try that a process makes."""
+    try:
+        return made_library(tiles=tiles)
+    except NotCompiled as fault:
+        return str(fault)
+
+
+def made_library(*, tiles: bool) -> ctypes.CDLL:
     model, features = processor()
     missing = sorted((TILES_NEED if tiles else ROWS_NEED) - features)
     if missing:

@@ -5,7 +5,8 @@
 
 Shapes are in_features x out_features. Each candidate is first compared with float64 on fresh random inputs,
 and dropped from the table if it is wrong. Candidates then take turns, each over copies of the weight that
-together exceed the cache; the best and the median time of a call are kept. The floor is the larger of two
+together exceed the cache; the best and the median time of a call are kept. With one CPU thread that is its
+processor time, so other programs disturb it through caches and memory only. The floor is the larger of two
 times: that of the bytes of packed weight, input and output at the measured rate of reading, and that of the
 operations at the measured rate of a dense product in the cache. Figures go to a table and, with --json, to a
 file.
@@ -152,9 +153,14 @@ def time_cpu_calls(copies: list[Product], x: Tensor, budget_s: float) -> list[fl
 
 
 def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def clock() -> float:
+    """A single thread's own seconds: what else runs on its processor is not in them."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 # -------------------- candidates

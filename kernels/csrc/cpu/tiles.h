@@ -290,9 +290,9 @@ Exact exact_of(const Weight& w) {
 
 // --------------------------------------------------------------------------------------------- rounded weights
 
-constexpr int64_t kBlockN = 8;    // blocks of 16 rows of weights
-constexpr int64_t kBlockM = 32;   // groups of 16 columns of x
-constexpr int64_t kBlockK = 4;    // chunks
+constexpr int64_t kBlockN = 16;  // blocks of 16 rows of weights
+constexpr int64_t kBlockM = 16;  // groups of 16 columns of x
+constexpr int64_t kBlockK = 2;   // chunks: both strips of weights fit half of a small cache
 
 // 2 x 2 tiles of sums over `tiles` tiles of channels. A second row or column that is not there repeats the first.
 inline void quad(const uint8_t* weights, int64_t next_row, const uint8_t* x, int64_t next_column, int64_t tiles,
@@ -325,6 +325,33 @@ inline void quad(const uint8_t* weights, int64_t next_row, const uint8_t* x, int
   _tile_stored(2, sums[2], 64);
   _tile_stored(3, sums[3], 64);
   settle();
+}
+
+// Blocks n .. n_end-1 of weights times the only group of columns: sums stay in their tiles all the way.
+void rounded_column(const Weight& w, int64_t n, int64_t n_end, const uint8_t* x, Dequantize dequantize,
+                    const Output& output) {
+  constexpr int kBlock = 4 * kTile, kPart = kBlocks * kBlock;
+  constexpr Places places{64, kTile};
+  uint8_t* parts = thread_scratch.of(2 * kPart + kBlocks * kTile);
+  float* sums = reinterpret_cast<float*>(parts + 2 * kPart);
+  for (int64_t first = n; first < n_end; first += kBlocks) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int b = 0; b < kBlocks; ++b) dequantize(w, first + b, 0, 1, parts + b * kBlock, places);
+    for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
+      const uint8_t* weights = parts + chunk % 2 * kPart;
+      uint8_t* next = parts + (chunk + 1) % 2 * kPart;
+      for (int i = 0; i < 4; ++i) {
+        if (chunk + 1 < w.chunks) dequantize(w, first + i, chunk + 1, chunk + 2, next + i * kBlock, places);
+        multiply<false>(weights + i * kTile, kBlock, x + (chunk * 4 + i) * kTile);
+      }
+    }
+    store_sums<false>(sums);
+    for (int b = 0; b < kBlocks && (first + b) * kRows < output.rows; ++b)
+      output.store(sums + b * 256, (first + b) * kRows, 0);
+  }
 }
 
 // Blocks n .. n_end-1 of weights times column groups m .. m_end-1 of x.
@@ -408,8 +435,12 @@ void nibble_tiles(const Weight* weight, const void* x, int64_t rows, int64_t str
     for (int64_t part_m = 0; part_m < parts_m; ++part_m) {
       for (int64_t part_n = 0; part_n < parts_n; ++part_n) {
         const int64_t n = part_n * kBlockN, m = part_m * kBlockM;
-        rounded_part(w, n, std::min(w.blocks, n + kBlockN), packed, groups, m, std::min(groups, m + kBlockM),
-                     dequantize, output);
+        const int64_t n_end = std::min(w.blocks, n + kBlockN), m_end = std::min(groups, m + kBlockM);
+        if (groups == 1) {
+          rounded_column(w, n, n_end, packed, dequantize, output);
+        } else {
+          rounded_part(w, n, n_end, packed, groups, m, m_end, dequantize, output);
+        }
       }
     }
   }

@@ -211,7 +211,7 @@ def test_packed_bytes_are_what_a_weight_takes() -> None:
 
 def test_a_processor_without_the_instructions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_library, "processor", lambda: ("Old One", frozenset({"avx512f"})))
-    native_library.native_library.cache_clear()
+    native_library.library_or_reason.cache_clear()
     try:
         weight = random_weight(16, 128)
         selection = select_backend(problem_of(weight, torch.bfloat16))
@@ -222,7 +222,7 @@ def test_a_processor_without_the_instructions_is_told(monkeypatch: pytest.Monkey
         with pytest.raises(ValueError, match=r"'amx' can't compute .*Old One.* lacks amx_bf16"):
             select_backend(problem_of(weight, torch.bfloat16), "amx")
     finally:
-        native_library.native_library.cache_clear()
+        native_library.library_or_reason.cache_clear()
 
 
 def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -240,6 +240,44 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(NotCompiled, match=r"failed with 4: x\.cpp:1: error: no such thing"):
         compiled(tmp_path / "cache", tiles=False)
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+def test_a_failure_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def fail(folder: Path, *, tiles: bool) -> Path:
+        tries.append(folder)
+        raise NotCompiled("out of luck")
+
+    monkeypatch.setattr(native_library, "compiled", fail)
+    native_library.library_or_reason.cache_clear()
+    try:
+        backend = NativeBackend(tiles=False)
+        problem = problem_of(random_weight(16, 128), torch.bfloat16)
+        first = backend.can_implement(problem)
+        assert backend.can_implement(problem) == first
+        if "lacks" not in str(first):
+            assert (first, len(tries)) == ("out of luck", 1)
+    finally:
+        native_library.library_or_reason.cache_clear()
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(NotCompiled, match="no place for compiled kernels"):
+        native_library.default_folder()
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512"])
+def test_many_rows_are_multiplied_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MOST_ROWS", 20)
+    weight = random_weight(48, 256)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = random_input((3, 17, 256), dtype)
+        assert_close(kernel_of(name, weight, dtype)(x, None), x, weight, None)
 
 
 def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
