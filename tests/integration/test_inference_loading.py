@@ -158,7 +158,7 @@ def test_mixed_precision_and_tied_embeddings(tmp_path: Path) -> None:
     model = save_model(random_model("llama", tie_word_embeddings=True), tmp_path / "model")
     recipe = Recipe.model_validate(
         {
-            "method": "rtn", "group_size": 32, "symmetric": True, "ignore": ["re:.*k_proj"],
+            "method": "rtn", "group_size": 32, "symmetric": True, "ignore": ["re:.*o_proj"],
             "overrides": [{"match": "re:.*down_proj", "bits": 8}],
         }
     )  # fmt: skip

@@ -215,7 +215,7 @@ def described(weight: PackedWeight, module: QuantizedLinear) -> str:
 
 
 def status_bytes(field: str) -> int:
-    """A size from the kernel's account of this process. (getrusage's peak counts the parent's memory, too.)"""
+    """A size from the kernel's account of this process; getrusage's peak has the parent's memory in it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in lines if line.startswith(field + ":"))
     return int(line.split()[1]) * STATUS_KIB
