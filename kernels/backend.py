@@ -14,6 +14,7 @@ from kernels.cuda import operators as cuda_operators  # noqa: F401 - registers t
 from kernels.cuda.backend import CudaBackend
 from kernels.problem import Problem
 from kernels.torch_backend import TorchBackend
+from kernels.triton_backend.backend import TritonBackend
 from kernels.weight import PackedWeight
 
 AUTO = "auto"
@@ -59,7 +60,7 @@ class Selection:
 # The best first. On every device PyTorch's own operators are the last resort.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "cpu": (NativeBackend(tiles=True), NativeBackend(tiles=False), AtenBackend(), TorchBackend()),
-    "cuda": (CudaBackend(), TorchBackend()),
+    "cuda": (CudaBackend(), TritonBackend(), TorchBackend()),
 }
 
 

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/kernels.py --device cpu --threads 1
     python tests/benchmarks/kernels.py --device cpu --shape 4096x4096 --m 1 16 --bits 4 --group 128
+    python tests/benchmarks/kernels.py --device cuda --peers tinygemm humming
 
 Shapes are in_features x out_features. Each candidate is first compared with float64 on fresh random inputs,
 and dropped from the table if it is wrong. Candidates then take turns, each over copies of the weight that
@@ -33,6 +34,8 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
+
+import kernels_cuda  # noqa: E402
 
 from kernels import layouts  # noqa: E402
 from kernels.backend import backends_of  # noqa: E402
@@ -102,6 +105,14 @@ def cpu_device(options: argparse.Namespace) -> Device:
     )
 
 
+def cuda_device(options: argparse.Namespace) -> Device:
+    def peers(weight: PackedWeight, copies: int) -> list[Candidate]:
+        made = kernels_cuda.peers(weight, options.peers)
+        return [Candidate(name, [make() for _ in range(copies)]) for name, make in made]
+
+    return Device(**kernels_cuda.device_arguments(options), peers=peers)
+
+
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
@@ -166,12 +177,19 @@ def clock() -> float:
 # -------------------- candidates
 
 
-def random_weight(shape: str, bits: int, group: int, *, asymmetric: bool) -> PackedWeight:
+def random_weight(
+    shape: str, bits: int, group: int, device: torch.device, *, asymmetric: bool
+) -> PackedWeight:
     in_features, out_features = (int(size) for size in shape.split("x"))
     groups = 1 if group == -1 else in_features // group
-    q = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8)
-    zero = torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8) if asymmetric else None
-    scale = ((torch.rand(out_features, groups) + 0.5) * 2.0 ** (-bits - 2)).to(torch.float16)
+
+    def integers(columns: int) -> Tensor:
+        return torch.randint(0, 2**bits, (out_features, columns), dtype=torch.uint8, device=device)
+
+    q, zero = integers(in_features), integers(groups) if asymmetric else None
+    scale = (torch.rand(out_features, groups, device=device) + 0.5) * 2.0 ** (-bits - 2)
+    # bfloat16 where a peer takes no other scales; a float16 layer stores what it computes in.
+    scale = scale.to(torch.float16 if device.type == "cpu" else torch.bfloat16)
     return PackedWeight(layouts.pack_rows(q, bits), scale, zero, bits, group, in_features)
 
 
@@ -214,14 +232,14 @@ def our_candidates(weight: PackedWeight, device: Device, names: list[str] | None
 
 def check(candidates: list[Candidate], dense: Tensor, device: Device, rows: int) -> list[Candidate]:
     """Those that agree with float64 on a fresh input; some of its rows are compared where there are many."""
-    x = torch.randn(rows, dense.shape[1]).bfloat16()
-    some = torch.randperm(rows)[:16]
+    x = torch.randn(rows, dense.shape[1], device=device.torch_device).bfloat16()
+    some = torch.randperm(rows, device=device.torch_device)[:16]
     expected = torch.cat([x[some].double() @ part.double().T for part in dense.split(4096)], dim=1)
     right = []
     for candidate in candidates:
-        output = candidate.copies[-1](x.to(device.torch_device)).cpu()[some].double()
+        output = candidate.copies[-1](x)[some].double()
         candidate.error = float((output - expected).abs().max() / expected.abs().max())
-        if candidate.error < TOLERANCE:
+        if candidate.error < TOLERANCE:  # not of a NaN
             right.append(candidate)
         else:
             print(f"# {candidate.name} is wrong at M = {rows}: relative error {candidate.error:.1e}")
@@ -241,7 +259,9 @@ def floor_seconds(weight: PackedWeight, rows: int, device: Device, candidate: st
 
 def measure(shape: str, options: argparse.Namespace, device: Device) -> list[Row]:
     scheme = f"w{options.bits} " + ("channel" if options.group == -1 else f"g{options.group}")
-    weight = random_weight(shape, options.bits, options.group, asymmetric=options.asymmetric)
+    weight = random_weight(
+        shape, options.bits, options.group, device.torch_device, asymmetric=options.asymmetric
+    )
     dense = dense_weight(weight)
     candidates = [dense_candidate(dense, device), *our_candidates(weight, device, options.backend)]
     candidates += device.peers(weight, copies_for(device, weight.packed_bytes))
@@ -283,13 +303,14 @@ def commit() -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", nargs="+", default=list(SHAPES))
     parser.add_argument("--m", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--backend", nargs="+", help="only these of ours; default: all but `torch`")
+    parser.add_argument("--peers", nargs="*", choices=list(kernels_cuda.PEERS), default=["tinygemm"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-s", type=float, default=0.3, help="of each candidate in each round")
@@ -302,7 +323,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.manual_seed(0)
-    device = cpu_device(options)
+    device = cpu_device(options) if options.device == "cpu" else cuda_device(options)
     print(
         f"# {device.name}; torch {torch.__version__}; Python {platform.python_version()}; commit {commit()}"
     )

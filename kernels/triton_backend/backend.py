@@ -1,0 +1,66 @@
+"""The Triton backend: any GPU that Triton compiles for."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_bias, check_input
+from kernels.problem import Problem
+from kernels.weight import PackedWeight
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MIN_CAPABILITY = (7, 5)
+
+
+class TritonKernel:
+    """Keeps the canonical tensors."""
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+        properties = torch.cuda.get_device_properties(weight.qweight.device)
+        self.processors = properties.multi_processor_count
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.weight.packed_bytes
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.weight
+        check_input(x, weight.in_features, self.dtype, weight.qweight.device)
+        check_bias(bias, weight.out_features, x)
+        tokens = x.reshape(-1, weight.in_features).contiguous()
+        upcast = self.dtype == torch.float32
+        output: Tensor = linear_module().linear(
+            tokens, weight, bias, processors=self.processors, upcast=upcast
+        )
+        return output.view(*x.shape[:-1], weight.out_features)
+
+
+class TritonBackend:
+    name = "triton"
+
+    def can_implement(self, problem: Problem) -> str | None:
+        """Why it can't, or None."""
+        if problem.device_type != "cuda":
+            return f"it runs on GPUs, not on {problem.device_type}"
+        if problem.capability is None or problem.capability < MIN_CAPABILITY:
+            return f"compute capability {problem.capability} is below {MIN_CAPABILITY}"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        return None
+
+    def prepare(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> TritonKernel:
+        return TritonKernel(weight.to(device), dtype)
+
+
+@functools.cache
+def linear_module() -> ModuleType:
+    """Imported at first use: a machine without Triton has the other backends."""
+    return importlib.import_module("kernels.triton_backend.linear")

@@ -1,0 +1,131 @@
+"""The CUDA part of kernels.py: rates of the device, calls timed in graphs, and other people's kernels."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import layouts
+from kernels.weight import PackedWeight
+
+Product = Callable[[Tensor], Tensor]
+Peer = Callable[[PackedWeight], Product]
+GIB = 1024**3
+L2_FACTOR = 4  # copies of a weight take this many times the cache
+MIN_CALLS = 24  # in one graph
+REPLAYS = 7
+
+
+def read_rate() -> float:
+    """Bytes per second of a large copy, reads and writes counted."""
+    source = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), 9)
+
+
+def product_rate() -> float:
+    """Operations per second of a large dense bfloat16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / median_seconds(lambda: a @ b, 9)
+
+
+def median_seconds(call: Callable[[], object], times: int) -> float:
+    found = []
+    for _ in range(times + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop) * 1e-3)
+    return statistics.median(found[2:])
+
+
+def time_calls(copies: list[Product], x: Tensor, _budget_s: float) -> list[float]:
+    """Seconds of a call: the copies in turn, captured in one graph, which is replayed."""
+    calls = [copies[index % len(copies)] for index in range(max(len(copies), MIN_CALLS))]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for product in copies[:2]:
+            product(x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for product in calls:
+                product(x)
+        return [median_seconds(graph.replay, 1) / len(calls) for _ in range(REPLAYS)]
+
+
+def q_values(weight: PackedWeight) -> Tensor:
+    return layouts.unpack_rows(weight.qweight, weight.bits, weight.in_features)
+
+
+def tinygemm(weight: PackedWeight) -> Product:
+    """aten::_weight_int4pack_mm: w = (q - 8) * scale + offset in bfloat16."""
+    if weight.bits != 4 or weight.group_size == -1:
+        raise ValueError("it takes 4 bits with groups")
+    q = q_values(weight)
+    packed = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
+    zero = torch.full_like(weight.scale, 8) if weight.zero is None else weight.zero
+    offset = (8 - zero.float()) * weight.scale.float()
+    scales = torch.stack((weight.scale.float(), offset), dim=-1).transpose(0, 1).bfloat16().contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, weight.group_size, scales)
+
+
+def humming(weight: PackedWeight) -> Product:
+    """The library humming-kernels: its layer with our codes, symmetric."""
+    if weight.zero is not None:
+        raise ValueError("only the symmetric case is set up here")
+    config = {
+        "dtype": f"uint{weight.bits}",
+        "group_size": 0 if weight.group_size == -1 else weight.group_size,
+    }
+    layer = importlib.import_module("humming.layer").HummingLayer(
+        shape_n=weight.out_features, shape_k=weight.in_features, weight_config=config,
+        torch_dtype=torch.bfloat16,
+    ).cuda()  # fmt: skip
+    layer.load_from_tensors({"weight": weight.qweight, "weight_scale": weight.scale.bfloat16()})
+    layer.transform()
+    return lambda x: layer(x)  # type: ignore[no-any-return]
+
+
+PEERS: dict[str, Peer] = {"tinygemm": tinygemm, "humming": humming}
+
+
+def peers(weight: PackedWeight, names: list[str]) -> list[tuple[str, Callable[[], Product]]]:
+    """Those of `names` that can be made here: each with a function that makes a further copy."""
+    found: list[tuple[str, Callable[[], Product]]] = []
+    on_gpu = weight.to(torch.device("cuda"))
+    for name in names:
+        try:
+            PEERS[name](on_gpu)(torch.randn(1, weight.in_features, device="cuda", dtype=torch.bfloat16))
+        except Exception as fault:  # noqa: BLE001 - another's library: whatever it raises, the rest is measured
+            print(f"# {name}: {type(fault).__name__}: {str(fault)[:300]}")
+            continue
+        found.append((name, lambda name=name: PEERS[name](on_gpu)))  # type: ignore[misc]
+    return found
+
+
+def device_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What `kernels.Device` wants, but for its peers."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": f"{properties.name}, driver {driver_version()}",
+        "torch_device": torch.device("cuda", 0),
+        "read_rate": options.read_gbps * 1e9 if options.read_gbps else read_rate(),
+        "product_rate": product_rate(),
+        "rotation_bytes": max(L2_FACTOR * properties.L2_cache_size, options.rotation_mib * 1024**2),
+        "time_calls": time_calls,
+    }
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
