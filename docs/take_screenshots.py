@@ -1,0 +1,122 @@
+"""Pictures of every page for the documentation, from a live service with the bundled model.
+
+python docs/take_screenshots.py        writes docs/images/*.png; needs Chromium and the dev extra
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.e2e.installed import Service, running_service
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL = (REPOSITORY / "examples" / "wikitext-llama-6m").as_uri()
+IMAGES = Path(__file__).parent / "images"
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+LOOKS = {
+    "desktop": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
+}
+TEXT = {"calibration": {"num_samples": 64, "sequence_length": 256}, "evaluation": {"num_samples": 32}}
+JOBS = [
+    {"recipe": [{"method": "rtn"}, {"method": "awq"}, {"method": "awq", "rounding": "gptq"},
+                {"method": "awq", "rounding": "gptq", "bits": 3}], "labels": {"team": "search"}},
+    {"recipe": {"bits": 3}, "target": {"max_perplexity_ratio": 1.005}, "labels": {"team": "platform"}},
+    {"recipe": {"bits": 2, "group_size": 64}, "target": {"max_perplexity_ratio": 1.0001}},
+]  # fmt: skip
+LIMIT_S = 900.0
+
+
+class Api:
+    def __init__(self, service: Service) -> None:
+        key = (Path(service.environment["NIBBLE_STATE_DIR"]) / "api-key").read_text().strip()
+        self.client = httpx.Client(
+            base_url=service.url, headers={"Authorization": f"Bearer {key}"}, timeout=120
+        )
+
+    def post(self, path: str, body: object = None) -> dict[str, str]:
+        answer = self.client.post(path, json=body)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def wait(self, path: str, states: set[str]) -> dict[str, object]:
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            found = dict(self.client.get(path).json())
+            if found["state"] in states:
+                return found
+            time.sleep(1)
+        raise TimeoutError(path)
+
+
+def prepare(api: Api) -> dict[str, str]:
+    """Jobs of several kinds and a deployment; the addresses of pages worth a picture."""
+    jobs = [api.post("/v1/jobs", {"model": MODEL, **TEXT, **body}) for body in JOBS]
+    ended = {"succeeded", "failed", "cancelled"}
+    first = api.wait(f"/v1/jobs/{jobs[0]['id']}", ended)
+    artifacts = first["artifacts"]
+    assert isinstance(artifacts, list), first["error"]
+    for job in jobs[1:]:
+        api.wait(f"/v1/jobs/{job['id']}", ended)
+    deployed = api.post("/v1/deployments", {"artifact": artifacts[2], "name": "wikitext-w4"})
+    api.wait(f"/v1/deployments/{deployed['id']}", {"ready", "failed"})
+    return {
+        "jobs": "/jobs",
+        "new-job": f"/jobs/new/{jobs[0]['id']}",
+        "job": f"/jobs/{jobs[0]['id']}",
+        "job-target": f"/jobs/{jobs[1]['id']}",
+        "job-failed": f"/jobs/{jobs[2]['id']}",
+        "artifacts": "/artifacts",
+        "artifact": f"/artifacts/{artifacts[2]}",
+        "deployments": "/deployments",
+        "chat": "/deployments/wikitext-w4/chat",
+        "workers": "/workers",
+    }
+
+
+def chat(page: Page) -> None:
+    for question in ("The river rises in the mountains and", "It was built in the nineteenth century"):
+        page.get_by_label("Message").fill(question)
+        page.get_by_role("button", name="Send").click()
+        page.get_by_role("button", name="Send").wait_for(timeout=60_000)
+
+
+def take(browser: Browser, service: Service, api: Api, pages: dict[str, str]) -> None:
+    for look, options in LOOKS.items():
+        context = browser.new_context(**options)  # type: ignore[arg-type]  # a table of options
+        page = context.new_page()
+        page.goto(service.url + api.post("/v1/login-links")["path"])
+        for name, path in pages.items():
+            page.goto(f"{service.url}/#{path}")
+            page.wait_for_load_state("networkidle")
+            page.wait_for_timeout(600)
+            if name == "chat":
+                chat(page)
+            page.screenshot(path=IMAGES / f"{name}-{look}.png", full_page=name.startswith("job"))
+        context.close()
+
+
+def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_service(Path(folder), REPOSITORY / "examples") as service,
+        sync_playwright() as playwright,
+    ):
+        api = Api(service)
+        pages = prepare(api)
+        browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+        take(browser, service, api, pages)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
