@@ -24,7 +24,7 @@ LOOKS = {
     "dark": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
 }
-TEXT = {"calibration": {"num_samples": 64, "sequence_length": 256}, "evaluation": {"num_samples": 32}}
+TEXT = {"calibration": {"num_samples": 32, "sequence_length": 128}, "evaluation": {"num_samples": 16}}
 JOBS = [
     {"recipe": [{"method": "rtn"}, {"method": "awq"}, {"method": "awq", "rounding": "gptq"},
                 {"method": "awq", "rounding": "gptq", "bits": 3}], "labels": {"team": "search"}},

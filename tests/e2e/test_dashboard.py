@@ -103,7 +103,8 @@ def visit(browser: Browser, service: Service) -> Iterator[Visit]:
     assert visit.complaints == []
 
 
-def test_from_the_form_to_the_artifact(visit: Visit, example_model: Path) -> None:
+@pytest.mark.timeout(480)
+def test_from_the_form_to_the_chat(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
     page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
     page.get_by_text("Nearly lossless").click()
@@ -125,6 +126,24 @@ def test_from_the_form_to_the_artifact(visit: Visit, example_model: Path) -> Non
     with page.expect_download() as download:
         page.get_by_role("link", name="config.json", exact=True).click()
     assert "quantization_config" in json.loads(Path(download.value.path()).read_text())
+    deploy_and_chat(visit)
+
+
+def deploy_and_chat(visit: Visit) -> None:
+    """From an artifact's page to an answer."""
+    page = visit.page
+    page.get_by_role("button", name="Deploy").click()
+    page.get_by_label("Name that clients ask for").fill("from-the-page")
+    page.get_by_role("dialog").get_by_role("button", name="Deploy").click()
+    expect(page.get_by_role("heading", name="from-the-page")).to_be_visible()
+    page.get_by_role("link", name="Chat").click(timeout=120_000)
+    page.get_by_text("Parameters").click()
+    page.get_by_label("Longest answer (tokens)").fill("8")
+    page.get_by_label("Message").fill("The river")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=60_000)
+    expect(page.locator(".message-assistant p")).not_to_have_text("…")
+    assert visit.faults() == []
 
 
 def test_refusals_stand_beside_their_fields(visit: Visit, example_model: Path) -> None:
