@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -43,6 +44,7 @@ KEY = "benchmark-key-" + "0" * 32
 NAME = "model"
 WORDS = "the history of the city and its people in the early years of the century "
 START_LIMIT_S = 180
+WARM_UP = 20
 STAND_IN = ("tests.integration.stand_in_serving_worker", "bench")
 REAL = ("workers.serving_supervisor", "--device", "cpu")
 
@@ -56,9 +58,21 @@ class Timing:
     tokens: int = 0
 
 
+class Stack(NamedTuple):
+    """Addresses of the API and of the only server behind it, and the API's process."""
+
+    api: str
+    server: str
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
 @contextmanager
-def stack(worker: Sequence[str], files: dict[str, bytes]) -> Iterator[tuple[str, str]]:
-    """An API process and a worker that serves an artifact of these files: addresses of API and server."""
+def stack(worker: Sequence[str], files: dict[str, bytes]) -> Iterator[Stack]:
+    """An API process and a worker that serves an artifact of these files."""
     with tempfile.TemporaryDirectory() as state, ExitStack() as processes, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -67,13 +81,17 @@ def stack(worker: Sequence[str], files: dict[str, bytes]) -> Iterator[tuple[str,
                        "NIBBLE_BOOTSTRAP_API_KEY": KEY, "NIBBLE_INFERENCE_LIMIT": "1000"}  # fmt: skip
         log = processes.enter_context((Path(state) / "log").open("wb"))
         url = f"http://127.0.0.1:{port}"
+        started: list[psutil.Process] = []
         for command in (("app.cli", "api"), worker):
             process = subprocess.Popen(
                 [sys.executable, "-m", *command], env=environment, cwd=REPOSITORY, stdout=log, stderr=log
             )
+            started.append(psutil.Process(process.pid))
             processes.callback(process.wait)
             processes.callback(process.terminate)
             wait_for(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+            # The API runs a Redis of its own, which the worker shares.
+            environment["NIBBLE_REDIS_URL"] = f"unix://{state}/redis/redis.sock"
         artifact = publish(Path(state) / "storage", files)
         with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
             made = client.post("/v1/deployments", json={"artifact": artifact, "name": NAME}).json()
@@ -84,7 +102,7 @@ def stack(worker: Sequence[str], files: dict[str, bytes]) -> Iterator[tuple[str,
             line for line in (Path(state) / "log").read_text().splitlines() if '"ready", "port"' in line
         ]
         server = int(json.loads(reports[-1][reports[-1].index("{") :])["port"])
-        yield url, f"http://127.0.0.1:{server}"
+        yield Stack(url, f"http://127.0.0.1:{server}", started[0])
 
 
 def wait_for(condition: Any) -> None:
@@ -183,25 +201,30 @@ def report(url: str, options: argparse.Namespace) -> None:
         print(f"| {concurrency} | {rate:.0f} | {cells} |", flush=True)
 
 
-async def first_tokens(api: str, server: str, body: dict[str, Any], count: int) -> dict[str, list[float]]:
+async def first_tokens(running: Stack, body: dict[str, Any], count: int) -> dict[str, list[float]]:
     """Times to the first token over the gateway and straight from the server, in turn."""
     found: dict[str, list[float]] = {"gateway": [], "server": []}
     headers = {"Authorization": f"Bearer {KEY}"}
     async with (
-        httpx.AsyncClient(base_url=api, headers=headers, timeout=60) as over,
-        httpx.AsyncClient(base_url=server, timeout=60) as straight,
+        httpx.AsyncClient(base_url=running.api, headers=headers, timeout=60) as over,
+        httpx.AsyncClient(base_url=running.server, timeout=60) as straight,
     ):
-        for turn in range(count + 20):
+        for turn in range(count + WARM_UP):
             for name, client in (("gateway", over), ("server", straight)):
                 timing = await ask(client, body)
-                if turn >= 20:  # the first ones open connections and fill caches
+                if turn >= WARM_UP:  # the first ones open connections and fill caches
                     found[name].append(timing.first_s)
     return found
 
 
 def overhead(options: argparse.Namespace) -> None:
-    with stack(STAND_IN, {"stand_in.json": b"{}"}) as (api, server):
-        found = asyncio.run(first_tokens(api, server, request_body(options), options.count))
+    with stack(STAND_IN, {"stand_in.json": b"{}"}) as running:
+        idle_s, began = running.cpu_s(), time.monotonic()
+        time.sleep(5)
+        idle_rate = (running.cpu_s() - idle_s) / (time.monotonic() - began)
+        used_s, began = running.cpu_s(), time.monotonic()
+        found = asyncio.run(first_tokens(running, request_body(options), options.count))
+        used_s = running.cpu_s() - used_s - idle_rate * (time.monotonic() - began)
     print(f"time to the first token, {options.count} requests each, stand-in server")
     for name, times in found.items():
         print(
@@ -209,6 +232,8 @@ def overhead(options: argparse.Namespace) -> None:
         )
     added = statistics.median(found["gateway"]) - statistics.median(found["server"])
     print(f"the gateway adds {added * 1e3:.2f} ms at p50")
+    each = used_s / (options.count + WARM_UP) * 1e3
+    print(f"its process takes {each:.2f} ms of CPU time per request of {options.output} tokens")
 
 
 def main() -> None:
@@ -230,8 +255,8 @@ def main() -> None:
     elif options.artifact is not None:
         files = {path.relative_to(options.artifact).as_posix(): path.read_bytes()
                  for path in options.artifact.rglob("*") if path.is_file()}  # fmt: skip
-        with stack(REAL, files) as (api, _):
-            report(api, options)
+        with stack(REAL, files) as running:
+            report(running.api, options)
     else:
         overhead(options)
 
