@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -50,6 +50,13 @@ class ArtifactCache:
         with self._lock(artifact_id).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield
+
+    def keep_only(self, artifact_ids: Collection[str]) -> None:
+        """Remove what earlier processes have left of other artifacts."""
+        for path in self._folder.glob("art_*") if self._folder.is_dir() else ():
+            artifact_id = path.name.partition(".")[0]
+            if path.is_dir() and artifact_id not in artifact_ids:
+                self.drop(path.name)
 
     def drop(self, artifact_id: str) -> bool:
         """Remove an artifact's files unless someone on this host uses them."""

@@ -39,6 +39,7 @@ REPLICA_TTL_S = 10.0
 REGISTRY_S = 5.0
 REGISTRY_TTL_S = 20.0
 SPREAD_S = 1.0  # a worker leaves a free slot to emptier workers, for so long per server that it runs
+SETTLE_S = 3.0  # after Redis was away, in which those whose claims ran out meanwhile take them up again
 SHUTDOWN_DRAIN_S = 8.0  # below the grace that `nibble up` and containers give
 
 
@@ -57,14 +58,17 @@ class ServingSupervisor:
         self._published: dict[tuple[str, int], str] = {}  # the state that was last announced
         self._free_since: dict[tuple[str, int], float] = {}
         self._registered = 0.0
+        self._claims_from = 0.0
 
     def run(self, shutdown: threading.Event) -> None:
         """Serve until `shutdown` is set, then stop every server."""
+        self._context.cache.keep_only({live.spec.artifact for live in self._store.all()})
         while not shutdown.wait(PASS_S):
             try:
                 self.step()
             except (RedisError, NibbleError) as fault:
                 log.warning("pass not finished: %s", fault)
+                self._claims_from = time.monotonic() + SETTLE_S
         self._end()
 
     def step(self) -> None:
@@ -105,7 +109,7 @@ class ServingSupervisor:
         """Take at most one free slot: the next one after the next pass, when others had their turn."""
         now, free = time.monotonic(), self._free_slots(deployments)
         self._free_since = {slot: self._free_since.get(slot, now) for slot in free}
-        if len(self._keepers) >= self._context.settings.serve_slots:
+        if len(self._keepers) >= self._context.settings.serve_slots or now < self._claims_from:
             return
         for slot, since in sorted(self._free_since.items()):
             if now - since < SPREAD_S * len(self._keepers):

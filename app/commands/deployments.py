@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from app.commands.show import print_page
+from app.commands.submission import given
 from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout, table
 from app.core.errors import NibbleError, NotFound, Unavailable
 
@@ -35,15 +36,21 @@ def deploy(
         int | None,
         typer.Option(min=1, help="Unload after so many seconds without a request.", show_default=False),
     ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", min=1, help="Of vllm.", show_default=False)
+    ] = None,
+    pipeline_parallel: Annotated[
+        int | None, typer.Option("--pipeline-parallel-size", min=1, help="Of vllm.", show_default=False)
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it answers.")] = True,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
     """Serve an artifact behind OpenAI's routes."""
+    vllm = given({"tensor_parallel_size": tensor_parallel, "pipeline_parallel_size": pipeline_parallel})
     body = {"artifact": artifact, "name": name, "engine": engine, "replicas": replicas}
-    if idle_timeout is not None:
-        body["idle_timeout_s"] = idle_timeout
+    body |= given({"idle_timeout_s": idle_timeout, "vllm": vllm or None})
     with connect(url, api_key) as client:
         made = client.deploy(body)
         if wait:
