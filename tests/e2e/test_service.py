@@ -18,6 +18,7 @@ JOB = {
     "calibration": {"num_samples": 8, "sequence_length": 128},
     "evaluation": {"num_samples": 4},
     "formats": ["awq", "compressed-tensors"],
+    "deploy": {"name": "wiki"},
 }
 
 
@@ -53,6 +54,15 @@ def test_a_job_from_submission_to_checked_files(
     assert downloaded.returncode == 0, downloaded.stderr
     assert "quantization_config" in json.loads((out / "config.json").read_text())
     assert list(out.glob("*.safetensors"))
+
+    # The job has deployed its first artifact; the terminal waits until it has loaded.
+    said = service.nibble("chat", "wiki", "The history of", "--temperature", "0", "--max-tokens", "8")
+    assert said.returncode == 0, said.stderr + service.log.read_text()[-3000:]
+    assert said.stdout.strip()
+    assert "wiki" in service.nibble("deployments").stdout
+    deleted = service.nibble("deployments", "delete", "wiki")
+    assert deleted.returncode == 0, deleted.stderr
+    assert not [each for each in service.members() if "workers.serving" in each.cmdline()]
 
 
 def test_bad_input_is_refused_with_a_remedy_and_the_service_stays_ready(

@@ -146,6 +146,11 @@ def test_the_same_contents_give_the_same_artifact(service: Service) -> None:
     assert (again["state"], again["artifacts"], again["reused_from"]) == ("succeeded", [artifact], first)
     assert service.client.get(f"/v1/jobs/{again['id']}/report").json() == {"version": 1}
     assert service.queue.place(service.store.load(again["id"])) is Place.GONE
+    deployed = service.submit(deploy={"name": "again"})
+    views = service.client.get("/v1/deployments").json()["data"]
+    assert [(view["name"], view["artifact"], view["job"]) for view in views] == [
+        ("again", artifact, deployed["id"])
+    ]
     assert service.submit(force=True)["state"] == "queued"
     assert service.submit(recipe={"bits": 8})["state"] == "queued"
     assert service.submit(calibration={"seed": 1})["state"] == "queued"
