@@ -53,6 +53,7 @@ from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex, package_version
 from app.core.security import KeyStore, bootstrap_key
 from app.core.settings import Settings
+from app.core.tally import Tally
 from app.core.webhook_sender import WebhookSender, WebhookThread
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
@@ -140,6 +141,7 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics) -> Services:
         routes=routes,
         callers=KeyCache(keys, lambda: routes.is_offline),
         gateway=Gateway(routes, deployments, settings, metrics),
+        tally=Tally(redis),
         metrics=metrics,
     )
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from app.api.dependencies import Services
+from app.core.logs import set_up_logs
 from app.core.settings import Settings
 from app.main import create_app
 
 GRACE_S = 5  # for requests that are being answered when the end comes
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class ApiServer(uvicorn.Server):
@@ -32,8 +31,7 @@ class ApiServer(uvicorn.Server):
 
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT."""
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # relayed requests have their line in the access log
+    set_up_logs(settings)
     app = create_app(settings)
     config = uvicorn.Config(
         app,

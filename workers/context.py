@@ -14,6 +14,7 @@ from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
 from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
+from app.core.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -30,5 +31,6 @@ class WorkerContext:
     shutdown: threading.Event
     reuse: ReuseIndex
     limits: TenantLimits
+    tally: Tally
     profile: DeviceProfile | None = None
     child_module: str = CHILD_MODULE

@@ -23,10 +23,12 @@ from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.limits import TenantLimits
+from app.core.logs import set_up_logs
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
+from app.core.tally import Tally
 from app.core.worker_registry import WorkerRecord
 from workers.context import WorkerContext
 from workers.queue_worker import QueueWorker
@@ -153,6 +155,7 @@ def serve(
             shutdown=shutdown,
             reuse=ReuseIndex(redis, objects),
             limits=TenantLimits(redis, settings),
+            tally=Tally(redis),
             profile=record.profile,
             child_module=child_module,
         )
@@ -170,9 +173,7 @@ def serve(
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     settings = Settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    set_up_logs(settings)
     settings.scratch_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with resolve_redis(settings) as server:
         record = describe_worker(resolve_device(options.device), options.name)

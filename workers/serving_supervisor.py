@@ -23,6 +23,7 @@ from app.core.artifact_store import ArtifactStore
 from app.core.deployment import Deployment, DeploymentState, LiveDeployment, Replica
 from app.core.deployment_store import DeploymentStore, failed, resting
 from app.core.errors import NibbleError, NotFound
+from app.core.logs import set_up_logs
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings
@@ -250,10 +251,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     settings = Settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look at a server's load
+    set_up_logs(settings)
     settings.scratch_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutdown = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

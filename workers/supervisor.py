@@ -41,6 +41,7 @@ from app.core.job import Job, JobState, Progress, Stage, transition
 from app.core.job_changes import failed, requeued
 from app.core.job_child import JobChild
 from app.core.job_deployment import deploy_result
+from app.core.logs import log_ids
 from app.core.published import published_before, read_manifest, withdraw
 from app.core.reuse import Contents, Made, fingerprint
 from app.core.storage_keys import checkpoint_prefix, report_key
@@ -67,11 +68,14 @@ def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
     except (Conflict, NotFound) as refusal:
         log.info("delivery ignored: %s", refusal.message, extra={"job": job_id, "attempt": attempt})
         return
-    try:
-        with Watch(context.store, job, lease_s=lease_s, shutdown=context.shutdown) as watch:
-            Attempt(context, job, watch).run()
-    finally:
-        context.store.release(job_id, attempt)
+    with log_ids(request=job.request_id, job=job_id, attempt=attempt):
+        log.info("attempt begins")
+        try:
+            with Watch(context.store, job, lease_s=lease_s, shutdown=context.shutdown) as watch:
+                Attempt(context, job, watch).run()
+        finally:
+            context.store.release(job_id, attempt)
+            log.info("attempt is over")
 
 
 class Attempt:
@@ -83,6 +87,8 @@ class Attempt:
         self._watch = watch
         self._work_folder = context.settings.scratch_dir / f"{job.id}-{job.attempt}"
         self._fingerprint: str | None = None
+        self._stage: Stage | None = None
+        self._stage_began = 0.0
         self._fraction = 0.0
         self._written = 0.0
 
@@ -232,7 +238,17 @@ class Attempt:
             self._context.objects.put(report_key(self._job.id), report)
 
     def _set_stage(self, stage: Stage) -> None:
+        self._close_stage(stage)
         self._update(lambda job: job.model_copy(update={"stage": stage}))
+
+    def _close_stage(self, after: Stage | None) -> None:
+        """Count the seconds of the stage that ends."""
+        now = time.monotonic()
+        if self._stage is not None and self._stage is not after:
+            ended, seconds = self._stage, now - self._stage_began
+            self._written_to_redis(lambda: self._context.tally.add_stage(ended, seconds), stoppable=False)
+        if self._stage is not after:
+            self._stage, self._stage_began = after, now
 
     def _set_progress(self, message: Progressed) -> None:
         self._fraction = min(1.0, max(self._fraction, message.fraction))
@@ -257,6 +273,7 @@ class Attempt:
             lambda job: transition(job, JobState.SUCCEEDED, progress=Progress(fraction=1.0), **changes),
             stoppable=False,
         )
+        self._close_stage(None)
         self._drop_checkpoints()
         self._note_made(made)
 

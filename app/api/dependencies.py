@@ -29,6 +29,7 @@ from app.core.object_store import ObjectStore
 from app.core.reuse import ReuseIndex
 from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
+from app.core.tally import Tally
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
 
@@ -58,6 +59,7 @@ class Services:
     routes: RoutingTable
     callers: KeyCache
     gateway: Gateway
+    tally: Tally
     metrics: Metrics
 
 

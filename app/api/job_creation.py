@@ -11,6 +11,7 @@ from app.core.errors import NotFound
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress
 from app.core.job_deployment import deploy_result
+from app.core.logs import bound_id
 from app.core.reuse import Made
 from app.core.specs import JobSpec
 from app.core.submission import CheckedSubmission, check_submission
@@ -46,6 +47,7 @@ def new_job(checked: CheckedSubmission, job_id: str, tenant: str) -> Job:
         spec=checked.spec,
         created_at=datetime.now(UTC),
         fingerprint=checked.fingerprint,
+        request_id=bound_id("request"),
     )
 
 

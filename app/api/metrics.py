@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 from app.core.janitor import STEPS
+from app.core.tally import StageTotal
 
 FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -22,6 +28,11 @@ class Occupancy(NamedTuple):
     workers: dict[str, int]  # by what they do: busy, idle
     deployments: dict[str, int]  # by state
     replicas: dict[str, int]  # by state
+    oldest_s: float  # age of the job that waits longest
+    heartbeats_s: dict[str, float]  # seconds since the last one, by worker
+    gpu_bytes: dict[str, float]  # of the workers' GPUs in use, by worker
+    stages: dict[str, StageTotal]
+    failures: dict[str, int]  # jobs by code
 
 
 class OccupancyCollector(Collector):
@@ -39,10 +50,28 @@ class OccupancyCollector(Collector):
         yield family("nibble_queue_depth", "Jobs that wait for a worker.", "queue", occupancy.queues)
         yield family("nibble_workers", "Living workers.", "state", occupancy.workers)
         yield family("nibble_deployments", "Deployments by state.", "state", occupancy.deployments)
+        oldest = GaugeMetricFamily("nibble_queue_oldest_seconds", "Age of the job that waits longest.")
+        oldest.add_metric([], occupancy.oldest_s)
+        yield oldest
+        heartbeats, memory = occupancy.heartbeats_s, occupancy.gpu_bytes
+        yield family("nibble_worker_heartbeat_age_seconds", "Since the last.", "worker", heartbeats)
+        yield family("nibble_gpu_memory_used_bytes", "Of the worker's GPU.", "worker", memory)
+        yield stage_summary(occupancy.stages)
+        failures = CounterMetricFamily("nibble_job_failures", "Failed jobs by code.", labels=["code"])
+        for code, count in occupancy.failures.items():
+            failures.add_metric([code], count)
+        yield failures
         yield family("nibble_replicas", "Servers of deployments.", "state", occupancy.replicas)
 
 
-def family(name: str, documentation: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:
+def stage_summary(stages: dict[str, StageTotal]) -> SummaryMetricFamily:
+    metric = SummaryMetricFamily("nibble_stage_seconds", "Time that jobs spent in a stage.", labels=["stage"])
+    for stage, total in stages.items():
+        metric.add_metric([stage], total.times, total.seconds)
+    return metric
+
+
+def family(name: str, documentation: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
     metric = GaugeMetricFamily(name, documentation, labels=[label])
     for value, count in values.items():
         metric.add_metric([value], count)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import inference_problem, is_inference, problem
 from app.api.metrics import Metrics
 from app.core.errors import InvalidRequest
+from app.core.logs import log_ids
 
 log = logging.getLogger("app.access")
 
@@ -45,13 +46,16 @@ class RequestRecord:
 
         started = time.perf_counter()
         self._metrics.request_begins()
-        try:
-            await self._app(scope, receive, send_marked)
-        finally:
-            seconds = time.perf_counter() - started
-            self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
-            # repr: a path may hold control characters.
-            log.info("%s %r %d %.1f ms %s", scope["method"], scope["path"], status, seconds * 1e3, request_id)
+        with log_ids(request=request_id):
+            try:
+                await self._app(scope, receive, send_marked)
+            finally:
+                seconds = time.perf_counter() - started
+                self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
+                log.info(
+                    "%s %s %d %.1f ms", scope["method"], scope["path"], status, seconds * 1e3,
+                    extra={"fields": {"status": status, "seconds": round(seconds, 4)}},
+                )  # fmt: skip
 
 
 def route_of(scope: Scope) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from enum import StrEnum
 
 from fastapi import APIRouter
@@ -13,6 +14,7 @@ from app.api.dependencies import Services, ServicesParam
 from app.api.metrics import Occupancy
 from app.core.deployment import DeploymentState, ReplicaState
 from app.core.errors import Unavailable
+from app.core.job import JobState
 
 router = APIRouter(tags=["operations"])
 
@@ -57,7 +59,10 @@ def metrics(services: ServicesParam) -> Response:
 
 
 def occupancy(services: Services) -> Occupancy:
-    living = [worker for worker in services.workers.living() if worker.queue == "jobs"]
+    everyone = services.workers.living()
+    living = [worker for worker in everyone if worker.queue == "jobs"]
+    waiting = services.jobs.in_state(JobState.QUEUED)
+    now = datetime.now(UTC)
     busy = sum(worker.job is not None for worker in living)
     deployments = services.deployments.all()
     return Occupancy(
@@ -66,6 +71,13 @@ def occupancy(services: Services) -> Occupancy:
         workers={"busy": busy, "idle": len(living) - busy},
         deployments=counted([live.state for live in deployments], DeploymentState),
         replicas=counted([replica.state for live in deployments for replica in live.replicas], ReplicaState),
+        oldest_s=services.jobs.age_s(waiting[0]) if waiting else 0.0,
+        heartbeats_s={worker.name: (now - worker.heartbeat_at).total_seconds() for worker in everyone},
+        gpu_bytes={
+            worker.name: worker.gpu_memory_bytes for worker in everyone if worker.gpu_memory_bytes is not None
+        },
+        stages=services.tally.stages(),
+        failures=services.tally.failures(),
     )
 
 

@@ -80,6 +80,7 @@ class Job(Frozen):
     error: Problem | None = None
     artifacts: tuple[str, ...] = ()
     retry_of: str | None = None
+    request_id: str | None = None  # of the request that made it, for the logs
     fingerprint: str | None = None  # of its contents, as far as submission could see
     reused_from: str | None = None  # the job that has made its artifacts
 

@@ -5,6 +5,7 @@ The delivery of a webhook is recorded together with the change that it tells of:
 
 from __future__ import annotations
 
+FAILURES = "nibble:tally:failures"
 CHANGES = "nibble:changes"
 MAX_EVENTS = 10_000
 DELIVERIES_KEPT_S = 30 * 24 * 3600
@@ -40,7 +41,7 @@ return 1
 """
 
 # KEYS: job, state set before, state set after, events, the tenant's active jobs, …
-# ARGV: id, expected version, record, event kind or '', event payload, 1 if active, …
+# ARGV: id, expected version, record, event kind or '', event payload, 1 if active, code of a failure or '', …
 SWAP = f"""
 if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'record', ARGV[3])
@@ -48,6 +49,7 @@ redis.call('HINCRBY', KEYS[1], 'version', 1)
 redis.call('SREM', KEYS[2], ARGV[1])
 redis.call('SADD', KEYS[3], ARGV[1])
 if ARGV[6] ~= '1' then redis.call('SREM', KEYS[5], ARGV[1]) end
+if ARGV[7] ~= '' then redis.call('HINCRBY', '{FAILURES}', ARGV[7], 1) end
 if ARGV[4] ~= '' then
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[4], 'payload', ARGV[5])
 end

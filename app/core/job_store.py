@@ -222,7 +222,8 @@ class JobStore:
             message = message_of(before, after)
             keys = [job_key(job_id), state_key(before.state), state_key(after.state), events_key(job_id)]
             active = "0" if after.is_terminal else "1"
-            arguments = [job_id, str(version), encode(after), kind, payload, active]
+            failure = after.error.code if after.state is JobState.FAILED and after.error is not None else ""
+            arguments = [job_id, str(version), encode(after), kind, payload, active, failure]
             if self._swap(
                 keys=[*keys, active_key(after.tenant), *delivery_keys(message)],
                 args=[*arguments, *delivery_arguments(message)],

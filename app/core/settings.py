@@ -63,6 +63,7 @@ class Settings(BaseSettings):
     bootstrap_api_key: Annotated[SecretStr | None, BeforeValidator(empty_is_none)] = None
     kernel_backend: str = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
     lease_s: float = Field(default=30.0, ge=1, le=300)
     janitor_interval_s: float = Field(default=15.0, ge=0.1, le=300)

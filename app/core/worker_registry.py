@@ -29,6 +29,7 @@ class WorkerRecord(Frozen):
     queue: Literal["jobs", "serve"] = "jobs"
     engines: tuple[str, ...] = ()  # that a worker of the queue `serve` can run
     servers: int = 0  # that it runs
+    gpu_memory_bytes: int | None = None  # in use on its device
     job: str | None = None
     tenant: str | None = None  # the job's
     started_at: datetime

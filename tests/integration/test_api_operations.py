@@ -14,9 +14,11 @@ from app.core.deployment_store import DeploymentStore
 from app.core.device_profile import NOMINAL
 from app.core.ids import new_id
 from app.core.janitor import STEPS
+from app.core.job import JobState, Problem
 from app.core.redis_server import resolve_redis
 from app.core.security import Scope, key_id
 from app.core.settings import Settings
+from app.core.tally import Tally
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 
@@ -159,6 +161,20 @@ def test_metrics_tell_of_jobs_queues_and_requests(service: Service) -> None:
     assert metric(service, 'nibble_jobs{state="succeeded"}') == 1
     assert metric(service, 'nibble_queue_depth{queue="nibble-normal"}') == 2
     assert metric(service, 'nibble_workers{state="idle"}') == 0
+    failed = service.submit()["id"]
+    service.end(failed, JobState.FAILED, error=Problem(code="out_of_memory", message="x"))
+    Tally(service.redis).add_stage("searching", 1.5)
+    now = datetime.now(UTC)
+    worker = WorkerRecord(
+        name="a", host="h", pid=1, device="cuda:0", gpu_memory_bytes=7, started_at=now, heartbeat_at=now
+    )
+    WorkerRegistry(service.redis).beat(worker, ttl_s=30)
+    assert metric(service, "nibble_queue_oldest_seconds") > 0
+    assert metric(service, 'nibble_job_failures_total{code="out_of_memory"}') == 1
+    assert metric(service, 'nibble_stage_seconds_sum{stage="searching"}') == 1.5
+    assert metric(service, 'nibble_stage_seconds_count{stage="searching"}') == 1
+    assert 0 <= metric(service, 'nibble_worker_heartbeat_age_seconds{worker="a"}') < 30
+    assert metric(service, 'nibble_gpu_memory_used_bytes{worker="a"}') == 7
     service.client.get(f"/v1/jobs/{new_id('job')}")
     service.client.get("/no/such/route")
     counted = 'nibble_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"}'

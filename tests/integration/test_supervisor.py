@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from app.core.ids import artifact_id
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested, requeued
 from app.core.job_queue import Place
+from app.core.logs import ids_of
 from app.core.published import published_before
 from app.core.specs import DeploymentOptions, JobSpec
 from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
+from app.core.tally import Tally
 from tests.integration.workshop import MODEL, Workshop, wait_until
 from workers.supervisor import run_attempt
 
@@ -51,6 +54,22 @@ def test_a_job_is_published_once_and_leaves_nothing_behind(workshop: Workshop) -
     assert workshop.objects.list(checkpoint_prefix(job.id)) == []
     assert list(workshop.settings.scratch_dir.iterdir()) == []
     assert not workshop.store.holds(job.id, 1)
+
+
+def test_lines_of_an_attempt_carry_request_job_and_attempt(
+    workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = workshop.submit()
+    workshop.store.update(job.id, lambda job: job.model_copy(update={"request_id": "req-7"}))
+    told: list[dict[str, str]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(ids_of(record))  # type: ignore[method-assign]
+    logging.getLogger("workers.supervisor").addHandler(handler)
+    with caplog.at_level(logging.INFO, "workers.supervisor"):
+        workshop.run(job)
+    logging.getLogger("workers.supervisor").removeHandler(handler)
+    assert told[0] == told[-1] == {"request": "req-7", "job": job.id, "attempt": "1"}
+    assert set(Tally(workshop.redis).stages()) == {"fetching", "calibrating", "publishing"}
 
 
 def test_a_job_resumes_and_publishes_in_s3(

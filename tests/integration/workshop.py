@@ -27,6 +27,7 @@ from app.core.published import read_manifest
 from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.specs import FormatName, JobSpec
+from app.core.tally import Tally
 from workers.context import WorkerContext
 from workers.supervisor import run_attempt
 
@@ -75,6 +76,7 @@ class Workshop:
             shutdown=self.shutdown,
             reuse=ReuseIndex(self.redis, self.objects),
             limits=TenantLimits(self.redis, self.settings),
+            tally=Tally(self.redis),
             child_module=STAND_IN,
         )
 

@@ -1,0 +1,88 @@
+"""Log lines that carry the ids of what they are about: request, job, attempt.
+
+As text for people, or as one JSON object on each line (`NIBBLE_LOG_FORMAT`). Control characters that came
+from outside can't begin a line of their own in either.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+
+from app.core.settings import Settings
+
+IDS = ("request", "job", "attempt")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+MAX_MESSAGE = 8000
+
+# A tuple of pairs: a context is shared with what was started in it and must not be changed from there.
+_bound: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("log_ids", default=())
+
+
+@contextmanager
+def log_ids(**ids: str | int | None) -> Iterator[None]:
+    """Have every line of this context carry the ids, until the block ends."""
+    given = {name: str(value) for name, value in ids.items() if value is not None}
+    token = _bound.set(tuple({**dict(_bound.get()), **given}.items()))
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+
+
+def bound_id(name: str) -> str | None:
+    return dict(_bound.get()).get(name)
+
+
+def ids_of(record: logging.LogRecord) -> dict[str, str]:
+    """The ids bound where the line was written, and those given with it."""
+    own = {name: str(getattr(record, name)) for name in IDS if getattr(record, name, None) is not None}
+    return {**dict(_bound.get()), **own}
+
+
+def escaped(text: str) -> str:
+    """The text without control characters, cut to a sane length."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)[:MAX_MESSAGE]
+
+
+class TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        ids = "".join(f" {name}={escaped(value)}" for name, value in ids_of(record).items())
+        line = f"{moment} {record.levelname} {record.name}: {escaped(record.getMessage())}{ids}"
+        return f"{line}\n{trace(record)}" if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": escaped(record.getMessage()),
+            **ids_of(record),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["trace"] = trace(record)
+        return json.dumps(fields, default=str)
+
+
+def trace(record: logging.LogRecord) -> str:
+    assert record.exc_info
+    return "".join(traceback.format_exception(*record.exc_info)).rstrip()
+
+
+def set_up_logs(settings: Settings) -> None:
+    """Send every line to stderr in the operator's format. For the main of a process."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    # Relayed requests have their line in the access log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from app.core.logs import JsonFormatter, TextFormatter, bound_id, log_ids
+
+
+def line(message: str, *, fault: bool = False, **extra: object) -> logging.LogRecord:
+    trouble = None
+    if fault:
+        try:
+            int("bad\nvalue")
+        except ValueError:
+            trouble = sys.exc_info()
+    record = logging.LogRecord("app", logging.INFO, __file__, 1, message, (), trouble)
+    record.__dict__.update(extra)
+    return record
+
+
+def test_a_line_carries_the_ids_of_its_context_and_its_own() -> None:
+    with log_ids(request="r1", job=None):
+        assert bound_id("request") == "r1"
+        with log_ids(job="j1", attempt=2):
+            told = json.loads(JsonFormatter().format(line("hello", attempt=3, fields={"status": 200})))
+        assert bound_id("job") is None
+    assert (told["request"], told["job"], told["attempt"], told["status"]) == ("r1", "j1", "3", 200)
+    assert (told["message"], told["level"], told["logger"]) == ("hello", "info", "app")
+    assert bound_id("request") is None
+
+
+def test_nothing_from_outside_begins_a_line_of_its_own() -> None:
+    forged = "GET /x\n2026-01-01 INFO app: forged\x1b[2J\u2028end"
+    with log_ids(request="a\nb"):
+        text = TextFormatter().format(line(forged))
+        document = JsonFormatter().format(line(forged))
+    assert len(text.splitlines()) == 1
+    assert "\x1b" not in text
+    assert len(document.splitlines()) == 1
+    assert "request=a\\x0ab" in text
+
+
+def test_a_fault_comes_with_its_trace_and_length_is_bounded() -> None:
+    assert "ValueError" in json.loads(JsonFormatter().format(line("x", fault=True)))["trace"]
+    assert "ValueError" in TextFormatter().format(line("x", fault=True))
+    assert len(TextFormatter().format(line("x" * 100_000))) < 10_000
