@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.checks import check_bias, check_dtype, check_input
+from kernels.checks import DTYPES, check_bias, check_dtype, check_input
 from kernels.cpu.blocked_layout import CHUNK, ROWS, BlockedWeight, groups_per_chunk, to_blocks
 from kernels.cpu.native_library import BlockedStruct, NotCompiled, address, native_library
 from kernels.problem import Problem
@@ -30,7 +30,6 @@ DEQUANTIZED_BYTES = 4 * 1024**2  # of such a part
 SMALL_PRODUCT = 2**20  # multiplications that are not worth a second thread
 
 
-@torch.library.custom_op("nibble::blocked_linear", mutates_args=())
 def blocked_linear(
     x: Tensor,
     codes: Tensor,
@@ -43,22 +42,19 @@ def blocked_linear(
     tiles: bool,
 ) -> Tensor:
     """x (..., in_features) to (..., out_features), from a BlockedWeight's tensors."""
-    check_dtype("x", x.dtype, tuple(PARTS))
+    check_dtype("x", x.dtype, DTYPES)
     check_bias(bias, out_features, x)
     output = x.new_empty((*x.shape[:-1], out_features))
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0]:
-        weight = Blocks(codes, scale, zero, bits, group_size)
-        multiply = multiply_by_tiles if tiles else multiply_by_rows
-        flat = output.view(-1, out_features)
-        for first in range(0, rows.shape[0], MOST_ROWS):
-            part = slice(first, first + MOST_ROWS)
-            multiply(weight, rows[part], bias, flat[part])
+    rows, flat = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
+    weight = Blocks(codes, scale, zero, bits, group_size)
+    multiply = multiply_by_tiles if tiles else multiply_by_rows
+    for first in range(0, rows.shape[0], MOST_ROWS):
+        part = slice(first, first + MOST_ROWS)
+        multiply(weight, rows[part], bias, flat[part])
     return output
 
 
-@blocked_linear.register_fake
-def _(
+def blocked_linear_fake(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -69,9 +65,19 @@ def _(
     out_features: int,
     tiles: bool,
 ) -> Tensor:
-    check_dtype("x", x.dtype, tuple(PARTS))
+    check_dtype("x", x.dtype, DTYPES)
     check_bias(bias, out_features, x)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+# Defined without `custom_op`: its wrapper takes as long as a product of a small layer.
+torch.library.define(
+    "nibble::blocked_linear",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
+    "int out_features, bool tiles) -> Tensor",
+)
+torch.library.impl("nibble::blocked_linear", "CPU", blocked_linear)
+torch.library.register_fake("nibble::blocked_linear", blocked_linear_fake)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ class NativeKernel:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.weight
         check_input(x, weight.in_features, self.dtype, weight.codes.device)
-        output: Tensor = blocked_linear(
+        output: Tensor = torch.ops.nibble.blocked_linear(
             x, weight.codes, weight.scale, weight.zero, bias, weight.bits, weight.group_size,
             weight.out_features, self.tiles,
         )  # fmt: skip

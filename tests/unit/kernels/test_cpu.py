@@ -176,7 +176,7 @@ def test_opcheck(dtype: torch.dtype, *, tiles: bool) -> None:
     for rows in (1, 20):
         x, bias = random_input((rows, 128), dtype), random_input((24,), dtype)
         arguments = (x, weight.codes, weight.scale, weight.zero, bias, 3, 64, 24, tiles)
-        torch.library.opcheck(native.blocked_linear, arguments)
+        torch.library.opcheck(torch.ops.nibble.blocked_linear.default, arguments)
 
 
 def test_tiles_leave_other_libraries_alone() -> None:
