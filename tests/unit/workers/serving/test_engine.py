@@ -1,0 +1,120 @@
+"""The engine's own behaviour: a model that fails, a queue that is full, an end that is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.errors import QueueFull, Unavailable
+from tests.inference import Served, greedy, sampled
+from tests.tiny_models import random_model, save_model
+from workers.serving.requests import Generation
+from workers.serving.routes import create_app
+
+BODY = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is not quantized at all: the engine does not mind."""
+    return save_model(random_model("llama"), tmp_path_factory.mktemp("model"))
+
+
+def fail_after(served: Served, steps: int, error: Exception) -> None:
+    """From then on the model raises."""
+    forward, left = served.engine.batch.forward, [steps]
+
+    def failing(*arguments: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return forward(*arguments)
+
+    served.engine.batch.forward = failing  # type: ignore[method-assign]
+
+
+async def ask(served: Served, *bodies: dict[str, Any]) -> list[httpx.Response]:
+    """Requests through the routes, in this event loop."""
+    served.served.bind(asyncio.get_running_loop())
+    transport = httpx.ASGITransport(create_app(served.served))
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        answers = [await client.post("/v1/completions", json=body) for body in bodies]
+        return [*answers, await client.get("/health")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_ends_streams_with_an_error_and_the_health(folder: Path) -> None:
+    served = Served(folder)
+    fail_after(served, 5, RuntimeError("a broken kernel"))
+    streamed, refused, health = asyncio.run(ask(served, BODY | {"stream": True}, BODY))
+    *frames, error, done, rest = streamed.text.split("\n\n")
+    assert streamed.status_code == 200
+    assert len(frames) > 0
+    assert "a broken kernel" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert (done, rest) == ("data: [DONE]", "")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "engine_unavailable"
+    assert health.status_code == 503
+
+
+def test_a_failure_before_the_first_token_is_an_ordinary_error(folder: Path) -> None:
+    served = Served(folder)
+    fail_after(served, 0, RuntimeError("a broken kernel"))
+    streamed, _ = asyncio.run(ask(served, BODY | {"stream": True}))
+    assert streamed.status_code == 503
+    assert streamed.json()["error"]["type"] == "service_unavailable_error"
+
+
+def test_output_that_is_not_finite_fails_the_request_alone(folder: Path) -> None:
+    served = Served(folder)
+    forward = served.engine.batch.forward
+    broken = iter([True, False])
+
+    def overflowing(*arguments: Any) -> Tensor:
+        logits = forward(*arguments)
+        return torch.full_like(logits, torch.nan) if next(broken, False) else logits
+
+    served.engine.batch.forward = overflowing  # type: ignore[method-assign]
+    first, second, health = asyncio.run(ask(served, BODY, BODY))
+    assert first.status_code == 500
+    assert "not finite" in first.json()["error"]["message"]
+    assert (second.status_code, health.status_code) == (200, 200)
+
+
+def test_the_queue_is_bounded_and_a_drain_closes_it(folder: Path) -> None:
+    served = Served(folder, max_sequences=1, max_waiting=1)
+    pieces: list[Any] = []
+    request = greedy([5, 6], 200)
+    refusals = [submitted(served, generation(request, number, pieces)) for number in range(4)]
+    assert refusals[-1] == "overloaded"
+    served.engine.drain()
+    with pytest.raises(Unavailable, match="shutting down"):
+        served.engine.submit(generation(request, 9, pieces))
+
+
+def submitted(served: Served, request: Generation) -> str | None:
+    """The code of the refusal, if it is refused."""
+    try:
+        served.engine.submit(request)
+    except QueueFull as refusal:
+        return refusal.code
+    return None
+
+
+def generation(request: dict[str, Any], number: int, pieces: list[Any]) -> Generation:
+    return Generation(id=f"r{number}", deliver=pieces.append, **request)
+
+
+def test_choices_of_one_prompt_differ_by_their_seed(folder: Path) -> None:
+    served = Served(folder)
+    pieces = served.answers([sampled([5, 6, 7], 8, seed=1) | {"n": 3}])[0]
+    texts = ["".join(piece.text for piece in pieces if piece.index == index) for index in range(3)]
+    assert len(set(texts)) == 3
+    assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["length"] * 3
