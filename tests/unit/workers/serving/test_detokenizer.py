@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -50,6 +50,7 @@ def streamed(tokenizer: Tokenizer, tokens: list[int], prompt: list[int]) -> list
     return [*(detokenizer.add(token) for token in tokens), detokenizer.rest()]
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1), st.data())
 def test_any_split_of_text_into_tokens_gives_the_text(text: str, data: st.DataObject) -> None:
     content, tokens = text.encode(), []
@@ -68,6 +69,7 @@ def split_token(content: bytes) -> int | None:
     return BYTE_LEVEL.token_to_id("".join(BYTE_NAMES[byte] for byte in content))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 255), min_size=1), st.lists(st.integers(0, 255)))
 def test_garbage_is_given_as_the_tokenizer_decodes_it(tokens: list[int], prompt: list[int]) -> None:
     """Bytes that are no text; a prompt before it changes nothing if it ends with a whole character."""
@@ -76,6 +78,7 @@ def test_garbage_is_given_as_the_tokenizer_decodes_it(tokens: list[int], prompt:
     assert "".join(streamed(BYTE_LEVEL, tokens, whole)) == BYTE_LEVEL.decode(tokens)
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(["▁the", "▁a", "b"]))))
 def test_characters_as_bytes_and_words_with_marks(parts: list[str]) -> None:
     tokens: list[int] = []
@@ -85,6 +88,7 @@ def test_characters_as_bytes_and_words_with_marks(parts: list[str]) -> None:
     assert "".join(streamed(BYTE_FALLBACK, tokens, [])) == BYTE_FALLBACK.decode(tokens)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(3, 4095), min_size=1, max_size=60))
 def test_random_tokens_of_a_real_vocabulary(tokens: list[int]) -> None:
     assert "".join(streamed(BUNDLED, tokens, [])) == BUNDLED.decode(tokens)
@@ -108,6 +112,7 @@ def test_special_tokens_are_left_out_unless_wanted() -> None:
     assert shown.add(0) == "<|endoftext|>"
 
 
+@settings(deadline=None)
 @given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_strings_cut_where_they_begin(text: str, strings: list[str], data: st.DataObject) -> None:
     """However the text is cut into pieces, what is given away is the text before the first stop string."""

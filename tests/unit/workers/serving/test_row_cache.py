@@ -30,7 +30,7 @@ Action = st.one_of(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(Action, max_size=12))
 def test_a_row_holds_what_its_sequence_saw(actions: list[tuple[str, int]]) -> None:
     generator = torch.Generator().manual_seed(0)
