@@ -25,8 +25,8 @@ PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numb
 
 MOST_ROWS = 2048  # multiplied at once: bounds the memory for a rearranged input
 # Without tiles: from here on the weight is dequantized, part by part, for PyTorch's own product.
-DEQUANTIZED_ROWS = 16
-DEQUANTIZED_BYTES = 4 * 1024**2  # of such a part
+DEQUANTIZED_ROWS = 11
+DEQUANTIZED_BYTES = 2 * 1024**2  # of such a part
 SMALL_PRODUCT = 2**20  # multiplications that are not worth a second thread
 
 

@@ -149,9 +149,9 @@ def cpu_read_rate() -> float:
 
 def cpu_product_rate() -> float:
     """Operations per second of a dense bfloat16 product that stays in the cache."""
-    a, b = torch.randn(256, 2048).bfloat16(), torch.randn(256, 2048).bfloat16()
+    a, b = torch.randn(512, 1024).bfloat16(), torch.randn(1024, 1024).bfloat16()
     best = min(seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(50))
-    return 2 * 256 * 256 * 2048 / best
+    return 2 * 512 * 1024 * 1024 / best
 
 
 def time_cpu_calls(copies: list[Product], x: Tensor, budget_s: float) -> list[float]:

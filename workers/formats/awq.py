@@ -14,7 +14,6 @@ from torch import Tensor
 from app.core.format_limits import Scheme
 from app.core.plan import CandidatePlan
 from kernels.layouts import pack_awq, unpack_awq
-from kernels.weight import PackedWeight
 from workers.modeling.quantized_weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -38,11 +37,6 @@ def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         unpack_awq(stored["qzeros"]).T.contiguous(),
         scheme,
     )
-
-
-def packed_weight(stored: dict[str, Tensor], scheme: Scheme) -> PackedWeight:
-    """The tensors of one linear, for the kernels."""
-    return weight(stored, scheme).packed(stored["scales"].dtype)
 
 
 def shapes(

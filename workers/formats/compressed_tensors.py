@@ -16,7 +16,6 @@ from torch import Tensor
 from app.core.format_limits import Scheme
 from app.core.plan import CandidatePlan
 from kernels.layouts import pack_rows, packed_words, unpack_rows
-from kernels.weight import PackedWeight
 from workers.formats.targets import compact_patterns
 from workers.modeling.quantized_weight import QuantizedWeight
 
@@ -42,32 +41,15 @@ def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `tensors`."""
-    in_features = int(stored["weight_shape"][1])
+    out_features, in_features = (int(size) for size in stored["weight_shape"])
     scale = stored["weight_scale"].to(torch.float32)
     if scheme.symmetric:
         zero = torch.full_like(scale, 2 ** (scheme.bits - 1)).to(torch.uint8)
     else:
-        zero = zero_points(stored, scheme)
+        packed = stored["weight_zero_point"].T.contiguous()
+        zero = unpack_rows(packed, scheme.bits, out_features).T.contiguous()
     q = unpack_rows(stored["weight_packed"], scheme.bits, in_features)
     return QuantizedWeight(q, scale, zero, scheme)
-
-
-def packed_weight(stored: dict[str, Tensor], scheme: Scheme) -> PackedWeight:
-    """The tensors of one linear, for the kernels, which share this packing of the weights."""
-    return PackedWeight(
-        qweight=stored["weight_packed"],
-        scale=stored["weight_scale"],
-        zero=None if scheme.symmetric else zero_points(stored, scheme),
-        bits=scheme.bits,
-        group_size=scheme.group_size,
-        in_features=int(stored["weight_shape"][1]),
-    )
-
-
-def zero_points(stored: dict[str, Tensor], scheme: Scheme) -> Tensor:
-    """uint8 (out_features, groups)."""
-    packed = stored["weight_zero_point"].T.contiguous()
-    return unpack_rows(packed, scheme.bits, int(stored["weight_shape"][0])).T.contiguous()
 
 
 def shapes(

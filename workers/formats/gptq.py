@@ -18,7 +18,6 @@ from torch import Tensor
 from app.core.format_limits import Scheme
 from app.core.plan import CandidatePlan
 from kernels.layouts import pack_gptq, pack_gptq_zeros, packed_words, unpack_gptq, unpack_gptq_zeros
-from kernels.weight import PackedWeight
 from workers.formats.targets import compact_patterns
 from workers.modeling.quantized_weight import QuantizedWeight
 
@@ -52,11 +51,6 @@ def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         unpack_gptq_zeros(stored["qzeros"], scheme.bits, out_features).T.contiguous(),
         scheme,
     )
-
-
-def packed_weight(stored: dict[str, Tensor], scheme: Scheme) -> PackedWeight:
-    """The tensors of one linear, for the kernels."""
-    return weight(stored, scheme).packed(stored["scales"].dtype)
 
 
 def group_of_channels(scheme: Scheme, in_features: int) -> Tensor:

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from app.core.format_limits import Scheme
-from kernels.layouts import pack_rows
-from kernels.weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,6 @@ class QuantizedWeight:
         out_features, in_features = self.shape
         grouped = self.q.view(out_features, self.scale.shape[1], -1).to(torch.float32)
         return ((grouped - self.zero[..., None]) * self.scale[..., None]).view(out_features, in_features)
-
-    def packed(self, scale_dtype: torch.dtype) -> PackedWeight:
-        """For the kernels, with scales in the dtype that a file holds them in."""
-        midpoint = 2 ** (self.scheme.bits - 1)
-        symmetric = self.scheme.symmetric and bool((self.zero == midpoint).all())
-        return PackedWeight(
-            qweight=pack_rows(self.q, self.scheme.bits),
-            scale=self.scale.to(scale_dtype),
-            zero=None if symmetric else self.zero,
-            bits=self.scheme.bits,
-            group_size=self.scheme.group_size,
-            in_features=self.q.shape[1],
-        )
 
     def equals(self, other: QuantizedWeight) -> bool:
         return (

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from app.core.format_limits import Scheme
+from app.core.specs import FormatName
 from kernels.layouts import packed_words
-from workers.formats import awq, compressed_tensors, gptq
+from tests.unit.kernels.weights import random_weight
+from workers.formats.folder import FORMATS
 from workers.modeling.quantized_linear import quantized_linear
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.serving.packed_weights import READERS
 
 CPU = torch.device("cpu")
 
@@ -26,20 +29,19 @@ def random_quantized(scheme: Scheme, out_features: int = 64, in_features: int = 
 
 
 @pytest.mark.parametrize(
-    ("layout", "scheme"),
+    ("name", "scheme"),
     [
-        (awq, Scheme(bits=4, group_size=64, symmetric=False)),
-        (gptq, Scheme(bits=3, group_size=32, symmetric=True)),
-        (gptq, Scheme(bits=8, group_size=-1, symmetric=True)),
-        (compressed_tensors, Scheme(bits=3, group_size=64, symmetric=False)),
-        (compressed_tensors, Scheme(bits=4, group_size=128, symmetric=True)),
-        (compressed_tensors, Scheme(bits=2, group_size=-1, symmetric=False)),
+        ("awq", Scheme(bits=4, group_size=64, symmetric=False)),
+        ("gptq", Scheme(bits=3, group_size=32, symmetric=True)),
+        ("gptq", Scheme(bits=8, group_size=-1, symmetric=True)),
+        ("compressed-tensors", Scheme(bits=3, group_size=64, symmetric=False)),
+        ("compressed-tensors", Scheme(bits=4, group_size=128, symmetric=True)),
+        ("compressed-tensors", Scheme(bits=2, group_size=-1, symmetric=False)),
     ],
 )
-def test_every_format_becomes_a_linear(layout: type, scheme: Scheme) -> None:
+def test_every_format_becomes_a_linear(name: FormatName, scheme: Scheme) -> None:
     weight = random_quantized(scheme)
-    stored = layout.tensors(weight, torch.float16)  # type: ignore[attr-defined]
-    packed = layout.packed_weight(stored, scheme)  # type: ignore[attr-defined]
+    packed = READERS[name][2](name, FORMATS[name].tensors(weight, torch.float16), {})
     assert (packed.zero is None) == scheme.symmetric
     bias = torch.randn(64)
     linear = quantized_linear(packed, dtype=torch.float32, device=CPU, bias=bias, requested="torch")
@@ -52,7 +54,7 @@ def test_every_format_becomes_a_linear(layout: type, scheme: Scheme) -> None:
 
 
 def test_it_says_what_it_is_and_who_computes() -> None:
-    packed = random_quantized(Scheme(bits=4, group_size=64, symmetric=True)).packed(torch.float16)
+    packed = random_weight(64, 128, group_size=64)
     linear = quantized_linear(packed, dtype=torch.bfloat16, device=CPU, requested="torch")
     assert "bits=4, group_size=64, bias=False, backend=torch" in repr(linear)
     assert str(linear.selection) == "torch (asked for)"
@@ -63,12 +65,12 @@ def test_it_says_what_it_is_and_who_computes() -> None:
 
 
 def test_a_backend_that_cannot_is_an_error() -> None:
-    packed = random_quantized(Scheme(bits=4, group_size=64, symmetric=True)).packed(torch.float16)
+    packed = random_weight(64, 128, group_size=64)
     with pytest.raises(ValueError, match="no kernel backend 'nothing' for cpu"):
         quantized_linear(packed, dtype=torch.bfloat16, device=CPU, requested="nothing")
 
 
 def test_a_bias_of_another_size_is_refused() -> None:
-    packed = random_quantized(Scheme(bits=4, group_size=64, symmetric=True)).packed(torch.float16)
+    packed = random_weight(64, 128, group_size=64)
     with pytest.raises(ValueError, match=r"bias has shape \(63,\); allowed: \(64,\)"):
         quantized_linear(packed, dtype=torch.bfloat16, device=CPU, bias=torch.zeros(63))
