@@ -14,6 +14,7 @@ from app.api import (
     audit,
     dashboard,
     deployments,
+    downloads,
     errors,
     estimates,
     events,
@@ -46,6 +47,7 @@ from app.core.janitor import Janitor, Repeated
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.limits import TenantLimits
+from app.core.links import LinkSigner
 from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
 from app.core.outgoing import OutgoingGuard
@@ -59,7 +61,7 @@ from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
 
 ROUTES = (
-    *(jobs, events, webhooks, estimates, artifacts, workers, deployments, inference),
+    *(jobs, events, webhooks, estimates, artifacts, downloads, workers, deployments, inference),
     *(keys, tenants, audit, sessions, storage, operations),
 )
 
@@ -141,6 +143,7 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics) -> Services:
         routes=routes,
         callers=KeyCache(keys, lambda: routes.is_offline),
         gateway=Gateway(routes, deployments, settings, metrics),
+        links=LinkSigner(redis),
         tally=Tally(redis),
         metrics=metrics,
     )

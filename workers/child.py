@@ -7,12 +7,15 @@ was killed, and its supervisor says by whom.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 import traceback
 
 import torch
 
 from app.core.assignment import REPORT, Assignment, Failed, Noted
+from app.core.confinement import NETWORK
 from app.core.errors import JobFault, NibbleError, OutOfMemory
 from app.core.job import Problem
 from kernels.backend import Backend, backends_of
@@ -25,6 +28,8 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
     try:
         if assignment.threads is not None:
             torch.set_num_threads(assignment.threads)
+        if os.environ.get(NETWORK) == "on":
+            pipe.send(Noted(code="network_on", message="this host lets no process leave its network"))
         names = [backend.name for backend in chosen_backends(assignment)]
         pipe.send(Noted(code="kernel_backend", message=f"kernels: the first that can of {', '.join(names)}"))
         pipe.send(Pipeline(assignment, pipe.send).run())
@@ -32,6 +37,9 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
     except (MemoryError, torch.OutOfMemoryError) as error:
         pipe.send(Failed(error=Problem.of(out_of_memory(assignment, error))))
+    except OSError as error:
+        traceback.print_exc()
+        pipe.send(Failed(error=Problem.of(os_fault(error))))
     except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record
         traceback.print_exc()
         problem = JobFault(
@@ -58,6 +66,20 @@ def chosen_backends(assignment: Assignment) -> tuple[Backend, ...]:
         raise JobFault(
             str(fault), code="kernel_backend_absent", remedy="set NIBBLE_KERNEL_BACKEND to auto on the worker"
         ) from fault
+
+
+def os_fault(error: OSError) -> JobFault:
+    """A full disk is the operator's to mend; any other refusal of the system is ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return JobFault(
+            f"the work folder is full: {error}",
+            code="worker_disk",
+            remedy="let the operator free space in NIBBLE_STATE_DIR; an estimate names what the job takes",
+        )
+    return JobFault(
+        f"{type(error).__name__}: {error}", code="internal",
+        remedy="this is a fault of Nibble: please report it with the job's events",
+    )  # fmt: skip
 
 
 def out_of_memory(assignment: Assignment, error: BaseException) -> OutOfMemory:

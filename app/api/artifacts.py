@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import mimetypes
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
@@ -19,11 +21,20 @@ from app.api.preconditions import (
     tagged_answer,
 )
 from app.api.schemas import ArtifactList, ArtifactView
-from app.core.artifact import ArtifactFile
+from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.artifact_store import file_key
-from app.core.errors import Conflict, InvalidRequest
+from app.core.errors import Conflict, InvalidRequest, Unavailable
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
+
+
+FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {}}},
+    206: {"description": "The range asked for."},
+    304: {"description": "Not changed."},
+    307: {"description": "Where object storage gives the file, for a while."},
+    416: {"description": "No byte of the file is in the range."},
+}
 
 
 class Conditions(BaseModel):
@@ -92,13 +103,7 @@ def head_file(
 @router.get(
     "/{artifact_id}/files/{path:path}",
     response_class=Response,
-    responses={
-        200: {"content": {"application/octet-stream": {}}},
-        206: {"description": "The range asked for."},
-        304: {"description": "Not changed."},
-        307: {"description": "Where object storage gives the file, for a while."},
-        416: {"description": "No byte of the file is in the range."},
-    },
+    responses=FILE_RESPONSES,
 )
 def read_file(
     artifact_id: str,
@@ -109,6 +114,12 @@ def read_file(
 ) -> Response:
     """A file, whole or a range of it."""
     manifest, file = services.artifacts.file(principal.tenant, artifact_id, path)
+    return sent_file(services, manifest, file, conditions)
+
+
+def sent_file(
+    services: Services, manifest: ArtifactManifest, file: ArtifactFile, conditions: Conditions
+) -> Response:
     if matches_tag(conditions.if_none_match, etag_of(file)):
         return Response(status_code=304, headers=file_headers(file))
     key = file_key(manifest, file.path)
@@ -127,12 +138,33 @@ def file_answer(services: Services, key: str, file: ArtifactFile, part: ByteRang
     headers = {**file_headers(file), "Content-Length": str(end - start)}
     if part is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+    pieces = services.objects.stream(key, start, end)
     return StreamingResponse(
-        services.objects.stream(key, start, end),
+        verified(pieces, key, file) if part is None else pieces,
         status_code=200 if part is None else 206,
         headers=headers,
         media_type=media_type(file),
     )
+
+
+def verified(pieces: Iterator[bytes], key: str, file: ArtifactFile) -> Iterator[bytes]:
+    """The pieces of a whole file. The last one is held back until all agree with the manifest.
+
+    A stored file that was damaged so ends in a broken connection, not in a complete wrong answer.
+    """
+    digest, held = hashlib.sha256(), b""
+    for piece in pieces:
+        digest.update(piece)
+        if held:
+            yield held
+        held = piece
+    if digest.hexdigest() != file.sha256:
+        raise Unavailable(
+            f"the stored object {key} has SHA-256 {digest.hexdigest()}, its manifest says {file.sha256}",
+            code="storage_corrupt",
+            remedy="restore the object, or delete the artifact and make it again with `force`",
+        )
+    yield held
 
 
 def unsatisfiable(file: ArtifactFile) -> Response:

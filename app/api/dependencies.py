@@ -24,6 +24,7 @@ from app.core.idempotency import IdempotencyKeys
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.limits import TenantLimits
+from app.core.links import LinkSigner
 from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
 from app.core.reuse import ReuseIndex
@@ -59,6 +60,7 @@ class Services:
     routes: RoutingTable
     callers: KeyCache
     gateway: Gateway
+    links: LinkSigner
     tally: Tally
     metrics: Metrics
 

@@ -37,6 +37,13 @@ def missing(what: str) -> NotFound:
     )
 
 
+def named_file(manifest: ArtifactManifest, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
+    for file in manifest.files:
+        if file.path == path:
+            return manifest, file
+    raise missing(f"file {manifest.id}/{path}")
+
+
 class ArtifactStore:
     """Reads and removes artifacts. Publishing them is the worker's."""
 
@@ -52,11 +59,14 @@ class ArtifactStore:
 
     def file(self, tenant: str, artifact_id: str, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
         """A file that the manifest names; any other path is NotFound."""
-        manifest = self.get(tenant, artifact_id)
-        for file in manifest.files:
-            if file.path == path:
-                return manifest, file
-        raise missing(f"file {artifact_id}/{path}")
+        return named_file(self.get(tenant, artifact_id), path)
+
+    def linked_file(self, artifact_id: str, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
+        """As `file`, for the holder of a link, whoever that is."""
+        manifest = self._read(artifact_id) if is_id("art", artifact_id) else None
+        if manifest is None:
+            raise missing(artifact_id)
+        return named_file(manifest, path)
 
     def page(self, tenant: str, *, limit: int, after: str | None) -> ArtifactPage:
         """The tenant's artifacts, newest first, older than the id `after`."""

@@ -1,6 +1,6 @@
 """First code of a job child: tie its life to its parent's, then become the module that does the work.
 
-    python -m app.core.child_start PARENT_PID MODULE [ARGUMENT ...]
+    python -m app.core.child_start [--confined] PARENT_PID MODULE [ARGUMENT ...]
 
 Without the tie, a supervisor that is killed leaves a child that computes for hours for nobody. It is made
 before any heavy import, so that there is no window in which the child could be orphaned.
@@ -14,8 +14,11 @@ import runpy
 import signal
 import sys
 
+from app.core.confinement import confine
+
 PR_SET_PDEATHSIG = 1
 ORPHANED = 143
+CONFINED = "--confined"
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -29,9 +32,13 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def main() -> None:
-    parent_pid, module = int(sys.argv[1]), sys.argv[2]
-    die_with_parent(parent_pid)
-    sys.argv = [module, *sys.argv[3:]]
+    is_confined = sys.argv[1] == CONFINED
+    parent, module, *arguments = sys.argv[2 if is_confined else 1 :]
+    die_with_parent(int(parent))
+    if is_confined:
+        confine()
+        die_with_parent(int(parent))  # a change of namespaces may have cleared it
+    sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -23,6 +23,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from app.core.assignment import Assignment, ProgressMessage, progress_messages
+from app.core.child_start import CONFINED
 from app.core.errors import ChildKilled, JobFault, OutOfMemory
 
 CHILD_MODULE = "workers.child"
@@ -52,7 +53,7 @@ class JobChild:
         self._tail_lock = threading.Lock()
         self._progress, progress_end = os.pipe()
         output, output_end = os.pipe()
-        command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), module]
+        command = [sys.executable, "-m", "app.core.child_start", CONFINED, str(os.getpid()), module]
         # A file instead of a pipe: a child that never reads its assignment can't block its supervisor.
         with tempfile.TemporaryFile(dir=assignment.work_folder) as stdin:
             stdin.write(assignment.model_dump_json().encode())

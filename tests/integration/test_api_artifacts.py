@@ -7,7 +7,9 @@ import httpx
 import pytest
 
 from app.core.artifact import ArtifactManifest
+from app.core.artifact_store import file_key
 from app.core.ids import new_id
+from app.core.links import LinkSigner
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 
@@ -132,3 +134,30 @@ def test_s3_answers_with_a_signed_redirect(redis_url: str, s3_endpoint: str, tmp
     assert (part.status_code, part.content) == (206, WEIGHTS[:10])
     assert head.headers["content-length"] == str(len(WEIGHTS))
     assert [found["id"] for found in listed["data"]] == [artifact.id]
+
+
+def test_a_link_reads_one_file_without_a_key_until_it_expires(service: Service) -> None:
+    artifact = service.publish(service.submit()["id"], {"a.json": b"{}", "b": b"12345"})
+    made = service.client.post(f"/v1/artifacts/{artifact.id}/links", json={"path": "b"}).json()
+    with service.client_with(None) as stranger:
+        assert stranger.get(made["url"]).content == b"12345"
+        part = stranger.get(made["url"], headers={"Range": "bytes=1-2"})
+        assert (part.status_code, part.content) == (206, b"23")
+        for changed in (
+            made["url"].replace("/b?", "/a.json?"),
+            made["url"].replace("expires=", "expires=9"),
+            made["url"][:-64] + "0" * 64,
+        ):
+            refused = stranger.get(changed)
+            assert (refused.status_code, refused.json()["code"]) == (403, "link_invalid")
+        expired = LinkSigner(service.redis).path(artifact.id, "b", lasts_s=-1)
+        assert stranger.get(expired).json()["code"] == "link_invalid"
+    missing = service.client.post(f"/v1/artifacts/{artifact.id}/links", json={"path": "c"})
+    assert missing.status_code == 404
+
+
+def test_a_damaged_file_is_not_sent_whole(service: Service) -> None:
+    artifact = service.publish(service.submit()["id"], {"model.safetensors": b"weights"})
+    service.objects.put(file_key(artifact, "model.safetensors"), b"weighty")
+    with pytest.raises(httpx.RemoteProtocolError):
+        service.client.get(f"/v1/artifacts/{artifact.id}/files/model.safetensors")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,18 @@ def test_a_fault_of_our_own_is_told_and_not_raised(
     assert [message["kind"] for message in messages] == ["note", "failed"]
     assert messages[-1]["error"]["code"] == "internal"  # type: ignore[index]
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_the_operators(assignment: Assignment) -> None:
+    """The real refusal of a write: files may have no bytes here."""
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));"
+        "from pathlib import Path; from workers.child import os_fault\n"
+        "try: Path(sys.argv[1]).write_text('x')\n"
+        "except OSError as fault: print(os_fault(fault).code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(assignment.work_folder / "file")],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert done.stdout.strip() == "worker_disk"

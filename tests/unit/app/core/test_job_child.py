@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -198,3 +199,31 @@ def test_oom_kills_are_counted() -> None:
 def test_an_unknown_message_is_refused() -> None:
     with pytest.raises(JobFault):
         parse_message(b'{"kind": "greeting"}')
+
+
+def test_a_child_has_no_network_and_no_way_to_more_rights(start: Start) -> None:
+    program = """
+    import resource, socket
+    found = []
+    for address in [("127.0.0.1", int(os.environ["PYTHON_PORT"])), ("192.0.2.1", 80)]:
+        try:
+            socket.create_connection(address, timeout=2)
+            found.append("connected")
+        except OSError as fault:
+            found.append(type(fault).__name__)
+    status = open("/proc/self/status").read()
+    found.append("NoNewPrivs:\\t1" in status)
+    found.append(resource.getrlimit(resource.RLIMIT_CORE)[1])
+    found.append(os.environ["NIBBLE_CHILD_NETWORK"])
+    print(found, os.getppid() > 0)
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        os.environ["PYTHON_PORT"] = str(listener.getsockname()[1])
+        with start(program) as child:
+            assert list(child.messages()) == []
+            child.wait_fault(10)
+            told = child.output_tail()
+    assert "NoNewPrivs" not in told
+    if "'on'" in told:
+        pytest.skip("this kernel lets no process leave its network")
+    assert told.strip() == "['ConnectionRefusedError', 'OSError', True, 0, 'off'] True"
