@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.core.errors import InvalidRequest, ModelRefused
+from workers.serving import chat_template
 from workers.serving.chat_template import ChatTemplate
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -37,6 +38,14 @@ def test_what_a_template_may_not_do_is_refused(source: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         ChatTemplate(source, {}).render(HELLO)
     assert refusal.value.param == "messages"
+
+
+@pytest.mark.parametrize("inner", ["", "x"])
+def test_a_template_that_does_not_end_is_ended(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.05)
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}" + inner + "{% endfor %}{% endfor %}"
+    with pytest.raises(InvalidRequest, match="longer than"):
+        ChatTemplate(source, {}).render(HELLO)
 
 
 def test_the_reason_is_the_templates_own() -> None:
