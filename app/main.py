@@ -60,8 +60,9 @@ from app.core.webhook_sender import WebhookSender, WebhookThread
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
 
+# Looked through in this order: the route where every millisecond counts is the first.
 ROUTES = (
-    *(jobs, events, webhooks, estimates, artifacts, downloads, workers, deployments, inference),
+    *(inference, jobs, events, webhooks, estimates, artifacts, downloads, workers, deployments),
     *(keys, tenants, audit, sessions, storage, operations),
 )
 

@@ -63,8 +63,11 @@ class Gateway:
         self._asked: Counter[str] = Counter()  # by the replica's url
         self._suspects: dict[str, float] = {}
         silence = settings.inference_silence_s
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(connect=CONNECT_S, read=silence, write=silence, pool=CONNECT_S),
+        self._timeout = httpx.Timeout(
+            connect=CONNECT_S, read=silence, write=silence, pool=CONNECT_S
+        ).as_dict()
+        # A transport instead of a client: redirects, cookies and proxies would only cost time.
+        self._http = httpx.AsyncHTTPTransport(
             limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=256, keepalive_expiry=KEEPALIVE_S
             ),
@@ -184,10 +187,14 @@ class Gateway:
         self._asked[url] += 1
         response: httpx.Response | None = None
         try:
-            asked = self._http.build_request(
-                "POST", url + inquiry.path, content=inquiry.body, headers=inquiry.headers
+            asked = httpx.Request(
+                "POST",
+                url + inquiry.path,
+                content=inquiry.body,
+                headers=inquiry.headers,
+                extensions={"timeout": self._timeout},
             )
-            response = await self._http.send(asked, stream=True)
+            response = await self._http.handle_async_request(asked)
             chunks = response.aiter_raw()
             is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
             first = await anext(chunks, b"") if is_stream else await response.aread()
