@@ -133,7 +133,7 @@ def main() -> None:
         sys.stdout.flush()
         subprocess.Popen(["sleep", "600"])  # as vLLM's own engine process
     time.sleep(behaviour.get("load_s", 0))
-    bound = socket.socket()
+    bound = socket.socket(proto=socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY for it
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((options.host, options.port))
     bound.listen()
