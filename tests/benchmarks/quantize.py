@@ -147,6 +147,36 @@ def calibration_tokens() -> list[list[int]]:
     return tokens
 
 
+def evaluation_tokens(windows: int) -> list[list[int]]:
+    sys.path.insert(0, str(REPOSITORY))
+    from app.core.specs import EvaluationSpec
+    from workers.texts.windows import evaluation_windows, load_tokenizer
+
+    text = evaluation_windows(EvaluationSpec(num_samples=windows), 512, load_tokenizer(MODEL), None)
+    tokens: list[list[int]] = text.tokens.tolist()
+    return tokens
+
+
+def recipes(options: argparse.Namespace) -> None:
+    """Seconds that a further recipe adds to a job of one, as a share of that job."""
+    first = total_seconds({"recipe": {}}, options)
+    for name, second in (
+        ("rtn", {"method": "rtn"}),
+        ("awq w3 g128", {"bits": 3}),
+        ("awq w2 g64", {"bits": 2, "group_size": 64}),
+    ):
+        both = total_seconds({"recipe": [{}, second]}, options)
+        print(
+            f"awq w4 g128 {first:.1f} s; with {name} {both:.1f} s: {(both - first) / first:+.0%}", flush=True
+        )
+
+
+def total_seconds(spec: dict[str, Any], options: argparse.Namespace) -> float:
+    """From the first calibration batch to the last figure; reading the texts is left out."""
+    stages = run_child(spec, MODEL, options)["stages"]
+    return sum(seconds for stage, seconds in stages.items() if stage != "fetching")
+
+
 def memory(options: argparse.Namespace) -> None:
     """Peak resident memory of a 4-layer and a 24-layer random model of one width."""
     peaks = {}
@@ -172,7 +202,7 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=("quality", "memory", "race", "estimate"))
+    parser.add_argument("--only", choices=("quality", "memory", "race", "estimate", "recipes"))
     options = parser.parse_args()
     options.profile = None
     print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
@@ -180,6 +210,8 @@ def main() -> None:
         quality(options)
     if options.only in (None, "memory"):
         memory(options)
+    if options.only in (None, "recipes"):
+        recipes(options)
     if options.only in (None, "estimate"):
         estimate(options)
     if options.only == "race" or (options.only is None and options.peer_python):
