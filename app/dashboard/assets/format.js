@@ -63,7 +63,7 @@ export function modelName(reference) {
 
 /** `awq w4 g128`, as the service labels recipes. */
 export function recipeLabel(recipe) {
-  const method = recipe.method === "awq" && recipe.rounding === "gptq" ? "awq+gptq" : recipe.method;
+  const method = ["awq", "omniquant"].includes(recipe.method) && recipe.rounding === "gptq" ? `${recipe.method}+gptq` : recipe.method;
   const group = recipe.group_size === -1 ? "channel" : `g${recipe.group_size}`;
   return `${method} w${recipe.bits} ${group}${recipe.symmetric ? " sym" : ""}`;
 }
