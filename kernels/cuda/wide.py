@@ -27,6 +27,7 @@ class Shape:
 
     row_blocks: int
     tokens: int
+    splits: int = 1
     stages: int = 0
 
     @property
@@ -39,19 +40,21 @@ class Shape:
 
     @property
     def threads(self) -> int:
-        return WARPGROUPS * 128 + (128 if self.row_blocks * self.tokens > 128 else 32)
+        return self.splits * WARPGROUPS * 128 + (128 if self.row_blocks * self.tokens > 128 else 32)
 
     def shared_bytes(self, form: Format) -> int:
         stage = 2 * self.tokens * 128 + self.records * form.record_bytes
         stage = -(-stage // ALIGNMENT) * ALIGNMENT
         staging = WARPGROUPS * min(self.tokens, 32) * STAGED_STRIDE
-        return self.stages * stage + staging + self.stages * 16 + 16 + ALIGNMENT
+        sums = (self.splits - 1) * self.rows * self.tokens * 4
+        return self.stages * stage + staging + sums + self.stages * 16 + 16 + ALIGNMENT
 
     def defines(self, form: Format, dtype: torch.dtype) -> dict[str, int]:
         return {
             **format_defines(form, dtype),
             "ROW_BLOCKS": self.row_blocks,
             "TOKENS": self.tokens,
+            "SPLITS": self.splits,
             "STAGES": self.stages,
             "EXPECTED_SHARED_BYTES": self.shared_bytes(form),
         }
@@ -68,18 +71,18 @@ class Plan:
 
 # Microseconds of a block for a unit of 128 channels, by shape, on an H100 (docs/benchmarks.md).
 UNIT_TIMES = {
-    Shape(1, 16): 0.46,
-    Shape(1, 32): 0.47,
+    Shape(1, 16): 0.47,
+    Shape(1, 32, 2): 0.49,
     Shape(2, 32): 0.83,
-    Shape(1, 64): 0.60,
-    Shape(2, 64): 1.04,
-    Shape(1, 128): 0.83,
-    Shape(2, 128): 1.35,
-    Shape(1, 256): 1.43,
+    Shape(1, 64): 0.58,
+    Shape(2, 64): 1.02,
+    Shape(1, 128): 0.85,
+    Shape(2, 128): 1.34,
+    Shape(1, 256): 1.44,
 }
-# Of waiting for the blocks that share a tile, and of exchanging a KiB of sums with them.
-SHARED_TILE, SHARED_KIB = 2.2, 0.045
-SPLIT_LOSS = 1.08  # blocks that split tiles read less of what others have just read
+# Of a part of a tile that blocks share, and of each KiB of its sums.
+SHARED_PART, SHARED_KIB = 0.5, 0.015
+SPLIT_LOSS = 1.1  # blocks that split tiles read less of what others have just read
 MAX_STAGES = 8
 
 
@@ -96,35 +99,41 @@ def tiles_of(tokens: int, rows: int, shape: Shape) -> int:
     return -(-rows // shape.rows) * -(-tokens // shape.tokens)
 
 
-def deals(tiles: int, units: int, processors: int) -> Iterator[tuple[int, bool, int, int]]:
-    """Ways to deal tiles: blocks, whether tiles are split, units of the busiest, tiles that it shares."""
-    yield min(tiles, processors), False, -(-tiles // processors) * units, 0
-    total = tiles * units
-    blocks = min(processors, total)
-    yield blocks, True, -(-total // blocks), 2
+@dataclass(frozen=True)
+class Deal:
+    """A way to deal tiles to blocks."""
+
+    blocks: int
+    split: bool
+    busiest: int  # units of the block with most to do
+    shared: int  # tiles that a block shares with others
+    parts: int  # of a shared tile
+
+
+def deals(tiles: int, units: int, processors: int) -> Iterator[Deal]:
+    yield Deal(min(tiles, processors), False, -(-tiles // processors) * units, 0, 0)
+    blocks = min(processors, tiles * units)
+    yield Deal(blocks, True, -(-tiles * units // blocks), 2, -(-blocks // tiles) + 1)
     shares = min(processors // tiles, units) if tiles <= processors else 1
     if shares > 1:
-        yield tiles * shares, True, -(-units // shares), 1
+        yield Deal(tiles * shares, True, -(-units // shares), 1, shares)
+
+
+def cost(shape: Shape, deal: Deal) -> float:
+    """Microseconds of the block with most to do."""
+    part = SHARED_PART + SHARED_KIB * shape.rows * shape.tokens * 4 / 1024
+    reading = deal.busiest * UNIT_TIMES[replace(shape, stages=0)] * (SPLIT_LOSS if deal.split else 1.0)
+    return reading + deal.shared * deal.parts * part
 
 
 def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> Plan:
     """The shape, and the way to deal, whose busiest block is done first."""
     units = -(-channels // UNIT_CHANNELS)
-    plans: list[tuple[float, Plan]] = []
-    for shape, unit_time in UNIT_TIMES.items():
-        staged = fitted(shape, form, device)
-        if staged is None:
-            continue
-        exchange = SHARED_TILE + SHARED_KIB * shape.rows * shape.tokens * 4 / 1024
-        plans += [
-            (
-                busiest * unit_time * (SPLIT_LOSS if split else 1) + shared * exchange,
-                Plan(staged, blocks, split),
-            )
-            for blocks, split, busiest, shared in deals(
-                tiles_of(tokens, rows, shape), units, device.processors
-            )
-        ]
+    plans = [
+        (cost(shape, deal), Plan(shape, deal.blocks, deal.split))
+        for shape in filter(None, (fitted(shape, form, device) for shape in UNIT_TIMES))
+        for deal in deals(tiles_of(tokens, rows, shape), units, device.processors)
+    ]
     return min(plans, key=lambda plan: plan[0])[1]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_bias, check_input
+from kernels.operators import quantized_linear
 from kernels.problem import Problem
 from kernels.weight import PackedWeight
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MIN_CAPABILITY = (7, 5)
+MAX_TOKENS = 256  # above, dequantizing once and a dense product take less (docs/benchmarks.md)
 
 
 class TritonKernel:
@@ -36,6 +38,11 @@ class TritonKernel:
         check_input(x, weight.in_features, self.dtype, weight.qweight.device)
         check_bias(bias, weight.out_features, x)
         tokens = x.reshape(-1, weight.in_features).contiguous()
+        if tokens.shape[0] > MAX_TOKENS:
+            dense: Tensor = quantized_linear(
+                x, weight.qweight, weight.scale, weight.zero, bias, weight.bits, weight.group_size
+            )
+            return dense
         upcast = self.dtype == torch.float32
         output: Tensor = linear_module().linear(
             tokens, weight, bias, processors=self.processors, upcast=upcast

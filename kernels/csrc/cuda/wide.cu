@@ -1,6 +1,7 @@
 // y = x W^T + bias for many rows of x, on Hopper: W is packed, and its fragments go from registers into wgmma, which
 // takes only its left operand from there. The tokens are the right operand, swizzled in shared memory by the copy
-// engine. Two warpgroups compute, a third one's single thread feeds the ring of stages.
+// engine. Warpgroups compute, one thread feeds the ring of stages. Two of them share a tile's rows; where unpacking
+// bounds, further pairs (SPLITS) take units in turn, and their sums are added at the end of a tile.
 //
 // A tile is 128 * ROW_BLOCKS output rows by TOKENS tokens. Tiles go to the blocks whole, or (`split`) their units of 128
 // channels are dealt evenly: then the last block to arrive at a tile adds the parts, in a fixed order.
@@ -13,6 +14,9 @@
 #ifndef TOKENS
 #define TOKENS 128
 #endif
+#ifndef SPLITS
+#define SPLITS 1
+#endif
 #ifndef STAGES
 #define STAGES 4
 #endif
@@ -23,13 +27,15 @@ struct alignas(64) TensorMap {
 
 // Small tiles leave registers for a second block on the processor: with overlapping launches it is the next kernel's,
 // which fetches its first weights while this one ends. Large ones take registers from the warps that feed.
-constexpr bool SMALL = ROW_BLOCKS == 1 && TOKENS <= 32, LARGE = ROW_BLOCKS * TOKENS > 128;
-constexpr int WARPGROUPS = 2, CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + (LARGE ? 128 : 32);
+constexpr bool SMALL = ROW_BLOCKS == 1 && TOKENS <= 32 && SPLITS == 1, LARGE = ROW_BLOCKS * TOKENS > 128;
+constexpr int WARPGROUPS = 2, PAIR = WARPGROUPS * 128, CONSUMERS = SPLITS * PAIR;
+constexpr int THREADS = CONSUMERS + (LARGE ? 128 : 32);
 constexpr int GROUP_RECORDS = 4 * ROW_BLOCKS, TILE_RECORDS = WARPGROUPS * GROUP_RECORDS;
 constexpr int HALF_TOKENS = TOKENS * 128;  // bytes of 64 channels
 constexpr int STAGE_BYTES = (2 * HALF_TOKENS + TILE_RECORDS * RECORD_BYTES + 1023) / 1024 * 1024;
 constexpr int STAGED_TOKENS = TOKENS < 32 ? TOKENS : 32, STAGED_STRIDE = 144;
-constexpr int STAGING_AT = STAGES * STAGE_BYTES, BARRIERS_AT = STAGING_AT + WARPGROUPS * STAGED_TOKENS * STAGED_STRIDE;
+constexpr int STAGING_AT = STAGES * STAGE_BYTES, SUMS_AT = STAGING_AT + WARPGROUPS * STAGED_TOKENS * STAGED_STRIDE;
+constexpr int BARRIERS_AT = SUMS_AT + (SPLITS - 1) * PAIR * ROW_BLOCKS * TOKENS / 2 * 4;
 [[maybe_unused]] constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * 16 + 16 + 1024;  // 1024 to align
 [[maybe_unused]] constexpr int BATCH = 4 / ROW_BLOCKS;                                 // k-steps whose fragments are made at once
 [[maybe_unused]] constexpr int SUMS = TOKENS / 2;
@@ -78,6 +84,8 @@ __device__ __forceinline__ void load_tokens(u32 to, const TensorMap* map, int ch
 __device__ __forceinline__ void group_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+[[maybe_unused]] constexpr int PAIR_BARRIER = 3, ALL_BARRIER = 4;  // 1 and 2 are the warpgroups' own
 
 struct Places {
   u32 shared;
@@ -221,9 +229,9 @@ __device__ __forceinline__ bool add_parts(float (&sums)[ROW_BLOCKS][SUMS], const
     __stcg(mine + i * 128, float4{s[0], s[1], s[2], s[3]});
   }
   __threadfence();
-  group_sync(3, CONSUMERS);
+  group_sync(PAIR_BARRIER, PAIR);
   if (group == 0 && thread == 0) *last = atomicAdd(&arrived[tile], 1) == end - begin;
-  group_sync(3, CONSUMERS);
+  group_sync(PAIR_BARRIER, PAIR);
   if (!*last) return false;
   __threadfence();
 #pragma unroll
@@ -241,17 +249,51 @@ __device__ __forceinline__ bool add_parts(float (&sums)[ROW_BLOCKS][SUMS], const
   return true;
 }
 
+// Adds the sums of the other pairs to the first one's.
+__device__ __forceinline__ void add_splits(float (&sums)[ROW_BLOCKS][SUMS], u32 shared, int split, int thread) {
+#if SPLITS > 1
+  u32 to = shared + SUMS_AT + thread * 16;
+  constexpr int COUNT = ROW_BLOCKS * SUMS / 4;
+  if (split) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      float* s = &sums[i * 4 / SUMS][i * 4 % SUMS];
+      asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to + ((split - 1) * COUNT + i) * PAIR * 16), "f"(s[0]),
+                   "f"(s[1]), "f"(s[2]), "f"(s[3])
+                   : "memory");
+    }
+  }
+  group_sync(ALL_BARRIER, CONSUMERS);
+  if (!split) {
+#pragma unroll
+    for (int i = 0; i < (SPLITS - 1) * COUNT; ++i) {
+      uint4 v = load_shared16(to + i * PAIR * 16);
+      float* s = &sums[i % COUNT * 4 / SUMS][i % COUNT * 4 % SUMS];
+      s[0] += __uint_as_float(v.x), s[1] += __uint_as_float(v.y), s[2] += __uint_as_float(v.z), s[3] += __uint_as_float(v.w);
+    }
+  }
+  group_sync(ALL_BARRIER, CONSUMERS);
+#endif
+}
+
 __device__ __forceinline__ void compute(const Places& at, Schedule schedule, const Output& out, float4* partial,
                                         u32* arrived, u32* last, u32 token_tiles, int group, int thread) {
-  int warp = thread / 32, lane = thread % 32;
+  int warp = thread / 32, lane = thread % 32, split = group / WARPGROUPS;
+  group %= WARPGROUPS;
   u32 offset = 2 * HALF_TOKENS + (group * GROUP_RECORDS + warp) * RECORD_BYTES;
   u32 staging = at.shared + STAGING_AT + group * STAGED_TOKENS * STAGED_STRIDE;
   Task task;
   u32 turn = 0;
   while (schedule.next(task)) {
     float sums[ROW_BLOCKS][SUMS];
-    u32 start = turn;
+    // Splits may have nothing to do in a short task; without them the first product writes.
+    if (SPLITS > 1)
+#pragma unroll
+      for (int i = 0; i < ROW_BLOCKS * SUMS; ++i) sums[i / SUMS][i % SUMS] = 0.f;
+    bool started = false;
+    u32 before = 0;
     for (u32 unit = task.first; unit < task.last; ++unit, ++turn) {
+      if (SPLITS > 1 && turn % SPLITS != split) continue;
       barrier_wait(at.full(turn), turn / STAGES & 1);
       u32 stage = at.stage(turn), record = stage + offset;
       Scales scales[ROW_BLOCKS];
@@ -272,16 +314,21 @@ __device__ __forceinline__ void compute(const Places& at, Schedule schedule, con
             u64 tokens = swizzled_matrix(stage + half * HALF_TOKENS) + (batch * BATCH + i) * 2;
 #pragma unroll
             for (int block = 0; block < ROW_BLOCKS; ++block)
-              Wgmma<Number, TOKENS>::run(sums[block], a[block][i], tokens, turn != start || half || batch || i);
+              Wgmma<Number, TOKENS>::run(sums[block], a[block][i], tokens,
+                                         SPLITS > 1 || started || half || batch || i);
           }
           wgmma_commit();
           wgmma_wait<1>();
-          if (half == 0 && batch == 0 && turn != start && lane == 0) barrier_arrive(at.empty(turn - 1));
+          if (half == 0 && batch == 0 && started && lane == 0) barrier_arrive(at.empty(before));
         }
       }
+      started = true;
+      before = turn;
     }
     wgmma_wait<0>();
-    if (lane == 0) barrier_arrive(at.empty(turn - 1));
+    if (started && lane == 0) barrier_arrive(at.empty(before));
+    add_splits(sums, at.shared, split, group * 128 + thread);
+    if (split) continue;
     if (schedule.split && !add_parts(sums, schedule, task.tile, partial, arrived, last, group, thread)) continue;
     int row = (task.tile / token_tiles * WARPGROUPS + group) * 64 * ROW_BLOCKS;
 #pragma unroll
@@ -305,7 +352,7 @@ wide(const __grid_constant__ TensorMap map, const u8* records, const u16* bias, 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(at.full(i), 1);
-      barrier_init(at.empty(i), CONSUMERS / 32);
+      barrier_init(at.empty(i), PAIR / 32);
     }
     fence_before_bulk_copies();
   }
@@ -313,7 +360,7 @@ wide(const __grid_constant__ TensorMap map, const u8* records, const u16* bias, 
   let_next_grid_start();
   Schedule schedule = schedule_of(tiles, units, split);
   int group = threadIdx.x / 128;
-  if (group == WARPGROUPS) {
+  if (group == WARPGROUPS * SPLITS) {
     if (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == CONSUMERS) Feeder{at, records, &map, row_tiles, token_tiles}.run(schedule);
   } else {

@@ -1,0 +1,100 @@
+"""The choice of a kernel's shape, without a GPU: what was measured best is chosen, and everything fits."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.cuda import decode, wide
+from kernels.cuda.backend import CudaBackend
+from kernels.cuda.decode import Device
+from kernels.cuda.layout import Format
+from kernels.problem import Problem
+
+H100, A100, ADA = Device(132, 232448), Device(108, 166912), Device(84, 101376)
+W4 = Format(4, 128, asymmetric=False, scale_dtype=torch.bfloat16)
+FORMATS = [
+    Format(bits, group, asymmetric=True, scale_dtype=torch.float32)
+    for bits, group in itertools.product((2, 3, 4, 8), (32, 64, 128))
+]
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows", "tokens", "shape", "blocks"),
+    [
+        (4096, 14336, 1, (7, 1, 8), 128),
+        (4096, 14336, 8, (4, 2, 8), 112),
+        (4096, 14336, 16, (2, 4, 4), 112),
+        (14336, 4096, 1, (2, 1, 16), 128),
+        (14336, 4096, 16, (2, 4, 4), 128),
+        (4096, 4096, 16, (2, 1, 8), 128),
+        (8192, 28672, 1, (7, 1, 8), 128),
+        (8192, 28672, 16, (4, 4, 2), 112),
+    ],
+)
+def test_few_tokens_get_the_shape_that_was_measured_best(
+    channels: int, rows: int, tokens: int, shape: tuple[int, int, int], blocks: int
+) -> None:
+    plan = decode.make_plan(tokens, rows, channels, W4, H100)
+    assert (plan.shape.row_tiles, plan.shape.row_warps, plan.shape.splits) == shape
+    assert plan.blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("channels", "rows", "tokens", "shape", "split"),
+    [
+        (4096, 14336, 32, (1, 32, 2), False),
+        (4096, 14336, 64, (1, 64, 1), False),
+        (4096, 14336, 256, (2, 128, 1), False),
+        (14336, 4096, 32, (1, 32, 2), True),
+        (14336, 4096, 256, (2, 128, 1), True),
+        (8192, 28672, 32, (2, 32, 1), False),
+        (8192, 28672, 2048, (2, 128, 1), False),
+    ],
+)
+def test_many_tokens_get_the_shape_that_was_measured_best(
+    channels: int, rows: int, tokens: int, shape: tuple[int, int, int], split: bool
+) -> None:
+    plan = wide.make_plan(tokens, rows, channels, W4, H100)
+    assert (plan.shape.row_blocks, plan.shape.tokens, plan.shape.splits) == shape
+    assert plan.split is split
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_fits_every_device(form: Format) -> None:
+    for tokens, device in itertools.product((1, 8, 16, 32, 64), (H100, A100, ADA)):
+        for channels, rows in ((32, 1), (4096, 1000), (8192, 28672)):
+            plan = decode.make_plan(tokens, rows, channels, form, device)
+            assert plan.shape.shared_bytes(form) <= device.shared_bytes
+            units = -(-channels // 128)
+            assert 1 <= plan.blocks <= decode.strips_of(rows, plan.shape) * units
+    for tokens in (1, 100, 5000):
+        many = wide.make_plan(tokens, 1000, 4096, form, H100)
+        assert many.shape.shared_bytes(form) <= H100.shared_bytes
+
+
+def test_the_backend_says_why_not() -> None:
+    problem = Problem(
+        bits=4, group_size=-1, in_features=128, out_features=16, asymmetric=False, dtype=torch.float16,
+        device_type="cuda", capability=(9, 0),
+    )  # fmt: skip
+    reasons = {
+        "it runs on NVIDIA GPUs, not on cpu": replace(problem, device_type="cpu", capability=None),
+        "it computes in float16 or bfloat16, not in float32": replace(problem, dtype=torch.float32),
+        "in_features=100 is no multiple of 8": replace(problem, in_features=100),
+        "there is no machine code for compute capability (12, 0)": replace(problem, capability=(12, 0)),
+    }
+    for reason, refused in reasons.items():
+        assert CudaBackend().can_implement(refused) == reason
+
+
+@pytest.mark.parametrize("tokens", [(), (3,), (2, 3)])
+def test_the_operator_has_a_fake(tokens: tuple[int, ...]) -> None:
+    x = torch.empty(*tokens, 128, device="meta", dtype=torch.bfloat16)
+    records = torch.empty(1, 1, W4.record_bytes, device="meta", dtype=torch.uint8)
+    output = torch.ops.nibble.cuda_linear(x, records, None, 16, 4, 128, False, torch.bfloat16)
+    assert output.shape == (*tokens, 16)
+    assert output.dtype == torch.bfloat16
