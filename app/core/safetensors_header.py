@@ -13,6 +13,7 @@ from typing import Any
 from app.core.errors import ModelRefused
 from app.core.specs import Frozen
 
+MAX_NUMBER = 2**63
 MAX_HEADER_BYTES = 100 * 1024**2
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -72,6 +73,9 @@ def parse_header(file: str, header: bytes, file_size: int) -> dict[str, TensorHe
         raise refuse(file, f"the header is not valid JSON: {fault}") from fault
     if not isinstance(entries, dict):
         raise refuse(file, "the header is not a JSON object")
+    metadata = entries.get("__metadata__")
+    if metadata is not None and not is_texts(metadata):
+        raise refuse(file, "__metadata__ is not an object of texts")
     base = 8 + len(header)
     tensors = {
         name: parse_entry(file, name, entry, base)
@@ -92,15 +96,24 @@ def parse_entry(file: str, name: str, entry: Any, base: int) -> TensorHeader:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise refuse(file, f"tensor {name} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise refuse(file, f"tensor {name} has the unknown dtype {dtype!r}")
     if not natural_numbers(shape) or not natural_numbers(offsets) or len(offsets) != 2:
         raise refuse(file, f"tensor {name} has a malformed shape or offsets")
     start, end = offsets
+    # Readers count in 64 bits, also where another dimension is 0.
+    if math.prod(filter(None, shape)) >= MAX_NUMBER:
+        raise refuse(file, f"tensor {name} has an impossible shape")
     if end - start != math.prod(shape) * DTYPE_BITS[dtype] // 8:
         raise refuse(file, f"tensor {name}: {end - start} bytes do not fit {dtype} {shape}")
     return TensorHeader(dtype=dtype, shape=tuple(shape), file=file, start=base + start, end=base + end)
 
 
+def is_texts(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+
+
 def natural_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < MAX_NUMBER for value in values
+    )

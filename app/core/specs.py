@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from app.core.patterns import check_pattern
+
 FormatName = Literal["awq", "compressed-tensors", "gptq"]
 Method = Literal["rtn", "awq", "gptq", "omniquant"]
 Bits = Literal[2, 3, 4, 8]
@@ -52,10 +54,7 @@ class Override(Frozen):
     @classmethod
     def pattern_compiles(cls, match: str) -> str:
         if match.startswith("re:"):
-            try:
-                re.compile(match[3:])
-            except re.error as fault:
-                raise ValueError(f"{match!r} is not a regular expression: {fault}") from fault
+            check_pattern(match[3:])
         return match
 
     def matches(self, name: str) -> bool:
