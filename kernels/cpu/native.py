@@ -7,9 +7,9 @@ loses precision, and none takes a scalar path.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,15 +43,7 @@ def blocked_linear(
 ) -> Tensor:
     """x (..., in_features) to (..., out_features), from a BlockedWeight's tensors."""
     check_dtype("x", x.dtype, DTYPES)
-    check_bias(bias, out_features, x)
-    output = x.new_empty((*x.shape[:-1], out_features))
-    rows, flat = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
-    weight = Blocks(codes, scale, zero, bits, group_size)
-    multiply = multiply_by_tiles if tiles else multiply_by_rows
-    for first in range(0, rows.shape[0], MOST_ROWS):
-        part = slice(first, first + MOST_ROWS)
-        multiply(weight, rows[part], bias, flat[part])
-    return output
+    return product(Blocks(codes, scale, zero, bits, group_size), x, bias, out_features, tiles=tiles)
 
 
 def blocked_linear_fake(
@@ -80,44 +72,46 @@ torch.library.impl("nibble::blocked_linear", "CPU", blocked_linear)
 torch.library.register_fake("nibble::blocked_linear", blocked_linear_fake)
 
 
-@dataclass(frozen=True)
 class Blocks:
     """The tensors of a BlockedWeight, as the library takes them."""
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    bits: int
-    group_size: int
-
-    @property
-    def channels(self) -> int:
-        """in_features, filled up."""
-        return self.codes.shape[1] * CHUNK
-
-    @property
-    def rows(self) -> int:
-        """out_features, filled up."""
-        return self.codes.shape[0] * ROWS
-
-    def struct(self) -> BlockedStruct:
-        return BlockedStruct(
-            codes=self.codes.data_ptr(),
-            scale=self.scale.data_ptr(),
-            zero=address(self.zero),
-            blocks=self.codes.shape[0],
-            chunks=self.codes.shape[1],
-            groups=self.scale.shape[1],
-            per_chunk=groups_per_chunk(self.group_size),
-            scale_type=TYPES[self.scale.dtype],
-            planes=self.codes.shape[3],
-            midpoints=midpoints(self.bits).data_ptr(),
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> None:
+        self.tensors = (codes, scale, zero)  # kept: the struct holds their addresses
+        self.blocks, chunks, _, planes, _ = codes.shape
+        self.rows, self.channels = self.blocks * ROWS, chunks * CHUNK  # filled up
+        self.struct = BlockedStruct(
+            codes=codes.data_ptr(),
+            scale=scale.data_ptr(),
+            zero=address(zero),
+            blocks=self.blocks,
+            chunks=chunks,
+            groups=scale.shape[1],
+            per_chunk=groups_per_chunk(group_size),
+            scale_type=TYPES[scale.dtype],
+            planes=planes,
+            midpoints=midpoints(bits).data_ptr(),
         )
+        self.reference = ctypes.byref(self.struct)
 
 
 @functools.cache
 def midpoints(bits: int) -> Tensor:
     return torch.full((4 * ROWS,), 2 ** (bits - 1), dtype=torch.uint8)
+
+
+def product(weight: Blocks, x: Tensor, bias: Tensor | None, out_features: int, *, tiles: bool) -> Tensor:
+    """What the operator computes."""
+    check_bias(bias, out_features, x)
+    output = x.new_empty((*x.shape[:-1], out_features))
+    multiply = multiply_by_tiles if tiles else multiply_by_rows
+    if x.dim() == 2 and x.shape[0] == 1:  # one token of one sequence: as little as can be beside the library
+        multiply(weight, x, bias, output)
+        return output
+    rows, flat = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
+    for first in range(0, rows.shape[0], MOST_ROWS):
+        part = slice(first, first + MOST_ROWS)
+        multiply(weight, rows[part], bias, flat[part])
+    return output
 
 
 def threads_for(weight: Blocks, rows: int) -> int:
@@ -126,13 +120,13 @@ def threads_for(weight: Blocks, rows: int) -> int:
 
 def in_bfloat16(x: Tensor, channels: int) -> Tensor:
     """x (rows, in_features) as bfloat16 (parts * rows, channels), whose parts add up to x."""
-    parts = [x]
+    found = x
     if x.dtype != torch.bfloat16:
         parts, rest = [], x.float()
         for _ in range(PARTS[x.dtype]):
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
-    found = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found = torch.cat(parts)
     if channels != found.shape[1]:
         found = torch.nn.functional.pad(found, (0, channels - found.shape[1]))
     return found if found.stride(1) == 1 else found.contiguous()
@@ -148,7 +142,7 @@ def multiply_by_tiles(weight: Blocks, x: Tensor, bias: Tensor | None, output: Te
     # dense product of that dtype, and sums need not leave the tiles for each group.
     product = library.nibble_tiles if whole and x.shape[0] > 1 else library.nibble_tiles_exact
     product(
-        ctypes.byref(weight.struct()), columns.data_ptr(), columns.shape[0], columns.stride(0),
+        weight.reference, columns.data_ptr(), columns.shape[0], columns.stride(0),
         address(added), target.data_ptr(), TYPES[target.dtype], output.shape[1],
         threads_for(weight, columns.shape[0]),
     )  # fmt: skip
@@ -164,7 +158,7 @@ def multiply_by_rows(weight: Blocks, x: Tensor, bias: Tensor | None, output: Ten
     columns_of_x = in_bfloat16(x, weight.channels)
     sums = torch.empty(columns, weight.rows)
     native_library(tiles=False).nibble_few_rows(
-        ctypes.byref(weight.struct()), columns_of_x.data_ptr(), columns, columns_of_x.stride(0),
+        weight.reference, columns_of_x.data_ptr(), columns, columns_of_x.stride(0),
         sums.data_ptr(), threads_for(weight, columns),
     )  # fmt: skip
     add_parts(sums[:, : output.shape[1]], bias, output)
@@ -185,12 +179,11 @@ def multiply_dequantized(weight: Blocks, x: Tensor, bias: Tensor | None, output:
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     values = x.to(dtype)
     step = max(1, DEQUANTIZED_BYTES // (weight.channels * dtype.itemsize * ROWS))  # blocks
-    part = torch.empty(min(step, weight.codes.shape[0]) * ROWS, weight.channels, dtype=dtype)
-    struct = weight.struct()
-    for first in range(0, weight.codes.shape[0], step):
-        last = min(first + step, weight.codes.shape[0])
+    part = torch.empty(min(step, weight.blocks) * ROWS, weight.channels, dtype=dtype)
+    for first in range(0, weight.blocks, step):
+        last = min(first + step, weight.blocks)
         library.nibble_dequantize(
-            ctypes.byref(struct), first, last, TYPES[dtype], part.data_ptr(), torch.get_num_threads()
+            weight.reference, first, last, TYPES[dtype], part.data_ptr(), torch.get_num_threads()
         )
         rows = slice(first * ROWS, min(last * ROWS, output.shape[1]))
         if rows.start >= rows.stop:
@@ -205,6 +198,10 @@ class NativeKernel:
 
     def __init__(self, weight: BlockedWeight, dtype: torch.dtype, *, tiles: bool) -> None:
         self.weight, self.dtype, self.tiles = weight, dtype, tiles
+        self.blocks = Blocks(weight.codes, weight.scale, weight.zero, weight.bits, weight.group_size)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NativeKernel:
+        return NativeKernel(copy.deepcopy(self.weight, memo), self.dtype, tiles=self.tiles)
 
     @property
     def packed_bytes(self) -> int:
@@ -213,6 +210,9 @@ class NativeKernel:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.weight
         check_input(x, weight.in_features, self.dtype, weight.codes.device)
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            # Not through the dispatcher: with cold caches its way costs a twentieth of a layer of one token.
+            return product(self.blocks, x, bias, weight.out_features, tiles=self.tiles)
         output: Tensor = torch.ops.nibble.blocked_linear(
             x, weight.codes, weight.scale, weight.zero, bias, weight.bits, weight.group_size,
             weight.out_features, self.tiles,

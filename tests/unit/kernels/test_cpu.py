@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,3 +336,27 @@ def test_the_processor_is_known() -> None:
     model, features = processor()
     assert model
     assert isinstance(features, frozenset)
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512"])
+def test_a_copied_kernel_has_a_weight_of_its_own(name: str) -> None:
+    kernel = kernel_of(name, random_weight(16, 128), torch.bfloat16)
+    x = random_input((1, 128), torch.bfloat16)
+    copied, expected = copy.deepcopy(kernel), kernel(x, None)
+    assert isinstance(kernel, native.NativeKernel)
+    kernel.weight.codes.zero_()
+    assert not torch.equal(kernel(x, None), expected)
+    assert torch.equal(copied(x, None), expected)
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512"])
+def test_the_operator_and_the_kernel_agree(name: str) -> None:
+    kernel = kernel_of(name, random_weight(40, 256, asymmetric=True), torch.bfloat16)
+    assert isinstance(kernel, native.NativeKernel)
+    weight = kernel.weight
+    for rows in (1, 3, 20):
+        x, bias = random_input((rows, 256), torch.bfloat16), random_input((40,), torch.bfloat16)
+        output = torch.ops.nibble.blocked_linear(
+            x, weight.codes, weight.scale, weight.zero, bias, 4, 128, 40, name == "amx"
+        )
+        assert torch.equal(output, kernel(x, bias))
