@@ -77,6 +77,11 @@ class Floor:
         live = self.deployments.get("default", deployment_id)
         return str(next(each.url for each in live.replicas if each.slot == slot))
 
+    def running(self, deployment_id: str, slot: int = 0) -> int:
+        """How many requests a server works on, as it says itself."""
+        text = httpx.get(f"{self.server_url(deployment_id, slot)}/metrics").text
+        return int(float(text.splitlines()[0].rpartition(" ")[2]))
+
     def server_pids(self, deployment_id: str, slot: int = 0) -> list[int]:
         return processes_with(f"serve-{deployment_id}-{slot}")
 

@@ -67,15 +67,10 @@ def test_replicas_share_the_requests(floor: Floor, gate: Path) -> None:
         floor.await_servers(deployment_id, 2)
         wait_until(lambda: len(floor.service.client.get("/v1/models").json()["data"]) == 1)
         answers = [pool.submit(floor.chat, "tiny", gate=str(gate)) for _ in range(4)]
-        wait_until(lambda: all(running(floor, deployment_id, slot) == 2 for slot in range(2)))
+        wait_until(lambda: all(floor.running(deployment_id, slot) == 2 for slot in range(2)))
         gate.touch()
         pids = [answer.result().json()["pid"] for answer in answers]
     assert sorted(pids.count(pid) for pid in set(pids)) == [2, 2]
-
-
-def running(floor: Floor, deployment_id: str, slot: int) -> int:
-    text = floor.client.get(f"{floor.server_url(deployment_id, slot)}/metrics").text
-    return int(float(text.splitlines()[0].rpartition(" ")[2]))
 
 
 def test_no_server_outlives_a_killed_worker_and_another_worker_takes_over(floor: Floor) -> None:
