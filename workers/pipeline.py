@@ -9,24 +9,28 @@ A finished layer is a checkpoint; a run that finds checkpoints of the same work 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from app.core.assignment import CHECKPOINTS, OUTPUT, REPORT, Assignment, Finished, OutputFolder
+from app.core.assignment import CHECKPOINTS, REPORT, Assignment, Finished, OutputFolder
 from app.core.cost_model import predict
 from app.core.device_profile import NOMINAL, DeviceKind
 from app.core.errors import TargetMissed
 from app.core.job import Stage
 from app.core.plan import CandidatePlan, Plan, plan_job
-from app.core.report import OriginalReport, Report, WeightHistogram
+from app.core.report import LayerReport, OriginalReport, Report, WeightHistogram
 from workers.account import Account, Send
 from workers.formats.folder import FormatFolder
 from workers.layer_checkpoints import LayerCheckpoints, resume_layer
 from workers.layer_solver import CalibratedLayer, LayerSolver
+from workers.layer_writer import LayerWriter
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
+from workers.modeling.prefetch import WeightPrefetch
+from workers.outputs import Outputs
 from workers.quality_report import (
     Outcome,
     candidate_report,
@@ -38,8 +42,10 @@ from workers.quality_report import (
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.evaluation import Quality, compare, final_states
 from workers.quantization.histograms import weight_histogram
+from workers.quantization.layer import LayerResult
 from workers.quantization.paired_pass import PairedPass
 from workers.quantized_chains import QuantizedChains
+from workers.ranks import ALONE, Ranks, started
 from workers.stamped_files import identity_digest
 from workers.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
 from workers.target_search import TargetSearch
@@ -63,6 +69,9 @@ class Pipeline:
         self.compute_dtype = torch.float32 if self.device.type == "cpu" else weight_dtype
         self.solver = LayerSolver(self.plan, self.checkpoint, self.compute_dtype)
         self.account = Account(send, self.device, self.plan.num_layers)
+        self.writer = LayerWriter(self.device)
+        self.saved = time.monotonic()  # when the states were
+        self.outputs = Outputs(assignment, self.checkpoint, self.plan, self.device)
         self.histograms: list[WeightHistogram] = []
         self.original: Quality | None = None
         self.original_states: list[Tensor] = []  # after the last layer, on the evaluation text
@@ -71,6 +80,10 @@ class Pipeline:
 
     def run(self) -> Finished:
         """The whole job. Raises NibbleError with the reason when it can't succeed."""
+        with self.writer:
+            return self.run_steps()
+
+    def run_steps(self) -> Finished:
         for message in self.plan.notes:
             self.account.note("plan", message)
         calibration, evaluation = self.read_texts()
@@ -124,21 +137,30 @@ class Pipeline:
             self.account.note("resumed", f"{resumed_at} of {num_layers} layers were finished before")
         if resumed_at == num_layers:
             return resumed_at
-        run = self.start_pass(calibration, checkpoints, resumed_at)
-        chains = self.start_chains(self.plan.candidates, run.decoder, calibration)
-        chains.catch_up(resumed_at, checkpoints)
-        states_saved = time.monotonic()
-        for layer in range(resumed_at, num_layers):
-            calibrated = self.calibrate_next_layer(run)
-            if statistics is not None:
-                statistics.save(layer, calibrated.statistics)
-            for candidate in self.plan.candidates:
-                self.solve(candidate, calibrated, run, chains, checkpoints)
-            if layer + 1 < num_layers and time.monotonic() - states_saved > STATES_INTERVAL_S:
-                checkpoints.save_states(layer + 1, run.states)
-                states_saved = time.monotonic()
-            self.account.progress(0.6 * (layer + 1) / num_layers, layer + 1)
+        batches = self.batches(calibration)
+        shared = 1 if self.plan.architecture.experts is not None else len(batches)
+        with started(self.assignment, resumed_at, shared) as ranks:
+            run = self.start_pass(calibration, checkpoints, resumed_at, ranks)
+            chains = self.start_chains(self.plan.candidates, run.decoder, calibration)
+            chains.catch_up(resumed_at, checkpoints)
+            with closing(WeightPrefetch(run.decoder, num_layers - 1)) as weights:
+                for layer in range(resumed_at, num_layers):
+                    calibrated = self.calibrate_next_layer(run, weights)
+                    if statistics is not None:
+                        statistics.save(layer, calibrated.statistics)
+                    for candidate in self.plan.candidates:
+                        self.solve(candidate, calibrated, run, chains, checkpoints)
+                    self.save_states(run, checkpoints, layer + 1, whole=ranks.size == 1)
+                    self.account.progress(0.6 * (layer + 1) / num_layers, layer + 1)
         return resumed_at
+
+    def save_states(
+        self, run: CalibrationPass, checkpoints: LayerCheckpoints, layer: int, *, whole: bool
+    ) -> None:
+        """The inputs of `layer` from time to time, unless other processes have a part of them."""
+        if whole and layer < self.plan.num_layers and time.monotonic() - self.saved > STATES_INTERVAL_S:
+            self.writer.put(partial(checkpoints.save_states, layer, list(run.states)))
+            self.saved = time.monotonic()
 
     def start_chains(
         self, candidates: tuple[CandidatePlan, ...], decoder: Decoder, calibration: Windows
@@ -153,22 +175,24 @@ class Pipeline:
     def batches(self, windows: Windows) -> list[Tensor]:
         return windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
 
-    def start_pass(self, calibration: Windows, checkpoints: LayerCheckpoints, layer: int) -> CalibrationPass:
+    def start_pass(
+        self, calibration: Windows, checkpoints: LayerCheckpoints, layer: int, ranks: Ranks = ALONE
+    ) -> CalibrationPass:
         """A pass that stands before `layer`, from the hidden states that were saved nearest to it."""
         decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
         with self.account.stage(Stage.CALIBRATING):
-            run = CalibrationPass(decoder, self.batches(calibration))
+            run = CalibrationPass(decoder, ranks.share(self.batches(calibration)), ranks.add_up)
             saved = checkpoints.latest_states(layer)
             if saved is not None:
-                run.restore(*saved)
+                run.restore(saved[0], ranks.share(saved[1]))
             while run.layer < layer:
                 run.skip()
         return run
 
-    def calibrate_next_layer(self, run: CalibrationPass) -> CalibratedLayer:
+    def calibrate_next_layer(self, run: CalibrationPass, prefetch: WeightPrefetch) -> CalibratedLayer:
         layer = run.layer
         with self.account.stage(Stage.CALIBRATING):
-            weights = run.decoder.layer_weights(layer)
+            weights = prefetch.layer_weights(layer)
             statistics = self.collect(run, weights)
         full = {name: value.to(self.device, torch.float32) for name, value in weights.items()}
         prefix = self.plan.architecture.layer_prefix(layer)
@@ -201,8 +225,24 @@ class Pipeline:
         with self.account.stage(Stage.SEARCHING, candidate.recipe_index):
             own = chains.view(candidate, original)
             result, report = self.solver.solve(candidate, calibrated, run, own)
-            checkpoints.save_layer(candidate.recipe_index, result, report)
+            self.writer.put(lambda: self.keep_layer(candidate, checkpoints, result, report))
             chains.advance(candidate, original, result)
+
+    def keep_layer(
+        self,
+        candidate: CandidatePlan,
+        checkpoints: LayerCheckpoints,
+        result: LayerResult,
+        report: LayerReport,
+    ) -> None:
+        """The layer's checkpoint; on a GPU its packed tensors too, while the integers lie there."""
+        checkpoints.save_layer(candidate.recipe_index, result, report)
+        if self.device.type == "cuda":
+            load_layer = partial(self.load_layer, checkpoints, candidate.recipe_index)
+            self.outputs.add_layer(candidate, report.layer, result, load_layer)
+
+    def load_layer(self, checkpoints: LayerCheckpoints, recipe: int, layer: int) -> LayerResult:
+        return checkpoints.load_layer(recipe, layer).to(self.device)
 
     def judge(
         self, candidates: tuple[CandidatePlan, ...], checkpoints: LayerCheckpoints, evaluation: Windows
@@ -229,17 +269,15 @@ class Pipeline:
 
     def pack(self, candidate: CandidatePlan, checkpoints: LayerCheckpoints) -> list[FormatFolder]:
         """The candidate in every format, written and read back."""
-        index, row = candidate.recipe_index, []
-        load_layer = partial(checkpoints.load_layer, index)
-        for name in self.spec.formats:
-            path = self.assignment.work_folder / OUTPUT / f"{index}-{name}"
-            folder = FormatFolder(path, name, self.checkpoint, self.plan, candidate)
+        index = candidate.recipe_index
+        load_layer = partial(self.load_layer, checkpoints, index)
+        for folder in self.outputs.of(candidate):
             with self.account.stage(Stage.PACKING, index):
+                self.writer.finish()
                 folder.write(load_layer, self.assignment.shard_bytes)
             with self.account.stage(Stage.VERIFYING, index):
                 folder.verify(load_layer)
-            row.append(folder)
-        return row
+        return self.outputs.of(candidate)
 
     def evaluate(self, windows: Windows, folders: list[list[FormatFolder]]) -> list[Quality]:
         """Every candidate as its first format's files say it is; the original once, on the first call."""

@@ -181,6 +181,7 @@ class Attempt:
             evaluation_file=texts.evaluation,
             work_folder=self._work_folder,
             device=self._context.device,
+            calibration_devices=settings.calibration_devices,
             kernel_backend=settings.kernel_backend,
             shard_bytes=settings.shard_bytes,
             profile=self._context.profile,

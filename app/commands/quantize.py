@@ -159,6 +159,7 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
         evaluation_file=text_file(spec.evaluation),
         work_folder=work,
         device=resolve_device(device),
+        calibration_devices=read_settings().calibration_devices,
         kernel_backend=read_settings().kernel_backend,
     )
 

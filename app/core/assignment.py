@@ -27,6 +27,7 @@ class Assignment(Frozen):
     evaluation_file: Path | None = None
     work_folder: Path  # checkpoints/ is restored before the start; output/ is made by the child
     device: str = "cpu"
+    calibration_devices: tuple[str, ...] = ()  # further ones, that share the calibration pass
     kernel_backend: str = "auto"  # or the name of the one that must be used
     threads: int | None = None  # CPU threads; None leaves torch's choice
     shard_bytes: int = 4 * 1024**3

@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     outgoing_networks: Networks = ()
     bootstrap_api_key: Annotated[SecretStr | None, BeforeValidator(empty_is_none)] = None
     kernel_backend: str = "auto"
+    calibration_devices: Names = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
 

@@ -74,12 +74,48 @@ def clip_step(
     rule: GridRule,
 ) -> None:
     """Fills error and ranges; `group`: weight, block, others and error."""
-    rows, size = group[0].shape
-    multiprocessors = torch.cuda.get_device_properties(ranges.device).multi_processor_count
-    warps = 4 if rows >= 4 * WARP_ROWS * multiprocessors else 2
-    shared = 4 * size * (size + PAD) + warps * WARP_ROWS * size * 4
-    launch = Launch((-(-rows // (WARP_ROWS * warps)), 1, 1), (32 * warps, 1, 1), shared)
-    strided = [value for tensor in (*group, ranges) for value in (tensor, tensor.stride(0))]
-    factors = factors_on(ranges.device, (*joint, *side))
-    counts = (len(joint), len(side), rows)
-    function(f"clip_step_{size}", ranges)(launch, (*strided, factors, *counts, *rule_arguments(rule)))
+    ClipStep(group[0].shape, ranges.device, joint, side, rule)(*group, ranges)
+
+
+class ClipStep:
+    """The kernel with what stays the same from group to group."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        joint: Sequence[float],
+        side: Sequence[float],
+        rule: GridRule,
+    ) -> None:
+        rows, size = shape
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        warps = 4 if rows >= 4 * WARP_ROWS * multiprocessors else 2
+        shared = 4 * size * (size + PAD) + warps * WARP_ROWS * size * 4
+        self.launch = Launch((-(-rows // (WARP_ROWS * warps)), 1, 1), (32 * warps, 1, 1), shared)
+        self.kernel = shared_library().function(SOURCE, f"clip_step_{size}", device.index or 0)
+        factors = factors_on(device, (*joint, *side))
+        self.last = (factors, len(joint), len(side), rows, *rule_arguments(rule))
+
+    def __call__(self, weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:
+        strided = (weight, block, others, error, ranges)
+        first = [value for tensor in strided for value in (tensor, tensor.stride(0))]
+        self.kernel(self.launch, (*first, *self.last))
+
+
+def can_dot(left: Tensor, right: Tensor) -> bool:
+    """True if both are of a dtype that the kernel takes, with columns in pairs."""
+    even = all(
+        tensor.stride(1) == 1 and tensor.stride(0) % 2 == 0 and tensor.data_ptr() % 8 == 0
+        for tensor in (left, right)
+    )
+    known = left.dtype == right.dtype and left.dtype in ERROR_NAMES
+    return even and known and left.shape[1] % 2 == 0 and runs_on(left.get_device())
+
+
+def add_row_dots(left: Tensor, right: Tensor, total: Tensor) -> None:
+    """total (rows,) float32 += the sum of left * right over each row."""
+    rows, columns = left.shape
+    kernel = function(f"row_dots_{ERROR_NAMES[left.dtype]}", left)
+    arguments = (left, left.stride(0), right, right.stride(0), total, rows, columns)
+    kernel(Launch((-(-rows // 8), 1, 1), (256, 1, 1)), arguments)

@@ -1,4 +1,4 @@
-"""`nibble::rounding_errors` and `nibble::clip_step`, with fakes.
+"""`nibble::rounding_errors`, `nibble::clip_step` and `nibble::clip_visit`, with fakes.
 
 Their bodies are PyTorch's operators; on NVIDIA GPUs they are one fused kernel each (kernels/search/cuda.py),
 but for whole rows as groups. kernels/search/reference.py is the slow truth.
@@ -6,14 +6,15 @@ but for whole rows as groups. kernels/search/reference.py is the slow truth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from kernels.checks import check_device, check_dtype, check_scheme, check_shape
+from kernels.checks import check_contiguous, check_device, check_dtype, check_scheme, check_shape
 from kernels.search import cuda
 from kernels.search.grids import GridRule
+from kernels.search.losses import matrix_units
 
 CHUNK = 2**19  # values treated at once: temporaries of a few megabytes stay in a CPU's cache
 GPU_CHUNK = 2**25  # bounds the memory of temporaries
@@ -126,19 +127,27 @@ def clip_step(
     """
     check_clip(weight, block, others, error, ranges)
     rule = GridRule(bits, symmetric, scale_dtype)
-    group = (weight, block, others, error)
-    if weight.numel() == 0:
-        return
-    if weight.is_cuda and cuda.fits(weight.shape[1], group) and cuda.runs_on(weight.get_device()):
-        cuda.clip_step(group, ranges, joint, side, rule)
-        return
+    if weight.numel():
+        clip_step_of(weight, block, joint, side, rule)(weight, block, others, error, ranges)
+
+
+def clip_step_of(
+    weight: Tensor, block: Tensor, joint: Sequence[float], side: Sequence[float], rule: GridRule
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]:
+    """What clip_step does to groups like this one, without its checks."""
+    if weight.is_cuda and cuda.fits(weight.shape[1], (weight, block)) and cuda.runs_on(weight.get_device()):
+        return cuda.ClipStep(weight.shape, weight.device, joint, side, rule)
     count = max(1, at_once(weight.device) // (weight.shape[1] * max(1, len(joint), len(side))))
-    for start in range(0, weight.shape[0], count):
-        rows = slice(start, start + count)
-        step = RowRanges(weight[rows], block, others[rows], rule, ranges[:2, rows])
-        step.search(joint, side)
-        error[rows] = step.error
-        ranges[:, rows] = torch.stack([*step.factors, *step.grid()])
+
+    def step(weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:
+        for start in range(0, weight.shape[0], count):
+            rows = slice(start, start + count)
+            found = RowRanges(weight[rows], block, others[rows], rule, ranges[:2, rows])
+            found.search(joint, side)
+            error[rows] = found.error
+            ranges[:, rows] = torch.stack([*found.factors, *found.grid()])
+
+    return step
 
 
 @clip_step.register_fake
@@ -156,6 +165,70 @@ def _(
 ) -> None:
     check_clip(weight, block, others, error, ranges)
     GridRule(bits, symmetric, scale_dtype)
+
+
+@torch.library.custom_op("nibble::clip_visit", mutates_args=("error", "ranges"))
+def clip_visit(
+    weight: Tensor,
+    moment: Tensor,
+    error: Tensor,
+    ranges: Tensor,
+    joint: Sequence[float],
+    side: Sequence[float],
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> None:
+    """A clip step for every group in turn, each seeing the errors that the ones before it were left with.
+
+    weight: (rows, C) float32; moment: (C, C), symmetric; error: (rows, C), of the present ranges;
+    ranges: (groups, 4, rows), those of clip_step.
+    """
+    check_visit(weight, moment, error, ranges)
+    rule = GridRule(bits, symmetric, scale_dtype)
+    if weight.numel() == 0:
+        return
+    size = weight.shape[1] // ranges.shape[0]
+    columns = torch.split(moment, size, dim=1)
+    errors, weights = torch.split(error, size, dim=1), torch.split(weight, size, dim=1)
+    blocks = [part[index * size : (index + 1) * size] for index, part in enumerate(columns)]
+    step = clip_step_of(weights[0], blocks[0], joint, side, rule)
+    with matrix_units(weight.device):
+        for index, own in enumerate(ranges):
+            errors[index].zero_()
+            step(weights[index], blocks[index], error @ columns[index], errors[index], own)
+
+
+@clip_visit.register_fake
+def _(
+    weight: Tensor,
+    moment: Tensor,
+    error: Tensor,
+    ranges: Tensor,
+    joint: Sequence[float],
+    side: Sequence[float],
+    bits: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> None:
+    check_visit(weight, moment, error, ranges)
+    GridRule(bits, symmetric, scale_dtype)
+
+
+def check_visit(weight: Tensor, moment: Tensor, error: Tensor, ranges: Tensor) -> None:
+    if weight.dim() != 2 or ranges.dim() != 3:
+        raise ValueError(f"weight has {weight.dim()} dimensions and ranges {ranges.dim()}; allowed: 2 and 3")
+    rows, channels = weight.shape
+    groups = max(1, ranges.shape[0])
+    if channels % groups:
+        raise ValueError(f"ranges has shape {tuple(ranges.shape)}; allowed: groups that divide {channels}")
+    expected = {"moment": (channels, channels), "error": (rows, channels), "ranges": (groups, 4, rows)}
+    given = {"weight": weight, "moment": moment, "error": error, "ranges": ranges}
+    for name, tensor in given.items():
+        check_dtype(name, tensor.dtype, (torch.float32,))
+        check_shape(name, tensor, expected.get(name, (rows, channels)))
+        check_device(name, tensor, weight.device)
+        check_contiguous(name, tensor)
 
 
 def check_clip(weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:

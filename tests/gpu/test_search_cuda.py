@@ -7,9 +7,9 @@ import torch
 
 from app.core.format_limits import Scheme
 from kernels.search.cuda import runs_on
+from kernels.search.losses import row_losses
 from kernels.search.operators import clip_step, rounding_errors
 from workers.quantization.clip_search import search_clip
-from workers.quantization.losses import row_losses
 
 RULES = [
     (bits, symmetric, dtype)
@@ -57,10 +57,9 @@ def test_clip_step(bits: int, rows: int, size: int, dtype: torch.dtype, *, symme
         errors.append(own)
         assert bool(error[:, :size].isnan().all())
         assert bool(error[:, 2 * size :].isnan().all())
-    scale = losses[0].abs().mean()
-    assert float((losses[1] - losses[0]).max()) < 2e-3 * float(scale)
+    assert float((losses[1] - losses[0]).mean()) < 1e-3 * float(losses[0].abs().mean())
     same = (ranges[0] == ranges[1]).all(dim=0)
-    assert float(same.float().mean()) > 0.9
+    assert float(same.float().mean()) > 0.98
     assert torch.equal(errors[0][same], errors[1][same])
 
 

@@ -32,7 +32,9 @@ LoadLayer = Callable[[int], LayerResult]
 
 
 class FormatFolder:
-    """One candidate in one format, in `folder`."""
+    """One candidate in one format, in `folder`; packed where its layers lie, read back to `device`."""
+
+    device = torch.device("cpu")
 
     def __init__(
         self, folder: Path, name: FormatName, source: Checkpoint, plan: Plan, candidate: CandidatePlan
@@ -40,24 +42,37 @@ class FormatFolder:
         self.folder, self.name, self.source, self.plan = folder, name, source, plan
         self.candidate, self.layout = candidate, FORMATS[name]
         self.dtype = getattr(torch, plan.dtype)
+        self.prefixes = [plan.architecture.layer_prefix(layer) for layer in range(plan.num_layers)]
+        self.writer: ShardWriter | None = None
+        self.layers_written = 0
         self.schemes = {linear.name: linear for linear in candidate.linears if linear.scheme is not None}
 
-    def write(self, load_layer: LoadLayer, shard_bytes: int) -> None:
-        """All files of the folder; one layer is in memory at a time."""
+    def open(self, shard_bytes: int) -> None:
+        """Start the folder anew: everything but the layers."""
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.write_side_files()
-        layers = range(self.plan.num_layers)
-        prefixes = [self.plan.architecture.layer_prefix(layer) for layer in layers]
-        outside = [name for name in self.source.tensors if not name.startswith(tuple(prefixes))]
+        outside = [name for name in self.source.tensors if not name.startswith(tuple(self.prefixes))]
         plans = [plan for name in outside for plan in self.tensor_plans(name)]
-        for prefix in prefixes:
+        for prefix in self.prefixes:
             plans += [plan for name in self.source.names(prefix) for plan in self.tensor_plans(name)]
-        writer = ShardWriter(self.folder, plans, shard_bytes)
+        self.writer = ShardWriter(self.folder, plans, shard_bytes)
         for name in outside:
-            writer.write_bytes(name, self.source.raw_bytes(name))
-        for layer, prefix in zip(layers, prefixes, strict=True):
-            self.write_layer(writer, prefix, load_layer(layer))
-        writer.close()
+            self.writer.write_bytes(name, self.source.raw_bytes(name))
+
+    def add_layer(self, layer: int, load_layer: LoadLayer, shard_bytes: int) -> None:
+        """Append the layers up to `layer` that are not written yet, one in memory at a time."""
+        if self.writer is None:
+            self.open(shard_bytes)
+        for number in range(self.layers_written, layer + 1):
+            self.write_layer(self.prefixes[number], load_layer(number))
+            self.layers_written += 1
+
+    def write(self, load_layer: LoadLayer, shard_bytes: int) -> None:
+        """All files of the folder that are not written yet."""
+        self.add_layer(self.plan.num_layers - 1, load_layer, shard_bytes)
+        assert self.writer is not None
+        self.writer.close()
 
     def write_side_files(self) -> None:
         for pattern in SIDE_FILES:
@@ -87,25 +102,27 @@ class FormatFolder:
         shapes = self.layout.shapes(plan.out_features, plan.in_features, plan.scheme, self.dtype)
         return [TensorPlan(f"{linear}.{suffix}", shape, dtype) for suffix, (shape, dtype) in shapes.items()]
 
-    def write_layer(self, writer: ShardWriter, prefix: str, result: LayerResult) -> None:
+    def write_layer(self, prefix: str, result: LayerResult) -> None:
+        assert self.writer is not None
         for name in self.source.names(prefix):
             linear, local = self.linear_of(name), name.removeprefix(prefix)
             if linear is not None:
                 tensors = self.layout.tensors(result.quantized[linear.removeprefix(prefix)], self.dtype)
                 for suffix, values in tensors.items():
-                    writer.write(f"{linear}.{suffix}", values)
+                    self.writer.write(f"{linear}.{suffix}", values)
             elif local in result.dense:
                 dtype = DTYPES[self.source.tensors[name].dtype]
-                writer.write(name, result.dense[local].to(dtype))
+                self.writer.write(name, result.dense[local].to(dtype))
             else:
-                writer.write_bytes(name, self.source.raw_bytes(name))
+                self.writer.write_bytes(name, self.source.raw_bytes(name))
 
     def read_layer(
         self, written: Checkpoint, layer: int
     ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
-        prefix = self.plan.architecture.layer_prefix(layer)
-        stored = written.layer_tensors(prefix, self.plan.architecture.buffers)
+        prefix = self.prefixes[layer]
+        tensors = written.layer_tensors(prefix, self.plan.architecture.buffers)
+        stored = {name: value.to(self.device) for name, value in tensors.items()}
         quantized = {}
         for full, plan in self.schemes.items():
             if full.startswith(prefix):

@@ -7,7 +7,7 @@ that alternate between layers are right without knowledge of the architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -95,8 +95,11 @@ class Decoder:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def start(self, batches: list[Tensor]) -> tuple[list[Tensor], dict[int, list[LayerArguments]]]:
-        """Hidden states before the first layer per batch, and each layer's arguments by batch size."""
+    def start(
+        self, batches: list[Tensor], kept: Callable[[Tensor], Tensor] = lambda states: states
+    ) -> tuple[list[Tensor], dict[int, list[LayerArguments]]]:
+        """Hidden states before the first layer per batch, as `kept` gives them back, and each layer's
+        arguments by batch size."""
         path, _, name = self.architecture.layers.rpartition(".")
         base = self.model.get_submodule(path)
         recorders = [Recorder(layer) for layer in self.layers]
@@ -110,7 +113,7 @@ class Decoder:
                     base(input_ids=batch.to(self.device), use_cache=False)
                     first = recorders[0].states
                     assert first is not None
-                    states.append(first)
+                    states.append(kept(first))
                     if batch.shape[0] not in arguments:
                         arguments[batch.shape[0]] = [recorder.arguments for recorder in recorders]
             finally:
@@ -143,9 +146,10 @@ class Decoder:
         found = next((each for each in candidates if each in self.checkpoint.tensors), name)
         return self.checkpoint.tensor(found)
 
-    def layer_weights(self, index: int) -> dict[str, Tensor]:
+    def layer_weights(self, index: int, *, pinned: bool = False) -> dict[str, Tensor]:
         """The checkpoint's tensors of a layer by name within the layer."""
-        return self.checkpoint.layer_tensors(self.architecture.layer_prefix(index), self.architecture.buffers)
+        prefix = self.architecture.layer_prefix(index)
+        return self.checkpoint.layer_tensors(prefix, self.architecture.buffers, pinned=pinned)
 
     @contextmanager
     def layer(self, index: int, weights: dict[str, Tensor]) -> Iterator[nn.Module]:

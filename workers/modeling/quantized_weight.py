@@ -27,6 +27,10 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         return self.q.shape[0], self.q.shape[1]
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        q, scale, zero = (part.to(device) for part in (self.q, self.scale, self.zero))
+        return QuantizedWeight(q, scale, zero, self.scheme)
+
     def dequantize(self) -> Tensor:
         """float32 (out_features, in_features)."""
         out_features, in_features = self.shape

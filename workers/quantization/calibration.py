@@ -7,28 +7,50 @@ observed with the inputs that its quantized predecessors give, so that GPTQ make
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from workers.modeling.decoder import Decoder
-from workers.quantization.input_statistics import InputStatistics, collecting
+from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
 
+STATES_SHARE = 0.1  # of a GPU's free memory
 EQUIVALENCE_LIMIT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class CalibrationPass:
-    """Hidden states of all calibration batches before `layer`."""
+    """Hidden states of all calibration batches before `layer`.
 
-    def __init__(self, decoder: Decoder, batches: list[Tensor]) -> None:
-        self.decoder = decoder
+    On a GPU they wait in pinned host memory where they would take too much of the device's. If other
+    processes pass other batches through, `add_up` gives the sums of all.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batches: list[Tensor],
+        add_up: Callable[[list[InputCollector]], None] = lambda collectors: None,
+    ) -> None:
+        self.decoder, self.add_up = decoder, add_up
         self.layer = 0
+        self.on_host = exceeds_device(decoder, sum(batch.numel() for batch in batches))
         with torch.no_grad():
-            self.states, self.arguments = decoder.start(batches)
+            # One window by itself, so that self-checks need not run a whole batch.
+            self.states, self.arguments = decoder.start([*batches, batches[0][:1]], self.kept)
+            self.states.pop()
+
+    def kept(self, states: Tensor) -> Tensor:
+        """One batch's states where they wait."""
+        if not self.on_host:
+            return states
+        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+        return host.copy_(states, non_blocking=True)
 
     def restore(self, layer: int, states: list[Tensor]) -> None:
         """Go on before `layer` with the hidden states saved there."""
         self.layer = layer
-        self.states = [batch.to(self.decoder.device) for batch in states]
+        self.states = [self.kept(batch.to(self.decoder.device)) for batch in states]
 
     def skip(self) -> None:
         """Advance by one layer of the original model without collecting."""
@@ -39,15 +61,16 @@ class CalibrationPass:
         """Advance by one layer that has these weights."""
         with self.decoder.layer(self.layer, weights) as module:
             for index, batch in enumerate(self.states):
-                self.states[index] = self.advance(module, batch)
+                self.states[index] = self.kept(self.advance(module, batch))
         self.layer += 1
 
     def collect(self, weights: dict[str, Tensor]) -> tuple[list[InputStatistics], Tensor, Tensor]:
         """Advance by one layer: its statistics per group, and one window's input and output."""
-        probe = self.states[0][:1].clone()
+        device = self.decoder.device
+        probe = self.states[0][:1].to(device, copy=True)
         statistics = self.observe(weights, advance=True)
         self.layer += 1
-        return statistics, probe, self.states[0][:1]
+        return statistics, probe, self.states[0][:1].to(device)
 
     @torch.no_grad()
     def observe(self, weights: dict[str, Tensor], *, advance: bool = False) -> list[InputStatistics]:
@@ -60,7 +83,8 @@ class CalibrationPass:
             for index, batch in enumerate(self.states):
                 output = self.advance(module, batch)
                 if advance:
-                    self.states[index] = output
+                    self.states[index] = self.kept(output)
+        self.add_up(collectors)
         prefix = self.decoder.architecture.layer_prefix(self.layer)
         return [
             collector.result(prefix + group.balance_layers[0])
@@ -68,7 +92,16 @@ class CalibrationPass:
         ]
 
     def advance(self, module: torch.nn.Module, batch: Tensor) -> Tensor:
-        return self.decoder.advance(module, batch, self.arguments[batch.shape[0]][self.layer])
+        states = batch.to(self.decoder.device, non_blocking=True)
+        return self.decoder.advance(module, states, self.arguments[batch.shape[0]][self.layer])
+
+
+def exceeds_device(decoder: Decoder, num_tokens: int) -> bool:
+    """True if the hidden states of so many tokens would take too large a share of the GPU's free memory."""
+    if decoder.device.type != "cuda":
+        return False
+    size = num_tokens * decoder.model.config.hidden_size * decoder.dtype.itemsize
+    return bool(size > STATES_SHARE * torch.cuda.mem_get_info(decoder.device)[0])
 
 
 @torch.no_grad()
@@ -82,10 +115,8 @@ def equivalence_error(
     with experts the quarter of the tokens that differ most is left out.
     """
     inputs, expected = probe
-    arguments = run.arguments[min(run.arguments)][layer]
     with run.decoder.layer(layer, folded) as module:
-        size = min(run.arguments)
-        output = run.decoder.advance(module, inputs.expand(size, -1, -1), arguments)[:1]
+        output = run.decoder.advance(module, inputs, run.arguments[1][layer])
     errors = (output - expected).float().norm(dim=-1).flatten()
     changes = (expected - inputs).float().norm(dim=-1).flatten()  # without the residual
     if run.decoder.architecture.has_experts(layer) and run.decoder.dtype != torch.float32:

@@ -9,16 +9,17 @@ from app.core.report import WeightHistogram
 
 BINS = 48
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
+AT_ONCE = 2**24  # float32 counts to this
 SAMPLE = 1_000_000  # weights that percentiles are taken from; quantile() is limited to 16 million
 
 
 def weight_histogram(name: str, weight: Tensor) -> WeightHistogram:
     """weight: (out_features, in_features), float32."""
     flat = weight.flatten()
-    low, high = float(flat.min()), float(flat.max())
-    width = max(high - low, 1e-30)
-    bins = ((flat - low) * (BINS / width)).to(torch.int64).clamp_(0, BINS - 1)
-    counts = torch.bincount(bins, minlength=BINS)
+    low, high = (float(bound) for bound in flat.aminmax())
+    counts = torch.zeros(BINS, dtype=torch.int64, device=flat.device)
+    for part in torch.split(flat, AT_ONCE):
+        counts += torch.histc(part, BINS, low, high).to(torch.int64)
     sample = flat[:: max(1, flat.numel() // SAMPLE)]
     levels = torch.quantile(sample, torch.tensor(PERCENTILES, device=sample.device) / 100)
     return WeightHistogram(

@@ -1,6 +1,7 @@
 """What calibration leaves behind of a layer's activations: all that search and rounding need.
 
 Per group of linears with one input x: the mean of |x| and the second moment H = mean of x x^T, float32.
+On a GPU the products take 16-bit inputs as they are and add up in float32, so nothing is lost but order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from app.core.architectures import Architecture, ScaleGroup
 from app.core.errors import ModelRefused
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
-BLOCK = 256  # columns per block of the second moment; only blocks on and above the diagonal are computed
+# Columns per block of the second moment; only blocks on and above the diagonal are computed.
+BLOCK = {"cpu": 256, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -59,30 +61,49 @@ class InputCollector:
         rows = x.reshape(-1, x.shape[-1])
         if self.samples and sum(map(len, self.sample)) < EXPERT_TOKENS:
             self.sample.append(rows[:: max(1, len(rows) // EXPERT_TOKENS)][:EXPERT_TOKENS].clone())
-        rows = rows.to(torch.float32)
+        if rows.device.type == "cpu":
+            rows = rows.to(torch.float32)
         channels = rows.shape[1]
         if self.abs_sum is None or self.moment is None:
             self.abs_sum = torch.zeros(channels, device=rows.device)
             self.moment = torch.zeros(channels, channels, device=rows.device)
-        self.abs_sum += rows.abs().sum(dim=0)
-        for start in range(0, channels, BLOCK):
-            stop = min(start + BLOCK, channels)
-            self.moment[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        self.abs_sum += rows.abs().sum(dim=0, dtype=torch.float32)
+        for start, stop in blocks(self.moment):
+            add_product(self.moment[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
         self.num_tokens += rows.shape[0]
 
     def result(self, name: str) -> InputStatistics:
         """Raises ModelRefused if the activations overflowed: no scale can be found on infinity."""
         assert self.abs_sum is not None
         assert self.moment is not None
-        upper = self.moment.triu()
-        moment = (upper + upper.triu(1).T) / self.num_tokens
-        if not bool(torch.isfinite(moment).all()):
+        moment = self.moment.div_(self.num_tokens)
+        for start, stop in blocks(moment):
+            upper = moment[start:stop, start:stop].triu()
+            moment[start:stop, start:stop] = upper + upper.triu(1).T
+            moment[stop:, start:stop] = moment[start:stop, stop:].T
+        # A product of two channels is no larger than their squares: the diagonal tells.
+        if not bool(torch.isfinite(moment.diagonal()).all()):
             raise ModelRefused(
                 f"the input of {name} is not finite on the calibration text",
                 code="activations_not_finite",
                 remedy="check that the model gives finite outputs in its own dtype",
             )
         return InputStatistics(self.abs_sum / self.num_tokens, moment, self.num_tokens, self.routed_tokens)
+
+
+def blocks(moment: Tensor) -> Iterator[tuple[int, int]]:
+    """First and last column of each block."""
+    channels, size = moment.shape[0], BLOCK[moment.device.type]
+    for start in range(0, channels, size):
+        yield start, min(start + size, channels)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right in float32, whatever the dtype of the factors."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right, out_dtype=torch.float32)
 
 
 @contextmanager

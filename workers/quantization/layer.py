@@ -17,6 +17,7 @@ from app.core.architectures import Architecture
 from app.core.format_limits import Scheme
 from app.core.report import LearningReport, LinearReport
 from app.core.specs import Recipe
+from kernels.search import losses
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.evolution import evolve_scales
 from workers.quantization.folding import Heads, fold_of, fold_scales
@@ -67,6 +68,13 @@ class LayerResult:
     dense: dict[str, Tensor]  # by tensor name, float32, representable in the checkpoint's dtype
     report: list[LinearReport]  # one entry per quantized linear
     learning: LearningReport | None = None
+
+    def to(self, device: torch.device) -> LayerResult:
+        return LayerResult(
+            {name: weight.to(device) for name, weight in self.quantized.items()},
+            {name: value.to(device) for name, value in self.dense.items()},
+            self.report,
+        )
 
     def weights(self, original: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of the layer with the quantized ones dequantized."""
@@ -204,7 +212,7 @@ def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: t
 
 def output_energy(linear: FoldedLinear) -> float:
     """Mean square of the output: what its losses are compared with."""
-    return float(((linear.weight @ linear.moment) * linear.weight).sum())
+    return float(losses.row_losses(linear.weight, linear.moment).sum())
 
 
 def linear_report(
@@ -223,5 +231,6 @@ def linear_report(
         loss_clipped=rounded.loss_clipped,
         loss=rounded.loss,
         clip_gain=1 - rounded.loss_clipped / unclipped if unclipped > 0 else 0.0,
+        clip_floor=rounded.clip_floor,
         damping=rounded.damping,
     )

@@ -11,8 +11,9 @@ from torch import Tensor
 from app.core.errors import RecipeUnsupported
 from app.core.format_limits import Scheme
 from app.core.specs import Recipe
+from kernels.search import losses
 from workers.modeling.quantized_weight import QuantizedWeight
-from workers.quantization.clip_search import search_clip
+from workers.quantization.clip_search import search_clip, smallest_factor
 from workers.quantization.gptq import round_gptq
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
 from workers.quantization.scale_search import FLOAT16_LIMIT
@@ -38,6 +39,7 @@ class RoundedLinear:
     loss_clipped: float  # nearest integers on the searched ranges
     loss: float  # as rounded
     damping: float | None = None  # of GPTQ
+    clip_floor: float | None = None  # the smallest share of a range that the clip search tried
 
 
 def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> RoundedLinear:
@@ -66,7 +68,8 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
             f"{linear.name}: the rounding error is not finite", code="search_not_finite",
             remedy="check the calibration text and the model's weights",
         )  # fmt: skip
-    return RoundedLinear(rounded, unclipped, clipped, loss, damping)
+    floor = smallest_factor(weight, scheme) if recipe.searches_clip else None
+    return RoundedLinear(rounded, unclipped, clipped, loss, damping, floor)
 
 
 def better_rows(
@@ -86,8 +89,7 @@ def better_rows(
 
 def row_losses(weight: Tensor, rounded: QuantizedWeight, moment: Tensor) -> Tensor:
     """(rows,): e H e^T of each row's rounding error e."""
-    error = rounded.dequantize() - weight
-    return ((error @ moment) * error).sum(dim=1)
+    return losses.row_losses(rounded.dequantize() - weight, moment)
 
 
 def round_nearest(weight: Tensor, grid: Grid, scheme: Scheme) -> QuantizedWeight:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from app.core.format_limits import Scheme
 from app.core.specs import SearchSpec
+from kernels.search.losses import row_losses
 from kernels.search.operators import rounding_errors
 from workers.quantization.grid import grouped_view
 from workers.quantization.input_statistics import InputStatistics
-from workers.quantization.losses import row_losses
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
 SAMPLED_ROWS = 512  # of a group's linears together, to rank candidates on

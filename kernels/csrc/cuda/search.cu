@@ -95,6 +95,38 @@ ROUNDING_ERRORS(32, bfloat16, u16)
 ROUNDING_ERRORS(64, bfloat16, u16)
 ROUNDING_ERRORS(128, bfloat16, u16)
 
+// total[row] += sum over columns of left * right: one warp a row, columns in pairs.
+__device__ __forceinline__ float2 pair_at(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ __forceinline__ float2 pair_at(const u16* from) {
+  const u32 both = *reinterpret_cast<const u32*>(from);
+  return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+
+template <typename Value>
+__device__ void row_dots(const Value* left, long left_stride, const Value* right, long right_stride,
+                         float* total, int rows, int columns) {
+  const long row = (long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  float sum = 0.0f;
+  for (int column = threadIdx.x % 32 * 2; column < columns; column += 64) {
+    const float2 a = pair_at(left + row * left_stride + column), b = pair_at(right + row * right_stride + column);
+    sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
+  }
+#pragma unroll
+  for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (threadIdx.x % 32 == 0) total[row] += sum;
+}
+
+extern "C" __global__ void row_dots_float(const float* left, int left_stride, const float* right,
+                                          int right_stride, float* total, int rows, int columns) {
+  row_dots(left, left_stride, right, right_stride, total, rows, columns);
+}
+
+extern "C" __global__ void row_dots_bfloat16(const u16* left, int left_stride, const u16* right,
+                                             int right_stride, float* total, int rows, int columns) {
+  row_dots(left, left_stride, right, right_stride, total, rows, columns);
+}
+
 // --- the clip step
 //
 // One warp holds 16 rows. The products run on the matrix units in tf32, m16n8k8. H is symmetric, so of
@@ -134,9 +166,10 @@ __device__ __forceinline__ float4 four(const float* from, long stride, long row,
   return {first.x, first.y, second.x, second.y};
 }
 
+// Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, faster than the instruction for it.
 __device__ __forceinline__ float error_of(float weight, const Grid& grid, float inverse, int steps) {
-  const float step = fminf(fmaxf(rintf(weight * inverse), -grid.zero), float(steps) - grid.zero);
-  return fmaf(step, grid.scale, -weight);
+  const float inside = fminf(fmaxf(weight * inverse, -grid.zero), float(steps) - grid.zero);
+  return fmaf(__fsub_rn(__fadd_rn(inside, 12582912.0f), 12582912.0f), grid.scale, -weight);
 }
 
 // Half the losses of both rows on their grids. `others` and `moment` lie in shared memory.

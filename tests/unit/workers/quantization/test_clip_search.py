@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from app.core.format_limits import Scheme
-from workers.quantization.clip_search import JOINT_FACTORS, search_clip
+from workers.quantization.clip_search import LOWEST, joint_factors, search_clip, smallest_factor
 from workers.quantization.grid import Grid, fit_grid, grouped_view, min_max_grid
 
 ROWS, CHANNELS = 6, 64
@@ -68,7 +68,7 @@ def test_one_group_is_at_least_as_good_as_every_shrunk_range(bits: int, *, symme
     weight, moment = weights_and_moment(4)
     _, _, after = search_clip(weight, moment, scheme, torch.float16)
     low, high = (bound[:, None] for bound in weight.aminmax(dim=1, keepdim=True))
-    for factor in JOINT_FACTORS:
+    for factor in (1.0, *joint_factors(smallest_factor(weight, scheme))):
         grid = fit_grid(low * factor, high * factor, scheme, torch.float16)
         assert bool((after <= dense_loss(weight, moment, grid, scheme) * (1 + 1e-4)).all())
 
@@ -100,3 +100,26 @@ def test_the_weight_is_not_changed() -> None:
     search_clip(weight, moment, SCHEMES[0], torch.float16)
     assert torch.equal(weight, copy)
     assert torch.equal(moment, moment_copy)
+
+
+def test_percentiles_of_the_weights_bound_the_search() -> None:
+    """Ranges as wide as the weights can't shrink far; outliers leave room; fewer bits may leave out more."""
+    generator = torch.Generator().manual_seed(8)
+    flat = torch.rand(64, 128, generator=generator) - 0.5
+    spiked = torch.randn(64, 128, generator=generator)
+    spiked[:, 5] = 20.0
+    for bits in (2, 3, 4, 8):
+        scheme = Scheme(bits=bits, group_size=128, symmetric=False)
+        assert smallest_factor(flat, scheme) > 0.85
+        assert smallest_factor(spiked, scheme) < 0.2
+    normal = torch.randn(64, 128, generator=generator)
+    floors = [smallest_factor(normal, Scheme(bits=b, group_size=128, symmetric=True)) for b in (2, 3, 4, 8)]
+    assert floors == sorted(floors)
+    assert 0.6 < floors[0] < floors[3] < 1.0
+    assert smallest_factor(torch.zeros(4, 128), scheme) == 0.0
+
+
+def test_factors_stay_above_the_bound() -> None:
+    assert joint_factors(1.0) == joint_factors(0.96) == ()
+    assert joint_factors(0.849) == pytest.approx((0.95, 0.9, 0.85))
+    assert min(joint_factors(0.0)) == pytest.approx(LOWEST)

@@ -11,7 +11,10 @@ from torch import nn
 
 from app.core.architectures import Architecture, ScaleGroup
 from app.core.errors import ModelRefused
-from workers.quantization.input_statistics import BLOCK, InputCollector, collecting
+from workers.quantization.input_statistics import BLOCK as BLOCKS
+from workers.quantization.input_statistics import InputCollector, collecting
+
+BLOCK = BLOCKS["cpu"]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 40), st.integers(0, 2**32 - 1))

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kernels.search import cuda
+
 BLOCK = 1024  # columns; H is symmetric, so only its blocks on and above the diagonal are multiplied
 
 
@@ -20,8 +22,16 @@ def row_losses(errors: Tensor, moment: Tensor) -> Tensor:
             product = errors[:, columns] @ moment[columns, columns]
             if start:
                 product.addmm_(errors[:, :start], moment[:start, columns], alpha=2)
-            total += product.mul_(errors[:, columns]).sum(dim=1, dtype=torch.float32)
+            add_row_dots(product, errors[:, columns], total)
     return total
+
+
+def add_row_dots(product: Tensor, errors: Tensor, total: Tensor) -> None:
+    """total += the sum of products of each row; `product` is used up."""
+    if product.is_cuda and product.numel() and cuda.can_dot(product, errors):
+        cuda.add_row_dots(product, errors, total)
+    else:
+        total += product.mul_(errors).sum(dim=1, dtype=torch.float32)
 
 
 @contextmanager

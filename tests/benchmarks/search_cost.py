@@ -1,0 +1,126 @@
+"""What the search costs beside the bare forward pass, on a CPU, part by part; and the peak of memory.
+
+    python tests/benchmarks/search_cost.py                                      the bundled model, 128 x 512
+    python tests/benchmarks/search_cost.py --shape tinyllama-1.1b --samples 16  random weights of that shape
+
+One recipe: AWQ with clip, W4 g128. The bare pass runs the same batches through the same layers and keeps
+nothing; statistics are what calibrating takes beyond it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
+
+from random_model import SHAPES, write_model  # noqa: E402
+
+from app.core.assignment import Assignment  # noqa: E402
+from workers.modeling.prefetch import WeightPrefetch  # noqa: E402
+from workers.pipeline import Pipeline  # noqa: E402
+from workers.quantization import layer, rounding  # noqa: E402
+
+MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
+
+
+class Clock:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def counted(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def watch(self, module: ModuleType, function: str, name: str) -> None:
+        """Count the calls that `module` makes of a function."""
+        original: Callable[..., Any] = getattr(module, function)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self.counted(name):
+                return original(*arguments, **named)
+
+        setattr(module, function, timed)
+
+
+def measure(model: Path, samples: int, work: Path) -> dict[str, float]:
+    """Seconds of each part of a job, and of the bare pass."""
+    spec = {"model": "file:///benchmark", "calibration": {"num_samples": samples}}
+    pipeline = Pipeline(
+        Assignment.model_validate(
+            {
+                "spec": spec, "model_folder": model, "model_name": model.name, "model_digest": "0" * 64,
+                "work_folder": work,
+            }
+        ),
+        lambda message: None,
+    )  # fmt: skip
+    calibration, _ = pipeline.read_texts()
+    checkpoints = pipeline.open_checkpoints(calibration)
+    clock = Clock()
+    clock.watch(layer, "search_scales", "scale search")
+    clock.watch(rounding, "search_clip", "clip search")
+    bare = pipeline.start_pass(calibration, checkpoints, 0)
+    run = pipeline.start_pass(calibration, checkpoints, 0)
+    weights = WeightPrefetch(run.decoder, pipeline.plan.num_layers - 1)
+    candidate = pipeline.plan.candidates[0]
+    chains = pipeline.start_chains((candidate,), run.decoder, calibration)
+    with pipeline.writer:
+        for index in range(pipeline.plan.num_layers):
+            loaded = bare.decoder.layer_weights(index)
+            with clock.counted("bare forward pass"):
+                bare.pass_through(loaded)
+            with clock.counted("calibrating"):
+                calibrated = pipeline.calibrate_next_layer(run, weights)
+            with clock.counted("searching"):
+                pipeline.solve(candidate, calibrated, run, chains, checkpoints)
+            print(index, {name: round(value, 1) for name, value in clock.seconds.items()}, flush=True)
+    return clock.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model = MODEL
+        if options.shape is not None:
+            model = Path(folder) / "random"
+            torch.manual_seed(0)
+            write_model(model, options.shape, options.layers)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (Path(folder) / "work").mkdir()
+        seconds = measure(model, options.samples, Path(folder) / "work")
+    seconds["statistics"] = seconds.pop("calibrating") - seconds["bare forward pass"]
+    seconds["rounding, reports, checks"] = (
+        seconds["searching"] - seconds["scale search"] - seconds["clip search"]
+    )
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"| {name} | {value:.2f} s | {value / seconds['bare forward pass']:.2f} |")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak resident {peak / 2**20:.2f} GiB (before the job {before / 2**20:.2f})")
+
+
+if __name__ == "__main__":
+    main()
