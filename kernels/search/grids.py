@@ -48,7 +48,11 @@ class GridRule:
 
     def nearest(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The values moved to their nearest grid points."""
-        return (values / scale).round_().clamp_(-zero, self.steps - zero).mul_(scale)
+        steps = (values / scale).round_()
+        # Bounds that differ from row to row: clamp_ is three times slower on a CPU.
+        torch.maximum(steps, -zero, out=steps)
+        torch.minimum(steps, self.steps - zero, out=steps)
+        return steps.mul_(scale)
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

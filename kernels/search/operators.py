@@ -265,10 +265,8 @@ class RowRanges:
 
     def losses(self, errors: Tensor) -> Tensor:
         """(candidates, rows)."""
-        products = errors.flatten(0, 1) @ self.block
-        products = products.view_as(errors).add_(self.others, alpha=2)
-        found: Tensor = torch.linalg.vecdot(products, errors)
-        return found
+        products = (errors.flatten(0, 1) @ self.block).view_as(errors)
+        return products.add_(self.others, alpha=2).mul_(errors).sum(dim=-1)
 
     def search(self, joint: Sequence[float], side: Sequence[float]) -> None:
         """Both bounds together, then one after the other."""
