@@ -11,7 +11,7 @@ from kernels.checks import check_bias, check_input
 from kernels.cuda.compiler import architecture_for, find_compiler
 from kernels.cuda.driver import DriverError, open_driver
 from kernels.cuda.layout import format_of
-from kernels.cuda.linear import make_records
+from kernels.cuda.linear import load_kernels, make_records
 from kernels.problem import Problem
 from kernels.weight import PackedWeight
 
@@ -25,6 +25,7 @@ class CudaKernel:
         self.form, self.dtype = format_of(weight), dtype
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.records = make_records(weight)
+        load_kernels(weight, dtype, self.records.get_device())
         # Kernels read weights before the previous kernel on their stream has ended: these are complete.
         torch.cuda.synchronize(self.records.device)
 

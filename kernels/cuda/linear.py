@@ -21,6 +21,8 @@ RECORDS_PER_BLOCK = 4  # of the kernel `dense`, a warp each
 ALIGNMENT = 16
 # On Hopper the decode kernel is ahead up to this many tokens (docs/benchmarks.md).
 DECODE_TOKENS = 16
+# Between them these numbers of tokens meet nearly every shape that a rule chooses.
+LOADED_TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
 
 
 class Kernels:
@@ -35,6 +37,17 @@ class Kernels:
 @functools.cache
 def kernels() -> Kernels:
     return Kernels()
+
+
+def load_kernels(weight: PackedWeight, dtype: torch.dtype, device: int) -> None:
+    """Compiles and loads what calls on this weight will want: requests should not wait, and graphs can't."""
+    form, on_hopper = format_of(weight), hopper(device)
+    for tokens in LOADED_TOKENS:
+        sizes = tokens, weight.in_features, weight.out_features
+        if on_hopper and tokens > DECODE_TOKENS:
+            kernels().wide.prepared_for(sizes, form, dtype, device)
+        elif tokens <= MAX_TOKENS:
+            kernels().decode.prepared_for(sizes, form, dtype, device)
 
 
 def make_records(weight: PackedWeight) -> Tensor:

@@ -157,13 +157,20 @@ class WideKernel:
 
     def __call__(self, x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor, form: Format) -> None:
         """Writes `output` (tokens, rows); x (tokens, channels), both contiguous and on 16-byte addresses."""
-        device, tokens, channels, rows = x.get_device(), *x.shape, output.shape[1]
-        key = (device, tokens, channels, rows, form, x.dtype)
+        sizes = x.shape[0], x.shape[1], output.shape[1]
+        self.launch(self.prepared_for(sizes, form, x.dtype, x.get_device()), x, records, bias, output)
+
+    def prepared_for(
+        self, sizes: tuple[int, int, int], form: Format, dtype: torch.dtype, device: int
+    ) -> Prepared:
+        """What a call of `sizes` (tokens, channels, rows) needs, made if this is the first."""
+        tokens, channels, rows = sizes
+        key = (device, tokens, channels, rows, form, dtype)
         prepared = self.prepared.get(key)
         if prepared is None:
             plan = make_plan(tokens, rows, channels, form, device_of(device))
-            prepared = self.prepared[key] = self.prepare(plan, (tokens, rows), form, x.dtype, device)
-        self.launch(prepared, x, records, bias, output)
+            prepared = self.prepared[key] = self.prepare(plan, (tokens, rows), form, dtype, device)
+        return prepared
 
     def prepare(
         self, plan: Plan, sizes: tuple[int, int], form: Format, dtype: torch.dtype, device: int

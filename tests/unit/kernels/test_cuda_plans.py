@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernels.cuda import decode, wide
+from kernels.cuda import decode, linear, wide
 from kernels.cuda.backend import CudaBackend
 from kernels.cuda.decode import Device
-from kernels.cuda.layout import Format
+from kernels.cuda.layout import Format, format_of
+from kernels.cuda.workspace import Workspace
 from kernels.problem import Problem
+from tests.unit.kernels.weights import random_weight
 
 H100, A100, ADA = Device(132, 232448), Device(108, 166912), Device(84, 101376)
 W4 = Format(4, 128, asymmetric=False, scale_dtype=torch.bfloat16)
@@ -98,3 +101,35 @@ def test_the_operator_has_a_fake(tokens: tuple[int, ...]) -> None:
     output = torch.ops.nibble.cuda_linear(x, records, None, 16, 4, 128, False, torch.bfloat16)
     assert output.shape == (*tokens, 16)
     assert output.dtype == torch.bfloat16
+
+
+class RecordingLibrary:
+    """Stands in for compiled kernels: what was asked for, as (source, name)."""
+
+    def __init__(self) -> None:
+        self.asked: set[tuple[str, tuple[tuple[str, int], ...]]] = set()
+
+    def function(self, source: str, name: str, device: int, defines: dict[str, int]) -> None:
+        self.asked.add((source, tuple(sorted(defines.items()))))
+
+
+@pytest.mark.parametrize(("capability", "device"), [((9, 0), H100), ((8, 0), A100)])
+def test_loading_a_weight_brings_the_kernels_of_its_calls(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], device: Device
+) -> None:
+    library = RecordingLibrary()
+    shared = SimpleNamespace(
+        decode=decode.DecodeKernel(library, Workspace()),  # type: ignore[arg-type]
+        wide=wide.WideKernel(library, Workspace()),  # type: ignore[arg-type]
+    )
+    monkeypatch.setattr(linear, "kernels", lambda: shared)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    for module in (decode, wide):
+        monkeypatch.setattr(module, "device_of", lambda index: device)
+    weight = random_weight(1024, 512, asymmetric=True)
+    linear.load_kernels(weight, torch.bfloat16, 0)
+    loaded = set(library.asked)
+    assert {source for source, _ in loaded} == ({"decode.cu", "wide.cu"} if device is H100 else {"decode.cu"})
+    for tokens in range(1, 17):
+        shared.decode.prepared_for((tokens, 512, 1024), format_of(weight), torch.bfloat16, 0)
+    assert library.asked == loaded
