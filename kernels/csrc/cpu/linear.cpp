@@ -185,7 +185,7 @@ void dequantize_by_table(const Weight& w, int64_t block, int64_t first, int64_t 
       for (int g = 0; g < kGroups; ++g) _mm512_store_ps(scale[g], scales_of(w, block, group + g));
     }
     for (int row = 0; row < kRows; ++row) {
-      _mm_prefetch(codes + row * kPlane + kPrefetch, _MM_HINT_T0);
+      _mm_prefetch(codes + row * kPlane + kPrefetch, _MM_HINT_T1);
       const __m512i words = _mm512_loadu_si512(codes + row * kPlane);
       uint8_t* place = out + row * places.row;
       __m512i table[kGroups];

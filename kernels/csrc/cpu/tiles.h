@@ -228,30 +228,25 @@ void exact_blocks(const Weight& w, int64_t first, const uint8_t* x, int64_t x_ch
   constexpr int kX = ONE ? 64 : kTile;  // bytes of 32 channels of x
   // Sums of a whole row would have to stay in tiles for each group of columns: they are taken per chunk, too.
   constexpr int kGroups = GPC ? GPC : 1;
-  // Two buffers of weights: tiles are loaded from one while the other is written, so no load waits for a store.
-  // For the same reason sums are added one group later than they are stored.
-  uint8_t* parts = thread_scratch.of(2 * kPart + (2 + kMostGroups) * kBlocks * kTile);
-  float* stored[2] = {reinterpret_cast<float*>(parts + 2 * kPart),
-                      reinterpret_cast<float*>(parts + 2 * kPart + kBlocks * kTile)};
+  // Sums are added one group later than they are stored, so that no load waits for a store. A second buffer of
+  // weights was slower: both and the input are more than what is left of a first cache that two threads share.
+  uint8_t* weights = thread_scratch.of(kPart + (2 + kMostGroups) * kBlocks * kTile);
+  float* stored[2] = {reinterpret_cast<float*>(weights + kPart),
+                      reinterpret_cast<float*>(weights + kPart + kBlocks * kTile)};
   float* total = stored[1] + kBlocks * 256;
   std::memset(total, 0, size_t(groups) * kBlocks * kTile);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int b = 0; b < kBlocks; ++b) codes_to_tiles<GPC, PLANES>(w, first + b, 0, parts + b * kBlock);
   int64_t waiting_group = -1, waiting_columns = 0;
   int turn = 0;
   for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
-    const uint8_t* weights = parts + chunk % 2 * kPart;
-    uint8_t* next = parts + (chunk + 1) % 2 * kPart;
+    for (int b = 0; b < kBlocks; ++b) codes_to_tiles<GPC, PLANES>(w, first + b, chunk, weights + b * kBlock);
     for (int64_t g = 0; g < groups; ++g) {
       const uint8_t* here = x + chunk * x_chunk + g * 4 * kX;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        // The next chunk's weights are converted between this one's products, which run beside.
-        if (g == 0 && chunk + 1 < w.chunks)
-          codes_to_tiles<GPC, PLANES>(w, first + i, chunk + 1, next + i * kBlock);
         for (int p = 0; p < PLANES; ++p) multiply<ONE>(weights + (p * 4 + i) * kTile, kBlock, here + i * kX);
         if ((i + 1) * kGroups % 4) continue;
         store_sums<ONE>(stored[turn]);
@@ -332,21 +327,16 @@ void rounded_column(const Weight& w, int64_t n, int64_t n_end, const uint8_t* x,
                     const Output& output) {
   constexpr int kBlock = 4 * kTile, kPart = kBlocks * kBlock;
   constexpr Places places{64, kTile};
-  uint8_t* parts = thread_scratch.of(2 * kPart + kBlocks * kTile);
-  float* sums = reinterpret_cast<float*>(parts + 2 * kPart);
+  uint8_t* weights = thread_scratch.of(kPart + kBlocks * kTile);
+  float* sums = reinterpret_cast<float*>(weights + kPart);
   for (int64_t first = n; first < n_end; first += kBlocks) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int b = 0; b < kBlocks; ++b) dequantize(w, first + b, 0, 1, parts + b * kBlock, places);
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
-      const uint8_t* weights = parts + chunk % 2 * kPart;
-      uint8_t* next = parts + (chunk + 1) % 2 * kPart;
-      for (int i = 0; i < 4; ++i) {
-        if (chunk + 1 < w.chunks) dequantize(w, first + i, chunk + 1, chunk + 2, next + i * kBlock, places);
-        multiply<false>(weights + i * kTile, kBlock, x + (chunk * 4 + i) * kTile);
-      }
+      for (int b = 0; b < kBlocks; ++b) dequantize(w, first + b, chunk, chunk + 1, weights + b * kBlock, places);
+      for (int i = 0; i < 4; ++i) multiply<false>(weights + i * kTile, kBlock, x + (chunk * 4 + i) * kTile);
     }
     store_sums<false>(sums);
     for (int b = 0; b < kBlocks && (first + b) * kRows < output.rows; ++b)
