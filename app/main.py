@@ -56,6 +56,7 @@ from app.core.reuse import ReuseIndex, package_version
 from app.core.security import KeyStore, bootstrap_key
 from app.core.settings import Settings
 from app.core.tally import Tally
+from app.core.tracing import Tracer
 from app.core.webhook_sender import WebhookSender, WebhookThread
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
@@ -69,7 +70,7 @@ ROUTES = (
 
 def create_app(settings: Settings) -> FastAPI:
     """The application. Nothing is opened before its lifespan begins."""
-    metrics = Metrics()
+    metrics, tracer = Metrics(), Tracer(settings.otlp_endpoint, "nibble-api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.services = services = open_services(settings, metrics, stack)
             yield
             await services.gateway.close()
+        tracer.close()
 
     app = FastAPI(
         title="Nibble",
@@ -95,7 +97,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(AuditTrail)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
-    app.add_middleware(RequestRecord, metrics=metrics)
+    app.add_middleware(RequestRecord, metrics=metrics, tracer=tracer)
     return app
 
 

@@ -15,6 +15,7 @@ from app.core.object_store import ObjectStore
 from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.tally import Tally
+from app.core.tracing import Tracer
 
 
 @dataclass(frozen=True)
@@ -32,5 +33,6 @@ class WorkerContext:
     reuse: ReuseIndex
     limits: TenantLimits
     tally: Tally
+    tracer: Tracer
     profile: DeviceProfile | None = None
     child_module: str = CHILD_MODULE

@@ -29,6 +29,7 @@ from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.tally import Tally
+from app.core.tracing import Tracer
 from app.core.worker_registry import WorkerRecord
 from workers.context import WorkerContext
 from workers.queue_worker import QueueWorker
@@ -156,6 +157,7 @@ def serve(
             reuse=ReuseIndex(redis, objects),
             limits=TenantLimits(redis, settings),
             tally=Tally(redis),
+            tracer=Tracer(settings.otlp_endpoint, "nibble-worker"),
             profile=record.profile,
             child_module=child_module,
         )

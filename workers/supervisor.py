@@ -50,6 +50,7 @@ from workers.context import WorkerContext
 from workers.faults import disk_fault, pause_before_next, reported
 from workers.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
 from workers.publication import Publication, inside
+from workers.stages import Stages
 from workers.watch import Stopped, StopReason, Watch
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,7 @@ class Attempt:
         self._watch = watch
         self._work_folder = context.settings.scratch_dir / f"{job.id}-{job.attempt}"
         self._fingerprint: str | None = None
-        self._stage: Stage | None = None
-        self._stage_began = 0.0
+        self._stages = Stages(context.tally, context.tracer, job, self._write_late)
         self._fraction = 0.0
         self._written = 0.0
 
@@ -96,6 +96,7 @@ class Attempt:
         """Do the work and write how it ended."""
         with ExitStack() as self._stack:
             self._run()
+        self._stages.close()
 
     def _run(self) -> None:
         try:
@@ -239,17 +240,8 @@ class Attempt:
             self._context.objects.put(report_key(self._job.id), report)
 
     def _set_stage(self, stage: Stage) -> None:
-        self._close_stage(stage)
+        self._stages.enter(stage)
         self._update(lambda job: job.model_copy(update={"stage": stage}))
-
-    def _close_stage(self, after: Stage | None) -> None:
-        """Count the seconds of the stage that ends."""
-        now = time.monotonic()
-        if self._stage is not None and self._stage is not after:
-            ended, seconds = self._stage, now - self._stage_began
-            self._written_to_redis(lambda: self._context.tally.add_stage(ended, seconds), stoppable=False)
-        if self._stage is not after:
-            self._stage, self._stage_began = after, now
 
     def _set_progress(self, message: Progressed) -> None:
         self._fraction = min(1.0, max(self._fraction, message.fraction))
@@ -274,7 +266,7 @@ class Attempt:
             lambda job: transition(job, JobState.SUCCEEDED, progress=Progress(fraction=1.0), **changes),
             stoppable=False,
         )
-        self._close_stage(None)
+        self._stages.leave()
         self._drop_checkpoints()
         self._note_made(made)
 
@@ -374,6 +366,9 @@ class Attempt:
                 log.warning("not written: %s", refusal.message, extra={"job": self._job.id})
                 raise Stopped(StopReason.LEASE_LOST) from refusal
             time.sleep(0.5)
+
+    def _write_late(self, write: Callable[[], None]) -> None:
+        self._written_to_redis(write, stoppable=False)
 
     def _check_lease(self) -> None:
         """Look at the lease itself: a process that was halted for minutes hasn't heard of its loss yet."""

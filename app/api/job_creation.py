@@ -48,6 +48,7 @@ def new_job(checked: CheckedSubmission, job_id: str, tenant: str) -> Job:
         created_at=datetime.now(UTC),
         fingerprint=checked.fingerprint,
         request_id=bound_id("request"),
+        traceparent=bound_id("trace"),
     )
 
 

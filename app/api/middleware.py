@@ -14,6 +14,7 @@ from app.api.errors import inference_problem, is_inference, problem
 from app.api.metrics import Metrics
 from app.core.errors import InvalidRequest
 from app.core.logs import log_ids
+from app.core.tracing import Tracer, parse_traceparent
 
 log = logging.getLogger("app.access")
 
@@ -24,9 +25,10 @@ SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-
 class RequestRecord:
     """Gives each request an id, counts it, and writes one line when its answer has ended."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: Tracer) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,12 +48,15 @@ class RequestRecord:
 
         started = time.perf_counter()
         self._metrics.request_begins()
-        with log_ids(request=request_id):
+        span = self._tracer.span("request", parse_traceparent(Headers(scope=scope).get("traceparent")))
+        with log_ids(request=request_id, trace=span.context.traceparent):
             try:
                 await self._app(scope, receive, send_marked)
             finally:
                 seconds = time.perf_counter() - started
                 self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
+                span.name = f"{scope['method']} {route_of(scope)}"
+                span.end(status=status, request=request_id)
                 log.info(
                     "%s %s %d %.1f ms", scope["method"], scope["path"], status, seconds * 1e3,
                     extra={"fields": {"status": status, "seconds": round(seconds, 4)}},

@@ -81,6 +81,7 @@ class Job(Frozen):
     artifacts: tuple[str, ...] = ()
     retry_of: str | None = None
     request_id: str | None = None  # of the request that made it, for the logs
+    traceparent: str | None = None  # the span of that request
     fingerprint: str | None = None  # of its contents, as far as submission could see
     reused_from: str | None = None  # the job that has made its artifacts
 

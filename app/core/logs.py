@@ -54,7 +54,8 @@ def escaped(text: str) -> str:
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        ids = "".join(f" {name}={escaped(value)}" for name, value in ids_of(record).items())
+        known = ids_of(record)
+        ids = "".join(f" {name}={escaped(known[name])}" for name in IDS if name in known)
         line = f"{moment} {record.levelname} {record.name}: {escaped(record.getMessage())}{ids}"
         return f"{line}\n{trace(record)}" if record.exc_info else line
 

@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     kernel_backend: str = "auto"
     calibration_devices: Names = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_endpoint: OptionalUrl = None
     log_format: Literal["text", "json"] = "text"
 
     lease_s: float = Field(default=30.0, ge=1, le=300)

@@ -28,6 +28,7 @@ from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.specs import FormatName, JobSpec
 from app.core.tally import Tally
+from app.core.tracing import Tracer
 from workers.context import WorkerContext
 from workers.supervisor import run_attempt
 
@@ -77,6 +78,7 @@ class Workshop:
             reuse=ReuseIndex(self.redis, self.objects),
             limits=TenantLimits(self.redis, self.settings),
             tally=Tally(self.redis),
+            tracer=Tracer(self.settings.otlp_endpoint, "test"),
             child_module=STAND_IN,
         )
 
