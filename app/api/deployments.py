@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import httpx
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
@@ -11,12 +12,13 @@ from app.api.dependencies import DeploymentsReader, DeploymentsWriter, Services,
 from app.api.schemas import DeploymentList, DeploymentView
 from app.core.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployment_store import removed
-from app.core.errors import InvalidRequest, MalformedRequest
+from app.core.errors import InvalidRequest, MalformedRequest, NotFound, Unavailable
 from app.core.ids import is_id
 from app.core.specs import DeploymentOptions
 
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
 
+METRICS_LIMIT_S = 5.0
 POLL_AFTER = {"starting": "1", "draining": "1"}
 
 
@@ -78,6 +80,34 @@ def delete_deployment(deployment_id: str, services: ServicesParam, principal: De
     if gone:
         return Response(status_code=204)
     return answer(services, LiveDeployment(deployment=deployment, replicas=live.replicas), status=202)
+
+
+@router.get(
+    "/{deployment_id}/servers/{slot}/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}},
+)
+def read_server_metrics(
+    deployment_id: str, slot: int, services: ServicesParam, principal: DeploymentsReader
+) -> Response:
+    """One server's own metrics, under vLLM's names: its address is no other's to know."""
+    live = services.deployments.get(principal.tenant, deployment_id)
+    url = next((replica.url for replica in live.ready if replica.slot == slot), None)
+    if url is None:
+        raise NotFound(
+            f"{live.spec.name} has no server {slot} that answers",
+            code="server_not_found",
+            remedy="read the deployment: `servers` lists those that there are",
+        )
+    try:
+        found = httpx.get(f"{url}/metrics", timeout=METRICS_LIMIT_S, trust_env=False)
+    except httpx.TransportError as fault:
+        raise Unavailable(
+            f"server {slot} of {live.spec.name} does not answer: {fault}",
+            code="server_silent",
+            remedy="try again",
+        ) from fault
+    return Response(found.content, headers={"Content-Type": found.headers.get("content-type", "text/plain")})
 
 
 def answer(services: Services, live: LiveDeployment, *, status: int = 200) -> JSONResponse:

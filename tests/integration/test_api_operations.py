@@ -41,7 +41,10 @@ ALLOWED = {
         "GET /v1/artifacts/{artifact_id}/files/{path}", "POST /v1/artifacts/{artifact_id}/links",
     },
     Scope.ARTIFACTS_WRITE: {"DELETE /v1/artifacts/{artifact_id}"},
-    Scope.DEPLOYMENTS_READ: {"GET /v1/deployments", "GET /v1/deployments/{deployment_id}"},
+    Scope.DEPLOYMENTS_READ: {
+        "GET /v1/deployments", "GET /v1/deployments/{deployment_id}",
+        "GET /v1/deployments/{deployment_id}/servers/{slot}/metrics",
+    },
     Scope.DEPLOYMENTS_WRITE: {"POST /v1/deployments", "DELETE /v1/deployments/{deployment_id}"},
     Scope.INFERENCE: {
         "POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models", "GET /v1/models/{name}",
@@ -59,7 +62,7 @@ def operations(service: Service) -> Iterator[tuple[str, str]]:
 
 def called(service: Service, key: str | None, method: str, template: str) -> int:
     path = template.format(job_id=new_id("job"), artifact_id=new_id("art"), path="x", key_id="0" * 16,
-                           delivery_id="msg_x", tenant="default", deployment_id=new_id("dep"),
+                           delivery_id="msg_x", tenant="default", deployment_id=new_id("dep"), slot=0,
                            name="x")  # fmt: skip
     body = {"model": MODEL} if method == "POST" else None
     with service.client_with(key) as client:
@@ -105,7 +108,7 @@ def test_another_tenants_id_is_404_on_every_route(service: Service) -> None:
     service.objects.put(f"reports/{job_id}.json", b"{}")
     artifact = service.publish(job_id, {"a": b"1"})
     own = {"job_id": job_id, "artifact_id": artifact.id, "path": "a", "key_id": key_id(ADMIN_KEY),
-           "delivery_id": "msg_x", "name": "tiny", "tenant": "default",
+           "delivery_id": "msg_x", "name": "tiny", "slot": 0, "tenant": "default",
            "deployment_id": DeploymentStore(service.redis).create(
                "default", DeploymentSpec(artifact=artifact.id, name="tiny")).id}  # fmt: skip
     routes = [(method, path) for method, path in operations(service) if "{" in path]

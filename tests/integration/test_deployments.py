@@ -60,6 +60,10 @@ def test_a_deployment_from_creation_to_removal(floor: Floor) -> None:
     assert 'nibble_deployments{state="ready"} 1.0' in metrics
     assert f'nibble_inference_requests_total{{deployment="{deployment_id}",status="200"}}' in metrics
 
+    route = f"/v1/deployments/{deployment_id}/servers"
+    assert "vllm:num_requests_running" in floor.client.get(f"{route}/0/metrics").text
+    assert floor.client.get(f"{route}/1/metrics").json()["code"] == "server_not_found"
+
     in_use = floor.client.delete(f"/v1/artifacts/{artifact}")
     assert (in_use.status_code, in_use.json()["code"]) == (409, "artifact_in_use")
     assert floor.client.delete(f"/v1/deployments/{deployment_id}").status_code == 202
