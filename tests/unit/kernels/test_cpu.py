@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.backend import Kernel, select_backend
@@ -48,9 +48,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", ["amx", "avx512"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(["amx", "avx512"]),
     bits=st.sampled_from([2, 3, 4, 8]),
     group=st.sampled_from([32, 64, 128, -1]),
     groups=st.integers(1, 5),
