@@ -20,7 +20,7 @@ from uuid import uuid4
 from redis.exceptions import RedisError
 
 from app.core.artifact_store import ArtifactStore
-from app.core.deployment import Deployment, DeploymentState, LiveDeployment, Replica
+from app.core.deployment import Deployment, DeploymentState, Goal, LiveDeployment, Replica
 from app.core.deployment_store import DeploymentStore, failed, resting
 from app.core.errors import NibbleError, NotFound
 from app.core.logs import set_up_logs
@@ -63,7 +63,7 @@ class ServingSupervisor:
 
     def run(self, shutdown: threading.Event) -> None:
         """Serve until `shutdown` is set, then stop every server."""
-        self._context.cache.keep_only({live.spec.artifact for live in self._store.all()})
+        self._context.cache.keep_only(self._wanted_artifacts())
         while not shutdown.wait(PASS_S):
             try:
                 self.step()
@@ -102,9 +102,12 @@ class ServingSupervisor:
         self._store.release(keeper.replica)
         del self._keepers[keeper.slot]
         self._published.pop(keeper.slot, None)
-        artifact = keeper.deployment.spec.artifact
-        if not any(live.spec.artifact == artifact for live in self._store.all()):
-            self._context.cache.drop(artifact)
+        if keeper.deployment.spec.artifact not in self._wanted_artifacts():
+            self._context.cache.drop(keeper.deployment.spec.artifact)
+
+    def _wanted_artifacts(self) -> set[str]:
+        """Of deployments that are not deleted; files of others are kept for as long as a server uses them."""
+        return {live.spec.artifact for live in self._store.all() if live.deployment.goal is not Goal.REMOVE}
 
     def _claim(self, deployments: dict[str, LiveDeployment]) -> None:
         """Take at most one free slot: the next one after the next pass, when others had their turn."""

@@ -93,6 +93,6 @@ def test_crashes_in_a_row_are_counted_within_a_window() -> None:
 
 def test_one_worker_per_gpu_or_one_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "gpu_names", lambda: [])
-    assert machine.worker_devices() == [("worker", "cpu")]
+    assert machine.worker_devices("serve") == [("serve", "cpu")]
     monkeypatch.setattr(machine, "gpu_names", lambda: ["A", "B"])
-    assert machine.worker_devices() == [("worker0", "cuda:0"), ("worker1", "cuda:1")]
+    assert machine.worker_devices("worker") == [("worker0", "cuda:0"), ("worker1", "cuda:1")]
