@@ -202,7 +202,7 @@ def plan_candidate(
         label=f"{recipe.label} mixed {bits_per_weight:.2f}" if len(schemes) > 1 else recipe.label,
         recipe=recipe,
         linears=linears,
-        full_precision=kept_modules(architecture, linears),
+        full_precision=kept_modules(architecture, linears, tensors),
         output_bytes={name: kept + size for name, size in packed.items()},
         bits_per_weight=bits_per_weight,
     )
@@ -220,11 +220,19 @@ def plan_linears(
     return fit_groups(recipe, linears, list(fused_sets(architecture, linears)))
 
 
-def kept_modules(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> tuple[str, ...]:
-    """The head by all of its names, and routers: what loaders must not take for quantized linears."""
+def kept_modules(
+    architecture: Architecture, linears: tuple[LinearPlan, ...], tensors: dict[str, TensorHeader]
+) -> tuple[str, ...]:
+    """The head by all of its names, projections beside the layers (OPT), and routers: what loaders must not
+    take for quantized linears."""
     names = dict.fromkeys(
         ("lm_head", architecture.head, architecture.stored_name(architecture.head + ".")[:-1])
     )
+    outside = [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and layer_number(architecture, name) is None and "embed" not in name
+    ]
     layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
     routers = [
         architecture.layer_prefix(layer) + router
@@ -233,7 +241,7 @@ def kept_modules(architecture: Architecture, linears: tuple[LinearPlan, ...]) ->
         for group in architecture.at(layer).groups
         for router in group.compensated
     ]
-    return (*names, *dict.fromkeys(routers))
+    return tuple(dict.fromkeys((*names, *outside, *routers)))
 
 
 def layer_number(architecture: Architecture, name: str) -> int | None:

@@ -99,6 +99,16 @@ def test_routers_keep_their_precision_and_loaders_are_told(tmp_path: Path) -> No
         assert scales.std() > 0.01
 
 
+def test_loaders_are_told_of_projections_beside_the_layers(tmp_path: Path) -> None:
+    model_type, changes = OTHER_MODELS["opt with gelu"]
+    model = save_model(random_model(model_type, **changes), tmp_path / "model")  # type: ignore[arg-type]
+    run = EngineRun(tiny_spec(RECIPE), model, tmp_path / "work")
+    config = json.loads((run.folder("compressed-tensors") / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    assert {"model.decoder.project_in", "model.decoder.project_out"} <= set(ignored)
+    assert not [name for name in ignored if "embed" in name]
+
+
 def test_an_expert_without_tokens_is_quantized_without_scales(tmp_path: Path) -> None:
     """Of a direction and its opposite one has a positive logit, so the expert with zeros is never chosen."""
     model = random_model("mixtral", num_local_experts=4, num_experts_per_tok=1)
