@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 # Two processes: each test process computes with one thread, so that they don't fight for cores.
 PYTEST_WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS)
+# A file stays in one process: what its tests share (a service, a quantized model) is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 .PHONY: help install demo test lint format types imports unit integration faults e2e bench clean
 

@@ -35,17 +35,18 @@ def test_an_s3_model_is_inspected_and_fetched(bucket: str, example_model: Path, 
     headers = inspect_model(open_model(bucket, model_roots=()))
     local = inspect_model(open_model(example_model.as_uri(), model_roots=[example_model]))
     assert headers == local
-    model = ModelCache(tmp_path / "cache", Settings()).fetch(bucket, nothing)
+    with ModelCache(tmp_path / "cache", Settings()) as cache:
+        model = cache.fetch(bucket, nothing)
     hashes = {name: file_sha256(example_model / name, nothing) for name in local.files}
     assert model.digest == model_digest(hashes)
     assert {path.name for path in model.folder.iterdir()} == set(local.files)
 
 
 def test_a_replaced_object_is_fetched_again(bucket: str, tmp_path: Path) -> None:
-    cache = ModelCache(tmp_path / "cache", Settings())
-    before = cache.fetch(bucket, nothing)
-    obstore.put(open_bucket("models"), "small/model/generation_config.json", b"{}")
-    after = cache.fetch(bucket, nothing)
+    with ModelCache(tmp_path / "cache", Settings()) as cache:
+        before = cache.fetch(bucket, nothing)
+        obstore.put(open_bucket("models"), "small/model/generation_config.json", b"{}")
+        after = cache.fetch(bucket, nothing)
     assert after.digest != before.digest
     assert after.folder != before.folder
 
