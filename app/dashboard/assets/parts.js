@@ -90,7 +90,7 @@ export function Title({ children, text, aside }) {
 
 export function Facts({ rows }) {
   return html`<dl class="facts">
-    ${rows.filter(([, value]) => value !== null && value !== undefined && value !== "").map(
+    ${rows.filter(([, value]) => value === 0 || value).map(
       ([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`,
     )}
   </dl>`;
