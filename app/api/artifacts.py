@@ -15,6 +15,7 @@ from app.api.dependencies import ArtifactsReader, ArtifactsWriter, Services, Ser
 from app.api.errors import problem
 from app.api.preconditions import (
     ByteRange,
+    IfNoneMatch,
     UnsatisfiableRange,
     matches_tag,
     requested_range,
@@ -54,7 +55,7 @@ def list_artifacts(
     principal: ArtifactsReader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The tenant's artifacts, newest first."""
     page = ArtifactList.of(services.artifacts.page(principal.tenant, limit=limit, after=after))

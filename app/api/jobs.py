@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, JobsWriter, Services, ServicesParam
 from app.api.job_creation import Creation, create_job, retry_job
-from app.api.preconditions import matches_tag, preferred_wait, tagged_answer
+from app.api.preconditions import IfNoneMatch, matches_tag, preferred_wait, tagged_answer
 from app.api.schemas import JobList, JobView
 from app.api.waiting import wait_for_job
 from app.core.errors import Conflict, MalformedRequest, NotFound
@@ -29,7 +29,6 @@ POLL_AFTER = {JobState.QUEUED: 5, JobState.RUNNING: 2, JobState.CANCELLING: 1}
 
 Prefer = Annotated[str | None, Header(description="`wait=N` waits up to N seconds, at most 60.")]
 IdempotencyKey = Annotated[str | None, Header(description="The same key and body give the same job.")]
-IfNoneMatch = Annotated[str | None, Header()]
 
 
 def etag_of(version: int) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from fastapi import Header
 from fastapi.responses import Response
 from pydantic import BaseModel
 
 MAX_WAIT_S = 60
 WAIT = re.compile(r"\s*wait\s*=\s*(\d{1,6})\s*", re.IGNORECASE)
 SINGLE_RANGE = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE)
+
+
+IfNoneMatch = Annotated[str | None, Header()]
 
 
 class ByteRange(NamedTuple):

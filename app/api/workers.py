@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 from fastapi.responses import Response
 
 from app.api.dependencies import JobsReader, ServicesParam
-from app.api.preconditions import tagged_answer
+from app.api.preconditions import IfNoneMatch, tagged_answer
 from app.api.schemas import WorkerList, WorkerView
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
@@ -16,7 +14,7 @@ router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 @router.get("", response_model=WorkerList, responses={304: {"description": "Not changed."}})
 def list_workers(
-    services: ServicesParam, principal: JobsReader, if_none_match: Annotated[str | None, Header()] = None
+    services: ServicesParam, principal: JobsReader, if_none_match: IfNoneMatch = None
 ) -> Response:
     """The workers whose heartbeat is fresh."""
     living = services.workers.living()

@@ -1,11 +1,10 @@
 // Published models: the list, and one with its files.
 import { send } from "../api.js";
-import { age, bytes, change, date, number, recipeLabel } from "../format.js";
+import { age, bytes, change, date, modelName, number, recipeLabel } from "../format.js";
 import { Confirmed, Copy, Empty, Facts, Loaded, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { Table } from "../table.js";
 import { html } from "../ui.js";
-import { modelName } from "../format.js";
 import { DeployButton } from "./deploy.js";
 
 const LIST = [

@@ -1,5 +1,5 @@
 // Who executes jobs.
-import { age, modelName } from "../format.js";
+import { age } from "../format.js";
 import { Empty, Loaded, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { Table } from "../table.js";
@@ -11,7 +11,7 @@ const COLUMNS = [
   ["Takes", (worker) => (worker.queue === "serve" ? "deployments" : "jobs")],
   ["Device", (worker) => html`${worker.device} <small>${worker.device_name}</small>`],
   ["Runs", (worker) => (worker.job ? html`<a href=${`#/jobs/${worker.job}`}>${worker.job}</a>` : "–")],
-  ["Host", (worker) => modelName(worker.host)],
+  ["Host", (worker) => worker.host],
   ["Heartbeat", (worker) => age(worker.heartbeat_at)],
   ["Started", (worker) => age(worker.started_at)],
 ];
