@@ -32,6 +32,7 @@ from app.core.tally import Tally
 from app.core.tracing import Tracer
 from app.core.worker_registry import WorkerRecord
 from workers.context import WorkerContext
+from workers.leftovers import Leftovers
 from workers.queue_worker import QueueWorker
 from workers.tasks import open_context
 
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 PROFILE_LIMIT_S = 60.0
-WORK_FOLDER = re.compile(r"(job_[0-9A-Z]{26})-(\d+)")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -89,17 +89,6 @@ def describe_device(device: str) -> str:
         return f"{os.cpu_count()} CPU threads"
     names, index = gpu_names(), int(device.partition(":")[2])
     return names[index].strip() if index < len(names) else device
-
-
-def remove_leftovers(folder: Path, store: JobStore) -> list[str]:
-    """Remove the work folders of attempts that nobody executes any more; their names."""
-    removed = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = WORK_FOLDER.fullmatch(path.name)
-        if match is not None and not store.holds(match[1], int(match[2])):
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path.name)
-    return removed
 
 
 def device_profile(settings: Settings, device: str) -> DeviceProfile | None:
@@ -165,11 +154,12 @@ def serve(
     open_context.set(context)
     redis: Redis = connect(redis_url, timeout_s=None)
     wait_for_redis(redis)
-    removed = remove_leftovers(settings.scratch_dir, JobStore(redis))
-    if removed:
-        log.info("removed what dead attempts left: %s", ", ".join(removed))
+    leftovers = Leftovers(settings.scratch_dir, JobStore(redis))
+    leftovers.remove()
     log.info("worker %s on %s (%s)", record.name, record.device, record.device_name)
-    QueueWorker(redis, record, shutdown).work(burst=burst, logging_level=settings.log_level.upper())
+    worker = QueueWorker(redis, record, shutdown, leftovers)
+    worker.work(burst=burst, logging_level=settings.log_level.upper())
+    leftovers.remove()
 
 
 def main(arguments: list[str] | None = None) -> None:

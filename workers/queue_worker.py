@@ -25,6 +25,7 @@ from app.core.errors import JobFault, NibbleError
 from app.core.job_queue import QUEUE_NAMES, RUN_JOB_TASK, SERIALIZER
 from app.core.job_store import JobStore
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from workers.leftovers import Leftovers
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,9 @@ def gpu_memory_bytes(device: str) -> int | None:
 class QueueWorker(Worker):
     """Takes entries from our queues. `shutdown` is set in the horse when this worker must stop."""
 
-    def __init__(self, redis: Redis, record: WorkerRecord, shutdown: threading.Event) -> None:
+    def __init__(
+        self, redis: Redis, record: WorkerRecord, shutdown: threading.Event, leftovers: Leftovers
+    ) -> None:
         super().__init__(
             list(QUEUE_NAMES),
             # RQ keeps a killed worker's name for two minutes; ours may be used again at once.
@@ -103,12 +106,18 @@ class QueueWorker(Worker):
         )
         self._record = record
         self._shutdown_flag = shutdown
+        self._leftovers = leftovers
         self._registry = WorkerRegistry(redis)
         self._jobs = JobStore(redis)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         super().heartbeat(timeout, pipeline=pipeline)
         self._beat()
+
+    def run_maintenance_tasks(self) -> None:
+        super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+        # A killed horse leaves its folder, and no attempt follows on this host if the job was cancelled.
+        self._leftovers.remove()
 
     def register_birth(self) -> None:
         super().register_birth()  # type: ignore[no-untyped-call]

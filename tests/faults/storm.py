@@ -17,6 +17,7 @@ from rq import Queue
 
 from app.core.job import TERMINAL
 from app.core.job_queue import RUN_JOB_TASK, queue_name
+from app.core.worker_registry import WorkerRegistry
 from tests.faults.proxy import KINDS
 from tests.faults.world import LEASE_S, Process, World, patiently
 from tests.integration.api_service import MODEL
@@ -94,6 +95,17 @@ class Storm:
         while not all(follower.has_ended for follower in self.followers):
             self.tick()
             assert time.monotonic() < deadline, "followers did not hear the end"
+
+    def await_workers(self, limit_s: float) -> None:
+        """Wait until those that were killed last take jobs again: a worker that starts can't end in order."""
+        deadline = time.monotonic() + limit_s
+        registry = WorkerRegistry(self.world.redis)
+        while True:
+            self.tick()
+            living = {record.pid for record in patiently(registry.living)}
+            if not self._waking and living >= {worker.popen.pid for worker in self.world.workers}:
+                return
+            assert time.monotonic() < deadline, "a worker does not come back"
 
     def summary(self) -> str:
         storage = dict(Counter(self.world.proxy.met))

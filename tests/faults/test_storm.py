@@ -80,6 +80,7 @@ def test_nothing_is_lost_in_a_storm(s3_endpoint: str, tmp_path: Path) -> None:
         storm.rage(FAULTS)
         storm.settle(limit_s=240)
         settings = Settings(state_dir=tmp_path / "own", model_roots=(EXAMPLES,))
+        storm.await_workers(limit_s=60)
         for worker in world.workers:
             worker.popen.terminate()
         for worker in world.workers:

@@ -6,15 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from redis import Redis
 from rq import Queue
 
-from app.core.job import Job, JobState
+from app.core.job import Job, JobState, transition
 from app.core.worker_registry import WorkerRegistry
 from tests.integration.workshop import REPOSITORY, Workshop, processes_with, wait_until
+from workers.leftovers import Leftovers
+from workers.main import describe_worker
+from workers.queue_worker import QueueWorker
 
 
 @pytest.fixture
@@ -139,6 +144,41 @@ def test_a_starting_worker_removes_what_dead_attempts_left(workshop: Workshop) -
     with workshop.worker("one"):
         wait_until(lambda: not dead.exists())
         assert alive.exists()
+
+
+def test_what_a_killed_attempt_of_a_cancelled_job_left_is_removed_by_its_worker(workshop: Workshop) -> None:
+    """No attempt follows that would remove it."""
+    job = queued(workshop, layers="8", pause="0.3")
+    with workshop.worker("one") as first:
+        wait_until(lambda: checkpoints(workshop, job) >= 2)
+        workshop.store.update(job.id, lambda record: transition(record, JobState.CANCELLING))
+        for horse in psutil.Process(first.pid).children():
+            horse.kill()
+
+        def swept() -> bool:
+            workshop.sweep()
+            return ended(workshop, job)
+
+        wait_until(swept)
+        assert (workshop.settings.scratch_dir / f"{job.id}-1").exists()
+        first.terminate()
+        assert first.wait(timeout=60) == 0
+    assert workshop.store.load(job.id).state is JobState.CANCELLED
+    assert list(workshop.settings.scratch_dir.iterdir()) == []
+
+
+def test_an_idle_worker_removes_leftovers_at_its_maintenance(workshop: Workshop, redis: Redis) -> None:
+    job = workshop.submit()
+    dead = workshop.settings.scratch_dir / f"{job.id}-1"
+    dead.mkdir()
+    leftovers = Leftovers(workshop.settings.scratch_dir, workshop.store)
+    worker = QueueWorker(redis, describe_worker("cpu", "one"), threading.Event(), leftovers)
+    assert workshop.store.acquire(job.id, 1, 60)
+    worker.run_maintenance_tasks()
+    assert dead.exists()
+    workshop.store.release(job.id, 1)
+    worker.run_maintenance_tasks()
+    assert not dead.exists()
 
 
 def test_a_health_check_knows_whether_this_host_has_a_worker(workshop: Workshop, redis: Redis) -> None:
