@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from app.core.assignment import Assignment, Finished, ProgressMessage
 from app.core.report import Report
 from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
-from workers.pipeline import Pipeline
+from workers.job_run import JobRun
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
 TEXTS = TOKENIZER.parent.parent / "workers" / "texts" / "builtin" / "wikitext2"
@@ -126,8 +126,9 @@ class EngineRun:
     def __init__(self, spec: JobSpec, model: Path, work: Path, **changes: object) -> None:
         self.messages: list[ProgressMessage] = []
         self.work = work
-        self.pipeline = Pipeline(assignment(spec, model, work, **changes), self.messages.append)
-        self.finished: Finished = self.pipeline.run()
+        job = JobRun(assignment(spec, model, work, **changes), self.messages.append)
+        self.pipeline = job.pipeline
+        self.finished: Finished = job.run()
 
     @property
     def report(self) -> Report:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from app.core.assignment import Assignment
-from workers.modeling.prefetch import WeightPrefetch
+from workers.modeling.prefetch import WeightPrefetch, layer_reads
 from workers.pipeline import Pipeline
 from workers.ranks import joined
 
@@ -21,12 +21,13 @@ def run(assignment: Assignment, place: tuple[int, int, int], rendezvous: Path) -
     pipeline = Pipeline(assignment, lambda message: None)
     calibration, _ = pipeline.read_texts()
     checkpoints = pipeline.open_checkpoints(calibration)
-    last = pipeline.plan.num_layers - 1
     with joined(rank, size, rendezvous, torch.device(assignment.device)) as ranks:
         part = pipeline.start_pass(calibration, checkpoints, layer, ranks)
-        with closing(WeightPrefetch(part.decoder, last)) as weights:
-            for index in range(layer, last + 1):
-                part.collect(weights.layer_weights(index))
+        layers = range(layer, pipeline.plan.num_layers)
+        reads = layer_reads(part.decoder, layers)
+        with closing(WeightPrefetch(part.decoder.device, reads)) as weights:
+            for _ in layers:
+                part.collect(weights.take())
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from app.core.confinement import NETWORK
 from app.core.errors import JobFault, NibbleError, OutOfMemory
 from app.core.job import Problem
 from kernels.backend import Backend, backends_of
-from workers.pipeline import Pipeline
+from workers.job_run import JobRun
 from workers.progress import ProgressPipe
 
 
@@ -32,7 +32,7 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
             pipe.send(Noted(code="network_on", message="this host lets no process leave its network"))
         names = [backend.name for backend in chosen_backends(assignment)]
         pipe.send(Noted(code="kernel_backend", message=f"kernels: the first that can of {', '.join(names)}"))
-        pipe.send(Pipeline(assignment, pipe.send).run())
+        pipe.send(JobRun(assignment, pipe.send).run())
     except NibbleError as error:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
     except (MemoryError, torch.OutOfMemoryError) as error:

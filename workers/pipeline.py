@@ -1,10 +1,4 @@
-"""A job from model folder to checked output folders: the steps on one page.
-
-    read text -> calibrate, and solve each layer for every recipe -> pack -> verify -> evaluate
-    -> with a target: further recipes from the same statistics, until one meets it -> report
-
-A finished layer is a checkpoint; a run that finds checkpoints of the same work goes on after them.
-"""
+"""The steps of a run, and what they share: the model, the device, the clock, the candidates so far."""
 
 from __future__ import annotations
 
@@ -15,13 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from app.core.assignment import CHECKPOINTS, REPORT, Assignment, Finished, OutputFolder
+from app.core.assignment import CHECKPOINTS, Assignment
 from app.core.cost_model import predict
 from app.core.device_profile import NOMINAL, DeviceKind
-from app.core.errors import TargetMissed
 from app.core.job import Stage
 from app.core.plan import CandidatePlan, Plan, plan_job
-from app.core.report import LayerReport, OriginalReport, Report, WeightHistogram
+from app.core.report import LayerReport, WeightHistogram
 from workers.account import Account, Send
 from workers.formats.folder import FormatFolder
 from workers.layer_checkpoints import LayerCheckpoints, resume_layer
@@ -29,16 +22,9 @@ from workers.layer_solver import CalibratedLayer, LayerSolver
 from workers.layer_writer import LayerWriter
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
-from workers.modeling.prefetch import WeightPrefetch
+from workers.modeling.prefetch import WeightPrefetch, layer_reads
 from workers.outputs import Outputs
-from workers.quality_report import (
-    Outcome,
-    candidate_report,
-    environment,
-    peak_rss_bytes,
-    peak_vram_bytes,
-    text_entry,
-)
+from workers.quality_report import Outcome
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.evaluation import Quality, compare, final_states
 from workers.quantization.histograms import weight_histogram
@@ -48,7 +34,6 @@ from workers.quantized_chains import QuantizedChains
 from workers.ranks import ALONE, Ranks, started
 from workers.stamped_files import identity_digest
 from workers.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
-from workers.target_search import TargetSearch
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
 BATCH_TOKENS = 8192
@@ -56,7 +41,7 @@ STATES_INTERVAL_S = 20.0  # hidden states are large: losing up to this much forw
 
 
 class Pipeline:
-    """One run of one assignment."""
+    """One assignment on its device."""
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
         self.assignment, self.spec, self.send = assignment, assignment.spec, send
@@ -76,28 +61,6 @@ class Pipeline:
         self.original: Quality | None = None
         self.original_states: list[Tensor] = []  # after the last layer, on the evaluation text
         self.outcomes: list[Outcome] = []
-        self.search: TargetSearch | None = None
-
-    def run(self) -> Finished:
-        """The whole job. Raises NibbleError with the reason when it can't succeed."""
-        with self.writer:
-            return self.run_steps()
-
-    def run_steps(self) -> Finished:
-        for message in self.plan.notes:
-            self.account.note("plan", message)
-        calibration, evaluation = self.read_texts()
-        checkpoints = self.open_checkpoints(calibration)
-        statistics = None if self.spec.target is None else self.open_statistics(calibration)
-        self.account.begin(open_ended=self.spec.target is not None)
-        resumed_at = self.calibrate(calibration, checkpoints, statistics)
-        self.judge(self.plan.candidates, checkpoints, evaluation)
-        if self.spec.target is not None:
-            self.search = TargetSearch(self, calibration, evaluation)
-            self.search.run()
-        return self.finish(calibration, evaluation, resumed_at)
-
-    # --- steps
 
     def read_texts(self) -> tuple[Windows, Windows]:
         with self.account.stage(Stage.FETCHING):
@@ -143,7 +106,8 @@ class Pipeline:
             run = self.start_pass(calibration, checkpoints, resumed_at, ranks)
             chains = self.start_chains(self.plan.candidates, run.decoder, calibration)
             chains.catch_up(resumed_at, checkpoints)
-            with closing(WeightPrefetch(run.decoder, num_layers - 1)) as weights:
+            reads = layer_reads(run.decoder, range(resumed_at, num_layers))
+            with closing(WeightPrefetch(self.device, reads)) as weights:
                 for layer in range(resumed_at, num_layers):
                     calibrated = self.calibrate_next_layer(run, weights)
                     if statistics is not None:
@@ -192,7 +156,7 @@ class Pipeline:
     def calibrate_next_layer(self, run: CalibrationPass, prefetch: WeightPrefetch) -> CalibratedLayer:
         layer = run.layer
         with self.account.stage(Stage.CALIBRATING):
-            weights = prefetch.layer_weights(layer)
+            weights = prefetch.take()
             statistics = self.collect(run, weights)
         full = {name: value.to(self.device, torch.float32) for name, value in weights.items()}
         prefix = self.plan.architecture.layer_prefix(layer)
@@ -285,7 +249,8 @@ class Pipeline:
         models = [partial(row[0].read_weights, Checkpoint(row[0].folder)) for row in folders]
         batches = self.batches(windows)
         total = self.plan.num_layers
-        first = [] if self.original_states else [decoder.layer_weights]
+        pinned = self.device.type == "cuda"
+        first = [] if self.original_states else [partial(decoder.layer_weights, pinned=pinned)]
         states = final_states(
             decoder,
             batches,
@@ -297,32 +262,6 @@ class Pipeline:
         self.original, *qualities = compare(decoder, batches, [self.original_states, *states])
         return qualities
 
-    def finish(self, calibration: Windows, evaluation: Windows, resumed_at: int) -> Finished:
-        """Write the report and name the folders that are published.
-
-        Raises TargetMissed if no candidate meets the target and misses are not to be published.
-        """
-        chosen = self.chosen()
-        path = self.assignment.work_folder / REPORT
-        report = self.report(calibration, evaluation, resumed_at)
-        published = tuple(outcome.candidate.recipe_index for outcome in chosen)
-        report = report.model_copy(update={"published": published})
-        path.write_text(report.model_dump_json(indent=1), "utf-8")
-        if not chosen:
-            raise self.target_missed()
-        outputs = tuple(
-            OutputFolder(
-                recipe_index=outcome.candidate.recipe_index,
-                recipe=outcome.candidate.recipe,
-                format=folder.name,
-                folder=str(folder.folder.relative_to(self.assignment.work_folder)),
-                summary={**self.figures(outcome), "bytes": outcome.bytes[folder.name]},
-            )
-            for outcome in chosen
-            for folder in outcome.folders
-        )
-        return Finished(report=REPORT, outputs=outputs)
-
     def figures(self, outcome: Outcome) -> dict[str, float | str]:
         assert self.original is not None
         return {
@@ -333,62 +272,8 @@ class Pipeline:
             "bits_per_weight": outcome.candidate.bits_per_weight,
         }
 
-    def chosen(self) -> list[Outcome]:
-        """What is published: all without a target; with one, the smallest outcome that meets it."""
-        target = self.spec.target
-        if target is None:
-            return self.outcomes
-        met = [outcome for outcome in self.outcomes if self.excess(outcome) <= 1]
-        if met:
-            return [min(met, key=lambda outcome: sum(outcome.bytes.values()))]
-        if target.on_miss == "fail":
-            return []
-        best = min(self.outcomes, key=self.excess)
-        self.account.note("target_missed", f"{self.target_missed().message}; it is published as asked")
-        return [best]
-
     def excess(self, outcome: Outcome) -> float:
         assert self.spec.target is not None
         assert self.original is not None
         ratio = outcome.quality.perplexity / self.original.perplexity
         return self.spec.target.excess(ratio, outcome.quality.kl)
-
-    def target_missed(self) -> TargetMissed:
-        assert self.spec.target is not None
-        assert self.original is not None
-        best = min(self.outcomes, key=self.excess)
-        return TargetMissed(
-            f"the best candidate ({best.candidate.label}) has "
-            f"{best.quality.perplexity / self.original.perplexity:.4f} times the original's perplexity and a "
-            f"KL of {best.quality.kl:.4f}; {self.spec.target.wanted} was asked for",
-            remedy="use more bits or smaller groups, or set target.on_miss to publish",
-        )
-
-    def report(self, calibration: Windows, evaluation: Windows, resumed_at: int) -> Report:
-        assert self.original is not None
-        recipes = [outcome.candidate.recipe for outcome in self.outcomes]
-        return Report(
-            model=self.assignment.model_name,
-            model_digest=self.assignment.model_digest,
-            calibration_digest=calibration.digest,
-            recipe_digests=tuple(identity_digest(**recipe.model_dump()) for recipe in recipes),
-            calibration={
-                **text_entry(self.spec.calibration, calibration),
-                "seed": self.spec.calibration.seed,
-            },
-            evaluation=text_entry(self.spec.evaluation, evaluation),
-            original=OriginalReport(perplexity=self.original.perplexity, bytes=self.plan.model_bytes),
-            candidates=tuple(
-                candidate_report(outcome, self.original, self.spec.target, self.account)
-                for outcome in self.outcomes
-            ),
-            tries=() if self.search is None else self.search.report(),
-            histograms=tuple(self.histograms),
-            prediction=self.prediction,
-            stages=dict(self.account.seconds),
-            resumed_at_layer=resumed_at,
-            peak_rss_bytes=peak_rss_bytes(),
-            peak_vram_bytes=peak_vram_bytes(self.device),
-            environment=environment(self.device, self.compute_dtype),
-            notes=tuple(self.account.notes),
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
@@ -19,13 +18,11 @@ from workers.ladder import AS_ASKED, Step, Try, next_step
 from workers.layer_checkpoints import LayerCheckpoints
 from workers.layer_solver import CalibratedLayer
 from workers.modeling.decoder import Decoder
+from workers.pipeline import Pipeline
 from workers.quality_report import Outcome
 from workers.quantization.calibration import CalibrationPass
 from workers.statistics_store import StatisticsStore
 from workers.texts.windows import Windows
-
-if TYPE_CHECKING:
-    from workers.pipeline import Pipeline
 
 
 class TargetSearch:

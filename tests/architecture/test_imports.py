@@ -81,6 +81,20 @@ def test_the_engine_knows_only_the_contracts(part: str, repository: Path) -> Non
     assert not foreign
 
 
+def test_no_two_modules_import_each_other(repository: Path) -> None:
+    """Imports for types alone count, too: each part must be readable without the one above it."""
+    files = [path for part in ("app", "workers", "kernels") for path in (repository / part).rglob("*.py")]
+    names = {path: ".".join(path.relative_to(repository).with_suffix("").parts) for path in files}
+    imports = {names[path]: imported_modules(path) for path in files}
+    mutual = {
+        f"{name} <-> {other}"
+        for name, found in imports.items()
+        for other in found
+        if name < other and name in imports.get(other, ())
+    }
+    assert not mutual
+
+
 def test_no_library_named_kernels_is_installed() -> None:
     """transformers would import it in place of ours (docs/decisions.md)."""
     names = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}

@@ -30,7 +30,7 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 from random_model import SHAPES, write_model  # noqa: E402
 
 from app.core.assignment import Assignment  # noqa: E402
-from workers.modeling.prefetch import WeightPrefetch  # noqa: E402
+from workers.modeling.prefetch import WeightPrefetch, layer_reads  # noqa: E402
 from workers.pipeline import Pipeline  # noqa: E402
 from workers.quantization import layer, rounding  # noqa: E402
 
@@ -79,7 +79,7 @@ def measure(model: Path, samples: int, work: Path) -> dict[str, float]:
     clock.watch(rounding, "search_clip", "clip search")
     bare = pipeline.start_pass(calibration, checkpoints, 0)
     run = pipeline.start_pass(calibration, checkpoints, 0)
-    weights = WeightPrefetch(run.decoder, pipeline.plan.num_layers - 1)
+    weights = WeightPrefetch(run.decoder.device, layer_reads(run.decoder, range(pipeline.plan.num_layers)))
     candidate = pipeline.plan.candidates[0]
     chains = pipeline.start_chains((candidate,), run.decoder, calibration)
     with pipeline.writer:

@@ -16,7 +16,7 @@ from app.core.errors import NibbleError, TargetMissed
 from app.core.report import Report
 from app.core.specs import CalibrationSpec, EvaluationSpec, Recipe, TargetSpec
 from tests.tiny_models import EngineRun, assignment, some_text, tiny_model, tiny_spec
-from workers.pipeline import Pipeline
+from workers.job_run import JobRun
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -103,7 +103,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def run(model: Path, work: Path, **changes: object) -> None:
-    Pipeline(assignment(tiny_spec(**changes), model, work), lambda _: None).run()  # type: ignore[arg-type]
+    JobRun(assignment(tiny_spec(**changes), model, work), lambda _: None).run()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("damage", "code"), BAD_MODELS.values(), ids=list(BAD_MODELS))

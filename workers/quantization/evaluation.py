@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from workers.modeling.decoder import Decoder
+from workers.modeling.prefetch import WeightPrefetch
 
 CHUNK_TOKENS = 256  # logits are (tokens, vocabulary): a window at once could outgrow the largest layer
 LoadWeights = Callable[[int], dict[str, Tensor]]
@@ -32,18 +35,22 @@ def final_states(
 ) -> list[list[Tensor]]:
     """Hidden states after the last layer: per model, per batch.
 
-    batches: (batch, sequence_length) token ids each.
+    batches: (batch, sequence_length) token ids each. On a GPU the next model's layer is read, and where it
+    is packed unpacked, while the present one computes.
     """
     first, arguments = decoder.start(batches)
     states = [list(first) for _ in models]
-    for layer in range(decoder.num_layers):
-        for model, load_weights in enumerate(models):
-            with decoder.layer(layer, load_weights(layer)) as module:
-                states[model] = [
-                    decoder.advance(module, batch, arguments[batch.shape[0]][layer])
-                    for batch in states[model]
-                ]
-        on_layer(layer)
+    layers = range(decoder.num_layers)
+    reads = (partial(load_weights, layer) for layer in layers for load_weights in models)
+    with closing(WeightPrefetch(decoder.device, reads)) as weights:
+        for layer in layers:
+            for model in range(len(models)):
+                with decoder.layer(layer, weights.take()) as module:
+                    states[model] = [
+                        decoder.advance(module, batch, arguments[batch.shape[0]][layer])
+                        for batch in states[model]
+                    ]
+            on_layer(layer)
     return states
 
 
