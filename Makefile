@@ -1,5 +1,6 @@
 # Needs Python 3.11 or 3.12, gcc and make. Everything else is installed into $(VENV).
 #
+#   make chat     start the service, quantize the bundled model, serve it, and talk to it here and in the browser
 #   make demo     start the service, quantize the bundled model over HTTP, check the result, stop
 #   make test     lint, types, import rules and every test
 #
@@ -18,10 +19,10 @@ PYTEST_WORKERS ?= 2
 # A file stays in one process: what its tests share (a service, a quantized model) is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile
 
-.PHONY: help install demo test lint format types imports unit integration faults e2e bench clean
+.PHONY: help install chat demo test lint format types imports unit integration faults e2e bench clean
 
 help:
-	@sed -n '3,6s/^# \{0,1\}//p' Makefile
+	@sed -n '3,7s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -34,6 +35,10 @@ $(STAMP): pyproject.toml .ci/find-python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(VENV)/torch-constraint.txt --editable '.[dev]'
 	touch $(STAMP)
+
+# PROMPT="The history of" asks one question instead of holding a conversation; without a terminal that is the default.
+chat: $(STAMP)
+	@$(BIN)/python examples/chat.py "$(PROMPT)"
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py

@@ -6,31 +6,22 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from local_service import MODEL, REPOSITORY, DemoFailed, end_on_sigterm, free_port, running_service
 from rich.console import Console
 
 from app.client import JobView, NibbleClient
 from app.commands.jobs import watch_job
 from app.commands.show import show_job, show_report
 from app.commands.terminal import console_on
-from app.core.security import KEY_FILE
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
 TEST_TEXT = REPOSITORY / "workers" / "texts" / "builtin" / "wikitext2" / "test.txt"
 WINDOWS = 100
 WINDOW_TOKENS = 512
-START_LIMIT_S = 90.0
-STOP_LIMIT_S = 40.0
 # The loader computes in its own order and dtype; a packing mistake is off by far more.
 MAX_DIFFERENCE = 0.005
 
@@ -44,69 +35,6 @@ JOB = {
     "evaluation": {"dataset": "builtin:wikitext2", "num_samples": WINDOWS},
     "formats": ["awq", "compressed-tensors"],
 }
-
-
-class DemoFailed(Exception):
-    """Something did not go as this script promises."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def service_environment(state: Path, port: int) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("NIBBLE_")}
-    return {
-        **kept,
-        "NIBBLE_STATE_DIR": str(state),
-        "NIBBLE_HOST": "127.0.0.1",
-        "NIBBLE_PORT": str(port),
-        "NIBBLE_MODEL_ROOTS": str(REPOSITORY / "examples"),
-    }
-
-
-@contextmanager
-def running_service(state: Path, port: int) -> Iterator[NibbleClient]:
-    """`nibble up`, ready, with a client; stopped at the end together with all that it started."""
-    log = state.parent / "nibble-up.log"
-    command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), "app.cli", "up"]
-    with log.open("wb") as out:
-        service = subprocess.Popen(
-            command, cwd=REPOSITORY, env=service_environment(state, port), stdout=out, stderr=out
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        await_ready(url, service)
-        with NibbleClient(url, api_key=(state / KEY_FILE).read_text().strip()) as client:
-            yield client
-    except BaseException:
-        sys.stderr.write(log.read_text(errors="replace"))
-        raise
-    finally:
-        stop(service)
-
-
-def await_ready(url: str, service: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    with NibbleClient(url) as client:
-        while not client.ready():
-            if service.poll() is not None:
-                raise DemoFailed(f"`nibble up` ended with exit code {service.returncode}")
-            if time.monotonic() > deadline:
-                raise DemoFailed(f"the service was not ready after {START_LIMIT_S:.0f} s")
-            time.sleep(0.1)
-
-
-def stop(service: subprocess.Popen[bytes]) -> None:
-    service.terminate()
-    try:
-        service.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        service.kill()
-        service.wait()
 
 
 def run_job(client: NibbleClient, console: Console) -> JobView:
@@ -155,14 +83,10 @@ def compare(reported: float, loaded: float, console: Console) -> None:
     console.print(f"they differ by {difference:.4%}: the files hold what the service measured")
 
 
-def exit_on_signal(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
     started = time.monotonic()
     console = console_on(stderr=False)
-    signal.signal(signal.SIGTERM, exit_on_signal)
+    end_on_sigterm()
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
     try:
         with tempfile.TemporaryDirectory(prefix="nibble-demo-") as temporary:

@@ -1,0 +1,102 @@
+"""A service for the programs beside this file: `nibble up` on a free port, stopped at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.client import NibbleClient
+from app.core.errors import NibbleError
+from app.core.security import KEY_FILE
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
+START_LIMIT_S = 90.0
+STOP_LIMIT_S = 40.0
+
+
+class DemoFailed(Exception):
+    """Something did not go as the program promises."""
+
+
+def free_port(preferred: int = 0) -> int:
+    """`preferred` if nobody listens there, else one that the system chooses."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise DemoFailed("no TCP port of 127.0.0.1 is free")
+
+
+def service_environment(state: Path, port: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NIBBLE_")}
+    return {
+        **kept,
+        "NIBBLE_STATE_DIR": str(state),
+        "NIBBLE_HOST": "127.0.0.1",
+        "NIBBLE_PORT": str(port),
+        "NIBBLE_MODEL_ROOTS": str(REPOSITORY / "examples"),
+    }
+
+
+@contextmanager
+def running_service(state: Path, port: int) -> Iterator[NibbleClient]:
+    """`nibble up`, ready, with a client; stopped at the end together with all that it started."""
+    log = state.parent / "nibble-up.log"
+    command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), "app.cli", "up"]
+    with log.open("wb") as out:
+        service = subprocess.Popen(
+            command, cwd=REPOSITORY, env=service_environment(state, port), stdout=out, stderr=out,
+            # Ctrl-C is for this program, which stops the service when it ends.
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        await_ready(url, service)
+        with NibbleClient(url, api_key=(state / KEY_FILE).read_text().strip()) as client:
+            yield client
+    except (DemoFailed, NibbleError, OSError):
+        sys.stderr.write(log.read_text(errors="replace"))
+        raise
+    finally:
+        stop(service)
+
+
+def await_ready(url: str, service: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    with NibbleClient(url) as client:
+        while not client.ready():
+            if service.poll() is not None:
+                raise DemoFailed(f"`nibble up` ended with exit code {service.returncode}")
+            if time.monotonic() > deadline:
+                raise DemoFailed(f"the service was not ready after {START_LIMIT_S:.0f} s")
+            time.sleep(0.1)
+
+
+def stop(service: subprocess.Popen[bytes]) -> None:
+    service.terminate()
+    try:
+        service.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        service.kill()
+        service.wait()
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM unwinds the program, so that its service is stopped and its folder removed."""
+    signal.signal(signal.SIGTERM, exit_on_signal)
+
+
+def exit_on_signal(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
