@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from app.api.dependencies import DeploymentsReader, DeploymentsWriter, Services, ServicesParam
+from app.api.preconditions import IdempotencyKey
 from app.api.schemas import DeploymentList, DeploymentView
 from app.core.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployment_store import removed
@@ -24,14 +25,25 @@ POLL_AFTER = {"starting": "1", "draining": "1"}
 
 @router.post("", status_code=202, response_model=DeploymentView)
 def create_deployment(
-    spec: DeploymentSpec, services: ServicesParam, principal: DeploymentsWriter
+    spec: DeploymentSpec,
+    services: ServicesParam,
+    principal: DeploymentsWriter,
+    idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
     """Record a deployment; a worker with the queue `serve` starts its servers."""
     services.artifacts.get(principal.tenant, spec.artifact)
     require_engine(services, spec)
-    deployment = services.deployments.create(principal.tenant, spec)
+    made_id = claimed_id(services, principal.tenant, spec, idempotency_key)
+    deployment = services.deployments.create(principal.tenant, spec, deployment_id=made_id)
     services.routes.refresh()
     return answer(services, services.deployments.get(principal.tenant, deployment.id), status=202)
+
+
+def claimed_id(services: Services, tenant: str, spec: DeploymentSpec, key: str | None) -> str | None:
+    """The id that the key stands for; None without a key."""
+    if key is None:
+        return None
+    return services.idempotency.claim(tenant, key, f"deploy {spec.model_dump_json()}", "dep")
 
 
 @router.get("")

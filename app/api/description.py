@@ -25,6 +25,8 @@ PATTERNS = {
     ("/v1/audit", "after"): EVENT_ID_PATTERN,
     ("/v1/jobs", "Idempotency-Key"): r"^[\x20-\x7e]{1,255}$",
     ("/v1/jobs", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
+    ("/v1/jobs/{job_id}/retry", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
+    ("/v1/deployments", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
 }
 FRAMEWORK_SCHEMAS = ("HTTPValidationError", "ValidationError")
 

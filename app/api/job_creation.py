@@ -24,20 +24,21 @@ class Creation(NamedTuple):
 
 def create_job(services: Services, tenant: str, spec: JobSpec, *, idempotency_key: str | None) -> Creation:
     """Check, record and queue a job; with a key that was used before, the job of then."""
+    request = spec.model_dump_json()
     if idempotency_key is not None:
-        earlier = earlier_job(services, tenant, spec, idempotency_key)
+        earlier = earlier_job(services, tenant, request, idempotency_key)
         if earlier is not None:
             return Creation(earlier, is_new=False)
     require_room(services, tenant)
     check_deploy(services, tenant, spec)
     checked = check_submission(spec, services.settings)
     # Claimed only now: a refused body must not use up its key.
-    job_id = (
-        services.idempotency.claim(tenant, idempotency_key, spec)
-        if idempotency_key is not None
-        else new_id("job")
-    )
+    job_id = claimed_id(services, tenant, request, idempotency_key)
     return record_job(services, checked, new_job(checked, job_id, tenant))
+
+
+def claimed_id(services: Services, tenant: str, request: str, key: str | None) -> str:
+    return services.idempotency.claim(tenant, key, request) if key is not None else new_id("job")
 
 
 def new_job(checked: CheckedSubmission, job_id: str, tenant: str) -> Job:
@@ -58,12 +59,18 @@ def require_room(services: Services, tenant: str) -> None:
     services.limits.require_storage(tenant)
 
 
-def retry_job(services: Services, job: Job) -> Creation:
-    """A new job with the spec of one that has ended."""
+def retry_job(services: Services, job: Job, *, idempotency_key: str | None) -> Creation:
+    """A new job with the spec of one that has ended; with a key that was used before, the job of then."""
+    request = f"retry {job.id}"
+    if idempotency_key is not None:
+        earlier = earlier_job(services, job.tenant, request, idempotency_key)
+        if earlier is not None:
+            return Creation(earlier, is_new=False)
     require_room(services, job.tenant)
     check_deploy(services, job.tenant, job.spec)
     checked = check_submission(job.spec, services.settings)
-    again = new_job(checked, new_id("job"), job.tenant).model_copy(update={"retry_of": job.id})
+    job_id = claimed_id(services, job.tenant, request, idempotency_key)
+    again = new_job(checked, job_id, job.tenant).model_copy(update={"retry_of": job.id})
     return record_job(services, checked, again)
 
 
@@ -86,8 +93,8 @@ def check_deploy(services: Services, tenant: str, spec: JobSpec) -> None:
         require_engine(services, spec.deploy)
 
 
-def earlier_job(services: Services, tenant: str, spec: JobSpec, key: str) -> Job | None:
-    job_id = services.idempotency.find(tenant, key, spec)
+def earlier_job(services: Services, tenant: str, request: str, key: str) -> Job | None:
+    job_id = services.idempotency.find(tenant, key, request)
     if job_id is None:
         return None
     try:

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, JobsWriter, Services, ServicesParam
 from app.api.job_creation import Creation, create_job, retry_job
-from app.api.preconditions import IfNoneMatch, matches_tag, preferred_wait, tagged_answer
+from app.api.preconditions import IdempotencyKey, IfNoneMatch, matches_tag, preferred_wait, tagged_answer
 from app.api.schemas import JobList, JobView
 from app.api.waiting import wait_for_job
 from app.core.errors import Conflict, MalformedRequest, NotFound
@@ -28,7 +28,6 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 POLL_AFTER = {JobState.QUEUED: 5, JobState.RUNNING: 2, JobState.CANCELLING: 1}
 
 Prefer = Annotated[str | None, Header(description="`wait=N` waits up to N seconds, at most 60.")]
-IdempotencyKey = Annotated[str | None, Header(description="The same key and body give the same job.")]
 
 
 def etag_of(version: int) -> str:
@@ -166,8 +165,13 @@ def cancel_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> J
     return answer(job, status=202 if job.state is JobState.CANCELLING else 200)
 
 
-@router.post("/{job_id}/retry", status_code=202, response_model=JobView)
-def retry(job_id: str, services: ServicesParam, principal: JobsWriter) -> JSONResponse:
+@router.post("/{job_id}/retry", status_code=202, response_model=JobView, responses={200: {"model": JobView}})
+def retry(
+    job_id: str,
+    services: ServicesParam,
+    principal: JobsWriter,
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
     """A new job with the same spec; `retry_of` names this one."""
     job = services.jobs.get(principal.tenant, job_id)
     if not job.is_terminal:
@@ -176,8 +180,9 @@ def retry(job_id: str, services: ServicesParam, principal: JobsWriter) -> JSONRe
             code="job_not_finished",
             remedy="wait for its end, or cancel it",
         )
-    created = retry_job(services, job)
-    return answer(created.job, status=202, headers={"Location": f"/v1/jobs/{created.job.id}"})
+    created = retry_job(services, job, idempotency_key=idempotency_key)
+    status = 202 if created.is_new else 200
+    return answer(created.job, status=status, headers={"Location": f"/v1/jobs/{created.job.id}"})
 
 
 @router.delete("/{job_id}", status_code=204)

@@ -16,6 +16,9 @@ SINGLE_RANGE = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.I
 
 
 IfNoneMatch = Annotated[str | None, Header()]
+IdempotencyKey = Annotated[
+    str | None, Header(description="The same key and request make one thing, however often they are sent.")
+]
 
 
 class ByteRange(NamedTuple):

@@ -9,7 +9,7 @@ import typer
 
 from app.commands.progress import progress_view
 from app.commands.show import print_page, show_artifact, show_artifacts
-from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout
+from app.commands.terminal import After, ApiKey, AsJson, Limit, Url, connect, print_json, stdout
 from app.core.job import Progress
 
 ArtifactId = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")]
@@ -21,8 +21,8 @@ artifacts = typer.Typer(help="List, show and download artifacts.", no_args_is_he
 def list_artifacts(
     context: typer.Context,
     *,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)] = None,
+    limit: Limit = 20,
+    after: After = None,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,

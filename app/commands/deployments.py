@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,15 +11,13 @@ from rich.markup import escape
 
 from app.commands.show import print_page
 from app.commands.submission import given
-from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout, table
-from app.core.errors import NibbleError, NotFound, Unavailable
+from app.commands.terminal import After, ApiKey, AsJson, Limit, Url, connect, print_json, stdout, table
+from app.core.errors import Unavailable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from app.client import DeploymentView, NibbleClient
-
-POLL_S = 0.5
 
 deployments = typer.Typer(help="List, show and delete deployments.", no_args_is_help=False)
 
@@ -67,15 +65,18 @@ def await_ready(
 ) -> DeploymentView:
     """The deployment once it answers. Raises Unavailable if it fails, and tells why it waits."""
     told = ""
-    with console.status(f"starting {escape(made.name)}") as status:
-        while made.state == "starting":
+    with (
+        console.status(f"starting {escape(made.name)}") as status,
+        closing(client.follow_deployment(made.id)) as changes,
+    ):
+        for made in changes:
+            if made.state != "starting":
+                break
             if made.reason != told and not quiet:
                 told = made.reason
                 status.update(escape(told))
                 if not console.is_terminal:
                     console.print(escape(told))
-            time.sleep(POLL_S)
-            made = client.deployment(made.id)
     if made.state != "ready":
         error = made.error
         raise Unavailable(
@@ -90,8 +91,8 @@ def await_ready(
 def list_deployments(
     context: typer.Context,
     *,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)] = None,
+    limit: Limit = 20,
+    after: After = None,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
@@ -108,7 +109,7 @@ def list_deployments(
 def show(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
     """Show a deployment and its servers."""
     with connect(url, api_key) as client:
-        found = named(client, name)
+        found = client.deployment_named(name)
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
@@ -116,41 +117,16 @@ def show(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: ApiKe
 
 
 @deployments.command()
-def delete(name: Name, *, url: Url = None, api_key: ApiKey = None) -> None:
+def delete(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
     """Take no more requests, finish those that run, then stop."""
     with connect(url, api_key) as client:
-        found = named(client, name)
-        client.delete_deployment(found.id)
+        found = client.deployment_named(name)
         with stdout().status(f"{escape(found.name)} finishes what runs"):
-            while exists(client, found.id):
-                time.sleep(POLL_S)
-    stdout().print(f"{escape(found.name)} is gone")
-
-
-def named(client: NibbleClient, name: str) -> DeploymentView:
-    """The deployment of that name or id."""
-    page = client.deployments(limit=100)
-    while True:
-        for each in page.items:
-            if name in (each.name, each.id) and each.state != "draining":
-                return each
-        if page.next is None:
-            raise NotFound(
-                f"there is no deployment {name!r}",
-                code="deployment_not_found",
-                remedy="`nibble deployments` lists them",
-            )
-        page = client.deployments(limit=100, after=page.next)
-
-
-def exists(client: NibbleClient, deployment_id: str) -> bool:
-    try:
-        client.deployment(deployment_id)
-    except NibbleError as error:
-        if error.code == "deployment_not_found":
-            return False
-        raise
-    return True
+            client.delete_deployment(found.id, wait=True)
+    if as_json:
+        print_json({"id": found.id, "name": found.name, "deleted": True})
+    else:
+        stdout().print(f"{escape(found.name)} is gone")
 
 
 def show_deployments(console: Console, items: Iterable[DeploymentView]) -> None:

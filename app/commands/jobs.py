@@ -9,7 +9,7 @@ import typer
 from app.commands import submission
 from app.commands.progress import progress_view
 from app.commands.show import print_page, show_estimate, show_job, show_jobs, show_report
-from app.commands.terminal import ApiKey, AsJson, ExitCode, Url, connect, print_json, stdout
+from app.commands.terminal import After, ApiKey, AsJson, ExitCode, Limit, Url, connect, print_json, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,8 +102,8 @@ def jobs(
     *,
     state: Annotated[str | None, typer.Option(help="Only jobs in this state.", show_default=False)] = None,
     label: Annotated[str | None, typer.Option(help="Only jobs with key=value.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
-    after: Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)] = None,
+    limit: Limit = 20,
+    after: After = None,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,

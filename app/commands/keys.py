@@ -35,11 +35,11 @@ def create(
         "expires_in_s": days * 24 * 3600 if days is not None else None,
     }
     with connect(url, api_key) as client:
-        made = client.document("POST", "/v1/keys", json=body)
+        made = client.create_key(body)
     if as_json:
-        print_json(made)
+        print_json(made.model_dump(mode="json"))
     else:
-        stdout().print(escape(made["key"]))
+        stdout().print(escape(made.key))
 
 
 @keys.command("list")
@@ -51,17 +51,16 @@ def list_keys(
     api_key: ApiKey = None,
 ) -> None:
     """List keys: whose, what they may do, when they were used last."""
-    params = {"tenant": tenant} if tenant is not None else {}
     with connect(url, api_key) as client:
-        found = client.document("GET", "/v1/keys", params=params)
+        found = client.keys(tenant=tenant)
     if as_json:
-        print_json(found)
+        print_json(found.model_dump(mode="json", by_alias=True))
         return
     grid = table("id", "tenant", "name", "scopes", "created", "expires", "last used")
-    for key in found["data"]:
-        moments = [key["created_at"], key["expires_at"], key["last_used_at"]]
-        shown = [moment[:16].replace("T", " ") if moment else "-" for moment in moments]
-        grid.add_row(key["id"], key["tenant"], escape(key["name"]), " ".join(key["scopes"]), *shown)
+    for key in found.items:
+        moments = [key.created_at, key.expires_at, key.last_used_at]
+        shown = [f"{moment:%Y-%m-%d %H:%M}" if moment else "-" for moment in moments]
+        grid.add_row(key.id, key.tenant, escape(key.name), " ".join(key.scopes), *shown)
     stdout().print(grid)
 
 
@@ -69,19 +68,24 @@ def list_keys(
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="The id in `nibble keys list`.")],
     *,
+    as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
     """Refuse a key from now on."""
-    from app.client import segment
-
     with connect(url, api_key) as client:
-        client.send("DELETE", f"/v1/keys/{segment(key_id)}")
-    stdout().print(f"revoked {escape(key_id)}")
+        client.revoke_key(key_id)
+    if as_json:
+        print_json({"id": key_id, "revoked": True})
+    else:
+        stdout().print(f"revoked {escape(key_id)}")
 
 
-def login(*, url: Url = None, api_key: ApiKey = None) -> None:
+def login(*, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
     """Print a link that logs a browser in, once, within ten minutes."""
     with connect(url, api_key) as client:
-        link = client.document("POST", "/v1/login-links")
-        stdout().print(escape(client.url + link["path"]))
+        link = client.login_link()
+    if as_json:
+        print_json({"url": client.url + link.path, "expires_at": link.expires_at.isoformat()})
+    else:
+        stdout().print(escape(client.url + link.path))

@@ -168,8 +168,8 @@ class Machine:
         given = self.settings.bootstrap_api_key is not None
         self.say(f"API key: {'NIBBLE_BOOTSTRAP_API_KEY' if given else api_key_file(self.settings)}")
         with NibbleClient(url, api_key=kept_api_key(self.settings)) as client:
-            link = client.document("POST", "/v1/login-links")["path"]
-        self.say(f"log in once with: {escape(url + link)}")
+            link = client.login_link()
+        self.say(f"log in once with: {escape(url + link.path)}")
         self.say(f"[bold green]ready[/] at {url}")
 
     def replace_redis(self, redis: RedisServer) -> None:

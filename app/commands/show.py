@@ -12,7 +12,7 @@ from rich.markup import escape
 from app.commands.terminal import human_bytes, human_seconds, print_json, stdout, table
 
 if TYPE_CHECKING:
-    from app.client import ArtifactView, JobView, Page
+    from app.client.views import ArtifactView, JobView, Page
 
 ItemT = TypeVar("ItemT")
 

@@ -18,12 +18,12 @@ def gc(
 ) -> None:
     """Remove what nothing in storage refers to: half uploads, checkpoints of ended jobs, old records."""
     with connect(url, api_key) as client:
-        found = client.document("POST", "/v1/gc", params={"dry_run": str(dry_run).lower()})
+        found = client.collect_garbage(dry_run=dry_run)
     if as_json:
-        print_json(found)
+        print_json(found.model_dump(mode="json"))
         return
     console = stdout()
-    for name in (*found["checkpoints"], *found["artifacts"], *found["jobs"]):
+    names = (*found.checkpoints, *found.artifacts, *found.jobs)
+    for name in names:
         console.print(name)
-    count = sum(len(found[kind]) for kind in ("checkpoints", "artifacts", "jobs"))
-    console.print(f"{count} {'would be removed' if dry_run else 'removed'}")
+    console.print(f"{len(names)} {'would be removed' if dry_run else 'removed'}")

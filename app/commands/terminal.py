@@ -46,6 +46,8 @@ ApiKey = Annotated[
         show_default=False,
     ),
 ]
+Limit = Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")]
+After = Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 
 
@@ -108,14 +110,22 @@ def read_settings() -> Settings:
 
 def connect(url: str | None, api_key: str | None) -> NibbleClient:
     """A client of the named service, or of the one on this machine."""
-    from app.client import NibbleClient, is_loopback
+    from app.client import NibbleClient, Retries
+    from app.client.routes import is_loopback
 
     settings = read_settings()
     url = url or local_url(settings)
     # The kept key belongs to the service on this machine: it is never sent to another one.
     if api_key is None and is_loopback(url):
         api_key = kept_api_key(settings)
-    return NibbleClient(url, api_key=api_key)
+    return NibbleClient(url, api_key=api_key, retries=Retries(refused_connections=False, on_pause=tell_pause))
+
+
+def tell_pause(fault: NibbleError, seconds: float) -> None:
+    """Somebody who waits at a terminal is told for what."""
+    console = stderr()
+    if console.is_terminal:
+        console.print(f"[dim]{escape(fault.message)}; trying again in {seconds:.1f} s[/]")
 
 
 def local_url(settings: Settings) -> str:

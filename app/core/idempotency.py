@@ -1,8 +1,8 @@
-"""Idempotency keys: the same key and body lead to the same job.
+"""Idempotency keys: the same key and request lead to the same job or deployment.
 
     nibble:idempotency:<tenant>:<digest of the key>    {body, job}, for a day
 
-The job's id is fixed together with the key, before the job exists. A request that died half-way is so
+The id of what is made is fixed together with the key, before it exists. A request that died half-way is so
 completed by its repetition, and of fifty parallel ones just one creates the record.
 """
 
@@ -14,41 +14,41 @@ from typing import Any
 from redis import Redis
 
 from app.core.errors import InvalidRequest, MalformedRequest
-from app.core.ids import new_id
-from app.core.specs import Frozen, JobSpec
+from app.core.ids import Kind, new_id
+from app.core.specs import Frozen
 
 KEPT_S = 24 * 3600
 MAX_LENGTH = 255
 
 
 class Claim(Frozen):
-    """The first request with a key: a digest of its body, and the id of its job."""
+    """The first request with a key: a digest of it, and the id of what it makes."""
 
     body: str
-    job: str
+    job: str  # or the deployment
 
 
 class IdempotencyKeys:
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
 
-    def find(self, tenant: str, key: str, spec: JobSpec) -> str | None:
-        """The id of the job that this key stands for; None for a new key.
+    def find(self, tenant: str, key: str, request: str) -> str | None:
+        """The id that this key stands for; None for a new key. `request` tells what is asked for.
 
-        Raises MalformedRequest for an unusable key, InvalidRequest if the key was used with another body.
+        Raises MalformedRequest for an unusable key, InvalidRequest if the key was used for something else.
         """
         found = self._redis.get(redis_key(tenant, key))
-        return matching(Claim.model_validate_json(found), spec) if found is not None else None
+        return matching(Claim.model_validate_json(found), request) if found is not None else None
 
-    def claim(self, tenant: str, key: str, spec: JobSpec) -> str:
-        """The id of the job that this key stands for from now on."""
-        mine = Claim(body=digest(spec), job=new_id("job"))
+    def claim(self, tenant: str, key: str, request: str, kind: Kind = "job") -> str:
+        """The id that this key stands for from now on."""
+        mine = Claim(body=digest(request), job=new_id(kind))
         is_first = self._redis.set(redis_key(tenant, key), mine.model_dump_json(), nx=True, ex=KEPT_S)
-        return mine.job if is_first else self.find(tenant, key, spec) or mine.job
+        return mine.job if is_first else self.find(tenant, key, request) or mine.job
 
 
-def digest(spec: JobSpec) -> str:
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+def digest(request: str) -> str:
+    return hashlib.sha256(request.encode()).hexdigest()
 
 
 def redis_key(tenant: str, key: str) -> str:
@@ -61,8 +61,8 @@ def redis_key(tenant: str, key: str) -> str:
     return f"nibble:idempotency:{tenant}:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
-def matching(first: Claim, spec: JobSpec) -> str:
-    if first.body != digest(spec):
+def matching(first: Claim, request: str) -> str:
+    if first.body != digest(request):
         raise InvalidRequest(
             "this Idempotency-Key was used with another body",
             code="idempotency_key_reused",

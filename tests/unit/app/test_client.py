@@ -3,25 +3,41 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import httpx
 import pytest
 
 from app.client import (
+    AsyncNibbleClient,
     DownloadCorrupt,
+    Invalid,
+    JobEnded,
+    JobView,
     NibbleClient,
+    NotFound,
+    Retries,
     ServiceRefused,
     ServiceUnreachable,
-    is_loopback,
+    TooMany,
+    Unavailable,
 )
+from app.client.routes import is_loopback
+from app.client.server_sent import Message, Messages
+from app.core import errors
 
 JOB = {"id": "job_1", "state": "queued", "created_at": "2026-01-01T00:00:00Z", "spec": {"model": "m"}}
 CONTENT = b"some weights"
 
 
+# Three tries without a pause between them.
+QUICK = Retries(attempts=3, first_s=0.0)
+
+
 def client_of(answer: Callable[[httpx.Request], httpx.Response], api_key: str | None = None) -> NibbleClient:
-    return NibbleClient("http://nibble.test/", api_key=api_key, transport=httpx.MockTransport(answer))
+    transport = httpx.MockTransport(answer)
+    return NibbleClient("http://nibble.test/", api_key=api_key, transport=transport, retries=QUICK)
 
 
 def manifest(path: str, sha256: str) -> dict[str, object]:
@@ -126,8 +142,7 @@ def test_follow_yields_each_change_until_the_end() -> None:
     assert asked == [None, '"1"', '"1"', '"2"']
 
 
-def test_follow_waits_out_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.client.RETRY_S", 0.0)
+def test_follow_waits_out_a_restart() -> None:
     calls = 0
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -186,3 +201,155 @@ def test_a_refused_download_says_why(tmp_path: Path) -> None:
 )
 def test_loopback(url: str, expected: bool) -> None:
     assert is_loopback(url) is expected
+
+
+def problem(status: int, code: str, **headers: str) -> httpx.Response:
+    fields = [{"path": "a", "message": "b", "code": "c"}]
+    document = {"detail": "no", "code": code, "remedy": "other", "errors": fields}
+    return httpx.Response(status, json=document, headers={"X-Request-ID": "req-1", **headers})
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(404, errors.NotFound), (409, errors.Conflict), (422, Invalid), (401, errors.Unauthenticated),
+     (403, errors.Forbidden), (400, errors.MalformedRequest), (429, TooMany), (503, errors.Unavailable),
+     (418, ServiceRefused)],
+)  # fmt: skip
+def test_each_status_has_its_class(status: int, expected: type[Exception]) -> None:
+    with pytest.raises(expected) as caught:
+        client_of(lambda _: problem(status, "why")).job("job_1")
+    assert isinstance(caught.value, ServiceRefused)
+    assert (caught.value.code, caught.value.status, caught.value.request_id) == ("why", status, "req-1")
+    assert caught.value.fields == (("a", "b"),)
+
+
+class Script:
+    """Answers in a row; what is an exception is raised."""
+
+    def __init__(self, *steps: httpx.Response | type[httpx.TransportError]) -> None:
+        self.steps = list(steps)
+        self.seen: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.seen.append(request)
+        step = self.steps.pop(0)
+        if isinstance(step, type):
+            raise step("broken", request=request)
+        return step
+
+
+def test_a_post_is_repeated_under_one_key() -> None:
+    script = Script(httpx.ReadError, problem(503, "redis_unavailable"), httpx.Response(202, json=JOB))
+    assert client_of(script).submit({"model": "m"}).id == "job_1"
+    assert len({request.headers["Idempotency-Key"] for request in script.seen}) == 1
+    assert len(script.seen) == 3
+
+
+def test_the_key_differs_between_requests() -> None:
+    script = Script(httpx.Response(202, json=JOB), httpx.Response(202, json=JOB))
+    client = client_of(script)
+    client.submit({"model": "m"})
+    client.submit({"model": "m"})
+    assert len({request.headers["Idempotency-Key"] for request in script.seen}) == 2
+
+
+def test_what_may_not_happen_twice_is_sent_once() -> None:
+    script = Script(httpx.ReadError)
+    with pytest.raises(ServiceUnreachable):
+        client_of(script).create_key({"scopes": ["jobs:read"]})
+    assert len(script.seen) == 1
+
+
+def test_what_was_never_sent_is_sent_again() -> None:
+    key = {"id": "k", "tenant": "t", "created_at": "2026-01-01T00:00:00Z", "key": "secret"}
+    script = Script(httpx.ConnectError, httpx.Response(201, json=key))
+    assert client_of(script).create_key({"scopes": ["jobs:read"]}).key == "secret"
+
+
+def test_a_delete_whose_answer_was_lost_has_deleted() -> None:
+    script = Script(httpx.ReadError, problem(404, "job_not_found"))
+    client_of(script).delete_job("job_1")
+    with pytest.raises(NotFound):
+        client_of(Script(problem(404, "job_not_found"))).delete_job("job_1")
+
+
+@pytest.mark.parametrize("answer", [problem(429, "queue_full"), problem(422, "x"), problem(500, "internal")])
+def test_what_lasts_is_not_asked_again(answer: httpx.Response) -> None:
+    script = Script(answer)
+    with pytest.raises(ServiceRefused):
+        client_of(script).submit({"model": "m"})
+    assert len(script.seen) == 1
+
+
+def test_tries_end() -> None:
+    script = Script(*[problem(503, "unavailable")] * 3)
+    with pytest.raises(Unavailable):
+        client_of(script).jobs()
+    assert script.steps == []
+
+
+def test_a_long_retry_after_is_told_at_once() -> None:
+    script = Script(problem(429, "rate_limited", **{"Retry-After": "60"}))
+    with pytest.raises(TooMany) as caught:
+        client_of(script).jobs()
+    assert caught.value.retry_after_s == 60
+
+
+def test_pauses_grow_and_follow_the_service() -> None:
+    retries = Retries(first_s=1.0, longest_s=5.0, draw=lambda: 1.0)
+    assert [retries.pause_s(tries, None) for tries in (1, 2, 3, 4)] == [1.0, 2.0, 4.0, 5.0]
+    assert retries.pause_s(1, 3) == 3.0
+    assert Retries(first_s=1.0, draw=lambda: 0.0).pause_s(1, None) == 0.5
+
+
+def test_whoever_waits_is_told() -> None:
+    told: list[str] = []
+    retries = Retries(first_s=0.0, on_pause=lambda fault, seconds: told.append(fault.code))
+    script = Script(problem(503, "redis_unavailable"), httpx.Response(200, json=JOB))
+    with NibbleClient("http://a.test", transport=httpx.MockTransport(script), retries=retries) as client:
+        client.job("job_1")
+    assert told == ["redis_unavailable"]
+
+
+def test_a_list_is_read_to_its_end() -> None:
+    pages = Script(
+        httpx.Response(200, json={"data": [JOB], "has_more": True, "next": "c"}),
+        httpx.Response(200, json={"data": [{**JOB, "id": "job_2"}], "has_more": False}),
+    )
+    assert [job.id for job in client_of(pages).each_job(state="queued")] == ["job_1", "job_2"]
+    assert pages.seen[1].url.params["after"] == "c"
+
+
+def test_a_job_without_success_is_an_error_on_request() -> None:
+    failed = {
+        **JOB,
+        "state": "failed",
+        "error": {"code": "out_of_memory", "message": "no room", "remedy": "r"},
+    }
+    with pytest.raises(JobEnded, match="no room") as caught:
+        JobView.model_validate(failed).require_success()
+    assert (caught.value.code, caught.value.remedy) == ("out_of_memory", "r")
+    succeeded = JobView.model_validate({**JOB, "state": "succeeded"})
+    assert succeeded.require_success() is succeeded
+
+
+def test_messages_come_whole_however_they_are_cut() -> None:
+    stream = b"retry: 2000\n\n: still here\n\nid: 1-1\nevent: stage\ndata: a\ndata: \xc3\xa4\r\n\r\n"
+    stream += b"id: 2\ndata:b\n\n"
+    for size in (1, 2, 7, len(stream)):
+        messages = Messages()
+        pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+        found = [message for piece in pieces for message in messages.feed(piece)]
+        assert found == [Message("1-1", "stage", "a\nä"), Message("2", "message", "b")]
+
+
+def test_both_clients_offer_the_same() -> None:
+    def offered(client: type) -> dict[str, list[tuple[str, object, object]]]:
+        return {
+            name: [(one.name, one.default, one.annotation) for one in signature(method).parameters.values()]
+            for name, method in vars(client).items()
+            if not name.startswith("_")
+        }
+
+    assert offered(NibbleClient) == offered(AsyncNibbleClient)
+    assert len(offered(NibbleClient)) > 30

@@ -1,0 +1,204 @@
+"""What a call can raise. Every class is a `NibbleError` with a code, a message and a remedy.
+
+A problem also has its `status`, `request_id` and `fields`.
+
+    ServiceUnreachable          no answer came
+    ServiceRefused              the service answered with a problem (RFC 9457)
+    ├── BadRequest              400
+    ├── Unauthenticated         401
+    ├── Forbidden               403
+    ├── NotFound                404
+    ├── Conflict                409
+    ├── Invalid                 422, with each field in `fields`
+    ├── TooMany                 429; `retry_after_s` where the service says when
+    ├── ServiceFault            500 and other faults of the service
+    │   └── Unavailable         502, 503, 504
+    └── Foreign                 an answer that Nibble does not send
+    InferenceRefused            an inference route answered with an error in OpenAI's shape
+    JobEnded                    the job failed or was cancelled (`JobView.require_success`)
+    WaitTimedOut                `wait_for` ran out of time; the job goes on
+    DownloadCorrupt             the bytes that came are not those of the manifest
+
+Those that the service itself raises are, too, of its own class of that name in app.core.errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+import httpx
+
+from app.core import errors
+
+PASSING = frozenset({429, 502, 503, 504})  # another try may be answered
+# Codes of 429 that only the end of other work, or the operator, changes.
+LASTING = frozenset({"queue_full", "quota_exceeded"})
+
+
+class FieldFault(NamedTuple):
+    path: str
+    message: str
+
+
+class ServiceUnreachable(errors.NibbleError):
+    code = "service_unreachable"
+
+
+class ServiceRefused(errors.NibbleError):
+    """The service answered with a problem. `code` and `remedy` are the service's."""
+
+    status = 0
+    fields: tuple[FieldFault, ...] = ()
+    request_id: str | None = None
+
+
+class BadRequest(ServiceRefused, errors.MalformedRequest):
+    pass
+
+
+class Unauthenticated(ServiceRefused, errors.Unauthenticated):
+    pass
+
+
+class Forbidden(ServiceRefused, errors.Forbidden):
+    pass
+
+
+class NotFound(ServiceRefused, errors.NotFound):
+    pass
+
+
+class Conflict(ServiceRefused, errors.Conflict):
+    pass
+
+
+class Invalid(ServiceRefused, errors.InvalidRequest):
+    pass
+
+
+class TooMany(ServiceRefused):
+    pass
+
+
+class ServiceFault(ServiceRefused):
+    pass
+
+
+class Unavailable(ServiceFault, errors.Unavailable):
+    pass
+
+
+class Foreign(ServiceRefused):
+    code = "unexpected_answer"
+
+
+class InferenceRefused(errors.NibbleError):
+    """The service answered with an error in OpenAI's shape. `code` is the service's."""
+
+    code = "inference_refused"
+
+
+class JobEnded(errors.NibbleError):
+    code = "job_failed"
+
+
+class WaitTimedOut(errors.NibbleError, TimeoutError):
+    code = "wait_timed_out"
+
+
+class DownloadCorrupt(errors.NibbleError):
+    code = "download_corrupt"
+
+
+KINDS: dict[int, type[ServiceRefused]] = {
+    400: BadRequest,
+    401: Unauthenticated,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    422: Invalid,
+    429: TooMany,
+    502: Unavailable,
+    503: Unavailable,
+    504: Unavailable,
+}
+
+
+def unreachable(url: str, fault: httpx.TransportError) -> ServiceUnreachable:
+    return ServiceUnreachable(
+        f"no answer from {url}: {str(fault) or type(fault).__name__}",
+        remedy="start the service with `nibble up`, or name another one with --url or NIBBLE_URL",
+    )
+
+
+def foreign(answer: httpx.Response) -> Foreign:
+    return Foreign(
+        f"{answer.request.url} answered with something that Nibble does not send",
+        remedy="check that --url names a Nibble service of this version",
+    )
+
+
+def refusal(answer: httpx.Response) -> ServiceRefused:
+    """The error of an answer whose body has been read."""
+    problem = json_object(answer)
+    # The detail names the first field; the others follow it.
+    fields = field_faults(problem)
+    message = problem.get("detail") or problem.get("title") or f"HTTP status {answer.status_code}"
+    error = kind_of(answer.status_code)(
+        "\n".join([str(message), *(f"{field.path}: {field.message}" for field in fields[1:])]),
+        code=str(problem.get("code") or f"http_{answer.status_code}"),
+        remedy=str(problem.get("remedy") or ""),
+        param=problem.get("param"),
+        retry_after_s=retry_after(answer),
+    )
+    error.status = answer.status_code
+    error.fields = fields
+    error.request_id = answer.headers.get("X-Request-ID")
+    return error
+
+
+def kind_of(status: int) -> type[ServiceRefused]:
+    default = ServiceFault if status >= HTTPStatus.INTERNAL_SERVER_ERROR else ServiceRefused
+    return KINDS.get(status, default)
+
+
+def is_passing(error: ServiceRefused) -> bool:
+    """True if the same request may be answered a little later."""
+    return error.status in PASSING and error.code not in LASTING
+
+
+def inference_refusal(answer: httpx.Response) -> InferenceRefused:
+    """The error of an inference route's answer whose body has been read."""
+    told = json_object(answer).get("error")
+    if not isinstance(told, dict):
+        return InferenceRefused(f"HTTP status {answer.status_code}", code=f"http_{answer.status_code}")
+    return inference_error(told)
+
+
+def inference_error(told: Mapping[str, Any]) -> InferenceRefused:
+    code = told.get("code")
+    return InferenceRefused(str(told.get("message")), code=str(code) if code is not None else None)
+
+
+def field_faults(problem: Mapping[str, Any]) -> tuple[FieldFault, ...]:
+    found = problem.get("errors")
+    if not isinstance(found, list):
+        return ()
+    return tuple(FieldFault(str(one.get("path")), str(one.get("message"))) for one in found)
+
+
+def json_object(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        document = answer.json()
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def retry_after(answer: httpx.Response) -> int | None:
+    """Seconds that the answer asks to wait. A date, which Nibble never sends, is not read."""
+    value = answer.headers.get("Retry-After", "")
+    return int(value) if value.isdecimal() else None

@@ -1,0 +1,92 @@
+"""One request with its repetitions, and what its answer becomes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from app.client.effects import Call, Flow, Open, Pause, ReadAll, Send
+from app.client.errors import foreign, is_passing, json_object, refusal, unreachable
+from app.client.retries import Retries
+from app.client.views import Answer
+from app.core.errors import NibbleError
+
+AnswerT = TypeVar("AnswerT", bound=Answer)
+
+# The request has not been carried out: no connection, so nothing was sent.
+UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How requests reach the service at `url`."""
+
+    url: str
+    retries: Retries
+
+    def sent(self, call: Call, *, patience_s: float = 0.0) -> Flow[httpx.Response]:
+        """The answer, asked for again where that is safe. Patience allows more tries than the policy."""
+        return (yield from self.answered(Send(call), patience_s=patience_s))
+
+    def opened(self, call: Open, *, patience_s: float = 0.0) -> Flow[httpx.Response]:
+        """The head of the answer; its body is yet to be read."""
+        return (yield from self.answered(call, patience_s=patience_s))
+
+    def answered(self, ask: Send | Open, *, patience_s: float) -> Flow[httpx.Response]:
+        tries, was_lost = 0, False
+        give_up = time.monotonic() + patience_s
+        while True:
+            tries += 1
+            try:
+                answer: httpx.Response = yield ask
+                if answer.is_error and isinstance(ask, Open):
+                    yield ReadAll()
+            except httpx.TransportError as fault:
+                error: NibbleError = unreachable(self.url, fault)
+                may_repeat = self.may_repeat(ask.call, fault, is_patient=patience_s > 0)
+                was_lost = was_lost or not isinstance(fault, UNSENT)
+                cause: BaseException | None = fault
+            else:
+                if was_lost and ask.call.method == "DELETE" and answer.status_code == httpx.codes.NOT_FOUND:
+                    return answer  # the try whose answer was lost has removed it
+                if not answer.is_error:
+                    return answer
+                refused = refusal(answer)
+                error, cause = refused, None
+                may_repeat = is_passing(refused) and (ask.call.is_repeatable or refused.status == 429)
+            pause = self.retries.pause_s(tries, error.retry_after_s)
+            is_last = tries >= self.retries.attempts and time.monotonic() + pause > give_up
+            if not may_repeat or is_last or pause > self.retries.longest_s:
+                raise error from cause
+            self.retries.on_pause(error, pause)
+            yield Pause(pause)
+
+    def may_repeat(self, call: Call, fault: httpx.TransportError, *, is_patient: bool) -> bool:
+        if isinstance(fault, UNSENT):
+            return self.retries.refused_connections or is_patient
+        return call.is_repeatable
+
+    def read(self, shape: type[AnswerT], call: Call) -> Flow[AnswerT]:
+        return parse(shape, (yield from self.sent(call)))
+
+    def document(self, call: Call) -> Flow[dict[str, Any]]:
+        answer = yield from self.sent(call)
+        document = json_object(answer)
+        if not document:
+            raise foreign(answer)
+        return document
+
+    def done(self, call: Call) -> Flow[None]:
+        """For answers that say nothing more."""
+        yield from self.sent(call)
+
+
+def parse(shape: type[AnswerT], answer: httpx.Response) -> AnswerT:
+    try:
+        return shape.model_validate_json(answer.content)
+    except ValidationError as fault:
+        raise foreign(answer) from fault

@@ -1,0 +1,220 @@
+"""What the service answers, as typed records. Fields that a newer service adds are ignored."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.client.errors import JobEnded
+from app.core.job import TERMINAL, Problem, Progress
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class JobView(Answer):
+    id: str
+    state: str
+    stage: str | None = None
+    progress: Progress = Progress()
+    attempt: int = 0
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    spec: dict[str, Any] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+    error: Problem | None = None
+    artifacts: tuple[str, ...] = ()
+    retry_of: str | None = None
+    reused_from: str | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in TERMINAL
+
+    def require_success(self) -> Self:
+        """This job, if it succeeded. Raises JobEnded with its error if it failed or was cancelled."""
+        if self.state == "succeeded":
+            return self
+        error = self.error or Problem(code=f"job_{self.state}", message=f"job {self.id} is {self.state}")
+        raise JobEnded(f"{self.id}: {error.message}", code=error.code, remedy=error.remedy)
+
+
+class FileView(Answer):
+    path: str
+    size: int
+    sha256: str
+
+
+class ArtifactView(Answer):
+    id: str
+    job: str
+    created_at: datetime
+    model: str
+    model_digest: str = ""
+    format: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    summary: dict[str, Any] = Field(default_factory=dict)
+    files: tuple[FileView, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+class LinkView(Answer):
+    url: str
+    expires_at: datetime
+
+
+class ServerView(Answer):
+    slot: int
+    worker: str
+    engine: str
+    state: str
+    running: int = 0
+    waiting: int = 0
+    restarts: int = 0
+
+
+class DeploymentView(Answer):
+    id: str
+    name: str
+    artifact: str
+    engine: str
+    state: str
+    reason: str = ""
+    error: Problem | None = None
+    idle_timeout_s: int | None = None
+    replicas: int = 1
+    servers: tuple[ServerView, ...] = ()
+    job: str | None = None
+    created_at: datetime
+
+
+class EventView(Answer):
+    id: str
+    kind: str
+    at: datetime | None = None
+    payload: dict[str, Any] = Field(default_factory=dict)
+
+
+class WorkerView(Answer):
+    name: str
+    host: str
+    device: str
+    device_name: str = ""
+    queue: str
+    state: str
+    servers: int = 0
+    job: str | None = None
+    started_at: datetime
+    heartbeat_at: datetime
+
+
+class KeyView(Answer):
+    id: str
+    tenant: str
+    name: str = ""
+    scopes: tuple[str, ...] = ()
+    created_at: datetime
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None
+    expired: bool = False
+
+
+class NewKeyView(KeyView):
+    """`key` is shown this once."""
+
+    key: str
+
+
+class DeliveryView(Answer):
+    id: str
+    job: str
+    type: str
+    url: str
+    state: str
+    created_at: datetime
+    tries: tuple[dict[str, Any], ...] = ()
+
+
+class AuditView(Answer):
+    id: str
+    at: datetime | None = None
+    key_id: str = ""
+    request_id: str = ""
+    method: str = ""
+    path: str = ""
+    status: int = 0
+
+
+class LimitsView(Answer):
+    """What a tenant may use (0 is no limit), and uses."""
+
+    tenant: str
+    limits: dict[str, int]
+    usage: dict[str, int]
+
+
+class SecretView(Answer):
+    secret: str
+
+
+class LoginLinkView(Answer):
+    path: str
+    expires_at: datetime
+
+
+class GarbageView(Answer):
+    """What was removed, or would be, by kind."""
+
+    checkpoints: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
+    jobs: tuple[str, ...] = ()
+
+
+ItemT = TypeVar("ItemT")
+
+
+class Page(Answer, Generic[ItemT]):
+    """A part of a list; `next` is the cursor of the part after it."""
+
+    items: tuple[ItemT, ...] = Field(alias="data")
+    has_more: bool = False
+    next: str | None = None
+
+
+class JobPage(Page[JobView]):
+    """Jobs, newest first."""
+
+
+class ArtifactPage(Page[ArtifactView]):
+    """Artifacts, newest first."""
+
+
+class DeploymentPage(Page[DeploymentView]):
+    """Deployments, newest first."""
+
+
+class EventPage(Page[EventView]):
+    """Events, oldest first."""
+
+
+class WorkerPage(Page[WorkerView]):
+    """Living workers."""
+
+
+class KeyPage(Page[KeyView]):
+    """Keys, oldest first."""
+
+
+class DeliveryPage(Page[DeliveryView]):
+    """Webhooks of a job, oldest first."""
+
+
+class AuditPage(Page[AuditView]):
+    """Changes, newest first."""
