@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from app.client import JobView, NibbleClient
 from app.commands.chat import Conversation, answer, converse
-from app.commands.deployments import await_ready, named
+from app.commands.deployments import await_ready
 from app.commands.jobs import watch_job
 from app.commands.terminal import ExitCode, console_on, report_error
 from app.core.errors import NibbleError
@@ -76,8 +76,8 @@ def run(console: Console, prompt: str, num_samples: int) -> None:
         with running_service(Path(folder) / "state", free_port(PORT)) as client:
             console.print("quantizing the bundled model to 4 bits")
             quantized(client, console, num_samples)
-            await_ready(client, named(client, NAME), console, quiet=True)
-            link = client.document("POST", "/v1/login-links")["path"]
+            await_ready(client, client.deployment_named(NAME), console, quiet=True)
+            link = client.login_link().path
             console.print(f"served after {time.monotonic() - started:.0f} s")
             console.print(f"dashboard (the link logs a browser in, once): [bold]{client.url}{link}[/]\n")
             talk(client, console, prompt)
