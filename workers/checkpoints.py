@@ -1,19 +1,26 @@
-"""Checkpoints of a running job in object storage: put there layer by layer, fetched by the next attempt."""
+"""Checkpoints of a running job in object storage: put there layer by layer, fetched by the next attempt.
+
+A stored checkpoint ends with the SHA-256 of what comes before, in the same object: neither is ever there
+without the other. One that differs from its digest is not used: the child computes it again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from app.core.assignment import CHECKPOINTS, Checkpointed
-from app.core.errors import NotFound
 from app.core.job import Job
 from app.core.object_store import ObjectStore
 from app.core.storage_keys import checkpoint_prefix
 
-VERSION = 1
+VERSION = 2  # of what is stored
+DIGEST_BYTES = 32
+PIECE = 1 << 22
 
 
 def checkpoint_key(job: Job, *, model: str, text: str, device: str) -> str:
@@ -39,6 +46,7 @@ class CheckpointMirror:
         self._older_prefix = f"{checkpoint_prefix(job.retry_of)}/{key}" if job.retry_of else None
         self._folder = work_folder / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
+        self.damaged: list[str] = []  # keys that were stored, but differed from their digest
         self._pending: list[Checkpointed] = []
         self._obsolete: set[str] = set()  # stored keys that the next stored one replaces
 
@@ -50,7 +58,7 @@ class CheckpointMirror:
         restored = self._download(self._older_prefix, on_file)
         for key in restored:
             on_file()
-            self._objects.put(f"{self._prefix}/{key}", self._folder / key)
+            self._store(key)
         return restored
 
     def put(self, message: Checkpointed) -> None:
@@ -66,18 +74,19 @@ class CheckpointMirror:
     def _put_one(self, message: Checkpointed) -> None:
         if message.replaces is not None:
             self._obsolete.add(message.replaces)
-        path = self._folder / message.key
         try:
-            self._objects.put(f"{self._prefix}/{message.key}", path)
-        except NotFound:
+            self._store(message.key)
+        except FileNotFoundError:
             # The child is ahead of us and has replaced this file; the newer one is announced next. Until that
             # is stored, the old one stays: the store always holds a set to resume from.
-            if path.exists():
-                raise
             return
         for key in sorted(self._obsolete):
             self._objects.delete(f"{self._prefix}/{key}")
         self._obsolete.clear()
+
+    def _store(self, key: str) -> None:
+        with (self._folder / key).open("rb") as file:
+            self._objects.put(f"{self._prefix}/{key}", sealed(file))
 
     def _download(self, prefix: str, on_file: Callable[[], None]) -> list[str]:
         keys = []
@@ -87,5 +96,34 @@ class CheckpointMirror:
             path = self._folder / key
             path.parent.mkdir(parents=True, exist_ok=True)
             self._objects.download(head.key, path)
-            keys.append(key)
+            if unseal(path):
+                keys.append(key)
+            else:
+                path.unlink()
+                self.damaged.append(key)
         return keys
+
+
+def sealed(file: IO[bytes]) -> Iterator[bytes]:
+    """The file's bytes, then their SHA-256."""
+    digest = hashlib.sha256()
+    while piece := file.read(PIECE):
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
+
+
+def unseal(path: Path) -> bool:
+    """Cut the digest off a downloaded checkpoint; False if it isn't that of the bytes before."""
+    left = path.stat().st_size - DIGEST_BYTES
+    digest = hashlib.sha256()
+    with path.open("r+b") as file:
+        while left > 0:
+            piece = file.read(min(PIECE, left))
+            digest.update(piece)
+            left -= len(piece)
+        if left < 0 or file.read() != digest.digest():
+            return False
+        file.seek(-DIGEST_BYTES, os.SEEK_END)
+        file.truncate()
+    return True

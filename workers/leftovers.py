@@ -9,6 +9,8 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
+from app.core.errors import NotFound
+from app.core.job_changes import is_executing
 from app.core.job_store import JobStore
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ class Leftovers:
         self._store = store
 
     def remove(self) -> None:
-        """Remove the work folders of attempts without a lease; without Redis, leave that for later."""
+        """Remove the work folders of attempts that are over; without Redis, leave that for later."""
         try:
             dead = self._dead()
         except RedisError as fault:
@@ -39,7 +41,15 @@ class Leftovers:
             return []
         folders = [(path, WORK_FOLDER.fullmatch(path.name)) for path in sorted(self._folder.iterdir())]
         return [
-            path
-            for path, match in folders
-            if match is not None and not self._store.holds(match[1], int(match[2]))
+            path for path, match in folders if match is not None and not self._lives(match[1], int(match[2]))
         ]
+
+    def _lives(self, job_id: str, attempt: int) -> bool:
+        """The lease alone does not tell: one that was killed after its last word holds it for a while."""
+        if not self._store.holds(job_id, attempt):
+            return False
+        try:
+            job = self._store.load(job_id)
+        except NotFound:
+            return False
+        return job.attempt < attempt or is_executing(job, attempt)

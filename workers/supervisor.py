@@ -171,6 +171,9 @@ class Attempt:
         )
         mirror = CheckpointMirror(self._context.objects, self._job, key, self._work_folder)
         restored = mirror.restore(self._watch.check)
+        for damaged in mirror.damaged:
+            note = f"the stored {damaged} differs from its SHA-256 and is computed again"
+            self._event("note", {"code": "checkpoint_damaged", "message": note})
         if restored:
             self._event("resumed", {"attempt": self._job.attempt, "checkpoints": restored})
         assignment = Assignment(

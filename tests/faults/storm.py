@@ -19,7 +19,7 @@ from app.core.job import TERMINAL
 from app.core.job_queue import RUN_JOB_TASK, queue_name
 from app.core.worker_registry import WorkerRegistry
 from tests.faults.proxy import KINDS
-from tests.faults.world import LEASE_S, Process, World, patiently
+from tests.faults.world import LEASE_S, Process, World
 from tests.integration.api_service import MODEL
 
 ACTIVE_JOBS = 5
@@ -102,7 +102,7 @@ class Storm:
         registry = WorkerRegistry(self.world.redis)
         while True:
             self.tick()
-            living = {record.pid for record in patiently(registry.living)}
+            living = {record.pid for record in self.world.patiently(registry.living)}
             if not self._waking and living >= {worker.popen.pid for worker in self.world.workers}:
                 return
             assert time.monotonic() < deadline, "a worker does not come back"
@@ -132,7 +132,7 @@ class Storm:
         return [
             job_id
             for job_id in self.jobs.values()
-            if patiently(lambda known=job_id: self.world.store.load(known)).state not in TERMINAL  # type: ignore[misc]
+            if self.world.patiently(lambda known=job_id: self.world.store.load(known)).state not in TERMINAL  # type: ignore[misc]
         ]
 
     def submit(self) -> None:
@@ -208,14 +208,14 @@ class Storm:
         active = self.active()
         if not active:
             return False
-        job = patiently(lambda: self.world.store.load(self.random.choice(active)))
+        job = self.world.patiently(lambda: self.world.store.load(self.random.choice(active)))
         attempt = job.attempt + self.random.choice([0, 1])
 
         def deliver() -> object:
             queue = Queue(queue_name(job), connection=self.world.redis, serializer="json")
             return queue.enqueue_call(RUN_JOB_TASK, args=(job.id, attempt), timeout=600)
 
-        patiently(deliver)
+        self.world.patiently(deliver)
         return True
 
     def cancel(self) -> bool:

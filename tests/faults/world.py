@@ -53,7 +53,9 @@ def free_port() -> int:
         return port
 
 
-def patiently(ask: Callable[[], T], limit_s: float = 60) -> T:
+def patiently(
+    ask: Callable[[], T], *, meanwhile: Callable[[], None] = lambda: None, limit_s: float = 60
+) -> T:
     """What `ask` gives, once Redis, the API and the storage answer."""
     deadline = time.monotonic() + limit_s
     while True:
@@ -61,6 +63,7 @@ def patiently(ask: Callable[[], T], limit_s: float = 60) -> T:
             return ask()
         except (RedisError, httpx.TransportError, Unavailable):
             assert time.monotonic() < deadline, "it does not come back"
+            meanwhile()
             time.sleep(0.1)
 
 
@@ -153,6 +156,10 @@ class World:
     def mend(self) -> None:
         for process in self.processes:
             process.mend()
+
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """What `ask` gives; what has died meanwhile is started again."""
+        return patiently(ask, meanwhile=self.mend)
 
     def objects(self) -> ObjectStore:
         """The storage as it is, with no proxy in between."""

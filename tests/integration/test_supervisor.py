@@ -207,6 +207,25 @@ def test_a_stopping_worker_gives_its_job_back_and_the_next_attempt_resumes(works
     assert workshop.payload(job, "resumed")["attempt"] == 2
 
 
+def test_a_damaged_stored_checkpoint_is_computed_again(workshop: Workshop) -> None:
+    """The bytes are those of a job that nothing had happened to."""
+    failed = workshop.run(workshop.submit(fault="exit"))
+    stored = workshop.objects.list(checkpoint_prefix(failed.id))[1].key
+    content = workshop.objects.get(stored)
+    workshop.objects.put(stored, content[:5] + bytes([content[5] ^ 1]) + content[6:])
+    job = workshop.submit()
+    workshop.store.update(job.id, lambda job: job.model_copy(update={"retry_of": failed.id}))
+    assert workshop.run(job).state is JobState.SUCCEEDED
+    assert workshop.payload(job, "resumed")["checkpoints"] == ["layer-0"]
+    notes = [event.payload for event in workshop.store.events(job.id) if event.kind == "note"]
+    assert any(note["code"] == "checkpoint_damaged" and "layer-1" in str(note["message"]) for note in notes)
+    unbroken, resumed = workshop.run(workshop.submit()), workshop.manifest(job)
+    first = workshop.manifest(unbroken)
+    assert first is not None
+    assert resumed is not None
+    assert first.files == resumed.files
+
+
 @pytest.mark.parametrize("attempt", [0, 2, 7])
 def test_a_delivery_out_of_turn_is_left_alone(workshop: Workshop, attempt: int) -> None:
     job = workshop.submit()

@@ -15,6 +15,7 @@ from redis import Redis
 from rq import Queue
 
 from app.core.job import Job, JobState, transition
+from app.core.job_changes import requeued
 from app.core.worker_registry import WorkerRegistry
 from tests.integration.workshop import REPOSITORY, Workshop, processes_with, wait_until
 from workers.leftovers import Leftovers
@@ -140,7 +141,10 @@ def test_a_starting_worker_removes_what_dead_attempts_left(workshop: Workshop) -
     alive = workshop.settings.scratch_dir / f"{job.id}-2"
     dead.mkdir()
     alive.mkdir()
-    assert workshop.store.acquire(job.id, 2, 60)
+    workshop.store.claim(job.id, 1, worker="w", lease_s=60)
+    workshop.store.release(job.id, 1)
+    workshop.store.update(job.id, requeued)
+    workshop.store.claim(job.id, 2, worker="w", lease_s=60)
     with workshop.worker("one"):
         wait_until(lambda: not dead.exists())
         assert alive.exists()
@@ -173,10 +177,11 @@ def test_an_idle_worker_removes_leftovers_at_its_maintenance(workshop: Workshop,
     dead.mkdir()
     leftovers = Leftovers(workshop.settings.scratch_dir, workshop.store)
     worker = QueueWorker(redis, describe_worker("cpu", "one"), threading.Event(), leftovers)
-    assert workshop.store.acquire(job.id, 1, 60)
+    workshop.store.claim(job.id, 1, worker="w", lease_s=60)
     worker.run_maintenance_tasks()
     assert dead.exists()
-    workshop.store.release(job.id, 1)
+    # Its attempt was killed after its last word: the lease still runs.
+    workshop.store.update(job.id, lambda record: transition(record, JobState.SUCCEEDED), attempt=1)
     worker.run_maintenance_tasks()
     assert not dead.exists()
 

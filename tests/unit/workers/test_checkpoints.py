@@ -11,6 +11,7 @@ from app.core.ids import new_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
 from app.core.specs import CalibrationSpec, JobSpec, Recipe
+from app.core.storage_keys import checkpoint_prefix
 from workers.checkpoints import CheckpointMirror, checkpoint_key
 
 
@@ -84,6 +85,30 @@ def test_a_replaced_file_is_kept_until_its_successor_is_stored(
     write(tmp_path / "1", "states-3")
     mirror.put(Checkpointed(key="states-3", replaces="states-2"))
     assert mirror_of(objects, job, tmp_path / "3").restore(nothing) == ["states-3"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", b"LAYER-1"], ids=["empty", "cut", "changed"])
+def test_a_stored_checkpoint_that_differs_from_its_digest_is_not_used(
+    objects: FlakyStore, job: Job, tmp_path: Path, damage: bytes
+) -> None:
+    first = mirror_of(objects, job, tmp_path / "1")
+    for key in ("layer-0", "layer-1"):
+        write(tmp_path / "1", key)
+        first.put(Checkpointed(key=key))
+    stored = f"{checkpoint_prefix(job.id)}/k/layer-1"
+    objects.put(stored, damage + objects.get(stored)[len(damage) :] if len(damage) == 7 else damage)
+    second = mirror_of(objects, job, tmp_path / "2")
+    assert second.restore(nothing) == ["layer-0"]
+    assert second.damaged == ["layer-1"]
+    assert [path.name for path in (tmp_path / "2" / CHECKPOINTS).iterdir()] == ["layer-0"]
+
+
+def test_an_empty_checkpoint_is_one(objects: FlakyStore, job: Job, tmp_path: Path) -> None:
+    mirror = mirror_of(objects, job, tmp_path / "1")
+    (tmp_path / "1" / CHECKPOINTS / "mark").touch()
+    mirror.put(Checkpointed(key="mark"))
+    assert mirror_of(objects, job, tmp_path / "2").restore(nothing) == ["mark"]
+    assert (tmp_path / "2" / CHECKPOINTS / "mark").read_bytes() == b""
 
 
 def test_the_key_depends_on_all_that_shapes_a_layer(job: Job) -> None:
