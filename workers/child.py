@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 
@@ -16,11 +17,15 @@ import torch
 
 from app.core.assignment import REPORT, Assignment, Failed, Noted
 from app.core.confinement import NETWORK
-from app.core.errors import JobFault, NibbleError, OutOfMemory
+from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory, WorkerDisk
 from app.core.job import Problem
 from kernels.backend import Backend, backends_of
+from kernels.cuda.driver import DriverError
 from workers.job_run import JobRun
 from workers.progress import ProgressPipe
+
+DEVICE_ERROR = re.compile(r"\b(CUDA|CUDA driver|NCCL) error\b|\bCU(BLAS|DNN|SOLVER)_STATUS_|\bcudaError")
+MEMORY_ERROR = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)
 
 
 def run(assignment: Assignment, pipe: ProgressPipe) -> int:
@@ -42,11 +47,7 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
         pipe.send(Failed(error=Problem.of(os_fault(error))))
     except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record
         traceback.print_exc()
-        problem = JobFault(
-            f"{type(error).__name__}: {error}", code="internal",
-            remedy="this is a fault of Nibble: please report it with the job's events",
-        )  # fmt: skip
-        pipe.send(Failed(error=Problem.of(problem)))
+        pipe.send(Failed(error=Problem.of(device_fault(assignment, error) or own_fault(error))))
     else:
         return 0
     return 1
@@ -71,15 +72,34 @@ def chosen_backends(assignment: Assignment) -> tuple[Backend, ...]:
 def os_fault(error: OSError) -> JobFault:
     """A full disk is the operator's to mend; any other refusal of the system is ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return JobFault(
+        return WorkerDisk(
             f"the work folder is full: {error}",
-            code="worker_disk",
             remedy="let the operator free space in NIBBLE_STATE_DIR; an estimate names what the job takes",
         )
+    return own_fault(error)
+
+
+def own_fault(error: Exception) -> JobFault:
     return JobFault(
         f"{type(error).__name__}: {error}", code="internal",
         remedy="this is a fault of Nibble: please report it with the job's events",
     )  # fmt: skip
+
+
+def device_fault(assignment: Assignment, error: Exception) -> JobFault | None:
+    """What an error of the device means; None if it isn't one.
+
+    The driver names them, PyTorch passes the name on in its message, also for its own libraries.
+    """
+    text = str(error)
+    if not isinstance(error, torch.AcceleratorError | DriverError) and not DEVICE_ERROR.search(text):
+        return None
+    if MEMORY_ERROR.search(text):
+        return out_of_memory(assignment, error)
+    return DeviceFault(
+        f"{assignment.device} failed: {text.partition(chr(10))[0]}",
+        remedy="look for Xid lines in the kernel log of the worker's host; the next attempt starts afresh",
+    )
 
 
 def out_of_memory(assignment: Assignment, error: BaseException) -> OutOfMemory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.core.errors import ChildKilled, JobFault, NibbleError, Unavailable
+from app.core.errors import ChildKilled, DeviceFault, JobFault, NibbleError, Unavailable, WorkerDisk
 from app.core.job import Problem
 from app.core.settings import Settings
 
@@ -10,17 +10,20 @@ from app.core.settings import Settings
 OUTAGE_ATTEMPTS = 8
 PAUSE_FACTOR = 3.0
 LONGEST_PAUSE_S = 300.0
+# What a child can report that is no fault of its job.
+OF_THE_HOST: tuple[type[JobFault], ...] = (DeviceFault, WorkerDisk)
 
 
 def pause_before_next(fault: NibbleError, attempt: int, settings: Settings) -> float | None:
     """Seconds until the job may go on after the fault; None if it has failed for good.
 
-    An absent storage or hub, and a process that was killed from outside, say nothing about the job. Memory
-    that ran out, a crash, or a refused model would be met again.
+    An absent storage or hub, a full disk, a lost device, and a process that was killed from outside, say
+    nothing about the job: another worker may take it. Memory that ran out, a crash, or a refused model would
+    be met again.
     """
     if isinstance(fault, Unavailable):
         most = max(OUTAGE_ATTEMPTS, settings.max_attempts)
-    elif isinstance(fault, ChildKilled):
+    elif isinstance(fault, ChildKilled | DeviceFault | WorkerDisk):
         most = settings.max_attempts
     else:
         return None
@@ -31,12 +34,12 @@ def pause_before_next(fault: NibbleError, attempt: int, settings: Settings) -> f
 
 def reported(problem: Problem) -> JobFault:
     """What the child said, as the fault that it is."""
-    return JobFault(problem.message, code=problem.code, remedy=problem.remedy)
+    kind = next((known for known in OF_THE_HOST if known.code == problem.code), JobFault)
+    return kind(problem.message, code=problem.code, remedy=problem.remedy)
 
 
-def disk_fault(fault: OSError) -> JobFault:
-    return JobFault(
+def disk_fault(fault: OSError) -> WorkerDisk:
+    return WorkerDisk(
         f"the worker could not write or read its own files: {fault}",
-        code="worker_disk",
         remedy="let the operator free space in NIBBLE_STATE_DIR, then retry",
     )

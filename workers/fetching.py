@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from app.core.model_source import LocalModel, ModelFiles, inspect_model, model_digest, open_model
 from app.core.reuse import text_key
 from app.core.settings import Settings
-from app.core.specs import Frozen, JobSpec, TextSpec
+from app.core.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.text_source import is_remote, open_text
 
 PIECE = 1 << 22
@@ -37,7 +37,7 @@ class FetchedModel(Frozen):
     digest: str
 
 
-class Digests(Frozen):
+class Digests(Kept):
     """SHA-256 of each file of a model, kept beside it."""
 
     sha256: dict[str, str]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
-from app.core.errors import NotFound
+from app.core.errors import NotFound, RecordUnreadable
 from app.core.job_changes import is_executing
 from app.core.job_store import JobStore
 
@@ -52,4 +52,6 @@ class Leftovers:
             job = self._store.load(job_id)
         except NotFound:
             return False
+        except RecordUnreadable:  # its worker is of another version
+            return True
         return job.attempt < attempt or is_executing(job, attempt)

@@ -136,7 +136,14 @@ class QueueWorker(Worker):
         finally:
             self._beat(job=None, tenant=None)
 
+    def _shutdown(self) -> None:
+        # Also when it raises in an idle worker: who is interrupted may swallow that.
+        self._stop_requested = True
+        super()._shutdown()  # type: ignore[no-untyped-call]
+
     def maintain_heartbeats(self, job: Any, execution: Any) -> None:
+        if self._stop_requested:  # a horse that was just being forked when the signal came has not heard it
+            self.handle_warm_shutdown_request()
         try:
             super().maintain_heartbeats(job, execution)
         except RedisError as fault:

@@ -35,6 +35,7 @@ from app.core.errors import (
     JobFault,
     NibbleError,
     NotFound,
+    RecordUnreadable,
     Unavailable,
 )
 from app.core.job import Job, JobState, Progress, Stage, transition
@@ -66,7 +67,7 @@ def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
     lease_s = context.settings.lease_s
     try:
         job = context.store.claim(job_id, attempt, worker=context.name, lease_s=lease_s)
-    except (Conflict, NotFound) as refusal:
+    except (Conflict, NotFound, RecordUnreadable) as refusal:
         log.info("delivery ignored: %s", refusal.message, extra={"job": job_id, "attempt": attempt})
         return
     with log_ids(request=job.request_id, job=job_id, attempt=attempt):
@@ -107,7 +108,7 @@ class Attempt:
         except NibbleError as fault:
             self._retry_or_fail(fault)
         except OSError as fault:
-            self._fail(disk_fault(fault))
+            self._retry_or_fail(disk_fault(fault))
         except Exception:  # the task boundary: whatever it was, the job must end
             log.exception("attempt broke", extra={"job": self._job.id})
             self._fail(JobFault("the worker met an error of its own", remedy="read the worker's log"))

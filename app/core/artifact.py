@@ -7,16 +7,16 @@ from typing import Any
 
 from pydantic import Field
 
-from app.core.specs import FormatName, Frozen, Recipe
+from app.core.specs import FormatName, Kept, Recipe
 
 
-class ArtifactFile(Frozen):
+class ArtifactFile(Kept):
     path: str  # relative, `/` as separator
     size: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class ArtifactManifest(Frozen):
+class ArtifactManifest(Kept):
     """What `artifacts/<id>/manifest.json` holds. Files lie under `artifacts/<id>/<prefix>/`."""
 
     version: int = 1

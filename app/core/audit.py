@@ -10,12 +10,12 @@ from typing import Any
 
 from redis import Redis
 
-from app.core.specs import Frozen
+from app.core.specs import Kept
 
 MAX_ENTRIES = 100_000
 
 
-class AuditEntry(Frozen):
+class AuditEntry(Kept):
     id: str
     at: datetime
     key_id: str

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from app.core.ids import ARTIFACT_ID_PATTERN
 from app.core.job import Problem
-from app.core.specs import DeploymentOptions, Frozen
+from app.core.specs import DeploymentOptions, Frozen, Kept
 
 
 class DeploymentSpec(DeploymentOptions):
@@ -37,7 +37,7 @@ class DeploymentState(StrEnum):
     FAILED = "failed"
 
 
-class Deployment(Frozen):
+class Deployment(Kept):
     """The record, as kept in Redis."""
 
     id: str
@@ -62,7 +62,7 @@ class ReplicaState(StrEnum):
     DRAINING = "draining"  # it finishes what it has begun
 
 
-class Replica(Frozen):
+class Replica(Kept):
     """One server of a deployment, as its worker describes it with each heartbeat."""
 
     deployment: str

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from app.core.specs import Frozen
+from app.core.specs import Kept
 
 DeviceKind = Literal["cpu", "cuda"]
 
 
-class DeviceProfile(Frozen):
+class DeviceProfile(Kept):
     """Sustained rates of one device."""
 
     device: DeviceKind

@@ -14,11 +14,15 @@
     ├── QuotaExceeded           the tenant has used up what it may use
     ├── RateLimited             the tenant sends more requests than it may
     ├── Unavailable             Redis or object storage does not answer
+    │   └── RecordUnreadable    another version of the service wrote what this one can't read
     └── JobFault                a job that was accepted ends without a result
         ├── Cancelled           its owner asked for it
         ├── WorkerLost          its worker stopped renewing the lease
         ├── DeadlineExceeded    it ran longer than `timeout_s`
+        ├── ChildKilled         its process was killed from outside
         ├── OutOfMemory         the host or the device ran out of memory
+        ├── DeviceFault         the device was lost, is taken, or is in error
+        ├── WorkerDisk          the worker can't write or read its own files
         ├── VerificationFailed  the written files do not hold what was evaluated
         └── TargetMissed        the quality target was not met
 
@@ -115,6 +119,10 @@ class Unavailable(NibbleError):
     code = "unavailable"
 
 
+class RecordUnreadable(Unavailable):
+    code = "record_unreadable"
+
+
 class JobFault(NibbleError):
     code = "job_failed"
 
@@ -137,6 +145,14 @@ class ChildKilled(JobFault):
 
 class OutOfMemory(JobFault):
     code = "out_of_memory"
+
+
+class DeviceFault(JobFault):
+    code = "device_failed"
+
+
+class WorkerDisk(JobFault):
+    code = "worker_disk"
 
 
 class VerificationFailed(JobFault):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from app.core.errors import Conflict, NibbleError, NotFound, Unavailable, WorkerLost
+from app.core.errors import Conflict, NibbleError, NotFound, RecordUnreadable, Unavailable, WorkerLost
 from app.core.job import Job, JobState, Progress, transition
 from app.core.job_changes import failed, overdue, requeued
 from app.core.job_queue import JobQueue, Place, entry_id
@@ -66,6 +66,8 @@ class Janitor:
                 jobs.append(self._store.load(job_id))
             except NotFound:  # deleted since the list was read
                 continue
+            except RecordUnreadable as fault:
+                log.warning("left to a newer janitor: %s", fault.message)
         return [job for job in jobs if job.state is state]
 
     def _check_lease(self, seen: Job) -> None:

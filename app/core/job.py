@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from app.core.errors import Conflict, NibbleError
-from app.core.specs import Frozen, JobSpec
+from app.core.specs import JobSpec, Kept
 
 
 class JobState(StrEnum):
@@ -42,7 +42,7 @@ class Stage(StrEnum):
     PUBLISHING = "publishing"
 
 
-class Progress(Frozen):
+class Progress(Kept):
     """How far the whole job is: `fraction` in 0..1 never goes back within an attempt."""
 
     fraction: float = Field(default=0.0, ge=0, le=1)
@@ -51,7 +51,7 @@ class Progress(Frozen):
     eta_s: float | None = None  # seconds to the end, once enough was seen to tell
 
 
-class Problem(Frozen):
+class Problem(Kept):
     """Why a job ended without a result."""
 
     code: str
@@ -63,8 +63,11 @@ class Problem(Frozen):
         return cls(code=error.code, message=error.message, remedy=error.remedy)
 
 
-class Job(Frozen):
+class Job(Kept):
     """The record of a job, as kept in Redis. `attempt` counts executions and fences stale ones."""
+
+    # Each change writes the whole record: what a newer version has noted in it must survive that.
+    model_config = ConfigDict(extra="allow")
 
     id: str
     tenant: str

@@ -13,20 +13,31 @@ nibble:changes           channel: the id of each job that changed
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from redis import Redis
 
-from app.core.errors import Conflict, MalformedRequest, NibbleError, NotFound, QuotaExceeded
+from app.core.errors import (
+    Conflict,
+    MalformedRequest,
+    NibbleError,
+    NotFound,
+    QuotaExceeded,
+    RecordUnreadable,
+    field_path,
+)
 from app.core.ids import is_id
 from app.core.job import TRANSITIONS, Job, JobState
 from app.core.job_changes import claimed, is_executing, stale
 from app.core.job_scripts import APPEND, CREATE, DELETE, RELEASE, RENEW, SWAP
 from app.core.specs import Frozen
 from app.core.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
+
+log = logging.getLogger(__name__)
 
 MAX_COLLISIONS = 50
 PAGE_STEP = 200
@@ -93,7 +104,16 @@ def missing(job_id: str) -> NotFound:
 
 
 def decode(record: bytes, spec: bytes) -> Job:
-    return Job.model_validate({**json.loads(record), "spec": json.loads(spec)})
+    """The job of a record. Raises RecordUnreadable for one that only another version can read."""
+    fields = json.loads(record)
+    try:
+        return Job.model_validate({**fields, "spec": json.loads(spec)})
+    except ValidationError as fault:
+        where = field_path(fault.errors()[0]["loc"])
+        raise RecordUnreadable(
+            f"job {fields.get('id')} was recorded by another version of the service: {where}",
+            remedy="finish the upgrade; processes of the newer version can read it",
+        ) from fault
 
 
 def encode(job: Job) -> str:
@@ -259,8 +279,13 @@ class JobStore:
             pipe = self._redis.pipeline(transaction=False)
             for job_id in ids:
                 pipe.hmget(job_key(job_id.decode()), "record", "spec")
-            # A record may be deleted between the two reads.
-            yield from (decode(record, spec) for record, spec in pipe.execute() if record is not None)
+            for record, spec in pipe.execute():
+                if record is None:  # deleted between the two reads
+                    continue
+                try:
+                    yield decode(record, spec)
+                except RecordUnreadable as fault:
+                    log.warning("left out of a list: %s", fault.message)
             if len(ids) < PAGE_STEP:
                 return
             after = ids[-1].decode()

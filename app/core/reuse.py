@@ -18,7 +18,7 @@ from redis import Redis
 
 from app.core.errors import NotFound
 from app.core.object_store import ObjectStore
-from app.core.specs import Frozen, JobSpec, TextSpec
+from app.core.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.storage_keys import manifest_key, report_key
 
 KEPT_S = 90 * 24 * 3600
@@ -32,7 +32,7 @@ class Contents(Frozen):
     evaluation: str
 
 
-class Made(Frozen):
+class Made(Kept):
     """What a job with some fingerprint has made."""
 
     job: str

@@ -25,7 +25,7 @@ from redis import Redis
 
 from app.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.core.settings import Settings
-from app.core.specs import Frozen
+from app.core.specs import Frozen, Kept
 
 KEY = re.compile(r"nib_([0-9a-f]{16})_[0-9a-f]{64}")
 MIN_BOOTSTRAP_LENGTH = 24
@@ -49,7 +49,7 @@ class Scope(StrEnum):
     OPERATOR = "operator"  # of the service: manages the keys of every tenant
 
 
-class ApiKey(Frozen):
+class ApiKey(Kept):
     """What is kept of a key: enough to recognise it, not to use it."""
 
     id: str

@@ -31,6 +31,12 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class Kept(BaseModel):
+    """Base of records that one version writes and another reads: fields of a newer one are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
 class SearchSpec(Frozen):
     """How AWQ and OmniQuant look for scales and clip bounds."""
 

@@ -24,7 +24,7 @@ from ulid import ULID
 
 from app.core.errors import NotFound
 from app.core.job import Job, JobState
-from app.core.specs import Frozen
+from app.core.specs import Kept
 
 DUE = "nibble:webhooks:due"
 PREFIX = "whsec_"
@@ -33,7 +33,7 @@ ROTATION_S = 24 * 3600
 MAX_LISTED = 100
 
 
-class WebhookTry(Frozen):
+class WebhookTry(Kept):
     """One attempt to deliver: the receiver's status, or why there is none."""
 
     at: datetime
@@ -42,7 +42,7 @@ class WebhookTry(Frozen):
     seconds: float
 
 
-class Delivery(Frozen):
+class Delivery(Kept):
     """A message. `body` is what is signed and sent, byte by byte."""
 
     id: str

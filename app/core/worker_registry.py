@@ -12,12 +12,12 @@ from typing import Any, Literal
 from redis import Redis
 
 from app.core.device_profile import DeviceProfile
-from app.core.specs import Frozen
+from app.core.specs import Kept
 
 NAMES = "nibble:workers"
 
 
-class WorkerRecord(Frozen):
+class WorkerRecord(Kept):
     """One worker: where it runs and what it does."""
 
     name: str

@@ -41,6 +41,9 @@ def meet(fault: str, pipe: ProgressPipe, work_folder: Path) -> None:
     elif fault == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
+    elif fault in ("out_of_memory", "device_failed"):
+        pipe.send(Failed(error=Problem(code=fault, message="cuda:0 failed", remedy="see dmesg")))
+        sys.exit(1)
     elif fault == "report":
         problem = Problem(code="target_missed", message="ratio 1.2", remedy="more bits")
         (work_folder / "tries.json").write_text('{"tries": [], "published": []}')

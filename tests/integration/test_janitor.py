@@ -67,6 +67,15 @@ def test_a_lost_job_is_queued_again(house: House) -> None:
     assert house.store.events(job.id)[-1].payload["code"] == "worker_lost"
 
 
+def test_a_record_of_a_newer_version_holds_up_no_other(house: House) -> None:
+    newer, lost = house.submit(), house.submit()
+    house.lose_worker(lost, 1)
+    house.redis.hset(f"nibble:job:{newer.id}", "spec", '{"model": "org/name", "pruning": 0.5}')
+    house.janitor.sweep()
+    assert house.steps == ["requeued"]
+    assert house.store.load(lost.id).state is JobState.QUEUED
+
+
 def test_a_job_lost_too_often_fails(house: House) -> None:
     job = house.submit()
     for attempt in (1, 2):

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 import threading
 from datetime import UTC, datetime
 
 import pytest
 from redis import Redis
 
-from app.core.errors import Conflict, MalformedRequest, NotFound
+from app.core.errors import Conflict, MalformedRequest, NotFound, RecordUnreadable
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress, Stage, transition
 from app.core.job_scripts import CHANGES
@@ -38,6 +39,47 @@ def test_a_job_is_read_as_it_was_created(store: JobStore) -> None:
     job = stored(store, team="search")
     assert store.read(job.id) == (job, 1)
     assert [(event.kind, event.payload["state"]) for event in store.events(job.id)] == [("state", "queued")]
+
+
+FIRST_VERSION = """{"id": "ID", "tenant": "t", "state": "queued", "stage": null,
+    "progress": {"fraction": 0.0, "layer": null, "layers": null, "eta_s": null}, "attempt": 0, "worker": null,
+    "created_at": "2026-11-20T10:00:00Z", "started_at": null, "finished_at": null, "error": null,
+    "artifacts": [], "retry_of": null}"""
+
+
+def rewritten(store: JobStore, redis: Redis, *, record: str | None = None, spec: str | None = None) -> Job:
+    """A job as another version has recorded it."""
+    job = stored(store)
+    if record is not None:
+        redis.hset(f"nibble:job:{job.id}", "record", record.replace("ID", job.id))
+    if spec is not None:
+        redis.hset(f"nibble:job:{job.id}", "spec", spec)
+    return job
+
+
+def test_a_record_of_the_first_version_goes_on(store: JobStore, redis: Redis) -> None:
+    job = rewritten(store, redis, record=FIRST_VERSION, spec='{"model": "org/name"}')
+    assert store.claim(job.id, 1, worker="w", lease_s=30).state is JobState.RUNNING
+    assert store.load(job.id).spec == JobSpec(model="org/name")
+
+
+def test_what_a_newer_version_has_noted_survives_a_change(store: JobStore, redis: Redis) -> None:
+    """While a service is upgraded, processes of two versions write the same records."""
+    newer = FIRST_VERSION.replace('"retry_of"', '"zone": {"name": "b"}, "retry_of"')
+    newer = newer.replace('"layer": null', '"layer": null, "rank": 3')
+    job = rewritten(store, redis, record=newer)
+    store.update(job.id, lambda job: transition(job, JobState.CANCELLED))
+    written = json.loads(redis.hget(f"nibble:job:{job.id}", "record") or b"")
+    assert (written["state"], written["zone"]) == ("cancelled", {"name": "b"})
+
+
+def test_a_spec_that_only_a_newer_version_knows_is_not_guessed_at(store: JobStore, redis: Redis) -> None:
+    """To leave out what it doesn't know would be to compute something else."""
+    known, unknown = stored(store), rewritten(store, redis, spec='{"model": "org/name", "pruning": 0.5}')
+    with pytest.raises(RecordUnreadable, match="pruning"):
+        store.claim(unknown.id, 1, worker="w", lease_s=30)
+    assert not store.holds(unknown.id, 1)
+    assert [job.id for job in store.page("t", JobFilter()).jobs] == [known.id]
 
 
 def test_an_id_is_created_once(store: JobStore) -> None:

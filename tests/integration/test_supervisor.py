@@ -122,6 +122,7 @@ def test_the_setting_of_the_kernels_reaches_the_child(redis: Redis, redis_url: s
         ("exit", "child_crashed"),
         ("babble", "child_protocol"),
         ("report", "target_missed"),
+        ("out_of_memory", "out_of_memory"),
     ],
 )
 def test_a_child_that_fails_fails_its_job(workshop: Workshop, fault: str, code: str) -> None:
@@ -151,6 +152,18 @@ def test_a_killed_child_is_started_again_after_a_pause(workshop: Workshop) -> No
     assert [event.payload["pause_s"] for event in workshop.store.events(job.id) if event.kind == "retry"] == [
         5.0, 15.0,
     ]  # fmt: skip
+
+
+def test_a_lost_device_is_met_again_after_a_pause(workshop: Workshop) -> None:
+    job = workshop.submit(fault="device_failed")
+    for attempt, pause_s in ((1, 5.0), (2, 15.0)):
+        waiting = workshop.run(job, attempt)
+        assert (waiting.state, waiting.attempt) == (JobState.QUEUED, attempt)
+        retries = [event.payload for event in workshop.store.events(job.id) if event.kind == "retry"]
+        assert (retries[-1]["code"], retries[-1]["pause_s"]) == ("device_failed", pause_s)
+    ended = workshop.run(job, 3)
+    assert ended.error is not None
+    assert (ended.state, ended.error.code) == (JobState.FAILED, "device_failed")
 
 
 def test_a_missed_target_leaves_its_report(workshop: Workshop) -> None:
@@ -236,6 +249,14 @@ def test_a_duplicate_delivery_is_left_alone(workshop: Workshop) -> None:
     ended = workshop.run(workshop.submit())
     assert workshop.run(ended, attempt=1) == ended
     assert workshop.kinds(ended).count("resumed") == 0
+
+
+def test_a_delivery_for_a_newer_version_is_left_to_it(workshop: Workshop) -> None:
+    job, key = workshop.submit(), "nibble:job:{}"
+    workshop.redis.hset(key.format(job.id), "spec", '{"model": "org/name", "pruning": 0.5}')
+    run_attempt(workshop.context(), job.id, 1)
+    assert workshop.store.version(job.id) == 1
+    assert not workshop.store.holds(job.id, 1)
 
 
 def test_a_delivery_of_a_deleted_job_is_left_alone(workshop: Workshop) -> None:

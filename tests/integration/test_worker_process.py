@@ -13,6 +13,7 @@ import psutil
 import pytest
 from redis import Redis
 from rq import Queue
+from rq.exceptions import StopRequested
 
 from app.core.job import Job, JobState, transition
 from app.core.job_changes import requeued
@@ -184,6 +185,20 @@ def test_an_idle_worker_removes_leftovers_at_its_maintenance(workshop: Workshop,
     workshop.store.update(job.id, lambda record: transition(record, JobState.SUCCEEDED), attempt=1)
     worker.run_maintenance_tasks()
     assert not dead.exists()
+
+
+def test_a_horse_that_was_being_forked_when_the_signal_came_hears_it_later(
+    workshop: Workshop, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftovers = Leftovers(workshop.settings.scratch_dir, workshop.store)
+    worker = QueueWorker(redis, describe_worker("cpu", "one"), threading.Event(), leftovers)
+    monkeypatch.setattr("rq.worker.Worker.maintain_heartbeats", lambda *_: None)
+    with pytest.raises(StopRequested):
+        worker._shutdown()
+    with subprocess.Popen(["sleep", "600"]) as horse:
+        worker._horse_pid = horse.pid
+        worker.maintain_heartbeats(None, None)
+        assert horse.wait(60) == -signal.SIGTERM
 
 
 def test_a_health_check_knows_whether_this_host_has_a_worker(workshop: Workshop, redis: Redis) -> None:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from app.core.assignment import Assignment
 from app.core.specs import JobSpec
+from kernels.cuda.driver import DriverError
 from workers.child import run
 from workers.progress import ProgressPipe
 
@@ -50,6 +52,38 @@ def test_a_fault_of_our_own_is_told_and_not_raised(
     assert [message["kind"] for message in messages] == ["note", "failed"]
     assert messages[-1]["error"]["code"] == "internal"  # type: ignore[index]
     assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+         "out_of_memory"),
+        (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+         "device_failed"),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "device_failed"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), "device_failed"),
+        (DriverError("cuLaunchKernelEx failed with 719 (CUDA_ERROR_LAUNCH_FAILED)"), "device_failed"),
+        (RuntimeError("shape '[3]' is invalid for input of size 4"), "internal"),
+        (OSError(28, "No space left on device"), "worker_disk"),
+        (OSError(2, "No such file"), "internal"),
+    ],
+)  # fmt: skip
+def test_faults_of_the_device_are_told_apart(
+    assignment: Assignment, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("workers.child.JobRun", broken)
+    status, messages = messages_of(assignment)
+    told = messages[-1]["error"]
+    assert isinstance(told, dict)
+    assert (status, told["code"], bool(told["remedy"])) == (1, code, True)
+    assert "\n" not in told["message"]
 
 
 def test_a_full_disk_is_the_operators(assignment: Assignment) -> None:
