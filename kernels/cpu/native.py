@@ -1,8 +1,9 @@
 """Our own kernels for the CPU: products on AMX tiles, or dot products of AVX-512 registers.
 
-bfloat16 has 8 significant bits, and so has what these instructions multiply. A float16 or float32 input is
-written as a sum of bfloat16 numbers (two or three, which hold all its bits), and each is multiplied: no input
-loses precision, and none takes a scalar path.
+A few rows are multiplied as integers (csrc/cpu/digits.h), which is faster than either and as precise.
+bfloat16 has 8 significant bits, and so has what the other instructions multiply. A float16 or float32 input
+is written as a sum of bfloat16 numbers (two or three, which hold all its bits), and each is multiplied: no
+input loses precision, and none takes a scalar path.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,12 +22,16 @@ from kernels.cpu.native_library import BlockedStruct, NotCompiled, address, nati
 from kernels.problem import Problem
 from kernels.weight import PackedWeight
 
+Product = Callable[..., int | None]  # of the library
+
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # `ScaleType` of linear.cpp
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that hold an input
 
 MOST_ROWS = 2048  # multiplied at once: bounds the memory for a rearranged input
+# Up to here integers are faster than tiles, whose product of one row takes as long as that of sixteen.
+DIGITS_BEFORE_TILES = 2
 # Without tiles: from here on the weight is dequantized, part by part, for PyTorch's own product.
-DEQUANTIZED_ROWS = 11
+DEQUANTIZED_ROWS = 20
 DEQUANTIZED_BYTES = 2 * 1024**2  # of such a part
 SMALL_PRODUCT = 2**20  # multiplications that are not worth a second thread
 
@@ -135,33 +141,43 @@ def in_bfloat16(x: Tensor, channels: int) -> Tensor:
 def multiply_by_tiles(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
     library = native_library(tiles=True)
     columns = in_bfloat16(x, weight.channels)
-    whole = x.dtype == torch.bfloat16  # the library writes the output itself
+    # Weights rounded to bfloat16 are multiplied, as in a dense product of that dtype, so that sums need not
+    # leave the tiles for each group. Other inputs keep their precision.
+    product = library.nibble_tiles if x.dtype == torch.bfloat16 else library.nibble_tiles_exact
+    by_digits = library.nibble_digits if columns.shape[0] <= DIGITS_BEFORE_TILES else None
+    multiply_columns((by_digits, product), weight, columns, bias, output)
+
+
+def multiply_by_rows(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
+    if x.shape[0] * PARTS[x.dtype] >= DEQUANTIZED_ROWS:
+        multiply_dequantized(weight, x, bias, output)
+        return
+    library = native_library(tiles=False)
+    products = library.nibble_digits, library.nibble_few_rows
+    multiply_columns(products, weight, in_bfloat16(x, weight.channels), bias, output)
+
+
+def multiply_columns(
+    products: tuple[Product | None, Product],
+    weight: Blocks,
+    columns: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+) -> None:
+    """By the first of `products` if there is one and it takes these values, else by the second."""
+    whole = output.dtype == torch.bfloat16  # the library writes the output itself
     target = output if whole else torch.empty(columns.shape[0], output.shape[1])
     added = None if bias is None or not whole else bias.float().contiguous()
-    # For one row sums leave the tiles cheaply. For more, weights rounded to bfloat16 are multiplied, as in a
-    # dense product of that dtype, and sums need not leave the tiles for each group.
-    product = library.nibble_tiles if whole and x.shape[0] > 1 else library.nibble_tiles_exact
-    product(
+    arguments = (
         weight.reference, columns.data_ptr(), columns.shape[0], columns.stride(0),
         address(added), target.data_ptr(), TYPES[target.dtype], output.shape[1],
         threads_for(weight, columns.shape[0]),
     )  # fmt: skip
+    first, second = products
+    if first is None or not first(*arguments):
+        second(*arguments)
     if not whole:
         add_parts(target, bias, output)
-
-
-def multiply_by_rows(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    columns = x.shape[0] * PARTS[x.dtype]
-    if columns >= DEQUANTIZED_ROWS:
-        multiply_dequantized(weight, x, bias, output)
-        return
-    columns_of_x = in_bfloat16(x, weight.channels)
-    sums = torch.empty(columns, weight.rows)
-    native_library(tiles=False).nibble_few_rows(
-        weight.reference, columns_of_x.data_ptr(), columns, columns_of_x.stride(0),
-        sums.data_ptr(), threads_for(weight, columns),
-    )  # fmt: skip
-    add_parts(sums[:, : output.shape[1]], bias, output)
 
 
 def add_parts(sums: Tensor, bias: Tensor | None, output: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
 SOURCE = "linear.cpp"
-HEADERS = ("rows.h", "tiles.h")
+HEADERS = ("digits.h", "output.h", "rows.h", "tiles.h")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-O2",
@@ -35,7 +35,7 @@ FLAGS = (
 TILES = "-DNIBBLE_AMX"
 COMPILE_TIMEOUT_S = 300
 
-ROWS_NEED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
+ROWS_NEED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"})
 TILES_NEED = ROWS_NEED | {"amx_tile", "amx_bf16"}
 
 
@@ -173,13 +173,12 @@ def load(path: Path, *, tiles: bool) -> ctypes.CDLL:
     weight = ctypes.POINTER(BlockedStruct)
     library.nibble_dequantize.argtypes = [weight, number, number, number, pointer, threads]
     library.nibble_dequantize.restype = None
-    if not tiles:
-        library.nibble_few_rows.argtypes = [weight, pointer, number, number, pointer, threads]
-        library.nibble_few_rows.restype = None
-        return library
-    for product in (library.nibble_tiles, library.nibble_tiles_exact):
+    names = ("nibble_tiles", "nibble_tiles_exact") if tiles else ("nibble_few_rows",)
+    for name in ("nibble_digits", *names):
+        product = library[name]
         product.argtypes = [weight, pointer, number, number, pointer, pointer, number, number, threads]
-        product.restype = None
+        product.restype = ctypes.c_int if name == "nibble_digits" else None
+        setattr(library, name, product)  # what is looked up by index is another object each time
     return library
 
 

@@ -2,15 +2,16 @@
 
     python tests/benchmarks/kernels.py --device cpu --threads 1
     python tests/benchmarks/kernels.py --device cpu --shape 4096x4096 --m 1 16 --bits 4 --group 128
-    python tests/benchmarks/kernels.py --device cuda --peers tinygemm humming
+    python tests/benchmarks/kernels.py --device cuda --bits 2 3 8
+    python tests/benchmarks/kernels.py --device cuda --peers tinygemm humming gemlite conch
 
 Shapes are in_features x out_features. Each candidate is first compared with float64 on fresh random inputs,
-and dropped from the table if it is wrong. Candidates then take turns, each over copies of the weight that
-together exceed the cache; the best and the median time of a call are kept. With one CPU thread that is its
-processor time, so other programs disturb it through caches and memory only. The floor is the larger of two
-times: that of the bytes of packed weight, input and output at the measured rate of reading, and that of the
-operations at the measured rate of a dense product in the cache. Figures go to a table and, with --json, to a
-file.
+and dropped from the table if it is wrong. Candidates then take turns, on the CPU call by call, each over
+copies of the weight that together exceed the cache. With one CPU thread times are its processor time, so
+other programs disturb them through caches and memory only. The floor is the larger of two times: that of the
+bytes of packed weight, input and output at the measured rate of reading, and that of the operations at the
+measured rate of a dense product in the cache. The ratio is the dense product's time over a candidate's of the
+same turn: median and quartiles of all turns. Figures go to a table and, with --json, to a file.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -45,6 +47,7 @@ from kernels.weight import PackedWeight  # noqa: E402
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672")
 ROWS = (1, 4, 16, 32, 64, 256, 2048)
 DENSE = "torch bf16"
+MIN_TURNS = 7
 TOLERANCE = 2e-2  # of the largest output, against float64: three roundings to bfloat16
 
 Product = Callable[[Tensor], Tensor]
@@ -72,7 +75,8 @@ class Row:
     median_us: float
     floor_us: float
     fraction: float  # of the floor's rate that the best time reaches
-    ratio: float  # of the dense product's best time to this one's
+    ratio: float  # of the dense product's time to this one's in the same turn: the median
+    ratio_quartiles: tuple[float, float]
     error: float
 
 
@@ -85,7 +89,7 @@ class Device:
     read_rate: float  # bytes per second
     product_rate: float  # operations per second
     rotation_bytes: int  # that the copies of a weight take together, at least
-    time_calls: Callable[[list[Product], Tensor, float], list[float]]  # seconds of each call
+    time_turns: Callable[[list[Candidate], Tensor], dict[str, list[float]]]  # seconds of calls, by name
     peers: Callable[[PackedWeight, int], list[Candidate]]  # others' kernels, with copies of the weight
 
 
@@ -97,10 +101,10 @@ def cpu_device(options: argparse.Namespace) -> Device:
     return Device(
         name=f"{cpu_name()}, {options.threads} threads",
         torch_device=torch.device("cpu"),
-        read_rate=options.read_gbps * 1e9 if options.read_gbps else cpu_read_rate(),
+        read_rate=options.read_gbps * 1e9 if options.read_gbps else cpu_read_rate(options.threads),
         product_rate=cpu_product_rate(),
         rotation_bytes=options.rotation_mib * 1024**2,
-        time_calls=time_cpu_calls,
+        time_turns=lambda candidates, x: time_cpu_turns(candidates, x, options.rounds * options.budget_s),
         peers=lambda weight, copies: [],  # PyTorch's own operators are a backend of ours: `aten`
     )
 
@@ -110,7 +114,14 @@ def cuda_device(options: argparse.Namespace) -> Device:
         made = kernels_cuda.peers(weight, options.peers)
         return [Candidate(name, [make() for _ in range(copies)]) for name, make in made]
 
-    return Device(**kernels_cuda.device_arguments(options), peers=peers)
+    def time_turns(candidates: list[Candidate], x: Tensor) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+        for _ in range(options.rounds):
+            for candidate in candidates:
+                found[candidate.name] += kernels_cuda.time_calls(candidate.copies, x)
+        return found
+
+    return Device(**kernels_cuda.device_arguments(options), time_turns=time_turns, peers=peers)
 
 
 def cpu_name() -> str:
@@ -118,33 +129,48 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
+# One stream of addresses, and four: a processor has more reads under way in several pages than in one.
 READ_SOURCE = """
 #include <stddef.h>
 #include <stdint.h>
-uint64_t read_all(const uint64_t* p, size_t n) {
-  uint64_t a = 0, b = 0, c = 0, d = 0;
-  for (size_t i = 0; i < n; i += 32)
-    for (int k = 0; k < 8; ++k) { a ^= p[i + k]; b ^= p[i + 8 + k]; c ^= p[i + 16 + k]; d ^= p[i + 24 + k]; }
-  return a ^ b ^ c ^ d;
+typedef uint64_t v8 __attribute__((vector_size(64)));
+uint64_t read_all(const v8* p, size_t n, size_t streams) {
+  v8 sums[4] = {};
+  size_t part = n / streams;
+  for (size_t i = 0; i < part; i += 4)
+    for (size_t s = 0; s < streams; ++s)
+      for (size_t k = 0; k < 4; ++k) sums[k] ^= p[s * part + i + k];
+  sums[0] ^= sums[1] ^ sums[2] ^ sums[3];
+  return sums[0][0] ^ sums[0][7];
 }
 """
 
 
-def cpu_read_rate() -> float:
-    """Bytes per second of one thread that reads, the best of several passes over a gibibyte."""
+def cpu_read_rate(threads: int) -> float:
+    """Bytes per second of threads that read, the best of several passes over a gibibyte each."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "read.c", Path(folder) / "read.so"
         source.write_text(READ_SOURCE)
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC"]
         subprocess.run(["gcc", *flags, str(source), "-o", str(library)], check=True)
         read_all = ctypes.CDLL(str(library)).read_all
-    read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    read_all.restype = ctypes.c_uint64
-    values = torch.ones(2**30, dtype=torch.uint8)
+    read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     part = 2**26
-    parts = [values.data_ptr() + start for start in range(0, values.numel(), part)]
-    best = min(seconds(lambda start=start: read_all(start, part // 8)) for _ in range(4) for start in parts)
-    return part / best
+    memory = [torch.ones(2**30, dtype=torch.uint8) for _ in range(threads)]
+
+    def best(address: int, streams: int) -> float:
+        starts = range(address, address + 2**30, part)
+        return min(seconds(lambda start=start: read_all(start, part // 64, streams)) for start in starts)
+
+    with ThreadPoolExecutor(threads) as pool:
+
+        def rate(streams: int) -> float:
+            passes = [list(pool.map(lambda t: best(t.data_ptr(), streams), memory)) for _ in range(4)]
+            return max(sum(part / fastest for fastest in each) for each in passes)
+
+        one, four = rate(1), rate(4)
+    print(f"# each thread reading one stream: {one / 1e9:.1f} GB/s, four streams: {four / 1e9:.1f} GB/s")
+    return max(one, four)
 
 
 def cpu_product_rate() -> float:
@@ -154,12 +180,16 @@ def cpu_product_rate() -> float:
     return 2 * 512 * 1024 * 1024 / best
 
 
-def time_cpu_calls(copies: list[Product], x: Tensor, budget_s: float) -> list[float]:
-    """Every copy in turn until the budget is spent, and at least three calls."""
-    found: list[float] = []
-    while len(found) < 3 or sum(found) < budget_s:
-        product = copies[len(found) % len(copies)]
-        found.append(seconds(lambda product=product: product(x)))
+def time_cpu_turns(candidates: list[Candidate], x: Tensor, budget_s: float) -> dict[str, list[float]]:
+    """One call of each candidate in turn, with its next copy, until the budgets are spent."""
+    found: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    spent, turn = 0.0, 0
+    while turn < MIN_TURNS or spent < budget_s * len(candidates):
+        for candidate in candidates:
+            product = candidate.copies[turn % len(candidate.copies)]
+            found[candidate.name].append(seconds(lambda product=product: product(x)))
+            spent += found[candidate.name][-1]
+        turn += 1
     return found
 
 
@@ -257,11 +287,9 @@ def floor_seconds(weight: PackedWeight, rows: int, device: Device, candidate: st
     return max(moved / device.read_rate, 2 * rows * size / device.product_rate)
 
 
-def measure(shape: str, options: argparse.Namespace, device: Device) -> list[Row]:
-    scheme = f"w{options.bits} " + ("channel" if options.group == -1 else f"g{options.group}")
-    weight = random_weight(
-        shape, options.bits, options.group, device.torch_device, asymmetric=options.asymmetric
-    )
+def measure(shape: str, bits: int, options: argparse.Namespace, device: Device) -> list[Row]:
+    scheme = f"w{bits} " + ("channel" if options.group == -1 else f"g{options.group}")
+    weight = random_weight(shape, bits, options.group, device.torch_device, asymmetric=options.asymmetric)
     dense = dense_weight(weight)
     candidates = [dense_candidate(dense, device), *our_candidates(weight, device, options.backend)]
     candidates += device.peers(weight, copies_for(device, weight.packed_bytes))
@@ -269,29 +297,34 @@ def measure(shape: str, options: argparse.Namespace, device: Device) -> list[Row
     for rows in options.m:
         right = check(candidates, dense, device, rows)
         x = torch.randn(rows, weight.in_features).bfloat16().to(device.torch_device)
-        times: dict[str, list[float]] = {candidate.name: [] for candidate in right}
-        for _ in range(options.rounds):  # in turns: what disturbs the machine disturbs all of them
-            for candidate in right:
-                times[candidate.name] += device.time_calls(candidate.copies, x, options.budget_s)
-        base = min(times.get(DENSE, [float("nan")]))
+        times = device.time_turns(right, x)
         for candidate in right:
-            best, floor = min(times[candidate.name]), floor_seconds(weight, rows, device, candidate.name)
-            lines.append(
-                Row(
-                    shape, rows, scheme, candidate.name, best * 1e6,
-                    statistics.median(times[candidate.name]) * 1e6, floor * 1e6, floor / best, base / best,
-                    candidate.error,
-                )
-            )  # fmt: skip
+            floor = floor_seconds(weight, rows, device, candidate.name)
+            lines.append(row_of((shape, rows, scheme), candidate, times, floor))
             print_row(lines[-1])
+    cap = weight.in_features * weight.out_features * 2 / weight.packed_bytes
+    print(f"# {shape} {scheme}: a ratio of {cap:.2f} is that of the bytes, where both read at the same rate")
     return lines
+
+
+def row_of(
+    what: tuple[str, int, str], candidate: Candidate, times: dict[str, list[float]], floor: float
+) -> Row:
+    own = times[candidate.name]
+    # A turn may hold more calls of one than of another where graphs were replayed.
+    ratios = [dense / mine for dense, mine in zip(times.get(DENSE, []), own, strict=False)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [float("nan")] * 3
+    return Row(
+        *what, candidate.name, min(own) * 1e6, statistics.median(own) * 1e6, floor * 1e6, floor / min(own),
+        middle, (low, high), candidate.error,
+    )  # fmt: skip
 
 
 def print_row(row: Row) -> None:
     print(
         f"| {row.shape} | {row.rows} | {row.scheme} | {row.candidate} | {row.best_us:.1f} "
         f"| {row.median_us:.1f} | {row.floor_us:.1f} | {row.fraction:.2f} | {row.ratio:.2f} "
-        f"| {row.error:.1e} |",
+        f"({row.ratio_quartiles[0]:.2f}-{row.ratio_quartiles[1]:.2f}) | {row.error:.1e} |",
         flush=True,
     )
 
@@ -306,7 +339,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", nargs="+", default=list(SHAPES))
     parser.add_argument("--m", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", nargs="+", type=int, choices=[2, 3, 4, 8], default=[4])
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--backend", nargs="+", help="only these of ours; default: all but `torch`")
@@ -328,9 +361,11 @@ def main() -> None:
         f"# {device.name}; torch {torch.__version__}; Python {platform.python_version()}; commit {commit()}"
     )
     print(f"# reading {device.read_rate / 1e9:.1f} GB/s, product {device.product_rate / 1e12:.2f} TFLOP/s")
-    print("| shape | M | scheme | kernel | best us | median us | floor us | of the floor | ratio | error |")
+    columns = "shape | M | scheme | kernel | best us | median us | floor us | of the floor"
+    print(f"| {columns} | ratio (quartiles) | error |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    lines = [line for shape in options.shape for line in measure(shape, options, device)]
+    runs = [(shape, bits) for shape in options.shape for bits in options.bits]
+    lines = [line for shape, bits in runs for line in measure(shape, bits, options, device)]
     if options.json:
         content = {
             "device": device.name, "torch": torch.__version__, "commit": commit(),

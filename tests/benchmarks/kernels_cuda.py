@@ -49,7 +49,7 @@ def median_seconds(call: Callable[[], object], times: int) -> float:
     return statistics.median(found[2:])
 
 
-def time_calls(copies: list[Product], x: Tensor, _budget_s: float) -> list[float]:
+def time_calls(copies: list[Product], x: Tensor) -> list[float]:
     """Seconds of a call: the copies in turn, captured in one graph, which is replayed."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -123,7 +123,6 @@ def device_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "read_rate": options.read_gbps * 1e9 if options.read_gbps else read_rate(),
         "product_rate": product_rate(),
         "rotation_bytes": max(L2_FACTOR * properties.L2_cache_size, options.rotation_mib * 1024**2),
-        "time_calls": time_calls,
     }
 
 

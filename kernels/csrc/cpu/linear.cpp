@@ -16,12 +16,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
-// Compiled with AMX (-DNIBBLE_AMX) the products are those of tiles.h, else those of rows.h.
+// A few rows of x are multiplied by digits.h. What it leaves is for tiles.h with AMX (-DNIBBLE_AMX), else for rows.h.
 #ifdef NIBBLE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -235,6 +236,10 @@ void nibble_dequantize(const Weight* weight, int64_t first, int64_t last, int64_
 }
 
 }  // extern "C"
+
+#include "output.h"
+
+#include "digits.h"
 
 #ifdef NIBBLE_AMX
 #include "tiles.h"

@@ -1,5 +1,5 @@
-// Products by dot products of registers, where there is no AMX: the weights are decoded again for every four rows
-// of x. code - zero is exact in bfloat16; sums of a group are scaled in float32.
+// Products by dot products of registers, where there is no AMX, of what digits.h leaves: the weights are decoded
+// again for every four rows of x. code - zero is exact in bfloat16; sums of a group are scaled in float32.
 
 namespace {
 
@@ -54,8 +54,7 @@ inline void dot_chunk(const uint8_t* codes, const uint16_t* x, int64_t stride, c
 
 // Rows first .. first + ROWS - 1 of a block times R rows of x.
 template <int R, int ROWS, int GPC, int PLANES>
-void few_rows(const Weight& w, int64_t block, int first, const uint16_t* x, int64_t stride, float* out,
-              int64_t out_stride) {
+void few_rows(const Weight& w, int64_t block, int first, const uint16_t* x, int64_t stride, float (*out)[kRows]) {
   __m512 total[ROWS][R];
   for (auto& row : total)
     for (auto& value : row) value = _mm512_setzero_ps();
@@ -81,20 +80,23 @@ void few_rows(const Weight& w, int64_t block, int first, const uint16_t* x, int6
   for (int row = 0; row < ROWS; ++row) {
     for (int r = 0; r < R; ++r) {
       const float sum = _mm512_reduce_add_ps(total[row][r]);
-      out[r * out_stride + block * kRows + first + row] = GPC ? sum : sum * whole[first + row];
+      out[r][first + row] = GPC ? sum : sum * whole[first + row];
     }
   }
 }
 
 template <int R, int GPC, int PLANES>
-void few_rows_block(const Weight& w, int64_t block, const uint16_t* x, int64_t stride, float* out,
-                    int64_t out_stride) {
+void few_rows_block(const Weight& w, int64_t block, const uint16_t* x, int64_t stride, int64_t column,
+                    const Output& output) {
   constexpr int ROWS = R == 1 ? 16 : R == 2 ? 8 : 4;  // sums stay in registers
+  if (block * kRows >= output.rows) return;
+  alignas(64) float sums[R][kRows];
   for (int first = 0; first < kRows; first += ROWS)
-    few_rows<R, ROWS, GPC, PLANES>(w, block, first, x, stride, out, out_stride);
+    few_rows<R, ROWS, GPC, PLANES>(w, block, first, x, stride, sums);
+  for (int r = 0; r < R; ++r) output.put(_mm512_load_ps(sums[r]), block * kRows, column + r);
 }
 
-using FewRows = void (*)(const Weight&, int64_t, const uint16_t*, int64_t, float*, int64_t);
+using FewRows = void (*)(const Weight&, int64_t, const uint16_t*, int64_t, int64_t, const Output&);
 
 template <int R, int GPC>
 FewRows few_rows_of(const Weight& w) {
@@ -115,16 +117,18 @@ FewRows few_rows_of(const Weight& w) {
 
 extern "C" {
 
-// out (rows, 16 blocks) float32 = x (rows, stride) bfloat16, filled up to whole chunks, times the weight.
-void nibble_few_rows(const Weight* weight, const void* x, int64_t rows, int64_t stride, float* out, int threads) {
+// out (rows of x, out_features) float32 (type 2) or bfloat16 (1) = x (rows, stride) bfloat16, filled up to whole
+// chunks, times the weight, plus bias.
+void nibble_few_rows(const Weight* weight, const void* x, int64_t rows, int64_t stride, const float* bias, void* out,
+                     int64_t type, int64_t out_features, int threads) {
   const Weight w = *weight;
-  const int64_t out_stride = w.blocks * kRows;
+  const Output output{out, type, out_features, out_features, rows, bias};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < w.blocks; ++block) {
     int64_t row = 0;
     const auto take = [&](int64_t count, FewRows few) {
       for (; row + count <= rows; row += count)
-        few(w, block, static_cast<const uint16_t*>(x) + row * stride, stride, out + row * out_stride, out_stride);
+        few(w, block, static_cast<const uint16_t*>(x) + row * stride, stride, row, output);
     };
     take(4, few_rows_of<4>(w));
     take(2, few_rows_of<2>(w));

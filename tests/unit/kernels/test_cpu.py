@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kernels import reference
 from kernels.backend import Kernel, select_backend
 from kernels.cpu import native, native_library
 from kernels.cpu.blocked_layout import CHUNK, ROWS, WORDS, to_blocks
@@ -20,7 +21,7 @@ from kernels.cpu.native_library import NotCompiled, compiled, processor
 from kernels.layouts import unpack_rows
 from kernels.problem import Problem
 from kernels.weight import PackedWeight
-from tests.unit.kernels.weights import assert_close, random_input, random_weight
+from tests.unit.kernels.weights import TOLERANCES, assert_close, random_input, random_weight
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -168,6 +169,46 @@ def test_more_threads_give_the_same_bits(name: str) -> None:
         assert torch.equal(kernel(x, None), one)
 
 
+@pytest.mark.parametrize("name", ["amx", "avx512"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 64), (4, 32), (4, -1), (8, 128), (8, 32), (2, 64)])
+def test_a_few_rows_are_summed_exactly(name: str, bits: int, group: int) -> None:
+    """Integers that float32 holds in all their sums: any wrong digit would show."""
+    q = random_weight(20, 256, bits=bits, group_size=group, asymmetric=True)
+    weight = PackedWeight(q.qweight, torch.ones_like(q.scale), q.zero, bits, group, 256)
+    x = torch.randint(-8, 8, (3, 256), generator=torch.Generator().manual_seed(0)).float()
+    x[:, 0] = torch.tensor([2.0**14, 3.0, 0.0])  # beside the first, the others have lower digits only
+    x[:, 128:256] *= torch.tensor([[0.0], [0.5], [1.0]])
+    kernel = kernel_of(name, weight, torch.float32)
+    output = torch.cat([kernel(row, None) for row in x.split(1)])
+    assert torch.equal(output.double(), reference.quantized_linear(x, weight, None))
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_channels_of_very_different_sizes(name: str, dtype: torch.dtype) -> None:
+    weight = random_weight(20, 256, asymmetric=True)
+    kernel = kernel_of(name, weight, dtype)
+    exponents = torch.stack(
+        [torch.linspace(-30, 30, 256), torch.linspace(30, -30, 256), torch.full((256,), -60.0)]
+    )
+    x = (random_input((3, 256), torch.float32) * 2.0**exponents).to(dtype)
+    expected = reference.quantized_linear(x, weight, None)
+    for output in (kernel(x, None), torch.cat([kernel(row, None) for row in x.split(1)])):
+        error = (output.double() - expected).abs().amax(1) / expected.abs().amax(1)
+        assert float(error.max()) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e-30, 0.0])
+def test_inputs_that_have_no_digits(name: str, value: float) -> None:
+    weight = random_weight(20, 128, asymmetric=True)
+    kernel = kernel_of(name, weight, torch.bfloat16)
+    x = torch.zeros(1, 128, dtype=torch.bfloat16)
+    x[0, 100] = value
+    expected = reference.quantized_linear(x, weight, None)
+    torch.testing.assert_close(kernel(x, None).double(), expected, rtol=1e-2, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, *, tiles: bool) -> None:
@@ -218,7 +259,7 @@ def test_a_processor_without_the_instructions_is_told(monkeypatch: pytest.Monkey
         selection = select_backend(problem_of(weight, torch.bfloat16))
         assert selection.backend.name in {"aten", "torch"}
         assert selection.refusals[1][1] == (
-            "the processor (Old One) lacks avx512_bf16, avx512bw, avx512dq, avx512vl"
+            "the processor (Old One) lacks avx512_bf16, avx512_vnni, avx512bw, avx512dq, avx512vl"
         )
         with pytest.raises(ValueError, match=r"'amx' can't compute .*Old One.* lacks amx_bf16"):
             select_backend(problem_of(weight, torch.bfloat16), "amx")
