@@ -1,45 +1,44 @@
-"""A further device's share of a calibration pass: started by the job child, see workers/ranks.py."""
+"""A further device's share of a calibration: started by the job child, see workers/ranks.py."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from contextlib import closing
-from pathlib import Path
 
 import torch
 
-from app.core.assignment import Assignment
 from workers.modeling.prefetch import WeightPrefetch, layer_reads
 from workers.pipeline import Pipeline
-from workers.ranks import joined
+from workers.ranks import RankAssignment, joined
 
 
-def run(assignment: Assignment, place: tuple[int, int, int], rendezvous: Path) -> None:
-    """place: rank, number of ranks, and the layer before which the pass starts."""
-    rank, size, layer = place
+def run(part: RankAssignment) -> None:
+    assignment, work = part.assignment, part.work
     pipeline = Pipeline(assignment, lambda message: None)
     calibration, _ = pipeline.read_texts()
     checkpoints = pipeline.open_checkpoints(calibration)
-    with joined(rank, size, rendezvous, torch.device(assignment.device)) as ranks:
-        part = pipeline.start_pass(calibration, checkpoints, layer, ranks)
-        layers = range(layer, pipeline.plan.num_layers)
-        reads = layer_reads(part.decoder, layers)
-        with closing(WeightPrefetch(part.decoder.device, reads)) as weights:
+    with joined(part.rank, part.size, part.rendezvous, torch.device(assignment.device)) as ranks:
+        decoder = pipeline.decoder()
+        original = (
+            pipeline.start_pass(calibration, checkpoints, work.start, ranks) if work.calibrates else None
+        )
+        chains = pipeline.start_chains(work.candidates, decoder, calibration, ranks)
+        chains.catch_up(work.start, checkpoints)
+        layers = range(work.start, work.stop)
+        with closing(WeightPrefetch(decoder.device, layer_reads(decoder, layers))) as prefetch:
             for _ in layers:
-                part.collect(weights.take())
+                weights = prefetch.take()
+                if original is not None:
+                    original.collect(weights)
+                for candidate in work.candidates:
+                    chains.follow(candidate, weights)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("rank", "size", "layer"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("rendezvous", type=Path)
-    options = parser.parse_args()
-    assignment = Assignment.model_validate_json(sys.stdin.read())
-    if assignment.threads is not None:
-        torch.set_num_threads(assignment.threads)
-    run(assignment, (options.rank, options.size, options.layer), options.rendezvous)
+    part = RankAssignment.model_validate_json(sys.stdin.read())
+    if part.assignment.threads is not None:
+        torch.set_num_threads(part.assignment.threads)
+    run(part)
 
 
 if __name__ == "__main__":

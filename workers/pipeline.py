@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from functools import partial
 
 import torch
@@ -30,8 +30,9 @@ from workers.quantization.evaluation import Quality, compare, final_states
 from workers.quantization.histograms import weight_histogram
 from workers.quantization.layer import LayerResult
 from workers.quantization.paired_pass import PairedPass
+from workers.quantization.reduction import ALONE, Ranks
 from workers.quantized_chains import QuantizedChains
-from workers.ranks import ALONE, Ranks, started
+from workers.ranks import SharedWork, devices_of, started
 from workers.stamped_files import identity_digest
 from workers.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
@@ -100,15 +101,13 @@ class Pipeline:
             self.account.note("resumed", f"{resumed_at} of {num_layers} layers were finished before")
         if resumed_at == num_layers:
             return resumed_at
-        batches = self.batches(calibration)
-        shared = 1 if self.plan.architecture.experts is not None else len(batches)
-        with started(self.assignment, resumed_at, shared) as ranks:
+        layers = range(resumed_at, num_layers)
+        with self.ranks(calibration, layers, self.plan.candidates) as ranks:
             run = self.start_pass(calibration, checkpoints, resumed_at, ranks)
-            chains = self.start_chains(self.plan.candidates, run.decoder, calibration)
+            chains = self.start_chains(self.plan.candidates, run.decoder, calibration, ranks)
             chains.catch_up(resumed_at, checkpoints)
-            reads = layer_reads(run.decoder, range(resumed_at, num_layers))
-            with closing(WeightPrefetch(self.device, reads)) as weights:
-                for layer in range(resumed_at, num_layers):
+            with closing(WeightPrefetch(self.device, layer_reads(run.decoder, layers))) as weights:
+                for layer in layers:
                     calibrated = self.calibrate_next_layer(run, weights)
                     if statistics is not None:
                         statistics.save(layer, calibrated.statistics)
@@ -117,6 +116,40 @@ class Pipeline:
                     self.save_states(run, checkpoints, layer + 1, whole=ranks.size == 1)
                     self.account.progress(0.6 * (layer + 1) / num_layers, layer + 1)
         return resumed_at
+
+    def ranks(
+        self,
+        calibration: Windows,
+        layers: range,
+        candidates: tuple[CandidatePlan, ...] = (),
+        *,
+        calibrates: bool = True,
+    ) -> AbstractContextManager[Ranks]:
+        """The devices that share what is passed through these layers of the models."""
+        work = SharedWork(
+            start=layers.start,
+            stop=layers.stop,
+            calibrates=calibrates,
+            candidates=tuple(candidate for candidate in candidates if candidate.recipe.has_own_chain),
+        )
+        num_batches = len(self.batches(calibration))
+        if self.assignment.calibration_devices and not work.is_empty:
+            self.note_devices(devices_of(self.assignment, num_batches), work)
+        return started(self.assignment, work, num_batches)
+
+    def note_devices(self, devices: tuple[str, ...], work: SharedWork) -> None:
+        """What the further devices do, and what they leave to the first one."""
+        further = len(self.assignment.calibration_devices)
+        if len(devices) > 1:
+            learns = any(candidate.recipe.method == "omniquant" for candidate in work.candidates)
+            alone = "searches, rounds and learns" if learns else "searches and rounds"
+            shared = f"{', '.join(devices)} share the calibration batches; {devices[0]} alone {alone}"
+            self.account.note("devices", shared)
+        if len(devices) <= further:
+            idle = 1 + further - len(devices)
+            self.account.note(
+                "devices_idle", f"the text has {len(devices)} calibration batches: {idle} devices stay idle"
+            )
 
     def save_states(
         self, run: CalibrationPass, checkpoints: LayerCheckpoints, layer: int, *, whole: bool
@@ -127,14 +160,22 @@ class Pipeline:
             self.saved = time.monotonic()
 
     def start_chains(
-        self, candidates: tuple[CandidatePlan, ...], decoder: Decoder, calibration: Windows
+        self,
+        candidates: tuple[CandidatePlan, ...],
+        decoder: Decoder,
+        calibration: Windows,
+        ranks: Ranks = ALONE,
     ) -> QuantizedChains:
         """The passes of the recipes that are calibrated on their own errors, before layer 0."""
         return QuantizedChains(
             candidates,
-            lambda: PairedPass(decoder, self.batches(calibration)),
+            lambda: PairedPass(decoder, self.batches(calibration), ranks),
             lambda recipe: self.account.counted(Stage.CALIBRATING, recipe),
         )
+
+    def decoder(self) -> Decoder:
+        """The model, without a layer's weights."""
+        return Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
 
     def batches(self, windows: Windows) -> list[Tensor]:
         return windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
@@ -143,12 +184,11 @@ class Pipeline:
         self, calibration: Windows, checkpoints: LayerCheckpoints, layer: int, ranks: Ranks = ALONE
     ) -> CalibrationPass:
         """A pass that stands before `layer`, from the hidden states that were saved nearest to it."""
-        decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
         with self.account.stage(Stage.CALIBRATING):
-            run = CalibrationPass(decoder, ranks.share(self.batches(calibration)), ranks.add_up)
+            run = CalibrationPass(self.decoder(), self.batches(calibration), ranks)
             saved = checkpoints.latest_states(layer)
             if saved is not None:
-                run.restore(saved[0], ranks.share(saved[1]))
+                run.restore(*saved)
             while run.layer < layer:
                 run.skip()
         return run
@@ -245,7 +285,7 @@ class Pipeline:
 
     def evaluate(self, windows: Windows, folders: list[list[FormatFolder]]) -> list[Quality]:
         """Every candidate as its first format's files say it is; the original once, on the first call."""
-        decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
+        decoder = self.decoder()
         models = [partial(row[0].read_weights, Checkpoint(row[0].folder)) for row in folders]
         batches = self.batches(windows)
         total = self.plan.num_layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
 from app.core.plan import CandidatePlan
@@ -33,9 +34,7 @@ class QuantizedChains:
     ) -> None:
         self.timed = timed
         self.passes = {
-            candidate.recipe_index: start()
-            for candidate in candidates
-            if candidate.recipe.inputs == "quantized chain"
+            candidate.recipe_index: start() for candidate in candidates if candidate.recipe.has_own_chain
         }
 
     def catch_up(self, layer: int, checkpoints: LayerCheckpoints) -> None:
@@ -57,6 +56,8 @@ class QuantizedChains:
             groups: Sequence[int], own: dict[str, Tensor], scales: Sequence[Tensor | None]
         ) -> list[PairedStatistics]:
             with self.timed(candidate.recipe_index):
+                hand_out_weights(chain, own)
+                hand_out_scales(chain, groups, original, scales)
                 return chain.observe(groups, original, own, scales)
 
         def lesson() -> Lesson:
@@ -70,4 +71,50 @@ class QuantizedChains:
         chain = self.passes.get(candidate.recipe_index)
         if chain is not None:
             with self.timed(candidate.recipe_index):
-                chain.advance(original, result.weights(original))
+                own = result.weights(original)
+                hand_out_weights(chain, own)
+                chain.advance(original, own)
+
+    def follow(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> None:
+        """What a rank beside the first does while that one solves a layer and goes on behind it."""
+        chain = self.passes[candidate.recipe_index]
+        architecture = chain.decoder.architecture.at(chain.layer)
+        for stage in architecture.stages:
+            own = hand_out_weights(chain, original)
+            chain.observe(stage, original, own, hand_out_scales(chain, stage, original))
+        if candidate.recipe.method == "omniquant":
+            chain.lesson(original)
+        chain.advance(original, hand_out_weights(chain, original))
+
+
+def hand_out_weights(chain: PairedPass, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's weights of the first rank, as every rank computes with them; others name their shapes."""
+    if chain.ranks.size == 1:
+        return weights
+    decoder = chain.decoder
+    shared = {
+        name: weights[name].to(decoder.device, decoder.dtype, copy=True).contiguous()
+        for name in sorted(weights)
+    }
+    chain.ranks.hand_out(list(shared.values()))
+    return shared
+
+
+def hand_out_scales(
+    chain: PairedPass,
+    groups: Sequence[int],
+    original: dict[str, Tensor],
+    scales: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """What divides the groups' inputs in the first rank's copy of the layer, one where nothing does."""
+    if chain.ranks.size == 1:
+        return list(scales or ())
+    architecture = chain.decoder.architecture.at(chain.layer)
+    shared = []
+    for place, index in enumerate(groups):
+        weight = original[architecture.groups[index].balance_layers[0] + ".weight"]
+        ones = torch.ones(weight.shape[1], device=chain.decoder.device)
+        factor = None if scales is None else scales[place]
+        shared.append(ones if factor is None else factor.to(ones).contiguous())
+    chain.ranks.hand_out(shared)
+    return list(shared)

@@ -1,8 +1,8 @@
-"""Several devices of one host on one job: each calibrates on a share of the batches, the first gets the sums.
+"""Several devices of one host on one job: each passes a share of the calibration batches through the models.
 
-Rank 0 is the job child; it searches and writes. The others only pass their batches through the original
-model, layer by layer, and may run ahead of it. torch.distributed adds up: NCCL on GPUs, gloo on CPUs. Sums
-are the same as one device's up to the order of additions in float32.
+Rank 0 is the job child; it searches, rounds and writes. The others follow it layer by layer: with their
+batches through the original model, of which they may run ahead, and through the quantized copy of each
+recipe that has one, for which they wait for its weights. torch.distributed adds up and hands out.
 """
 
 from __future__ import annotations
@@ -14,47 +14,42 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from app.core.assignment import Assignment
-from workers.quantization.input_statistics import InputCollector
+from app.core.plan import CandidatePlan
+from app.core.specs import Frozen
+from workers.quantization.reduction import ALONE, Ranks
 
 PATIENCE = timedelta(hours=1)  # a rank waits while the first one searches
 MODULE = "workers.calibration_rank"
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that share a calibration pass."""
+class SharedWork(Frozen):
+    """What all ranks do: layers from `start` to before `stop`."""
 
+    start: int
+    stop: int
+    calibrates: bool = True  # passes the batches through the original model for statistics
+    candidates: tuple[CandidatePlan, ...] = ()  # those with a chain of their own, in order
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.calibrates or self.candidates)
+
+
+class RankAssignment(Frozen):
+    """What a further device's process is told."""
+
+    assignment: Assignment
+    work: SharedWork
     rank: int
     size: int
-
-    def share(self, items: list[T]) -> list[T]:
-        """The part of all batches that this process takes; the first batch is rank 0's."""
-        return items[self.rank :: self.size]
-
-    def add_up(self, collectors: list[InputCollector]) -> None:
-        """Give rank 0 the sums of all; the others' are of no use any more."""
-        if self.size == 1:
-            return
-        for collector in collectors:
-            assert collector.abs_sum is not None
-            assert collector.moment is not None
-            count = torch.tensor(collector.num_tokens, device=collector.moment.device)
-            for total in (collector.abs_sum, collector.moment, count):
-                dist.reduce(total, 0)
-            collector.num_tokens = int(count)
-
-
-ALONE = Ranks(0, 1)
+    rendezvous: Path
 
 
 @contextmanager
@@ -72,21 +67,32 @@ def joined(rank: int, size: int, rendezvous: Path, device: torch.device) -> Iter
         dist.destroy_process_group()
 
 
+def devices_of(assignment: Assignment, num_batches: int) -> tuple[str, ...]:
+    """Those that have at least one batch each; the first is the job child's."""
+    return (assignment.device, *assignment.calibration_devices)[: max(1, num_batches)]
+
+
 @contextmanager
-def started(assignment: Assignment, layer: int, num_batches: int) -> Iterator[Ranks]:
+def started(assignment: Assignment, work: SharedWork, num_batches: int) -> Iterator[Ranks]:
     """The ranks of a job, with a process for each further device.
 
     A process that fails ends this one: no sum would ever be whole.
     """
-    devices = (assignment.device, *assignment.calibration_devices)[: max(1, num_batches)]
-    if len(devices) == 1:
+    devices = devices_of(assignment, num_batches)
+    if len(devices) == 1 or work.is_empty:
         yield ALONE
         return
     with tempfile.TemporaryDirectory(dir=assignment.work_folder) as folder:
         rendezvous = Path(folder) / "rendezvous"
         others = [
             start_rank(
-                assignment.model_copy(update={"device": device}), (rank, len(devices), layer), rendezvous
+                RankAssignment(
+                    assignment=assignment.model_copy(update={"device": device}),
+                    work=work,
+                    rank=rank,
+                    size=len(devices),
+                    rendezvous=rendezvous,
+                )
             )
             for rank, device in enumerate(devices)
             if rank
@@ -102,17 +108,14 @@ def started(assignment: Assignment, layer: int, num_batches: int) -> Iterator[Ra
                 process.wait()
 
 
-def start_rank(
-    assignment: Assignment, place: tuple[int, int, int], rendezvous: Path
-) -> subprocess.Popen[str]:
-    """place: rank, number of ranks, and the first layer. The process dies with this one."""
+def start_rank(part: RankAssignment) -> subprocess.Popen[str]:
+    """The process dies with this one."""
     command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), MODULE]
-    command += [*map(str, place), str(rendezvous)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None
-    process.stdin.write(assignment.model_dump_json())
+    process.stdin.write(part.model_dump_json())
     process.stdin.close()
-    threading.Thread(target=end_with, args=(process, place[0]), daemon=True).start()
+    threading.Thread(target=end_with, args=(process, part.rank), daemon=True).start()
     return process
 
 

@@ -96,17 +96,16 @@ class TargetSearch:
         if not waiting:
             return
         # A chain of quantized layers goes through all after the first one that is missing.
-        waiting = list(layers[waiting[0] :])
+        rest = layers[waiting[0] :]
         self.restore_statistics()
-        decoder = Decoder(
-            pipeline.checkpoint, pipeline.plan.architecture, pipeline.device, pipeline.compute_dtype
-        )
-        chains = pipeline.start_chains((candidate,), decoder, self.calibration)
-        chains.catch_up(waiting[0], checkpoints)
+        decoder = pipeline.decoder()
         window = CalibrationPass(decoder, [self.calibration.tokens[:1]])  # for the equivalence check
-        for layer in waiting:
-            pipeline.solve(candidate, self.calibrated(decoder, layer), window, chains, checkpoints)
-            pipeline.account.progress(0.6 * (layer + 1) / len(layers), layer + 1)
+        with pipeline.ranks(self.calibration, rest, (candidate,), calibrates=False) as ranks:
+            chains = pipeline.start_chains((candidate,), decoder, self.calibration, ranks)
+            chains.catch_up(rest.start, checkpoints)
+            for layer in rest:
+                pipeline.solve(candidate, self.calibrated(decoder, layer), window, chains, checkpoints)
+                pipeline.account.progress(0.6 * (layer + 1) / len(layers), layer + 1)
 
     def calibrated(self, decoder: Decoder, layer: int) -> CalibratedLayer:
         device = self.pipeline.device
@@ -125,10 +124,13 @@ class TargetSearch:
             "statistics_lost",
             f"statistics of {len(missing)} layers are gone; another calibration pass makes them anew",
         )
-        run = pipeline.start_pass(self.calibration, pipeline.open_checkpoints(self.calibration), missing[0])
-        with pipeline.account.stage(Stage.CALIBRATING):
-            for layer in range(missing[0], missing[-1] + 1):
-                self.statistics.save(layer, pipeline.collect(run, run.decoder.layer_weights(layer)))
+        checkpoints = pipeline.open_checkpoints(self.calibration)
+        layers = range(missing[0], missing[-1] + 1)
+        with pipeline.ranks(self.calibration, layers) as ranks:
+            run = pipeline.start_pass(self.calibration, checkpoints, missing[0], ranks)
+            with pipeline.account.stage(Stage.CALIBRATING):
+                for layer in layers:
+                    self.statistics.save(layer, pipeline.collect(run, run.decoder.layer_weights(layer)))
 
     def remove_losers(self) -> None:
         """Only the best try so far can still be published: the disk should not hold all of them."""

@@ -140,7 +140,7 @@ class Costs:
             Stage.VERIFYING: self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
             Stage.EVALUATING: self.forward(samples) + self.head(samples) + reading,
         }
-        if candidate.recipe.inputs == "quantized chain":
+        if candidate.recipe.has_own_chain:
             own[Stage.CALIBRATING] = self.chain()
         if candidate.recipe.method == "omniquant":
             taught = min(LESSON_WINDOWS, self.spec.calibration.num_samples)
@@ -244,7 +244,7 @@ def working_bytes(plan: Plan, spec: JobSpec) -> int:
     activations = 4 * 4 * min(batch, spec.calibration.num_samples) * length * widest
     embedding = 4 * plan.vocab_size * plan.hidden_size
     solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
-    chains = sum(candidate.recipe.inputs == "quantized chain" for candidate in plan.candidates)
+    chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
     calibrating = (1 + 2 * chains) * spec.calibration.num_samples * hidden + activations + solving
     models = 1 + len(plan.candidates)
     logits = 4 * 4 * min(CHUNK_TOKENS, length) * plan.vocab_size

@@ -108,8 +108,12 @@ class Recipe(Frozen):
     @property
     def inputs(self) -> Literal["full-precision chain", "quantized chain"]:
         """Whose outputs a layer is calibrated on: the original's layers before it, or the quantized ones."""
-        own = self.rounds_with_gptq or self.method == "omniquant"
-        return "quantized chain" if own else "full-precision chain"
+        return "quantized chain" if self.has_own_chain else "full-precision chain"
+
+    @property
+    def has_own_chain(self) -> bool:
+        """Calibrated on its own errors, so that it shares its inputs with no other recipe."""
+        return self.rounds_with_gptq or self.method == "omniquant"
 
     @property
     def searches_scales(self) -> bool:

@@ -1,4 +1,4 @@
-"""Two processes on one calibration pass: the sums of one, up to the order of additions."""
+"""Two processes on one calibration: the sums of one, up to the order of additions in float32."""
 
 from __future__ import annotations
 
@@ -8,53 +8,143 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec
-from tests.tiny_models import TEXTS, EngineRun, some_text, tiny_model, tiny_spec
-from workers.statistics_store import LayerStatistics
+from app.core.assignment import Noted
+from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from tests.tiny_models import (
+    OTHER_MODELS,
+    TEXTS,
+    EngineRun,
+    assignment,
+    random_model,
+    save_model,
+    some_text,
+    tiny_model,
+    tiny_spec,
+)
+from workers.pipeline import Pipeline
+from workers.quantization.input_statistics import InputStatistics
+from workers.quantization.paired_pass import PairedStatistics
+from workers.quantization.reduction import ALONE, Ranks
+from workers.texts.windows import Windows
 
 SAMPLES, LENGTH = 40, 256  # more than one batch
+OMNIQUANT = Recipe(method="omniquant", group_size=32, bits=3, search=SearchSpec(grid_points=3, epochs=2))
 
 
-@pytest.fixture(scope="module")
-def spec() -> JobSpec:
+def spec(recipe: Recipe, **changes: object) -> JobSpec:
     text = (TEXTS / "valid.txt").read_text("utf-8")[:60000]
     calibration = CalibrationSpec(texts=(text,), num_samples=SAMPLES, sequence_length=LENGTH)
     evaluation = EvaluationSpec(texts=(some_text("test"),), num_samples=2)
-    return tiny_spec(calibration=calibration, evaluation=evaluation, target={"max_kl": 10.0})
+    return tiny_spec(recipe, calibration=calibration, evaluation=evaluation, **changes)
 
 
-def statistics(run: EngineRun) -> list[LayerStatistics]:
-    calibration, _ = run.pipeline.read_texts()
-    store = run.pipeline.open_statistics(calibration)
-    return [store.load(layer) for layer in range(run.pipeline.plan.num_layers)]
+class Witness:
+    """What calibration and a recipe's own chain give of every layer; the copy's weights are made up."""
+
+    def __init__(self, pipeline: Pipeline, calibration: Windows, ranks: Ranks) -> None:
+        candidate = pipeline.plan.candidates[0]
+        self.inputs: list[InputStatistics] = []
+        self.pairs: list[PairedStatistics] = []
+        self.lessons: list[Tensor] = []
+        run = pipeline.start_pass(calibration, pipeline.open_checkpoints(calibration), 0, ranks)
+        chains = pipeline.start_chains((candidate,), run.decoder, calibration, ranks)
+        chain = chains.passes[0]
+        for layer in range(pipeline.plan.num_layers):
+            original = {name: value.float() for name, value in run.decoder.layer_weights(layer).items()}
+            self.inputs += run.collect(original)[0]
+            view = chains.view(candidate, original)
+            assert view is not None
+            own = {name: value * 0.97 for name, value in original.items()}
+            for stage in run.decoder.architecture.at(layer).stages:
+                scales = [None if index % 2 else self.scales(run.decoder, layer, index) for index in stage]
+                self.pairs += view.observe(stage, own, scales)
+            lesson = view.lesson()
+            self.lessons += [*lesson.inputs, *lesson.targets]
+            chains.advance(candidate, original, Copied(own))  # type: ignore[arg-type]
+        assert chain.layer == pipeline.plan.num_layers
+
+    def scales(self, decoder, layer: int, index: int) -> Tensor:  # type: ignore[no-untyped-def]
+        group = decoder.architecture.at(layer).groups[index]
+        weight = decoder.layer_weights(layer)[group.balance_layers[0] + ".weight"]
+        return torch.linspace(0.9, 1.1, weight.shape[1])
 
 
-def test_two_processes_give_the_sums_of_one(spec: JobSpec, tmp_path: Path) -> None:
+class Copied:
+    """A layer's result that is nothing but its weights."""
+
+    def __init__(self, own: dict[str, Tensor]) -> None:
+        self.own = own
+
+    def weights(self, original: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.own
+
+
+def assert_same_sums(found: InputStatistics, expected: InputStatistics) -> None:
     """Documented tolerance: float32 sums of the same terms in another order."""
+    assert found.num_tokens == expected.num_tokens
+    assert found.routed_tokens == expected.routed_tokens
+    scale = float(expected.second_moment.diagonal().mean())
+    torch.testing.assert_close(found.abs_mean, expected.abs_mean, rtol=1e-5, atol=1e-5 * scale**0.5)
+    torch.testing.assert_close(found.second_moment, expected.second_moment, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])  # the first layer of the latter is dense
+def test_two_processes_give_the_sums_of_one(name: str, tmp_path: Path) -> None:
+    """Of the original, of experts and of a recipe's own chain; OmniQuant's lesson is the same, too."""
+    model_type, changes = OTHER_MODELS[name]
+    model = save_model(random_model(model_type, **changes), tmp_path / "model")
+    given = assignment(spec(OMNIQUANT), model, tmp_path, threads=1, calibration_devices=["cpu"])
+    messages: list[object] = []
+    pipeline = Pipeline(given, messages.append)
+    calibration, _ = pipeline.read_texts()
+    assert len(pipeline.batches(calibration)) == 2
+    alone = Witness(pipeline, calibration, ALONE)
+    layers, candidates = range(pipeline.plan.num_layers), pipeline.plan.candidates
+    with pipeline.ranks(calibration, layers, candidates) as ranks:
+        assert ranks == Ranks(0, 2)
+        shared = Witness(pipeline, calibration, ranks)
+    assert len(shared.inputs) == len(alone.inputs)
+    for found, expected in zip(shared.inputs, alone.inputs, strict=True):
+        assert_same_sums(found, expected)
+    for pair, wanted in zip(shared.pairs, alone.pairs, strict=True):
+        assert_same_sums(pair.inputs, wanted.inputs)
+        for drift, other in (
+            (pair.input_drift, wanted.input_drift),
+            (pair.output_drift, wanted.output_drift),
+        ):
+            if other is not None:
+                torch.testing.assert_close(drift, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+    for taught, lesson in zip(shared.lessons, alone.lessons, strict=True):
+        torch.testing.assert_close(taught, lesson, rtol=1e-5, atol=1e-5)
+    told = [message.message for message in messages if isinstance(message, Noted)]
+    assert told == ["cpu, cpu share the calibration batches; cpu alone searches, rounds and learns"]
+
+
+def test_a_target_is_searched_on_all_devices(tmp_path: Path) -> None:
+    """Also what the ladder tries: each try on its own chain starts the other devices again."""
     model = tiny_model(tmp_path / "model")
+    wanted = spec(
+        Recipe(method="gptq", group_size=64, bits=2, search=SearchSpec(clip=False)), target={"max_kl": 0.073}
+    )
     works = [tmp_path / "one", tmp_path / "two"]
     for work in works:
         work.mkdir()
-    one = EngineRun(spec, model, works[0], threads=1)
-    two = EngineRun(spec, model, works[1], threads=1, calibration_devices=["cpu"])
-    assert len(one.pipeline.batches(one.pipeline.read_texts()[0])) == 2
-    for alone, shared in zip(statistics(one), statistics(two), strict=True):
-        for expected, found in zip(alone.groups, shared.groups, strict=True):
-            assert found.num_tokens == expected.num_tokens == SAMPLES * LENGTH
-            torch.testing.assert_close(found.abs_mean, expected.abs_mean, rtol=1e-5, atol=1e-7)
-            scale = float(expected.second_moment.diagonal().mean())
-            torch.testing.assert_close(
-                found.second_moment, expected.second_moment, rtol=1e-4, atol=1e-5 * scale
-            )
-    ratios = [run.report.candidates[0].perplexity_ratio for run in (one, two)]
-    assert ratios[1] == pytest.approx(ratios[0], rel=1e-3)
+    one = EngineRun(wanted, model, works[0], threads=1)
+    two = EngineRun(wanted, model, works[1], threads=1, calibration_devices=["cpu"])
+    assert len(two.report.tries) == len(one.report.tries) == 2
+    for found, expected in zip(two.report.tries, one.report.tries, strict=True):
+        assert found.recipe == expected.recipe
+        assert found.kl == pytest.approx(expected.kl, rel=0.02)
+    assert sum("share the calibration batches" in note for note in two.report.notes) == 2
 
 
 def test_one_batch_needs_no_other_process(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     run = EngineRun(tiny_spec(), model, tmp_path, calibration_devices=["cpu", "cpu"])
     assert run.report.candidates[0].kl >= 0
+    assert "the text has 1 calibration batches: 2 devices stay idle" in run.report.notes
 
 
 def test_a_process_that_fails_ends_the_job_child() -> None:

@@ -7,13 +7,12 @@ observed with the inputs that its quantized predecessors give, so that GPTQ make
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from workers.modeling.decoder import Decoder
-from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
+from workers.quantization.input_statistics import InputStatistics, collecting
+from workers.quantization.reduction import ALONE, Ranks
 
 STATES_SHARE = 0.1  # of a GPU's free memory
 EQUIVALENCE_LIMIT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -22,17 +21,13 @@ EQUIVALENCE_LIMIT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5
 class CalibrationPass:
     """Hidden states of all calibration batches before `layer`.
 
-    On a GPU they wait in pinned host memory where they would take too much of the device's. If other
-    processes pass other batches through, `add_up` gives the sums of all.
+    On a GPU they wait in pinned host memory where they would take too much of the device's. Of several
+    ranks each holds its share of `batches`, and the first one gets the statistics of all.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        batches: list[Tensor],
-        add_up: Callable[[list[InputCollector]], None] = lambda collectors: None,
-    ) -> None:
-        self.decoder, self.add_up = decoder, add_up
+    def __init__(self, decoder: Decoder, batches: list[Tensor], ranks: Ranks = ALONE) -> None:
+        self.decoder, self.ranks = decoder, ranks
+        batches = ranks.share(batches)
         self.layer = 0
         self.on_host = exceeds_device(decoder, sum(batch.numel() for batch in batches))
         with torch.no_grad():
@@ -50,7 +45,7 @@ class CalibrationPass:
     def restore(self, layer: int, states: list[Tensor]) -> None:
         """Go on before `layer` with the hidden states saved there."""
         self.layer = layer
-        self.states = [self.kept(batch.to(self.decoder.device)) for batch in states]
+        self.states = [self.kept(batch.to(self.decoder.device)) for batch in self.ranks.share(states)]
 
     def skip(self) -> None:
         """Advance by one layer of the original model without collecting."""
@@ -65,7 +60,10 @@ class CalibrationPass:
         self.layer += 1
 
     def collect(self, weights: dict[str, Tensor]) -> tuple[list[InputStatistics], Tensor, Tensor]:
-        """Advance by one layer: its statistics per group, and one window's input and output."""
+        """Advance by one layer: its statistics per group, and one window's input and output.
+
+        Only the first rank gets statistics.
+        """
         device = self.decoder.device
         probe = self.states[0][:1].to(device, copy=True)
         statistics = self.observe(weights, advance=True)
@@ -78,13 +76,14 @@ class CalibrationPass:
         architecture = self.decoder.architecture.at(self.layer)
         with (
             self.decoder.layer(self.layer, weights) as module,
-            collecting(module, architecture) as collectors,
+            collecting(module, architecture, self.ranks) as collectors,
         ):
             for index, batch in enumerate(self.states):
                 output = self.advance(module, batch)
                 if advance:
                     self.states[index] = self.kept(output)
-        self.add_up(collectors)
+        if not self.ranks.is_first:
+            return []
         prefix = self.decoder.architecture.layer_prefix(self.layer)
         return [
             collector.result(prefix + group.balance_layers[0])

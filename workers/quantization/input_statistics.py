@@ -6,7 +6,7 @@ On a GPU the products take 16-bit inputs as they are and add up in float32, so n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from app.core.architectures import Architecture, ScaleGroup
 from app.core.errors import ModelRefused
+from workers.quantization.reduction import ALONE, Ranks
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
 # Columns per block of the second moment; only blocks on and above the diagonal are computed.
@@ -63,14 +64,22 @@ class InputCollector:
             self.sample.append(rows[:: max(1, len(rows) // EXPERT_TOKENS)][:EXPERT_TOKENS].clone())
         if rows.device.type == "cpu":
             rows = rows.to(torch.float32)
-        channels = rows.shape[1]
         if self.abs_sum is None or self.moment is None:
-            self.abs_sum = torch.zeros(channels, device=rows.device)
-            self.moment = torch.zeros(channels, channels, device=rows.device)
+            self.abs_sum, self.moment = empty_sums(rows.shape[1], rows.device)
         self.abs_sum += rows.abs().sum(dim=0, dtype=torch.float32)
         for start, stop in blocks(self.moment):
             add_product(self.moment[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
         self.num_tokens += rows.shape[0]
+
+    def add_up(self, ranks: Ranks) -> None:
+        """The sums over the batches of all ranks; the first one gets them."""
+        if ranks.size == 1:
+            return
+        assert self.abs_sum is not None
+        assert self.moment is not None
+        count = torch.tensor(self.num_tokens, device=self.moment.device)
+        ranks.add_up([self.abs_sum, self.moment, count])
+        self.num_tokens = int(count)
 
     def result(self, name: str) -> InputStatistics:
         """Raises ModelRefused if the activations overflowed: no scale can be found on infinity."""
@@ -91,6 +100,11 @@ class InputCollector:
         return InputStatistics(self.abs_sum / self.num_tokens, moment, self.num_tokens, self.routed_tokens)
 
 
+def empty_sums(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of |x|, and of products of channels."""
+    return torch.zeros(channels, device=device), torch.zeros(channels, channels, device=device)
+
+
 def blocks(moment: Tensor) -> Iterator[tuple[int, int]]:
     """First and last column of each block."""
     channels, size = moment.shape[0], BLOCK[moment.device.type]
@@ -107,8 +121,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 @contextmanager
-def collecting(layer: nn.Module, architecture: Architecture) -> Iterator[list[InputCollector]]:
-    """Collect the input of each group while `layer` runs; one collector a group."""
+def collecting(
+    layer: nn.Module, architecture: Architecture, ranks: Ranks = ALONE
+) -> Iterator[list[InputCollector]]:
+    """Collect the input of each group while `layer` runs; one collector a group.
+
+    Afterwards the collectors of the first rank hold what the layer saw on all ranks.
+    """
     feeding = {feeding_group(architecture, group) for group in architecture.groups if group.expert}
     collectors = [InputCollector(samples=index in feeding) for index in range(len(architecture.groups))]
 
@@ -123,10 +142,26 @@ def collecting(layer: nn.Module, architecture: Architecture) -> Iterator[list[In
     ]
     try:
         yield collectors
-        complete_experts(layer, architecture, collectors)
+        add_up(layer, architecture, collectors, ranks)
+        if ranks.is_first:
+            complete_experts(layer, architecture, collectors)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def add_up(
+    layer: nn.Module, architecture: Architecture, collectors: Sequence[InputCollector], ranks: Ranks
+) -> None:
+    """Sum over the ranks, also for experts that none of this rank's tokens went to."""
+    if ranks.size == 1:
+        return
+    for group, collector in zip(architecture.groups, collectors, strict=True):
+        linear = layer.get_submodule(architecture.module_name(group.balance_layers[0]))
+        assert isinstance(linear.weight, Tensor)
+        if collector.abs_sum is None:
+            collector.abs_sum, collector.moment = empty_sums(linear.weight.shape[1], linear.weight.device)
+        collector.add_up(ranks)
 
 
 def feeding_group(architecture: Architecture, group: ScaleGroup) -> int:

@@ -21,6 +21,7 @@ from app.core.architectures import LAYER_OUTPUT, Architecture, ScaleGroup
 from workers.modeling.decoder import Decoder, LayerArguments
 from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
 from workers.quantization.omniquant import Lesson
+from workers.quantization.reduction import ALONE, Ranks
 
 LESSON_WINDOWS = 32  # of the calibration text, that a layer is taught with
 STEP_WINDOWS = 4  # per step
@@ -60,13 +61,18 @@ class PairedStatistics:
 
 
 class PairedPass:
-    """Hidden states of both models before `layer`."""
+    """Hidden states of both models before `layer`.
 
-    def __init__(self, decoder: Decoder, batches: list[Tensor]) -> None:
-        self.decoder, self.layer = decoder, 0
+    Of several ranks each holds its share of `batches`. All take part in what is observed and taught; the
+    first one gets it.
+    """
+
+    def __init__(self, decoder: Decoder, batches: list[Tensor], ranks: Ranks = ALONE) -> None:
+        self.decoder, self.layer, self.ranks = decoder, 0, ranks
+        self.windows = [batch.shape[0] for batch in batches]  # of each batch of all ranks
         with torch.no_grad():
-            self.original, self.arguments = decoder.start(batches)
-            self.size = min(STEP_WINDOWS, batches[0].shape[0])
+            self.original, self.arguments = decoder.start(ranks.share(batches))
+            self.size = min(STEP_WINDOWS, self.windows[0])
             self.arguments = {**decoder.start([batches[0][: self.size]])[1], **self.arguments}
         self.own = list(self.original)
 
@@ -102,6 +108,10 @@ class PairedPass:
                 found = seen.run(module, state, mine, self.called_with(mine))
                 for drift in watched:
                     drift.add(wanted, found)
+        for drift in watched:
+            drift.add_up(self.ranks)
+        if not self.ranks.is_first:
+            return []
         prefix = architecture.layer_prefix(self.layer)
         return [drift.result(prefix + drift.group.balance_layers[0]) for drift in watched]
 
@@ -110,10 +120,12 @@ class PairedPass:
         architecture = self.decoder.architecture.at(self.layer)
         with (
             self.decoder.layer(self.layer, own) as module,
-            collecting(module, architecture) as collectors,
+            collecting(module, architecture, self.ranks) as collectors,
         ):
             for batch in self.own:
                 self.decoder.advance(module, batch, self.called_with(batch))
+        if not self.ranks.is_first:
+            return []
         prefix = architecture.layer_prefix(self.layer)
         names = [prefix + architecture.groups[index].balance_layers[0] for index in groups]
         return [
@@ -126,13 +138,28 @@ class PairedPass:
         """What the present layer is taught with: states of the copy, outputs of the original."""
         inputs, targets = list[Tensor](), list[Tensor]()
         with self.decoder.layer(self.layer, original) as module:
-            for mine, theirs in zip(self.own, self.original, strict=True):
-                for start in range(0, len(mine) - self.size + 1, self.size):
-                    if len(inputs) * self.size < LESSON_WINDOWS:
-                        batch = theirs[start : start + self.size]
-                        targets.append(self.decoder.advance(module, batch, self.called_with(batch)))
-                        inputs.append(mine[start : start + self.size])
+            for batch, start in self.lesson_places():
+                owner = self.ranks.owner(batch)
+                if self.ranks.rank == owner:
+                    part, place = slice(start, start + self.size), batch // self.ranks.size
+                    mine, theirs = self.own[place][part].contiguous(), self.original[place][part]
+                    wanted = self.decoder.advance(module, theirs, self.called_with(theirs)).contiguous()
+                else:
+                    mine = self.own[0].new_empty(self.size, *self.own[0].shape[1:])
+                    wanted = torch.empty_like(mine)
+                for value, found in ((mine, inputs), (wanted, targets)):
+                    self.ranks.bring(value, owner)
+                    found.append(value)
         return Lesson(inputs, targets, self.forward)
+
+    def lesson_places(self) -> list[tuple[int, int]]:
+        """Batch and first window of each part of the lesson: the first windows of the text that fit."""
+        places = [
+            (batch, start)
+            for batch, windows in enumerate(self.windows)
+            for start in range(0, windows - self.size + 1, self.size)
+        ]
+        return places[: -(-LESSON_WINDOWS // self.size)]
 
     def forward(self, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
         """The present layer's output with these weights; gradients reach them."""
@@ -221,6 +248,12 @@ class Drift:
             missing = wanted[self.group.source] - own
         product = missing.T @ own
         self.total = product if self.total is None else self.total.add_(product)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """The sums over the batches of all ranks; the first one gets them."""
+        assert self.total is not None
+        self.collector.add_up(ranks)
+        ranks.add_up([self.total])
 
     def result(self, name: str) -> PairedStatistics:
         inputs = self.collector.result(name)
