@@ -1,15 +1,13 @@
-"""GPTQ on the quantized chain: its own inputs, nobody else's, and the same bytes after a resume."""
+"""GPTQ on the quantized chain: its own inputs, and nobody else's."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from app.core.assignment import CHECKPOINTS
 from app.core.specs import JobSpec, Recipe, SearchSpec
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 from workers.modeling.checkpoint import Checkpoint
@@ -20,14 +18,6 @@ from workers.texts.windows import calibration_windows, load_tokenizer
 AWQ = Recipe(group_size=32, bits=3, search=SearchSpec(grid_points=3))
 GPTQ = Recipe(method="gptq", group_size=32, bits=3)
 OMNIQUANT = Recipe(method="omniquant", group_size=32, bits=3, search=SearchSpec(grid_points=3, epochs=4))
-EVERY_METHOD = (
-    AWQ.model_copy(update={"method": "rtn"}),
-    AWQ,
-    AWQ.model_copy(update={"rounding": "gptq"}),
-    GPTQ,
-    OMNIQUANT,
-    OMNIQUANT.model_copy(update={"rounding": "gptq"}),
-)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +31,6 @@ def spec(*recipes: Recipe) -> JobSpec:
 
 def weights_of(run: EngineRun, recipe: int) -> bytes:
     return (run.folder("compressed-tensors", recipe) / "model.safetensors").read_bytes()
-
-
-def layer_checkpoints(run: EngineRun) -> list[Path]:
-    return sorted((run.work / CHECKPOINTS).glob("layer-*"))
 
 
 def test_the_shared_chain_does_not_notice_a_quantized_one(model: Path, tmp_path: Path) -> None:
@@ -79,18 +65,6 @@ def test_a_layer_makes_up_for_what_its_quantized_predecessor_lost(model: Path, t
 
     assert entry.loss == pytest.approx(loss(seen.corrected(weight)), rel=1e-3)
     assert entry.loss != pytest.approx(loss(weight), rel=1e-3)
-
-
-def test_every_method_resumes_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    whole = EngineRun(spec(*EVERY_METHOD), model, tmp_path / "whole")
-    (tmp_path / "resumed" / CHECKPOINTS).mkdir(parents=True)
-    for path in layer_checkpoints(whole):
-        if path.name.startswith("layer-00000"):
-            shutil.copyfile(path, tmp_path / "resumed" / CHECKPOINTS / path.name)
-    resumed = EngineRun(spec(*EVERY_METHOD), model, tmp_path / "resumed")
-    assert resumed.report.resumed_at_layer == 1
-    for index, candidate in enumerate(resumed.report.candidates):
-        assert weights_of(resumed, index) == weights_of(whole, index), candidate.label
 
 
 def test_the_report_says_what_was_learned(model: Path, tmp_path: Path) -> None:
