@@ -36,6 +36,7 @@ from app.api.key_cache import KeyCache
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
+from app.api.polled import PolledAnswers
 from app.api.routing import RoutingTable
 from app.core.artifact_store import ArtifactStore
 from app.core.audit import AuditLog
@@ -55,6 +56,7 @@ from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex, package_version
 from app.core.security import KeyStore, bootstrap_key
 from app.core.settings import Settings
+from app.core.stamps import StampReader
 from app.core.tally import Tally
 from app.core.tracing import Tracer
 from app.core.webhook_sender import WebhookSender, WebhookThread
@@ -79,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.services = services = open_services(settings, metrics, stack)
             yield
             await services.gateway.close()
+            await services.stamps.close()
         tracer.close()
 
     app = FastAPI(
@@ -96,6 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
     describe(app)
     app.add_middleware(AuditTrail)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(PolledAnswers)
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
     app.add_middleware(RequestRecord, metrics=metrics, tracer=tracer)
     return app
@@ -108,14 +112,14 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
     redis = connect(server.url)
     stack.callback(redis.close)
     wait_for_redis(redis)
-    services = connected(settings, redis, metrics)
+    services = connected(settings, redis, metrics, StampReader(server.url))
     bootstrap_key(settings, services.keys)
     metrics.observe_occupancy(lambda: operations.occupancy(services))
     start_threads(services, stack)
     return services
 
 
-def connected(settings: Settings, redis: Redis, metrics: Metrics) -> Services:
+def connected(settings: Settings, redis: Redis, metrics: Metrics, stamps: StampReader) -> Services:
     """All stores over one Redis and one object storage."""
     objects, keys, deployments = (
         ObjectStore(settings.object_store_url),
@@ -148,6 +152,7 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics) -> Services:
         gateway=Gateway(routes, deployments, settings, metrics),
         links=LinkSigner(redis),
         tally=Tally(redis),
+        stamps=stamps,
         metrics=metrics,
     )
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from app.api.dependencies import ArtifactsReader, ArtifactsWriter, Services, ServicesParam
 from app.api.errors import problem
 from app.api.preconditions import (
+    UNCHANGED,
     ByteRange,
     IfNoneMatch,
     UnsatisfiableRange,
@@ -49,7 +50,7 @@ class Conditions(BaseModel):
 ConditionsParam = Annotated[Conditions, Header()]
 
 
-@router.get("", response_model=ArtifactList, responses={304: {"description": "Not changed."}})
+@router.get("", response_model=ArtifactList, responses=UNCHANGED)
 def list_artifacts(
     services: ServicesParam,
     principal: ArtifactsReader,
@@ -62,10 +63,16 @@ def list_artifacts(
     return tagged_answer(page, if_none_match)
 
 
-@router.get("/{artifact_id}")
-def read_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsReader) -> ArtifactView:
+@router.get("/{artifact_id}", response_model=ArtifactView, responses=UNCHANGED)
+def read_artifact(
+    artifact_id: str,
+    services: ServicesParam,
+    principal: ArtifactsReader,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """The manifest: every file with its size and SHA-256."""
-    return ArtifactView.of(services.artifacts.get(principal.tenant, artifact_id))
+    view = ArtifactView.of(services.artifacts.get(principal.tenant, artifact_id))
+    return tagged_answer(view, if_none_match)
 
 
 @router.delete("/{artifact_id}", status_code=204)

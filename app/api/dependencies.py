@@ -30,6 +30,7 @@ from app.core.object_store import ObjectStore
 from app.core.reuse import ReuseIndex
 from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
+from app.core.stamps import StampReader
 from app.core.tally import Tally
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
@@ -62,6 +63,7 @@ class Services:
     gateway: Gateway
     links: LinkSigner
     tally: Tally
+    stamps: StampReader
     metrics: Metrics
 
 

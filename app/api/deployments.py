@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from app.api.dependencies import DeploymentsReader, DeploymentsWriter, Services, ServicesParam
-from app.api.preconditions import IdempotencyKey
+from app.api.preconditions import UNCHANGED, IdempotencyKey, IfNoneMatch, tagged_answer
 from app.api.schemas import DeploymentList, DeploymentView
 from app.core.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployment_store import removed
@@ -46,13 +46,14 @@ def claimed_id(services: Services, tenant: str, spec: DeploymentSpec, key: str |
     return services.idempotency.claim(tenant, key, f"deploy {spec.model_dump_json()}", "dep")
 
 
-@router.get("")
+@router.get("", response_model=DeploymentList, responses=UNCHANGED)
 def list_deployments(
     services: ServicesParam,
     principal: DeploymentsReader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
-) -> DeploymentList:
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """The tenant's deployments, newest first."""
     if after is not None and not is_id("dep", after):
         raise MalformedRequest(
@@ -66,15 +67,22 @@ def list_deployments(
     engines = serving_engines(services)
     views = tuple(DeploymentView.of(live, engines) for live in older[:limit])
     has_more = len(older) > limit
-    return DeploymentList(data=views, has_more=has_more, next=views[-1].id if has_more else None)
+    page = DeploymentList(data=views, has_more=has_more, next=views[-1].id if has_more else None)
+    return tagged_answer(page, if_none_match)
 
 
-@router.get("/{deployment_id}", response_model=DeploymentView)
+@router.get("/{deployment_id}", response_model=DeploymentView, responses=UNCHANGED)
 def read_deployment(
-    deployment_id: str, services: ServicesParam, principal: DeploymentsReader
-) -> JSONResponse:
+    deployment_id: str,
+    services: ServicesParam,
+    principal: DeploymentsReader,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
     """The deployment, its state and its replicas."""
-    return answer(services, services.deployments.get(principal.tenant, deployment_id))
+    view = DeploymentView.of(
+        services.deployments.get(principal.tenant, deployment_id), serving_engines(services)
+    )
+    return tagged_answer(view, if_none_match, poll_after(view))
 
 
 @router.delete(
@@ -126,9 +134,12 @@ def answer(services: Services, live: LiveDeployment, *, status: int = 200) -> JS
     """The deployment with a hint when to look again."""
     view = DeploymentView.of(live, serving_engines(services))
     headers = {"Location": view.links["self"]} if status == 202 else {}
-    if view.state in POLL_AFTER:
-        headers["Retry-After"] = POLL_AFTER[view.state]
+    headers |= poll_after(view)
     return JSONResponse(view.model_dump(mode="json"), status_code=status, headers=headers)
+
+
+def poll_after(view: DeploymentView) -> dict[str, str]:
+    return {"Retry-After": POLL_AFTER[view.state]} if view.state in POLL_AFTER else {}
 
 
 def serving_engines(services: Services) -> list[tuple[str, ...]]:

@@ -11,7 +11,14 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, JobsWriter, Services, ServicesParam
 from app.api.job_creation import Creation, create_job, retry_job
-from app.api.preconditions import IdempotencyKey, IfNoneMatch, matches_tag, preferred_wait, tagged_answer
+from app.api.preconditions import (
+    UNCHANGED,
+    IdempotencyKey,
+    IfNoneMatch,
+    matches_tag,
+    preferred_wait,
+    tagged_answer,
+)
 from app.api.schemas import JobList, JobView
 from app.api.waiting import wait_for_job
 from app.core.errors import Conflict, MalformedRequest, NotFound
@@ -36,10 +43,13 @@ def etag_of(version: int) -> str:
 
 def answer(job: Job, *, status: int = 200, headers: dict[str, str] | None = None) -> JSONResponse:
     """The job with a hint when to look again."""
-    hints = {"Retry-After": str(POLL_AFTER[job.state])} if job.state in POLL_AFTER else {}
     return JSONResponse(
-        JobView.of(job).model_dump(mode="json"), status_code=status, headers={**hints, **(headers or {})}
+        JobView.of(job).model_dump(mode="json"), status_code=status, headers={**hints(job), **(headers or {})}
     )
+
+
+def hints(job: Job) -> dict[str, str]:
+    return {"Retry-After": str(POLL_AFTER[job.state])} if job.state in POLL_AFTER else {}
 
 
 @router.post("", status_code=202, response_model=JobView, responses={200: {"model": JobView}})
@@ -83,7 +93,7 @@ class JobQuery(BaseModel):
     view: Literal["full", "brief"] = Field(default="full", description="`brief` leaves out the specs.")
 
 
-@router.get("", response_model=JobList, responses={304: {"description": "Not changed."}})
+@router.get("", response_model=JobList, responses=UNCHANGED)
 def list_jobs(
     services: ServicesParam,
     principal: JobsReader,
@@ -110,7 +120,7 @@ def parsed_labels(labels: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-@router.get("/{job_id}", response_model=JobView, responses={304: {"description": "Not changed."}})
+@router.get("/{job_id}", response_model=JobView, responses=UNCHANGED)
 async def read_job(
     job_id: str,
     services: ServicesParam,
@@ -136,7 +146,7 @@ async def read_job(
             )
     headers["ETag"] = etag_of(version)
     if matches_tag(if_none_match, etag_of(version)):
-        return Response(status_code=304, headers=headers)
+        return Response(status_code=304, headers={**hints(job), **headers})
     return answer(job, headers=headers)
 
 

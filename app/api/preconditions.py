@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import Header
 from fastapi.responses import Response
@@ -15,6 +16,7 @@ WAIT = re.compile(r"\s*wait\s*=\s*(\d{1,6})\s*", re.IGNORECASE)
 SINGLE_RANGE = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.IGNORECASE)
 
 
+UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "Not changed."}}
 IfNoneMatch = Annotated[str | None, Header()]
 IdempotencyKey = Annotated[
     str | None, Header(description="The same key and request make one thing, however often they are sent.")
@@ -40,11 +42,13 @@ def matches_tag(if_none_match: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def tagged_answer(value: BaseModel, if_none_match: str | None) -> Response:
-    """`value` as JSON with a tag of its content; 304 for a caller who has it."""
+def tagged_answer(
+    value: BaseModel, if_none_match: str | None, hints: Mapping[str, str] | None = None
+) -> Response:
+    """`value` as JSON with a tag of its content; 304 for a caller who has it. Both carry the `hints`."""
     body = value.model_dump_json().encode()
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    headers = {**(hints or {}), "ETag": etag, "Cache-Control": "private, no-cache"}
     if matches_tag(if_none_match, etag):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)

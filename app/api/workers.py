@@ -6,13 +6,13 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from app.api.dependencies import JobsReader, ServicesParam
-from app.api.preconditions import IfNoneMatch, tagged_answer
+from app.api.preconditions import UNCHANGED, IfNoneMatch, tagged_answer
 from app.api.schemas import WorkerList, WorkerView
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 
-@router.get("", response_model=WorkerList, responses={304: {"description": "Not changed."}})
+@router.get("", response_model=WorkerList, responses=UNCHANGED)
 def list_workers(
     services: ServicesParam, principal: JobsReader, if_none_match: IfNoneMatch = None
 ) -> Response:

@@ -22,6 +22,7 @@ from app.core.deployment import Deployment, DeploymentSpec, Goal, LiveDeployment
 from app.core.errors import Conflict, NotFound
 from app.core.ids import is_id, new_id
 from app.core.job import Problem
+from app.core.stamps import DEPLOYMENTS, STAMP
 
 CHANGES = "nibble:deployment-changes"
 ALL = "nibble:deployments"
@@ -29,21 +30,25 @@ MAX_COLLISIONS = 50
 
 # KEYS: deployment, names, all. ARGV: id, record, name. Gives the id that holds the name.
 CREATE = f"""
+{STAMP}
 local holder = redis.call('HGET', KEYS[2], ARGV[3])
 if holder then return holder end
 if redis.call('EXISTS', KEYS[1]) == 1 then return ARGV[1] end
 redis.call('HSET', KEYS[1], 'record', ARGV[2], 'version', 1)
 redis.call('HSET', KEYS[2], ARGV[3], ARGV[1])
 redis.call('SADD', KEYS[3], ARGV[1])
+stamp('{DEPLOYMENTS}')
 redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return ARGV[1]
 """
 
 # KEYS: deployment, names. ARGV: id, expected version, record, a name that becomes free or ''.
 SWAP = f"""
+{STAMP}
 if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'record', ARGV[3])
 redis.call('HINCRBY', KEYS[1], 'version', 1)
+stamp('{DEPLOYMENTS}')
 if ARGV[4] ~= '' and redis.call('HGET', KEYS[2], ARGV[4]) == ARGV[1] then
   redis.call('HDEL', KEYS[2], ARGV[4])
 end
@@ -53,29 +58,35 @@ return 1
 
 # KEYS: deployment, used, all, then each slot. ARGV: id. Does nothing while a slot is held.
 FORGET = f"""
+{STAMP}
 for i = 4, #KEYS do
   if redis.call('EXISTS', KEYS[i]) == 1 then return 0 end
 end
 redis.call('DEL', KEYS[1], KEYS[2])
 redis.call('SREM', KEYS[3], ARGV[1])
+stamp('{DEPLOYMENTS}')
 redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return 1
 """
 
 # KEYS: slot. ARGV: owner, record, milliseconds, deployment, 1 to announce. Takes a free slot, too.
 BEAT = f"""
+{STAMP}
 local held = redis.call('GET', KEYS[1])
 if held and cjson.decode(held).owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+if held ~= ARGV[2] then stamp('{DEPLOYMENTS}') end
 if not held or ARGV[5] == '1' then redis.call('PUBLISH', '{CHANGES}', ARGV[4]) end
 return 1
 """
 
 # KEYS: slot. ARGV: owner, deployment.
 RELEASE = f"""
+{STAMP}
 local held = redis.call('GET', KEYS[1])
 if not held or cjson.decode(held).owner ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
+stamp('{DEPLOYMENTS}')
 redis.call('PUBLISH', '{CHANGES}', ARGV[2])
 return 1
 """

@@ -5,6 +5,8 @@ The delivery of a webhook is recorded together with the change that it tells of:
 
 from __future__ import annotations
 
+from app.core.stamps import STAMP
+
 FAILURES = "nibble:tally:failures"
 CHANGES = "nibble:changes"
 MAX_EVENTS = 10_000
@@ -22,9 +24,10 @@ if ARGV[#ARGV - 1] ~= '' then
 end
 """
 
-# KEYS: job, tenant index, state set, events, the tenant's active jobs, …
+# KEYS: job, tenant index, state set, events, the tenant's active jobs, the stamp of its jobs, …
 # ARGV: id, record, spec, event payload, 1 if active, most active jobs or 0, …
 CREATE = f"""
+{STAMP}
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 if ARGV[5] == '1' then
   local most = tonumber(ARGV[6])
@@ -35,17 +38,20 @@ redis.call('HSET', KEYS[1], 'record', ARGV[2], 'spec', ARGV[3], 'version', 1)
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
 redis.call('SADD', KEYS[3], ARGV[1])
 redis.call('XADD', KEYS[4], '*', 'kind', 'state', 'payload', ARGV[4])
+stamp(KEYS[6])
 {RECORD_DELIVERY}
 redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return 1
 """
 
-# KEYS: job, state set before, state set after, events, the tenant's active jobs, …
+# KEYS: job, state set before, state set after, events, the tenant's active jobs, the stamp of its jobs, …
 # ARGV: id, expected version, record, event kind or '', event payload, 1 if active, code of a failure or '', …
 SWAP = f"""
+{STAMP}
 if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'record', ARGV[3])
 redis.call('HINCRBY', KEYS[1], 'version', 1)
+stamp(KEYS[6])
 redis.call('SREM', KEYS[2], ARGV[1])
 redis.call('SADD', KEYS[3], ARGV[1])
 if ARGV[6] ~= '1' then redis.call('SREM', KEYS[5], ARGV[1]) end
@@ -58,12 +64,15 @@ redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return 1
 """
 
-# KEYS: job, tenant index, state set, events, lease. ARGV: id, expected version.
+# KEYS: job, tenant index, state set, events, lease, the stamp of the tenant's jobs.
+# ARGV: id, expected version.
 DELETE = f"""
+{STAMP}
 if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
 redis.call('DEL', KEYS[1], KEYS[4], KEYS[5])
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('SREM', KEYS[3], ARGV[1])
+stamp(KEYS[6])
 redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return 1
 """

@@ -16,6 +16,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -34,13 +35,15 @@ from app.core.ids import is_id
 from app.core.job import TRANSITIONS, Job, JobState
 from app.core.job_changes import claimed, is_executing, stale
 from app.core.job_scripts import APPEND, CREATE, DELETE, RELEASE, RENEW, SWAP
-from app.core.specs import Frozen
+from app.core.specs import Frozen, JobSpec
+from app.core.stamps import JOB_PREFIX, jobs_stamp
 from app.core.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
 
 log = logging.getLogger(__name__)
 
 MAX_COLLISIONS = 50
 PAGE_STEP = 200
+SHORT_SPEC = 4096  # bytes of a spec that is worth remembering: texts in it make it longer
 
 
 class JobEvent(Frozen):
@@ -60,6 +63,10 @@ class JobFilter(Frozen):
     limit: int = 20
     after: str | None = None
 
+    @property
+    def is_selective(self) -> bool:
+        return self.state is not None or bool(self.labels)
+
     def matches(self, job: Job) -> bool:
         if self.state is not None and job.state is not self.state:
             return False
@@ -72,7 +79,7 @@ class JobPage(Frozen):
 
 
 def job_key(job_id: str) -> str:
-    return f"nibble:job:{job_id}"
+    return f"{JOB_PREFIX}{job_id}"
 
 
 def tenant_key(tenant: str) -> str:
@@ -107,13 +114,20 @@ def decode(record: bytes, spec: bytes) -> Job:
     """The job of a record. Raises RecordUnreadable for one that only another version can read."""
     fields = json.loads(record)
     try:
-        return Job.model_validate({**fields, "spec": json.loads(spec)})
+        parsed = short_spec(spec) if len(spec) <= SHORT_SPEC else JobSpec.model_validate_json(spec)
+        return Job.model_validate({**fields, "spec": parsed})
     except ValidationError as fault:
         where = field_path(fault.errors()[0]["loc"])
         raise RecordUnreadable(
             f"job {fields.get('id')} was recorded by another version of the service: {where}",
             remedy="finish the upgrade; processes of the newer version can read it",
         ) from fault
+
+
+@lru_cache(maxsize=1024)
+def short_spec(spec: bytes) -> JobSpec:
+    """Specs never change, and lists show the same ones again and again."""
+    return JobSpec.model_validate_json(spec)
 
 
 def encode(job: Job) -> str:
@@ -187,7 +201,7 @@ class JobStore:
         arguments = [job.id, encode(job), job.spec.model_dump_json(), state_payload(job)]
         message = message_of(None, job)
         created = self._create(
-            keys=[*keys, active_key(job.tenant), *delivery_keys(message)],
+            keys=[*keys, active_key(job.tenant), jobs_stamp(job.tenant), *delivery_keys(message)],
             args=[*arguments, int(not job.is_terminal), most_active, *delivery_arguments(message)],
         )
         if created < 0:
@@ -245,7 +259,7 @@ class JobStore:
             failure = after.error.code if after.state is JobState.FAILED and after.error is not None else ""
             arguments = [job_id, str(version), encode(after), kind, payload, active, failure]
             if self._swap(
-                keys=[*keys, active_key(after.tenant), *delivery_keys(message)],
+                keys=[*keys, active_key(after.tenant), jobs_stamp(after.tenant), *delivery_keys(message)],
                 args=[*arguments, *delivery_arguments(message)],
             ):
                 return after
@@ -258,14 +272,16 @@ class JobStore:
     def page(self, tenant: str, wanted: JobFilter) -> JobPage:
         """A page of the tenant's jobs, newest first."""
         found: list[Job] = []
-        for job in self._newest_first(tenant, wanted.after):
+        for job in self._newest_first(tenant, wanted):
             if wanted.matches(job):
                 found.append(job)
             if len(found) > wanted.limit:
                 break
         return JobPage(jobs=tuple(found[: wanted.limit]), has_more=len(found) > wanted.limit)
 
-    def _newest_first(self, tenant: str, after: str | None) -> Iterator[Job]:
+    def _newest_first(self, tenant: str, wanted: JobFilter) -> Iterator[Job]:
+        after = wanted.after
+        step = PAGE_STEP if wanted.is_selective else wanted.limit + 1
         if after is not None and not is_id("job", after):
             raise MalformedRequest(
                 f"{after[:64]!r} is not a cursor",
@@ -275,7 +291,7 @@ class JobStore:
             )
         while True:
             upper = "+" if after is None else f"({after}"
-            ids = self._redis.zrevrangebylex(tenant_key(tenant), upper, "-", start=0, num=PAGE_STEP)
+            ids = self._redis.zrevrangebylex(tenant_key(tenant), upper, "-", start=0, num=step)
             pipe = self._redis.pipeline(transaction=False)
             for job_id in ids:
                 pipe.hmget(job_key(job_id.decode()), "record", "spec")
@@ -286,7 +302,7 @@ class JobStore:
                     yield decode(record, spec)
                 except RecordUnreadable as fault:
                     log.warning("left out of a list: %s", fault.message)
-            if len(ids) < PAGE_STEP:
+            if len(ids) < step:
                 return
             after = ids[-1].decode()
 
@@ -300,7 +316,8 @@ class JobStore:
                 remedy="cancel it first and wait until it has stopped",
             )
         keys = [job_key(job_id), tenant_key(tenant), state_key(job.state)]
-        self._delete(keys=[*keys, events_key(job_id), lease_key(job_id)], args=[job_id, version])
+        keys = [*keys, events_key(job_id), lease_key(job_id), jobs_stamp(tenant)]
+        self._delete(keys=keys, args=[job_id, version])
         return job
 
     def in_state(self, state: JobState) -> list[str]:

@@ -60,13 +60,16 @@ class TenantLimits:
         known = self._read.get(tenant)
         if known is not None and time.monotonic() - known[0] < REREAD_S:
             return known[1]
-        found = self._redis.get(f"nibble:limits:{tenant}")
-        limits = Limits.model_validate_json(found) if found is not None else self._defaults
+        limits = self.parsed(self._redis.get(limits_key(tenant)))
         self._read[tenant] = (time.monotonic(), limits)
         return limits
 
+    def parsed(self, record: bytes | None) -> Limits:
+        """The limits of a tenant with this record."""
+        return Limits.model_validate_json(record) if record is not None else self._defaults
+
     def set(self, tenant: str, limits: Limits) -> None:
-        self._redis.set(f"nibble:limits:{tenant}", limits.model_dump_json())
+        self._redis.set(limits_key(tenant), limits.model_dump_json())
         self._read.pop(tenant, None)
 
     def count_request(self, tenant: str) -> None:
@@ -105,6 +108,10 @@ class TenantLimits:
 
     def remove_artifact(self, tenant: str, artifact_id: str) -> None:
         self._redis.hdel(usage_key(tenant), artifact_id)
+
+
+def limits_key(tenant: str) -> str:
+    return f"nibble:limits:{tenant}"
 
 
 def usage_key(tenant: str) -> str:

@@ -40,12 +40,12 @@ class LoginLinks:
                 remedy="make a new one with `nibble login`",
             )
         session = secrets.token_urlsafe(32)
-        self._redis.set(f"nibble:session:{digest(session)}", key_id, ex=SESSION_S)
+        self._redis.set(session_key(session), key_id, ex=SESSION_S)
         return session
 
     def key_id_of(self, session: str) -> str:
         """The id of the key that a session stands for."""
-        key_id = self._redis.get(f"nibble:session:{digest(session)}")
+        key_id = self._redis.get(session_key(session))
         if key_id is None:
             raise Unauthenticated(
                 "the session is not known or has ended",
@@ -55,7 +55,11 @@ class LoginLinks:
         return str(key_id.decode())
 
     def close_session(self, session: str) -> None:
-        self._redis.delete(f"nibble:session:{digest(session)}")
+        self._redis.delete(session_key(session))
+
+
+def session_key(session: str) -> str:
+    return f"nibble:session:{digest(session)}"
 
 
 def digest(secret: str) -> str:

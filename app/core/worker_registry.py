@@ -6,6 +6,7 @@ nibble:workers          sorted set of names by the time at which they count as d
 
 from __future__ import annotations
 
+import secrets
 from datetime import datetime
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from redis import Redis
 
 from app.core.device_profile import DeviceProfile
 from app.core.specs import Kept
+from app.core.stamps import WORKERS
 
 NAMES = "nibble:workers"
 
@@ -47,6 +49,7 @@ class WorkerRegistry:
         pipe.set(f"nibble:worker:{record.name}", record.model_dump_json(), px=int(ttl_s * 1000))
         pipe.zadd(NAMES, {record.name: now + ttl_s})
         pipe.zremrangebyscore(NAMES, "-inf", now - 60)
+        pipe.set(WORKERS, secrets.token_hex(8))
         pipe.execute()
 
     def remove(self, name: str) -> None:
@@ -54,6 +57,7 @@ class WorkerRegistry:
         pipe = self._redis.pipeline()
         pipe.delete(f"nibble:worker:{name}")
         pipe.zrem(NAMES, name)
+        pipe.set(WORKERS, secrets.token_hex(8))
         pipe.execute()
 
     def living(self) -> list[WorkerRecord]:
