@@ -57,7 +57,9 @@ class RequestRecord:
                 self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
                 span.name = f"{scope['method']} {route_of(scope)}"
                 span.end(status=status, request=request_id)
-                log.info(
+                # A poll without news is no news.
+                log.log(
+                    logging.DEBUG if status == 304 else logging.INFO,
                     "%s %s %d %.1f ms", scope["method"], scope["path"], status, seconds * 1e3,
                     extra={"fields": {"status": status, "seconds": round(seconds, 4)}},
                 )  # fmt: skip

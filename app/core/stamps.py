@@ -15,18 +15,21 @@ import asyncio
 from typing import Any
 
 from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 JOB_PREFIX = "nibble:job:"
 DEPLOYMENTS = "nibble:stamp:deployments"
 WORKERS = "nibble:stamp:workers"
-LIMIT_S = 5.0
+KEPT_S = 3600  # far longer than any answer is kept, so that its absence is a change, too
+LIMIT_S = 1.0  # then the route asks, with more patience
 
 # A function of scripts: give a stamp a new value.
-STAMP = """
+STAMP = f"""
 local function stamp(key)
   local now = redis.call('TIME')
-  redis.call('SET', key, now[1] .. '-' .. now[2])
+  redis.call('SET', key, now[1] .. '-' .. now[2], 'EX', {KEPT_S})
 end
 """
 
@@ -57,7 +60,7 @@ class StampReader:
 
     def __init__(self, url: str) -> None:
         self._redis: AsyncRedis = AsyncRedis.from_url(
-            url, socket_timeout=LIMIT_S, socket_connect_timeout=LIMIT_S, health_check_interval=30
+            url, socket_timeout=LIMIT_S, socket_connect_timeout=LIMIT_S, retry=Retry(NoBackoff(), 1)
         )
         self._script: Any = self._redis.register_script(READ)
         self._asked: list[tuple[tuple[str, ...], asyncio.Future[Values]]] = []
@@ -75,16 +78,20 @@ class StampReader:
         while self._asked:
             asked, self._asked = self._asked, []
             names = list({name: None for wanted, _ in asked for name in wanted})
+            fault = RedisError("the read was given up")
+            found: dict[str, bytes | None] | None = None
             try:
                 found = dict(zip(names, await self._script(keys=names), strict=True))
-            except RedisError as fault:
-                for _, answer in asked:
-                    if not answer.done():  # its caller may have left
+            except RedisError as met:
+                fault = met
+            finally:
+                for wanted, answer in asked:
+                    if answer.done():  # its caller has left
+                        continue
+                    if found is None:
                         answer.set_exception(fault)
-                continue
-            for wanted, answer in asked:
-                if not answer.done():
-                    answer.set_result(tuple(found[name] for name in wanted))
+                    else:
+                        answer.set_result(tuple(found[name] for name in wanted))
 
     async def close(self) -> None:
         if self._task is not None:

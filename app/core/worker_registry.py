@@ -14,7 +14,7 @@ from redis import Redis
 
 from app.core.device_profile import DeviceProfile
 from app.core.specs import Kept
-from app.core.stamps import WORKERS
+from app.core.stamps import KEPT_S, WORKERS
 
 NAMES = "nibble:workers"
 
@@ -49,7 +49,7 @@ class WorkerRegistry:
         pipe.set(f"nibble:worker:{record.name}", record.model_dump_json(), px=int(ttl_s * 1000))
         pipe.zadd(NAMES, {record.name: now + ttl_s})
         pipe.zremrangebyscore(NAMES, "-inf", now - 60)
-        pipe.set(WORKERS, secrets.token_hex(8))
+        pipe.set(WORKERS, secrets.token_hex(8), ex=KEPT_S)
         pipe.execute()
 
     def remove(self, name: str) -> None:
@@ -57,7 +57,7 @@ class WorkerRegistry:
         pipe = self._redis.pipeline()
         pipe.delete(f"nibble:worker:{name}")
         pipe.zrem(NAMES, name)
-        pipe.set(WORKERS, secrets.token_hex(8))
+        pipe.set(WORKERS, secrets.token_hex(8), ex=KEPT_S)
         pipe.execute()
 
     def living(self) -> list[WorkerRecord]:

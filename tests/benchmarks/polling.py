@@ -1,13 +1,13 @@
 """A thousand dashboards that poll with entity tags: latency, processor time and memory of the API.
 
-python tests/benchmarks/polling.py [--minutes 10] [--rate 500] [--clients 1000]
+python -m tests.benchmarks.polling [--minutes 10] [--rate 500] [--clients 1000]
 
 Open loop: request n is due at n / rate whether or not its predecessors were answered, and its latency counts
 from that moment, so an API that halts is charged for everything that would have been asked meanwhile
-(coordinated omission). Each client is a browser's session with a connection and entity tags of its own. It shows
-one page for a while, then another: the tenant's jobs, one of its running jobs, the workers, the deployments.
-Meanwhile a writer does what workers do: progress every second of the running jobs of three tenants in ten, jobs
-that end and begin, heartbeats. Valkey, API, writer and clients are processes of their own on this machine.
+(coordinated omission). Each client is a browser's session with a connection and entity tags of its own. It
+shows one page for a while, then another: the tenant's jobs, one of its running jobs, the workers, the
+deployments. Meanwhile a writer does what workers do: progress every second of the jobs of three in ten
+tenants, jobs that end and begin, heartbeats. Valkey, API, writer and clients are processes of their own.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ REPLICA_BEAT_S = 2.0
 TURNOVER_S = 15.0  # how often a job of a tenant ends and another one begins
 WARM_UP_S = 5.0
 LEASE_S = 600.0
+PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 ORDER = ("jobs", "job", "workers", "deployments")
 
 
@@ -390,8 +391,8 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     print(f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores")
     print(f"{arguments.clients} clients, {arguments.rate} requests/s for {arguments.minutes:g} min: "
           f"{answered} of {found['asked']} answered, {found['broken']} broken")  # fmt: skip
-    print(f"latency from when due: p50 {percentile(latencies, 0.5):.1f} ms, p99 {percentile(latencies, 0.99):.1f}"
-          f" ms, p99.9 {percentile(latencies, 0.999):.1f} ms, max {max(latencies) * 1e3:.1f} ms")  # fmt: skip
+    told = ", ".join(f"{name} {percentile(latencies, share):.1f} ms" for name, share in PERCENTILES.items())
+    print(f"latency from when due: {told}, max {max(latencies) * 1e3:.1f} ms")
     for route, values in found["by_route"].items():
         own = {name.rsplit(maxsplit=1)[1]: n for name, n in statuses.items() if name.startswith(f"{route} ")}
         print(f"  {route:12} p50 {percentile(values, 0.5):6.1f}  p99 {percentile(values, 0.99):6.1f}  {own}")
