@@ -16,10 +16,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from redis import Redis
 
 from app.core.errors import (
@@ -29,13 +28,13 @@ from app.core.errors import (
     NotFound,
     QuotaExceeded,
     RecordUnreadable,
-    field_path,
 )
 from app.core.ids import is_id
 from app.core.job import TRANSITIONS, Job, JobState
 from app.core.job_changes import claimed, is_executing, stale
+from app.core.job_record import announcement, decode, encode, state_payload
 from app.core.job_scripts import APPEND, CREATE, DELETE, RELEASE, RENEW, SWAP
-from app.core.specs import Frozen, JobSpec
+from app.core.specs import Frozen
 from app.core.stamps import JOB_PREFIX, jobs_stamp
 from app.core.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
 
@@ -43,7 +42,6 @@ log = logging.getLogger(__name__)
 
 MAX_COLLISIONS = 50
 PAGE_STEP = 200
-SHORT_SPEC = 4096  # bytes of a spec that is worth remembering: texts in it make it longer
 
 
 class JobEvent(Frozen):
@@ -110,33 +108,6 @@ def missing(job_id: str) -> NotFound:
     )
 
 
-def decode(record: bytes, spec: bytes) -> Job:
-    """The job of a record. Raises RecordUnreadable for one that only another version can read."""
-    fields = json.loads(record)
-    try:
-        parsed = short_spec(spec) if len(spec) <= SHORT_SPEC else JobSpec.model_validate_json(spec)
-        return Job.model_validate({**fields, "spec": parsed})
-    except ValidationError as fault:
-        where = field_path(fault.errors()[0]["loc"])
-        raise RecordUnreadable(
-            f"job {fields.get('id')} was recorded by another version of the service: {where}",
-            remedy="finish the upgrade; processes of the newer version can read it",
-        ) from fault
-
-
-@lru_cache(maxsize=1024)
-def short_spec(spec: bytes) -> JobSpec:
-    """Specs never change, and lists show the same ones again and again."""
-    return JobSpec.model_validate_json(spec)
-
-
-def encode(job: Job) -> str:
-    """The record as JSON; parsed again, so that no change can store what can't be read."""
-    record = job.model_dump_json(exclude={"spec"})
-    Job.model_validate({**json.loads(record), "spec": job.spec})
-    return record
-
-
 def postponed_key(job_id: str) -> str:
     return f"nibble:postponed:{job_id}"
 
@@ -149,24 +120,6 @@ def delivery_keys(message: Delivery | None) -> list[str]:
 
 def delivery_arguments(message: Delivery | None) -> list[str]:
     return ["", ""] if message is None else [message.id, message.model_dump_json()]
-
-
-def announcement(before: Job, after: Job) -> tuple[str, str]:
-    """The event that a change deserves: its state, else its stage, else none."""
-    if before.state is not after.state:
-        return "state", state_payload(after)
-    if before.stage is not after.stage:
-        return "stage", json.dumps({"stage": after.stage, "attempt": after.attempt})
-    return "", ""
-
-
-def state_payload(job: Job) -> str:
-    payload: dict[str, Any] = {"state": job.state, "attempt": job.attempt}
-    if job.worker is not None and job.state is JobState.RUNNING:
-        payload["worker"] = job.worker
-    if job.error is not None:
-        payload["error"] = job.error.model_dump()
-    return json.dumps(payload)
 
 
 def check_change(before: Job, after: Job) -> None:
