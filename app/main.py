@@ -148,7 +148,7 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics, stamps: StampR
         changes=ChangeListener(redis, asyncio.get_running_loop()),
         deployments=deployments,
         routes=routes,
-        callers=KeyCache(keys, lambda: routes.is_offline),
+        callers=KeyCache(keys, limits, stamps, lambda: routes.is_offline),
         gateway=Gateway(routes, deployments, settings, metrics),
         links=LinkSigner(redis),
         tally=Tally(redis),
