@@ -84,9 +84,7 @@ class KeyCache:
 
     def _noted(self, principal: Principal, values: Values) -> Known:
         now = time.monotonic()
-        if (
-            len(values) < 2 or values[0] is None
-        ):  # the tenant was not known yet: asked again at the next request
+        if len(values) < 2 or values[0] is None:  # its tenant was not known: all is asked again
             return Known(principal, values, True, now, 0.0)
         expires_at = ApiKey.model_validate_json(values[0]).expires_at
         expires = expires_at.timestamp() if expires_at is not None else math.inf

@@ -42,6 +42,17 @@ def test_a_revoked_key_is_refused_at_once(service: Service) -> None:
     assert service.client.delete(f"/v1/keys/{made['id']}").json()["code"] == "key_not_found"
 
 
+def test_a_revoked_key_is_refused_at_once_by_inference_routes(service: Service) -> None:
+    made = create(service, scopes=["inference"])
+    with service.client_with(made["key"]) as client:
+        assert {client.get("/v1/models").status_code for _ in range(5)} == {200}
+        assert client.post("/v1/completions", json={"model": "none"}).status_code == 404
+        assert service.client.delete(f"/v1/keys/{made['id']}").status_code == 204
+        refused = client.post("/v1/completions", json={"model": "none"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "api_key_unknown")
+        assert client.get("/v1/models").status_code == 401
+
+
 def test_an_expired_key_is_refused(service: Service) -> None:
     made = create(service, expires_in_s=60)
     name = f"nibble:key:{made['id']}"

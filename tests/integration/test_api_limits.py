@@ -69,6 +69,18 @@ def test_requests_beyond_the_rate_are_told_when_to_come_back(service: Service) -
     assert service.client.get("/v1/jobs").status_code == 200
 
 
+def test_the_rate_holds_for_inference_routes(service: Service) -> None:
+    with service.client_with(service.key(Scope.INFERENCE, tenant="other")) as client:
+        assert {client.get("/v1/models").status_code for _ in range(20)} == {200}
+        service.client.put("/v1/tenants/other/limits", json={"requests_per_minute": 30})
+        answers = [client.get("/v1/models") for _ in range(12)]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    error = refused[0].json()["error"]
+    assert (error["code"], error["type"]) == ("rate_limited", "rate_limit_error")
+    assert 1 <= int(refused[0].headers["retry-after"]) <= 3
+
+
 def test_only_the_operator_sets_limits(service: Service) -> None:
     with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
         assert client.put("/v1/tenants/other/limits", json={}).json()["code"] == "scope_missing"
