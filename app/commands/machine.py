@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from app.client import NibbleClient
-from app.commands.doctor import gpu_names
+from app.commands.checks.devices import gpu_names
 from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, stdout
 from app.core.errors import NibbleError, Unavailable
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 
 from app.commands import submission
-from app.commands.doctor import gpu_names
+from app.commands.checks.devices import gpu_names
 from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout

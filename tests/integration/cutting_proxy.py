@@ -26,6 +26,7 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
         self.target = (str(parts.hostname), int(parts.port or 80))
         self.cuts: deque[int] = deque()
         self.only = ""
+        self.replaced: tuple[bytes, bytes] | None = None  # in requests
         self.asked: list[str] = []  # heads of requests
         self.answered = 0  # bytes
         self.lock = threading.Lock()
@@ -69,7 +70,7 @@ class Passage(socketserver.BaseRequestHandler):
             while piece := self.request.recv(65536):
                 with self.server.lock:
                     self.server.asked.append(piece.decode("latin-1"))
-                upstream.sendall(piece)
+                upstream.sendall(piece.replace(*self.server.replaced) if self.server.replaced else piece)
             upstream.shutdown(socket.SHUT_WR)
         except OSError:
             return

@@ -1,0 +1,107 @@
+"""Checks of what computes: GPUs, PyTorch, compilers. What needs torch is asked of a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from app.commands.checks.check import Check
+
+PROBE_LIMIT_S = 180
+CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
+
+
+def gpu_names() -> list[str]:
+    """The names of the GPUs that the driver sees, in the order of their numbers."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []  # the tool without its driver, as in images built for GPUs and run without one
+    return [line.strip() for line in listing.stdout.splitlines() if line.strip()]
+
+
+def check_devices() -> list[Check]:
+    """Of the driver, of PyTorch and of the compilers."""
+    names = gpu_names()
+    if importlib.util.find_spec("torch") is None:
+        return [Check("pytorch", "ok", "not installed: this host can run the API, but no worker")]
+    facts = probed()
+    if "error" in facts:
+        remedy = "install it anew: pip install --force-reinstall torch"
+        return [Check("pytorch", "problem", str(facts["error"]), remedy)]
+    checks = [Check("pytorch", "ok", str(facts["torch"])), check_driver(names, facts)]
+    if names:
+        checks.append(check_cuda_compiler(facts))
+    return [*checks, check_compiler(facts)]
+
+
+def probed() -> dict[str, Any]:
+    """What `python -m workers.host_probe` tells; `error` if it can't."""
+    command = [sys.executable, "-m", "workers.host_probe"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_LIMIT_S, check=False)
+    except (OSError, subprocess.SubprocessError) as fault:
+        return {"error": f"the probe did not end: {fault}"}
+    if answer.returncode:
+        return {"error": (answer.stderr.strip().splitlines() or ["it can't be imported"])[-1]}
+    facts: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return facts
+
+
+def check_driver(names: list[str], facts: Mapping[str, Any]) -> Check:
+    """What jobs would run on."""
+    if not names:
+        if shutil.which("nvidia-smi") is not None:
+            remedy = "if this host has a GPU: install its driver, or give the container access to it"
+            return Check("gpu", "warning", "nvidia-smi is there, but sees no GPU", remedy)
+        return Check("gpu", "ok", "no NVIDIA GPU: jobs run on the CPU")
+    if facts.get("torch_cuda") is None:
+        found = f"{', '.join(names)}, but this PyTorch is built without CUDA"
+        return Check("gpu", "problem", found, f"pip install torch --index-url {CUDA_INDEX}")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = facts.get("devices", [])
+    if not devices:
+        if hidden is not None:
+            found = f"CUDA_VISIBLE_DEVICES={hidden!r} hides {', '.join(names)}"
+            return Check("gpu", "problem", found, "unset it, or name a device that exists")
+        found = f"PyTorch can't use {', '.join(names)}: {facts.get('cuda_error') or 'no reason given'}"
+        return Check("gpu", "problem", found, "install a driver as new as PyTorch's CUDA, then restart")
+    told = ", ".join(f"{device['name']} (compute capability {device['capability']})" for device in devices)
+    foreign = [device["name"] for device in devices if not device["own_kernels"]]
+    if foreign:
+        remedy = "nothing to do: Triton or PyTorch computes there, slower; own kernels are for 8.x and 9.x"
+        return Check("gpu", "warning", f"{told}: no kernels of our own for {', '.join(foreign)}", remedy)
+    return Check("gpu", "ok", told)
+
+
+def check_cuda_compiler(facts: Mapping[str, Any]) -> Check:
+    version = facts.get("cuda_compiler")
+    if version:
+        return Check("cuda compiler", "ok", str(version))
+    remedy = "install PyTorch's CUDA build (it brings NVRTC), or nvcc; until then Triton or PyTorch computes"
+    return Check("cuda compiler", "warning", "neither nvcc nor NVRTC", remedy)
+
+
+def check_compiler(facts: Mapping[str, Any]) -> Check:
+    """For the CPU's kernels, which are compiled when they are first used."""
+    fault = facts.get("compiler_error")
+    if fault:
+        remedy = "install g++ (apt install g++); until then PyTorch's own kernels compute on the CPU, slower"
+        return Check("c++ compiler", "warning", str(fault), remedy)
+    lacking = facts.get("cpu_lacks")
+    if lacking:
+        found = (
+            f"{facts.get('compiler')}; the processor lacks {', '.join(lacking)}: PyTorch's kernels compute"
+        )
+        return Check("c++ compiler", "ok", found)
+    return Check("c++ compiler", "ok", str(facts.get("compiler")))

