@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kernels.cpu.aten import AtenBackend
 from kernels.cpu.native import NativeBackend
-from kernels.cuda import operators as cuda_operators  # noqa: F401 - registers the operators' bodies
 from kernels.cuda.backend import CudaBackend
 from kernels.problem import Problem
 from kernels.torch_backend import TorchBackend

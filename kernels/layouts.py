@@ -4,7 +4,8 @@ Dense packing puts value i at bits i*b .. i*b+b-1 of one stream of 32-bit words,
 first; for 3 bits a value may straddle two words. Sources: AutoAWQ `packing_utils.py` (interleaved nibbles),
 compressed-tensors `pack_quantized` (dense, since October 2025), GPTQ `quant.py` (dense down the columns).
 The same stream in bytes is what little-endian machines hold, so packing works on bytes: an eighth of the
-memory that integers wide enough for a word would take.
+memory that integers wide enough for a word would take. Those who pack call the operators, which leave tensors
+on a GPU to its kernels.
 """
 
 from __future__ import annotations
@@ -100,16 +101,16 @@ def unpack_gptq(words: Tensor, bits: int, count: int) -> Tensor:
     return unpack_rows(words.T.contiguous(), bits, count).T.contiguous()
 
 
-def pack_gptq_zeros(zeros: Tensor, bits: int) -> Tensor:
-    """uint8 (groups, n) of zero points 1..2^bits-1, to int32 (groups, ceil(n * bits / 32)).
+def to_stored_zeros(zeros: Tensor) -> Tensor:
+    """uint8 zero points 1..2^bits-1 as GPTQ's first version stores them, before they are packed.
 
     Raises ValueError for a zero point of 0: less one it has no place in its bits.
     """
     if zeros.numel() and int(zeros.min()) < GPTQ_ZERO_OFFSET:
-        raise ValueError("pack_gptq_zeros: a zero point of 0 cannot be stored less one")
-    return pack_rows(zeros - GPTQ_ZERO_OFFSET, bits)
+        raise ValueError("to_stored_zeros: a zero point of 0 cannot be stored less one")
+    return zeros - GPTQ_ZERO_OFFSET
 
 
-def unpack_gptq_zeros(words: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_gptq_zeros`: int32 (groups, words) to uint8 (groups, count)."""
-    return unpack_rows(words, bits, count) + GPTQ_ZERO_OFFSET
+def from_stored_zeros(stored: Tensor) -> Tensor:
+    """The inverse of `to_stored_zeros`."""
+    return stored + GPTQ_ZERO_OFFSET

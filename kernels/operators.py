@@ -1,7 +1,7 @@
-"""Operators on the canonical layout, registered as `torch.ops.nibble.*`, with fakes.
+"""Operators on packed weights, registered as `torch.ops.nibble.*`, with fakes.
 
-The bodies are PyTorch's own operators and run on any device; a backend may register a faster body for its
-device (`pack.register_kernel`). kernels/reference.py is the slow truth of each.
+Tensors on NVIDIA GPUs are packed, unpacked and dequantized by kernels (kernels/cuda/packing.py). The other
+bodies are PyTorch's own operators and run on any device. kernels/reference.py is the slow truth of each.
 """
 
 from __future__ import annotations
@@ -20,33 +20,52 @@ from kernels.checks import (
     check_one_of,
     check_packed,
 )
+from kernels.cuda import packing
 
 
 @torch.library.custom_op("nibble::pack", mutates_args=())
-def pack(values: Tensor, bits: int) -> Tensor:
-    """uint8 (rows, n) to int32 (rows, ceil(n * bits / 32)): layouts.pack_rows."""
-    check_values(values, bits)
-    return layouts.pack_rows(values, bits)
+def pack(values: Tensor, bits: int, down: bool = False, interleaved: bool = False) -> Tensor:
+    """uint8 (rows, n) to int32 (rows, ceil(n * bits / 32)): layouts.pack_rows.
+
+    `down`: uint8 (n, columns) to int32 (ceil(n * bits / 32), columns): layouts.pack_gptq.
+    `interleaved`: nibbles in AutoAWQ's order: layouts.pack_awq.
+    """
+    check_values(values, bits, down=down, interleaved=interleaved)
+    if packing.takes("pack", values):
+        return packing.pack(values, bits, down=down, order=order_of(interleaved=interleaved))
+    if interleaved:
+        return layouts.pack_awq(values)
+    return layouts.pack_gptq(values, bits) if down else layouts.pack_rows(values, bits)
 
 
 @pack.register_fake
-def _(values: Tensor, bits: int) -> Tensor:
-    check_values(values, bits)
-    rows, count = values.shape
-    return values.new_empty((rows, layouts.packed_words(count, bits)), dtype=torch.int32)
+def _(values: Tensor, bits: int, down: bool = False, interleaved: bool = False) -> Tensor:
+    check_values(values, bits, down=down, interleaved=interleaved)
+    rows, count = values.shape[::-1] if down else values.shape
+    words = layouts.packed_words(count, bits)
+    return values.new_empty((words, rows) if down else (rows, words), dtype=torch.int32)
 
 
 @torch.library.custom_op("nibble::unpack", mutates_args=())
-def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 (rows, ceil(count * bits / 32)) to uint8 (rows, count): layouts.unpack_rows."""
-    check_words(words, bits, count)
-    return layouts.unpack_rows(words, bits, count)
+def unpack(words: Tensor, bits: int, count: int, down: bool = False, interleaved: bool = False) -> Tensor:
+    """The inverse of `pack`: `count` values of each row, or of each column if `down`."""
+    check_words(words, bits, count, down=down, interleaved=interleaved)
+    if packing.takes("unpack", words):
+        return packing.unpack(words, bits, count, down=down, order=order_of(interleaved=interleaved))
+    if interleaved:
+        return layouts.unpack_awq(words)
+    return layouts.unpack_gptq(words, bits, count) if down else layouts.unpack_rows(words, bits, count)
 
 
 @unpack.register_fake
-def _(words: Tensor, bits: int, count: int) -> Tensor:
-    check_words(words, bits, count)
-    return words.new_empty((words.shape[0], count), dtype=torch.uint8)
+def _(words: Tensor, bits: int, count: int, down: bool = False, interleaved: bool = False) -> Tensor:
+    check_words(words, bits, count, down=down, interleaved=interleaved)
+    rows = words.shape[1 if down else 0]
+    return words.new_empty((count, rows) if down else (rows, count), dtype=torch.uint8)
+
+
+def order_of(*, interleaved: bool) -> tuple[int, ...]:
+    return layouts.AWQ_ORDER if interleaved else packing.NATURAL_ORDER
 
 
 @torch.library.custom_op("nibble::dequantize", mutates_args=())
@@ -62,13 +81,8 @@ def dequantize(
     """The weight of a PackedWeight's tensors: `dtype` (out_features, in_features), rounded once."""
     check_packed(qweight, scale, zero, bits, group_size, in_features)
     check_dtype("dtype", dtype, DTYPES)
-    return dequantize_in_torch(qweight, scale, zero, bits, in_features, dtype)
-
-
-def dequantize_in_torch(
-    qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
-) -> Tensor:
-    """`dequantize` of checked tensors, in PyTorch's own operators."""
+    if packing.takes("dequantize", qweight):
+        return packing.dequantize(qweight, scale, zero, bits, in_features, dtype)
     rows, groups = scale.shape
     q = layouts.unpack_rows(qweight, bits, in_features).view(rows, groups, -1)
     # In float32 the difference is exact and the product is rounded once before it is rounded to dtype.
@@ -123,20 +137,33 @@ def _(
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
-def check_values(values: Tensor, bits: int) -> None:
+def check_values(values: Tensor, bits: int, *, down: bool, interleaved: bool) -> None:
     check_one_of("bits", bits, BITS)
     check_dtype("values", values.dtype, (torch.uint8,))
     if values.dim() != 2:
         raise ValueError(f"values has {values.dim()} dimensions; allowed: 2")
+    check_order(bits, values.shape[1], down=down, interleaved=interleaved)
 
 
-def check_words(words: Tensor, bits: int, count: int) -> None:
+def check_words(words: Tensor, bits: int, count: int, *, down: bool, interleaved: bool) -> None:
     check_one_of("bits", bits, BITS)
     check_dtype("words", words.dtype, (torch.int32,))
-    if words.dim() != 2 or count < 0 or words.shape[1] != layouts.packed_words(count, bits):
-        allowed = f"(rows, {layouts.packed_words(max(count, 0), bits)}) for count={count}, bits={bits}"
-        raise ValueError(f"words has shape {tuple(words.shape)}; allowed: {allowed}")
+    needed = layouts.packed_words(max(count, 0), bits)
+    if words.dim() != 2 or count < 0 or words.shape[0 if down else 1] != needed:
+        allowed = f"({needed}, columns)" if down else f"(rows, {needed})"
+        raise ValueError(
+            f"words has shape {tuple(words.shape)}; allowed: {allowed} for count={count}, bits={bits}"
+        )
     check_contiguous("words", words)
+    check_order(bits, count, down=down, interleaved=interleaved)
+
+
+def check_order(bits: int, count: int, *, down: bool, interleaved: bool) -> None:
+    if interleaved and (down or bits != 4 or count % 8):
+        raise ValueError(
+            f"interleaved with bits={bits}, down={down} and {count} values in a row; "
+            "allowed: bits=4, down=False and multiples of 8"
+        )
 
 
 def check_linear(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from app.core.assignment import REPORT, Assignment, Finished, OutputFolder
 from app.core.errors import TargetMissed
 from app.core.report import OriginalReport, Report, TryReport
+from kernels import fallbacks
 from workers.account import Send
 from workers.pipeline import Pipeline
 from workers.quality_report import (
@@ -63,6 +64,8 @@ class JobRun:
         """
         chosen = self.chosen()
         published = tuple(outcome.candidate.recipe_index for outcome in chosen)
+        for sentence in fallbacks.noted():
+            self.pipeline.account.note("kernel_fallback", sentence)
         notes = tuple(self.pipeline.account.notes)
         report = report.model_copy(update={"published": published, "notes": notes})
         path = self.assignment.work_folder / REPORT

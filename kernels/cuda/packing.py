@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor
 
-from kernels import layouts
+from kernels import fallbacks, layouts
 from kernels.cuda.compiler import CompileError
 from kernels.cuda.decode import TYPE_CODES
 from kernels.cuda.driver import DriverError, Launch
@@ -16,24 +15,31 @@ from kernels.cuda.library import shared_library
 
 SOURCE = "packing.cu"
 THREADS = 256
+MOST_VALUES = 2**31 - 1
 NATURAL_ORDER = tuple(range(8))
 DEQUANTIZED_AT_ONCE = 8  # values of a thread
 
 
 @functools.cache
-def runs_on(device: int) -> bool:
-    """True if the kernels can be compiled for the device; the reason is a warning where not."""
+def missing(device: int) -> str | None:
+    """Why the kernels can't be had on the device, or None."""
     try:
         shared_library().function(SOURCE, "pack", device, {"BITS": 4})
     except (CompileError, DriverError, ValueError) as fault:
-        warnings.warn(f"packing runs without its CUDA kernels: {fault}", RuntimeWarning, stacklevel=2)
+        return str(fault)
+    return None
+
+
+def takes(operator: str, tensor: Tensor) -> bool:
+    """True if the kernels take this tensor. Why a GPU's tensor is left to PyTorch is noted."""
+    if not tensor.is_cuda:
         return False
-    return True
-
-
-def takes(tensor: Tensor) -> bool:
-    """True if the kernels take this tensor: on a GPU of theirs, its elements within 32-bit indices."""
-    return tensor.is_cuda and tensor.numel() < 2**31 and runs_on(tensor.get_device())
+    why = missing(tensor.get_device())
+    if tensor.numel() > MOST_VALUES:
+        why = f"tensors of more than {MOST_VALUES} values are beyond its 32-bit indices"
+    if why is not None:
+        fallbacks.note(operator, why)
+    return why is None
 
 
 def order_word(order: tuple[int, ...]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kernels import fallbacks
 from kernels.cuda.compiler import CompileError
 from kernels.cuda.driver import DriverError, Function, Launch
 from kernels.cuda.library import shared_library
@@ -24,21 +24,27 @@ ERROR_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 @functools.cache
 def runs_on(device: int) -> bool:
-    """True if the kernels can be compiled for the device; the reason is a warning where not."""
+    """True if the kernels can be compiled for the device; why not is noted."""
     try:
         shared_library().function(SOURCE, f"clip_step_{GROUP_SIZES[0]}", device)
     except (CompileError, DriverError, ValueError) as fault:
-        warnings.warn(f"the search runs without its CUDA kernels: {fault}", RuntimeWarning, stacklevel=2)
+        fallbacks.note("the search", str(fault))
         return False
     return True
 
 
 def fits(group_size: int, tensors: Sequence[Tensor]) -> bool:
-    """True if the kernels take this group size, and every row starts at a multiple of 16 bytes."""
-    return group_size in GROUP_SIZES and all(
+    """True if the kernels take this group size and rows start at multiples of 16 bytes; why not is noted."""
+    if group_size not in GROUP_SIZES:
+        fallbacks.note("the search", f"group_size={group_size} is none of {', '.join(map(str, GROUP_SIZES))}")
+        return False
+    if not all(
         tensor.data_ptr() % 16 == 0 and tensor.stride(-2) % 4 == 0 and tensor.stride(-2) < 2**31
         for tensor in tensors
-    )
+    ):
+        fallbacks.note("the search", "rows that don't start at multiples of 16 bytes")
+        return False
+    return True
 
 
 def function(name: str, tensor: Tensor) -> Function:
@@ -104,13 +110,17 @@ class ClipStep:
 
 
 def can_dot(left: Tensor, right: Tensor) -> bool:
-    """True if both are of a dtype that the kernel takes, with columns in pairs."""
+    """True if both are of a dtype that the kernel takes, with columns in pairs; why not is noted."""
     even = all(
         tensor.stride(1) == 1 and tensor.stride(0) % 2 == 0 and tensor.data_ptr() % 8 == 0
         for tensor in (left, right)
     )
     known = left.dtype == right.dtype and left.dtype in ERROR_NAMES
-    return even and known and left.shape[1] % 2 == 0 and runs_on(left.get_device())
+    if not (even and known and left.shape[1] % 2 == 0):
+        dtypes = f"{left.dtype} and {right.dtype}"
+        fallbacks.note("the sum of losses", f"{dtypes}, or rows that are no whole pairs of columns")
+        return False
+    return runs_on(left.get_device())
 
 
 def add_row_dots(left: Tensor, right: Tensor, total: Tensor) -> None:

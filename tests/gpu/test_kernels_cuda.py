@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import layouts, operators, reference
+from kernels import fallbacks, layouts, operators, reference
 from kernels.backend import select_backend
 from kernels.cuda import packing
 from kernels.cuda.backend import CudaBackend
@@ -212,18 +212,19 @@ def test_packing_is_that_of_the_cpu(bits: int) -> None:
     packed = operators.pack(values.to(GPU), bits)
     assert torch.equal(packed.cpu(), layouts.pack_rows(values, bits))
     assert torch.equal(operators.unpack(packed, bits, 264).cpu(), values)
-    down = packing.pack(values.T.contiguous().to(GPU), bits, down=True)
+    down = operators.pack(values.T.contiguous().to(GPU), bits, down=True)
     assert torch.equal(down.cpu(), layouts.pack_gptq(values.T.contiguous(), bits))
-    assert torch.equal(packing.unpack(down, bits, 264, down=True).cpu(), values.T)
+    assert torch.equal(operators.unpack(down, bits, 264, down=True).cpu(), values.T)
+    assert fallbacks.noted() == ()
     with pytest.raises(ValueError, match=f"value {2**bits - 1} does not fit {bits - 1} bits"):
         packing.pack(torch.full((1, 8), 2**bits - 1, dtype=torch.uint8, device=GPU), bits - 1)
 
 
 def test_awq_packing_is_that_of_the_cpu() -> None:
     values = torch.randint(0, 16, (33, 264), dtype=torch.uint8)
-    packed = packing.pack(values.to(GPU), 4, order=layouts.AWQ_ORDER)
+    packed = operators.pack(values.to(GPU), 4, interleaved=True)
     assert torch.equal(packed.cpu(), layouts.pack_awq(values))
-    assert torch.equal(packing.unpack(packed, 4, 264, order=layouts.AWQ_ORDER).cpu(), values)
+    assert torch.equal(operators.unpack(packed, 4, 264, interleaved=True).cpu(), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.core.assignment import OUTPUT
+from app.core.assignment import OUTPUT, Noted
 from app.core.errors import NibbleError, TargetMissed
 from app.core.report import Report
 from app.core.specs import CalibrationSpec, EvaluationSpec, Recipe, TargetSpec
+from kernels import fallbacks
 from tests.tiny_models import EngineRun, assignment, some_text, tiny_model, tiny_spec
 from workers.job_run import JobRun
 
@@ -169,3 +170,15 @@ def test_a_missed_target_may_be_published(tmp_path: Path) -> None:
     assert [output.recipe_index for output in published.finished.outputs] == [figures.index(min(figures))]
     assert not any(candidate.meets_target for candidate in published.report.candidates)
     assert "it is published as asked" in published.report.notes[-1]
+
+
+def test_an_operator_without_its_kernel_is_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fallbacks, "MET", {("pack", "no CUDA compiler"): None})
+    job = EngineRun(
+        tiny_spec(Recipe(group_size=32, method="rtn")), tiny_model(tmp_path / "model"), tmp_path / "w"
+    )
+    sentence = "pack ran in PyTorch instead of its kernel: no CUDA compiler"
+    assert sentence in job.report.notes
+    assert Noted(code="kernel_fallback", message=sentence) in job.messages

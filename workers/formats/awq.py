@@ -13,28 +13,30 @@ from torch import Tensor
 
 from app.core.format_limits import Scheme
 from app.core.plan import CandidatePlan
-from kernels.layouts import pack_awq, unpack_awq
+from kernels.operators import pack, unpack
 from workers.modeling.quantized_weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales")
+BITS = 4  # that the layout knows
 CONFIG_FILE = None  # nothing beside config.json
 
 
 def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one linear; `dtype` of the model is not used: scales are always float16 here."""
     return {
-        "qweight": pack_awq(weight.q.T.contiguous()),
-        "qzeros": pack_awq(weight.zero.T.contiguous()),
+        "qweight": pack(weight.q.T.contiguous(), BITS, interleaved=True),
+        "qzeros": pack(weight.zero.T.contiguous(), BITS, interleaved=True),
         "scales": weight.scale.T.to(torch.float16).contiguous(),
     }
 
 
 def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of `tensors`."""
+    out_features = stored["scales"].shape[1]
     return QuantizedWeight(
-        unpack_awq(stored["qweight"]).T.contiguous(),
+        unpack(stored["qweight"], BITS, out_features, interleaved=True).T.contiguous(),
         stored["scales"].T.to(torch.float32).contiguous(),
-        unpack_awq(stored["qzeros"]).T.contiguous(),
+        unpack(stored["qzeros"], BITS, out_features, interleaved=True).T.contiguous(),
         scheme,
     )
 

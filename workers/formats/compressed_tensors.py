@@ -15,7 +15,8 @@ from torch import Tensor
 
 from app.core.format_limits import Scheme
 from app.core.plan import CandidatePlan
-from kernels.layouts import pack_rows, packed_words, unpack_rows
+from kernels.layouts import packed_words
+from kernels.operators import pack, unpack
 from workers.formats.targets import compact_patterns
 from workers.modeling.quantized_weight import QuantizedWeight
 
@@ -30,12 +31,12 @@ def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one linear."""
     bits = weight.scheme.bits
     stored = {
-        "weight_packed": pack_rows(weight.q, bits),
+        "weight_packed": pack(weight.q, bits),
         "weight_scale": weight.scale.to(dtype),
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
     if not weight.scheme.symmetric:
-        stored["weight_zero_point"] = pack_rows(weight.zero.T.contiguous(), bits).T.contiguous()
+        stored["weight_zero_point"] = pack(weight.zero, bits, down=True)
     return stored
 
 
@@ -46,9 +47,8 @@ def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     if scheme.symmetric:
         zero = torch.full_like(scale, 2 ** (scheme.bits - 1)).to(torch.uint8)
     else:
-        packed = stored["weight_zero_point"].T.contiguous()
-        zero = unpack_rows(packed, scheme.bits, out_features).T.contiguous()
-    q = unpack_rows(stored["weight_packed"], scheme.bits, in_features)
+        zero = unpack(stored["weight_zero_point"], scheme.bits, out_features, down=True)
+    q = unpack(stored["weight_packed"], scheme.bits, in_features)
     return QuantizedWeight(q, scale, zero, scheme)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from app.core.format_limits import Scheme
 from app.core.plan import CandidatePlan
-from kernels.layouts import pack_gptq, pack_gptq_zeros, packed_words, unpack_gptq, unpack_gptq_zeros
+from kernels.layouts import from_stored_zeros, packed_words, to_stored_zeros
+from kernels.operators import pack, unpack
 from workers.formats.targets import compact_patterns
 from workers.modeling.quantized_weight import QuantizedWeight
 
@@ -33,8 +34,8 @@ def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one linear; `dtype` of the model is not used: scales are always float16 here."""
     bits = weight.scheme.bits
     return {
-        "qweight": pack_gptq(weight.q.T.contiguous(), bits),
-        "qzeros": pack_gptq_zeros(weight.zero.T.contiguous(), bits),
+        "qweight": pack(weight.q.T.contiguous(), bits, down=True),
+        "qzeros": pack(to_stored_zeros(weight.zero.T.contiguous()), bits),
         "scales": weight.scale.T.to(torch.float16).contiguous(),
         "g_idx": group_of_channels(weight.scheme, weight.shape[1]).to(weight.q.device),
     }
@@ -46,9 +47,9 @@ def weight(stored: dict[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     if not torch.equal(stored["g_idx"], group_of_channels(scheme, in_features).to(stored["g_idx"].device)):
         raise ValueError("g_idx does not name consecutive groups")
     return QuantizedWeight(
-        unpack_gptq(stored["qweight"], scheme.bits, in_features).T.contiguous(),
+        unpack(stored["qweight"], scheme.bits, in_features, down=True).T.contiguous(),
         stored["scales"].T.to(torch.float32).contiguous(),
-        unpack_gptq_zeros(stored["qzeros"], scheme.bits, out_features).T.contiguous(),
+        from_stored_zeros(unpack(stored["qzeros"], scheme.bits, out_features)).T.contiguous(),
         scheme,
     )
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from app.core.errors import ModelRefused
-from kernels.layouts import pack_rows, packed_words, unpack_awq, unpack_gptq_zeros, unpack_rows  # fmt: skip
+from kernels.layouts import from_stored_zeros, packed_words
+from kernels.operators import pack, unpack
 from kernels.weight import PackedWeight
 
 SLICE_VALUES = 2 * 1024**2  # unpacked at a time; as int64 while they are packed
@@ -49,8 +50,7 @@ def from_compressed_tensors(name: str, stored: Stored, config: QuantizationConfi
         )
     zero = None
     if "weight_zero_point" in stored:
-        words = stored["weight_zero_point"].T.contiguous()
-        zero = unpack_rows(words, bits, out_features).T.contiguous()
+        zero = unpack(stored["weight_zero_point"].contiguous(), bits, out_features, down=True)
     group_size = group_size_of(name, in_features, scale.shape[1])
     return PackedWeight(packed, scale.contiguous(), zero, bits, group_size, in_features)
 
@@ -62,9 +62,10 @@ def from_awq(name: str, stored: Stored, config: QuantizationConfig) -> PackedWei
     packed = torch.empty(out_features, packed_words(in_features, 4), dtype=torch.int32)
     step = max(1, SLICE_VALUES // (8 * in_features))
     for first in range(0, words.shape[1], step):
-        part = unpack_awq(words[:, first : first + step].contiguous())
-        packed[8 * first : 8 * (first + step)] = pack_rows(part.T.contiguous(), 4)
-    zero = unpack_awq(stored["qzeros"]).T.contiguous()
+        part = words[:, first : first + step].contiguous()
+        values = unpack(part, 4, 8 * part.shape[1], interleaved=True)
+        packed[8 * first : 8 * (first + step)] = pack(values.T.contiguous(), 4)
+    zero = unpack(stored["qzeros"].contiguous(), 4, out_features, interleaved=True).T.contiguous()
     group_size = group_size_of(name, in_features, scales.shape[0])
     return PackedWeight(packed, scales.T.contiguous(), zero, 4, group_size, in_features)
 
@@ -80,10 +81,11 @@ def from_gptq(name: str, stored: Stored, config: QuantizationConfig) -> PackedWe
     expected = torch.arange(in_features, dtype=torch.int32) // (in_features // groups)
     if not torch.equal(stored["g_idx"].to(torch.int32), expected):
         raise refused(name, "its channels are grouped out of order (g_idx, desc_act)")
+    stored_zeros = unpack(stored["qzeros"].contiguous(), bits, out_features)
     if config.get("checkpoint_format", "gptq") == "gptq_v2":
-        zero = unpack_rows(stored["qzeros"], bits, out_features)
+        zero = stored_zeros
     else:
-        zero = unpack_gptq_zeros(stored["qzeros"], bits, out_features)
+        zero = from_stored_zeros(stored_zeros)
     symmetric = bool((zero == 2 ** (bits - 1)).all())
     return PackedWeight(
         words.T.contiguous(), scales.T.contiguous(), None if symmetric else zero.T.contiguous(),

@@ -12,14 +12,14 @@ from torch import Tensor
 from kernels.layouts import (
     AWQ_ORDER,
     AWQ_POSITION,
+    from_stored_zeros,
     pack_awq,
     pack_gptq,
-    pack_gptq_zeros,
     pack_rows,
     packed_words,
+    to_stored_zeros,
     unpack_awq,
     unpack_gptq,
-    unpack_gptq_zeros,
     unpack_rows,
 )
 
@@ -120,17 +120,17 @@ def test_gptq_is_a_bit_stream_down_each_column(case: tuple[Tensor, int]) -> None
 def test_gptq_stores_zero_points_less_one(case: tuple[Tensor, int]) -> None:
     values, bits = case
     zeros = values.clamp(min=1)
-    packed = pack_gptq_zeros(zeros, bits)
+    packed = pack_rows(to_stored_zeros(zeros), bits)
     assert packed.tolist() == [bit_stream_words([zero - 1 for zero in row], bits) for row in zeros.tolist()]
-    assert torch.equal(unpack_gptq_zeros(packed, bits, zeros.shape[1]), zeros)
+    assert torch.equal(from_stored_zeros(unpack_rows(packed, bits, zeros.shape[1])), zeros)
 
 
 @pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
 def test_symmetric_zero_points_of_gptq_are_one_word(bits: int, word: int) -> None:
     zeros = torch.full((1, 32), 2 ** (bits - 1), dtype=torch.uint8)
-    assert set(pack_gptq_zeros(zeros, bits).view(-1).tolist()) == {word}
+    assert set(pack_rows(to_stored_zeros(zeros), bits).view(-1).tolist()) == {word}
 
 
 def test_a_zero_point_of_zero_is_refused_by_gptq() -> None:
     with pytest.raises(ValueError, match="zero point of 0"):
-        pack_gptq_zeros(torch.tensor([[3, 0, 1]], dtype=torch.uint8), 4)
+        to_stored_zeros(torch.tensor([[3, 0, 1]], dtype=torch.uint8))

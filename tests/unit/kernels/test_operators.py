@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import operators, reference
+from kernels import layouts, operators, reference
+from kernels.cuda import packing
 from kernels.weight import PackedWeight
 from tests.unit.kernels.weights import assert_close, random_input, random_weight
 
@@ -30,6 +32,55 @@ def test_packing_is_the_references(bits: int, rows: int, count: int, seed: int) 
     assert torch.equal(words, reference.pack(values, bits))
     assert torch.equal(operators.unpack(words, bits, count), values)
     assert torch.equal(reference.unpack(words, bits, count), values)
+
+
+@settings(max_examples=20, deadline=None)
+@given(bits=BITS, rows=st.integers(1, 5), count=st.integers(1, 70), seed=st.integers(0, 2**16))
+def test_packing_down_is_packing_of_the_columns(bits: int, rows: int, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 2**bits, (count, rows), generator=generator, dtype=torch.uint8)
+    words = operators.pack(values, bits, down=True)
+    assert torch.equal(words, reference.pack(values.T, bits).T)
+    assert torch.equal(operators.unpack(words, bits, count, down=True), values)
+
+
+def test_interleaved_packing_is_that_of_awq() -> None:
+    values = torch.arange(48, dtype=torch.uint8).view(3, 16) % 16
+    words = operators.pack(values, 4, interleaved=True)
+    assert torch.equal(words, layouts.pack_awq(values))
+    assert torch.equal(operators.unpack(words, 4, 16, interleaved=True), values)
+
+
+def test_tensors_that_the_kernels_take_are_packed_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for a kernel, and for which layout, is seen without a GPU; its bytes are tested on one."""
+    asked: list[tuple[Any, ...]] = []
+
+    def kernel(name: str) -> Callable[..., torch.Tensor]:
+        def call(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            asked.append((name, *arguments, *options.values()))
+            return torch.zeros_like(tensor)
+
+        return call
+
+    monkeypatch.setattr(packing, "takes", lambda operator, tensor: True)
+    for name in ("pack", "unpack", "dequantize"):
+        monkeypatch.setattr(packing, name, kernel(name))
+    values, natural = torch.zeros(8, 8, dtype=torch.uint8), packing.NATURAL_ORDER
+    operators.pack(values, 3)
+    operators.pack(values, 4, down=True)
+    operators.pack(values, 4, interleaved=True)
+    words = torch.zeros(8, 1, dtype=torch.int32)
+    operators.unpack(words, 4, 8)
+    operators.unpack(words, 4, 64, down=True)
+    operators.unpack(words, 4, 8, interleaved=True)
+    assert asked == [
+        ("pack", 3, False, natural), ("pack", 4, True, natural), ("pack", 4, False, layouts.AWQ_ORDER),
+        ("unpack", 4, 8, False, natural), ("unpack", 4, 64, True, natural),
+        ("unpack", 4, 8, False, layouts.AWQ_ORDER),
+    ]  # fmt: skip
+    weight = random_weight(4, 32, group_size=32)
+    operators.dequantize(*arguments(weight), 4, 32, 32, torch.float16)
+    assert asked[-1][0] == "dequantize"
 
 
 @settings(max_examples=30, deadline=None)
@@ -62,6 +113,10 @@ def test_opcheck() -> None:
     values = torch.randint(0, 8, (5, 64), dtype=torch.uint8)
     torch.library.opcheck(operators.pack, (values, 3))
     torch.library.opcheck(operators.unpack, (operators.pack(values, 3), 3, 64))
+    torch.library.opcheck(operators.pack, (values, 3, True))
+    torch.library.opcheck(operators.unpack, (operators.pack(values, 3, down=True), 3, 5, True))
+    torch.library.opcheck(operators.pack, (values, 4, False, True))
+    torch.library.opcheck(operators.unpack, (operators.pack(values, 4, interleaved=True), 4, 64, False, True))
     weight = random_weight(16, 128, bits=3, group_size=64, asymmetric=True)
     torch.library.opcheck(operators.dequantize, (*arguments(weight), 3, 64, 128, torch.bfloat16))
     bias = torch.zeros(16)
@@ -117,6 +172,13 @@ def test_bad_arguments_of_packing_are_named() -> None:
         operators.pack(values + 9, 3)
     with pytest.raises(ValueError, match=r"words has shape \(2, 1\); allowed: \(rows, 2\) for count=9"):
         operators.unpack(operators.pack(values, 4), 4, 9)
+    with pytest.raises(ValueError, match=r"words has shape \(2, 1\); allowed: \(1, columns\) for count=8"):
+        operators.unpack(operators.pack(values, 4), 4, 8, down=True)
+    with pytest.raises(ValueError, match=r"words has strides \(1, 2\)"):
+        operators.unpack(torch.zeros(2, 2, dtype=torch.int32).T, 4, 16)
+    for bits, down, shape in ((8, False, (2, 8)), (4, True, (2, 8)), (4, False, (2, 12))):
+        with pytest.raises(ValueError, match=f"interleaved with bits={bits}, down={down} and {shape[1]} val"):
+            operators.pack(values.new_zeros(shape), bits, down=down, interleaved=True)
     with pytest.raises(TypeError, match=r"dtype is torch.float64"):
         operators.dequantize(WEIGHT.qweight, WEIGHT.scale, WEIGHT.zero, 4, 64, 128, torch.float64)
 

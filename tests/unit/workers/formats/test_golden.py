@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.core.format_limits import Scheme
 from tests.golden.make_packed import FROZEN, golden_weight, packed
@@ -43,6 +45,32 @@ def test_the_frozen_bytes_are_read(case: str) -> None:
     layout, scheme = CASES[case]
     expected = golden_weight(scheme, 32 if layout is gptq else 8)
     assert layout.weight(frozen_tensors(case), scheme).equals(expected)
+
+
+class Dispatched(TorchDispatchMode):
+    """The operators of ours that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names += [str(func)] if func.namespace == "nibble" else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packing_goes_through_the_operators(case: str) -> None:
+    """They hand tensors on a GPU to its kernels: packing there costs no time of the processor."""
+    layout, scheme = CASES[case]
+    packed_tensors = 1 if layout is compressed_tensors and scheme.symmetric else 2
+    weight = golden_weight(scheme, 32 if layout is gptq else 8)
+    with Dispatched() as dispatched:
+        layout.weight(layout.tensors(weight, torch.float16), scheme)
+    expected = ["nibble.pack.default"] * packed_tensors + ["nibble.unpack.default"] * packed_tensors
+    assert dispatched.names == expected
 
 
 def test_words_worked_out_by_hand() -> None:
