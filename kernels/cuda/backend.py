@@ -11,7 +11,7 @@ from kernels.checks import check_bias, check_input
 from kernels.cuda.compiler import architecture_for, find_compiler
 from kernels.cuda.driver import DriverError, open_driver
 from kernels.cuda.layout import format_of
-from kernels.cuda.linear import load_kernels, make_records
+from kernels.cuda.linear import linear, load_kernels, make_records
 from kernels.problem import Problem
 from kernels.weight import PackedWeight
 
@@ -37,6 +37,9 @@ class CudaKernel:
         check_input(x, self.in_features, self.dtype, self.records.device)
         check_bias(bias, self.out_features, x)
         form = self.form
+        if type(x) is Tensor and not torch.compiler.is_compiling():
+            # Not through the dispatcher, whose way takes longer than the kernel of a small layer.
+            return linear(x, self.records, bias, self.out_features, form)
         output: Tensor = torch.ops.nibble.cuda_linear(
             x,
             self.records,

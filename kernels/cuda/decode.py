@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.cuda.driver import PROCESSORS, SHARED_BYTES_OF_BLOCK, Function, Launch, open_driver
+from kernels.cuda.calls import LinearKernel, Prepared, Sizes
+from kernels.cuda.driver import PROCESSORS, SHARED_BYTES_OF_BLOCK, Launch, open_driver
 from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format
-from kernels.cuda.library import Library
-from kernels.cuda.workspace import Workspace
 
 SOURCE = "decode.cu"
 TOKEN_TILES = (1, 2, 4, 8)
@@ -99,6 +98,7 @@ def device_of(index: int) -> Device:
     return Device(driver.attribute(PROCESSORS, index), driver.attribute(SHARED_BYTES_OF_BLOCK, index))
 
 
+@functools.cache
 def hopper(index: int) -> bool:
     """Whether the device has Hopper's instructions and overlapping launches."""
     return torch.cuda.get_device_capability(index)[0] == 9
@@ -199,41 +199,18 @@ def lone_block(shared_bytes: int, device: Device) -> int:
     return max(shared_bytes, device.shared_bytes // 2 + 1024)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A plan with its kernel loaded: what a call needs."""
+class DecodeKernel(LinearKernel):
+    """For up to MAX_TOKENS rows of x."""
 
-    function: Function
-    launch: Launch
-    partial_bytes: int
-    strips: int
+    def alike(self, tokens: int) -> int:
+        return 0 if tokens == 1 else token_tiles(tokens)
 
-
-class DecodeKernel:
-    """y = x W^T + bias for up to MAX_TOKENS rows of x."""
-
-    def __init__(self, library: Library, workspace: Workspace) -> None:
-        self.library, self.workspace = library, workspace
-        self.prepared: dict[tuple[object, ...], Prepared] = {}
-
-    def __call__(self, x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor, form: Format) -> None:
-        """Writes `output` (tokens, rows); x (tokens, channels), both contiguous and on 16-byte addresses."""
-        sizes = x.shape[0], x.shape[1], output.shape[1]
-        self.launch(self.prepared_for(sizes, form, x.dtype, x.get_device()), x, records, bias, output)
-
-    def prepared_for(
-        self, sizes: tuple[int, int, int], form: Format, dtype: torch.dtype, device: int
-    ) -> Prepared:
-        """What a call of `sizes` (tokens, channels, rows) needs, made if this is the first."""
+    def prepare(self, sizes: Sizes, form: Format, dtype: torch.dtype, device: int) -> Prepared:
         tokens, channels, rows = sizes
-        key = (device, tokens == 1, token_tiles(tokens), channels, rows, form, dtype)
-        prepared = self.prepared.get(key)
-        if prepared is None:
-            plan = make_plan(tokens, rows, channels, form, device_of(device))
-            prepared = self.prepared[key] = self.prepare(plan, rows, form, dtype, device)
-        return prepared
+        plan = make_plan(tokens, rows, channels, form, device_of(device))
+        return self.prepare_plan(plan, rows, form, dtype, device)
 
-    def prepare(self, plan: Plan, rows: int, form: Format, dtype: torch.dtype, device: int) -> Prepared:
+    def prepare_plan(self, plan: Plan, rows: int, form: Format, dtype: torch.dtype, device: int) -> Prepared:
         shape = plan.shape
         function = self.library.function(SOURCE, "decode", device, shape.defines(form, dtype))
         shared = lone_block(shape.shared_bytes(form), device_of(device))
@@ -241,9 +218,5 @@ class DecodeKernel:
         partial_bytes = plan.blocks * 2 * shape.row_warps * shape.sums * LANE_SUM_BYTES
         return Prepared(function, launch, partial_bytes, strips_of(rows, shape))
 
-    def launch(
-        self, prepared: Prepared, x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor
-    ) -> None:
-        partial, arrived = self.workspace.get(x.get_device(), prepared.partial_bytes, prepared.strips)
-        sizes = x.shape[0], x.shape[1], output.shape[1]
-        prepared.function(prepared.launch, (records, x, bias, output, partial, arrived, *sizes))
+    def inputs(self, prepared: Prepared, x: Tensor, records: Tensor) -> tuple[Tensor, Tensor]:
+        return records, x

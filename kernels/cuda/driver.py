@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 
 Argument = torch.Tensor | int | float | ctypes.Structure | None
 Grid = tuple[int, int, int]
+CValue = Any  # a ctypes value: of a structure, a pointer, an integer or a float
 
 
 class DriverError(RuntimeError):
@@ -56,11 +59,15 @@ class Driver:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
+        self.functions: dict[str, Callable[..., int]] = {}  # looking one up in the library makes it anew
         self.call("cuInit", 0)
 
     def call(self, name: str, *arguments: object) -> None:
         """Calls `name`. Raises DriverError, with the driver's name and text of the error."""
-        status = self.library[name](*arguments)
+        function = self.functions.get(name)
+        if function is None:
+            function = self.functions[name] = self.library[name]
+        status = function(*arguments)
         if status:
             error, text = ctypes.c_char_p(), ctypes.c_char_p()
             self.library.cuGetErrorName(status, ctypes.byref(error))
@@ -82,6 +89,12 @@ class Driver:
         self.call("cuDeviceGet", ctypes.byref(handle), device)
         self.call("cuDeviceGetAttribute", ctypes.byref(value), number, handle)
         return value.value
+
+    def is_on(self, device: int) -> bool:
+        """Whether the device's context is current in this thread."""
+        current = ctypes.c_void_p()
+        self.call("cuCtxGetCurrent", ctypes.byref(current))
+        return current.value == self.context(device).value
 
     @contextmanager
     def on(self, device: int) -> Iterator[None]:
@@ -116,6 +129,31 @@ class Launch:
     overlap: bool = False
 
 
+class Packed(threading.local):
+    """A thread's own C values of a kernel's arguments, and of its launch: filled anew for each call."""
+
+    def __init__(self) -> None:
+        self.values: list[CValue] = []
+        self.pointers: ctypes.Array[ctypes.c_void_p] = (ctypes.c_void_p * 0)()
+        self.launch: Launch | None = None
+        self.config = LaunchConfig()
+
+    def fill(self, arguments: Sequence[Argument]) -> None:
+        """A kernel's parameters have the same types in every call."""
+        if len(self.values) != len(arguments):
+            self.values = [as_c(argument) for argument in arguments]
+            self.pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, self.values))
+            return
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                self.values[index].value = argument.data_ptr()
+            elif isinstance(argument, ctypes.Structure):
+                self.values[index] = argument
+                self.pointers[index] = ctypes.addressof(argument)
+            else:
+                self.values[index].value = argument
+
+
 class Function:
     """A kernel of a loaded module."""
 
@@ -125,20 +163,29 @@ class Function:
         self.device = device
         self.shared_limit = DEFAULT_SHARED_BYTES
         self.overlap = Attribute(OVERLAP, 0, (ctypes.c_int * 16)(1))
+        self.packed = Packed()
 
     def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
         """Adds the kernel to PyTorch's current stream: tensors go as pointers, integers as 32 bits, floats as
         float32, None as a null pointer, structures by value."""
-        values = [as_c(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        attributes = ctypes.pointer(self.overlap) if launch.overlap else None
-        config = LaunchConfig(
-            launch.grid, launch.block, launch.shared_bytes, stream, attributes, int(launch.overlap)
-        )
-        with self.driver.on(self.device):
-            self.allow_shared(launch.shared_bytes)
-            self.driver.call("cuLaunchKernelEx", ctypes.byref(config), self.handle, pointers, None)
+        packed = self.packed
+        packed.fill(arguments)
+        if packed.launch is not launch:
+            attributes = ctypes.pointer(self.overlap) if launch.overlap else None
+            packed.config = LaunchConfig(
+                launch.grid, launch.block, launch.shared_bytes, None, attributes, int(launch.overlap)
+            )
+            packed.launch = launch
+        packed.config.stream = current_stream(self.device)
+        if self.driver.is_on(self.device):
+            self.start(packed)
+        else:
+            with self.driver.on(self.device):
+                self.start(packed)
+
+    def start(self, packed: Packed) -> None:
+        self.allow_shared(packed.config.shared_bytes)
+        self.driver.call("cuLaunchKernelEx", ctypes.byref(packed.config), self.handle, packed.pointers, None)
 
     def allow_shared(self, count: int) -> None:
         """Raises the limit of dynamic shared memory to `count` bytes, once."""
@@ -165,7 +212,13 @@ class Module:
         return Function(self.driver, handle, self.device)
 
 
-def as_c(argument: Argument) -> ctypes.Structure | ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+def current_stream(device: int) -> int:
+    """The handle of PyTorch's current stream, as the code asks for it that torch.compile writes."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle
+
+
+def as_c(argument: Argument) -> CValue:
     """A kernel's argument as the C value whose address the driver wants."""
     if isinstance(argument, ctypes.Structure):
         return argument

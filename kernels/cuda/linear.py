@@ -82,7 +82,7 @@ def dense(records: Tensor, rows: int, channels: int, form: Format, dtype: torch.
 
 def linear(x: Tensor, records: Tensor, bias: Tensor | None, rows: int, form: Format) -> Tensor:
     """x (..., channels) times the records' weight, plus bias: (..., rows)."""
-    tokens = aligned(x.reshape(-1, x.shape[-1]))
+    tokens = aligned(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     on_hopper = hopper(x.get_device())
     if tokens.shape[0] > MAX_TOKENS and not on_hopper:
         weight = dense(records, rows, x.shape[-1], form, x.dtype)
@@ -91,7 +91,7 @@ def linear(x: Tensor, records: Tensor, bias: Tensor | None, rows: int, form: For
     if tokens.shape[0]:
         wide = on_hopper and tokens.shape[0] > DECODE_TOKENS
         (kernels().wide if wide else kernels().decode)(tokens, records, bias, output, form)
-    return output.view(*x.shape[:-1], rows)
+    return output if x.dim() == 2 else output.view(*x.shape[:-1], rows)
 
 
 def aligned(matrix: Tensor) -> Tensor:

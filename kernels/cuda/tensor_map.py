@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -24,17 +25,21 @@ class TensorMap(ctypes.Structure):
 
 def describe(matrix: Tensor, box_rows: int) -> TensorMap:
     """Boxes of `box_rows` by 64 columns of a contiguous 16-bit matrix; what lies outside reads as zeros."""
-    rows, columns = matrix.shape
+    return description(matrix.data_ptr(), *matrix.shape, matrix.dtype, box_rows)
+
+
+@functools.lru_cache(maxsize=1024)  # PyTorch hands out the same addresses again and again
+def description(address: int, rows: int, columns: int, dtype: torch.dtype, box_rows: int) -> TensorMap:
     memory = (ctypes.c_uint8 * (ctypes.sizeof(TensorMap) + ALIGNMENT))()
     start = -ctypes.addressof(memory) % ALIGNMENT
     open_driver().call(
         "cuTensorMapEncodeTiled",
         ctypes.byref(memory, start),
-        ELEMENT_TYPES[matrix.dtype],
+        ELEMENT_TYPES[dtype],
         2,
-        ctypes.c_void_p(matrix.data_ptr()),
+        ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(columns * matrix.element_size()),
+        (ctypes.c_uint64 * 1)(columns * dtype.itemsize),
         (ctypes.c_uint32 * 2)(SWIZZLED_COLUMNS, box_rows),
         (ctypes.c_uint32 * 2)(1, 1),
         0,

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.cuda.calls import LinearKernel, Prepared, Sizes
 from kernels.cuda.decode import Device, device_of, format_defines, lone_block
-from kernels.cuda.driver import Function, Launch
+from kernels.cuda.driver import Launch
 from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format
-from kernels.cuda.library import Library
-from kernels.cuda.tensor_map import describe
-from kernels.cuda.workspace import Workspace
+from kernels.cuda.tensor_map import TensorMap, describe
 
 SOURCE = "wide.cu"
 WARPGROUPS = 2
@@ -137,56 +136,22 @@ def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Devic
     return min(plans, key=lambda plan: plan[0])[1]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A plan with its kernel loaded: what a call needs."""
+class WideKernel(LinearKernel):
+    """For any number of rows of x, on compute capability 9."""
 
-    function: Function
-    launch: Launch
-    plan: Plan
-    partial_bytes: int
-    tiles: int
+    def alike(self, tokens: int) -> int:
+        return tokens
 
-
-class WideKernel:
-    """y = x W^T + bias for any number of rows of x, on compute capability 9."""
-
-    def __init__(self, library: Library, workspace: Workspace) -> None:
-        self.library, self.workspace = library, workspace
-        self.prepared: dict[tuple[object, ...], Prepared] = {}
-
-    def __call__(self, x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor, form: Format) -> None:
-        """Writes `output` (tokens, rows); x (tokens, channels), both contiguous and on 16-byte addresses."""
-        sizes = x.shape[0], x.shape[1], output.shape[1]
-        self.launch(self.prepared_for(sizes, form, x.dtype, x.get_device()), x, records, bias, output)
-
-    def prepared_for(
-        self, sizes: tuple[int, int, int], form: Format, dtype: torch.dtype, device: int
-    ) -> Prepared:
-        """What a call of `sizes` (tokens, channels, rows) needs, made if this is the first."""
+    def prepare(self, sizes: Sizes, form: Format, dtype: torch.dtype, device: int) -> Prepared:
         tokens, channels, rows = sizes
-        key = (device, tokens, channels, rows, form, dtype)
-        prepared = self.prepared.get(key)
-        if prepared is None:
-            plan = make_plan(tokens, rows, channels, form, device_of(device))
-            prepared = self.prepared[key] = self.prepare(plan, (tokens, rows), form, dtype, device)
-        return prepared
-
-    def prepare(
-        self, plan: Plan, sizes: tuple[int, int], form: Format, dtype: torch.dtype, device: int
-    ) -> Prepared:
-        """`sizes`: tokens and rows."""
+        plan = make_plan(tokens, rows, channels, form, device_of(device))
         shape = plan.shape
         function = self.library.function(SOURCE, "wide", device, shape.defines(form, dtype))
         shared = lone_block(shape.shared_bytes(form), device_of(device))
         launch = Launch((plan.blocks, 1, 1), (shape.threads, 1, 1), shared, overlap=True)
         partial_bytes = plan.blocks * 2 * shape.rows * shape.tokens * 4 if plan.split else 0
-        return Prepared(function, launch, plan, partial_bytes, tiles_of(*sizes, shape))
+        counters = tiles_of(tokens, rows, shape)
+        return Prepared(function, launch, partial_bytes, counters, shape.tokens, (int(plan.split),))
 
-    def launch(
-        self, prepared: Prepared, x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor
-    ) -> None:
-        partial, arrived = self.workspace.get(x.get_device(), prepared.partial_bytes, prepared.tiles)
-        sizes = x.shape[0], x.shape[1], output.shape[1], int(prepared.plan.split)
-        tokens = describe(x, prepared.plan.shape.tokens)
-        prepared.function(prepared.launch, (tokens, records, bias, output, partial, arrived, *sizes))
+    def inputs(self, prepared: Prepared, x: Tensor, records: Tensor) -> tuple[TensorMap, Tensor]:
+        return describe(x, prepared.token_box), records

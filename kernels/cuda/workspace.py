@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from kernels.cuda.driver import open_driver
+from kernels.cuda.driver import current_stream, open_driver
 
 CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 
@@ -49,7 +49,7 @@ class Workspace:
 
 def stream_and_capture(device: int) -> tuple[int, int]:
     """The current stream's handle and 0, or 0 and the id of the graph that it captures."""
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device)
     if not torch.cuda.is_current_stream_capturing():
         return stream, 0
     status, identity = ctypes.c_int(), ctypes.c_uint64()

@@ -109,7 +109,7 @@ def test_the_path_of_ampere(tokens: int) -> None:
     plan = make_plan(tokens, 200, 640, form, device_of(0))
     defines = {**plan.shape.defines(form, torch.float16), "BULK": 0, "BULK_TOKENS": 0}
     function = shared_library().function(SOURCE, "decode", 0, defines)
-    prepared = replace(kernel.prepare(plan, 200, form, torch.float16, 0), function=function)
+    prepared = replace(kernel.prepare_plan(plan, 200, form, torch.float16, 0), function=function)
 
     def run(x: Tensor, records: Tensor, bias: Tensor | None, output: Tensor, _: object) -> None:
         kernel.launch(prepared, x, records, bias, output)

@@ -115,7 +115,10 @@ class RecordingLibrary:
 
 @pytest.mark.parametrize(("capability", "device"), [((9, 0), H100), ((8, 0), A100)])
 def test_loading_a_weight_brings_the_kernels_of_its_calls(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], device: Device
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    capability: tuple[int, int],
+    device: Device,
 ) -> None:
     library = RecordingLibrary()
     shared = SimpleNamespace(
@@ -126,6 +129,8 @@ def test_loading_a_weight_brings_the_kernels_of_its_calls(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     for module in (decode, wide):
         monkeypatch.setattr(module, "device_of", lambda index: device)
+    decode.hopper.cache_clear()
+    request.addfinalizer(decode.hopper.cache_clear)
     weight = random_weight(1024, 512, asymmetric=True)
     linear.load_kernels(weight, torch.bfloat16, 0)
     loaded = set(library.asked)
