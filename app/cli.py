@@ -19,7 +19,8 @@ EPILOG = (
 
 COMMANDS = (
     serve.up, serve.api, serve.worker,
-    jobs.submit, jobs.watch, jobs.jobs, jobs.cancel, jobs.report, jobs.estimate,
+    jobs.submit, jobs.watch, jobs.jobs, jobs.cancel, jobs.retry, jobs.events, jobs.report, jobs.estimate,
+    jobs.workers,
     quantize.quantize, doctor.doctor, keys.login, deploy, chat.chat, storage.gc,
 )  # fmt: skip
 
@@ -30,7 +31,6 @@ def build() -> typer.Typer:
         help="Quantize language models: run the service, or talk to one.",
         epilog=EPILOG,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
     for command in COMMANDS:
@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         build()(args=arguments, prog_name="nibble")
     except NibbleError as error:
-        sys.exit(report_error(error))
+        given = sys.argv[1:] if arguments is None else arguments
+        sys.exit(report_error(error, as_json="--json" in given))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from app.commands.progress import progress_view
 from app.commands.show import print_page, show_artifact, show_artifacts
-from app.commands.terminal import After, ApiKey, AsJson, Limit, Url, connect, print_json, stdout
+from app.commands.terminal import After, ApiKey, AsJson, Limit, Url, connect, print_json, stderr, stdout
 from app.core.job import Progress
 
 ArtifactId = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")]
@@ -53,11 +54,15 @@ def download(
     artifact_id: ArtifactId,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; made if missing.")],
+    as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Download an artifact; each file's SHA-256 is checked before it appears in the folder."""
-    console = stdout()
+    """Download an artifact; each file's SHA-256 is checked before it appears in the folder.
+
+    A download that was interrupted goes on where it stopped.
+    """
+    console = stderr() if as_json else stdout()
     with connect(url, api_key) as client:
         size = max(client.artifact(artifact_id).size, 1)
         received = 0
@@ -69,4 +74,7 @@ def download(
                 view.show("downloading", Progress(fraction=min(received / size, 1.0)))
 
             artifact = client.download(artifact_id, out, on_bytes=on_bytes)
-    console.print(f"{len(artifact.files)} files in {out}")
+    if as_json:
+        print_json({**artifact.model_dump(mode="json"), "folder": str(out)})
+    else:
+        console.print(f"{len(artifact.files)} files in {escape(str(out))}")

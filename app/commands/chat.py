@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from app.commands.terminal import ApiKey, ExitCode, Url, connect, report_error, stdout
+from app.commands.terminal import (
+    ApiKey,
+    AsJson,
+    ExitCode,
+    Url,
+    connect,
+    print_json,
+    report_error,
+    stderr,
+    stdout,
+)
 from app.core.errors import NibbleError
 
 if TYPE_CHECKING:
@@ -64,13 +74,24 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="How the model shall behave.", show_default=False)
     ] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, show_default=False)] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(show_default=False)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 always takes the likeliest token.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed draws the same answer.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Talk to a deployment."""
+    """Talk to a deployment. With --json: one question, and its answer as one document."""
+    if as_json and prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter(
+            "--json needs a question: there is no conversation in JSON", param_hint="PROMPT"
+        )
     given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     parameters = {key: value for key, value in given.items() if value is not None}
     talk = Conversation(model=name, parameters=parameters, system=system)
@@ -78,7 +99,10 @@ def chat(
     with connect(url, api_key) as client:
         if prompt is not None or not sys.stdin.isatty():
             talk.say(prompt if prompt is not None else sys.stdin.read())
-            answer(client, talk, console)
+            if as_json:
+                print_json(whole_answer(client, talk))
+            else:
+                answer(client, talk, console)
             return
         console.print(f"[bold]{escape(name)}[/] [dim]/help lists the commands[/]")
         converse(client, talk, console)
@@ -154,6 +178,18 @@ def answer(client: NibbleClient, talk: Conversation, console: Console) -> None:
     if console.is_terminal and usage and first:
         rate = (usage - 1) / max(time.monotonic() - first, 1e-9)
         console.print(f"[dim]{usage} tokens, {rate:.1f} per second, first after {first - started:.2f} s[/]")
+
+
+def whole_answer(client: NibbleClient, talk: Conversation) -> dict[str, Any]:
+    """The answer, why it ended, and what it took."""
+    parts: list[str] = []
+    told: dict[str, Any] = {"model": talk.model, "content": "", "finish_reason": None, "usage": None}
+    for chunk in client.chat(talk.body(), on_wait=lambda seconds: waiting(stderr(), seconds)):
+        told["usage"] = chunk.get("usage") or told["usage"]
+        for choice in chunk.get("choices", ()):
+            parts.append((choice.get("delta") or {}).get("content") or "")
+            told["finish_reason"] = choice.get("finish_reason") or told["finish_reason"]
+    return {**told, "content": "".join(parts)}
 
 
 def waiting(console: Console, seconds: float) -> None:

@@ -11,7 +11,19 @@ from rich.markup import escape
 
 from app.commands.show import print_page
 from app.commands.submission import given
-from app.commands.terminal import After, ApiKey, AsJson, Limit, Url, connect, print_json, stdout, table
+from app.commands.terminal import (
+    After,
+    ApiKey,
+    AsJson,
+    Limit,
+    Url,
+    among,
+    connect,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
 from app.core.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -28,7 +40,12 @@ def deploy(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")],
     *,
     name: Annotated[str, typer.Option("--name", "-n", help="What requests call the model.")],
-    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="auto, transformers or vllm.", autocompletion=among("auto", "transformers", "vllm")
+        ),
+    ] = "auto",
     replicas: Annotated[int, typer.Option(min=1, max=16, help="How many servers.")] = 1,
     idle_timeout: Annotated[
         int | None,
@@ -52,7 +69,7 @@ def deploy(
     with connect(url, api_key) as client:
         made = client.deploy(body)
         if wait:
-            made = await_ready(client, made, stdout(), quiet=as_json)
+            made = await_ready(client, made, stderr() if as_json else stdout(), quiet=as_json)
         if as_json:
             print_json(made.model_dump(mode="json"))
         else:
@@ -121,7 +138,7 @@ def delete(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: Api
     """Take no more requests, finish those that run, then stop."""
     with connect(url, api_key) as client:
         found = client.deployment_named(name)
-        with stdout().status(f"{escape(found.name)} finishes what runs"):
+        with (stderr() if as_json else stdout()).status(f"{escape(found.name)} finishes what runs"):
             client.delete_deployment(found.id, wait=True)
     if as_json:
         print_json({"id": found.id, "name": found.name, "deleted": True})

@@ -1,4 +1,4 @@
-"""Commands about jobs: submit, watch, jobs, cancel, report, estimate."""
+"""Commands about jobs and who executes them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ import typer
 
 from app.commands import submission
 from app.commands.progress import progress_view
-from app.commands.show import print_page, show_estimate, show_job, show_jobs, show_report
-from app.commands.terminal import After, ApiKey, AsJson, ExitCode, Limit, Url, connect, print_json, stdout
+from app.commands.show import (
+    print_page,
+    show_estimate,
+    show_event,
+    show_job,
+    show_jobs,
+    show_report,
+    show_workers,
+)
+from app.commands.terminal import (
+    After,
+    ApiKey,
+    AsJson,
+    ExitCode,
+    Limit,
+    Url,
+    among,
+    connect,
+    print_json,
+    stdout,
+)
+from app.core.job import JobState
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,7 +120,10 @@ def watch_job(client: NibbleClient, job_id: str, console: Console) -> JobView:
 
 def jobs(
     *,
-    state: Annotated[str | None, typer.Option(help="Only jobs in this state.", show_default=False)] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help="Only jobs in this state.", show_default=False, autocompletion=among(*JobState)),
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Only jobs with key=value.", show_default=False)] = None,
     limit: Limit = 20,
     after: After = None,
@@ -122,6 +145,34 @@ def cancel(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: 
         print_json(job.model_dump(mode="json"))
     else:
         show_job(stdout(), job)
+
+
+def retry(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Start a job that has ended once more, as a new job."""
+    with connect(url, api_key) as client:
+        job = client.retry(job_id)
+    if as_json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        show_job(stdout(), job)
+
+
+def events(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Show everything that happened to a job, and what happens until it ends."""
+    console = stdout()
+    with connect(url, api_key) as client:
+        for event in client.events(job_id):
+            if as_json:
+                print_json(event.model_dump(mode="json"))
+            else:
+                show_event(console, event)
+
+
+def workers(*, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """List the workers that live: where they run, on which device, what they do."""
+    with connect(url, api_key) as client:
+        page = client.workers()
+    print_page(page, show_workers, as_json=as_json, command="nibble workers")
 
 
 def report(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from app.client import NibbleClient
 from app.commands.checks.devices import gpu_names
-from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, stdout
+from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, print_json, stdout
 from app.core.errors import NibbleError, Unavailable
 
 if TYPE_CHECKING:
@@ -33,12 +33,30 @@ RESTART_WINDOW_S = 60.0
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
 
 
+class Voice:
+    """How lines look: behind the name of who says them, or as JSON."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = stdout()
+        self.colours: dict[str, str] = {}
+
+    def say(self, name: str, line: str, *, style: str = "", **facts: str) -> None:
+        """`facts` are for programs: the line tells them to people."""
+        if self.as_json:
+            print_json({"from": name, **facts, "line": line})
+            return
+        colour = self.colours.setdefault(name, COLOURS[len(self.colours) % len(COLOURS)])
+        text = f"[{style}]{escape(line)}[/]" if style else escape(line)
+        self.console.print(f"[{colour}]{name:<8} |[/] {text}")
+
+
 class Member:
     """One process of the machine. Its output appears line by line behind its name."""
 
-    def __init__(self, name: str, module: str, *arguments: str, colour: str) -> None:
+    def __init__(self, name: str, module: str, *arguments: str, voice: Voice) -> None:
         self.name = name
-        self.colour = colour
+        self.voice = voice
         # child_start: the process dies with this one, even when this one is killed.
         self.command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), module, *arguments]
         self.starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
@@ -62,11 +80,10 @@ class Member:
         self.reader.start()
 
     def copy_lines(self, process: subprocess.Popen[str]) -> None:
-        console = stdout()
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:
-                console.print(f"[{self.colour}]{self.name:<8} |[/] {escape(line.rstrip())}")
+                self.voice.say(self.name, line.rstrip())
 
     def exit_code(self) -> int | None:
         """The code it ended with; None while it runs."""
@@ -96,9 +113,9 @@ def crashes_in_a_row(starts: Sequence[float]) -> bool:
 class Machine:
     """Redis, the API and the workers of this machine."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, as_json: bool = False) -> None:
         self.settings = settings
-        self.console = stdout()
+        self.voice = Voice(as_json=as_json)
         self.stop_signal: int | None = None
         self.redis_starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
 
@@ -110,17 +127,17 @@ class Machine:
             signal.signal(number, self.note_signal)
         self.settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with resolve_redis(self.settings) as redis:
-            self.say(f"redis: {redis.kind} ({escape(redis.reason)})")
+            self.say(f"redis: {redis.kind} ({redis.reason})")
             return self.run_members(redis, {**os.environ, "NIBBLE_REDIS_URL": redis.url})
 
     def note_signal(self, number: int, frame: object) -> None:
         self.stop_signal = number
 
     def run_members(self, redis: RedisServer, environment: dict[str, str]) -> ExitCode:
-        api = Member("api", "app.cli", "api", colour=COLOURS[0])
+        api = Member("api", "app.cli", "api", voice=self.voice)
         workers = [
-            Member(name, *worker_command(name, device), colour=COLOURS[1 + index % (len(COLOURS) - 1)])
-            for index, (name, device) in enumerate([*worker_devices("worker"), *worker_devices("serve")])
+            Member(name, *worker_command(name, device), voice=self.voice)
+            for name, device in [*worker_devices("worker"), *worker_devices("serve")]
         ]
         members = [api, *workers]
         try:
@@ -133,10 +150,10 @@ class Machine:
                 self.replace_ended(workers, environment)
                 time.sleep(POLL_S)
         except NibbleError as fault:
-            self.say(f"[bold red]error[/] {escape(fault.message)}; {escape(fault.remedy)}")
+            self.say(f"error: {fault.message}; {fault.remedy}", style="red", event="error", code=fault.code)
             return ExitCode.FAILED
         finally:
-            self.say("stopping")
+            self.say("stopping", event="stopping")
             for member in reversed(members):
                 member.stop()
         return ExitCode.OK
@@ -166,11 +183,12 @@ class Machine:
 
     def say_ready(self, url: str) -> None:
         given = self.settings.bootstrap_api_key is not None
-        self.say(f"API key: {'NIBBLE_BOOTSTRAP_API_KEY' if given else api_key_file(self.settings)}")
+        place = "NIBBLE_BOOTSTRAP_API_KEY" if given else str(api_key_file(self.settings))
         with NibbleClient(url, api_key=kept_api_key(self.settings)) as client:
-            link = client.login_link()
-        self.say(f"log in once with: {escape(url + link.path)}")
-        self.say(f"[bold green]ready[/] at {url}")
+            link = url + client.login_link().path
+        self.say(f"API key: {place}")
+        self.say(f"log in once with: {link}")
+        self.say(f"ready at {url}", style="bold green", event="ready", url=url, login=link, api_key=place)
 
     def replace_redis(self, redis: RedisServer) -> None:
         """Start a dead Redis again, over its file and at its address: the others reconnect."""
@@ -196,8 +214,8 @@ class Machine:
             self.say(f"{worker.name} ended with {exit_text(code)}; starting it again")
             worker.start(environment)
 
-    def say(self, line: str) -> None:
-        self.console.print(f"[bold]{'nibble':<8} |[/] {line}")
+    def say(self, line: str, *, style: str = "", **facts: str) -> None:
+        self.voice.say("nibble", line, style=style, **facts)
 
 
 def refuse_ended(member: Member) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app.commands.terminal import read_settings
+from app.commands.terminal import AsJson, print_json, read_settings
 
 
 class Queue(StrEnum):
@@ -20,11 +20,15 @@ class Queue(StrEnum):
 WORKER_MODULES = {Queue.JOBS: "workers.main", Queue.SERVE: "workers.serving_supervisor"}
 
 
-def api() -> None:
-    """Run the HTTP API alone."""
+def api(*, as_json: AsJson = False) -> None:
+    """Run the HTTP API alone; NIBBLE_REDIS_URL names the Redis that it shares with the workers.
+
+    With --json: log lines as JSON, as NIBBLE_LOG_FORMAT=json does.
+    """
     from app.server import serve
 
-    serve(read_settings())
+    settings = read_settings()
+    serve(settings.model_copy(update={"log_format": "json"}) if as_json else settings)
 
 
 def worker(
@@ -35,21 +39,33 @@ def worker(
     queue: Annotated[
         Queue, typer.Option(help="jobs: quantizes; serve: runs inference servers for deployments.")
     ] = Queue.JOBS,
+    as_json: AsJson = False,
 ) -> None:
-    """Run one worker."""
+    """Run one worker: of jobs, or with --queue serve one that serves deployments.
+
+    With --json: log lines as JSON, as NIBBLE_LOG_FORMAT=json does.
+    """
     if check:
         from app.commands.health import check_worker
 
         check_worker()
+        if as_json:
+            print_json({"alive": True})
         return
+    if as_json:
+        os.environ["NIBBLE_LOG_FORMAT"] = "json"
     # The process becomes the worker: signals reach it directly, and app imports nothing of workers.
     command = [sys.executable, "-m", WORKER_MODULES[queue], "--device", device]
     os.execv(sys.executable, command)  # noqa: S606  # no shell is wanted
 
 
-def up() -> None:
-    """Run the whole service on this machine: Redis, API, per device a worker for jobs and one that serves."""
+def up(*, as_json: AsJson = False) -> None:
+    """Run the whole service on this machine: Redis, API, per device a worker for jobs and one that serves.
+
+    Ctrl-C stops all of it. With --json: one object per line; the one with `"event": "ready"` has the
+    address and a login link.
+    """
     from app.commands.machine import Machine
 
     settings = read_settings()
-    raise typer.Exit(Machine(settings).run())
+    raise typer.Exit(Machine(settings, as_json=as_json).run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ from rich.markup import escape
 from app.commands.terminal import human_bytes, human_seconds, print_json, stdout, table
 
 if TYPE_CHECKING:
-    from app.client.views import ArtifactView, JobView, Page
+    from app.client.views import ArtifactView, EventView, JobView, Page, WorkerView
 
 ItemT = TypeVar("ItemT")
 
@@ -66,6 +67,26 @@ def show_job(console: Console, job: JobView) -> None:
             console.print(f"[bold]remedy[/] {escape(job.error.remedy)}")
     for artifact in job.artifacts:
         console.print(f"artifact {artifact}")
+
+
+def show_event(console: Console, event: EventView) -> None:
+    told = ", ".join(f"{name} {text_of(value)}" for name, value in event.payload.items() if value is not None)
+    moment = event.at.strftime("%Y-%m-%d %H:%M:%SZ") if event.at is not None else ""
+    console.print(f"{moment} [bold]{escape(event.kind):<12}[/] {escape(told)}")
+
+
+def text_of(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def show_workers(console: Console, workers: Iterable[WorkerView]) -> None:
+    grid = table("worker", "queue", "state", "device", "runs", "heartbeat")
+    for worker in workers:
+        runs = worker.job or (f"{worker.servers} servers" if worker.servers else "")
+        device = f"{worker.device} {worker.device_name}".strip()
+        beat = worker.heartbeat_at.strftime("%H:%M:%SZ")
+        grid.add_row(escape(worker.name), worker.queue, worker.state, escape(device), runs, beat)
+    console.print(grid)
 
 
 def show_artifacts(console: Console, artifacts: Iterable[ArtifactView]) -> None:

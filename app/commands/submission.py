@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-Method = Annotated[str | None, typer.Option(help="rtn, awq or gptq.", show_default=False)]
+from app.commands.terminal import among
+
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="rtn, awq, gptq or omniquant.",
+        show_default=False,
+        autocompletion=among("rtn", "awq", "gptq", "omniquant"),
+    ),
+]
 Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default=False)]
 GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for whole rows.", show_default=False)]
 Symmetric = Annotated[
@@ -18,7 +27,12 @@ Symmetric = Annotated[
 ]
 Formats = Annotated[
     list[str] | None,
-    typer.Option("--format", help="awq, gptq or compressed-tensors; may be repeated.", show_default=False),
+    typer.Option(
+        "--format",
+        help="awq, gptq or compressed-tensors; may be repeated.",
+        show_default=False,
+        autocompletion=among("awq", "gptq", "compressed-tensors"),
+    ),
 ]
 NumSamples = Annotated[int | None, typer.Option(help="Calibration windows.", show_default=False)]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a window.", show_default=False)]

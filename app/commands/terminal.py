@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +52,11 @@ After = Annotated[str | None, typer.Option(help="Cursor of the next page.", show
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 
 
+def among(*words: str) -> Callable[[str], list[str]]:
+    """What the shell offers as an option's value. The service is who knows what is valid."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
 def stdout() -> Console:
     return console_on(stderr=False)
 
@@ -79,8 +85,13 @@ def table(*columns: str, title: str | None = None) -> Table:
     return grid
 
 
-def report_error(error: NibbleError) -> ExitCode:
-    """Print an error with its code and remedy; the exit code that goes with it."""
+def report_error(error: NibbleError, *, as_json: bool = False) -> ExitCode:
+    """Print an error with its code and remedy to stderr; the exit code that goes with it."""
+    code = ExitCode.UNREACHABLE if error.code == "service_unreachable" else ExitCode.FAILED
+    if as_json:
+        told = {"code": error.code, "message": error.message, "remedy": error.remedy, "param": error.param}
+        sys.stderr.write(json.dumps({"error": told}, separators=(",", ":")) + "\n")
+        return code
     console = stderr()
     place = f" ({error.param})" if error.param and error.param not in error.message else ""
     console.print(
@@ -88,7 +99,7 @@ def report_error(error: NibbleError) -> ExitCode:
     )
     if error.remedy:
         console.print(f"[bold]remedy[/] {escape(error.remedy)}")
-    return ExitCode.UNREACHABLE if error.code == "service_unreachable" else ExitCode.FAILED
+    return code
 
 
 def read_settings() -> Settings:

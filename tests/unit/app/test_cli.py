@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from app.cli import main
+from tests.unit.app.canned import Canned, canned_service, run
 
 JOB = {
     "id": "job_1", "state": "succeeded", "created_at": "2026-01-01T00:00:00Z", "spec": {"model": "a/[b]"},
@@ -25,51 +22,10 @@ FAILED = {
 }
 
 
-@dataclass
-class Canned:
-    """Answers by `METHOD path`; what was asked is kept."""
-
-    url: str = ""
-    answers: dict[str, tuple[int, object]] = field(default_factory=dict)
-    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
-
-
 @pytest.fixture
 def service() -> Iterator[Canned]:
-    canned = Canned()
-
-    class Answering(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            route = f"{self.command} {self.path.partition('?')[0]}"
-            canned.requests.append((f"{self.command} {self.path}", dict(self.headers), body))
-            missing = {"detail": "no such thing", "code": "not_found", "remedy": "look again"}
-            status, document = canned.answers.get(route, (404, missing))
-            content = json.dumps(document).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = answer
-
-        def log_message(self, *arguments: object) -> None:
-            """Keep the test's output clean."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        canned.url = f"http://127.0.0.1:{server.server_port}"
+    with canned_service() as canned:
         yield canned
-        server.shutdown()
-        thread.join()
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    assert isinstance(ended.value.code, int | None)
-    return int(ended.value.code or 0)
 
 
 def test_submit_prints_the_job_as_json(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.commands import machine
-from app.commands.machine import Member
+from app.commands.machine import Member, Voice
 from app.core.errors import Unavailable
 
 SLEEPER = "import time, sys; print('[up] and running', flush=True); time.sleep(60)"
@@ -26,7 +26,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Member]]:
 
     def start_program(program: str) -> Member:
         (tmp_path / "program_under_test.py").write_text(program)
-        member = Member("worker", "program_under_test", colour="red")
+        member = Member("worker", "program_under_test", voice=Voice(as_json=False))
         member.start({**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
         started.append(member)
         return member
@@ -84,7 +84,7 @@ def test_an_ended_member_is_named_with_its_code(start: Callable[[str], Member]) 
 
 
 def test_crashes_in_a_row_are_counted_within_a_window() -> None:
-    member = Member("worker", "nothing", colour="red")
+    member = Member("worker", "nothing", voice=Voice(as_json=False))
     member.starts.extend(float(second) for second in range(machine.MAX_RESTARTS + 1))
     assert member.crashes_in_a_row()
     member.starts.append(1000.0)
