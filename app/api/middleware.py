@@ -18,6 +18,7 @@ from app.core.tracing import Tracer, parse_traceparent
 
 log = logging.getLogger("app.access")
 
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
@@ -57,9 +58,10 @@ class RequestRecord:
                 self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
                 span.name = f"{scope['method']} {route_of(scope)}"
                 span.end(status=status, request=request_id)
-                # A poll without news is no news.
+                # A poll without news is no news, nor is an answer to who only asks whether all is well.
+                is_quiet = status == 304 or (status < 400 and scope["path"] in PROBES)
                 log.log(
-                    logging.DEBUG if status == 304 else logging.INFO,
+                    logging.DEBUG if is_quiet else logging.INFO,
                     "%s %s %d %.1f ms", scope["method"], scope["path"], status, seconds * 1e3,
                     extra={"fields": {"status": status, "seconds": round(seconds, 4)}},
                 )  # fmt: skip

@@ -17,8 +17,9 @@ from rich.markup import escape
 
 from app.client import NibbleClient
 from app.commands.checks.devices import gpu_names
+from app.commands.checks.host import check_port, is_nibble
 from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, print_json, stdout
-from app.core.errors import NibbleError, Unavailable
+from app.core.errors import Conflict, NibbleError, Unavailable
 
 if TYPE_CHECKING:
     from app.core.redis_server import RedisServer
@@ -123,12 +124,25 @@ class Machine:
         """Run until a signal or the death of a member that can't be replaced."""
         from app.core.redis_server import resolve_redis
 
+        self.refuse_taken_port()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note_signal)
         self.settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with resolve_redis(self.settings) as redis:
             self.say(f"redis: {redis.kind} ({redis.reason})")
             return self.run_members(redis, {**os.environ, "NIBBLE_REDIS_URL": redis.url})
+
+    def refuse_taken_port(self) -> None:
+        """Told before anything is started, not by the API among the lines of the others."""
+        port = check_port(self.settings)
+        if is_nibble(local_url(self.settings)):
+            raise Conflict(
+                port.found,
+                code="already_running",
+                remedy="use it, stop it with Ctrl-C where it runs, or set NIBBLE_PORT and NIBBLE_STATE_DIR",
+            )
+        if port.status == "problem":
+            raise Unavailable(port.found, code="port_taken", remedy=port.remedy)
 
     def note_signal(self, number: int, frame: object) -> None:
         self.stop_signal = number
@@ -167,8 +181,10 @@ class Machine:
         registry = WorkerRegistry(connect(redis.url))
         expected = {registered_name(member.name) for member in members[1:]}
         deadline = time.monotonic() + START_LIMIT_S
+        is_ready = False
         with NibbleClient(url) as client:
-            while not (client.ready() and expected <= {worker.name for worker in registry.living()}):
+            while not is_ready or not expected <= {worker.name for worker in registry.living()}:
+                is_ready = is_ready or client.ready()
                 if self.stop_signal is not None:
                     return
                 for member in members:
@@ -189,6 +205,9 @@ class Machine:
         self.say(f"API key: {place}")
         self.say(f"log in once with: {link}")
         self.say(f"ready at {url}", style="bold green", event="ready", url=url, login=link, api_key=place)
+        if not self.settings.model_roots:
+            self.say("no folder of models is set (NIBBLE_MODEL_ROOTS): jobs can name hf: and s3:// models")
+        self.say("in another terminal: nibble submit MODEL --watch; Ctrl-C here stops everything")
 
     def replace_redis(self, redis: RedisServer) -> None:
         """Start a dead Redis again, over its file and at its address: the others reconnect."""

@@ -15,6 +15,13 @@ from app.commands.terminal import human_bytes, human_seconds, print_json, stdout
 if TYPE_CHECKING:
     from app.client.views import ArtifactView, EventView, JobView, Page, WorkerView
 
+# What an empty list says to who has just begun.
+EMPTY = {
+    "nibble jobs": "`nibble submit MODEL` makes a job",
+    "nibble artifacts": "a job that succeeds publishes them",
+    "nibble deployments": "`nibble deploy ARTIFACT --name NAME` makes one",
+    "nibble workers": "`nibble worker` starts one, `nibble up` all that this machine needs",
+}
 ItemT = TypeVar("ItemT")
 
 STATE_COLOURS = {
@@ -39,6 +46,9 @@ def print_page(
         print_json(page.model_dump(mode="json", by_alias=True))
         return
     console = stdout()
+    if not page.items:
+        console.print(f"none: {EMPTY.get(command, 'nothing is there')}")
+        return
     show(console, page.items)
     if page.has_more:
         console.print(f"more: {command} --after {page.next}")

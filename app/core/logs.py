@@ -87,3 +87,6 @@ def set_up_logs(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     # Relayed requests have their line in the access log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if settings.log_level != "debug":
+        # Its maintenance writes four lines every half minute; what a worker does, its supervisor says.
+        logging.getLogger("rq.worker").setLevel(logging.WARNING)

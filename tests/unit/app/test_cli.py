@@ -155,3 +155,12 @@ def test_artifacts_show_and_report(service: Canned, capsys: pytest.CaptureFixtur
     assert "1.2 kB" in capsys.readouterr().out
     assert run("artifacts", "--url", service.url) == 0
     assert "rtn w4 g128" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["jobs", "artifacts", "deployments", "workers"])
+def test_an_empty_list_says_what_comes_next(
+    command: str, service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.answers[f"GET /v1/{command}"] = (200, {"data": [], "has_more": False})
+    assert run(command, "--url", service.url) == 0
+    assert capsys.readouterr().out.startswith("none: ")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from app.commands import machine
-from app.commands.machine import Member, Voice
+from app.commands.machine import Machine, Member, Voice
 from app.core.errors import Unavailable
+from app.core.settings import Settings
 
 SLEEPER = "import time, sys; print('[up] and running', flush=True); time.sleep(60)"
 STUBBORN = (
@@ -96,3 +99,20 @@ def test_one_worker_per_gpu_or_one_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -
     assert machine.worker_devices("serve") == [("serve", "cpu")]
     monkeypatch.setattr(machine, "gpu_names", lambda: ["A", "B"])
     assert machine.worker_devices("worker") == [("worker0", "cuda:0"), ("worker1", "cuda:1")]
+
+
+def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = Settings(port=taken.getsockname()[1], state_dir=tmp_path / "state")
+        with pytest.raises(Unavailable, match="in use") as caught:
+            Machine(settings).run()
+    assert "NIBBLE_PORT" in caught.value.remedy
+    assert not (tmp_path / "state").exists()
+
+
+def test_lines_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    Voice(as_json=True).say("nibble", "ready at x", style="green", event="ready", url="x")
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"from": "nibble", "event": "ready", "url": "x", "line": "ready at x"}
