@@ -103,8 +103,10 @@ def outputs(work: Path) -> list[dict[str, bytes]]:
     return [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
 
 
-def layer_of(message: Checkpointed) -> int:
-    return int(message.key.split("-")[1])
+def solved_layers(messages: list[ProgressMessage]) -> set[int]:
+    """A run that takes long keeps its hidden states from time to time, too: those are no layers."""
+    keys = [message.key for message in messages if isinstance(message, Checkpointed)]
+    return {int(key.split("-")[1]) for key in keys if key.startswith("layer-")}
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +134,7 @@ def test_a_killed_child_is_resumed_to_the_same_bytes(
     messages = run_to_the_end(job, model, work)
     resumed_at = Report.model_validate_json((work / REPORT).read_text()).resumed_at_layer
     assert MIDDLE < resumed_at < LAYERS
-    solved = [layer_of(message) for message in messages if isinstance(message, Checkpointed)]
-    assert sorted(set(solved)) == list(range(resumed_at, LAYERS))
+    assert solved_layers(messages) == set(range(resumed_at, LAYERS))
     for layer in range(resumed_at):
         for recipe in range(len(names)):
             path = work / CHECKPOINTS / f"layer-{layer:05d}-recipe-{recipe:02d}.safetensors"
