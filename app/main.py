@@ -59,6 +59,7 @@ from app.core.settings import Settings
 from app.core.stamps import StampReader
 from app.core.tally import Tally
 from app.core.tracing import Tracer
+from app.core.turns import Turns
 from app.core.webhook_sender import WebhookSender, WebhookThread
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
@@ -128,11 +129,13 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics, stamps: StampR
     )
     routes = RoutingTable(redis, deployments)
     records, limits = JobStore(redis), TenantLimits(redis, settings)
+    queue = JobQueue(redis, limit=settings.queue_limit)
     return Services(
         settings=settings,
         redis=redis,
         jobs=records,
-        queue=JobQueue(redis, limit=settings.queue_limit),
+        queue=queue,
+        turns=Turns(records, queue, lambda tenant: limits.of(tenant).running_jobs),
         idempotency=IdempotencyKeys(redis),
         objects=objects,
         artifacts=ArtifactStore(objects),
@@ -179,6 +182,7 @@ def start_threads(services: Services, stack: ExitStack) -> None:
     )
     threads = (
         Repeated("janitor", janitor.sweep, settings.janitor_interval_s),
+        Repeated("turns", services.turns.sweep, settings.janitor_interval_s),
         Repeated("garbage", services.garbage.collect, settings.gc_interval_s),
         WebhookThread(sender),
     )

@@ -16,6 +16,7 @@ from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.tally import Tally
 from app.core.tracing import Tracer
+from app.core.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,7 @@ class WorkerContext:
     tracer: Tracer
     profile: DeviceProfile | None = None
     child_module: str = CHILD_MODULE
+
+    @property
+    def turns(self) -> Turns:
+        return Turns(self.store, self.queue, lambda tenant: self.limits.of(tenant).running_jobs)

@@ -77,6 +77,7 @@ def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
                 Attempt(context, job, watch).run()
         finally:
             context.store.release(job_id, attempt)
+            context.turns.give_late(job.tenant)
             log.info("attempt is over")
 
 

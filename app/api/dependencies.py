@@ -32,6 +32,7 @@ from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
 from app.core.stamps import StampReader
 from app.core.tally import Tally
+from app.core.turns import Turns
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from app.core.worker_registry import WorkerRegistry
 
@@ -64,6 +65,7 @@ class Services:
     links: LinkSigner
     tally: Tally
     stamps: StampReader
+    turns: Turns
     metrics: Metrics
 
 

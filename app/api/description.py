@@ -65,7 +65,8 @@ def add_problems(path: str, operation: dict[str, Any]) -> None:
     answers = operation["responses"]
     if "HTTPValidationError" in str(answers.get("422", "")):
         del answers["422"]
-    for status in PROBLEMS if "security" in operation else OPEN_PROBLEMS:
+    is_open = "security" not in operation
+    for status in (*OPEN_PROBLEMS, *((404,) if "{" in path else ())) if is_open else PROBLEMS:
         answers.setdefault(str(status), problem_answer(path, status))
 
 

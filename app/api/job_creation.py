@@ -55,7 +55,7 @@ def new_job(checked: CheckedSubmission, job_id: str, tenant: str) -> Job:
 
 def require_room(services: Services, tenant: str) -> None:
     """Raises QueueFull or QuotaExceeded. The limit of active jobs is kept when the job is recorded."""
-    services.queue.require_room()
+    services.queue.require_room(services.jobs.counts()[JobState.QUEUED])
     services.limits.require_storage(tenant)
 
 
@@ -112,12 +112,23 @@ def record_job(services: Services, checked: CheckedSubmission, job: Job) -> Crea
     if made is not None:
         services.reuse.copy_report(made, job.id)
         job = reusing(job, made)
-    if services.jobs.create(job, most_active=services.limits.of(job.tenant).active_jobs):
+    limits = services.limits.of(job.tenant)
+    if services.jobs.create(job, most_active=limits.active_jobs, most_turns=limits.running_jobs):
         if made is None:
-            services.queue.enqueue(job)
+            queue_job(services, job, limits.running_jobs)
         else:
             told = deploy_result(services.deployments, job, made.artifacts)
             if told is not None:
                 services.jobs.append_event(job.id, *told)
         return Creation(job, is_new=True)
     return Creation(services.jobs.get(job.tenant, job.id), is_new=False)
+
+
+def queue_job(services: Services, job: Job, most_turns: int) -> None:
+    """Queue the job, unless it has to wait for its tenant's other jobs."""
+    if not most_turns or not services.jobs.is_in_line(job):
+        services.queue.enqueue(job)
+        return
+    told = f"it waits for a turn: the tenant runs at most {most_turns} jobs at a time"
+    services.jobs.append_event(job.id, "note", {"code": "waits_for_turn", "message": told})
+    services.turns.give(job.tenant)  # one may have become free just now

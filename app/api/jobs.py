@@ -172,6 +172,7 @@ def cancel_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> J
     job = services.jobs.update(job_id, cancel_requested)
     if job.state is JobState.CANCELLED:
         services.queue.remove(job)
+        services.turns.give_late(job.tenant)
     return answer(job, status=202 if job.state is JobState.CANCELLING else 200)
 
 

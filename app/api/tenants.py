@@ -18,6 +18,7 @@ Tenant = Annotated[TenantName, Path()]
 
 class Usage(BaseModel):
     active_jobs: int
+    running_jobs: int  # queued or running
     storage_bytes: int
 
 
@@ -31,6 +32,7 @@ class LimitsView(BaseModel):
     def of(cls, services: Services, tenant: str) -> LimitsView:
         usage = Usage(
             active_jobs=services.limits.active_jobs(tenant),
+            running_jobs=services.jobs.turns_taken(tenant),
             storage_bytes=services.limits.stored_bytes(tenant),
         )
         return cls(tenant=tenant, limits=services.limits.of(tenant), usage=usage)
@@ -50,4 +52,5 @@ def read_limits(tenant: Tenant, services: ServicesParam, principal: Admin) -> Li
 def set_limits(body: Limits, tenant: Tenant, services: ServicesParam, principal: Operator) -> LimitsView:
     """Limits for one tenant, in place of those of the settings."""
     services.limits.set(tenant, body)
+    services.turns.give(tenant)
     return LimitsView.of(services, tenant)

@@ -135,7 +135,7 @@ class Janitor:
 
     def _check_entry(self, job: Job) -> Place:
         """Queue a waiting job again whose entry is gone."""
-        if self._store.is_postponed(job.id):
+        if self._store.is_postponed(job.id) or self._store.is_in_line(job):
             return Place.WAITING
         place = self._queue.place(job)
         is_lost = place is Place.GONE or (place is Place.MOVING and entry_id(job) in self._moving)

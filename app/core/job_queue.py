@@ -97,9 +97,8 @@ class JobQueue:
         """How many entries wait in each queue."""
         return {name: self._queue(name).count for name in QUEUE_NAMES}
 
-    def require_room(self) -> None:
-        """Raise QueueFull unless another job may wait."""
-        waiting = sum(self.depths().values())
+    def require_room(self, waiting: int) -> None:
+        """Raise QueueFull unless another job may wait beside those that do."""
         if waiting >= self._limit:
             raise QueueFull(
                 f"{waiting} jobs wait already; the limit is {self._limit}",

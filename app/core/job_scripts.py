@@ -9,6 +9,7 @@ from app.core.stamps import STAMP
 
 FAILURES = "nibble:tally:failures"
 CHANGES = "nibble:changes"
+LINES = "nibble:lines"
 MAX_EVENTS = 10_000
 DELIVERIES_KEPT_S = 30 * 24 * 3600
 
@@ -24,8 +25,10 @@ if ARGV[#ARGV - 1] ~= '' then
 end
 """
 
-# KEYS: job, tenant index, state set, events, the tenant's active jobs, the stamp of its jobs, …
-# ARGV: id, record, spec, event payload, 1 if active, most active jobs or 0, …
+# KEYS: job, tenant index, state set, events, the tenant's active jobs, the stamp of its jobs, its
+# turns, its line, …
+# ARGV: id, record, spec, event payload, 1 if active, most active jobs or 0, most turns or 0, rank in line,
+# tenant, …
 CREATE = f"""
 {STAMP}
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
@@ -33,6 +36,13 @@ if ARGV[5] == '1' then
   local most = tonumber(ARGV[6])
   if most > 0 and redis.call('SCARD', KEYS[5]) >= most then return -1 end
   redis.call('SADD', KEYS[5], ARGV[1])
+  local turns = tonumber(ARGV[7])
+  if turns > 0 and redis.call('SCARD', KEYS[7]) >= turns then
+    redis.call('ZADD', KEYS[8], ARGV[8], ARGV[1])
+    redis.call('SADD', '{LINES}', ARGV[9])
+  else
+    redis.call('SADD', KEYS[7], ARGV[1])
+  end
 end
 redis.call('HSET', KEYS[1], 'record', ARGV[2], 'spec', ARGV[3], 'version', 1)
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
@@ -44,7 +54,8 @@ redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return 1
 """
 
-# KEYS: job, state set before, state set after, events, the tenant's active jobs, the stamp of its jobs, …
+# KEYS: job, state set before, state set after, events, the tenant's active jobs, the stamp of its jobs, its
+# turns, its line, …
 # ARGV: id, expected version, record, event kind or '', event payload, 1 if active, code of a failure or '', …
 SWAP = f"""
 {STAMP}
@@ -54,7 +65,11 @@ redis.call('HINCRBY', KEYS[1], 'version', 1)
 stamp(KEYS[6])
 redis.call('SREM', KEYS[2], ARGV[1])
 redis.call('SADD', KEYS[3], ARGV[1])
-if ARGV[6] ~= '1' then redis.call('SREM', KEYS[5], ARGV[1]) end
+if ARGV[6] ~= '1' then
+  redis.call('SREM', KEYS[5], ARGV[1])
+  redis.call('SREM', KEYS[7], ARGV[1])
+  redis.call('ZREM', KEYS[8], ARGV[1])
+end
 if ARGV[7] ~= '' then redis.call('HINCRBY', '{FAILURES}', ARGV[7], 1) end
 if ARGV[4] ~= '' then
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[4], 'payload', ARGV[5])
@@ -91,6 +106,16 @@ end
 local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[2], 'payload', ARGV[3])
 redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return id
+"""
+
+# KEYS: turns, line. ARGV: the most turns or 0. Gives the id of the first in line, which has a turn now.
+NEXT_TURN = """
+local most = tonumber(ARGV[1])
+if most > 0 and redis.call('SCARD', KEYS[1]) >= most then return false end
+local first = redis.call('ZPOPMIN', KEYS[2])[1]
+if not first then return false end
+redis.call('SADD', KEYS[1], first)
+return first
 """
 
 # KEYS: lease. ARGV: attempt, milliseconds.

@@ -4,6 +4,9 @@ nibble:job:<id>          hash: record (JSON without the spec), spec (JSON, never
 nibble:jobs:<tenant>     sorted set of ids, score 0: ULIDs sort by time
 nibble:state:<state>     set of ids, for the janitor and the metrics
 nibble:active:<tenant>   set of ids of jobs that have not ended, for the quota
+nibble:turns:<tenant>    set of ids of jobs that are queued or run (turns)
+nibble:line:<tenant>     sorted set of ids of jobs that wait for a turn, by priority
+nibble:lines             set of tenants one of whose jobs has waited in line
 nibble:events:<id>       stream of events, capped
 nibble:postponed:<id>    there while a job waits after a fault, before it is queued again
 nibble:lease:<id>        the attempt that a worker executes, with an expiry
@@ -33,7 +36,7 @@ from app.core.ids import is_id
 from app.core.job import TRANSITIONS, Job, JobState
 from app.core.job_changes import claimed, is_executing, stale
 from app.core.job_record import announcement, decode, encode, state_payload
-from app.core.job_scripts import APPEND, CREATE, DELETE, RELEASE, RENEW, SWAP
+from app.core.job_scripts import APPEND, CREATE, DELETE, LINES, NEXT_TURN, RELEASE, RENEW, SWAP
 from app.core.specs import Frozen
 from app.core.stamps import JOB_PREFIX, jobs_stamp
 from app.core.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 
 MAX_COLLISIONS = 50
 PAGE_STEP = 200
+RANKS = {"high": 0, "normal": 1, "low": 2}  # in line; of the same rank the older one is first
 
 
 class JobEvent(Frozen):
@@ -90,6 +94,18 @@ def state_key(state: JobState) -> str:
 
 def active_key(tenant: str) -> str:
     return f"nibble:active:{tenant}"
+
+
+def turns_key(tenant: str) -> str:
+    return f"nibble:turns:{tenant}"
+
+
+def line_key(tenant: str) -> str:
+    return f"nibble:line:{tenant}"
+
+
+def tenant_keys(tenant: str) -> list[str]:
+    return [active_key(tenant), jobs_stamp(tenant), turns_key(tenant), line_key(tenant)]
 
 
 def events_key(job_id: str) -> str:
@@ -142,20 +158,23 @@ class JobStore:
         self._swap = self._redis.register_script(SWAP)
         self._delete = self._redis.register_script(DELETE)
         self._append = self._redis.register_script(APPEND)
+        self._next_turn = self._redis.register_script(NEXT_TURN)
         self._renew = self._redis.register_script(RENEW)
         self._release = self._redis.register_script(RELEASE)
 
-    def create(self, job: Job, *, most_active: int = 0) -> bool:
+    def create(self, job: Job, *, most_active: int = 0, most_turns: int = 0) -> bool:
         """Record a new job; False if its id exists already.
 
-        Raises QuotaExceeded if the tenant has `most_active` jobs that have not ended; 0 is no limit.
+        Raises QuotaExceeded if the tenant has `most_active` jobs that have not ended; 0 is no limit. Beyond
+        `most_turns` jobs that may be queued, it waits in line.
         """
         keys = [job_key(job.id), tenant_key(job.tenant), state_key(job.state), events_key(job.id)]
         arguments = [job.id, encode(job), job.spec.model_dump_json(), state_payload(job)]
         message = message_of(None, job)
+        limits: list[Any] = [int(not job.is_terminal), most_active, most_turns, RANKS[job.spec.priority]]
         created = self._create(
-            keys=[*keys, active_key(job.tenant), jobs_stamp(job.tenant), *delivery_keys(message)],
-            args=[*arguments, int(not job.is_terminal), most_active, *delivery_arguments(message)],
+            keys=[*keys, *tenant_keys(job.tenant), *delivery_keys(message)],
+            args=[*arguments, *limits, job.tenant, *delivery_arguments(message)],
         )
         if created < 0:
             raise QuotaExceeded(
@@ -212,7 +231,7 @@ class JobStore:
             failure = after.error.code if after.state is JobState.FAILED and after.error is not None else ""
             arguments = [job_id, str(version), encode(after), kind, payload, active, failure]
             if self._swap(
-                keys=[*keys, active_key(after.tenant), jobs_stamp(after.tenant), *delivery_keys(message)],
+                keys=[*keys, *tenant_keys(after.tenant), *delivery_keys(message)],
                 args=[*arguments, *delivery_arguments(message)],
             ):
                 return after
@@ -335,6 +354,22 @@ class JobStore:
         except NibbleError:
             self.release(job_id, attempt)
             raise
+
+    def is_in_line(self, job: Job) -> bool:
+        """True if the job waits for other jobs of its tenant, in no queue."""
+        return self._redis.zscore(line_key(job.tenant), job.id) is not None
+
+    def next_turn(self, tenant: str, most: int) -> str | None:
+        """Give the first job in line its turn; None if nobody waits, or `most` (0: any number) have one."""
+        first = self._next_turn(keys=[turns_key(tenant), line_key(tenant)], args=[most])
+        return first.decode() if first is not None else None
+
+    def turns_taken(self, tenant: str) -> int:
+        return int(self._redis.scard(turns_key(tenant)))
+
+    def tenants_with_lines(self) -> list[str]:
+        """The tenants one of whose jobs has ever waited in line."""
+        return sorted(tenant.decode() for tenant in self._redis.smembers(LINES))
 
     def postpone(self, job_id: str, seconds: float) -> None:
         """Have no janitor queue the job for some seconds, by the clock of Redis."""

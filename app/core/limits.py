@@ -4,7 +4,8 @@ nibble:limits:<tenant>    the operator's limits for one tenant, as JSON; else th
 nibble:usage:<tenant>     hash: bytes by artifact
 nibble:rate:<tenant>      when the next request would be in time (generic cell rate algorithm)
 
-0 is no limit. The limit of active jobs is kept by the script that creates a job.
+0 is no limit. The limit of active jobs is kept by the script that creates a job, that of running ones by
+turns (turns.py).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Limits(Frozen):
     """The most that a tenant may use."""
 
     active_jobs: int = Field(default=0, ge=0, strict=True)
+    running_jobs: int = Field(default=0, ge=0, strict=True)
     storage_bytes: int = Field(default=0, ge=0, strict=True)
     requests_per_minute: int = Field(default=0, ge=0, le=10_000_000, strict=True)
 
@@ -52,6 +54,7 @@ class TenantLimits:
         self._read: dict[str, tuple[float, Limits]] = {}
         self._defaults = Limits(
             active_jobs=settings.tenant_jobs,
+            running_jobs=settings.tenant_running_jobs,
             storage_bytes=settings.tenant_storage_bytes,
             requests_per_minute=settings.tenant_requests_per_minute,
         )

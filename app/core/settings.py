@@ -75,6 +75,7 @@ class Settings(BaseSettings):
     retention_days: int = Field(default=0, ge=0, le=36500)
     queue_limit: int = Field(default=1000, ge=1)
     tenant_jobs: int = Field(default=0, ge=0)
+    tenant_running_jobs: int = Field(default=0, ge=0)
     tenant_storage_bytes: int = Field(default=0, ge=0)
     tenant_requests_per_minute: int = Field(default=0, ge=0, le=10_000_000)
     cancel_grace_s: float = Field(default=5.0, ge=0, le=60)

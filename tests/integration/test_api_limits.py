@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from app.core.ids import new_id
 from app.core.janitor import Janitor
 from app.core.job import JobState
 from app.core.job_queue import Place
+from app.core.limits import Limits
 from app.core.reuse import Made, ReuseIndex
 from app.core.security import Scope, key_id
+from app.core.turns import Turns
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop
 
@@ -44,6 +47,70 @@ def test_a_tenant_has_no_more_active_jobs_than_it_may(service: Service) -> None:
     assert usage["active_jobs"] == 1
     with service.client_with(service.key(Scope.ADMIN, tenant="other")) as other:
         assert other.post("/v1/jobs", json={"model": MODEL}).status_code == 202
+
+
+def waits(service: Service, job_id: str) -> bool:
+    """True if the job is in no queue, but in its tenant's line."""
+    job = service.store.load(job_id)
+    assert job.state is JobState.QUEUED
+    is_queued = service.queue.place(job) is Place.WAITING
+    assert is_queued is not service.store.is_in_line(job)
+    return not is_queued
+
+
+def test_jobs_beyond_a_tenants_turns_wait_without_holding_up_others(service: Service) -> None:
+    limit(service, running_jobs=2)
+    first, second, third, fourth = (service.submit()["id"] for _ in range(4))
+    urgent = service.submit(priority="high")["id"]
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
+        other = client.post("/v1/jobs", json={"model": MODEL}).json()["id"]
+    assert [waits(service, one) for one in (first, second, third, fourth, urgent, other)] == [
+        False, False, True, True, True, False,
+    ]  # fmt: skip
+    notes = [event for event in service.store.events(third) if event.kind == "note"]
+    assert [event.payload["code"] for event in notes] == ["waits_for_turn"]
+    usage = service.client.get("/v1/tenants/default/limits").json()["usage"]
+    assert (usage["active_jobs"], usage["running_jobs"]) == (5, 2)
+    service.client.post(f"/v1/jobs/{first}/cancel").raise_for_status()
+    assert [waits(service, one) for one in (third, fourth, urgent)] == [True, True, False]
+    service.client.post(f"/v1/jobs/{third}/cancel").raise_for_status()
+    limit(service, running_jobs=0)
+    assert not waits(service, fourth)
+
+
+def test_turns_that_nobody_gave_are_given_by_a_sweep(service: Service, janitor: Janitor) -> None:
+    limit(service, running_jobs=1)
+    first, second = service.submit()["id"], service.submit()["id"]
+    janitor.sweep()
+    assert waits(service, second)
+    service.end(first)  # by a worker that died before it gave the turn
+    assert waits(service, second)
+    Turns(service.store, service.queue, lambda tenant: 1).sweep()
+    assert not waits(service, second)
+
+
+def test_parallel_submissions_keep_to_the_turns(service: Service) -> None:
+    limit(service, running_jobs=3)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: service.submit()["id"], range(10)))
+    assert sorted(waits(service, job_id) for job_id in made) == [False] * 3 + [True] * 7
+    for _ in range(7):
+        running = next(job_id for job_id in service.store.in_state(JobState.QUEUED)
+                       if not waits(service, job_id))  # fmt: skip
+        service.client.post(f"/v1/jobs/{running}/cancel").raise_for_status()
+    assert sum(service.queue.depths().values()) == 3
+
+
+def test_the_end_of_an_attempt_gives_the_turn(redis: Redis, redis_url: str, tmp_path: Path) -> None:
+    workshop = Workshop(redis, redis_url, tmp_path / "state")
+    workshop.context().limits.set("default", Limits(running_jobs=1))
+    first = workshop.submit()
+    second = first.model_copy(update={"id": new_id("job")})
+    workshop.store.create(second, most_turns=1)
+    assert workshop.store.is_in_line(second)
+    assert workshop.run(first).state is JobState.SUCCEEDED
+    assert workshop.queue.place(second) is Place.WAITING
+    assert workshop.run(second).state is JobState.SUCCEEDED
 
 
 def test_a_tenant_that_fills_its_storage_submits_nothing(service: Service) -> None:

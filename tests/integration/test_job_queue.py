@@ -73,7 +73,7 @@ def test_places_of_an_entry_in_a_workers_hands(queue: JobQueue, redis: Redis) ->
 
 def test_a_full_queue_takes_no_more(queue: JobQueue) -> None:
     for priority in ("low", "normal", "high"):
-        queue.require_room()
+        queue.require_room(sum(queue.depths().values()))
         queue.enqueue(waiting_job(priority))
     with pytest.raises(QueueFull, match="3 jobs wait"):
-        queue.require_room()
+        queue.require_room(sum(queue.depths().values()))

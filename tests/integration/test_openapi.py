@@ -8,19 +8,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from app.core.artifact import ArtifactFile, ArtifactManifest
+from app.core.artifact_store import file_key
+from app.core.ids import artifact_id
+from app.core.object_store import ObjectStore
+from app.core.specs import Recipe
+from app.core.storage_keys import manifest_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL
 from tests.integration.hub_server import hub_server
 
-# EXAMPLES=20 makes the long form, which also visits every boundary of every schema.
+# `make fuzz` sets EXAMPLES for the long form. It also visits every boundary of every schema, and follows what
+# one answer tells of (an id, a cursor) into the next request.
 EXAMPLES_PER_OPERATION = os.environ.get("EXAMPLES")
-PHASES = "fuzzing" if EXAMPLES_PER_OPERATION is None else "coverage,fuzzing"
+PHASES = "fuzzing" if EXAMPLES_PER_OPERATION is None else "examples,coverage,fuzzing,stateful"
+SEED = os.environ.get("SEED", "1")
 # The servers behind these are no part of this test; `/login` takes codes, not keys.
 SKIPPED = r"^/v1/(chat/)?completions|^/login"
+
+# A body may keep to its schema and still name a model that doesn't exist.
+CHECKS = '[checks]\npositive_data_acceptance.expected-statuses = ["2xx", "3xx", "4xx"]\n'
+HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
 
 @pytest.fixture
@@ -63,19 +77,72 @@ def ready(url: str) -> bool:
 
 
 def test_the_service_keeps_to_its_description(api_url: str, tmp_path: Path) -> None:
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-    made = httpx.post(f"{api_url}/v1/jobs", json={"model": MODEL}, headers=headers, trust_env=False)
+    made = httpx.post(f"{api_url}/v1/jobs", json={"model": MODEL}, headers=HEADERS, trust_env=False)
     assert made.status_code == 202
-    # A body may keep to its schema and still name a model that doesn't exist.
-    (tmp_path / "schemathesis.toml").write_text(
-        '[checks]\npositive_data_acceptance.expected-statuses = ["2xx", "3xx", "4xx"]\n'
+    judge(api_url, tmp_path, CHECKS)
+
+
+@pytest.mark.skipif(EXAMPLES_PER_OPERATION is None, reason="the long form: make fuzz")
+def test_what_exists_is_described(api_url: str, tmp_path: Path) -> None:
+    """The routes of single resources again, now with ids of a job, an artifact and a deployment that exist."""
+    with httpx.Client(base_url=api_url, headers=HEADERS, trust_env=False) as client:
+        job = client.post("/v1/jobs", json={"model": MODEL}).json()
+        artifact = published(tmp_path / "state", job)
+        body = {"artifact": artifact, "name": "chat"}
+        deployment = client.post("/v1/deployments", json=body).json()["id"]
+    known = {"job_id": job["id"], "artifact_id": artifact, "deployment_id": deployment, "name": "chat"}
+    routes = [
+        *("GET /v1/jobs/{job_id}", "GET /v1/jobs/{job_id}/events", "GET /v1/jobs/{job_id}/report"),
+        *("POST /v1/jobs/{job_id}/retry", "GET /v1/jobs/{job_id}/webhook-deliveries"),
+        *("GET /v1/artifacts/{artifact_id}", "GET /v1/artifacts/{artifact_id}/files/{path}"),
+        *("POST /v1/artifacts/{artifact_id}/links", "DELETE /v1/artifacts/{artifact_id}"),
+        *("GET /v1/deployments/{deployment_id}", "GET /v1/models/{name}"),
+        "GET /v1/deployments/{deployment_id}/servers/{slot}/metrics",
+    ]
+    ids = "".join(
+        f'[[operations]]\ninclude-name = "{route}"\nparameters = {{ {name} = "{value}" }}\n'
+        for route in routes
+        for name, value in known.items()
+        if f"{{{name}}}" in route
     )
+    judge(
+        api_url,
+        tmp_path,
+        CHECKS + ids,
+        "--include-path-regex",
+        r"\{(job_id|artifact_id|deployment_id|name)\}",
+    )
+
+
+def published(state: Path, job: dict[str, Any]) -> str:
+    """The id of an artifact with one file, as a worker would leave it."""
+    content, objects = b'{"a": 1}', ObjectStore((state / "storage").as_uri())
+    file = ArtifactFile(path="a", size=len(content), sha256=sha256(content).hexdigest())
+    manifest = ArtifactManifest(
+        id=artifact_id(job["id"], 0, "awq"),
+        tenant="default",
+        job=job["id"],
+        created_at=job["created_at"],
+        model=MODEL,
+        model_digest="0" * 64,
+        recipe=Recipe(),
+        format="awq",
+        prefix="attempt-1",
+        files=(file,),
+    )
+    objects.put(file_key(manifest, "a"), content)
+    objects.create(manifest_key(manifest.id), manifest.model_dump_json().encode())
+    return manifest.id
+
+
+def judge(api_url: str, folder: Path, configuration: str, *options: str) -> None:
+    (folder / "schemathesis.toml").write_text(configuration)
     command = [
         *(str(Path(sys.executable).with_name("schemathesis")), "run", f"{api_url}/openapi.json"),
         *("-H", f"Authorization: Bearer {ADMIN_KEY}", "--checks", "all", "--phases", PHASES),
-        *("--max-examples", EXAMPLES_PER_OPERATION or "4", "--seed", "1", "--exclude-path-regex", SKIPPED),
-        "--no-color",
+        *("--max-examples", EXAMPLES_PER_OPERATION or "4", "--seed", SEED, "--exclude-path-regex", SKIPPED),
+        *("--no-color", *options),
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout
     assert "Tested:" in done.stdout
