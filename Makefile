@@ -19,7 +19,7 @@ PYTEST_WORKERS ?= 2
 # A file stays in one process: what its tests share (a service, a quantized model) is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile
 
-.PHONY: help install chat demo test lint format types imports unit integration faults e2e bench clean
+.PHONY: help install chat demo test lint format types imports unit integration faults fuzz e2e bench clean
 
 help:
 	@sed -n '3,7s/^# \{0,1\}//p' Makefile
@@ -69,6 +69,12 @@ integration: $(STAMP)
 # The long form of the fault suite: FAULTS injected faults in the course that SEED chooses.
 faults: $(STAMP)
 	FAULTS=$${FAULTS:-200} SEED=$${SEED:-1} OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -s --timeout 3600
+
+# The long form of what is made up at random: EXAMPLES requests per operation from the service's own description,
+# FUZZ inputs for each parser that strangers reach.
+fuzz: $(STAMP)
+	EXAMPLES=$${EXAMPLES:-30} FUZZ=$${FUZZ:-20000} OMP_NUM_THREADS=1 $(BIN)/pytest \
+		tests/integration/test_openapi.py tests/unit/app/core/test_fuzz.py --timeout 3600
 
 e2e: $(STAMP)
 	$(BIN)/pytest tests/e2e

@@ -19,7 +19,8 @@ PATTERNS = {
     ("/v1/jobs", "after"): JOB_ID_PATTERN,
     ("/v1/jobs", "label"): r"^[^=]+=",
     ("/v1/jobs/{job_id}/events", "after"): EVENT_ID_PATTERN,
-    ("/v1/jobs/{job_id}/events", "last-event-id"): EVENT_ID_PATTERN,
+    # An empty one is the start, as for those who follow the specification of server-sent events.
+    ("/v1/jobs/{job_id}/events", "last-event-id"): r"^(\d{1,15}-\d{1,15})?$",
     ("/v1/artifacts", "after"): ARTIFACT_ID_PATTERN,
     ("/v1/deployments", "after"): rf"^dep_{ULID_PATTERN}$",
     ("/v1/audit", "after"): EVENT_ID_PATTERN,

@@ -84,7 +84,7 @@ def test_the_service_keeps_to_its_description(api_url: str, tmp_path: Path) -> N
 
 @pytest.mark.skipif(EXAMPLES_PER_OPERATION is None, reason="the long form: make fuzz")
 def test_what_exists_is_described(api_url: str, tmp_path: Path) -> None:
-    """The routes of single resources again, now with ids of a job, an artifact and a deployment that exist."""
+    """The routes of single resources again, now with ids of a job, an artifact and a deployment."""
     with httpx.Client(base_url=api_url, headers=HEADERS, trust_env=False) as client:
         job = client.post("/v1/jobs", json={"model": MODEL}).json()
         artifact = published(tmp_path / "state", job)
