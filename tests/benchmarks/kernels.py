@@ -3,7 +3,7 @@
     python tests/benchmarks/kernels.py --device cpu --threads 1
     python tests/benchmarks/kernels.py --device cpu --shape 4096x4096 --m 1 16 --bits 4 --group 128
     python tests/benchmarks/kernels.py --device cuda --bits 2 3 8
-    python tests/benchmarks/kernels.py --device cuda --peers tinygemm humming gemlite conch
+    MARLIN_SOURCE=gptqmodel-7.7.0 python tests/benchmarks/kernels.py --device cuda  # kernel_peers.py says how
 
 Shapes are in_features x out_features. Each candidate is first compared with float64 on fresh random inputs,
 and dropped from the table if it is wrong. Candidates then take turns, on the CPU call by call, each over
@@ -37,6 +37,7 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+import kernel_peers  # noqa: E402
 import kernels_cuda  # noqa: E402
 
 from kernels import layouts  # noqa: E402
@@ -111,7 +112,7 @@ def cpu_device(options: argparse.Namespace) -> Device:
 
 def cuda_device(options: argparse.Namespace) -> Device:
     def peers(weight: PackedWeight, copies: int) -> list[Candidate]:
-        made = kernels_cuda.peers(weight, options.peers)
+        made = kernel_peers.peers(weight, options.peers)
         return [Candidate(name, [make() for _ in range(copies)]) for name, make in made]
 
     def time_turns(candidates: list[Candidate], x: Tensor) -> dict[str, list[float]]:
@@ -343,7 +344,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--backend", nargs="+", help="only these of ours; default: all but `torch`")
-    parser.add_argument("--peers", nargs="*", choices=list(kernels_cuda.PEERS), default=["tinygemm"])
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=list(kernel_peers.PEERS),
+        default=list(kernel_peers.PEERS),
+        help="those that are not installed are left out, and named",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget-s", type=float, default=0.3, help="of each candidate in each round")

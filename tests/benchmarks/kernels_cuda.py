@@ -1,9 +1,8 @@
-"""The CUDA part of kernels.py: rates of the device, calls timed in graphs, and other people's kernels."""
+"""The CUDA part of kernels.py: rates of the device, and calls timed in graphs."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -12,11 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import layouts
-from kernels.weight import PackedWeight
-
 Product = Callable[[Tensor], Tensor]
-Peer = Callable[[PackedWeight], Product]
 GIB = 1024**3
 L2_FACTOR = 4  # copies of a weight take this many times the cache
 MIN_CALLS = 24  # in one graph, and REPLAYS of it; a slow product gets by with its copies, replayed thrice
@@ -62,56 +57,6 @@ def time_calls(copies: list[Product], x: Tensor) -> list[float]:
             for product in calls:
                 product(x)
         return [median_seconds(graph.replay, 1) / len(calls) for _ in range(3 if slow else REPLAYS)]
-
-
-def q_values(weight: PackedWeight) -> Tensor:
-    return layouts.unpack_rows(weight.qweight, weight.bits, weight.in_features)
-
-
-def tinygemm(weight: PackedWeight) -> Product:
-    """aten::_weight_int4pack_mm: w = (q - 8) * scale + offset in bfloat16."""
-    if weight.bits != 4 or weight.group_size == -1:
-        raise ValueError("it takes 4 bits with groups")
-    q = q_values(weight)
-    packed = torch.ops.aten._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
-    zero = torch.full_like(weight.scale, 8) if weight.zero is None else weight.zero
-    offset = (8 - zero.float()) * weight.scale.float()
-    scales = torch.stack((weight.scale.float(), offset), dim=-1).transpose(0, 1).bfloat16().contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, weight.group_size, scales)
-
-
-def humming(weight: PackedWeight) -> Product:
-    """The library humming-kernels: its layer with our codes, symmetric."""
-    if weight.zero is not None:
-        raise ValueError("only the symmetric case is set up here")
-    config = {
-        "dtype": f"uint{weight.bits}",
-        "group_size": 0 if weight.group_size == -1 else weight.group_size,
-    }
-    layer = importlib.import_module("humming.layer").HummingLayer(
-        shape_n=weight.out_features, shape_k=weight.in_features, weight_config=config,
-        torch_dtype=torch.bfloat16,
-    ).cuda()  # fmt: skip
-    layer.load_from_tensors({"weight": weight.qweight, "weight_scale": weight.scale.bfloat16()})
-    layer.transform()
-    return lambda x: layer(x)  # type: ignore[no-any-return]
-
-
-PEERS: dict[str, Peer] = {"tinygemm": tinygemm, "humming": humming}
-
-
-def peers(weight: PackedWeight, names: list[str]) -> list[tuple[str, Callable[[], Product]]]:
-    """Those of `names` that can be made here: each with a function that makes a further copy."""
-    found: list[tuple[str, Callable[[], Product]]] = []
-    on_gpu = weight.to(torch.device("cuda"))
-    for name in names:
-        try:
-            PEERS[name](on_gpu)(torch.randn(1, weight.in_features, device="cuda", dtype=torch.bfloat16))
-        except Exception as fault:  # noqa: BLE001 - another's library: whatever it raises, the rest is measured
-            print(f"# {name}: {type(fault).__name__}: {str(fault)[:300]}")
-            continue
-        found.append((name, lambda name=name: PEERS[name](on_gpu)))  # type: ignore[misc]
-    return found
 
 
 def device_arguments(options: argparse.Namespace) -> dict[str, Any]:
