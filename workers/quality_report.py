@@ -13,6 +13,7 @@ import torch
 from app.core.plan import CandidatePlan
 from app.core.report import CandidateReport, LayerReport
 from app.core.specs import FormatName, TargetSpec, TextSpec
+from kernels.search.operators import search_backend
 from workers.account import Account
 from workers.formats.folder import FormatFolder
 from workers.quantization.evaluation import Quality
@@ -82,5 +83,5 @@ def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, A
         "device_name": name,
         "threads": torch.get_num_threads(),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "search_backend": "torch",
+        "search_backend": search_backend(device),
     }

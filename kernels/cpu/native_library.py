@@ -14,18 +14,16 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
-SOURCE = "linear.cpp"
-HEADERS = ("digits.h", "output.h", "rows.h", "tiles.h")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-O2",
     "-march=native",
-    "-mprefer-vector-width=512",
     "-fopenmp",
     "-std=c++17",
     "-shared",
@@ -37,6 +35,22 @@ COMPILE_TIMEOUT_S = 300
 
 ROWS_NEED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"})
 TILES_NEED = ROWS_NEED | {"amx_tile", "amx_bf16"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What one library is made of."""
+
+    source: str  # the file that is compiled
+    headers: tuple[str, ...]
+    flags: tuple[str, ...]  # besides those of all
+
+
+LINEAR = Sources(
+    "linear.cpp", ("registers.h", "digits.h", "output.h", "rows.h", "tiles.h"), ("-mprefer-vector-width=512",)
+)
+# Without contraction every product and sum is rounded, as PyTorch's are.
+SEARCH = Sources("search.cpp", ("search_products.h", "registers.h"), ("-ffp-contract=off",))
 
 
 class NotCompiled(Exception):
@@ -107,13 +121,25 @@ def made_library(*, tiles: bool) -> ctypes.CDLL:
     missing = sorted((TILES_NEED if tiles else ROWS_NEED) - features)
     if missing:
         raise NotCompiled(f"the processor ({model}) lacks {', '.join(missing)}")
-    library = load(compiled(default_folder(), tiles=tiles), tiles=tiles)
+    library = typed(built(LINEAR, tiles=tiles), tiles=tiles)
     if tiles and not library.nibble_tiles_ready():
         raise NotCompiled("the system does not grant AMX's registers")
     return library
 
 
-def compiled(folder: Path, *, tiles: bool) -> Path:
+def built(sources: Sources, *, tiles: bool) -> ctypes.CDLL:
+    """The library, from its folder or made now.
+
+    Raises NotCompiled with what went wrong.
+    """
+    path = compiled(default_folder(), tiles=tiles, sources=sources)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as fault:
+        raise NotCompiled(f"the compiled kernels can't be loaded: {fault}") from fault
+
+
+def compiled(folder: Path, *, tiles: bool, sources: Sources = LINEAR) -> Path:
     """The library's file, made if this is the first use.
 
     Raises NotCompiled with what went wrong.
@@ -121,25 +147,25 @@ def compiled(folder: Path, *, tiles: bool) -> Path:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise NotCompiled(f"no C++ compiler on PATH: none of {', '.join(COMPILERS)}")
-    flags = (*FLAGS, TILES) if tiles else FLAGS
+    flags = (*FLAGS, *sources.flags, *((TILES,) if tiles else ()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"linear-{library_key(compiler, flags)}.so"
+        path = folder / f"{Path(sources.source).stem}-{library_key(compiler, flags, sources)}.so"
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 part = path.with_suffix(f".{os.getpid()}.part")
-                run_compiler([compiler, *flags, str(SOURCES / SOURCE), "-o", str(part)])
+                run_compiler([compiler, *flags, str(SOURCES / sources.source), "-o", str(part)])
                 part.replace(path)
     except OSError as fault:
         raise NotCompiled(f"the folder of compiled kernels can't be used: {fault}") from fault
     return path
 
 
-def library_key(compiler: str, flags: tuple[str, ...]) -> str:
+def library_key(compiler: str, flags: tuple[str, ...], sources: Sources) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     model, features = processor()
     digest = hashlib.sha256("\0".join([version, *flags, model, *sorted(features)]).encode())
-    for name in (SOURCE, *HEADERS):
+    for name in (sources.source, *sources.headers):
         digest.update(name.encode() + b"\0" + (SOURCES / name).read_bytes())
     return digest.hexdigest()[:24]
 
@@ -164,12 +190,9 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def load(path: Path, *, tiles: bool) -> ctypes.CDLL:
+def typed(library: ctypes.CDLL, *, tiles: bool) -> ctypes.CDLL:
+    """The library of products with the types of its functions."""
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as fault:
-        raise NotCompiled(f"the compiled kernels can't be loaded: {fault}") from fault
     weight = ctypes.POINTER(BlockedStruct)
     library.nibble_dequantize.argtypes = [weight, number, number, number, pointer, threads]
     library.nibble_dequantize.restype = None

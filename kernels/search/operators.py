@@ -1,7 +1,8 @@
 """`nibble::rounding_errors`, `nibble::clip_step` and `nibble::clip_visit`, with fakes.
 
-Their bodies are PyTorch's operators; on NVIDIA GPUs they are one fused kernel each (kernels/search/cuda.py),
-but for whole rows as groups. kernels/search/reference.py is the slow truth.
+Their bodies are PyTorch's operators. Where they can be compiled they are a fused kernel each, on NVIDIA GPUs
+(kernels/search/cuda.py) and on CPUs (kernels/search/cpu.py), but for whole rows as groups of the clip step.
+kernels/search/reference.py is the slow truth.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_contiguous, check_device, check_dtype, check_scheme, check_shape
-from kernels.search import cuda
+from kernels.search import cpu, cuda
 from kernels.search.grids import GridRule
-from kernels.search.losses import matrix_units
+from kernels.search.losses import matrix_units, quick_dtype
 
 CHUNK = 2**19  # values treated at once: temporaries of a few megabytes stay in a CPU's cache
 GPU_CHUNK = 2**25  # bounds the memory of temporaries
@@ -46,6 +47,17 @@ def rounding_errors(
     if weight.is_cuda and cuda.fits(group_size, (weight,)) and cuda.runs_on(weight.get_device()):
         cuda.rounding_errors(weight, scales, group_size, rule, range_factor, errors)
         return errors
+    arguments = (weight, scales, group_size, rule, range_factor, errors)
+    if weight.device.type != "cpu" or not cpu.rounding_errors(*arguments):
+        round_in_parts(*arguments)
+    return errors
+
+
+def round_in_parts(
+    weight: Tensor, scales: Tensor, group_size: int, rule: GridRule, range_factor: float, errors: Tensor
+) -> None:
+    """rounding_errors by PyTorch's operators, some candidates at a time."""
+    rows, channels = weight.shape
     size = channels if group_size == -1 else group_size
     grouped = weight.view(1, rows, channels // size, size)
     for part, out in chunks(scales, errors, weight.numel()):
@@ -54,7 +66,13 @@ def rounding_errors(
         low, high = scaled.aminmax(dim=-1, keepdim=True)
         rounded = rule.nearest(scaled, *rule.fit(low * range_factor, high * range_factor))
         out.view(part.shape[0], *grouped.shape[1:]).copy_(rounded.div_(factors).sub_(grouped))
-    return errors
+
+
+def search_backend(device: torch.device) -> str:
+    """What the operators run on, for reports."""
+    if device.type == "cpu":
+        return cpu.loaded()[1]
+    return "cuda" if device.type == "cuda" and cuda.runs_on(device.index or 0) else "torch"
 
 
 def at_once(device: torch.device) -> int:
@@ -137,6 +155,8 @@ def clip_step_of(
     """What clip_step does to groups like this one, without its checks."""
     if weight.is_cuda and cuda.fits(weight.shape[1], (weight, block)) and cuda.runs_on(weight.get_device()):
         return cuda.ClipStep(weight.shape, weight.device, joint, side, rule)
+    if weight.device.type == "cpu" and cpu.can_clip(weight.shape[1]):
+        return cpu.ClipStep(joint, side, rule)
     count = max(1, at_once(weight.device) // (weight.shape[1] * max(1, len(joint), len(side))))
 
     def step(weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:
@@ -189,14 +209,19 @@ def clip_visit(
     if weight.numel() == 0:
         return
     size = weight.shape[1] // ranges.shape[0]
-    columns = torch.split(moment, size, dim=1)
     errors, weights = torch.split(error, size, dim=1), torch.split(weight, size, dim=1)
-    blocks = [part[index * size : (index + 1) * size] for index, part in enumerate(columns)]
+    blocks = [part[at * size : (at + 1) * size] for at, part in enumerate(torch.split(moment, size, dim=1))]
     step = clip_step_of(weights[0], blocks[0], joint, side, rule)
+    # What the other groups' errors add is known well enough in the dtype that is quick.
+    multiplied = error.to(quick_dtype(weight.device, weight.shape[1]))
+    columns = torch.split(moment.to(multiplied.dtype), size, dim=1)
     with matrix_units(weight.device):
-        for index, own in enumerate(ranges):
-            errors[index].zero_()
-            step(weights[index], blocks[index], error @ columns[index], errors[index], own)
+        for index, (own, known) in enumerate(zip(ranges, torch.split(multiplied, size, dim=1), strict=True)):
+            known.zero_()
+            others = (multiplied @ columns[index]).to(torch.float32)
+            step(weights[index], blocks[index], others, errors[index], own)
+            if multiplied is not error:
+                known.copy_(errors[index])
 
 
 @clip_visit.register_fake

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.core.format_limits import Scheme
-from kernels.search.losses import row_losses
+from kernels.search.losses import quick_row_losses
 from kernels.search.operators import clip_visit
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
 
@@ -36,14 +36,20 @@ def search_clip(
     """
     weight, moment = weight.contiguous(), moment.contiguous()
     grouped = grouped_view(weight, scheme)
-    error = min_max_grid(grouped, scheme, dtype).nearest(grouped).sub_(grouped).view_as(weight)
-    before = row_losses(error, moment)
+    plain = min_max_grid(grouped, scheme, dtype)
+    error = plain.nearest(grouped).sub_(grouped).view_as(weight)
+    before = quick_row_losses(error, moment)
     ranges = weight.new_ones(grouped.shape[1], 4, grouped.shape[0])  # see clip_step
     whole = joint_factors(smallest_factor(weight, scheme))  # percentiles of the weights bound the search
     for joint, side in ((whole, SIDE_FACTORS), ((), FINE_FACTORS)):
         clip_visit(weight, moment, error, ranges, joint, side, scheme.bits, scheme.symmetric, dtype)
     scale, zero = ranges[:, 2:].permute(1, 2, 0).contiguous()[..., None]
-    return Grid(scale, zero, scheme.bits), before, row_losses(error, moment)
+    after = quick_row_losses(error, moment)
+    # The groups' losses are known to some digits only: a row that gained nothing may have lost as little.
+    worse = after > before
+    scale = torch.where(worse[:, None, None], plain.scale, scale)
+    zero = torch.where(worse[:, None, None], plain.zero, zero)
+    return Grid(scale, zero, scheme.bits), before, torch.minimum(before, after)
 
 
 def smallest_factor(weight: Tensor, scheme: Scheme) -> float:

@@ -29,7 +29,6 @@ from workers.quantization.rounding import (
     FoldedLinear,
     RoundedLinear,
     round_linear,
-    round_nearest,
     row_losses,
 )
 from workers.quantization.scale_search import ScaleChoice, ScaledLinear, search_scales
@@ -206,13 +205,14 @@ def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: t
     if choice is not None:
         weight, plain = weight / choice.scales, plain / choice.scales
         moment = moment * torch.outer(choice.scales, choice.scales)
-    grid = min_max_grid(grouped_view(plain, scheme), scheme, dtype)
-    return float(row_losses(weight, round_nearest(plain, grid, scheme), moment).sum())
+    grouped = grouped_view(plain, scheme)
+    error = min_max_grid(grouped, scheme, dtype).nearest(grouped).view_as(weight).sub_(weight)
+    return float(losses.quick_row_losses(error, moment).sum())
 
 
 def output_energy(linear: FoldedLinear) -> float:
     """Mean square of the output: what its losses are compared with."""
-    return float(losses.row_losses(linear.weight, linear.moment).sum())
+    return float(losses.quick_row_losses(linear.weight, linear.moment).sum())
 
 
 def linear_report(

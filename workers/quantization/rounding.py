@@ -58,7 +58,7 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
     else:
         grid = min_max_grid(grouped_view(weight, scheme), scheme, dtype)
         nearest = round_nearest(weight, grid, scheme)
-        before = after = row_losses(weight, nearest, moment)
+        before = after = losses.quick_row_losses(nearest.dequantize() - weight, moment)
     rounded, final, damping = round_nearest(weight, grid, scheme), after, None
     if recipe.rounds_with_gptq:
         rounded, final, damping = better_rows(weight, moment, grid, rounded, dtype)

@@ -12,15 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from app.core.format_limits import Scheme
 from app.core.specs import SearchSpec
-from kernels.search.losses import row_losses
+from kernels.search.losses import has_matrix_units, quick_dtype, row_losses
 from kernels.search.operators import rounding_errors
 from workers.quantization.grid import grouped_view
 from workers.quantization.input_statistics import InputStatistics
@@ -210,18 +208,9 @@ def ranking_dtype(device: torch.device) -> torch.dtype:
     """What candidates are ranked in: bfloat16 where the device multiplies it much faster than float32.
 
     Rounding H and the errors to eight bits moves a candidate's loss by far less than the candidates
-    differ; the finalists are compared in float32.
+    differ. Where many channels are summed up it compares the finalists too (see quick_dtype).
     """
-    if device.type == "cuda" or cpu_has_amx():
-        return torch.bfloat16
-    return torch.float32
-
-
-@cache
-def cpu_has_amx() -> bool:
-    """True on CPUs with matrix units for bfloat16 (Linux tells)."""
-    path = Path("/proc/cpuinfo")
-    return path.exists() and " amx_bf16" in path.read_text("utf-8")
+    return torch.bfloat16 if has_matrix_units(device) else torch.float32
 
 
 def sampled(linears: list[ScaledLinear], rows: int) -> list[ScaledLinear]:
@@ -237,9 +226,12 @@ def search_scales(
 
     All candidates are ranked on a sample of rows; the best few and the identity are compared on all rows.
     """
-    tried = candidates(linears, statistics, fold, search)
-    finalists = rank(sampled(linears, SAMPLED_ROWS), tried, statistics.second_moment, fold)
-    losses = rounding_losses(linears, tried.scales[finalists], statistics.second_moment, fold.dtype)
+    tried, moment = candidates(linears, statistics, fold, search), statistics.second_moment
+    quick = moment.to(ranking_dtype(moment.device))
+    finalists = rank(sampled(linears, SAMPLED_ROWS), tried, quick, fold)
+    if quick_dtype(moment.device, len(moment)) != quick.dtype:
+        quick = moment
+    losses = rounding_losses(linears, tried.scales[finalists], quick, fold.dtype)
     best = int(torch.where(torch.isfinite(losses), losses, torch.inf).argmin())
     ratio, weight_ratio = tried.ratios[finalists[best]]
     scales = tried.scales[finalists[best]]
@@ -248,7 +240,7 @@ def search_scales(
 
 def rank(linears: list[ScaledLinear], tried: Candidates, moment: Tensor, fold: Fold) -> list[int]:
     """The identity, which is the first candidate, and the best others by the loss on these rows."""
-    losses = rounding_losses(linears, tried.scales, moment.to(ranking_dtype(moment.device)), fold.dtype)
+    losses = rounding_losses(linears, tried.scales, moment, fold.dtype)
     losses = torch.where(torch.isfinite(losses), losses, torch.inf)
     order = losses[1:].argsort()[: FINALISTS - 1] + 1
     return [0, *order.tolist()]

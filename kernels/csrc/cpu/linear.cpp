@@ -28,6 +28,8 @@
 #include <unistd.h>
 #endif
 
+#include "registers.h"
+
 namespace {
 
 constexpr int kRows = 16;        // rows of a block

@@ -6,49 +6,7 @@
 
 namespace {
 
-constexpr int kTile = 1024;       // bytes: 16 rows of 64
-constexpr int kFeature = 18;      // XFEATURE_XTILEDATA
-constexpr int kPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-
-// GCC's tile instructions don't tell the compiler what memory they read: what was written must be written by now.
-inline void settle() { asm volatile("" ::: "memory"); }
-
-struct alignas(64) TileShapes {
-  uint8_t palette, start, reserved[14];
-  uint16_t bytes[16];  // of a row
-  uint8_t rows[16];
-};
-
-// Other libraries keep shapes for this thread and may rely on them: they are put back.
-class TileScope {
- public:
-  // Tiles 0-3: sums, 4-5: weights, 6-7: x with `columns` columns.
-  explicit TileScope(int columns) {
-    _tile_storeconfig(&before_);
-    settle();
-    TileShapes shapes{};
-    shapes.palette = 1;
-    for (int t = 0; t < 8; ++t) {
-      shapes.rows[t] = 16;
-      shapes.bytes[t] = uint16_t(t == 4 || t == 5 ? 64 : 4 * columns);
-    }
-    settle();
-    _tile_loadconfig(&shapes);
-  }
-  ~TileScope() {
-    settle();
-    if (before_.palette) {
-      _tile_loadconfig(&before_);
-    } else {
-      _tile_release();
-    }
-  }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
-
- private:
-  TileShapes before_;
-};
+constexpr int kTile = 1024;  // bytes: 16 rows of 64
 
 // x (rows, stride) bfloat16 to tiles of 16 columns, in parts of at most `part` tiles of channels:
 // [K/32/part][columns/16][part][16 pairs of channels][16 columns].

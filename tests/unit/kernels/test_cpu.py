@@ -287,7 +287,7 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_failure_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
-    def fail(folder: Path, *, tiles: bool) -> Path:
+    def fail(folder: Path, *, tiles: bool, sources: native_library.Sources) -> Path:
         tries.append(folder)
         raise NotCompiled("out of luck")
 
