@@ -64,7 +64,7 @@ def has_tiles() -> bool:
 
 @functools.cache
 def loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The library, with AMX where there is one, and its name for reports; the log says why none can be made."""
+    """The library, with AMX where there is one, and its name for reports; the log says why there is none."""
     reasons = []
     for tiles in (True, False) if has_tiles() else (False,):
         try:
