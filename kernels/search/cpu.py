@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kernels import fallbacks
 from kernels.cpu.native_library import SEARCH, TILES_NEED, NotCompiled, built, processor
 from kernels.search.grids import GridRule
 
@@ -17,8 +17,6 @@ GROUP_SIZES = (32, 64, 128)  # of the clip step
 LANES = 16  # values of a vector
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # `ScaleType` of search.cpp
 SMALL = 2**16  # values that are not worth a second thread
-
-log = logging.getLogger(__name__)
 
 
 class RuleStruct(ctypes.Structure):
@@ -71,7 +69,7 @@ def loaded() -> tuple[ctypes.CDLL | None, str]:
             return typed(built(SEARCH, tiles=tiles)), "cpu-amx" if tiles else "cpu-vectors"
         except NotCompiled as fault:
             reasons.append(str(fault))
-    log.warning("the search runs without its CPU kernels, several times slower: %s", "; ".join(reasons))
+    fallbacks.note("the search", "; ".join(reasons))
     return None, "torch"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import fallbacks
 from kernels.cpu.native_library import SEARCH, NotCompiled, built
 from kernels.search import cpu, reference
 from kernels.search.grids import GridRule
@@ -163,6 +164,7 @@ def test_no_compiler_is_logged_and_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(fallbacks, "MET", {})
     cpu.loaded.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
@@ -170,6 +172,7 @@ def test_no_compiler_is_logged_and_reported(
             assert search_backend(CPU) == "torch"
         assert len(caplog.records) == 1
         assert "no C++ compiler on PATH" in caplog.text
+        assert "no C++ compiler on PATH" in fallbacks.noted()[0]
         weight, moment = weights(3, 64)
         error, _ = visited(weight, moment, RULES[0], 32)
         assert bool(error.isfinite().all())
@@ -184,6 +187,7 @@ def test_registers_that_the_system_keeps_back(
         def nibble_search_ready(self) -> int:
             return 0
 
+    monkeypatch.setattr(fallbacks, "MET", {})
     monkeypatch.setattr(cpu, "built", lambda sources, *, tiles: Denied())
     cpu.loaded.cache_clear()
     try:
