@@ -1,0 +1,152 @@
+"""The service with the users of docker/redis-users.acl: they may do what it needs, and no more."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from redis.exceptions import NoPermissionError, ResponseError
+
+from app.core.deployment import DeploymentSpec, Replica, ReplicaState
+from app.core.deployment_store import DeploymentStore, failed
+from app.core.ids import new_id
+from app.core.janitor import Janitor
+from app.core.job import Problem
+from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.settings import Settings
+from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, running_service
+from tests.integration.workshop import Workshop, wait_until
+
+
+class Users(NamedTuple):
+    """URLs of one Valkey for each of its users."""
+
+    admin: str
+    api: str
+    worker: str
+
+
+@pytest.fixture
+def users(tmp_path: Path, repository: Path) -> Iterator[Users]:
+    binary = embedded_binary()
+    assert binary is not None
+    (tmp_path / "data").mkdir()
+    rules = (repository / "docker" / "redis-users.acl").read_text()
+    rules = rules.replace("API_PASSWORD", "a").replace("WORKER_PASSWORD", "w")
+    (tmp_path / "users.acl").write_text(rules + "user admin on >o ~* &* +@all\n")
+    path = tmp_path / "data" / "s"
+    command = [
+        binary,
+        "--port",
+        "0",
+        "--unixsocket",
+        str(path),
+        "--save",
+        "",
+        "--dir",
+        str(tmp_path / "data"),
+    ]
+    command += ["--aclfile", str(tmp_path / "users.acl")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        urls = Users(*(f"unix://{name}@{path}" for name in ("admin:o", "nibble-api:a", "nibble-worker:w")))
+        with connect(urls.admin) as client:
+            wait_for_redis(client)
+        yield urls
+        process.terminate()
+
+
+def refused(users: Users) -> list[str]:
+    """What the server refused since the last look: who, what."""
+    with connect(users.admin) as client:
+        found = [f"{entry['username']}: {entry['object']}" for entry in client.acl_log()]
+        client.acl_log_reset()
+    return found
+
+
+def test_the_service_needs_no_more_than_its_users_may(users: Users, tmp_path: Path) -> None:
+    settings = Settings.model_validate(
+        {
+            "state_dir": tmp_path / "state",
+            "redis_url": users.api,
+            "model_roots": (EXAMPLES,),
+            "bootstrap_api_key": ADMIN_KEY,
+            "outgoing_networks": "127.0.0.1/32",
+            "janitor_interval_s": 0.2,
+            "tenant_jobs": 10,
+            "tenant_running_jobs": 2,
+            "tenant_requests_per_minute": 10_000,
+        }
+    )
+    workshop = Workshop(connect(users.worker), users.worker, tmp_path / "worker")
+    with running_service(settings) as service:
+        jobs = [service.submit(webhook={"url": "http://127.0.0.1:9/"})["id"] for _ in range(3)]
+        for _ in range(4):
+            for route in ("jobs", "workers", "deployments", "models", "keys", "audit", "webhook-secret"):
+                service.client.get(f"/v1/{route}").raise_for_status()
+            for route in ("", "/events", "/webhook-deliveries"):
+                service.client.get(f"/v1/jobs/{jobs[0]}{route}").raise_for_status()
+        link = service.client.post("/v1/login-links").json()["path"]
+        with service.client_with(None) as browser:
+            browser.get(link)
+            assert browser.get("/v1/jobs").status_code == 200
+        Janitor(service.store, service.queue, service.objects, max_attempts=3).sweep()
+        headers = {"Idempotency-Key": "k"}
+        service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers).raise_for_status()
+        service.client.post(f"/v1/jobs/{jobs[2]}/cancel").raise_for_status()
+        assert service.client.get("/metrics").status_code == 200
+        assert service.client.get("/readyz").status_code == 200
+        with workshop.worker("one"):
+            wait_until(lambda: service.store.load(jobs[0]).is_terminal)
+        serve_as_a_worker(users)
+        service.client.delete(f"/v1/jobs/{jobs[2]}").raise_for_status()
+    workshop.redis.close()
+    assert refused(users) == []
+
+
+def serve_as_a_worker(users: Users) -> None:
+    with connect(users.worker) as redis:
+        store = DeploymentStore(redis)
+        deployment = store.create("default", DeploymentSpec(artifact=new_id("art"), name="d"))
+        replica = Replica(deployment=deployment.id, slot=0, owner="o", worker="w", engine="transformers",
+                          state=ReplicaState.LOADING, since=datetime.now(UTC))  # fmt: skip
+        assert store.beat(replica, ttl_s=5)
+        assert store.all()
+        store.touch([deployment])
+        assert store.release(replica)
+        store.update(deployment.id, lambda found: failed(found, Problem(code="x", message="y")))
+        assert store.forget(deployment)
+
+
+FORBIDDEN = [
+    "CONFIG GET *", "FLUSHALL", "FLUSHDB", "KEYS *", "SHUTDOWN NOSAVE", "MONITOR", "ACL LIST",
+    "CLIENT LIST", "SAVE", "REPLICAOF h 1", "MODULE LIST", "GET other", "SET other 1", "SWAPDB 0 1",
+    "PUBLISH other x", "MIGRATE h 1 nibble:a 0 1",
+]  # fmt: skip
+SECRETS = [
+    "GET nibble:key:a", "SADD nibble:keys a", "SET nibble:session:a b", "SET nibble:login:a b",
+    "GET nibble:webhook-secret:a", "GET nibble:link-secret", "XLEN nibble:audit:a", "SET nibble:limits:a b",
+    "GET nibble:idempotency:a",
+]  # fmt: skip
+
+
+def test_no_user_administers_or_leaves_its_keys(users: Users) -> None:
+    for url in (users.api, users.worker):
+        with connect(url) as redis:
+            for command in FORBIDDEN:
+                with pytest.raises(NoPermissionError):
+                    redis.execute_command(*command.split())
+
+
+def test_a_worker_reaches_no_keys_sessions_or_secrets(users: Users) -> None:
+    """Neither by itself nor in a script."""
+    with connect(users.worker) as redis:
+        for command in SECRETS:
+            with pytest.raises(NoPermissionError):
+                redis.execute_command(*command.split())
+            arguments = ", ".join(f"'{word}'" for word in command.split())
+            with pytest.raises(ResponseError, match=r"(?i)acl|permission"):
+                redis.eval(f"return redis.call({arguments})", 0)
