@@ -1,23 +1,12 @@
 // The live list of jobs.
-import { read } from "../api.js";
 import { age, duration, modelName } from "../format.js";
-import { Bar, Empty, Loaded, State, Title } from "../parts.js";
-import { usePolled } from "../polling.js";
-import { html, useEffect, useMemo, useState } from "../ui.js";
+import { useJobFeed } from "../job_feed.js";
+import { Bar, Empty, Loaded, Problem, State, Title } from "../parts.js";
+import { html, useEffect, useMemo, useRef, useState } from "../ui.js";
 
 const STATES = ["queued", "running", "cancelling", "succeeded", "failed", "cancelled"];
-const PAGE = 40;
-
-function listPath({ state, label }, after) {
-  const query = new URLSearchParams({ view: "brief", limit: PAGE });
-  if (state) query.set("state", state);
-  if (label.includes("=")) query.append("label", label);
-  if (after) query.set("after", after);
-  return `/v1/jobs?${query}`;
-}
-
-const isMoving = (job) => ["queued", "running", "cancelling"].includes(job.state);
-const pollEvery = (page) => (page.data.some(isMoving) ? 2 : 10);
+const AHEAD = "1500px"; // older jobs are read before the end of the list is seen
+let lastFilter = { state: "", label: "" };
 
 function Filters({ filter, onChange }) {
   const set = (name) => (event) => onChange({ ...filter, [name]: event.target.value });
@@ -46,7 +35,7 @@ function Progress({ job }) {
 }
 
 function JobRow({ job }) {
-  return html`<li class="row">
+  return html`<li class="row" data-job=${job.id}>
     <${State} state=${job.state} />
     <div class="row-main">
       <a href=${`#/jobs/${job.id}`}>${modelName(job.model)}</a>
@@ -57,38 +46,67 @@ function JobRow({ job }) {
   </li>`;
 }
 
-function useOlder(filter, newest) {
-  const [older, setOlder] = useState({ jobs: [], next: undefined });
-  useEffect(() => setOlder({ jobs: [], next: undefined }), [filter]);
-  const next = older.next === undefined ? newest?.next : older.next;
-  const more = async () => {
-    const { value } = await read(listPath(filter, next));
-    setOlder({ jobs: [...older.jobs, ...value.data], next: value.next });
+/** Loads older jobs when it comes near the screen; a button for those who don't scroll. */
+function Older({ count, more }) {
+  const place = useRef(null);
+  const asking = useRef(false);
+  const [error, setError] = useState(null);
+  const ask = async () => {
+    if (asking.current) return;
+    asking.current = true;
+    setError(null);
+    await more().catch(setError);
+    asking.current = false;
   };
-  return { jobs: older.jobs, more: next ? more : null };
+  useEffect(() => {
+    const seen = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && ask(), { rootMargin: AHEAD });
+    seen.observe(place.current);
+    return () => seen.disconnect();
+  }, [count]);
+  return html`<div ref=${place}>
+    <${Problem} error=${error} title="Older jobs can't be read" />
+    <button type="button" class="quiet wide" onClick=${ask}>Show older jobs</button>
+  </div>`;
 }
 
-function JobList({ page, filter }) {
-  const older = useOlder(filter, page);
-  const jobs = useMemo(() => {
-    const known = new Set(page.data.map((job) => job.id));
-    return [...page.data, ...older.jobs.filter((job) => !known.has(job.id))];
-  }, [page, older.jobs]);
-  if (jobs.length === 0) {
-    return filter.state || filter.label
+/** Rows by job: a job that has not changed keeps its row, which then costs nothing to draw again. */
+function useRows(jobs, minute) {
+  const rows = useMemo(() => new WeakMap(), [minute]);
+  return jobs.map((job) => {
+    if (!rows.has(job)) rows.set(job, html`<${JobRow} key=${job.id} job=${job} />`);
+    return rows.get(job);
+  });
+}
+
+function useMinute() {
+  const [minute, setMinute] = useState(0);
+  useEffect(() => {
+    const timer = setInterval(() => setMinute((before) => before + 1), 60_000);
+    return () => clearInterval(timer);
+  }, []);
+  return minute;
+}
+
+function JobList({ feed, isFiltered }) {
+  const rows = useRows(feed.jobs, useMinute());
+  if (rows.length === 0) {
+    return isFiltered
       ? html`<${Empty} title="No job matches">Widen the filter to see others.<//>`
       : html`<${Empty} title="No jobs yet">Quantize your first model: <a href="#/jobs/new">new job</a>.<//>`;
   }
-  return html`<ul class="rows" aria-label="Jobs, newest first">
-      ${jobs.map((job) => html`<${JobRow} key=${job.id} job=${job} />`)}
-    </ul>
-    ${older.more && html`<button type="button" class="quiet wide" onClick=${older.more}>Show older jobs</button>`}`;
+  return html`<ul class="rows" aria-label="Jobs, newest first">${rows}</ul>
+    ${feed.hasMore && html`<${Older} count=${rows.length} more=${feed.more} />`}`;
 }
 
 export function JobsPage() {
-  const [filter, setFilter] = useState({ state: "", label: "" });
-  const polled = usePolled(listPath(filter), pollEvery);
+  const [filter, setFilter] = useState(lastFilter);
+  const change = (chosen) => {
+    lastFilter = chosen;
+    setFilter(chosen);
+  };
+  const feed = useJobFeed(filter);
+  const shown = { value: feed.isKnown ? feed : undefined, error: feed.error };
   return html`<${Title} aside=${html`<a class="main button" href="#/jobs/new">New job</a>`}>Jobs<//>
-    <${Filters} filter=${filter} onChange=${setFilter} />
-    <${Loaded} polled=${polled}>${(page) => html`<${JobList} page=${page} filter=${filter} />`}<//>`;
+    <${Filters} filter=${filter} onChange=${change} />
+    <${Loaded} polled=${shown}>${() => html`<${JobList} feed=${feed} isFiltered=${Boolean(filter.state || filter.label)} />`}<//>`;
 }

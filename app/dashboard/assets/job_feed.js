@@ -1,0 +1,98 @@
+// The list of jobs, however long: its newest page is polled, older ones are read as the list is scrolled, and asked
+// for again only while they are in view and a job of theirs still moves.
+import { read } from "./api.js";
+import { usePolled } from "./polling.js";
+import { useEffect, useRef, useState } from "./ui.js";
+
+const PAGE = 25; // about 12 kB
+const MOVING_S = 2;
+const RESTING_S = 10;
+const EMPTY = { jobs: [], hasMore: false, isKnown: false };
+// The list that was left last, so that coming back finds it as it was.
+let left = { path: "", list: EMPTY, scroll: 0 };
+
+export const isMoving = (job) => ["queued", "running", "cancelling"].includes(job.state);
+const pollEvery = (page) => (page.data.some(isMoving) ? MOVING_S : RESTING_S);
+
+function listPath({ state, label }) {
+  const query = new URLSearchParams({ view: "brief", limit: PAGE });
+  if (state) query.set("state", state);
+  if (label.includes("=")) query.append("label", label);
+  return `/v1/jobs?${query}`;
+}
+
+/** The list with what `page` says of the jobs older than `after`. Ids sort by time; unchanged jobs stay the same objects. */
+function merged(list, page, after) {
+  const known = new Map(list.jobs.map((job) => [job.id, job]));
+  const fresh = page.data.map((job) => {
+    const before = known.get(job.id);
+    return before && JSON.stringify(before) === JSON.stringify(job) ? before : job;
+  });
+  if (!page.has_more) return { jobs: [...list.jobs.filter((job) => after && job.id >= after), ...fresh], hasMore: false, isKnown: true };
+  const last = page.data.at(-1).id;
+  // More new jobs than a page holds: what lies between is not known, so the older ones are read anew.
+  const hasGap = !after && list.jobs.length > 0 && list.jobs[0].id < last;
+  const newer = list.jobs.filter((job) => after && job.id >= after);
+  const older = hasGap ? [] : list.jobs.filter((job) => job.id < last);
+  return { jobs: [...newer, ...fresh, ...older], hasMore: list.hasMore || older.length === 0, isKnown: true };
+}
+
+/** The id before which the page of the row in the middle of the screen begins; null if that row needs no asking. */
+function pageInView(jobs) {
+  const row = document.elementFromPoint(innerWidth / 2, innerHeight / 2)?.closest("li[data-job]");
+  const index = row ? jobs.findIndex((job) => job.id === row.dataset.job) : -1;
+  const start = index - (index % PAGE);
+  return start >= PAGE && jobs.slice(start, start + PAGE).some(isMoving) ? jobs[start - 1].id : null;
+}
+
+function useRefreshInView(path, list, update) {
+  const latest = useRef(null);
+  latest.current = list;
+  useEffect(() => {
+    const control = new AbortController();
+    const timer = setInterval(async () => {
+      const after = document.hidden ? null : pageInView(latest.current.jobs);
+      if (after === null) return;
+      try {
+        update((await read(`${path}&after=${after}`, control.signal)).value, after);
+      } catch {
+        // The newest page is polled as well, and says when the service is away.
+      }
+    }, 1000 * MOVING_S);
+    return () => {
+      clearInterval(timer);
+      control.abort();
+    };
+  }, [path]);
+}
+
+function useRemembered(path, list) {
+  const latest = useRef(null);
+  latest.current = list;
+  useEffect(() => {
+    if (left.path === path) scrollTo(0, left.scroll);
+    const remember = () => {
+      left = { path, list: latest.current, scroll: scrollY };
+    };
+    addEventListener("scroll", remember, { passive: true });
+    return () => removeEventListener("scroll", remember);
+  }, [path]);
+  if (left.path === path) left.list = list;
+}
+
+/** { jobs, hasMore, isKnown, error, more }: `more` reads a further page of older jobs. */
+export function useJobFeed(filter) {
+  const path = listPath(filter);
+  const newest = usePolled(path, pollEvery);
+  const [state, setState] = useState({ path, list: left.path === path ? left.list : EMPTY });
+  const list = state.path === path ? state.list : EMPTY;
+  const update = (page, after) => setState((before) => ({ path, list: merged(before.path === path ? before.list : EMPTY, page, after) }));
+  useEffect(() => newest.value && update(newest.value, ""), [newest.value]);
+  useRefreshInView(path, list, update);
+  useRemembered(path, list);
+  const more = async (signal) => {
+    const after = list.jobs.at(-1).id;
+    update((await read(`${path}&after=${after}`, signal)).value, after);
+  };
+  return { ...list, error: newest.error, more };
+}
