@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import threading
 from datetime import UTC, datetime
 from typing import Any
@@ -25,6 +24,7 @@ from app.core.errors import JobFault, NibbleError
 from app.core.job_queue import QUEUE_NAMES, RUN_JOB_TASK, SERIALIZER
 from app.core.job_store import JobStore
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from workers.device_memory import device_memory
 from workers.leftovers import Leftovers
 
 log = logging.getLogger(__name__)
@@ -72,19 +72,6 @@ def refuse_task(name: str) -> JobFault:
         code="task_refused",
         remedy="find out who else writes to this Redis",
     )
-
-
-def gpu_memory_bytes(device: str) -> int | None:
-    """Bytes in use on a GPU, as the driver's program tells them; None for what is no GPU."""
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", index]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        return int(answer.stdout) * 1024**2
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
 
 
 class QueueWorker(Worker):
@@ -166,7 +153,8 @@ class QueueWorker(Worker):
                 os.kill(self.horse_pid, signal.SIGTERM)
 
     def _beat(self, **changes: object) -> None:
-        told = {"heartbeat_at": datetime.now(UTC), "gpu_memory_bytes": gpu_memory_bytes(self._record.device)}
+        memory = device_memory(self._record.device)
+        told = {"heartbeat_at": datetime.now(UTC), "memory_bytes": memory.used, "memory_total": memory.total}
         self._record = self._record.model_copy(update={**changes, **told})
         try:
             self._registry.beat(self._record, ttl_s=HEARTBEAT_TTL_S)

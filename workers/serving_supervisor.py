@@ -28,6 +28,7 @@ from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from workers.device_memory import device_memory
 from workers.main import describe_worker, device_name, resolve_device, worker_name
 from workers.serving_files import ArtifactCache
 from workers.serving_process import POLL_S, SERVER_MODULE, vllm_program
@@ -183,7 +184,13 @@ class ServingSupervisor:
         if time.monotonic() - self._registered < REGISTRY_S and self._record.servers == len(self._keepers):
             return
         self._registered = time.monotonic()
-        changes = {"servers": len(self._keepers), "heartbeat_at": datetime.now(UTC)}
+        memory = device_memory(self._record.device)
+        changes = {
+            "servers": len(self._keepers),
+            "heartbeat_at": datetime.now(UTC),
+            "memory_bytes": memory.used,
+            "memory_total": memory.total,
+        }
         self._record = self._record.model_copy(update=changes)
         self._registry.beat(self._record, ttl_s=REGISTRY_TTL_S)
 

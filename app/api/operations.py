@@ -74,7 +74,9 @@ def occupancy(services: Services) -> Occupancy:
         oldest_s=services.jobs.age_s(waiting[0]) if waiting else 0.0,
         heartbeats_s={worker.name: (now - worker.heartbeat_at).total_seconds() for worker in everyone},
         gpu_bytes={
-            worker.name: worker.gpu_memory_bytes for worker in everyone if worker.gpu_memory_bytes is not None
+            worker.name: worker.memory_bytes
+            for worker in everyone
+            if worker.memory_bytes is not None and worker.device.startswith("cuda")
         },
         stages=services.tally.stages(),
         failures=services.tally.failures(),

@@ -238,6 +238,8 @@ class WorkerView(BaseModel):
     queue: Literal["jobs", "serve"]
     state: Literal["idle", "busy"]
     servers: int
+    memory_bytes: int | None  # in use on the device, by whomever; without a GPU the host's
+    memory_total: int | None
     job: str | None  # shown to its own tenant
     started_at: datetime
     heartbeat_at: datetime
@@ -252,6 +254,8 @@ class WorkerView(BaseModel):
             queue=worker.queue,
             state="idle" if worker.job is None and worker.servers == 0 else "busy",
             servers=worker.servers,
+            memory_bytes=worker.memory_bytes,
+            memory_total=worker.memory_total,
             job=worker.job if worker.tenant == tenant else None,
             started_at=worker.started_at,
             heartbeat_at=worker.heartbeat_at,

@@ -26,6 +26,10 @@ class LinearReport(Frozen):
     loss: float | None = None  # as rounded
     energy: float | None = None  # mean square of the output itself, summed over rows, in the losses' unit
     clip_gain: float | None = None  # 1 - loss_clipped / loss_unclipped
+    clip_low: float | None = (
+        None  # smallest weight that a group holds, median over groups, in the model's units
+    )
+    clip_high: float | None = None  # and the largest
     clip_floor: float | None = None  # smallest share of a range tried at first, by percentiles of the weights
     damping: float | None = None  # GPTQ: share of the mean diagonal added to H
     backend: str = "torch"  # what computed the search

@@ -31,7 +31,8 @@ class WorkerRecord(Kept):
     queue: Literal["jobs", "serve"] = "jobs"
     engines: tuple[str, ...] = ()  # that a worker of the queue `serve` can run
     servers: int = 0  # that it runs
-    gpu_memory_bytes: int | None = None  # in use on its device
+    memory_bytes: int | None = None  # in use on its device; without a GPU the host's
+    memory_total: int | None = None
     job: str | None = None
     tenant: str | None = None  # the job's
     started_at: datetime

@@ -175,7 +175,7 @@ def test_metrics_tell_of_jobs_queues_and_requests(service: Service) -> None:
     Tally(service.redis).add_stage("searching", 1.5)
     now = datetime.now(UTC)
     worker = WorkerRecord(
-        name="a", host="h", pid=1, device="cuda:0", gpu_memory_bytes=7, started_at=now, heartbeat_at=now
+        name="a", host="h", pid=1, device="cuda:0", memory_bytes=7, started_at=now, heartbeat_at=now
     )
     WorkerRegistry(service.redis).beat(worker, ttl_s=30)
     assert metric(service, "nibble_queue_oldest_seconds") > 0

@@ -215,10 +215,21 @@ def output_energy(linear: FoldedLinear) -> float:
     return float(losses.quick_row_losses(linear.weight, linear.moment).sum())
 
 
+def held_range(choice: ScaleChoice | None, rounded: RoundedLinear) -> tuple[float, float]:
+    """Medians over groups of the smallest and largest weight that the integers hold, in the model's units."""
+    scale, zero = rounded.weight.scale, rounded.weight.zero.float()
+    top = 2**rounded.weight.scheme.bits - 1
+    if choice is not None:
+        # The folded weight is column times scale: a group as a whole is about the mean of its columns'.
+        scale = scale / choice.scales.to(scale.device).view(scale.shape[1], -1).mean(dim=1)
+    return float((-zero * scale).median()), float(((top - zero) * scale).median())
+
+
 def linear_report(
     name: str, choice: ScaleChoice | None, loss_rounding: float, rounded: RoundedLinear
 ) -> LinearReport:
     unclipped, scheme = rounded.loss_unclipped, rounded.weight.scheme
+    low, high = held_range(choice, rounded)
     return LinearReport(
         linear=name,
         bits=scheme.bits,
@@ -231,6 +242,8 @@ def linear_report(
         loss_clipped=rounded.loss_clipped,
         loss=rounded.loss,
         clip_gain=1 - rounded.loss_clipped / unclipped if unclipped > 0 else 0.0,
+        clip_low=low,
+        clip_high=high,
         clip_floor=rounded.clip_floor,
         damping=rounded.damping,
     )

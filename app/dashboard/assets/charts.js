@@ -22,20 +22,84 @@ function seriesOf(names, kind) {
     fill: kind === "bars" ? `${color(COLORS[index % COLORS.length])}80` : undefined,
     width: 2,
     paths: drawn,
-    points: { show: kind !== "bars", size: kind === "points" ? 9 : 4 },
-    value: (_, value) => number(value, 4),
+    points: { show: kind !== "bars", size: kind === "points" ? 10 : 5, fill: color(COLORS[index % COLORS.length]) },
   }));
 }
 
-function optionsFor({ x, y, names, kind, log, marks, whole }, width) {
+/** A little room around the values; on a logarithmic axis no more than that, where uPlot takes whole decades. */
+function padded(low, high, log) {
+  if (low === null || high === null) return [0, 1];
+  if (log) return [low / 1.5, high * 1.5];
+  const room = 0.12 * (high - low || Math.abs(high) || 1);
+  return [low - room, high + room];
+}
+
+const isRound = (value) => [1, 2, 5].some((step) => Math.abs(Math.log10(value / step) % 1) < 1e-6);
+const roundOnes = (_, ticks) => ticks.map((tick) => (tick !== null && isRound(tick) ? tick : null));
+
+function axesFor({ x, y, log, whole }) {
+  const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick, 3)));
+  const vertical = axis(y, { size: 70, values, ...(log ? { filter: roundOnes } : {}) });
+  if (log) vertical.grid.filter = roundOnes;
+  return [axis(x, whole ? { incrs: [1, 2, 5, 10, 20] } : {}), vertical];
+}
+
+function optionsFor({ x, y, names, kind, log, marks, levels, whole }, width) {
+  const range = (_, low, high) => padded(low, high, log);
+  const draws = [
+    (plot) => marks.forEach((mark) => drawMark(plot, mark)),
+    (plot) => levels.forEach((level) => drawLevel(plot, level)),
+    ...(kind === "points" ? [(plot) => drawNames(plot, names)] : []),
+  ];
   return {
     width,
     height: HEIGHT,
-    scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
-    axes: [axis(x, whole ? { incrs: [1, 2, 5, 10, 20] } : {}), axis(y, { size: 70, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick, 3))) })],
-    series: [{ label: x, value: (_, value) => number(value, 4) }, ...seriesOf(names, kind)],
-    hooks: { draw: [(plot) => (marks || []).forEach((mark) => drawMark(plot, mark))] },
+    legend: { live: false, show: names.length > 1 && kind !== "points" },
+    scales: { x: { time: false, ...(kind === "points" ? { range: (_, low, high) => padded(low, high) } : {}) }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
+    axes: axesFor({ x, y, log, whole }),
+    series: [{ label: x }, ...seriesOf(names, kind)],
+    hooks: { draw: draws },
   };
+}
+
+function drawing(plot, draw) {
+  plot.ctx.save();
+  plot.ctx.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
+  draw(plot.ctx);
+  plot.ctx.restore();
+}
+
+/** Each point's name beside it, on the side where there is room. */
+function drawNames(plot, names) {
+  drawing(plot, (ctx) => {
+    const { left, width } = plot.bbox;
+    ctx.fillStyle = color("--ink");
+    ctx.textBaseline = "middle";
+    names.forEach((name, series) => {
+      const index = plot.data[series + 1].findIndex((value) => value !== null);
+      const at = plot.valToPos(plot.data[0][index], "x", true);
+      const isLate = at > left + width / 2;
+      ctx.textAlign = isLate ? "right" : "left";
+      ctx.fillText(name, at + (isLate ? -10 : 10) * devicePixelRatio, plot.valToPos(plot.data[series + 1][index], "y", true));
+    });
+  });
+}
+
+/** A dashed horizontal line with its name, if it lies in the picture. */
+function drawLevel(plot, { value, name }) {
+  const { left, width, top, height } = plot.bbox;
+  const at = plot.valToPos(value, "y", true);
+  if (at < top || at > top + height) return;
+  drawing(plot, (ctx) => {
+    ctx.strokeStyle = ctx.fillStyle = color("--muted");
+    ctx.setLineDash([6, 4]);
+    ctx.beginPath();
+    ctx.moveTo(left, at);
+    ctx.lineTo(left + width, at);
+    ctx.stroke();
+    ctx.textAlign = "center";
+    ctx.fillText(name, left + width / 2, at - 5 * devicePixelRatio);
+  });
 }
 
 /** A dashed vertical line at `mark`, in the chart's own units. */
@@ -52,13 +116,14 @@ function drawMark(plot, mark) {
   plot.ctx.restore();
 }
 
-/** data: [xs, ys of the first name, ...]; kind: line, points or bars; marks: xs of vertical lines; whole: xs count. */
-export function Chart({ title, data, names, x, y, kind = "line", log = false, marks = [], whole = false }) {
+/** data: [xs, ys of the first name, ...]; kind: line, points or bars; marks: xs of vertical lines; levels: named
+ * horizontal ones; whole: xs count. */
+export function Chart({ title, data, names, x, y, kind = "line", log = false, marks = [], levels = [], whole = false }) {
   const place = useRef(null);
   useEffect(() => {
     const draw = () => {
       place.current.replaceChildren();
-      return new uPlot(optionsFor({ x, y, names, kind, log, marks, whole }, place.current.clientWidth), data, place.current);
+      return new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole }, place.current.clientWidth), data, place.current);
     };
     let plot = draw();
     const redraw = () => {

@@ -88,8 +88,8 @@ export function Title({ children, text, aside }) {
   return html`<div class="title"><h1 tabindex="-1" ref=${heading}>${children}</h1>${aside}</div>`;
 }
 
-export function Facts({ rows }) {
-  return html`<dl class="facts">
+export function Facts({ rows, wide = false }) {
+  return html`<dl class=${wide ? "facts facts-wide" : "facts"}>
     ${rows.filter(([, value]) => value === 0 || value).map(
       ([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`,
     )}

@@ -1,18 +1,19 @@
-// A table with a caption, that scrolls by itself on narrow screens.
+// A table with a caption. On narrow screens one of few columns scrolls by itself, one of many becomes a list of facts;
+// the roles say that it is a table still.
 import { html } from "./ui.js";
 
 /** columns: [heading, row -> cell, "number" for right alignment]. */
 export function Table({ caption, columns, rows, keyOf, hideCaption = false }) {
-  return html`<div class="table" role="region" aria-label=${caption} tabindex="0">
-    <table>
+  return html`<div class=${columns.length > 4 ? "table stacked" : "table"} role="region" aria-label=${caption} tabindex="0">
+    <table role="table">
       <caption class=${hideCaption ? "unseen" : ""}>${caption}</caption>
-      <thead><tr>${columns.map(([name, , kind]) => html`<th scope="col" class=${kind} key=${name}>${name}</th>`)}</tr></thead>
-      <tbody>
-        ${rows.map((row, index) => html`<tr key=${keyOf ? keyOf(row) : index}>
+      <thead role="rowgroup"><tr role="row">${columns.map(([name, , kind]) => html`<th scope="col" role="columnheader" class=${kind} key=${name}>${name}</th>`)}</tr></thead>
+      <tbody role="rowgroup">
+        ${rows.map((row, index) => html`<tr role="row" key=${keyOf ? keyOf(row) : index}>
           ${columns.map(([name, cell, kind], column) =>
             column === 0
-              ? html`<th scope="row" class=${kind} key=${name}>${cell(row)}</th>`
-              : html`<td class=${kind} key=${name}>${cell(row)}</td>`)}
+              ? html`<th scope="row" role="rowheader" class=${kind} key=${name}>${cell(row)}</th>`
+              : html`<td role="cell" class=${kind} key=${name} data-name=${name}>${cell(row)}</td>`)}
         </tr>`)}
       </tbody>
     </table>

@@ -5,7 +5,7 @@ import { Confirmed, Copy, Empty, Facts, Loaded, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { Table } from "../table.js";
 import { html } from "../ui.js";
-import { DeployButton } from "./deploy.js";
+import { DeployButton, suggestedName } from "./deploy.js";
 
 const LIST = [
   ["Model", (artifact) => html`<a href=${`#/artifacts/${artifact.id}`}>${modelName(artifact.model)}</a>`],
@@ -31,13 +31,25 @@ export function ArtifactsPage() {
         : html`<${Table} caption="Quantized models, newest first" columns=${LIST} rows=${page.data} keyOf=${(artifact) => artifact.id} />`}<//>`;
 }
 
+function inTransformers(folder) {
+  return `from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("${folder}")
+model = AutoModelForCausalLM.from_pretrained("${folder}")
+prompt = tokenizer("The river", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))`;
+}
+
 function Use({ artifact }) {
-  const folder = `./${modelName(artifact.model)}-${artifact.format}`;
+  const folder = `./${modelName(artifact.model).split("/").pop()}-${artifact.format}`;
   return html`<section aria-labelledby="use">
     <h2 id="use">Use it</h2>
+    <h3>Download</h3>
     <${Copy} label="Download" text=${`nibble artifacts download ${artifact.id} -o ${folder}`} />
+    <h3>vLLM</h3>
     <${Copy} label="vLLM" text=${`vllm serve ${folder}`} />
-    <${Copy} label="transformers" text=${`from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("${folder}")`} />
+    <h3>transformers</h3>
+    <${Copy} label="transformers" text=${inTransformers(folder)} />
   </section>`;
 }
 
@@ -48,7 +60,7 @@ function Artifact({ artifact }) {
     location.hash = "#/artifacts";
   };
   return html`<${Title} text=${modelName(artifact.model)} aside=${html`<div class="actions">
-      <${DeployButton} artifact=${artifact.id} suggested=${`${modelName(artifact.model)}-w${artifact.recipe.bits}`.toLowerCase()} />
+      <${DeployButton} artifact=${artifact.id} suggested=${suggestedName(artifact)} />
       <${Confirmed} label="Delete" question="Delete this artifact?" consequence="Its files are removed from storage. Deployments of it keep running until they are loaded anew." action=${remove} />
     </div>`}>${modelName(artifact.model)} <small>${summary.label || recipeLabel(artifact.recipe)}</small><//>
     <${Facts} rows=${[
@@ -59,11 +71,17 @@ function Artifact({ artifact }) {
       ["Against the original", summary.perplexity_ratio && change(summary.perplexity_ratio)],
       ["KL per token", number(summary.kl, 3)],
       ["Published", date(artifact.created_at)],
-      ["Made by", html`<a href=${`#/jobs/${artifact.job}`}>${artifact.job}</a>`],
-      ["Source", artifact.model],
-      ["Source digest", html`<code class="digest">${artifact.model_digest}</code>`],
     ]} />
     <${Use} artifact=${artifact} />
+    <section class="stack" aria-labelledby="provenance">
+      <h2 id="provenance">Where it comes from</h2>
+      <${Facts} wide rows=${[
+        ["Job", html`<a href=${`#/jobs/${artifact.job}`}>${artifact.job}</a>`],
+        ["Model", artifact.model],
+        ["Digest of the model's files", html`<code class="digest">${artifact.model_digest}</code>`],
+      ]} />
+      <details><summary>Recipe</summary><${Copy} label="The recipe as JSON" text=${JSON.stringify(artifact.recipe, null, 2)} /></details>
+    </section>
     <${Table} caption="Files" columns=${FILES(artifact)} rows=${artifact.files} keyOf=${(file) => file.path} />`;
 }
 

@@ -1,5 +1,6 @@
 // A playground for one deployment: streaming, with a stop button and the usual parameters.
 import { stream } from "../api.js";
+import { duration } from "../format.js";
 import { Problem, Title } from "../parts.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 
@@ -18,13 +19,23 @@ function useChat(model, parameters) {
     const control = new AbortController();
     setError(null);
     setRunning(control);
+    const started = performance.now();
     let answer = "";
+    let first = null;
+    let pieces = 0;
     setMessages([...asked, { role: "assistant", content: "" }]);
     try {
-      for await (const chunk of stream("/v1/chat/completions", { model, messages: asked, stream: true, ...parameters }, control.signal)) {
+      for await (const chunk of stream("/v1/chat/completions", { model, messages: asked.map(({ role, content }) => ({ role, content })), stream: true, stream_options: { include_usage: true }, ...parameters }, control.signal)) {
         if (chunk.error) throw chunk.error;
-        answer += chunk.choices[0]?.delta?.content || "";
-        setMessages([...asked, { role: "assistant", content: answer }]);
+        const piece = chunk.choices[0]?.delta?.content || "";
+        if (piece) {
+          first ??= performance.now();
+          pieces += 1;
+        }
+        answer += piece;
+        const tokens = chunk.usage?.completion_tokens ?? pieces;
+        const rate = first && tokens > 1 ? (1000 * (tokens - 1)) / (performance.now() - first) : null;
+        setMessages([...asked, { role: "assistant", content: answer, said: { tokens, first: first && first - started, rate } }]);
       }
     } catch (fault) {
       if (!control.signal.aborted) setError(fault);
@@ -33,6 +44,13 @@ function useChat(model, parameters) {
     }
   };
   return { messages, error, ask, stop: running && (() => running.abort()), clear: () => setMessages([]) };
+}
+
+function inWords({ tokens, first, rate }) {
+  const parts = [`${tokens} token${tokens === 1 ? "" : "s"}`];
+  if (rate) parts.push(`${rate.toFixed(1)} per second`);
+  if (first) parts.push(`first after ${duration(first / 1000)}`);
+  return parts.join(", ");
 }
 
 function Parameters({ values, onChange }) {
@@ -76,6 +94,7 @@ export function ChatPage({ id: model }) {
       ${chat.messages.map((message, index) => html`<div key=${index} class=${`message message-${message.role}`}>
         <small>${message.role === "user" ? "You" : model}</small>
         <p>${message.content || "…"}</p>
+        ${message.said && html`<small>${inWords(message.said)}</small>`}
       </div>`)}
       <div ref=${end}></div>
     </div>

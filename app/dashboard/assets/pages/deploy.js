@@ -1,11 +1,16 @@
 // The dialog that makes a deployment of an artifact.
 import { send } from "../api.js";
+import { modelName } from "../format.js";
 import { Problem } from "../parts.js";
 import { html, useRef, useState } from "../ui.js";
 
-export function DeployButton({ artifact, suggested }) {
+export function suggestedName(artifact) {
+  return `${modelName(artifact.model).split("/").pop()}-w${artifact.recipe.bits}`.toLowerCase().replace(/[^a-z0-9._-]/g, "-");
+}
+
+export function DeployButton({ artifact, suggested, kind = "main" }) {
   const dialog = useRef(null);
-  const [name, setName] = useState(suggested.replace(/[^a-z0-9._-]/g, "-"));
+  const [name, setName] = useState(suggested);
   const [engine, setEngine] = useState("auto");
   const [error, setError] = useState(null);
   const deploy = async (event) => {
@@ -17,7 +22,7 @@ export function DeployButton({ artifact, suggested }) {
       setError(fault);
     }
   };
-  return html`<button type="button" class="main" onClick=${() => dialog.current.showModal()}>Deploy</button>
+  return html`<button type="button" class=${kind} onClick=${() => dialog.current.showModal()}>Deploy</button>
     <dialog ref=${dialog}>
       <h2>Serve this model</h2>
       <form class="stack" onSubmit=${deploy}>

@@ -1,8 +1,9 @@
 // What is served, and where to talk to it.
 import { send } from "../api.js";
-import { age, duration } from "../format.js";
-import { Confirmed, Copy, Empty, Loaded, Problem, State, Title } from "../parts.js";
+import { age, duration, number } from "../format.js";
+import { Confirmed, Copy, Empty, Facts, Loaded, Problem, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
+import { useServerMetrics } from "../server_metrics.js";
 import { Table } from "../table.js";
 import { html } from "../ui.js";
 
@@ -17,6 +18,24 @@ const SERVERS = [
   ["Waiting", (server) => server.waiting, "number"],
   ["Restarts", (server) => server.restarts, "number"],
 ];
+
+/** What a server has done since it started, and how fast it is now. */
+function Speed({ deployment, server, isOnly }) {
+  const metrics = useServerMetrics(deployment.id, server.slot);
+  if (metrics === null) return null;
+  const mean = (seconds) => (seconds === null ? "–" : duration(seconds));
+  return html`<section aria-label=${`Speed of server ${server.slot}`}>
+    ${!isOnly && html`<h3>Server ${server.slot}</h3>`}
+    <${Facts} rows=${[
+      ["Throughput, last minute", metrics.perSecond === null ? "…" : `${number(metrics.perSecond, 3)} tokens/s`],
+      ["Answers", String(metrics.requests ?? 0)],
+      ["Tokens written", String(metrics.tokens ?? 0)],
+      ["First token, mean", mean(metrics.first)],
+      ["Between tokens, mean", mean(metrics.between)],
+      ["Whole answer, mean", mean(metrics.whole)],
+    ]} />
+  </section>`;
+}
 
 function example(name) {
   return `curl ${location.origin}/v1/chat/completions -H "Authorization: Bearer $NIBBLE_API_KEY" \\
@@ -48,6 +67,8 @@ function Deployment({ deployment, onChange }) {
       ? html`<${Problem} error=${deployment.error} title="It can't be served" />`
       : deployment.reason && html`<p><small>${deployment.reason}</small></p>`}
     ${servers.length > 0 && html`<${Table} caption=${`Servers of ${deployment.name}`} hideCaption columns=${SERVERS} rows=${servers} />`}
+    ${servers.filter((server) => server.state === "ready").map((server) =>
+      html`<${Speed} key=${server.slot} deployment=${deployment} server=${server} isOnly=${servers.length === 1} />`)}
     <details><summary>Call it</summary><${Copy} label="curl" text=${example(deployment.name)} /></details>
   </article>`;
 }

@@ -1,9 +1,11 @@
 // One job: where it stands, what happened, what came out.
 import { read, send } from "../api.js";
-import { clock, date, duration, modelName, recipeLabel } from "../format.js";
+import { bytes, change, clock, date, duration, modelName, number, recipeLabel } from "../format.js";
 import { Bar, Confirmed, Copy, Facts, Loaded, Problem, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
+import { Table } from "../table.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
+import { DeployButton, suggestedName } from "./deploy.js";
 import { ReportSection } from "./report.js";
 
 const STAGES = ["fetching", "calibrating", "searching", "packing", "verifying", "evaluating", "publishing"];
@@ -98,22 +100,62 @@ function Spec({ job }) {
       ["Model", spec.model],
       ["Recipe", recipesOf(spec).map(recipeLabel).join(", ")],
       ["Formats", spec.formats.join(", ")],
-      ["Target", spec.target && JSON.stringify(spec.target)],
+      ["Target", spec.target && targetInWords(spec.target)],
       ["Created", date(job.created_at)],
       ["Took", took === null ? null : duration(took)],
       ["Attempt", job.attempt > 1 ? job.attempt : null],
       ["Labels", Object.entries(job.labels).map(([key, value]) => `${key}=${value}`).join(", ")],
       ["Repeats", job.retry_of && html`<a href=${`#/jobs/${job.retry_of}`}>${job.retry_of}</a>`],
-      ["Artifacts", job.artifacts.length > 0 && job.artifacts.map((id) => html`<a class="line" key=${id} href=${`#/artifacts/${id}`}>${id}</a>`)],
+      ["Artifacts of", job.reused_from && html`<a href=${`#/jobs/${job.reused_from}`}>${job.reused_from}</a>`],
     ]} />
-    <details><summary>As a request</summary><${Copy} label="The body of POST /v1/jobs" text=${JSON.stringify(spec, null, 2)} /></details>`;
+    <details><summary>As a request</summary><${Copy} label="The same job with curl" text=${asRequest(spec)} /></details>`;
+}
+
+function asRequest(spec) {
+  const body = JSON.stringify(spec, null, 2).replaceAll("'", "'\\''");
+  return `curl ${location.origin}/v1/jobs -H "Authorization: Bearer $NIBBLE_API_KEY" \\
+  -H 'Content-Type: application/json' -d '${body}'`;
+}
+
+function targetInWords({ max_perplexity_ratio: ratio, max_kl: kl, on_miss: onMiss }) {
+  const parts = [ratio && `perplexity at most ${change(ratio)}`, kl && `KL at most ${number(kl)}`].filter(Boolean);
+  return `${parts.join(" and ")}, else ${onMiss === "fail" ? "nothing is published" : "the best try is published"}`;
+}
+
+/** The artifacts of these ids; an id whose artifact was deleted is left out. */
+function useArtifacts(ids) {
+  const [artifacts, setArtifacts] = useState([]);
+  useEffect(() => {
+    const control = new AbortController();
+    Promise.all(ids.map((id) => read(`/v1/artifacts/${id}`, control.signal).then(({ value }) => value, () => null)))
+      .then((found) => control.signal.aborted || setArtifacts(found.filter(Boolean)));
+    return () => control.abort();
+  }, [ids.join()]);
+  return artifacts;
+}
+
+const ARTIFACTS = [
+  ["Recipe", (artifact) => html`<a href=${`#/artifacts/${artifact.id}`}>${artifact.summary.label || recipeLabel(artifact.recipe)}</a>`],
+  ["Format", (artifact) => artifact.format],
+  ["Size", (artifact) => bytes(artifact.size), "number"],
+  ["Download", (artifact) => artifact.files.filter((file) => file.path.endsWith(".safetensors")).map((file) =>
+    html`<a class="line" key=${file.path} href=${`/v1/artifacts/${artifact.id}/files/${file.path}`} download>${file.path}</a>`)],
+  ["Serve", (artifact) => html`<${DeployButton} artifact=${artifact.id} suggested=${suggestedName(artifact)} kind="quiet small" />`],
+];
+
+function Artifacts({ ids }) {
+  const artifacts = useArtifacts(ids);
+  if (artifacts.length === 0) return null;
+  return html`<${Table} caption="Artifacts" columns=${ARTIFACTS} rows=${artifacts} keyOf=${(artifact) => artifact.id} />`;
 }
 
 function Job({ job, onChange }) {
+  const recipes = recipesOf(job.spec);
   return html`<${Title} text=${modelName(job.spec.model)} aside=${html`<${Actions} job=${job} onChange=${onChange} />`}>
-      ${modelName(job.spec.model)} <small>${recipesOf(job.spec).map(recipeLabel).join(", ")}</small><//>
+      ${modelName(job.spec.model)} <small>${recipes.length > 2 ? `${recipes.length} recipes` : recipes.map(recipeLabel).join(", ")}</small><//>
     <${Standing} job=${job} />
     <${Spec} job=${job} />
+    <${Artifacts} ids=${job.artifacts} />
     ${job.links.report && html`<${ReportSection} path=${job.links.report} />`}
     <${Events} job=${job} />`;
 }

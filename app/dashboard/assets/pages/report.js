@@ -39,11 +39,11 @@ function Tries({ report }) {
   return html`<${Table} caption="The way to the target" columns=${columns} rows=${report.tries} />`;
 }
 
-function QualityPlot({ candidates }) {
+function QualityPlot({ candidates, original }) {
   const sizes = [...new Set(candidates.map(size))].sort((a, b) => a - b);
   const rows = candidates.map((each) => sizes.map((bytes) => (bytes === size(each) ? each.perplexity : null)));
   return html`<${Chart} title="Perplexity of candidates against size" kind="points" x="MB" y="perplexity"
-    names=${candidates.map((each) => each.label)} data=${[sizes.map((bytes) => bytes / 1e6), ...rows]} />`;
+    levels=${[{ value: original.perplexity, name: "original" }]} names=${candidates.map((each) => each.label)} data=${[sizes.map((bytes) => bytes / 1e6), ...rows]} />`;
 }
 
 /** Per layer: the sum over its linears of `pick`. */
@@ -74,22 +74,32 @@ function Sensitivity({ candidate }) {
     ["Linear", (each) => html`<code>${each.name}</code>`],
     ["Bits", (each) => each.bits, "number"],
     ["Relative output error", (each) => number(each.error, 3), "number"],
+    ["Beside the worst", (each) => html`<meter class="share" max=${worst[0].error} value=${each.error} aria-label=${`Error of ${each.name} beside the worst`}></meter>`],
     ["Gain of clipping", (each) => (each.gain === null ? "–" : `${(100 * each.gain).toFixed(1)} %`), "number"],
   ]} />`;
 }
 
-function Histogram({ histograms }) {
+/** Where the candidate's integers end, else where all but a thousandth of the weights lie. */
+function boundsOf(histogram, candidate) {
+  const linear = candidate?.layers.flatMap((layer) => layer.linears.map((each) => ({ ...each, layer: layer.layer })))
+    .find((each) => histogram.linear.endsWith(`layers.${each.layer}.${each.linear}`));
+  if (typeof linear?.clip_low === "number") return { marks: [linear.clip_low, linear.clip_high], said: "; lines at the clip bounds, medians over groups" };
+  const marks = ["p0.1", "p99.9"].map((key) => histogram.percentiles[key]).filter((value) => value !== undefined);
+  return { marks, said: marks.length ? "; lines at the 0.1 and 99.9 percentiles" : "" };
+}
+
+function Histogram({ histograms, candidate }) {
   const [name, setName] = useState(histograms[0].linear);
   const chosen = histograms.find((each) => each.linear === name);
   const width = (chosen.high - chosen.low) / chosen.counts.length;
   const centres = chosen.counts.map((_, index) => chosen.low + (index + 0.5) * width);
-  const bounds = ["p0.1", "p99.9"].map((key) => chosen.percentiles[key]).filter((value) => value !== undefined);
-  return html`<div>
+  const { marks, said } = boundsOf(chosen, candidate);
+  return html`<div class="stack">
     <label>Weights of <select value=${name} onChange=${(event) => setName(event.target.value)}>
       ${histograms.map((each) => html`<option key=${each.linear} value=${each.linear}>${each.linear}</option>`)}
     </select></label>
-    <${Chart} title=${`Weights of ${name}${bounds.length ? "; lines at the 0.1 and 99.9 percentiles" : ""}`} kind="bars"
-      x="weight" y="count" names=${["count"]} data=${[centres, chosen.counts]} marks=${bounds} />
+    <${Chart} title=${`Weights of ${name}${said}`} kind="bars"
+      x="weight" y="count" names=${["count"]} data=${[centres, chosen.counts]} marks=${marks} />
   </div>`;
 }
 
@@ -116,12 +126,12 @@ function ReportBody({ report }) {
     <h2 id="report">Report</h2>
     <${Candidates} report=${report} />
     <${Tries} report=${report} />
-    ${report.candidates.length > 1 && html`<${QualityPlot} candidates=${report.candidates} />
+    ${report.candidates.length > 1 && html`<${QualityPlot} candidates=${report.candidates} original=${report.original} />
       <label>Details of <select value=${index} onChange=${(event) => setIndex(Number(event.target.value))}>
         ${report.candidates.map((each) => html`<option key=${each.recipe_index} value=${each.recipe_index}>${each.label}</option>`)}
       </select></label>`}
     ${candidate && html`<${LayerPlots} candidate=${candidate} /><${Sensitivity} candidate=${candidate} />`}
-    ${report.histograms.length > 0 && html`<${Histogram} histograms=${report.histograms} />`}
+    ${report.histograms.length > 0 && html`<${Histogram} histograms=${report.histograms} candidate=${candidate} />`}
     <${Cost} report=${report} />
     ${report.notes.length > 0 && html`<div><h3>Notes</h3><ul>${report.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul></div>`}
   </section>`;

@@ -1,16 +1,23 @@
 // Who executes jobs.
-import { age } from "../format.js";
+import { age, bytes } from "../format.js";
 import { Empty, Loaded, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { Table } from "../table.js";
 import { html } from "../ui.js";
+
+function runs(worker) {
+  if (worker.job) return html`<a href=${`#/jobs/${worker.job}`}>${worker.job}</a>`;
+  if (worker.state === "idle") return "–";
+  return worker.queue === "serve" ? `${worker.servers} server${worker.servers === 1 ? "" : "s"}` : "a job of another tenant";
+}
 
 const COLUMNS = [
   ["Worker", (worker) => worker.name],
   ["State", (worker) => html`<${State} state=${worker.state} />`],
   ["Takes", (worker) => (worker.queue === "serve" ? "deployments" : "jobs")],
   ["Device", (worker) => html`${worker.device} <small>${worker.device_name}</small>`],
-  ["Runs", (worker) => (worker.job ? html`<a href=${`#/jobs/${worker.job}`}>${worker.job}</a>` : "–")],
+  ["Memory in use", (worker) => (worker.memory_total ? `${bytes(worker.memory_bytes)} of ${bytes(worker.memory_total)}` : "–")],
+  ["Runs", runs],
   ["Host", (worker) => worker.host],
   ["Heartbeat", (worker) => age(worker.heartbeat_at)],
   ["Started", (worker) => age(worker.started_at)],
