@@ -12,6 +12,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
 
+from app.core.job_store import JobStore
+from app.core.redis_server import connect, resolve_redis
+from app.core.settings import Settings
+from tests.e2e.history import fill
 from tests.e2e.installed import Service, running_service
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -119,6 +123,8 @@ def test_from_the_form_to_the_chat(visit: Visit, example_model: Path) -> None:
     expect(page.get_by_role("heading", name="Report")).to_be_visible()
     expect(page.get_by_role("region", name="Candidates")).to_contain_text("rtn w8 g128")
     expect(page.locator(".uplot").first).to_be_visible()
+    expect(page.get_by_text("lines at the clip bounds")).to_be_visible()
+    expect(page.get_by_role("table", name="Artifacts").get_by_role("button", name="Deploy")).to_be_visible()
     assert visit.faults() == []
     page.locator("a[href^='#/artifacts/art_']").click()
     expect(page.get_by_role("link", name="model.safetensors")).to_be_visible()
@@ -143,7 +149,60 @@ def deploy_and_chat(visit: Visit) -> None:
     page.get_by_role("button", name="Send").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible(timeout=60_000)
     expect(page.locator(".message-assistant p")).not_to_have_text("…")
+    expect(page.locator(".message-assistant")).to_contain_text("8 tokens")
     assert visit.faults() == []
+    page.get_by_role("link", name="Deployments").click()
+    speed = page.get_by_role("region", name="Speed of server 0")
+    expect(speed).to_contain_text("First token, mean")
+    expect(speed).to_contain_text("tokens/s", timeout=30_000)
+    assert visit.faults() == []
+
+
+def test_a_long_list_is_read_while_it_is_scrolled(visit: Visit) -> None:
+    state = Path(visit.service.environment["NIBBLE_STATE_DIR"])
+    with resolve_redis(Settings(state_dir=state)) as redis:
+        fill(JobStore(connect(redis.url)), 60)
+    page = visit.open("/jobs")
+    page.reload()  # sooner than the next poll of a list that rests
+    rows = page.locator("li[data-job]")
+    expect(rows.nth(24)).to_be_attached()
+    while rows.count() < 60:
+        page.mouse.wheel(0, 2000)
+        page.wait_for_timeout(20)
+    listed = [row.get_attribute("data-job") for row in rows.all()]
+    assert listed == sorted(set(listed), reverse=True)  # ids sort by time: newest first, each once
+    assert visit.faults() == []
+    link = rows.nth(50).get_by_role("link")
+    link.focus()
+    page.keyboard.press("Tab")
+    expect(rows.nth(51).get_by_role("link")).to_be_focused()
+    # Back from a job, the list is where it was left.
+    place = page.evaluate("scrollY")
+    assert place > 0
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("awq")
+    page.go_back()
+    expect(rows).to_have_count(len(listed))
+    assert abs(page.evaluate("scrollY") - place) < 200
+    page.get_by_label("State").select_option("failed")
+    expect(rows).to_have_count(len([index for index in range(60) if index % 9 == 0]))
+
+
+def test_a_hidden_tab_asks_nothing(visit: Visit) -> None:
+    page = visit.page
+    page.clock.install()
+    visit.open("/workers")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Workers")
+    expect(page.locator(".loading")).to_have_count(0)
+    hide = "isHidden => { Object.defineProperty(document, 'hidden', { value: isHidden, configurable: true });"
+    hide += " document.dispatchEvent(new Event('visibilitychange')); }"
+    asked: list[str] = []
+    page.evaluate(hide, True)
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.run_for(120_000)
+    assert asked == []
+    with page.expect_request("**/v1/workers"):
+        page.evaluate(hide, False)
 
 
 def test_refusals_stand_beside_their_fields(visit: Visit, example_model: Path) -> None:
@@ -169,6 +228,8 @@ def test_every_section_is_usable_in_both_themes_and_on_a_phone(browser: Browser,
             visit.page.get_by_role("navigation").get_by_role("link", name=section).click()
             expect(visit.page.get_by_role("heading", level=1)).to_have_text(section)
             expect(visit.page.locator(".loading")).to_have_count(0)
+            if section == "Workers":
+                expect(visit.page.get_by_role("table")).to_contain_text("Memory in use")
             assert visit.faults() == []
             overflow = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
             assert overflow <= 0, f"{section} is wider than the screen"
