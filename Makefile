@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml .ci/find-python
 		--constraint $(VENV)/torch-constraint.txt --editable '.[dev]'
 	touch $(STAMP)
 
-# PROMPT="The history of" asks one question instead of holding a conversation; without a terminal that is the default.
+# PROMPT="My lord, I pray you" asks one question instead of holding a conversation; without a terminal that is the default.
 chat: $(STAMP)
 	@$(BIN)/python examples/chat.py "$(PROMPT)"
 

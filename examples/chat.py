@@ -26,9 +26,9 @@ from app.core.errors import NibbleError
 
 PORT = 8420  # where `nibble up` listens; another one if it is taken
 NAME = "wikitext"
-OPENING = "The history of the river begins"
+OPENING = "My lord, I pray you, tell me what the king"
 # The bundled model continues texts. Short answers suit it best.
-PARAMETERS: dict[str, float | int] = {"temperature": 0.7, "max_tokens": 64}
+PARAMETERS: dict[str, float | int] = {"temperature": 0.6, "max_tokens": 64}
 
 
 def job_body(num_samples: int) -> dict[str, object]:
@@ -64,7 +64,9 @@ def talk(client: NibbleClient, console: Console, prompt: str) -> None:
         console.print(f"[bold cyan]you[/] {escape(question)}\n[bold green]{NAME}[/] ", end="")
         answer(client, conversation, console)
         return
-    console.print("[dim]It is small, and read mostly encyclopedia articles: start a sentence, it goes on.[/]")
+    console.print(
+        "[dim]It is small and has read plays, novels and articles: start a sentence, it goes on.[/]"
+    )
     console.print("[dim]/help lists the commands; Ctrl-D ends the conversation and the service.[/]")
     converse(client, conversation, console)
 

@@ -123,7 +123,7 @@ def test_from_the_form_to_the_chat(visit: Visit, example_model: Path) -> None:
     expect(page.get_by_role("heading", name="Report")).to_be_visible()
     expect(page.get_by_role("region", name="Candidates")).to_contain_text("rtn w8 g128")
     expect(page.locator(".uplot").first).to_be_visible()
-    expect(page.get_by_text("lines at the clip bounds")).to_be_visible()
+    expect(page.locator("figcaption", has_text="lines at the clip bounds")).to_be_visible()
     expect(page.get_by_role("table", name="Artifacts").get_by_role("button", name="Deploy")).to_be_visible()
     assert visit.faults() == []
     page.locator("a[href^='#/artifacts/art_']").click()

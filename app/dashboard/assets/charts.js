@@ -30,7 +30,7 @@ function seriesOf(names, kind) {
 function padded(low, high, log) {
   if (low === null || high === null) return [0, 1];
   if (log) return [low / 1.5, high * 1.5];
-  const room = 0.12 * (high - low || Math.abs(high) || 1);
+  const room = 0.12 * (high - low || Math.abs(high) / 5 || 1);
   return [low - room, high + room];
 }
 
@@ -38,14 +38,15 @@ const isRound = (value) => [1, 2, 5].some((step) => Math.abs(Math.log10(value / 
 const roundOnes = (_, ticks) => ticks.map((tick) => (tick !== null && isRound(tick) ? tick : null));
 
 function axesFor({ x, y, log, whole }) {
-  const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick, 3)));
+  const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick, log ? 3 : 6)));
   const vertical = axis(y, { size: 70, values, ...(log ? { filter: roundOnes } : {}) });
   if (log) vertical.grid.filter = roundOnes;
   return [axis(x, whole ? { incrs: [1, 2, 5, 10, 20] } : {}), vertical];
 }
 
 function optionsFor({ x, y, names, kind, log, marks, levels, whole }, width) {
-  const range = (_, low, high) => padded(low, high, log);
+  const known = levels.map((level) => level.value);
+  const range = (_, low, high) => (low === null ? [0, 1] : padded(Math.min(low, ...known), Math.max(high, ...known), log));
   const draws = [
     (plot) => marks.forEach((mark) => drawMark(plot, mark)),
     (plot) => levels.forEach((level) => drawLevel(plot, level)),
@@ -75,12 +76,17 @@ function drawNames(plot, names) {
     const { left, width } = plot.bbox;
     ctx.fillStyle = color("--ink");
     ctx.textBaseline = "middle";
+    const taken = [];
     names.forEach((name, series) => {
       const index = plot.data[series + 1].findIndex((value) => value !== null);
       const at = plot.valToPos(plot.data[0][index], "x", true);
       const isLate = at > left + width / 2;
       ctx.textAlign = isLate ? "right" : "left";
-      ctx.fillText(name, at + (isLate ? -10 : 10) * devicePixelRatio, plot.valToPos(plot.data[series + 1][index], "y", true));
+      let height = plot.valToPos(plot.data[series + 1][index], "y", true);
+      // Points that lie together have their names below each other.
+      while (taken.some(([x, y]) => Math.abs(x - at) < width / 4 && Math.abs(y - height) < 14 * devicePixelRatio)) height += devicePixelRatio;
+      taken.push([at, height]);
+      ctx.fillText(name, at + (isLate ? -10 : 10) * devicePixelRatio, height);
     });
   });
 }
