@@ -75,7 +75,7 @@ def samples(service: Service) -> dict[str, list[dict[str, str]]]:
     Tally(service.redis).add_stage("searching", 2.0)
     now = datetime.now(UTC)
     record = WorkerRecord(
-        name="w", host="h", pid=1, device="cuda:0", gpu_memory_bytes=5, started_at=now, heartbeat_at=now
+        name="w", host="h", pid=1, device="cuda:0", memory_bytes=5, started_at=now, heartbeat_at=now
     )
     WorkerRegistry(service.redis).beat(record, ttl_s=60)
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
