@@ -19,6 +19,9 @@ MAX_TOKENS = 8 * TOKEN_TILES[-1]
 TYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 TOKEN_STRIDE = UNIT_CHANNELS * 2 + 16
 LANE_SUM_BYTES = 32 * 16  # a float4 of each lane
+# Variants of csrc/cuda/decode.cu that are compiled in, 0 or 1. Off until a GPU has shown what they give:
+# tests/benchmarks/decode_sweep.py measures them.
+VARIANTS = {"LEAN_FILL": 0}
 ROUND = 8  # csrc/cuda/decode.cu: sums that go through shared memory at once
 
 
@@ -68,6 +71,7 @@ class Shape:
             "HELD_TOKENS": self.tokens,
             # One row is one copy of the engine; more of them arrive sooner by the threads' own.
             **({} if self.tokens == 1 else {"BULK_TOKENS": 0}),
+            **VARIANTS,
             "SCALE_WEIGHTS": int(self.scale_weights),
             "EXPECTED_SHARED_BYTES": self.shared_bytes(form),
         }

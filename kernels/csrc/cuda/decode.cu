@@ -37,6 +37,10 @@
 #ifndef BULK_TOKENS
 #define BULK_TOKENS BULK
 #endif
+// Whether places of units are counted on instead of divided for, and tokens are brought without a loop.
+#ifndef LEAN_FILL
+#define LEAN_FILL 0
+#endif
 // Tokens that the ring has room for: fewer than TOKENS where fewer are sure to come.
 #ifndef HELD_TOKENS
 #define HELD_TOKENS (TOKEN_TILES * 8)
@@ -71,6 +75,19 @@ struct Arguments {
 
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { Number::mma(d, a, b0, b1); }
 
+// A unit of a group's turn: its number, and where it lies.
+struct Place {
+  u32 at, strip, unit;
+  __device__ __forceinline__ void advance(u32 units) {
+    at += SPLITS;
+    unit += SPLITS;
+    while (unit >= units) {
+      unit -= units;
+      ++strip;
+    }
+  }
+};
+
 struct Worker {
   const Arguments& args;
   u32 shared;
@@ -83,35 +100,41 @@ struct Worker {
   }
   __device__ __forceinline__ u32 empty(int turn) const { return full(turn) + 8; }
   __device__ __forceinline__ u32 index(int turn) const { return begin + split + turn * SPLITS; }
+  __device__ __forceinline__ Place place(int turn) const {
+    u32 at = index(turn);
+    return {at, at / args.units, at % args.units};
+  }
 
   __device__ __forceinline__ int token_bytes(int unit) const {
     return min(UNIT_CHANNELS, args.channels - unit * UNIT_CHANNELS) * 2;
   }
-  __device__ __forceinline__ void fill_weights(int turn) const {
-    u32 at = index(turn);
-    if (at >= end) return;
-    u32 strip = at / args.units, unit = at % args.units;
-    int first = strip * STRIP_TILES, bytes = min(STRIP_TILES, int(args.tiles) - first) * RECORD_BYTES;
-    const u8* source = args.records + (u64(unit) * args.tiles + first) * RECORD_BYTES;
+  __device__ __forceinline__ void fill_weights(int turn, const Place& place) const {
+    if (place.at >= end) return;
+    int first = place.strip * STRIP_TILES, bytes = min(STRIP_TILES, int(args.tiles) - first) * RECORD_BYTES;
+    const u8* source = args.records + (u64(place.unit) * args.tiles + first) * RECORD_BYTES;
 #if BULK
     if (lane == 0) {
-      barrier_expect(full(turn), bytes + (BULK_TOKENS ? args.tokens * token_bytes(unit) : 0));
+      barrier_expect(full(turn), bytes + (BULK_TOKENS ? args.tokens * token_bytes(place.unit) : 0));
       bulk_copy(slot(turn), source, bytes, full(turn));
     }
 #else
     for (int i = row_warp * 32 + lane; i < bytes / 16; i += ROW_WARPS * 32) copy16(slot(turn) + i * 16, source + i * 16, 16);
 #endif
   }
-  __device__ __forceinline__ void fill_tokens(int turn) const {
-    u32 at = index(turn);
-    if (at >= end) return;
-    int unit = at % args.units, bytes = token_bytes(unit);
+  __device__ __forceinline__ void fill_tokens(int turn, const Place& place) const {
+    if (place.at >= end) return;
+    int unit = place.unit, bytes = token_bytes(unit);
     const u16* source = args.x + unit * UNIT_CHANNELS;
     u32 to = slot(turn) + STAGE_WEIGHTS;
 #if BULK_TOKENS
     __syncwarp();
+#if LEAN_FILL
+    static_assert(HELD_TOKENS <= 32 || !BULK_TOKENS, "a lane brings one token");
+    if (lane < args.tokens) bulk_copy(to + lane * TOKEN_STRIDE, source + u64(lane) * args.channels, bytes, full(turn));
+#else
     for (int m = lane; m < args.tokens; m += 32)
       bulk_copy(to + m * TOKEN_STRIDE, source + u64(m) * args.channels, bytes, full(turn));
+#endif
 #else
     int first = BULK ? lane : row_warp * 32 + lane;
     for (int i = first; i < args.tokens * 16; i += BULK ? 32 : ROW_WARPS * 32) {
@@ -312,11 +335,18 @@ decode(const u8* records, const u16* x, const u16* bias, u16* y, float4* partial
   __syncthreads();
   let_next_grid_start();
   bool fills = !BULK || w.row_warp == 0;
-  if (fills)
-    for (int turn = 0; turn < STAGES; ++turn) w.fill_weights(turn);
+  Place next = w.place(0), first = next;
+  for (int turn = 0; turn < STAGES; ++turn) {
+    if (fills) w.fill_weights(turn, LEAN_FILL ? next : w.place(turn));
+    next.advance(units);
+  }
   wait_for_previous_grid();
-  if (fills)
-    for (int turn = 0; turn < STAGES; ++turn) w.fill_tokens(turn);
+  if (fills) {
+    for (int turn = 0; turn < STAGES; ++turn) {
+      w.fill_tokens(turn, LEAN_FILL ? first : w.place(turn));
+      first.advance(units);
+    }
+  }
 
   int turn = 0;
   u32 at = w.index(0);
@@ -328,10 +358,12 @@ decode(const u8* records, const u16* x, const u16* bias, u16* y, float4* partial
     for (; at < stop; at += SPLITS, ++turn) {
       // The slot that was read in the turn before is refilled in this one, so that nobody waits for it to be empty.
       if (turn && (!BULK || turn % ROW_WARPS == w.row_warp)) {
+        Place place = LEAN_FILL ? next : w.place(turn - 1 + STAGES);
         barrier_wait(w.empty(turn - 1), (turn - 1) / STAGES & 1);
-        w.fill_weights(turn - 1 + STAGES);
-        w.fill_tokens(turn - 1 + STAGES);
+        w.fill_weights(turn - 1 + STAGES, place);
+        w.fill_tokens(turn - 1 + STAGES, place);
       }
+      if (LEAN_FILL && turn) next.advance(units);
       barrier_wait(w.full(turn), turn / STAGES & 1);
       add_unit(sums, w.slot(turn), w.row_warp, w.lane);
       __syncwarp();

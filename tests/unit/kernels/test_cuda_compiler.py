@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from kernels.cuda.compiler import (
     find_nvrtc,
 )
 from kernels.cuda.cubin_cache import CubinCache, register_counts, spilled_bytes
-from kernels.cuda.decode import Shape
+from kernels.cuda.decode import VARIANTS, Shape
 from kernels.cuda.layout import Format
 
 NVCC = shutil.which("nvcc")
@@ -61,6 +62,48 @@ def test_what_decodes_keeps_its_sums_in_registers(bits: int, architecture: str, 
     report = CubinCache(tmp_path, Nvcc(NVCC)).get("decode.cu", architecture, defines).report
     assert spilled_bytes(report) == 0
     assert max(register_counts(report)) <= 224
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_variants_that_are_off_compile_too(architecture: str, tmp_path: Path) -> None:
+    assert NVCC is not None
+    assert not any(VARIANTS.values())
+    form = Format(4, 128, asymmetric=False, scale_dtype=torch.bfloat16)
+    defines = {
+        **Shape(1, 1, 1, 4, 4, held_tokens=1).defines(form, torch.bfloat16),
+        **dict.fromkeys(VARIANTS, 1),
+    }
+    assert spilled_bytes(CubinCache(tmp_path, Nvcc(NVCC)).get("decode.cu", architecture, defines).report) == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_places_that_are_counted_are_those_that_are_divided_for(tmp_path: Path) -> None:
+    """decode.cu's own struct, on the host: every place of a group's turns, for ragged sizes."""
+    text = (SOURCES / "decode.cu").read_text()
+    start = text.index("struct Place {")
+    struct = text[start : text.index("\n};", start) + 3]
+    program = f"""
+    #define __device__
+    #define __forceinline__
+    typedef unsigned u32;
+    constexpr u32 SPLITS = WANTED;
+    {struct}
+    int main() {{
+      for (u32 units = 1; units < 40; ++units)
+        for (u32 begin = 0; begin < 90; ++begin) {{
+          Place place{{begin, begin / units, begin % units}};
+          for (u32 at = begin; at < begin + 400; at += SPLITS, place.advance(units))
+            if (place.at != at || place.strip != at / units || place.unit != at % units) return 1;
+        }}
+      return 0;
+    }}"""
+    (tmp_path / "place.cpp").write_text(program)
+    for splits in (1, 2, 8, 16):
+        executable = tmp_path / f"place{splits}"
+        command = ["g++", "-O1", f"-DWANTED={splits}", str(tmp_path / "place.cpp"), "-o", str(executable)]
+        subprocess.run(command, check=True)
+        assert subprocess.run([str(executable)], check=False).returncode == 0
 
 
 @needs_nvcc
