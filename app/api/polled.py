@@ -16,16 +16,18 @@ from collections import OrderedDict
 from typing import Any, Literal, NamedTuple
 
 from redis.exceptions import RedisError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.dependencies import SESSION_COOKIE, Services
 from app.api.preconditions import matches_tag
+from app.core.errors import Unauthenticated
 from app.core.ids import is_id
 from app.core.job_store import job_key
 from app.core.limits import limits_key
 from app.core.login import session_key
-from app.core.security import USE_STEP_S, ApiKey, Principal, key_id, record_key
+from app.core.security import USE_STEP_S, ApiKey, key_id, recognised, record_key
 from app.core.security import Scope as KeyScope
 from app.core.stamps import DEPLOYMENTS, WORKERS, Values, jobs_stamp
 
@@ -45,6 +47,7 @@ Headers = list[tuple[bytes, bytes]]
 class Credential(NamedTuple):
     digest: bytes
     name: str  # of the value in Redis that it leads to
+    key: str | None  # an API key; None for a session
 
 
 class Question(NamedTuple):
@@ -71,6 +74,7 @@ class Caller(NamedTuple):
     tenant: str
     scopes: frozenset[KeyScope]
     values: Values
+    is_limited: bool  # its requests are counted, which is left to the routes
     good_until: float  # by time.time()
 
 
@@ -109,21 +113,58 @@ class PolledAnswers:
             return
         question, credential = asked
         services: Services = scope["app"].state.services
-        caller = self._callers.get(credential.digest)
-        names = names_of(credential, caller)
-        stamps = question.stamps(caller.tenant) if caller is not None else ()
         try:
-            values = await services.stamps.read((*names, *stamps))
-        except RedisError:  # the route says what that means
+            found = await self._caller(services, credential, question)
+        except (RedisError, Unauthenticated):  # the route says what that means
+            found = None
+        if found is None:
             await self._app(scope, receive, send)
             return
-        own, present = values[: len(names)], values[len(names) :]
-        if caller is not None and own == caller.values and time.time() < caller.good_until:
-            key = (caller.tenant, caller.scopes, question.path, question.query)
-            await self._answer(key, question, present, (scope, receive, send))
+        caller, stamps = found
+        key = (caller.tenant, caller.scopes, question.path, question.query)
+        await self._answer(key, question, stamps, (scope, receive, send))
+
+    async def _caller(
+        self, services: Services, credential: Credential, question: Question
+    ) -> tuple[Caller, Values] | None:
+        """Who calls, and the stamps of what is asked for; None for callers whose requests are counted."""
+        for _ in range(2):  # the second time for one who was not known, or has changed
+            caller = self._callers.get(credential.digest)
+            if caller is not None and time.time() < caller.good_until:
+                names = (credential.name, record_key(caller.key_id), limits_key(caller.tenant))
+                values = await services.stamps.read((*names, *question.stamps(caller.tenant)))
+                if values[: len(names)] == caller.values:
+                    return (caller, values[len(names) :]) if not caller.is_limited else None
+            self._callers.pop(credential.digest, None)
+            await self._meet(services, credential)
+        return None
+
+    async def _meet(self, services: Services, credential: Credential) -> None:
+        """Remember who holds the credential. Raises Unauthenticated if nobody does."""
+        first = kept = (await services.stamps.read((credential.name,)))[0]
+        if credential.key is not None:
+            record = recognised(credential.key, kept)
         else:
-            await self._app(scope, receive, send)
-            self._note_caller(services, scope, credential, own)
+            if first is None:
+                return
+            (kept,) = await services.stamps.read((record_key(first.decode()),))
+            if kept is None:
+                return
+            record = ApiKey.model_validate_json(kept)
+        (limits,) = await services.stamps.read((limits_key(record.tenant),))
+        await run_in_threadpool(services.keys.note_use, record.id)
+        # Later its use is noted again.
+        expires = record.expires_at.timestamp() if record.expires_at is not None else math.inf
+        self._callers[credential.digest] = Caller(
+            key_id=record.id,
+            tenant=record.tenant,
+            scopes=record.scopes,
+            values=(first, kept, limits),
+            is_limited=services.limits.parsed(limits).requests_per_minute > 0,
+            good_until=min(expires, time.time() + USE_STEP_S),
+        )
+        if len(self._callers) > MAX_CALLERS:
+            self._callers.popitem(last=False)
 
     async def _answer(self, key: Key, question: Question, stamps: Values, asgi: Asgi) -> None:
         """Give what is kept, if it is still true, also what another request is computing; else compute it."""
@@ -176,30 +217,6 @@ class PolledAnswers:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= len(oldest.body)
 
-    def _note_caller(self, services: Services, scope: Scope, credential: Credential, own: Values) -> None:
-        """Remember who was let in, with the values that were read before."""
-        principal: Principal | None = scope["state"].get("principal")
-        if principal is None:
-            self._callers.pop(credential.digest, None)
-            return
-        good_until = 0.0
-        if len(own) == 3 and own[1] is not None:
-            record = ApiKey.model_validate_json(own[1])
-            is_limited = services.limits.parsed(own[2]).requests_per_minute > 0
-            is_same = (record.id, record.tenant, record.scopes) == (
-                principal.key_id, principal.tenant, principal.scopes,
-            )  # fmt: skip
-            if is_same and not is_limited:  # requests that are counted pass to the routes
-                expires = record.expires_at.timestamp() if record.expires_at is not None else math.inf
-                # Later the route notes again that the key is in use.
-                good_until = min(expires, time.time() + USE_STEP_S)
-        self._callers[credential.digest] = Caller(
-            principal.key_id, principal.tenant, principal.scopes, own, good_until
-        )
-        self._callers.move_to_end(credential.digest)
-        if len(self._callers) > MAX_CALLERS:
-            self._callers.popitem(last=False)
-
 
 def asked_of(scope: Scope) -> tuple[Question, Credential] | None:
     """What is asked for and with which credential, if it may be answered from here."""
@@ -227,19 +244,12 @@ def credential_of(given: dict[bytes, bytes]) -> Credential | None:
         scheme, _, key = bearer.decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not key:
             return None
-        return Credential(hashlib.sha256(bearer).digest(), record_key(key_id(key)))
+        return Credential(hashlib.sha256(bearer).digest(), record_key(key_id(key)), key)
     cookie = given.get(b"cookie", b"").decode("latin-1")
     session = cookie_parser(cookie).get(SESSION_COOKIE) if SESSION_COOKIE in cookie else None
     if not session:
         return None
-    return Credential(hashlib.sha256(b"session " + session.encode()).digest(), session_key(session))
-
-
-def names_of(credential: Credential, caller: Caller | None) -> tuple[str, ...]:
-    """What must be the same for the caller to be let in as before."""
-    if caller is None:
-        return (credential.name,)
-    return (credential.name, record_key(caller.key_id), limits_key(caller.tenant))
+    return Credential(hashlib.sha256(b"session " + session.encode()).digest(), session_key(session), None)
 
 
 async def give(kept: Kept, question: Question, send: Send) -> None:

@@ -132,12 +132,7 @@ class KeyStore:
 
     def authenticate(self, key: str) -> Principal:
         """Whose key this is. Raises Unauthenticated for an unknown, revoked or expired one."""
-        record = self._read(key_id(key))
-        # Compared also when there is no record, so that the time tells nothing about ids.
-        if not hmac.compare_digest(digest(key), record.sha256 if record is not None else "-" * 64):
-            raise unknown_key()
-        assert record is not None
-        return self._principal(record)
+        return self._principal(recognised(key, self._redis.get(record_key(key_id(key)))))
 
     def holder(self, known_id: str) -> Principal:
         """Who holds the key with this id: for a session that was opened with the key itself."""
@@ -182,10 +177,24 @@ class KeyStore:
                 code="api_key_expired",
                 remedy="ask the operator for a new key (nibble keys create)",
             )
-        if time.monotonic() - self._noted.get(record.id, -USE_STEP_S) >= USE_STEP_S:
-            self._noted[record.id] = time.monotonic()
-            self._redis.set(use_key(record.id), time.time())
+        self.note_use(record.id)
         return Principal(key_id=record.id, tenant=record.tenant, scopes=record.scopes)
+
+    def note_use(self, known_id: str) -> None:
+        """Write down that the key is used, to the minute."""
+        if time.monotonic() - self._noted.get(known_id, -USE_STEP_S) >= USE_STEP_S:
+            self._noted[known_id] = time.monotonic()
+            self._redis.set(use_key(known_id), time.time())
+
+
+def recognised(key: str, kept: bytes | None) -> ApiKey:
+    """The record `kept` under the key's id, if it is the key's. Raises Unauthenticated if not."""
+    record = ApiKey.model_validate_json(kept) if kept is not None else None
+    # Compared also when there is no record, so that the time tells nothing about ids.
+    if not hmac.compare_digest(digest(key), record.sha256 if record is not None else "-" * 64):
+        raise unknown_key()
+    assert record is not None
+    return record
 
 
 def record_key(known_id: str) -> str:
