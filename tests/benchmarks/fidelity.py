@@ -1,6 +1,7 @@
 """Perplexity and KL of every method at every setting on the bundled model, beside the peers' figures.
 
-    python tests/benchmarks/fidelity.py [--planted] [--methods AWQ,GPTQ] [--peer-python PYTHON]
+    python tests/benchmarks/fidelity.py [--planted] [--methods AWQ,GPTQ] [--settings 4:128,2:64]
+                                        [--peer-python PYTHON]
 
 `--planted` runs the methods on a variant of the model with outlier channels as well: norm weights times 16,
 the columns that read them divided by 16, so the function is the same and rounding is harder.
@@ -46,7 +47,7 @@ def fidelity(model: Path, options: argparse.Namespace) -> dict[tuple[int, int], 
     """The reports of the candidates of each setting, in the order of the methods."""
     recipes = [
         {**METHODS[method], "bits": bits, "group_size": group}
-        for bits, group in SETTINGS
+        for bits, group in options.settings
         for method in options.methods
     ]
     rows: list[dict[str, Any]] = []
@@ -56,7 +57,7 @@ def fidelity(model: Path, options: argparse.Namespace) -> dict[tuple[int, int], 
         rows += report["candidates"]
     print(f"original {report['original']['perplexity']:.3f}")
     found = iter(rows)
-    return {setting: [next(found) for _ in options.methods] for setting in SETTINGS}
+    return {setting: [next(found) for _ in options.methods] for setting in options.settings}
 
 
 def print_table(
@@ -88,10 +89,10 @@ def measured_peers(options: argparse.Namespace) -> dict[tuple[int, int], dict[st
         windows = {"windows": calibration_tokens(), "evaluation": evaluation_tokens(100)}
         for name, tokens in windows.items():
             (Path(folder) / name).write_text(json.dumps(tokens), "utf-8")
-        for bits, group in SETTINGS:
+        for bits, group in options.settings:
             for method in (method for method in options.methods if method in PEER_METHODS):
                 command = [
-                    options.peer_python, str(Path(__file__).with_name("peer_llmcompressor.py")),
+                    options.peer_python, "-P", str(Path(__file__).with_name("peer_llmcompressor.py")),
                     "--model", str(MODEL), "--windows", "windows", "--evaluation", "evaluation",
                     "--threads", str(options.threads), "--dtype", "float32",
                     "--method", PEER_METHODS[method], "--bits", str(bits), "--group-size", str(group),
@@ -122,12 +123,18 @@ def plant_outliers(folder: Path) -> Path:
     return folder
 
 
+def settings_of(text: str) -> tuple[tuple[int, int], ...]:
+    pairs = (setting.split(":") for setting in text.split(","))
+    return tuple((int(bits), int(group)) for bits, group in pairs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--planted", action="store_true")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument("--settings", type=settings_of, default=SETTINGS, help="bits:group size, by commas")
     parser.add_argument("--peer-python")
     options = parser.parse_args()
     options.profile = None

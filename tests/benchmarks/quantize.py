@@ -129,8 +129,9 @@ def run_own(options: argparse.Namespace) -> float:
 
 def run_peer(windows: Path, options: argparse.Namespace) -> float:
     command = [
-        options.peer_python, str(Path(__file__).with_name("peer_llmcompressor.py")), "--model", str(MODEL),
-        "--windows", str(windows), "--threads", str(options.threads), "--dtype", options.peer_dtype,
+        options.peer_python, "-P", str(Path(__file__).with_name("peer_llmcompressor.py")),
+        "--model", str(MODEL), "--windows", str(windows), "--threads", str(options.threads),
+        "--dtype", options.peer_dtype,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)

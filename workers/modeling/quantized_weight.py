@@ -37,6 +37,12 @@ class QuantizedWeight:
         grouped = self.q.view(out_features, self.scale.shape[1], -1).to(torch.float32)
         return ((grouped - self.zero[..., None]) * self.scale[..., None]).view(out_features, in_features)
 
+    def where(self, rows: Tensor, other: QuantizedWeight) -> QuantizedWeight:
+        """These rows (a mask) of this weight, the rest of `other`."""
+        pairs = ((self.q, other.q), (self.scale, other.scale), (self.zero, other.zero))
+        q, scale, zero = (torch.where(rows[:, None], own, theirs) for own, theirs in pairs)
+        return QuantizedWeight(q, scale, zero, self.scheme)
+
     def equals(self, other: QuantizedWeight) -> bool:
         return (
             self.scheme == other.scheme

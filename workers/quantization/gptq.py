@@ -4,11 +4,12 @@ Frantar et al., arXiv 2210.17323, with static activation order: grids are fixed 
 columns are visited by descending diagonal of H, so a group stays a run of neighbours in the file. Sweeps of
 coordinate descent follow (QuantEase, arXiv 2309.01885): a column is moved to its best grid point given all
 others. In between the scales of all groups of a row are fitted to its integers. Either can only lower
-`tr(E H E^T)`.
+`tr(E H E^T)`. All of that is done on several grids, and each row keeps the one with the smallest loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from app.core.errors import RecipeUnsupported
 from app.core.format_limits import Scheme
 from kernels.search.grids import stored_scale
+from kernels.search.losses import row_losses
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.grid import Grid
 
@@ -58,37 +60,63 @@ class GptqRounding:
     """The outcome for one linear."""
 
     weight: QuantizedWeight
+    losses: Tensor  # (rows,): e H e^T
     damping: float  # the share of the mean diagonal that made H positive definite
 
 
 def round_gptq(
-    weight: Tensor, grid: Grid, scheme: Scheme, moment: Tensor, dtype: torch.dtype
+    weight: Tensor, grids: Sequence[Grid], scheme: Scheme, moment: Tensor, dtype: torch.dtype
 ) -> GptqRounding:
     """weight: (rows, C) float32; moment: (C, C) float32; dtype: of the stored scales, besides float16.
 
     Raises RecipeUnsupported if H can't be made positive definite.
     """
-    diagonal = moment.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
-    dead = (diagonal <= 0)[order]
-    hessian = moment[order][:, order].clone()
-    hessian.diagonal()[dead] = 1.0
-    values = weight.T[order].contiguous()
-    values[dead] = 0.0  # never read: any value will do, zero is the cheapest
-    columns = ColumnGrid.of(grid, order)
-    factor, damping = inverse_factor(hessian)
-    rounded = spread_errors(values.clone(), columns, factor)
-    rounded = descend(values, rounded, columns, hessian)
-    integers = integers_of(rounded, columns, order)
-    for _ in range(REFITS):
-        grid = fitted_scales(weight, integers, grid, moment, dtype)
-        columns = ColumnGrid.of(grid, order)
-        rounded = (integers.T[order] + columns.low) * columns.scale
-        rounded = descend(values, rounded, columns, hessian)
-        integers = integers_of(rounded, columns, order)
-    zero = grid.zero.squeeze(-1).to(torch.uint8)
-    weights = QuantizedWeight(integers.to(torch.uint8), grid.scale.squeeze(-1), zero, scheme)
-    return GptqRounding(weights, damping)
+    problem = Problem.of(weight, moment)
+    best, least = problem.rounded(grids[0], scheme, dtype)
+    for grid in grids[1:]:
+        found, losses = problem.rounded(grid, scheme, dtype)
+        best, least = found.where(losses < least, best), torch.minimum(losses, least)
+    return GptqRounding(best, least, problem.damping)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear and its H, the columns in the order in which they are rounded."""
+
+    weight: Tensor  # (rows, C), in the file's order
+    moment: Tensor
+    order: Tensor
+    values: Tensor  # (C, rows), in the order of rounding, as all below
+    hessian: Tensor
+    factor: Tensor
+    damping: float
+
+    @classmethod
+    def of(cls, weight: Tensor, moment: Tensor) -> Problem:
+        diagonal = moment.diagonal()
+        order = diagonal.argsort(descending=True, stable=True)
+        dead = (diagonal <= 0)[order]
+        hessian = moment[order][:, order].clone()
+        hessian.diagonal()[dead] = 1.0
+        values = weight.T[order].contiguous()
+        values[dead] = 0.0  # never read: any value will do, zero is the cheapest
+        return cls(weight, moment, order, values, hessian, *inverse_factor(hessian))
+
+    def rounded(self, grid: Grid, scheme: Scheme, dtype: torch.dtype) -> tuple[QuantizedWeight, Tensor]:
+        """The integers on this grid, its scales fitted to them, and the loss per row."""
+        columns = ColumnGrid.of(grid, self.order)
+        rounded = spread_errors(self.values.clone(), columns, self.factor)
+        rounded = descend(self.values, rounded, columns, self.hessian)
+        integers = integers_of(rounded, columns, self.order)
+        for _ in range(REFITS):
+            grid = fitted_scales(self.weight, integers, grid, self.moment, dtype)
+            columns = ColumnGrid.of(grid, self.order)
+            rounded = (integers.T[self.order] + columns.low) * columns.scale
+            rounded = descend(self.values, rounded, columns, self.hessian)
+            integers = integers_of(rounded, columns, self.order)
+        zero = grid.zero.squeeze(-1).to(torch.uint8)
+        weights = QuantizedWeight(integers.to(torch.uint8), grid.scale.squeeze(-1), zero, scheme)
+        return weights, row_losses(weights.dequantize() - self.weight, self.moment)
 
 
 def integers_of(rounded: Tensor, columns: ColumnGrid, order: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from workers.quantization.gptq import round_gptq
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
 from workers.quantization.scale_search import FLOAT16_LIMIT
 
+# How far ranges are shrunk for GPTQ, as shares of what the clip search may cut off at most.
+SHRUNK = {2: (0.7, 1.0, 1.3), 3: (0.3, 0.5, 0.7), 4: (0.15, 0.3, 0.45), 8: (0.0,)}
+
 
 @dataclass(frozen=True)
 class FoldedLinear:
@@ -61,7 +64,10 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
         before = after = losses.quick_row_losses(nearest.dequantize() - weight, moment)
     rounded, final, damping = round_nearest(weight, grid, scheme), after, None
     if recipe.rounds_with_gptq:
-        rounded, final, damping = better_rows(weight, moment, grid, rounded, dtype)
+        grids = [grid, *shrunk_grids(weight, scheme, dtype)] if recipe.searches_clip else [grid]
+        outcome = round_gptq(weight, grids, scheme, moment, dtype)
+        rounded = rounded.where(after <= outcome.losses, outcome.weight)
+        final, damping = torch.minimum(after, outcome.losses), outcome.damping
     unclipped, clipped, loss = (float(rows.sum()) for rows in (before, after, final))
     if not math.isfinite(unclipped + clipped + loss):
         raise RecipeUnsupported(
@@ -72,19 +78,11 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
     return RoundedLinear(rounded, unclipped, clipped, loss, damping, floor)
 
 
-def better_rows(
-    weight: Tensor, moment: Tensor, grid: Grid, nearest: QuantizedWeight, dtype: torch.dtype
-) -> tuple[QuantizedWeight, Tensor, float]:
-    """GPTQ's integers for the rows where they lower the loss, the loss per row, and the damping."""
-    outcome = round_gptq(weight, grid, nearest.scheme, moment, dtype)
-    plain, spread = row_losses(weight, nearest, moment), row_losses(weight, outcome.weight, moment)
-    worse = (spread > plain)[:, None]
-    q, scale, zero = (
-        torch.where(worse, getattr(nearest, part), getattr(outcome.weight, part))
-        for part in ("q", "scale", "zero")
-    )
-    merged = QuantizedWeight(q, scale, zero, nearest.scheme)
-    return merged, torch.minimum(plain, spread), outcome.damping
+def shrunk_grids(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> list[Grid]:
+    """Grids of equally shrunk ranges in all groups, for GPTQ to start from."""
+    floor, grouped = smallest_factor(weight, scheme), grouped_view(weight, scheme)
+    factors = [1 - share * (1 - floor) for share in SHRUNK[scheme.bits]]
+    return [min_max_grid(grouped, scheme, dtype, factor=factor) for factor in factors]
 
 
 def row_losses(weight: Tensor, rounded: QuantizedWeight, moment: Tensor) -> Tensor:

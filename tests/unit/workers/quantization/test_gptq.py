@@ -59,7 +59,7 @@ def test_columns_are_rounded_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gptq, "REFITS", 0)
     monkeypatch.setattr(gptq, "BLOCK", 16)  # several blocks, and groups that straddle them
     weight, moment = weight_of(24, 96), moment_of(96)
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment, torch.float16)
+    outcome = round_gptq(weight, [grid_of(weight)], SCHEME, moment, torch.float16)
     wanted = textbook(weight, grid_of(weight), moment)
     # float32 against float64: a value half way between two integers may fall either way.
     assert (outcome.weight.q != wanted).float().mean() < 0.005
@@ -72,10 +72,22 @@ def test_each_sweep_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = [float(row_losses(weight, round_nearest(weight, grid, SCHEME), moment).sum())]
     for sweeps in (0, 1, 3):
         monkeypatch.setattr(gptq, "SWEEPS", sweeps)
-        outcome = round_gptq(weight, grid, SCHEME, moment, torch.float16)
+        outcome = round_gptq(weight, [grid], SCHEME, moment, torch.float16)
         losses.append(float(row_losses(weight, outcome.weight, moment).sum()))
     assert losses[1] < 0.8 * losses[0]
     assert losses[1] > losses[2] > losses[3]
+
+
+def test_each_row_keeps_its_best_grid() -> None:
+    weight, moment = weight_of(40, 128), moment_of(128)
+    grouped = grouped_view(weight, SCHEME)
+    grids = [min_max_grid(grouped, SCHEME, torch.float16, factor=factor) for factor in (1.0, 0.9, 0.7)]
+    alone = [round_gptq(weight, [grid], SCHEME, moment, torch.float16) for grid in grids]
+    together = round_gptq(weight, grids, SCHEME, moment, torch.float16)
+    least = torch.stack([outcome.losses for outcome in alone]).min(dim=0).values
+    torch.testing.assert_close(row_losses(weight, together.weight, moment), least)
+    torch.testing.assert_close(together.losses, least)
+    assert all(bool((outcome.losses > least).any()) for outcome in alone)
 
 
 def test_fitted_scales_lower_the_loss_of_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +121,7 @@ def test_dead_inputs_get_zero_and_harm_nothing() -> None:
     dead = torch.tensor([3, 40])
     moment[dead] = 0.0
     moment[:, dead] = 0.0
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment, torch.float16)
+    outcome = round_gptq(weight, [grid_of(weight)], SCHEME, moment, torch.float16)
     assert torch.equal(outcome.weight.dequantize()[:, dead], torch.zeros(16, 2))
     nearest = round_nearest(weight, grid_of(weight), SCHEME)
     assert row_losses(weight, outcome.weight, moment).sum() < row_losses(weight, nearest, moment).sum()
@@ -119,7 +131,7 @@ def test_a_singular_moment_is_damped_until_it_factors() -> None:
     direction = torch.ones(64, 1)
     moment = direction @ direction.T  # rank one
     weight = weight_of(8, 64)
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment, torch.float16)
+    outcome = round_gptq(weight, [grid_of(weight)], SCHEME, moment, torch.float16)
     assert gptq.DAMPING <= outcome.damping <= gptq.MAX_DAMPING
     assert bool(torch.isfinite(outcome.weight.dequantize()).all())
 
@@ -155,5 +167,5 @@ def test_no_row_ends_worse_than_rounding_it_to_nearest(bits: int, group_size: in
 
 def test_all_zero_weights_stay_zero() -> None:
     weight = torch.zeros(4, 64)
-    outcome = round_gptq(weight, grid_of(weight), SCHEME, moment_of(64), torch.float16)
+    outcome = round_gptq(weight, [grid_of(weight)], SCHEME, moment_of(64), torch.float16)
     assert torch.equal(outcome.weight.dequantize(), weight)
