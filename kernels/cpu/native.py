@@ -16,8 +16,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.checks import DTYPES, check_bias, check_dtype, check_input
-from kernels.cpu.blocked_layout import CHUNK, ROWS, BlockedWeight, groups_per_chunk, to_blocks
+from kernels.checks import (
+    BITS,
+    DTYPES,
+    GROUP_SIZES,
+    check_bias,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_input,
+    check_one_of,
+    check_shape,
+)
+from kernels.cpu.blocked_layout import (
+    CHUNK,
+    DIGIT_BITS,
+    FILL_ROWS,
+    ROWS,
+    WORDS,
+    BlockedWeight,
+    groups_per_chunk,
+    to_blocks,
+)
 from kernels.cpu.native_library import BlockedStruct, NotCompiled, address, native_library
 from kernels.problem import Problem
 from kernels.weight import PackedWeight
@@ -48,7 +68,7 @@ def blocked_linear(
     tiles: bool,
 ) -> Tensor:
     """x (..., in_features) to (..., out_features), from a BlockedWeight's tensors."""
-    check_dtype("x", x.dtype, DTYPES)
+    check_blocked(x, codes, scale, zero, bits, group_size, out_features)
     return product(Blocks(codes, scale, zero, bits, group_size), x, bias, out_features, tiles=tiles)
 
 
@@ -63,9 +83,42 @@ def blocked_linear_fake(
     out_features: int,
     tiles: bool,
 ) -> Tensor:
-    check_dtype("x", x.dtype, DTYPES)
+    check_blocked(x, codes, scale, zero, bits, group_size, out_features)
     check_bias(bias, out_features, x)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def check_blocked(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> None:
+    """The library reads what sizes promise: only this keeps a wrong one from foreign memory."""
+    check_one_of("bits", bits, BITS)
+    check_one_of("group_size", group_size, GROUP_SIZES)
+    check_dtype("x", x.dtype, DTYPES)
+    check_dtype("codes", codes.dtype, (torch.uint8,))
+    check_dtype("scale", scale.dtype, DTYPES)
+    if x.dim() == 0 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., in_features)")
+    if out_features < 1:
+        raise ValueError(f"out_features={out_features}; allowed: 1 and more")
+    chunks, blocks = -(-x.shape[-1] // CHUNK), -(-out_features // FILL_ROWS) * FILL_ROWS // ROWS
+    planes = 2 if bits > DIGIT_BITS else 1
+    check_shape("codes", codes, (blocks, chunks, ROWS, planes, 2 * WORDS))
+    groups = 1 if group_size == -1 else chunks * CHUNK // group_size
+    parts = {"codes": codes, "scale": scale} | ({} if zero is None else {"zero": zero})
+    for name, part in parts.items():
+        if name != "codes":
+            check_shape(name, part, (blocks, groups, ROWS))
+        check_device(name, part, x.device)
+        check_contiguous(name, part)
+    if zero is not None:
+        check_dtype("zero", zero.dtype, (torch.uint8,))
 
 
 # Defined without `custom_op`: its wrapper takes as long as a product of a small layer.

@@ -11,11 +11,9 @@ from kernels.checks import check_bias, check_input
 from kernels.cuda.compiler import architecture_for, find_compiler
 from kernels.cuda.driver import DriverError, open_driver
 from kernels.cuda.layout import format_of
-from kernels.cuda.linear import linear, load_kernels, make_records
+from kernels.cuda.linear import CHANNEL_MULTIPLE, linear, load_kernels, make_records
 from kernels.problem import Problem
 from kernels.weight import PackedWeight
-
-CHANNEL_MULTIPLE = 8  # 16 bytes of activations: what one copy moves
 
 
 class CudaKernel:

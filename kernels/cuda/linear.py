@@ -7,6 +7,16 @@ import functools
 import torch
 from torch import Tensor
 
+from kernels.checks import (
+    BITS,
+    DTYPES,
+    check_bias,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_one_of,
+    check_shape,
+)
 from kernels.cuda.decode import MAX_TOKENS, DecodeKernel, format_defines, hopper
 from kernels.cuda.driver import Launch
 from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format, format_of
@@ -19,6 +29,7 @@ RECORD_SOURCE = "records.cu"
 RECORD_THREADS = 128
 RECORDS_PER_BLOCK = 4  # of the kernel `dense`, a warp each
 ALIGNMENT = 16
+CHANNEL_MULTIPLE = 8  # 16 bytes of activations: what one copy moves
 # On Hopper the decode kernel is ahead up to this many tokens (docs/benchmarks.md).
 DECODE_TOKENS = 16
 # Between them these numbers of tokens meet nearly every shape that a rule chooses.
@@ -120,7 +131,9 @@ def cuda_linear(
     scale_dtype: torch.dtype,
 ) -> Tensor:
     """`linear`, as the operator nibble::cuda_linear."""
-    return linear(x, records, bias, out_features, Format(bits, group_size, asymmetric, scale_dtype))
+    form = Format(bits, group_size, asymmetric, scale_dtype)
+    check_records(x, records, bias, out_features, form)
+    return linear(x, records, bias, out_features, form)
 
 
 @torch.library.register_fake("nibble::cuda_linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -134,4 +147,23 @@ def fake_cuda_linear(
     asymmetric: bool,
     scale_dtype: torch.dtype,
 ) -> Tensor:
+    check_records(x, records, bias, out_features, Format(bits, group_size, asymmetric, scale_dtype))
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def check_records(x: Tensor, records: Tensor, bias: Tensor | None, rows: int, form: Format) -> None:
+    """What the kernels read without looking."""
+    check_one_of("bits", form.bits, BITS)
+    check_one_of("group_size", form.group_size, (32, 64, 128))
+    check_dtype("scale_dtype", form.scale_dtype, DTYPES)
+    check_dtype("x", x.dtype, (torch.float16, torch.bfloat16))
+    if x.dim() == 0 or x.shape[-1] < 1 or x.shape[-1] % CHANNEL_MULTIPLE:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., multiple of {CHANNEL_MULTIPLE})")
+    if rows < 1:
+        raise ValueError(f"out_features={rows}; allowed: 1 and more")
+    check_dtype("records", records.dtype, (torch.uint8,))
+    units, tiles = -(-x.shape[-1] // UNIT_CHANNELS), -(-rows // TILE_ROWS)
+    check_shape("records", records, (units, tiles, form.record_bytes))
+    check_device("records", records, x.device)
+    check_contiguous("records", records)
+    check_bias(bias, rows, x)

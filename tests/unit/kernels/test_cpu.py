@@ -369,6 +369,43 @@ def test_bad_inputs_are_named(name: str) -> None:
         kernel(x, torch.zeros(16))
 
 
+BLOCKS = to_blocks(random_weight(70, 200, group_size=-1, asymmetric=True))
+BLOCKED = {
+    "x": random_input((2, 200), torch.float32), "codes": BLOCKS.codes, "scale": BLOCKS.scale,
+    "zero": BLOCKS.zero, "bias": None, "bits": 4, "group_size": -1, "out_features": 70, "tiles": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": random_input((2, 257), torch.float32)}, r"codes has shape .*; allowed: \(8, 3, 16, 1, 64\)"),
+        ({"x": torch.tensor(1.0)}, r"x has shape \(\)"),
+        ({"x": random_input((2, 200), torch.float64)}, "x is torch.float64"),
+        ({"codes": BLOCKS.codes.int()}, "codes is torch.int32; allowed: torch.uint8"),
+        ({"codes": BLOCKS.codes.transpose(0, 1).contiguous().transpose(0, 1)}, "codes has strides"),
+        ({"scale": BLOCKS.scale[:4]}, r"scale has shape \(4, 1, 16\); allowed: \(8, 1, 16\)"),
+        ({"zero": BLOCKS.scale}, "zero is torch.float16; allowed: torch.uint8"),
+        ({"bits": 8}, r"codes has shape .*; allowed: \(8, 2, 16, 2, 64\)"),
+        ({"bits": 5}, "bits=5; allowed: 2, 3, 4, 8"),
+        ({"group_size": 64}, r"scale has shape \(8, 1, 16\); allowed: \(8, 4, 16\)"),
+        ({"group_size": 16}, "group_size=16; allowed: 32, 64, 128, -1"),
+        ({"out_features": 129}, r"codes has shape .*; allowed: \(12, 2, 16, 1, 64\)"),
+        ({"out_features": 0}, "out_features=0; allowed: 1 and more"),
+        ({"bias": torch.zeros(3)}, r"bias has shape \(3,\); allowed: \(70,\)"),
+    ],
+)
+def test_bad_arguments_of_the_operator_are_named(
+    change: dict[str, object], message: str, device: str
+) -> None:
+    """Before the library reads a byte, and while PyTorch compiles."""
+    arguments = {**BLOCKED, **change}.values()
+    moved = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.ops.nibble.blocked_linear(*moved)
+
+
 def test_the_struct_is_as_long_as_the_librarys() -> None:
     assert ctypes.sizeof(native_library.BlockedStruct) == 10 * 8
 

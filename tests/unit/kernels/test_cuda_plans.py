@@ -103,6 +103,42 @@ def test_the_operator_has_a_fake(tokens: tuple[int, ...]) -> None:
     assert output.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"x": torch.empty(2, 100, dtype=torch.bfloat16)},
+            r"x has shape \(2, 100\); allowed: .*multiple of 8",
+        ),
+        ({"x": torch.empty(2, 136, dtype=torch.bfloat16)}, r"records has shape .*; allowed: \(2, 1, 1056\)"),
+        ({"x": torch.empty(2, 128)}, "x is torch.float32; allowed: torch.float16, torch.bfloat16"),
+        ({"records": torch.empty(1, 1, 1056)}, "records is torch.float32; allowed: torch.uint8"),
+        ({"bias": torch.empty(4, dtype=torch.bfloat16)}, r"bias has shape \(4,\); allowed: \(16,\)"),
+        ({"out_features": 17}, r"records has shape .*; allowed: \(1, 2, 1056\)"),
+        ({"out_features": 0}, "out_features=0; allowed: 1 and more"),
+        ({"bits": 5}, "bits=5; allowed: 2, 3, 4, 8"),
+        ({"bits": 8}, r"records has shape .*; allowed: \(1, 1, 2080\)"),
+        ({"group_size": -1}, "group_size=-1; allowed: 32, 64, 128"),
+        ({"asymmetric": True}, r"records has shape .*; allowed: \(1, 1, 1072\)"),
+        ({"scale_dtype": torch.float64}, "scale_dtype is torch.float64"),
+    ],
+)
+def test_bad_arguments_of_the_operator_are_named(change: dict[str, object], message: str) -> None:
+    """By the same check that precedes a launch."""
+    arguments = {
+        "x": torch.empty(2, 128, dtype=torch.bfloat16),
+        "records": torch.empty(1, 1, W4.record_bytes, dtype=torch.uint8),
+        "bias": None, "out_features": 16, "bits": 4, "group_size": 128, "asymmetric": False,
+        "scale_dtype": torch.bfloat16,
+    }  # fmt: skip
+    values = [
+        value.to("meta") if isinstance(value, torch.Tensor) else value
+        for value in {**arguments, **change}.values()
+    ]
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.ops.nibble.cuda_linear(*values)
+
+
 class RecordingLibrary:
     """Stands in for compiled kernels: what was asked for, as (source, name)."""
 
