@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,13 @@ from app.core.job import Stage
 Send = Callable[[ProgressMessage], None]
 
 
+class Spent(NamedTuple):
+    """Seconds on the clock, and on processors."""
+
+    wall: float
+    cpu: float
+
+
 class Account:
     """Stages, notes and progress of one run; each is told to the supervisor as it happens."""
 
@@ -22,7 +30,8 @@ class Account:
         self.send, self.device, self.num_layers = send, device, num_layers
         self.seconds: dict[str, float] = defaultdict(float)
         self.candidate_seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        self.inside: list[float] = []  # of each stage that runs: seconds of the stages inside it
+        self.cpu_seconds: dict[str, float] = defaultdict(float)  # of all threads: a busy host adds little
+        self.inside: list[Spent] = []  # of each stage that runs: what the stages inside it took
         self.notes: list[str] = []
         self.started = time.monotonic()
         self.span = (0.0, 1.0)  # of the whole job, that `progress` speaks of
@@ -45,20 +54,22 @@ class Account:
     @contextmanager
     def counted(self, stage: Stage, candidate: int | None = None) -> Iterator[None]:
         """Count the seconds of a stage without a word; inside of another one they are not that one's."""
-        started = time.monotonic()
-        self.inside.append(0.0)
+        started = Spent(time.monotonic(), time.process_time())
+        self.inside.append(Spent(0.0, 0.0))
         try:
             yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            spent = time.monotonic() - started
-            own = spent - self.inside.pop()
+            spent = Spent(time.monotonic() - started.wall, time.process_time() - started.cpu)
+            inner = self.inside.pop()
             if self.inside:
-                self.inside[-1] += spent
-            self.seconds[stage] += own
+                outer = self.inside[-1]
+                self.inside[-1] = Spent(outer.wall + spent.wall, outer.cpu + spent.cpu)
+            self.seconds[stage] += spent.wall - inner.wall
+            self.cpu_seconds[stage] += spent.cpu - inner.cpu
             if candidate is not None:
-                self.candidate_seconds[candidate][stage] += own
+                self.candidate_seconds[candidate][stage] += spent.wall - inner.wall
 
     def progress(self, part: float, layer: int) -> None:
         """`part` of the present span is done."""

@@ -133,6 +133,7 @@ class JobRun:
             histograms=tuple(pipeline.histograms),
             prediction=pipeline.prediction,
             stages=dict(account.seconds),
+            cpu_seconds=dict(account.cpu_seconds),
             resumed_at_layer=resumed_at,
             peak_rss_bytes=peak_rss_bytes(),
             peak_vram_bytes=peak_vram_bytes(pipeline.device),

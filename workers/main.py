@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
-PROFILE_LIMIT_S = 60.0
+PROFILE_LIMIT_S = 300.0  # seconds, unless the host is busy
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -47,9 +48,22 @@ def candidate_report(
         bytes=outcome.bytes,
         bits_per_weight=candidate.bits_per_weight,
         meets_target=None if target is None else target.excess(ratio, quality.kl) <= 1,
+        gain_over_rounding=gain_over_rounding(outcome.layers),
         seconds=dict(account.candidate_seconds[candidate.recipe_index]),
         layers=tuple(outcome.layers),
     )
+
+
+def gain_over_rounding(layers: Iterable[LayerReport]) -> float | None:
+    """How much lower the expected output errors are than plain rounding's at the same bits and groups."""
+    errors = [
+        (linear.loss / linear.energy, linear.loss_rounding / linear.energy)
+        for layer in layers
+        for linear in layer.linears
+        if linear.loss is not None and linear.loss_rounding is not None and linear.energy
+    ]
+    own, plain = (sum(column) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0)
+    return 1 - own / plain if plain > 0 else None
 
 
 def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:

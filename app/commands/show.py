@@ -135,7 +135,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
         "candidate", ">perplexity", ">ratio", ">KL", *[f">{name}" for name in formats], ">bits/weight",
-        title=escape(str(report.get("model", ""))),
+        ">gain over RTN", title=escape(str(report.get("model", ""))),
     )  # fmt: skip
     original = report.get("original", {})
     grid.add_row(
@@ -145,6 +145,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
         "",
         *[size_text(original.get("bytes"))] * len(formats),
         figure(original.get("bits_per_weight"), 2),
+        "",
     )
     for candidate in candidates:
         sizes = candidate.get("bytes", {})
@@ -155,6 +156,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             figure(candidate.get("kl"), 5),
             *[size_text(sizes.get(name)) for name in formats],
             figure(candidate.get("bits_per_weight"), 2),
+            figure(candidate.get("gain_over_rounding"), 3),
         )
     console.print(grid)
     show_tries(console, report.get("tries", []))

@@ -1,12 +1,12 @@
 """Seconds and bytes that a plan takes on a device, by what the engine does: counted, not fitted to a model.
 
-Products of matrices are counted in operations, everything else in bytes that pass through memory.
+Products of matrices are counted in operations, the steps of the search in weights at the rates that the
+engine's own code was measured at, everything else in bytes that pass through memory.
 """
 
 from __future__ import annotations
 
-from app.core.device_profile import DeviceProfile
-from app.core.format_limits import Scheme
+from app.core.device_profile import DeviceProfile, SearchStep
 from app.core.job import Stage
 from app.core.linear_plan import LinearPlan
 from app.core.plan import CandidatePlan, Plan
@@ -17,14 +17,14 @@ SAMPLED_ROWS = 512
 FINALISTS = 4
 BATCH_TOKENS = 8192
 CHUNK_TOKENS = 256
+EXPERT = ".experts."  # in the names of linears that see only the tokens routed to them
 POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
 
 BASE_RAM_BYTES = 700_000_000  # interpreter, torch, transformers, tokenizer
 BASE_VRAM_BYTES = 600_000_000  # the CUDA context
 # Bytes of memory traffic per value, from the number of passes over float32 arrays.
 ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
-CLIP_BYTES = 37 * ROUNDING_BYTES  # factors of both visits of the clip search
-GPTQ_BYTES = 600  # a column at a time: quantize, spread, six sweeps of descent
+REPORTED_ROUNDINGS = 2  # of a linear: as it is stored, and plain for comparison
 LESSON_WINDOWS = 32
 STEP_WINDOWS = 4
 LESSON_FORWARDS = 4  # forward, backward as two, and the loss of what would be stored
@@ -32,8 +32,13 @@ CHAIN_FORWARDS = 6  # of both models up to each group of a layer, and through it
 LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
 PACK_BYTES = 40
 VERIFY_BYTES = 60
-SOFTMAX_BYTES = 40
+SOFTMAX_BYTES = 80
 LAYER_BYTES = 40  # a decoder layer's norms, activations and residuals per token and channel
+ATTENTION_BYTES = 24  # softmax, per head and pair of tokens
+MOMENT_BYTES = 12  # means of |x|
+MOMENT_BLOCK = {"cpu": 256, "cuda": 1024}  # columns; of each product the upper blocks are computed
+LAYER_SECONDS = 0.01  # of a layer for one recipe: many small operations, whatever its size
+FOLDER_SECONDS = 0.02  # of writing one format's folder, and of reading it back
 
 
 class Prediction(Frozen):
@@ -83,7 +88,11 @@ class Costs:
         self.plan, self.spec, self.profile = plan, spec, profile
         self.length = spec.calibration.sequence_length
         self.linears = plan.candidates[0].linears
-        self.inputs = input_widths(plan)
+        self.inputs = inputs_of(plan)
+
+    def tokens(self, linear: LinearPlan, tokens: float) -> float:
+        """How many of them reach the linear."""
+        return tokens * (self.plan.routed_share if EXPERT in linear.name else 1.0)
 
     def product(self, rows: float, inner: float, columns: float, *, float32: bool = False) -> float:
         """Of a matrix (rows, inner) with one of (inner, columns)."""
@@ -97,11 +106,15 @@ class Costs:
     def forward(self, samples: int) -> float:
         """The decoder layers of one model over `samples` windows."""
         tokens = samples * self.length
-        linears = sum(self.product(tokens, each.in_features, each.out_features) for each in self.linears)
-        hidden, layers = self.plan.hidden_size, self.plan.num_layers
-        attention = 2 * layers * samples * self.product(self.length, hidden, self.length)
-        width = sum(each.out_features for each in self.linears)
-        return linears + attention + self.passes(tokens * width, LAYER_BYTES)
+        linears = sum(
+            self.product(self.tokens(each, tokens), each.in_features, each.out_features)
+            for each in self.linears
+        )
+        hidden, windows = self.plan.hidden_size, self.plan.num_layers * samples
+        attention = 2 * windows * self.product(self.length, hidden, self.length)
+        scores = self.passes(windows * self.plan.num_heads * self.length**2, ATTENTION_BYTES)
+        values = sum(self.tokens(each, tokens) * each.out_features for each in self.linears)
+        return linears + attention + scores + self.passes(values, LAYER_BYTES)
 
     def head(self, samples: int) -> float:
         """Logits and their losses."""
@@ -111,20 +124,31 @@ class Costs:
         return product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
 
     def calibration(self) -> float:
-        """One pass of the original, and the second moments: half of each symmetric product."""
+        """One pass of the original, and the second moments."""
         samples = self.spec.calibration.num_samples
         tokens = samples * self.length
         histograms = self.passes(sum(each.parameters for each in self.linears), ROUNDING_BYTES)
-        return self.forward(samples) + self.products(tokens) / 2 + histograms
+        return self.forward(samples) + self.moments(tokens) + histograms
 
-    def products(self, tokens: float) -> float:
-        """Of every group's inputs with as many values per token; half if the outcome is symmetric."""
-        return sum(self.product(width, tokens, width, float32=True) for width in self.inputs)
+    def moments(self, tokens: float) -> float:
+        """Of every group's inputs: blocks on and above the diagonal, and the means."""
+        block, seconds = MOMENT_BLOCK[self.profile.device], 0.0
+        for width, share in self.inputs:
+            blocks = -(-width // block)
+            upper = (blocks + 1) / (2 * blocks)
+            seconds += upper * self.product(width, share * tokens, width, float32=True)
+            seconds += self.passes(share * tokens * width, MOMENT_BYTES)
+        return seconds
+
+    def drifts(self, tokens: float) -> float:
+        """Products of what is missing with every group's inputs."""
+        return sum(self.product(width, share * tokens, width, float32=True) for width, share in self.inputs)
 
     def chain(self) -> float:
         """The original and the quantized copy side by side, with moments and drifts."""
         samples = self.spec.calibration.num_samples
-        return CHAIN_FORWARDS * self.forward(samples) + 1.5 * self.products(samples * self.length)
+        tokens = samples * self.length
+        return CHAIN_FORWARDS * self.forward(samples) + self.moments(tokens) + self.drifts(tokens)
 
     def candidate(self, candidate: CandidatePlan) -> dict[Stage, float]:
         """What one recipe adds."""
@@ -134,10 +158,12 @@ class Costs:
         samples = self.spec.evaluation.num_samples
         reading = self.passes(quantized, VERIFY_BYTES)
         checking = self.forward(1) + quantized / self.profile.disk  # each layer is checked, then kept
+        checking += self.plan.num_layers * LAYER_SECONDS
+        folders = FOLDER_SECONDS * len(candidate.output_bytes)
         own = {
             Stage.SEARCHING: self.scales(candidate) + self.rounding(candidate) + checking,
-            Stage.PACKING: self.passes(packed, PACK_BYTES) + written / self.profile.disk,
-            Stage.VERIFYING: self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
+            Stage.PACKING: folders + self.passes(packed, PACK_BYTES) + written / self.profile.disk,
+            Stage.VERIFYING: folders + self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
             Stage.EVALUATING: self.forward(samples) + self.head(samples) + reading,
         }
         if candidate.recipe.has_own_chain:
@@ -154,36 +180,27 @@ class Costs:
         recipe = candidate.recipe
         if not recipe.searches_scales:
             return 0.0
-        seconds = 0.0
-        for rows, width in groups_of(self.plan, candidate):
-            sampled = min(rows, SAMPLED_ROWS)
-            tried = evaluations(recipe)
-            for count, height in ((tried, sampled), (FINALISTS, rows)):
-                seconds += count * self.product(height, width, width, float32=True)
-                seconds += count * self.passes(height * width, ROUNDING_BYTES)
-        return seconds
+        return sum(
+            (evaluations(recipe) * min(rows, SAMPLED_ROWS) + FINALISTS * rows)
+            * width
+            * self.profile.search_seconds("scales", width)
+            for rows, width in groups_of(self.plan, candidate)
+        )
 
     def rounding(self, candidate: CandidatePlan) -> float:
         """Clip search and rounding of every linear, with the losses that are reported."""
-        seconds, recipe = 0.0, candidate.recipe
-        for linear in candidate.linears:
-            if linear.scheme is None:
-                continue
-            rows, width = linear.out_features, linear.in_features
-            whole = self.product(rows, width, width, float32=True)
-            seconds += 4 * whole + 4 * self.passes(linear.parameters, ROUNDING_BYTES)
-            if recipe.searches_clip:
-                seconds += 2 * whole + self.clip(linear, linear.scheme)
-            if recipe.rounds_with_gptq:
-                seconds += 14 * whole + self.product(width, width, width, float32=True)
-                seconds += self.passes(linear.parameters, GPTQ_BYTES)
-        return seconds
-
-    def clip(self, linear: LinearPlan, scheme: Scheme) -> float:
-        size = linear.in_features if scheme.group_size == -1 else scheme.group_size
-        blocks = linear.in_features / size
-        products = 37 * blocks * self.product(linear.out_features, size, size, float32=True)
-        return products + self.passes(linear.parameters, CLIP_BYTES)
+        recipe = candidate.recipe
+        steps: dict[SearchStep, float] = {"nearest": REPORTED_ROUNDINGS}
+        if recipe.searches_clip:
+            steps["clip"] = 1
+        if recipe.rounds_with_gptq:
+            steps["gptq"] = 1
+        return sum(
+            times * linear.parameters * self.profile.search_seconds(step, linear.in_features)
+            for linear in candidate.linears
+            if linear.scheme is not None
+            for step, times in steps.items()
+        )
 
 
 def evaluations(recipe: Recipe) -> int:
@@ -194,14 +211,14 @@ def evaluations(recipe: Recipe) -> int:
     return tried + POPULATION_LOSSES * search.budget if search.strategy == "evolutionary" else tried
 
 
-def input_widths(plan: Plan) -> list[int]:
-    """Channels of every input whose second moment is kept, over all layers."""
+def inputs_of(plan: Plan) -> list[tuple[int, float]]:
+    """Channels of every input whose second moment is kept, over all layers, and its share of the tokens."""
     widths = {each.name: each.in_features for each in plan.candidates[0].linears}
     found = []
     for layer in range(plan.num_layers):
         prefix = plan.architecture.layer_prefix(layer)
         found += [
-            widths[prefix + group.balance_layers[0]]
+            (widths[prefix + group.balance_layers[0]], plan.routed_share if group.expert else 1.0)
             for group in plan.architecture.at(layer).groups
             if prefix + group.balance_layers[0] in widths
         ]
@@ -258,5 +275,5 @@ def checkpoint_bytes(plan: Plan, spec: JobSpec) -> int:
         each.parameters for candidate in plan.candidates for each in candidate.linears if each.scheme
     )
     states = 4 * spec.calibration.num_samples * spec.calibration.sequence_length * plan.hidden_size
-    statistics = 4 * sum(width * width for width in input_widths(plan)) if spec.target else 0
+    statistics = 4 * sum(width * width for width, _ in inputs_of(plan)) if spec.target else 0
     return int(1.1 * quantized) + 2 * states + statistics

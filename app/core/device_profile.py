@@ -9,6 +9,8 @@ from pydantic import Field
 from app.core.specs import Kept
 
 DeviceKind = Literal["cpu", "cuda"]
+# Steps of the engine that are measured as they are. `scales` counts every candidate of a weight once.
+SearchStep = Literal["scales", "nearest", "clip", "gptq"]
 
 
 class DeviceProfile(Kept):
@@ -20,11 +22,20 @@ class DeviceProfile(Kept):
     matmul_float32: dict[int, float] = Field(min_length=1)  # the same in float32: second moments, search
     elementwise: float = Field(gt=0)  # bytes/s of reading and writing arrays
     disk: float = Field(gt=0)  # bytes/s of writing a file
+    search: dict[SearchStep, dict[int, float]]  # seconds per weight by in_features
 
     def matmul_rate(self, size: int, *, float32: bool = False) -> float:
         """Operations per second for matrices of about `size`: that of the nearest size below."""
         rates = self.matmul_float32 if float32 else self.matmul
         return rates[max((known for known in rates if known <= size), default=min(rates))]
+
+    def search_seconds(self, step: SearchStep, width: int) -> float:
+        """Per weight of a linear with so many in_features: products with H make it grow with them."""
+        known = sorted(self.search[step].items())
+        if width <= known[0][0] or len(known) == 1:
+            return known[0][1]
+        (low, first), (high, last) = known[-2:]
+        return max(first, last + (last - first) * (width - high) / (high - low))
 
 
 # Assumptions: a small host, a data centre GPU.
@@ -32,9 +43,17 @@ NOMINAL: dict[DeviceKind, DeviceProfile] = {
     "cpu": DeviceProfile(
         device="cpu", measured=False, matmul={256: 80e9}, matmul_float32={256: 80e9},
         elementwise=8e9, disk=5e8,
+        search={
+            "scales": {256: 2e-9, 1024: 3e-9}, "nearest": {256: 5e-8, 1024: 6e-8},
+            "clip": {256: 2e-7, 1024: 3e-7}, "gptq": {256: 1e-6, 1024: 1e-6},
+        },
     ),
     "cuda": DeviceProfile(
         device="cuda", measured=False, matmul={256: 10e12, 1024: 100e12, 4096: 300e12},
         matmul_float32={256: 5e12, 1024: 30e12}, elementwise=1.5e12, disk=1e9,
+        search={
+            "scales": {4096: 3.5e-11, 14336: 4.5e-11}, "nearest": {4096: 1.2e-10},
+            "clip": {4096: 5e-10, 14336: 8e-10}, "gptq": {4096: 5e-9},
+        },
     ),
 }  # fmt: skip

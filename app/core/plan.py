@@ -38,6 +38,8 @@ class Plan(Frozen):
     num_layers: int
     hidden_size: int
     vocab_size: int
+    num_heads: int  # of attention
+    routed_share: float  # of the tokens, that an expert sees on average
     parameters: int
     model_bytes: int
     layer_bytes: int  # the largest decoder layer
@@ -68,6 +70,8 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
         num_layers=num_layers,
         hidden_size=positive_integer(config, "hidden_size"),
         vocab_size=positive_integer(config, "vocab_size"),
+        num_heads=positive_integer({"num_attention_heads": 1, **config}, "num_attention_heads"),
+        routed_share=routed_share(architecture, config),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         model_bytes=sum(tensor.size for tensor in tensors.values()),
         layer_bytes=largest_layer(architecture, num_layers, tensors),
@@ -126,6 +130,18 @@ def positive_integer(config: dict[str, object], key: str) -> int:
             code="config_invalid", remedy="restore the model's original config.json", param="model",
         )  # fmt: skip
     return value
+
+
+def routed_share(architecture: Architecture, config: dict[str, object]) -> float:
+    """Experts per token as a share of all experts; 1 without any."""
+    if architecture.experts is None:
+        return 1.0
+    keys = architecture.experts.count_keys
+    count = next((config[key] for key in keys if config.get(key)), None)
+    chosen = config.get("num_experts_per_tok")
+    if not isinstance(count, int) or not isinstance(chosen, int) or not 0 < chosen <= count:
+        return 1.0
+    return chosen / count
 
 
 def linear_shapes(

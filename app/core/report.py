@@ -67,6 +67,7 @@ class CandidateReport(Frozen):
     bytes: dict[FormatName, int]  # of the safetensors files
     bits_per_weight: float
     meets_target: bool | None = None  # None: no target was given
+    gain_over_rounding: float | None = None  # share of plain rounding's relative output error that is gone
     seconds: dict[str, float]  # of this candidate alone: searching, packing, verifying
     layers: tuple[LayerReport, ...]
 
@@ -119,6 +120,9 @@ class Report(Frozen):
     histograms: tuple[WeightHistogram, ...] = ()
     prediction: Prediction | None = None  # made before the run, of the recipes as asked
     stages: dict[str, float] = Field(description="wall seconds per stage")
+    cpu_seconds: dict[str, float] = Field(
+        default={}, description="processor seconds per stage, of all threads"
+    )
     resumed_at_layer: int = 0
     peak_rss_bytes: int
     peak_vram_bytes: int | None

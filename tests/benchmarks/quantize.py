@@ -79,31 +79,6 @@ def quality(options: argparse.Namespace) -> None:
         )
 
 
-def estimate(options: argparse.Namespace) -> None:
-    """Predicted over actual: seconds per stage, peak memory, bytes, with rates measured here and now."""
-    command = [sys.executable, "-m", "workers.device_profile", "--device", options.device, "--folder", "/tmp"]
-    threads = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    measured = subprocess.run(
-        command, cwd=REPOSITORY, env=threads, capture_output=True, text=True, check=True
-    )
-    options.profile = json.loads(measured.stdout)
-    print(f"\nPredicted / actual on the bundled model; {options.profile}")
-    for recipe in ({"method": "rtn"}, {}, {"bits": 3, "rounding": "gptq"}):
-        spec = {"calibration": {"num_samples": 32}, "evaluation": {"num_samples": 16}, "recipe": recipe}
-        report = run_child(spec, MODEL, options)
-        prediction, candidate = report["prediction"], report["candidates"][0]
-        stages = {
-            stage: f"{spent:.2f}/{report['stages'][stage]:.2f}"
-            for stage, spent in prediction["seconds"].items()
-        }
-        total = sum(report["stages"][stage] for stage in stages)
-        print(
-            f"{candidate['label']}: seconds {sum(prediction['seconds'].values()) / total:.2f} {stages}, "
-            f"memory {prediction['ram_bytes'] / report['peak_rss_bytes']:.2f}, "
-            f"bytes {prediction['output_bytes'][0] / sum(candidate['bytes'].values()):.4f}"
-        )
-
-
 def race(options: argparse.Namespace) -> None:
     own, peer = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +178,7 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=("quality", "memory", "race", "estimate", "recipes"))
+    parser.add_argument("--only", choices=("quality", "memory", "race", "recipes"))
     options = parser.parse_args()
     options.profile = None
     print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
@@ -213,8 +188,6 @@ def main() -> None:
         memory(options)
     if options.only in (None, "recipes"):
         recipes(options)
-    if options.only in (None, "estimate"):
-        estimate(options)
     if options.only == "race" or (options.only is None and options.peer_python):
         race(options)
 

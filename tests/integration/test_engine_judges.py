@@ -325,5 +325,7 @@ def test_each_candidate_is_reported_on_its_own(tmp_path: Path) -> None:
     assert eight.kl < 0.01 < two.kl
     assert abs(math.log(eight.perplexity_ratio)) < abs(math.log(two.perplexity_ratio))
     assert eight.bytes["compressed-tensors"] > two.bytes["compressed-tensors"]
+    assert eight.gain_over_rounding == two.gain_over_rounding == 0
     assert len(report.histograms) == 14
+    assert all({"p0.1", "p50", "p99.9"} <= entry.percentiles.keys() for entry in report.histograms)
     assert all(len(layer.linears) == 7 for candidate in report.candidates for layer in candidate.layers)

@@ -37,6 +37,7 @@ def test_the_shared_chain_does_not_notice_a_quantized_one(model: Path, tmp_path:
     alone = EngineRun(spec(AWQ), model, tmp_path / "alone")
     together = EngineRun(spec(AWQ, GPTQ), model, tmp_path / "together")
     assert weights_of(alone, 0) == weights_of(together, 0)
+    assert all(0 < (candidate.gain_over_rounding or 0) < 1 for candidate in together.report.candidates)
     reported = [candidate.inputs for candidate in together.report.candidates]
     assert reported == ["full-precision chain", "quantized chain"]
 

@@ -9,12 +9,13 @@ import pytest
 from app.core import cost_model
 from app.core.cost_model import Prediction, predict
 from app.core.device_profile import NOMINAL, DeviceProfile
+from app.core.job import Stage
 from app.core.model_source import inspect_model, open_model
 from app.core.plan import plan_job
 from app.core.specs import JobSpec
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
 from workers import pipeline
-from workers.quantization import evaluation, paired_pass, scale_search
+from workers.quantization import evaluation, input_statistics, paired_pass, scale_search
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.SAMPLED_ROWS == scale_search.SAMPLED_ROWS
     assert cost_model.LESSON_WINDOWS == paired_pass.LESSON_WINDOWS
     assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
+    assert cost_model.MOMENT_BLOCK == input_statistics.BLOCK
     assert cost_model.FINALISTS == scale_search.FINALISTS
     assert cost_model.BATCH_TOKENS == pipeline.BATCH_TOKENS
     assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
@@ -65,6 +67,28 @@ def test_a_faster_device_takes_less_time_and_other_memory(bundled: Path) -> None
     assert (predicted(bundled, fast).basis, predicted(bundled, slow).basis) == ("measured", "nominal")
     assert predicted(bundled, slow).vram_bytes == 0
     assert predicted(bundled, NOMINAL["cuda"]).vram_bytes > 0
+
+
+def test_tokens_go_to_few_of_many_experts(tmp_path: Path) -> None:
+    """Twice the experts: the forward pass stays as it is, the search is of twice the weights."""
+    few, many = (
+        predicted(
+            tiny_model(tmp_path / str(count), "mixtral", num_local_experts=count, num_experts_per_tok=2),
+            recipe={"group_size": 32},
+        )
+        for count in (4, 8)
+    )
+    assert (
+        few.seconds[Stage.EVALUATING] < many.seconds[Stage.EVALUATING] < 1.2 * few.seconds[Stage.EVALUATING]
+    )
+    assert many.seconds[Stage.SEARCHING] > 1.5 * few.seconds[Stage.SEARCHING]
+
+
+def test_rates_of_the_search_follow_the_width() -> None:
+    rates = {step: {256: 2e-8, 1024: 5e-8} for step in NOMINAL["cpu"].search}
+    profile = NOMINAL["cpu"].model_copy(update={"search": rates})
+    found = [profile.search_seconds("clip", width) for width in (64, 256, 640, 1024, 1792)]
+    assert found == pytest.approx([2e-8, 2e-8, 3.5e-8, 5e-8, 8e-8])
 
 
 def test_a_target_needs_room_for_statistics(bundled: Path) -> None:
