@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -94,10 +95,11 @@ def describe_device(device: str) -> str:
 def device_profile(settings: Settings, device: str) -> DeviceProfile | None:
     """How fast the device is: as measured before, or measured now; None if that fails."""
     path = settings.state_dir / f"profile-{device.replace(':', '')}.json"
-    try:
-        return DeviceProfile.model_validate_json(path.read_text("utf-8"))
-    except (OSError, ValidationError):
-        log.info("measuring %s once; kept in %s", device, path)
+    with contextlib.suppress(OSError, ValidationError):
+        kept = DeviceProfile.model_validate_json(path.read_text("utf-8"))
+        if kept.search:  # else an older version measured it
+            return kept
+    log.info("measuring %s once; kept in %s", device, path)
     command = [sys.executable, "-m", "workers.device_profile", "--device", device]
     command += ["--folder", str(settings.scratch_dir)]
     try:

@@ -22,7 +22,8 @@ class DeviceProfile(Kept):
     matmul_float32: dict[int, float] = Field(min_length=1)  # the same in float32: second moments, search
     elementwise: float = Field(gt=0)  # bytes/s of reading and writing arrays
     disk: float = Field(gt=0)  # bytes/s of writing a file
-    search: dict[SearchStep, dict[int, float]]  # seconds per weight by in_features
+    # Seconds per weight by in_features; workers of older versions have not measured them.
+    search: dict[SearchStep, dict[int, float]] = Field(default_factory=dict)
 
     def matmul_rate(self, size: int, *, float32: bool = False) -> float:
         """Operations per second for matrices of about `size`: that of the nearest size below."""
@@ -31,7 +32,7 @@ class DeviceProfile(Kept):
 
     def search_seconds(self, step: SearchStep, width: int) -> float:
         """Per weight of a linear with so many in_features: products with H make it grow with them."""
-        known = sorted(self.search[step].items())
+        known = sorted((self.search.get(step) or NOMINAL[self.device].search[step]).items())
         if width <= known[0][0] or len(known) == 1:
             return known[0][1]
         (low, first), (high, last) = known[-2:]

@@ -89,6 +89,8 @@ def test_rates_of_the_search_follow_the_width() -> None:
     profile = NOMINAL["cpu"].model_copy(update={"search": rates})
     found = [profile.search_seconds("clip", width) for width in (64, 256, 640, 1024, 1792)]
     assert found == pytest.approx([2e-8, 2e-8, 3.5e-8, 5e-8, 8e-8])
+    older = profile.model_copy(update={"search": {}})
+    assert older.search_seconds("clip", 256) == NOMINAL["cpu"].search_seconds("clip", 256)
 
 
 def test_a_target_needs_room_for_statistics(bundled: Path) -> None:
