@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.dependencies import Services
 from app.core.logs import set_up_logs
@@ -13,6 +15,52 @@ from app.core.settings import Settings
 from app.main import create_app
 
 GRACE_S = 5  # for requests that are being answered when the end comes
+HEAD_LIMIT_S = 15.0
+TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+class PatientProtocol(H11Protocol):
+    """Ends connections on which no whole head of a request arrives in time.
+
+    Thousands that send a byte now and then would otherwise use up the process's files. A body that does not
+    arrive is `BodyLimit`'s matter; a connection between two requests, uvicorn's.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    @property
+    def _awaits_head(self) -> bool:
+        # None until the first request, whatever its annotation says.
+        return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]
+
+    def _watch_head(self) -> None:
+        if not self._awaits_head:
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_LIMIT_S, self._end_if_late)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _end_if_late(self) -> None:
+        self._deadline = None
+        if self._awaits_head and not self.transport.is_closing():
+            self.transport.write(TOO_LATE)
+            self.transport.close()
 
 
 class ApiServer(uvicorn.Server):
@@ -35,6 +83,7 @@ def serve(settings: Settings) -> None:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        http=PatientProtocol,
         host=settings.host,
         port=settings.port,
         log_config=None,  # as all other loggers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -12,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import inference_problem, is_inference, problem
 from app.api.metrics import Metrics
-from app.core.errors import InvalidRequest
+from app.core.errors import InvalidRequest, MalformedRequest
 from app.core.logs import log_ids
 from app.core.tracing import Tracer, parse_traceparent
 
@@ -20,6 +21,7 @@ log = logging.getLogger("app.access")
 
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+BODY_LIMIT_S = 60.0  # for the whole body
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
@@ -84,7 +86,11 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        body = None if length.isdigit() and int(length) > self._max_bytes else await self._read(receive)
+        try:
+            body = None if length.isdigit() and int(length) > self._max_bytes else await self._read(receive)
+        except TimeoutError:
+            await self._refuse_slow(scope, receive, send)
+            return
         if body is None:
             refusal = InvalidRequest(
                 f"the body is larger than {self._max_bytes} bytes",
@@ -102,12 +108,22 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None if it is too large."""
+        """The whole body; None if it is too large. Raises TimeoutError if it does not arrive."""
         body = bytearray()
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                return None
-            if not message.get("more_body", False):
-                return bytes(body)
+        async with asyncio.timeout(BODY_LIMIT_S):
+            while True:
+                message = await receive()
+                body += message.get("body", b"")
+                if len(body) > self._max_bytes:
+                    return None
+                if not message.get("more_body", False):
+                    return bytes(body)
+
+    async def _refuse_slow(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = MalformedRequest(
+            f"the body did not arrive within {BODY_LIMIT_S:g} s",
+            code="body_too_slow",
+            remedy="send it again; put large texts into a file and name it as dataset",
+        )
+        shaped = inference_problem if is_inference(scope["path"]) else problem
+        await shaped(refusal, status=408, headers={"Connection": "close"})(scope, receive, send)

@@ -26,6 +26,7 @@ from app.core.security import KeyStore, Scope, new_key
 from app.core.settings import Settings
 from app.core.storage_keys import manifest_key
 from app.main import create_app
+from app.server import PatientProtocol
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = (EXAMPLES / "wikitext-llama-6m").as_uri()
@@ -95,7 +96,12 @@ class Service:
 def running_service(settings: Settings) -> Iterator[Service]:
     """The API on a free port until the block ends."""
     config = uvicorn.Config(
-        create_app(settings), port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2
+        create_app(settings),
+        http=PatientProtocol,
+        port=0,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="api")

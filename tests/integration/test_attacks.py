@@ -12,14 +12,43 @@ forged log lines (test_logs); limits (test_api_limits); endless patterns (test_f
 from __future__ import annotations
 
 import gzip
+import hashlib
+import hmac
+import ipaddress
 import json
+import os
+import pickle
+import socket
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from redis import Redis
+from rq import Queue
+from rq.exceptions import DeserializationError
 
+import app.server
+from app.api import middleware
+from app.core.ids import new_id
+from app.core.job import Job
+from app.core.job_changes import cancel_requested
+from app.core.job_queue import RUN_JOB_TASK, SERIALIZER
+from app.core.job_store import JobStore
+from app.core.links import LinkSigner
+from app.core.outgoing import OutgoingGuard
 from app.core.redis_server import connect
+from app.core.security import KeyStore, new_key
+from app.core.specs import JobSpec, WebhookSpec
+from app.core.webhook_sender import WebhookSender
+from app.core.webhooks import DeliveryStore, WebhookSecrets
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop
+from workers.queue_worker import ListedEntry
 
 JSON = {"Content-Type": "application/json"}
 
@@ -100,3 +129,137 @@ def test_ids_never_become_paths(service: Service) -> None:
             answer = service.client.get(route.format(known))
             assert answer.status_code in (404, 405), (route, known)
             assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_secrets_are_compared_in_constant_time(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison that ends at the first difference tells how much of a guess was right."""
+    compared: list[tuple[object, object]] = []
+    real = hmac.compare_digest
+
+    def noted(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return real(one, other)
+
+    monkeypatch.setattr("hmac.compare_digest", noted)
+    key = new_key()
+    KeyStore(redis).register(key, tenant="t", scopes=frozenset())
+    KeyStore(redis).authenticate(key)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    assert compared == [(digest, digest)]
+    signer = LinkSigner(redis)
+    signature = signer.path("art_1", "f", lasts_s=60).rpartition("=")[2]
+    expires = int(signer.path("art_1", "f", lasts_s=60).partition("expires=")[2].partition("&")[0])
+    signer.check("art_1", "f", expires=expires, signature=signature)
+    assert compared[1] == (signature.encode(), signature.encode())
+
+
+class Touching:
+    """What a pickle may do when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self._mark),)
+
+
+def test_a_pickle_in_the_queue_is_not_read(redis: Redis, tmp_path: Path) -> None:
+    """Under the name of our own task, with arguments that run code where they are unpacked."""
+    mark = tmp_path / "mark"
+    entry = Queue("nibble-normal", connection=redis, serializer="json").enqueue_call(RUN_JOB_TASK)
+    payload = pickle.dumps((RUN_JOB_TASK, None, (Touching(mark), 1), {}))
+    redis.hset(entry.key, "data", zlib.compress(payload))
+    read = ListedEntry.fetch(entry.id, connection=redis, serializer=SERIALIZER)
+    with pytest.raises(DeserializationError):
+        read.perform()
+    assert not mark.exists()
+
+
+def test_callbacks_of_an_entry_are_not_called(redis: Redis) -> None:
+    """They are imported by name like the task itself."""
+    queue = Queue("nibble-normal", connection=redis, serializer="json")
+    for kind in ("success", "failure", "stopped"):
+        entry = queue.enqueue_call(RUN_JOB_TASK, args=("job_x", 1))
+        redis.hset(entry.key, f"{kind}_callback_name", "os.system")
+        read = ListedEntry.fetch(entry.id, connection=redis, serializer=SERIALIZER)
+        assert getattr(read, f"{kind}_callback") is None
+
+
+@contextmanager
+def endless_receiver() -> Iterator[tuple[str, list[int]]]:
+    """Answers, and then never stops; how many bytes it could send."""
+    sent = [0]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
+                try:
+                    while sent[0] < 50_000_000:
+                        sent[0] += connection.send(b"x" * 4096)
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/", sent
+        thread.join()
+
+
+def test_a_receiver_that_never_stops_answering_is_left(redis: Redis) -> None:
+    store = DeliveryStore(redis)
+    guard = OutgoingGuard([ipaddress.ip_network("127.0.0.0/8")])
+    with endless_receiver() as (url, sent):
+        spec = JobSpec(model=MODEL, webhook=WebhookSpec(url=url, events=("job.cancelled",)))
+        job = Job(id=new_id("job"), tenant="t", spec=spec, created_at=datetime.now(UTC))
+        jobs = JobStore(redis)
+        jobs.create(job)
+        jobs.update(job.id, cancel_requested)
+        assert WebhookSender(store, WebhookSecrets(redis), guard).send_due()
+    (written,) = store.list(job.id)
+    assert (written.state, written.tries[0].status) == ("delivered", 200)
+    assert sent[0] < 30_000_000
+
+
+def connected(service: Service) -> socket.socket:
+    parts = urlsplit(service.url)
+    connection = socket.create_connection((str(parts.hostname), int(parts.port or 80)))
+    connection.settimeout(30)
+    return connection
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /healthz HTTP/1.1\r\nHost: 127", b"POST /v1/jobs HTT"])
+def test_a_request_whose_head_does_not_arrive_is_ended(
+    service: Service, monkeypatch: pytest.MonkeyPatch, first: bytes
+) -> None:
+    """Slowloris: connections that are kept open with a byte now and then."""
+    monkeypatch.setattr(app.server, "HEAD_LIMIT_S", 0.3)
+    with connected(service) as slow:
+        slow.sendall(first)
+        assert service.client.get("/healthz").status_code == 200
+        assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert slow.recv(100) == b""
+
+
+def test_a_second_request_on_a_connection_must_arrive_too(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.server, "HEAD_LIMIT_S", 0.3)
+    host = urlsplit(service.url).netloc.encode()
+    with connected(service) as slow, slow.makefile("rb") as answers:
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+        assert answers.readline().startswith(b"HTTP/1.1 200 ")
+        slow.sendall(b"G")
+        assert b"HTTP/1.1 408 Request Timeout" in answers.read()
+
+
+def test_a_body_that_does_not_arrive_is_refused(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_LIMIT_S", 0.3)
+    host = urlsplit(service.url).netloc.encode()
+    with connected(service) as slow, slow.makefile("rb") as answers:
+        slow.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: " + host + b"\r\nContent-Length: 9\r\n\r\n{")
+        answer = answers.read()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"body_too_slow" in answer
