@@ -19,7 +19,7 @@ PYTEST_WORKERS ?= 2
 # A file stays in one process: what its tests share (a service, a quantized model) is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile
 
-.PHONY: help install chat demo test lint format types imports unit integration faults fuzz e2e bench clean
+.PHONY: help install chat demo test lint format types imports unit integration faults fuzz guards e2e bench clean
 
 help:
 	@sed -n '3,7s/^# \{0,1\}//p' Makefile
@@ -75,6 +75,9 @@ faults: $(STAMP)
 fuzz: $(STAMP)
 	EXAMPLES=$${EXAMPLES:-30} FUZZ=$${FUZZ:-20000} OMP_NUM_THREADS=1 $(BIN)/pytest \
 		tests/integration/test_openapi.py tests/unit/app/core/test_fuzz.py --timeout 3600
+# Takes away each guard against attacks, one at a time: its test must fail.
+guards: $(STAMP)
+	$(BIN)/python -m tests.attacks.prove
 
 e2e: $(STAMP)
 	$(BIN)/pytest tests/e2e

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-# `lost`: the request is carried out, and its answer never arrives.
-KINDS = ("500", "503", "412", "reset", "lost", "truncated", "slow")
+# `lost`: the request is carried out, and its answer never arrives. `changed`: one bit of a checkpoint.
+KINDS = ("500", "503", "412", "reset", "lost", "truncated", "slow", "changed")
 SLOW_S = 1.5
 
 
@@ -29,16 +29,29 @@ class FaultProxy(ThreadingHTTPServer):
         self.target = (str(parts.hostname), int(parts.port or 80))
         self.pending: deque[str] = deque()
         self.met: list[str] = []
+        self.changing = 0  # reads of checkpoints that will be changed
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def next_fault(self, method: str) -> str | None:
-        """The fault that this request meets. Only conditional writes can be refused with 412."""
+    def next_fault(self, method: str, path: str) -> str | None:
+        """The fault that this request meets.
+
+        Only conditional writes can be refused with 412. Only what carries a digest can be told from what was
+        changed on its way: other reads wait for the storage's own checks, which are not here.
+        """
+        is_checkpoint = method == "GET" and "/checkpoints/" in path
+        if is_checkpoint and self.changing > 0:
+            self.changing -= 1
+            self.met.append("changed")
+            return "changed"
         try:
             fault = self.pending.popleft()
         except IndexError:
+            return None
+        if fault == "changed":
+            self.changing += 1
             return None
         if fault == "412" and method != "PUT":
             return None
@@ -55,7 +68,7 @@ class Passage(BaseHTTPRequestHandler):
 
     def pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        fault = self.server.next_fault(self.command)
+        fault = self.server.next_fault(self.command, self.path)
         if fault == "412" and "if-none-match" not in {name.lower() for name in self.headers}:
             fault = None
         if fault in ("500", "503", "412"):
@@ -70,6 +83,8 @@ class Passage(BaseHTTPRequestHandler):
         if fault == "lost":
             self.reset()
             return
+        if fault == "changed" and content:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         self.answer(status, headers, content, cut=fault == "truncated" and len(content) > 1)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on  # names of the base class

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -67,11 +68,13 @@ class Storm:
         self.layers: dict[str, int] = {}
         self.cancelled: set[str] = set()
         self.followers: list[Follower] = []
+        self._slow: list[socket.socket] = []
         self._waking: list[tuple[float, list[psutil.Process]]] = []
         self._kinds: list[tuple[int, Callable[[], bool]]] = [
             (3, self.kill_worker), (3, self.kill_horse), (3, self.kill_child), (2, self.kill_api),
             (1, self.kill_redis), (2, self.halt_worker), (4, self.break_storage), (2, self.deliver_twice),
-            (2, self.cancel), (1, self.jump_clock),
+            (2, self.cancel), (1, self.jump_clock), (2, self.fill_disk), (2, self.slow_redis),
+            (1, self.split_network), (1, self.slow_clients),
         ]  # fmt: skip
 
     def rage(self, faults: int) -> None:
@@ -85,6 +88,8 @@ class Storm:
                 self.strike()
                 due = time.monotonic() + self.random.uniform(0.2, 0.9)
         self.world.proxy.pending.clear()
+        self.world.proxy.changing = 0
+        self.world.network.heal()
 
     def settle(self, limit_s: float) -> None:
         """Wait until every job has ended."""
@@ -234,6 +239,36 @@ class Storm:
         process.clock_offset_s = self.random.choice([-CLOCK_JUMP_S, 0, CLOCK_JUMP_S])
         process.kill()
         return True
+
+    def fill_disk(self) -> bool:
+        """No file of a running attempt grows any more: writes fail as on a full disk, for this attempt."""
+        attempt = self.a_worker().tree()[1:]
+        for process in attempt:
+            with contextlib.suppress(psutil.Error):
+                process.rlimit(psutil.RLIMIT_FSIZE, (0, process.rlimit(psutil.RLIMIT_FSIZE)[1]))
+        return bool(attempt)
+
+    def slow_redis(self) -> bool:
+        self.world.network.slow_down(self.random.uniform(0.01, 0.2), self.random.uniform(0.5, 3.0))
+        return True
+
+    def split_network(self) -> bool:
+        """Redis is out of reach, for less or for more than a lease."""
+        self.world.network.cut_off(LEASE_S * self.random.uniform(0.3, 1.7))
+        return True
+
+    def slow_clients(self) -> bool:
+        """Connections on which no whole request ever arrives; they are left open."""
+        for _ in range(self.random.choice([5, 20])):
+            with contextlib.suppress(OSError):
+                slow = socket.create_connection(("127.0.0.1", self.world.port), timeout=1)
+                slow.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: 127.0")
+                self._slow.append(slow)
+        return True
+
+    def close(self) -> None:
+        for slow in self._slow:
+            slow.close()
 
 
 def send(processes: list[psutil.Process], number: signal.Signals) -> None:

@@ -94,5 +94,6 @@ def test_nothing_is_lost_in_a_storm(s3_endpoint: str, tmp_path: Path) -> None:
         # The lease of an attempt that was killed after its last word runs out by itself.
         wait_until(lambda: world.redis.keys("nibble:lease:*") == [])
         assert list((world.state / "work").iterdir()) == []
+        storm.close()
         print(storm.summary())  # noqa: T201  # shown by `make faults`
     wait_until(lambda: processes_with(str(world.state)) == [])

@@ -1,4 +1,4 @@
-"""The whole service as processes that can be killed: Redis, S3 behind a proxy, the API, two workers."""
+"""The whole service as processes that can be killed: Redis and S3 behind proxies, the API, two workers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, embedded_binary
 from tests.faults.proxy import FaultProxy, fault_proxy
+from tests.faults.redis_proxy import RedisProxy, redis_proxy
 from tests.integration.api_service import ADMIN_KEY
 from tests.integration.workshop import REPOSITORY
 
@@ -107,11 +108,11 @@ class Process:
 class World:
     """Everything that runs, with handles to break it."""
 
-    def __init__(self, folder: Path, s3: str, proxy: FaultProxy) -> None:
+    def __init__(self, folder: Path, s3: str, proxy: FaultProxy, network: RedisProxy) -> None:
         self.folder = folder
         self.state = folder / "state"
         self.proxy = proxy
-        (folder / "redis").mkdir(parents=True)
+        self.network = network  # between Redis and those that use it
         self.clock = self._compile_clock()
         self.port = free_port()
         redis_url = f"unix://{folder / 'redis' / 's'}"
@@ -123,7 +124,7 @@ class World:
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_REGION": "us-east-1",
             "NIBBLE_STATE_DIR": str(self.state),
-            "NIBBLE_REDIS_URL": redis_url,
+            "NIBBLE_REDIS_URL": f"unix://{network.socket}",
             "NIBBLE_STORAGE_URL": "s3://store/nibble",
             "NIBBLE_MODEL_ROOTS": str(REPOSITORY / "examples"),
             "NIBBLE_BOOTSTRAP_API_KEY": ADMIN_KEY,
@@ -199,7 +200,9 @@ class World:
 @contextmanager
 def running_world(folder: Path, s3: str) -> Iterator[World]:
     with ExitStack() as stack:
+        (folder / "redis").mkdir(parents=True)
         proxy = stack.enter_context(fault_proxy(s3))
-        world = World(folder, s3, proxy)
+        network = stack.enter_context(redis_proxy(folder / "redis" / "p", folder / "redis" / "s"))
+        world = World(folder, s3, proxy, network)
         stack.callback(world.stop)
         yield world

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.core.assignment import Assignment, Progressed
+from app.core.confinement import MAX_FILE_BYTES
 from app.core.errors import JobFault, OutOfMemory
 from app.core.job_child import (
     TAIL_BYTES,
@@ -199,6 +200,13 @@ def test_oom_kills_are_counted() -> None:
 def test_an_unknown_message_is_refused() -> None:
     with pytest.raises(JobFault):
         parse_message(b'{"kind": "greeting"}')
+
+
+def test_a_childs_files_have_a_most_of_bytes(start: Start) -> None:
+    with start("import resource; print(resource.getrlimit(resource.RLIMIT_FSIZE)[1])") as child:
+        assert list(child.messages()) == []
+        child.wait_fault(10)
+        assert 0 < int(child.output_tail()) <= MAX_FILE_BYTES
 
 
 def test_a_child_has_no_network_and_no_way_to_more_rights(start: Start) -> None:
