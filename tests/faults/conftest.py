@@ -1,7 +1,7 @@
-"""The S3 server of the integration tests serves here too."""
+"""The servers of the integration tests serve here too."""
 
 from __future__ import annotations
 
-from tests.integration.conftest import s3_endpoint, s3_server
+from tests.integration.conftest import redis_server, redis_url, s3_endpoint, s3_server
 
-__all__ = ["s3_endpoint", "s3_server"]
+__all__ = ["redis_server", "redis_url", "s3_endpoint", "s3_server"]
