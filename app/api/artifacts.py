@@ -142,6 +142,10 @@ def sent_file(
 
 
 def file_answer(services: Services, key: str, file: ArtifactFile, part: ByteRange | None) -> Response:
+    # A range can't be held against the digest of the whole; one of a file that was cut is found out here.
+    stored = services.objects.require(key).size
+    if stored != file.size:
+        raise corrupt(key, f"{stored} bytes", f"{file.size}")
     start, end = part or ByteRange(0, file.size)
     headers = {**file_headers(file), "Content-Length": str(end - start)}
     if part is not None:
@@ -167,12 +171,16 @@ def verified(pieces: Iterator[bytes], key: str, file: ArtifactFile) -> Iterator[
             yield held
         held = piece
     if digest.hexdigest() != file.sha256:
-        raise Unavailable(
-            f"the stored object {key} has SHA-256 {digest.hexdigest()}, its manifest says {file.sha256}",
-            code="storage_corrupt",
-            remedy="restore the object, or delete the artifact and make it again with `force`",
-        )
+        raise corrupt(key, f"SHA-256 {digest.hexdigest()}", file.sha256)
     yield held
+
+
+def corrupt(key: str, found: str, expected: str) -> Unavailable:
+    return Unavailable(
+        f"the stored object {key} has {found}, its manifest says {expected}",
+        code="storage_corrupt",
+        remedy="restore the object, or delete the artifact and make it again with `force`",
+    )
 
 
 def unsatisfiable(file: ArtifactFile) -> Response:

@@ -156,6 +156,28 @@ def test_a_link_reads_one_file_without_a_key_until_it_expires(service: Service) 
     assert missing.status_code == 404
 
 
+def test_ranges_make_up_the_file_of_the_manifest(service: Service, artifact: ArtifactManifest) -> None:
+    """As a download does that was cut and goes on: the whole has the manifest's SHA-256."""
+    read, size, tag = b"", len(WEIGHTS), ""
+    while len(read) < size:
+        last = min(len(read) + 3_000_001, size) - 1
+        headers = {"Range": f"bytes={len(read)}-{last}", **({"If-Range": tag} if tag else {})}
+        answer = service.client.get(route(artifact), headers=headers)
+        assert answer.status_code == 206
+        tag = answer.headers["etag"]
+        assert answer.headers["content-range"] == f"bytes {len(read)}-{last}/{size}"
+        read += answer.content
+    named = {file.path: file.sha256 for file in artifact.files}["model.safetensors"]
+    assert sha256(read).hexdigest() == named == tag.strip('"')
+
+
+def test_a_range_of_a_file_that_was_cut_is_an_error(service: Service, artifact: ArtifactManifest) -> None:
+    service.objects.put(file_key(artifact, "model.safetensors"), WEIGHTS[:-1])
+    for headers in ({"Range": "bytes=0-9"}, {"Range": "bytes=-5"}, {}):
+        answer = service.client.get(route(artifact), headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (503, "storage_corrupt")
+
+
 def test_a_damaged_file_is_not_sent_whole(service: Service) -> None:
     artifact = service.publish(service.submit()["id"], {"model.safetensors": b"weights"})
     service.objects.put(file_key(artifact, "model.safetensors"), b"weighty")
