@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from app.core.artifact_store import file_key
@@ -75,8 +76,7 @@ def check_jobs(world: World, storm: Storm, objects: ObjectStore, weights: Callab
 
 
 def test_nothing_is_lost_in_a_storm(s3_endpoint: str, tmp_path: Path) -> None:
-    with running_world(tmp_path / "world", s3_endpoint) as world:
-        storm = Storm(world, SEED)
+    with running_world(tmp_path / "world", s3_endpoint) as world, closing(Storm(world, SEED)) as storm:
         storm.rage(FAULTS)
         storm.settle(limit_s=240)
         settings = Settings(state_dir=tmp_path / "own", model_roots=(EXAMPLES,))
@@ -94,6 +94,5 @@ def test_nothing_is_lost_in_a_storm(s3_endpoint: str, tmp_path: Path) -> None:
         # The lease of an attempt that was killed after its last word runs out by itself.
         wait_until(lambda: world.redis.keys("nibble:lease:*") == [])
         assert list((world.state / "work").iterdir()) == []
-        storm.close()
         print(storm.summary())  # noqa: T201  # shown by `make faults`
     wait_until(lambda: processes_with(str(world.state)) == [])

@@ -97,8 +97,11 @@ def main() -> None:
     assignment = Assignment.model_validate_json(sys.stdin.read())
     pipe.send(Noted(code="environment", message="", detail=surroundings(assignment)))
     pipe.send(StageStarted(stage=Stage.CALIBRATING))
-    value = compute(assignment, pipe)
-    pipe.send(write_output(assignment, value))
+    try:
+        value = compute(assignment, pipe)
+        pipe.send(write_output(assignment, value))
+    except OSError as fault:  # a full disk, which the engine's child reports so too
+        pipe.send(Failed(error=Problem(code="worker_disk", message=str(fault), remedy="free space")))
 
 
 if __name__ == "__main__":
