@@ -2,21 +2,21 @@
 
     python -m tests.attacks.prove [--lanes N] [--only WORDS]
 
-Every lane works on a copy of the tree. First all tests run on the code as it is, and must pass.
+Every lane works on a copy of the tree. First its tests run on the code as it is, and must pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 from tests.attacks.guards import GUARDS, Guard
 
@@ -39,19 +39,52 @@ def copy_of_the_tree(folder: Path) -> Path:
     return folder
 
 
+def preload() -> None:
+    """Import what most tests need, once: each test then runs in a fork of this process. Nothing of ours is loaded."""
+    for name in (
+        "pytest",
+        "fastapi",
+        "httpx",
+        "hypothesis",
+        "obstore",
+        "redis",
+        "rq",
+        "torch",
+        "transformers",
+        "uvicorn",
+    ):
+        importlib.import_module(name)
+
+
 def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit code and its output."""
-    options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", str(LIMIT_S))
+    """pytest's exit code and its output, from a fork that takes our modules from `tree`."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-B", "-m", "pytest", *options, "--basetemp", f"{folder}/t", *tests],
-            cwd=tree, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+        output = Path(folder, "output")
+        pid = os.fork()
+        if pid == 0:
+            with output.open("wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os._exit(in_tree(tree, ["--basetemp", f"{folder}/t", *tests]))
+        _, status = os.waitpid(pid, 0)
+        return os.waitstatus_to_exitcode(status), output.read_text(errors="replace").strip()
+
+
+def in_tree(tree: Path, arguments: Sequence[str]) -> int:
+    os.chdir(tree)
+    sys.path[0] = str(tree)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    options = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", str(LIMIT_S))
+    try:
+        return int(importlib.import_module("pytest").main([*options, *arguments]))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def miss(tree: Path, guard: Guard) -> str:
-    """What came of running the guard's test without the guard."""
+    """What is wrong with the run of the guard's test without the guard; empty if it failed, as it must."""
     path = tree / guard.file
     whole = path.read_text()
     if whole.count(guard.before) != 1:
@@ -61,35 +94,35 @@ def miss(tree: Path, guard: Guard) -> str:
         code, output = run_tests(tree, [guard.test])
     finally:
         path.write_text(whole)
-    if code == FAILED and " skipped" not in output.splitlines()[-1]:
-        return ""
-    return f"pytest ended with {code}: {output.splitlines()[-1] if output else 'silently'}"
+    last = output.splitlines()[-1] if output else "silence"
+    return "" if code == FAILED and " error" not in last else f"pytest ended with {code}: {last}"
+
+
+def lane(number: int, guards: Sequence[Guard]) -> list[str]:
+    """Prove some of the guards, in a process and a tree of their own."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix=f"guards-{number}-") as folder:
+        tree = copy_of_the_tree(Path(folder))
+        code, output = run_tests(tree, sorted({guard.test for guard in guards}))
+        if code != 0:
+            return [f"tests fail with all guards in place:\n{output}"]
+        for guard in guards:
+            why = miss(tree, guard)
+            print("NOT PROVEN:" if why else "proven:", guard.attack, why, flush=True)  # noqa: T201
+            found += [f"{guard.attack}: {why}"] if why else []
+    return found
 
 
 def prove(guards: Sequence[Guard], lanes: int) -> list[str]:
     """What is not proven; empty if all is."""
-    with tempfile.TemporaryDirectory(prefix="guards-") as folder:
-        trees: SimpleQueue[Path] = SimpleQueue()
-        for lane in range(lanes):
-            (Path(folder) / str(lane)).mkdir()
-            trees.put(copy_of_the_tree(Path(folder) / str(lane)))
-        tree = trees.get()
-        code, output = run_tests(tree, sorted({guard.test for guard in guards}))
-        trees.put(tree)
-        if code != 0:
-            return [f"the tests fail with all guards in place:\n{output}"]
-
-        def work(guard: Guard) -> str:
-            own = trees.get()
-            try:
-                found = miss(own, guard)
-            finally:
-                trees.put(own)
-            print(f"{'proven' if not found else 'NOT PROVEN'}: {guard.attack}", found, flush=True)  # noqa: T201
-            return f"{guard.attack}: {found}" if found else ""
-
-        with ThreadPoolExecutor(lanes) as pool:
-            return list(filter(None, pool.map(work, guards)))
+    # No bytecode: a file that is changed and put back within a second looks unchanged to its cache.
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    with ProcessPoolExecutor(
+        lanes, mp_context=multiprocessing.get_context("fork"), initializer=preload
+    ) as pool:
+        shares = [guards[number::lanes] for number in range(lanes)]
+        return [line for lines in pool.map(lane, range(lanes), shares) for line in lines]
 
 
 def main() -> int:

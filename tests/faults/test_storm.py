@@ -78,7 +78,7 @@ def check_jobs(world: World, storm: Storm, objects: ObjectStore, weights: Callab
 def test_nothing_is_lost_in_a_storm(s3_endpoint: str, tmp_path: Path) -> None:
     with running_world(tmp_path / "world", s3_endpoint) as world, closing(Storm(world, SEED)) as storm:
         storm.rage(FAULTS)
-        storm.settle(limit_s=240)
+        storm.settle(limit_s=400)
         settings = Settings(state_dir=tmp_path / "own", model_roots=(EXAMPLES,))
         storm.await_workers(limit_s=60)
         for worker in world.workers:
