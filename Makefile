@@ -75,6 +75,7 @@ faults: $(STAMP)
 fuzz: $(STAMP)
 	EXAMPLES=$${EXAMPLES:-30} FUZZ=$${FUZZ:-20000} OMP_NUM_THREADS=1 $(BIN)/pytest \
 		tests/integration/test_openapi.py tests/unit/app/core/test_fuzz.py --timeout 3600
+
 # Takes away each guard against attacks, one at a time: its test must fail.
 guards: $(STAMP)
 	$(BIN)/python -m tests.attacks.prove

@@ -86,7 +86,10 @@ class CheckpointMirror:
 
     def _store(self, key: str) -> None:
         with (self._folder / key).open("rb") as file:
-            self._objects.put(f"{self._prefix}/{key}", sealed(file))
+            pieces = sealed(file)
+            is_small = os.fstat(file.fileno()).st_size <= PIECE
+            # One request can be sent again when its answer is lost; an upload in parts can't.
+            self._objects.put(f"{self._prefix}/{key}", b"".join(pieces) if is_small else pieces)
 
     def _download(self, prefix: str, on_file: Callable[[], None]) -> list[str]:
         keys = []

@@ -107,8 +107,18 @@ class ObjectStore:
 
     def put(self, key: str, content: bytes | Path | Iterator[bytes]) -> None:
         """Write an object, atomically, replacing what was there."""
-        with translated(check_key(key)):
-            obstore.put(self._store, key, content)
+        try:
+            with translated(check_key(key)):
+                obstore.put(self._store, key, content)
+        except NotFound as fault:
+            if isinstance(content, Path) and not content.exists():
+                raise
+            # An upload in parts whose last answer was lost is not known any more when it is asked for again.
+            raise Unavailable(
+                f"storage lost the upload of {key}",
+                code="storage_unavailable",
+                remedy="write it again",
+            ) from fault
 
     def create(self, key: str, content: bytes) -> bool:
         """Write an object if its key is free; False if it exists already."""

@@ -26,6 +26,7 @@ PARTS = (
     *("pyproject.toml", "README.md", ".env.example"),
 )
 LIMIT_S = 300
+PRELOADED = ("pytest", "fastapi", "httpx", "hypothesis", "obstore", "redis", "rq", "torch", "transformers")
 FAILED = 1  # of pytest: tests ran, and some failed; other codes mean that none ran
 
 
@@ -40,19 +41,8 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def preload() -> None:
-    """Import what most tests need, once: each test then runs in a fork of this process. Nothing of ours is loaded."""
-    for name in (
-        "pytest",
-        "fastapi",
-        "httpx",
-        "hypothesis",
-        "obstore",
-        "redis",
-        "rq",
-        "torch",
-        "transformers",
-        "uvicorn",
-    ):
+    """Import what most tests need, once; each test then runs in a fork. Nothing of ours is loaded."""
+    for name in PRELOADED:
         importlib.import_module(name)
 
 

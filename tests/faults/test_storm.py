@@ -65,6 +65,7 @@ def check_jobs(world: World, storm: Storm, objects: ObjectStore, weights: Callab
         job = world.store.load(job_id)
         events = world.store.events(job_id, limit=10_000)
         assert violations(job, events) == [], [(event.kind, event.payload) for event in events]
+        assert job.state is not JobState.FAILED, (job.error, [event.payload for event in events][-5:])
         if job_id not in storm.cancelled:
             assert job.state is JobState.SUCCEEDED, (job.error, [event.payload for event in events][-5:])
         if job.state is JobState.SUCCEEDED:
