@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from docs import draw_plots
 from tests.e2e.installed import Service, running_service
 
 EXECUTED = re.compile(r"<!-- executed -->\n```sh\n(.*?)```", re.DOTALL)
@@ -23,9 +25,12 @@ def service(tmp_path: Path, example_model: Path) -> Iterator[Service]:
 
 
 @pytest.mark.timeout(480)
-def test_the_tutorial_can_be_typed(service: Service, repository: Path, tmp_path: Path) -> None:
-    blocks = EXECUTED.findall((repository / "docs" / "tutorial.md").read_text())
-    assert len(blocks) == 5
+def test_the_tutorial_and_the_recipe_guide_can_be_typed(
+    service: Service, repository: Path, tmp_path: Path
+) -> None:
+    pages = ("tutorial.md", "guides/recipes.md")
+    blocks = [block for page in pages for block in EXECUTED.findall((repository / "docs" / page).read_text())]
+    assert len(blocks) == 6
     folder = tmp_path / "tutorial"
     folder.mkdir()
     (folder / "examples").symlink_to(repository / "examples")
@@ -37,6 +42,7 @@ def test_the_tutorial_can_be_typed(service: Service, repository: Path, tmp_path:
     )  # fmt: skip
     assert typed.returncode == 0, typed.stdout + typed.stderr
     assert "parameters" in typed.stdout
+    assert "awq+gptq w4 g128" in typed.stdout
     assert '"object":"chat.completion"' in typed.stdout.replace('": "', '":"')
 
 
@@ -48,6 +54,17 @@ def test_the_site_builds_without_a_warning(repository: Path, tmp_path: Path) -> 
     )
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "site" / "tutorial" / "index.html").exists()
+
+
+def test_plots_and_table_of_the_recipe_guide_come_from_the_figures() -> None:
+    original, rows = draw_plots.measured()
+    assert original > 1
+    assert len(rows) >= 16
+    for name, text in draw_plots.drawings().items():
+        dots = ElementTree.fromstring(text).findall("{http://www.w3.org/2000/svg}circle")
+        assert len(dots) >= len(rows), name
+    page = draw_plots.guide()
+    assert all(f"| {row.setting} |" in page and f"{row.kl:.5f}" in page for row in rows)
 
 
 def test_the_api_page_is_what_the_service_says(repository: Path) -> None:
