@@ -36,7 +36,7 @@ class DeviceProfile(Kept):
         if width <= known[0][0] or len(known) == 1:
             return known[0][1]
         (low, first), (high, last) = known[-2:]
-        return max(first, last + (last - first) * (width - high) / (high - low))
+        return max(min(first, last), last + (last - first) * (width - high) / (high - low))
 
 
 # Assumptions: a small host, a data centre GPU.
@@ -45,8 +45,8 @@ NOMINAL: dict[DeviceKind, DeviceProfile] = {
         device="cpu", measured=False, matmul={256: 80e9}, matmul_float32={256: 80e9},
         elementwise=8e9, disk=5e8,
         search={
-            "scales": {256: 2e-9, 1024: 3e-9}, "nearest": {256: 5e-8, 1024: 6e-8},
-            "clip": {256: 2e-7, 1024: 3e-7}, "gptq": {256: 1e-6, 1024: 1e-6},
+            "scales": {256: 5e-9, 1024: 6.5e-9}, "nearest": {256: 1.6e-8, 1024: 2e-8},
+            "clip": {256: 1.4e-7, 1024: 1.1e-7}, "gptq": {256: 9e-7, 1024: 1.1e-6},
         },
     ),
     "cuda": DeviceProfile(
