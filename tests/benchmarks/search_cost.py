@@ -87,11 +87,14 @@ def measure(model: Path, samples: int, work: Path) -> dict[str, float]:
             loaded = bare.decoder.layer_weights(index)
             with clock.counted("bare forward pass"):
                 bare.pass_through(loaded)
+            del loaded  # the job itself reads no layer twice
             with clock.counted("calibrating"):
                 calibrated = pipeline.calibrate_next_layer(run, weights)
             with clock.counted("searching"):
                 pipeline.solve(candidate, calibrated, run, chains, checkpoints)
-            print(index, {name: round(value, 1) for name, value in clock.seconds.items()}, flush=True)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            parts = {name: round(value, 1) for name, value in clock.seconds.items()}
+            print(index, parts, f"{peak:.2f} GiB", flush=True)
     return clock.seconds
 
 
