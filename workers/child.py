@@ -21,6 +21,7 @@ from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory, Wor
 from app.core.job import Problem
 from kernels.backend import Backend, backends_of
 from kernels.cuda.driver import DriverError
+from workers.heap import return_freed_memory
 from workers.job_run import JobRun
 from workers.progress import ProgressPipe
 
@@ -113,6 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--progress-fd", type=int, required=True)
     pipe = ProgressPipe(parser.parse_args().progress_fd)
+    return_freed_memory()
     return run(Assignment.model_validate_json(sys.stdin.read()), pipe)
 
 

@@ -30,6 +30,7 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 from random_model import SHAPES, write_model  # noqa: E402
 
 from app.core.assignment import Assignment  # noqa: E402
+from workers.heap import return_freed_memory  # noqa: E402
 from workers.modeling.prefetch import WeightPrefetch, layer_reads  # noqa: E402
 from workers.pipeline import Pipeline  # noqa: E402
 from workers.quantization import layer, rounding  # noqa: E402
@@ -62,6 +63,7 @@ class Clock:
 
 def measure(model: Path, samples: int, work: Path) -> dict[str, float]:
     """Seconds of each part of a job, and of the bare pass."""
+    return_freed_memory()  # as the job child does
     spec = {"model": "file:///benchmark", "calibration": {"num_samples": samples}}
     pipeline = Pipeline(
         Assignment.model_validate(
