@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 ROOM_BYTES = 20 * 10**9
 LEAST_BYTES = 10**9
+ANSWER_LIMIT_S = 10.0
 SUPPORTED = ((3, 11), (3, 12))
 EXTRAS = {
     "worker": ("torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2", "psutil"),
@@ -115,8 +117,11 @@ def is_nibble(url: str) -> bool:
     """True if a Nibble service answers there, ready or not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{url}/openapi.json", timeout=3) as answer:
+        with opener.open(f"{url}/readyz", timeout=ANSWER_LIMIT_S) as answer:
             document = json.load(answer)
+    except urllib.error.HTTPError as refused:
+        with refused:
+            return refused.code == 503 and b'"checks"' in refused.read(4096)
     except (OSError, ValueError):
         return False
-    return isinstance(document, dict) and "/v1/jobs" in document.get("paths", {})
+    return isinstance(document, dict) and {"redis", "storage"} <= dict(document.get("checks", {})).keys()
