@@ -155,8 +155,15 @@ class Traffic:
         self.session.on("Network.loadingFinished", self.note_end)
 
     def note_answer(self, event: dict[str, Any]) -> None:
-        if "/v1/jobs?" in event["response"]["url"]:
-            self.status[event["requestId"]] = event["response"]["status"]
+        answer = event["response"]
+        if "/v1/jobs?" not in answer["url"]:
+            return
+        if answer["status"] == 304:  # its end is not told: there is no body to read
+            size = int(answer["encodedDataLength"])
+            self.bytes += size
+            self.polls.append((304, size))
+        else:
+            self.status[event["requestId"]] = answer["status"]
 
     def note_end(self, event: dict[str, Any]) -> None:
         size = int(event["encodedDataLength"])
