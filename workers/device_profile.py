@@ -94,12 +94,12 @@ def search_steps(width: int, device: torch.device) -> dict[SearchStep, float]:
         return seconds / rows / width
 
     nearest = rounded(Recipe(method="rtn"))
-    bare = Recipe(method="gptq", search=SearchSpec(clip=False))
+    clipped = rounded(Recipe())
     return {
         "scales": seconds_of(lambda: search_scales(linears, statistics, fold, search), device) / tried,
         "nearest": nearest,
-        "clip": max(0.0, rounded(Recipe()) - nearest),
-        "gptq": max(0.0, rounded(bare) - nearest),
+        "clip": max(0.0, clipped - nearest),
+        "gptq": max(0.0, rounded(Recipe(method="gptq")) - clipped),  # on all grids that follow a clip search
     }
 
 

@@ -54,7 +54,7 @@ NOMINAL: dict[DeviceKind, DeviceProfile] = {
         matmul_float32={256: 5e12, 1024: 30e12}, elementwise=1.5e12, disk=1e9,
         search={
             "scales": {4096: 3.5e-11, 14336: 4.5e-11}, "nearest": {4096: 1.2e-10},
-            "clip": {4096: 5e-10, 14336: 8e-10}, "gptq": {4096: 5e-9},
+            "clip": {4096: 5e-10, 14336: 8e-10}, "gptq": {4096: 2e-8},
         },
     ),
 }  # fmt: skip

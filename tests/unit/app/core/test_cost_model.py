@@ -81,7 +81,7 @@ def test_tokens_go_to_few_of_many_experts(tmp_path: Path) -> None:
     assert (
         few.seconds[Stage.EVALUATING] < many.seconds[Stage.EVALUATING] < 1.2 * few.seconds[Stage.EVALUATING]
     )
-    assert many.seconds[Stage.SEARCHING] > 1.5 * few.seconds[Stage.SEARCHING]
+    assert many.seconds[Stage.SEARCHING] > 1.3 * few.seconds[Stage.SEARCHING]
 
 
 def test_rates_of_the_search_follow_the_width() -> None:
