@@ -16,8 +16,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 # Two processes: each test process computes with one thread, so that they don't fight for cores.
 PYTEST_WORKERS ?= 2
-# A file stays in one process: what its tests share (a service, a quantized model) is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile
+# A file stays in one process: what its tests share (a service, a quantized model) is made once. Files are taken in
+# the order of testpaths, long ones first, so that both processes end at about the same time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install chat demo test lint format types imports unit integration faults fuzz guards e2e bench clean
 

@@ -205,10 +205,16 @@ def test_help_and_errors_have_no_colour_in_a_pipe() -> None:
         assert "\x1b" not in ended.stdout + ended.stderr
 
 
+def hear_interrupts() -> None:
+    """Programs in the background of a script are started with SIGINT ignored, and so are their tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_ends_with_130(service: Canned) -> None:
     service.answers["GET /v1/jobs/job_1"] = (200, {**JOB, "state": "running"})
     command = [sys.executable, "-m", "app.cli", "watch", "job_1", "--json", "--url", service.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=hear_interrupts) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["state"] == "running"
         process.send_signal(signal.SIGINT)
