@@ -19,7 +19,7 @@ function Candidates({ report }) {
     ["Size", (each) => bytes(size(each)), "number"],
     ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
     ["Own time", (each) => duration(sum(Object.values(each.seconds))), "number"],
-    ...(rounding ? [["Gain over rounding", (each) => change(each.perplexity / rounding.perplexity), "number"]] : []),
+    ...(rounding ? [["Against rounding", (each) => change(each.perplexity / rounding.perplexity), "number"]] : []),
   ];
   return html`<${Table} caption=${`Candidates; the original has perplexity ${number(report.original.perplexity, 5)} and ${bytes(report.original.bytes)}`}
     columns=${columns} rows=${report.candidates} keyOf=${(each) => each.recipe_index} />`;
