@@ -9,13 +9,33 @@ from typing import Any, Self
 
 import httpx
 
-from app.client import views
 from app.client.connection import AsyncConnection, options
 from app.client.downloads import OnBytes, ignore_bytes
 from app.client.exchange import Exchange
 from app.client.following import Chunk, OnWait, ignore_seconds
 from app.client.operations import Body, JobLike, Operations
 from app.client.retries import Retries
+from app.client.views import (
+    ArtifactPage,
+    ArtifactView,
+    AuditPage,
+    DeliveryPage,
+    DeliveryView,
+    DeploymentPage,
+    DeploymentView,
+    EventPage,
+    EventView,
+    GarbageView,
+    JobPage,
+    JobView,
+    KeyPage,
+    LimitsView,
+    LinkView,
+    LoginLinkView,
+    NewKeyView,
+    SecretView,
+    WorkerPage,
+)
 
 
 class AsyncNibbleClient:
@@ -44,16 +64,16 @@ class AsyncNibbleClient:
 
     # Jobs
 
-    async def submit(self, body: Body, *, idempotency_key: str | None = None) -> views.JobView:
+    async def submit(self, body: Body, *, idempotency_key: str | None = None) -> JobView:
         """Hand over a job: a `JobSpec`, or the body as plain data. Sent again, it still makes one job."""
         return await self._connection.run(self._ask.submit(body, idempotency_key=idempotency_key))
 
-    async def job(self, job: JobLike) -> views.JobView:
+    async def job(self, job: JobLike) -> JobView:
         return await self._connection.run(self._ask.job(job))
 
     async def jobs(
         self, *, state: str | None = None, label: str | None = None, limit: int = 20, after: str | None = None
-    ) -> views.JobPage:
+    ) -> JobPage:
         """A page of jobs, newest first."""
         return await self._connection.run(
             self._ask.job_page(state=state, label=label, limit=limit, after=after)
@@ -61,14 +81,14 @@ class AsyncNibbleClient:
 
     def each_job(
         self, *, state: str | None = None, label: str | None = None
-    ) -> AsyncGenerator[views.JobView, None]:
+    ) -> AsyncGenerator[JobView, None]:
         """Every job, newest first."""
         return self._connection.stream(self._ask.each_job(state=state, label=label))
 
-    async def cancel(self, job: JobLike) -> views.JobView:
+    async def cancel(self, job: JobLike) -> JobView:
         return await self._connection.run(self._ask.cancel(job))
 
-    async def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> views.JobView:
+    async def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> JobView:
         """A new job with the spec of one that has ended."""
         return await self._connection.run(self._ask.retry(job, idempotency_key=idempotency_key))
 
@@ -81,51 +101,49 @@ class AsyncNibbleClient:
     async def estimate(self, body: Body) -> dict[str, Any]:
         return await self._connection.run(self._ask.estimate(body))
 
-    def follow(self, job: JobLike) -> AsyncGenerator[views.JobView, None]:
+    def follow(self, job: JobLike) -> AsyncGenerator[JobView, None]:
         """The job now and after each change, until it has ended."""
         return self._connection.stream(self._ask.follow(job))
 
-    async def wait_for(self, job: JobLike, timeout: float | None = None) -> views.JobView:
+    async def wait_for(self, job: JobLike, timeout: float | None = None) -> JobView:
         """The job once it has ended, however it ended. Raises WaitTimedOut after `timeout` seconds."""
         return await self._connection.run(self._ask.wait_for(job, timeout))
 
-    def events(self, job: JobLike, *, after: str | None = None) -> AsyncGenerator[views.EventView, None]:
+    def events(self, job: JobLike, *, after: str | None = None) -> AsyncGenerator[EventView, None]:
         """Events as they happen, until the job has ended. A broken connection is taken up where it broke."""
         return self._connection.stream(self._ask.events(job, after=after))
 
-    async def event_page(
-        self, job: JobLike, *, after: str | None = None, limit: int = 100
-    ) -> views.EventPage:
+    async def event_page(self, job: JobLike, *, after: str | None = None, limit: int = 100) -> EventPage:
         return await self._connection.run(self._ask.event_page(job, after=after, limit=limit))
 
-    async def webhook_deliveries(self, job: JobLike) -> views.DeliveryPage:
+    async def webhook_deliveries(self, job: JobLike) -> DeliveryPage:
         return await self._connection.run(self._ask.webhook_deliveries(job))
 
-    async def redeliver(self, job: JobLike, delivery_id: str) -> views.DeliveryView:
+    async def redeliver(self, job: JobLike, delivery_id: str) -> DeliveryView:
         return await self._connection.run(self._ask.redeliver(job, delivery_id))
 
     # Artifacts
 
-    async def artifact(self, artifact_id: str) -> views.ArtifactView:
+    async def artifact(self, artifact_id: str) -> ArtifactView:
         return await self._connection.run(self._ask.artifact(artifact_id))
 
-    async def artifacts(self, *, limit: int = 20, after: str | None = None) -> views.ArtifactPage:
+    async def artifacts(self, *, limit: int = 20, after: str | None = None) -> ArtifactPage:
         """A page of artifacts, newest first."""
         return await self._connection.run(self._ask.artifact_page(limit=limit, after=after))
 
-    def each_artifact(self) -> AsyncGenerator[views.ArtifactView, None]:
+    def each_artifact(self) -> AsyncGenerator[ArtifactView, None]:
         return self._connection.stream(self._ask.each_artifact())
 
     async def delete_artifact(self, artifact_id: str) -> None:
         await self._connection.run(self._ask.delete_artifact(artifact_id))
 
-    async def link(self, artifact_id: str, path: str, *, expires_in_s: int = 3600) -> views.LinkView:
+    async def link(self, artifact_id: str, path: str, *, expires_in_s: int = 3600) -> LinkView:
         """A link that reads one file without a key."""
         return await self._connection.run(self._ask.link(artifact_id, path, expires_in_s=expires_in_s))
 
     async def download(
         self, artifact_id: str, folder: Path, *, on_bytes: OnBytes = ignore_bytes
-    ) -> views.ArtifactView:
+    ) -> ArtifactView:
         """Write an artifact's files under `folder`; each appears there only after its SHA-256 was checked.
 
         What an earlier download left is continued, and what is there already is not sent again.
@@ -134,20 +152,20 @@ class AsyncNibbleClient:
 
     # Deployments
 
-    async def deploy(self, body: Body, *, idempotency_key: str | None = None) -> views.DeploymentView:
+    async def deploy(self, body: Body, *, idempotency_key: str | None = None) -> DeploymentView:
         return await self._connection.run(self._ask.deploy(body, idempotency_key=idempotency_key))
 
-    async def deployment(self, deployment_id: str) -> views.DeploymentView:
+    async def deployment(self, deployment_id: str) -> DeploymentView:
         return await self._connection.run(self._ask.deployment(deployment_id))
 
-    async def deployments(self, *, limit: int = 20, after: str | None = None) -> views.DeploymentPage:
+    async def deployments(self, *, limit: int = 20, after: str | None = None) -> DeploymentPage:
         """A page of deployments, newest first."""
         return await self._connection.run(self._ask.deployment_page(limit=limit, after=after))
 
-    def each_deployment(self) -> AsyncGenerator[views.DeploymentView, None]:
+    def each_deployment(self) -> AsyncGenerator[DeploymentView, None]:
         return self._connection.stream(self._ask.each_deployment())
 
-    async def deployment_named(self, name: str) -> views.DeploymentView:
+    async def deployment_named(self, name: str) -> DeploymentView:
         """The deployment of that name or id. Raises NotFound."""
         return await self._connection.run(self._ask.deployment_named(name))
 
@@ -155,7 +173,7 @@ class AsyncNibbleClient:
         """Take no more requests, finish those that run, then stop. With `wait`, until that has happened."""
         await self._connection.run(self._ask.delete_deployment(deployment_id, wait=wait))
 
-    def follow_deployment(self, deployment_id: str) -> AsyncGenerator[views.DeploymentView, None]:
+    def follow_deployment(self, deployment_id: str) -> AsyncGenerator[DeploymentView, None]:
         """The deployment now and after each change, without end."""
         return self._connection.stream(self._ask.follow_deployment(deployment_id))
 
@@ -171,37 +189,37 @@ class AsyncNibbleClient:
         """True once the service takes jobs; False while it starts or lacks Redis or storage."""
         return await self._connection.run(self._ask.ready())
 
-    async def workers(self) -> views.WorkerPage:
+    async def workers(self) -> WorkerPage:
         return await self._connection.run(self._ask.workers())
 
-    async def login_link(self) -> views.LoginLinkView:
+    async def login_link(self) -> LoginLinkView:
         return await self._connection.run(self._ask.login_link())
 
-    async def collect_garbage(self, *, dry_run: bool = False) -> views.GarbageView:
+    async def collect_garbage(self, *, dry_run: bool = False) -> GarbageView:
         return await self._connection.run(self._ask.collect_garbage(dry_run=dry_run))
 
-    async def audit(self, *, limit: int = 100, after: str | None = None) -> views.AuditPage:
+    async def audit(self, *, limit: int = 100, after: str | None = None) -> AuditPage:
         return await self._connection.run(self._ask.audit(limit=limit, after=after))
 
     # Access
 
-    async def create_key(self, body: Mapping[str, Any]) -> views.NewKeyView:
+    async def create_key(self, body: Mapping[str, Any]) -> NewKeyView:
         return await self._connection.run(self._ask.create_key(body))
 
-    async def keys(self, *, tenant: str | None = None) -> views.KeyPage:
+    async def keys(self, *, tenant: str | None = None) -> KeyPage:
         return await self._connection.run(self._ask.keys(tenant=tenant))
 
     async def revoke_key(self, key_id: str) -> None:
         await self._connection.run(self._ask.revoke_key(key_id))
 
-    async def tenant_limits(self, tenant: str) -> views.LimitsView:
+    async def tenant_limits(self, tenant: str) -> LimitsView:
         return await self._connection.run(self._ask.tenant_limits(tenant))
 
-    async def set_tenant_limits(self, tenant: str, limits: Mapping[str, int]) -> views.LimitsView:
+    async def set_tenant_limits(self, tenant: str, limits: Mapping[str, int]) -> LimitsView:
         return await self._connection.run(self._ask.set_tenant_limits(tenant, limits))
 
-    async def webhook_secret(self) -> views.SecretView:
+    async def webhook_secret(self) -> SecretView:
         return await self._connection.run(self._ask.webhook_secret())
 
-    async def rotate_webhook_secret(self) -> views.SecretView:
+    async def rotate_webhook_secret(self) -> SecretView:
         return await self._connection.run(self._ask.rotate_webhook_secret())

@@ -9,13 +9,33 @@ from typing import Any, Self
 
 import httpx
 
-from app.client import views
 from app.client.connection import Connection, options
 from app.client.downloads import OnBytes, ignore_bytes
 from app.client.exchange import Exchange
 from app.client.following import Chunk, OnWait, ignore_seconds
 from app.client.operations import Body, JobLike, Operations
 from app.client.retries import Retries
+from app.client.views import (
+    ArtifactPage,
+    ArtifactView,
+    AuditPage,
+    DeliveryPage,
+    DeliveryView,
+    DeploymentPage,
+    DeploymentView,
+    EventPage,
+    EventView,
+    GarbageView,
+    JobPage,
+    JobView,
+    KeyPage,
+    LimitsView,
+    LinkView,
+    LoginLinkView,
+    NewKeyView,
+    SecretView,
+    WorkerPage,
+)
 
 
 class NibbleClient:
@@ -44,29 +64,29 @@ class NibbleClient:
 
     # Jobs
 
-    def submit(self, body: Body, *, idempotency_key: str | None = None) -> views.JobView:
+    def submit(self, body: Body, *, idempotency_key: str | None = None) -> JobView:
         """Hand over a job: a `JobSpec`, or the body as plain data. Sent again, it still makes one job."""
         return self._connection.run(self._ask.submit(body, idempotency_key=idempotency_key))
 
-    def job(self, job: JobLike) -> views.JobView:
+    def job(self, job: JobLike) -> JobView:
         return self._connection.run(self._ask.job(job))
 
     def jobs(
         self, *, state: str | None = None, label: str | None = None, limit: int = 20, after: str | None = None
-    ) -> views.JobPage:
+    ) -> JobPage:
         """A page of jobs, newest first."""
         return self._connection.run(self._ask.job_page(state=state, label=label, limit=limit, after=after))
 
     def each_job(
         self, *, state: str | None = None, label: str | None = None
-    ) -> Generator[views.JobView, None, None]:
+    ) -> Generator[JobView, None, None]:
         """Every job, newest first."""
         return self._connection.stream(self._ask.each_job(state=state, label=label))
 
-    def cancel(self, job: JobLike) -> views.JobView:
+    def cancel(self, job: JobLike) -> JobView:
         return self._connection.run(self._ask.cancel(job))
 
-    def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> views.JobView:
+    def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> JobView:
         """A new job with the spec of one that has ended."""
         return self._connection.run(self._ask.retry(job, idempotency_key=idempotency_key))
 
@@ -79,49 +99,47 @@ class NibbleClient:
     def estimate(self, body: Body) -> dict[str, Any]:
         return self._connection.run(self._ask.estimate(body))
 
-    def follow(self, job: JobLike) -> Generator[views.JobView, None, None]:
+    def follow(self, job: JobLike) -> Generator[JobView, None, None]:
         """The job now and after each change, until it has ended."""
         return self._connection.stream(self._ask.follow(job))
 
-    def wait_for(self, job: JobLike, timeout: float | None = None) -> views.JobView:
+    def wait_for(self, job: JobLike, timeout: float | None = None) -> JobView:
         """The job once it has ended, however it ended. Raises WaitTimedOut after `timeout` seconds."""
         return self._connection.run(self._ask.wait_for(job, timeout))
 
-    def events(self, job: JobLike, *, after: str | None = None) -> Generator[views.EventView, None, None]:
+    def events(self, job: JobLike, *, after: str | None = None) -> Generator[EventView, None, None]:
         """Events as they happen, until the job has ended. A broken connection is taken up where it broke."""
         return self._connection.stream(self._ask.events(job, after=after))
 
-    def event_page(self, job: JobLike, *, after: str | None = None, limit: int = 100) -> views.EventPage:
+    def event_page(self, job: JobLike, *, after: str | None = None, limit: int = 100) -> EventPage:
         return self._connection.run(self._ask.event_page(job, after=after, limit=limit))
 
-    def webhook_deliveries(self, job: JobLike) -> views.DeliveryPage:
+    def webhook_deliveries(self, job: JobLike) -> DeliveryPage:
         return self._connection.run(self._ask.webhook_deliveries(job))
 
-    def redeliver(self, job: JobLike, delivery_id: str) -> views.DeliveryView:
+    def redeliver(self, job: JobLike, delivery_id: str) -> DeliveryView:
         return self._connection.run(self._ask.redeliver(job, delivery_id))
 
     # Artifacts
 
-    def artifact(self, artifact_id: str) -> views.ArtifactView:
+    def artifact(self, artifact_id: str) -> ArtifactView:
         return self._connection.run(self._ask.artifact(artifact_id))
 
-    def artifacts(self, *, limit: int = 20, after: str | None = None) -> views.ArtifactPage:
+    def artifacts(self, *, limit: int = 20, after: str | None = None) -> ArtifactPage:
         """A page of artifacts, newest first."""
         return self._connection.run(self._ask.artifact_page(limit=limit, after=after))
 
-    def each_artifact(self) -> Generator[views.ArtifactView, None, None]:
+    def each_artifact(self) -> Generator[ArtifactView, None, None]:
         return self._connection.stream(self._ask.each_artifact())
 
     def delete_artifact(self, artifact_id: str) -> None:
         self._connection.run(self._ask.delete_artifact(artifact_id))
 
-    def link(self, artifact_id: str, path: str, *, expires_in_s: int = 3600) -> views.LinkView:
+    def link(self, artifact_id: str, path: str, *, expires_in_s: int = 3600) -> LinkView:
         """A link that reads one file without a key."""
         return self._connection.run(self._ask.link(artifact_id, path, expires_in_s=expires_in_s))
 
-    def download(
-        self, artifact_id: str, folder: Path, *, on_bytes: OnBytes = ignore_bytes
-    ) -> views.ArtifactView:
+    def download(self, artifact_id: str, folder: Path, *, on_bytes: OnBytes = ignore_bytes) -> ArtifactView:
         """Write an artifact's files under `folder`; each appears there only after its SHA-256 was checked.
 
         What an earlier download left is continued, and what is there already is not sent again.
@@ -130,20 +148,20 @@ class NibbleClient:
 
     # Deployments
 
-    def deploy(self, body: Body, *, idempotency_key: str | None = None) -> views.DeploymentView:
+    def deploy(self, body: Body, *, idempotency_key: str | None = None) -> DeploymentView:
         return self._connection.run(self._ask.deploy(body, idempotency_key=idempotency_key))
 
-    def deployment(self, deployment_id: str) -> views.DeploymentView:
+    def deployment(self, deployment_id: str) -> DeploymentView:
         return self._connection.run(self._ask.deployment(deployment_id))
 
-    def deployments(self, *, limit: int = 20, after: str | None = None) -> views.DeploymentPage:
+    def deployments(self, *, limit: int = 20, after: str | None = None) -> DeploymentPage:
         """A page of deployments, newest first."""
         return self._connection.run(self._ask.deployment_page(limit=limit, after=after))
 
-    def each_deployment(self) -> Generator[views.DeploymentView, None, None]:
+    def each_deployment(self) -> Generator[DeploymentView, None, None]:
         return self._connection.stream(self._ask.each_deployment())
 
-    def deployment_named(self, name: str) -> views.DeploymentView:
+    def deployment_named(self, name: str) -> DeploymentView:
         """The deployment of that name or id. Raises NotFound."""
         return self._connection.run(self._ask.deployment_named(name))
 
@@ -151,7 +169,7 @@ class NibbleClient:
         """Take no more requests, finish those that run, then stop. With `wait`, until that has happened."""
         self._connection.run(self._ask.delete_deployment(deployment_id, wait=wait))
 
-    def follow_deployment(self, deployment_id: str) -> Generator[views.DeploymentView, None, None]:
+    def follow_deployment(self, deployment_id: str) -> Generator[DeploymentView, None, None]:
         """The deployment now and after each change, without end."""
         return self._connection.stream(self._ask.follow_deployment(deployment_id))
 
@@ -167,37 +185,37 @@ class NibbleClient:
         """True once the service takes jobs; False while it starts or lacks Redis or storage."""
         return self._connection.run(self._ask.ready())
 
-    def workers(self) -> views.WorkerPage:
+    def workers(self) -> WorkerPage:
         return self._connection.run(self._ask.workers())
 
-    def login_link(self) -> views.LoginLinkView:
+    def login_link(self) -> LoginLinkView:
         return self._connection.run(self._ask.login_link())
 
-    def collect_garbage(self, *, dry_run: bool = False) -> views.GarbageView:
+    def collect_garbage(self, *, dry_run: bool = False) -> GarbageView:
         return self._connection.run(self._ask.collect_garbage(dry_run=dry_run))
 
-    def audit(self, *, limit: int = 100, after: str | None = None) -> views.AuditPage:
+    def audit(self, *, limit: int = 100, after: str | None = None) -> AuditPage:
         return self._connection.run(self._ask.audit(limit=limit, after=after))
 
     # Access
 
-    def create_key(self, body: Mapping[str, Any]) -> views.NewKeyView:
+    def create_key(self, body: Mapping[str, Any]) -> NewKeyView:
         return self._connection.run(self._ask.create_key(body))
 
-    def keys(self, *, tenant: str | None = None) -> views.KeyPage:
+    def keys(self, *, tenant: str | None = None) -> KeyPage:
         return self._connection.run(self._ask.keys(tenant=tenant))
 
     def revoke_key(self, key_id: str) -> None:
         self._connection.run(self._ask.revoke_key(key_id))
 
-    def tenant_limits(self, tenant: str) -> views.LimitsView:
+    def tenant_limits(self, tenant: str) -> LimitsView:
         return self._connection.run(self._ask.tenant_limits(tenant))
 
-    def set_tenant_limits(self, tenant: str, limits: Mapping[str, int]) -> views.LimitsView:
+    def set_tenant_limits(self, tenant: str, limits: Mapping[str, int]) -> LimitsView:
         return self._connection.run(self._ask.set_tenant_limits(tenant, limits))
 
-    def webhook_secret(self) -> views.SecretView:
+    def webhook_secret(self) -> SecretView:
         return self._connection.run(self._ask.webhook_secret())
 
-    def rotate_webhook_secret(self) -> views.SecretView:
+    def rotate_webhook_secret(self) -> SecretView:
         return self._connection.run(self._ask.rotate_webhook_secret())
