@@ -243,7 +243,7 @@ MODELS = (
           "class TimedSandbox(__import__(\"jinja2.sandbox\").sandbox.SandboxedEnvironment):",
           f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),
     Guard("a template that does not end", "workers/serving/chat_template.py",
-          "if time.monotonic() > self._deadline.at:", "if time.monotonic() > self._deadline.at + 4:",
+          "if time.monotonic() > self._deadline.at:", "if False:",
           f"{TEMPLATE}::test_a_template_that_does_not_end_is_ended"),
     Guard("a template that writes gigabytes", "workers/serving/chat_template.py",
           "if size > MAX_RENDERED:", "if False:", f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),

@@ -137,7 +137,7 @@ def assert_group_ends(group: int) -> None:
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     """The parent is killed; what it started through `child_start` must go too."""
-    program = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+    program = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(20); print('outlived')"
     (tmp_path / "sleeper.py").write_text(program)
     parent_program = (
         "import os, subprocess, sys\n"
