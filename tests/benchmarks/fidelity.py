@@ -1,8 +1,11 @@
 """Perplexity and KL of every method at every setting on the bundled model, beside the peers' figures.
 
     python tests/benchmarks/fidelity.py [--planted] [--methods AWQ,GPTQ] [--settings 4:128,2:64]
-                                        [--peer-python PYTHON]
+                                        [--samples 128] [--windows 100] [--text test] [--peer-python PYTHON]
 
+Each setting is a job of its own, and its rows are printed when it ends. `--text valid` judges on windows of
+the calibration text's source that calibration does not use: for choices between variants of the engine, which
+the test text must not make. The peers' figures stand beside the test text's usual 128 and 100 windows only.
 `--planted` runs the methods on a variant of the model with outlier channels as well: norm weights times 16,
 the columns that read them divided by 16, so the function is the same and rounding is harder.
 PYTHON belongs to an environment with llmcompressor==0.14.0.1: its figures are then taken anew.
@@ -20,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quantize import MODEL, calibration_tokens, evaluation_tokens, run_child
+from quantize import MODEL, calibration_tokens, evaluation_tokens, run_child, unused_text
 
 METHODS: dict[str, dict[str, str]] = {
     "rounding": {"method": "rtn"},
@@ -40,53 +43,77 @@ PEERS = {
     (2, 64): (67.926, 67.201, 61.165, 61.430),
 }
 PLANTED = 16.0
-MAX_RECIPES = 16  # of one job
+SAMPLES, WINDOWS = 128, 100  # of calibration and evaluation text, that the peers' figures were taken with
+
+Row = dict[str, Any]
+Peers = dict[tuple[int, int], dict[str, float]]
 
 
-def fidelity(model: Path, options: argparse.Namespace) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """The reports of the candidates of each setting, in the order of the methods."""
-    recipes = [
-        {**METHODS[method], "bits": bits, "group_size": group}
-        for bits, group in options.settings
-        for method in options.methods
-    ]
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(recipes), MAX_RECIPES):
-        part = recipes[start : start + MAX_RECIPES]
-        report = run_child({"recipe": part, "evaluation": {"num_samples": 100}}, model, options)
-        rows += report["candidates"]
-    print(f"original {report['original']['perplexity']:.3f}")
-    found = iter(rows)
-    return {setting: [next(found) for _ in options.methods] for setting in options.settings}
+def table(model: Path, options: argparse.Namespace, peers: Peers) -> None:
+    """One job a setting; its rows, and what its best candidate is to the best peer."""
+    evaluation, summaries = evaluation_spec(options), list[str]()
+    for number, (bits, group) in enumerate(options.settings):
+        recipes = [{**METHODS[method], "bits": bits, "group_size": group} for method in options.methods]
+        spec = {"recipe": recipes, "calibration": {"num_samples": options.samples}, "evaluation": evaluation}
+        report = run_child(spec, model, options)
+        original = report["original"]["perplexity"]
+        if number == 0:
+            print(f"original {original:.3f}\n")
+            print("| setting | method | perplexity | peer | ratio | KL | seconds of search and rounding |")
+            print("|---|---|---|---|---|---|---|")
+        rows = dict(zip(options.methods, report["candidates"], strict=True))
+        beside = peers.get((bits, group), {})
+        print_rows(f"W{bits} g{group}", rows, beside)
+        summaries.append(summary(f"W{bits} g{group}", rows, beside, original))
+    print("", *summaries, sep="\n", flush=True)
 
 
-def print_table(
-    rows: dict[tuple[int, int], list[dict[str, Any]]],
-    peers: dict[tuple[int, int], dict[str, float]],
-    methods: list[str],
-) -> None:
-    print("| setting | method | perplexity | peer | ratio | KL | seconds of search and rounding |")
-    print("|---|---|---|---|---|---|---|")
-    for (bits, group), candidates in rows.items():
-        for name, candidate in zip(methods, candidates, strict=True):
-            peer = peers.get((bits, group), {}).get(name)
-            beside = f"{peer:.3f} | {candidate['perplexity'] / peer:.4f}" if peer else "- | -"
-            print(
-                f"| W{bits} g{group} | {name} | {candidate['perplexity']:.3f} | {beside} "
-                f"| {candidate['kl']:.5f} | {candidate['seconds']['searching']:.1f} |"
-            )
+def print_rows(setting: str, rows: dict[str, Row], peers: dict[str, float]) -> None:
+    for name, row in rows.items():
+        peer = peers.get(name)
+        beside = f"{peer:.3f} | {row['perplexity'] / peer:.4f}" if peer else "- | -"
+        print(
+            f"| {setting} | {name} | {row['perplexity']:.3f} | {beside} | {row['kl']:.5f} "
+            f"| {row['seconds']['searching']:.1f} |",
+            flush=True,
+        )
 
 
-def kept_peers() -> dict[tuple[int, int], dict[str, float]]:
+def summary(setting: str, rows: dict[str, Row], peers: dict[str, float], original: float) -> str:
+    """The best candidate, the best peer, and half of the best peer's gap to the original."""
+    name = min(rows, key=lambda name: float(rows[name]["perplexity"]))
+    best = float(rows[name]["perplexity"])
+    text = f"{setting}: best {best:.3f} ({name}, {best / original - 1:+.2%})"
+    if peers:
+        peer = min(peers, key=lambda peer: peers[peer])
+        half = original + (peers[peer] - original) / 2
+        share = (best - original) / (peers[peer] - original)
+        reached = "reached" if best <= half else "missed"
+        text += f", best peer {peers[peer]:.3f} ({peer}), half of its gap {half:.3f}: {reached} ({share:.2f})"
+    if {"AWQ", "OmniQuant"} <= rows.keys():
+        awq, learned = rows["AWQ"], rows["OmniQuant"]
+        text += f"; OmniQuant / AWQ {learned['perplexity'] / awq['perplexity']:.4f}"
+        text += f", KL {learned['kl'] / awq['kl']:.2f}"
+    return text
+
+
+def evaluation_spec(options: argparse.Namespace) -> dict[str, Any]:
+    """The test text, or what calibration leaves of its own text."""
+    if options.text == "test":
+        return {"num_samples": options.windows}
+    return {"num_samples": options.windows, "texts": [unused_text(options.samples, options.windows)]}
+
+
+def kept_peers() -> Peers:
     """The peer's figures as they were taken once."""
     return {setting: dict(zip(PEER_METHODS, figures, strict=True)) for setting, figures in PEERS.items()}
 
 
-def measured_peers(options: argparse.Namespace) -> dict[tuple[int, int], dict[str, float]]:
+def measured_peers(options: argparse.Namespace) -> Peers:
     """The peer's figures taken now, one process each: AWQ takes minutes a setting."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
+    found: Peers = {}
     with tempfile.TemporaryDirectory() as folder:
-        windows = {"windows": calibration_tokens(), "evaluation": evaluation_tokens(100)}
+        windows = {"windows": calibration_tokens(), "evaluation": evaluation_tokens(WINDOWS)}
         for name, tokens in windows.items():
             (Path(folder) / name).write_text(json.dumps(tokens), "utf-8")
         for bits, group in options.settings:
@@ -135,17 +162,22 @@ def main() -> None:
     parser.add_argument("--planted", action="store_true")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--settings", type=settings_of, default=SETTINGS, help="bits:group size, by commas")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of calibration text")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="windows of evaluation text")
+    parser.add_argument("--text", choices=("test", "valid"), default="test")
     parser.add_argument("--peer-python")
     options = parser.parse_args()
     options.profile = None
     print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
-    peers = measured_peers(options) if options.peer_python else kept_peers()
-    print_table(fidelity(MODEL, options), peers, options.methods)
+    usual = (options.text, options.samples, options.windows) == ("test", SAMPLES, WINDOWS)
+    if options.peer_python and not usual:
+        parser.error("peers are measured on the test text, with the usual numbers of windows")
+    peers = measured_peers(options) if options.peer_python else kept_peers() if usual else {}
+    table(MODEL, options, peers)
     if options.planted:
         with tempfile.TemporaryDirectory() as folder:
             print("\nWith planted outlier channels")
-            planted = fidelity(plant_outliers(Path(folder) / "planted"), options)
-            print_table(planted, {}, options.methods)
+            table(plant_outliers(Path(folder) / "planted"), options, {})
 
 
 if __name__ == "__main__":

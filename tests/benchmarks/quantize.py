@@ -133,6 +133,19 @@ def evaluation_tokens(windows: int) -> list[list[int]]:
     return tokens
 
 
+def unused_text(samples: int, windows: int) -> str:
+    """Text of so many windows that calibration with so many samples does not draw."""
+    sys.path.insert(0, str(REPOSITORY))
+    from app.core.specs import CalibrationSpec
+    from workers.texts.windows import calibration_windows, load_tokenizer
+
+    tokenizer = load_tokenizer(MODEL)
+    available = calibration_windows(CalibrationSpec(), tokenizer, None).available
+    every = calibration_windows(CalibrationSpec(num_samples=available), tokenizer, None)
+    chosen = every.tokens[samples : samples + windows + 1]  # one more: decoding may merge tokens
+    return str(tokenizer.decode(chosen.flatten().tolist()))
+
+
 def recipes(options: argparse.Namespace) -> None:
     """Seconds that a further recipe adds to a job of one, as a share of that job."""
     first = total_seconds({"recipe": {}}, options)
