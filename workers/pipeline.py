@@ -99,6 +99,7 @@ class Pipeline:
         resumed_at = resume_layer(checkpoints, num_layers, len(self.plan.candidates))
         if resumed_at:
             self.account.note("resumed", f"{resumed_at} of {num_layers} layers were finished before")
+            self.describe_finished(resumed_at)
         if resumed_at == num_layers:
             return resumed_at
         layers = range(resumed_at, num_layers)
@@ -199,11 +200,7 @@ class Pipeline:
             weights = prefetch.take()
             statistics = self.collect(run, weights)
         full = {name: value.to(self.device, torch.float32) for name, value in weights.items()}
-        prefix = self.plan.architecture.layer_prefix(layer)
-        self.histograms += [
-            weight_histogram(prefix + name, full[name + ".weight"])
-            for name in self.plan.architecture.at(layer).linears
-        ]
+        self.describe(layer, full)
         few = sum(group.confidence < 1 for group in statistics.groups)
         if few:
             experts = sum(group.routed_tokens is not None for group in statistics.groups)
@@ -211,6 +208,24 @@ class Pipeline:
                 "few_tokens", f"layer {layer}: {few} of {experts} experts saw too few calibration tokens"
             )
         return CalibratedLayer(layer, full, statistics)
+
+    def describe(self, layer: int, weights: dict[str, Tensor]) -> None:
+        """The histograms of a layer's float32 weights, for the report."""
+        prefix = self.plan.architecture.layer_prefix(layer)
+        self.histograms += [
+            weight_histogram(prefix + name, weights[name + ".weight"])
+            for name in self.plan.architecture.at(layer).linears
+        ]
+
+    def describe_finished(self, resumed_at: int) -> None:
+        """Those of the layers that an earlier attempt finished."""
+        reads = layer_reads(self.decoder(), range(resumed_at))
+        with self.account.stage(Stage.CALIBRATING), closing(WeightPrefetch(self.device, reads)) as weights:
+            for layer in range(resumed_at):
+                read = weights.take()
+                self.describe(
+                    layer, {name: value.to(self.device, torch.float32) for name, value in read.items()}
+                )
 
     def collect(self, run: CalibrationPass, weights: dict[str, Tensor]) -> LayerStatistics:
         groups, *probe = run.collect(weights)

@@ -26,8 +26,9 @@ BASE_VRAM_BYTES = 600_000_000  # the CUDA context
 ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
 REPORTED_ROUNDINGS = 2  # of a linear: as it is stored, and plain for comparison
 LESSON_WINDOWS = 32
+HELD_BACK = 5
 STEP_WINDOWS = 4
-LESSON_FORWARDS = 4  # forward, backward as two, and the loss of what would be stored
+LESSON_FORWARDS = 3  # forward, and backward as two
 CHAIN_FORWARDS = 6  # of both models up to each group of a layer, and through it
 LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
 PACK_BYTES = 40
@@ -169,11 +170,15 @@ class Costs:
         if candidate.recipe.has_own_chain:
             own[Stage.CALIBRATING] = self.chain()
         if candidate.recipe.method == "omniquant":
-            taught = min(LESSON_WINDOWS, self.spec.calibration.num_samples)
-            rounding = self.passes(quantized, LESSON_BYTES) * taught / STEP_WINDOWS
-            lesson = LESSON_FORWARDS * self.forward(taught) + rounding
-            own[Stage.SEARCHING] += candidate.recipe.search.epochs * lesson
+            own[Stage.SEARCHING] += candidate.recipe.search.epochs * self.lesson_epoch(quantized)
         return own
+
+    def lesson_epoch(self, quantized: int) -> float:
+        """One round of OmniQuant's learning, and the loss of what would be stored after it."""
+        taught = min(LESSON_WINDOWS, self.spec.calibration.num_samples)
+        rounding = self.passes(quantized, LESSON_BYTES) * taught / STEP_WINDOWS
+        judging = max(1, taught // (HELD_BACK - 1))
+        return LESSON_FORWARDS * self.forward(taught) + rounding + self.forward(judging)
 
     def scales(self, candidate: CandidatePlan) -> float:
         """AWQ's scale search: candidates on sampled rows, the finalists on all."""

@@ -308,6 +308,7 @@ def test_a_run_resumes_after_its_finished_layers(tmp_path: Path) -> None:
     again = EngineRun(run.pipeline.spec, run.pipeline.checkpoint.folder, tmp_path / "resumed")
     assert again.report.resumed_at_layer == 1
     assert again.report.notes == ("1 of 2 layers were finished before",)
+    assert again.report.histograms == run.report.histograms
     names = ("compressed-tensors", "model.safetensors")
     assert (again.folder(names[0]) / names[1]).read_bytes() == (run.folder(names[0]) / names[1]).read_bytes()
     assert again.report.candidates[0].perplexity == run.report.candidates[0].perplexity

@@ -3,7 +3,8 @@
 A candidate is (a, b, f): scales xm^a / wm^b, and f of each group's range. The grid only has b = 0 or
 b = 1 - a, and f = 1. Differential evolution (Storn and Price 1997, SciPy's implementation) starts around
 the grid's choice, with a seed and a budget in evaluations. The outcome and the grid's choice are compared
-after the clip search of every group, so the grid's choice stays unless something is truly better.
+as they will be rounded, after the clip search of every group if the recipe has one, so the grid's choice
+stays unless something is truly better. Without clip, f is 1.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ class Objective:
     alive: Tensor
     moment: Tensor
     fold: Fold
+    clip: bool
 
     @classmethod
-    def of(cls, linears: list[ScaledLinear], statistics: InputStatistics, fold: Fold) -> Objective:
+    def of(
+        cls, linears: list[ScaledLinear], statistics: InputStatistics, fold: Fold, *, clip: bool
+    ) -> Objective:
         x_mean, w_mean = fold.shared(statistics.abs_mean), fold.shared(weight_means(linears))
         alive = (x_mean > 0) & (w_mean > 0)
         moment = statistics.second_moment
@@ -58,6 +62,7 @@ class Objective:
             alive,
             moment.to(ranking_dtype(moment.device)),
             fold,
+            clip,
         )
 
     def scales(self, a: float, b: float) -> Tensor:
@@ -70,7 +75,10 @@ class Objective:
         if not bool(self.fold.fits(scales)):
             return 1e30
         spread = self.fold.spread(scales)
-        losses = rounding_losses(self.linears, spread[None], self.moment, self.fold.dtype, range_factor=f)
+        factor = f if self.clip else 1.0
+        losses = rounding_losses(
+            self.linears, spread[None], self.moment, self.fold.dtype, range_factor=factor
+        )
         loss = float(losses)
         return loss if np.isfinite(loss) else 1e30
 
@@ -82,16 +90,17 @@ def evolve_scales(
     search: SearchSpec,
     start: ScaleChoice,
 ) -> ScaleChoice:
-    """The better of `start` and what evolution finds from it, both judged after the clip search."""
-    objective = Objective.of(linears, statistics, fold)
+    """The better of `start` and what evolution finds from it, both judged as they will be rounded."""
+    objective = Objective.of(linears, statistics, fold, clip=search.clip)
     best = evolved_candidate(objective, start, search)
     found = fold.spread(objective.scales(float(best[0]), float(best[1])))
-    losses = [
-        clipped_loss(linears, scales, statistics.second_moment, fold) for scales in (start.scales, found)
-    ]
-    if not losses[1] < losses[0]:
+    judged = clipped_loss if search.clip else unclipped_loss
+    before, after = (
+        judged(linears, scales, statistics.second_moment, fold) for scales in (start.scales, found)
+    )
+    if not after < before:
         return start
-    loss = float(rounding_losses(linears, found[None], statistics.second_moment, fold.dtype))
+    loss = unclipped_loss(linears, found, statistics.second_moment, fold)
     return replace(start, scales=found, ratio=float(best[0]), weight_ratio=float(best[1]), loss=loss)
 
 
@@ -113,6 +122,11 @@ def evolved_candidate(objective: Objective, start: ScaleChoice, search: SearchSp
     )
     best: NDArray[np.float64] = outcome.x
     return best
+
+
+def unclipped_loss(linears: list[ScaledLinear], scales: Tensor, moment: Tensor, fold: Fold) -> float:
+    """The group's loss on the full ranges."""
+    return float(rounding_losses(linears, scales[None], moment, fold.dtype))
 
 
 def clipped_loss(linears: list[ScaledLinear], scales: Tensor, moment: Tensor, fold: Fold) -> float:

@@ -7,7 +7,8 @@ between the quantized layer's output on the inputs of the quantized chain and th
 
 Learning starts from the clip search, or from GPTQ's integers. A second part, not in the paper, keeps the
 integers of the best epoch and goes on with the width of each group alone: no integer flips, so its gradient
-is exact. The best epoch by the loss on all windows of the lesson is kept, and the start counts as one.
+is exact. The best epoch by the loss on windows that are held back from learning is kept, and the start counts
+as one: what only fits the text that it was learned from is not stored.
 """
 
 from __future__ import annotations
@@ -40,7 +41,26 @@ class Lesson:
 
     inputs: list[Tensor]  # per batch: (windows, tokens, hidden)
     targets: list[Tensor]
+    held_back: int  # of the batches, the last ones: they judge and are not learned from
     forward: Forward
+
+    @property
+    def learned(self) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets of the batches that are learned from."""
+        return self.batches[: len(self.inputs) - self.held_back]
+
+    @property
+    def judging(self) -> list[tuple[Tensor, Tensor]]:
+        """Of those that tell which epoch is the best: all, where the text is too short to hold any back."""
+        return self.batches[-self.held_back :]
+
+    @property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.inputs, self.targets, strict=True))
+
+
+def windows(batches: list[tuple[Tensor, Tensor]]) -> int:
+    return sum(inputs.shape[0] for inputs, _ in batches)
 
 
 @dataclass(frozen=True)
@@ -207,8 +227,13 @@ class Teacher:
         groups = [{"params": list(widths.values()), "lr": WIDTH_RATE}]
         for _ in self.epochs(groups, lambda: self.widened(fixed, widths), epochs - first):
             self.keep(self.with_widths(fixed, widths))
-        windows = sum(inputs.shape[0] for inputs in self.lesson.inputs)
-        report = LearningReport(windows=windows, steps=self.steps, loss_start=self.loss_start, loss=self.loss)
+        report = LearningReport(
+            windows=windows(self.lesson.learned),
+            judged_on=windows(self.lesson.judging),
+            steps=self.steps,
+            loss_start=self.loss_start,
+            loss=self.loss,
+        )
         return Learned(self.best.scales, self.best.quantized, report)
 
     def epochs(
@@ -219,10 +244,10 @@ class Teacher:
             for parameter in group["params"]:  # type: ignore[attr-defined]
                 parameter.requires_grad_()
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        total = max(1, count * len(self.lesson.inputs))
+        total = max(1, count * len(self.lesson.learned))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         for epoch in range(count):
-            for inputs, targets in zip(self.lesson.inputs, self.lesson.targets, strict=True):
+            for inputs, targets in self.lesson.learned:
                 optimizer.zero_grad()
                 with torch.enable_grad():
                     loss = mse_loss(self.lesson.forward(weights(), inputs).float(), targets.float())
@@ -242,13 +267,13 @@ class Teacher:
 
     @torch.no_grad()
     def measured(self, snapshot: Snapshot) -> float:
-        """The loss on the whole lesson, of the weights as they would be stored."""
-        weights = self.stored(snapshot)
+        """The loss on what is held back, of the weights as they would be stored."""
+        weights, judging = self.stored(snapshot), self.lesson.judging
         total = 0.0
-        for inputs, targets in zip(self.lesson.inputs, self.lesson.targets, strict=True):
+        for inputs, targets in judging:
             output = self.lesson.forward(weights, inputs).float()
             total += float(mse_loss(output, targets.float())) * inputs.shape[0]
-        return total / sum(inputs.shape[0] for inputs in self.lesson.inputs)
+        return total / windows(judging)
 
     def stored(self, snapshot: Snapshot) -> dict[str, Tensor]:
         weights = {

@@ -24,6 +24,7 @@ from workers.quantization.omniquant import Lesson
 from workers.quantization.reduction import ALONE, Ranks
 
 LESSON_WINDOWS = 32  # of the calibration text, that a layer is taught with
+HELD_BACK = 5  # one of so many further parts of it judges what was learned
 STEP_WINDOWS = 4  # per step
 CORRECTION_DAMPING = 0.01  # of the mean diagonal, added to it
 
@@ -136,9 +137,9 @@ class PairedPass:
     @torch.no_grad()
     def lesson(self, original: Weights) -> Lesson:
         """What the present layer is taught with: states of the copy, outputs of the original."""
-        inputs, targets = list[Tensor](), list[Tensor]()
+        inputs, targets, places = list[Tensor](), list[Tensor](), self.lesson_places()
         with self.decoder.layer(self.layer, original) as module:
-            for batch, start in self.lesson_places():
+            for batch, start in places:
                 owner = self.ranks.owner(batch)
                 if self.ranks.rank == owner:
                     part, place = slice(start, start + self.size), batch // self.ranks.size
@@ -150,16 +151,20 @@ class PairedPass:
                 for value, found in ((mine, inputs), (wanted, targets)):
                     self.ranks.bring(value, owner)
                     found.append(value)
-        return Lesson(inputs, targets, self.forward)
+        return Lesson(inputs, targets, held_back(len(places)), self.forward)
 
     def lesson_places(self) -> list[tuple[int, int]]:
-        """Batch and first window of each part of the lesson: the first windows of the text that fit."""
+        """Batch and first window of each part of the lesson: the first windows of the text that fit.
+
+        So many that LESSON_WINDOWS are learned from, beside those that are held back.
+        """
         places = [
             (batch, start)
             for batch, windows in enumerate(self.windows)
             for start in range(0, windows - self.size + 1, self.size)
         ]
-        return places[: -(-LESSON_WINDOWS // self.size)]
+        learned = -(-LESSON_WINDOWS // self.size)
+        return places[: learned + held_back(learned * HELD_BACK // (HELD_BACK - 1))]
 
     def forward(self, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
         """The present layer's output with these weights; gradients reach them."""
@@ -177,6 +182,11 @@ class PairedPass:
             name: weights[decoder.architecture.stored_name(name)].to(decoder.device, decoder.dtype)
             for name in module.state_dict()
         }
+
+
+def held_back(parts: int) -> int:
+    """How many of a lesson's parts are not learned from: none if there is but one."""
+    return 0 if parts == 1 else max(1, parts // HELD_BACK)
 
 
 class Reached(Exception):

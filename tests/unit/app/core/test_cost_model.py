@@ -32,6 +32,7 @@ def predicted(model: Path, profile: DeviceProfile = NOMINAL["cpu"], **changes: o
 def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.SAMPLED_ROWS == scale_search.SAMPLED_ROWS
     assert cost_model.LESSON_WINDOWS == paired_pass.LESSON_WINDOWS
+    assert cost_model.HELD_BACK == paired_pass.HELD_BACK
     assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
     assert cost_model.MOMENT_BLOCK == input_statistics.BLOCK
     assert cost_model.FINALISTS == scale_search.FINALISTS

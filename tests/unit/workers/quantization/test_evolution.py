@@ -7,7 +7,7 @@ import torch
 
 from app.core.format_limits import Scheme
 from app.core.specs import SearchSpec
-from workers.quantization.evolution import Objective, clipped_loss, evolve_scales
+from workers.quantization.evolution import Objective, clipped_loss, evolve_scales, unclipped_loss
 from workers.quantization.input_statistics import InputCollector, InputStatistics
 from workers.quantization.scale_search import Fold, ScaledLinear, search_scales
 
@@ -36,12 +36,14 @@ def spec(**changes: object) -> SearchSpec:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_it_is_never_behind_the_grid_it_starts_from(bits: int, seed: int) -> None:
+@pytest.mark.parametrize("clip", [True, False])
+def test_it_is_never_behind_the_grid_it_starts_from(bits: int, seed: int, clip: bool) -> None:
     statistics, group = statistics_with_outliers(seed), linears(bits)
-    grid = search_scales(group, statistics, FOLD, spec())
-    found = evolve_scales(group, statistics, FOLD, spec(seed=seed), grid)
-    before = clipped_loss(group, grid.scales, statistics.second_moment, FOLD)
-    after = clipped_loss(group, found.scales, statistics.second_moment, FOLD)
+    grid = search_scales(group, statistics, FOLD, spec(clip=clip))
+    found = evolve_scales(group, statistics, FOLD, spec(seed=seed, clip=clip), grid)
+    loss = clipped_loss if clip else unclipped_loss
+    before = loss(group, grid.scales, statistics.second_moment, FOLD)
+    after = loss(group, found.scales, statistics.second_moment, FOLD)
     assert after <= before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,20 +25,27 @@ from workers.quantization.omniquant import Draft, Teacher
 from workers.quantization.paired_pass import PairedPass
 
 MODELS = {"llama": ("llama", {}), **OTHER_MODELS}
-BATCHES = [some_tokens(6), some_tokens(6, seed=1)]
+SHORT = [some_tokens(6)]  # one part of a lesson: it judges itself
+LONG = [some_tokens(20, 48), some_tokens(20, 48, seed=1)]  # ten parts, of which two judge
 
 
 class LayerCase:
     """The first layer of a tiny model, ready to be taught."""
 
-    def __init__(self, folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        batches: list[Tensor] = SHORT,
+    ) -> None:
         model_type, changes = MODELS[name]
         save_model(random_model(model_type, **changes), folder)  # type: ignore[arg-type]
         checkpoint = Checkpoint(folder)
         decoder = Decoder(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"), torch.float32)
         self.pair, self.run, self.dtype = (
-            PairedPass(decoder, BATCHES),
-            CalibrationPass(decoder, BATCHES),
+            PairedPass(decoder, list(batches)),
+            CalibrationPass(decoder, list(batches)),
             dtype,
         )
         self.weights = {key: value.to(dtype).float() for key, value in decoder.layer_weights(0).items()}
@@ -70,8 +78,7 @@ class LayerCase:
         lesson, weights = self.pair.lesson(self.weights), result.weights(self.weights)
         with torch.no_grad():
             losses = [
-                mse_loss(lesson.forward(weights, inputs), targets)
-                for inputs, targets in zip(lesson.inputs, lesson.targets, strict=True)
+                mse_loss(lesson.forward(weights, inputs), targets) for inputs, targets in lesson.judging
             ]
         return float(torch.stack(losses).mean())
 
@@ -82,8 +89,8 @@ def test_every_architecture_is_taught_and_ends_below_its_start(tmp_path: Path, n
     result, folded = quantize_layer(case.task())
     assert result.learning is not None
     assert result.learning.loss < 0.99 * result.learning.loss_start
-    assert result.learning.windows == 8
-    assert result.learning.steps == 4 * 2
+    assert (result.learning.windows, result.learning.judged_on) == (4, 4)  # the same ones
+    assert result.learning.steps == 4
     assert case.loss(result) == pytest.approx(result.learning.loss, rel=1e-4)
     assert equivalence_error(case.run, 0, folded, case.probe) < 1e-5
 
@@ -100,6 +107,25 @@ def test_no_grid_ends_above_its_start(tmp_path: Path, bits: int, group_size: int
         assert int(weight.q.max()) < 2**bits
         assert torch.equal(weight.scale.to(torch.bfloat16).float(), weight.scale)
         assert not symmetric or bool((weight.zero == 2 ** (bits - 1)).all())
+
+
+def test_other_windows_judge_than_those_that_are_learned_from(tmp_path: Path) -> None:
+    learning = quantize_layer(LayerCase(tmp_path, "opt with gelu", batches=LONG).task())[0].learning
+    assert learning is not None
+    assert (learning.windows, learning.judged_on, learning.steps) == (32, 8, 4 * 8)
+    assert learning.loss < 0.99 * learning.loss_start
+
+
+def test_what_holds_for_the_lesson_alone_is_not_kept(tmp_path: Path) -> None:
+    """The start gives what is wanted of the windows that are held back: nothing can be better."""
+    draft, teacher = draft_of(LayerCase(tmp_path, batches=[*SHORT, *SHORT]))
+    with torch.no_grad():
+        wanted = teacher.lesson.forward(teacher.stored(teacher.best), teacher.lesson.inputs[-1])
+    lesson = replace(teacher.lesson, targets=[*teacher.lesson.targets[:-1], wanted])
+    assert lesson.held_back == 1
+    learned = Teacher(draft, lesson).teach(4, fixed_integers=True)
+    assert (learned.report.loss, learned.report.loss_start) == (0, 0)
+    assert learned.quantized is draft.quantized
 
 
 def test_gptq_s_integers_stay(tmp_path: Path) -> None:
