@@ -6,14 +6,18 @@ artifacts/<id>/<prefix>/<path>      the files
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
-from app.core.errors import MalformedRequest, NotFound
+from app.core.errors import MalformedRequest, NotFound, RecordUnreadable
 from app.core.ids import is_id
 from app.core.object_store import ObjectStore
+from app.core.published import read_manifest
 from app.core.specs import Frozen
 from app.core.storage_keys import ARTIFACTS, manifest_key
+
+log = logging.getLogger(__name__)
 
 
 class ArtifactPage(Frozen):
@@ -52,7 +56,7 @@ class ArtifactStore:
 
     def get(self, tenant: str, artifact_id: str) -> ArtifactManifest:
         """The manifest; NotFound also for another tenant's."""
-        manifest = self._read(artifact_id) if is_id("art", artifact_id) else None
+        manifest = read_manifest(self._objects, artifact_id) if is_id("art", artifact_id) else None
         if manifest is None or manifest.tenant != tenant:
             raise missing(artifact_id)
         return manifest
@@ -63,7 +67,7 @@ class ArtifactStore:
 
     def linked_file(self, artifact_id: str, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
         """As `file`, for the holder of a link, whoever that is."""
-        manifest = self._read(artifact_id) if is_id("art", artifact_id) else None
+        manifest = read_manifest(self._objects, artifact_id) if is_id("art", artifact_id) else None
         if manifest is None:
             raise missing(artifact_id)
         return named_file(manifest, path)
@@ -94,12 +98,10 @@ class ArtifactStore:
     def _newest_first(self, after: str | None) -> Iterator[ArtifactManifest]:
         for artifact_id in reversed(self._objects.list_folders(ARTIFACTS)):
             if is_id("art", artifact_id) and (after is None or artifact_id < after):
-                manifest = self._read(artifact_id)
+                try:
+                    manifest = read_manifest(self._objects, artifact_id)
+                except RecordUnreadable as fault:
+                    log.warning("left out of a list: %s", fault.message)
+                    continue
                 if manifest is not None:  # an attempt still uploads, or was lost
                     yield manifest
-
-    def _read(self, artifact_id: str) -> ArtifactManifest | None:
-        try:
-            return ArtifactManifest.model_validate_json(self._objects.get(manifest_key(artifact_id)))
-        except NotFound:
-            return None

@@ -14,7 +14,7 @@
     ├── QuotaExceeded           the tenant has used up what it may use
     ├── RateLimited             the tenant sends more requests than it may
     ├── Unavailable             Redis or object storage does not answer
-    │   └── RecordUnreadable    another version of the service wrote what this one can't read
+    │   └── RecordUnreadable    damaged, or written by another version of the service
     └── JobFault                a job that was accepted ends without a result
         ├── Cancelled           its owner asked for it
         ├── WorkerLost          its worker stopped renewing the lease

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 from app.core.artifact import ArtifactManifest
-from app.core.errors import Conflict, NotFound
+from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.ids import is_id
 from app.core.job import TERMINAL, Job, JobState
 from app.core.job_store import JobStore
@@ -69,7 +70,7 @@ class GarbageCollector:
             try:
                 job = self._store.load(job_id)
                 self._store.delete(job.tenant, job_id)
-            except (NotFound, Conflict):  # somebody else was faster
+            except (NotFound, Conflict, RecordUnreadable):  # somebody else was faster
                 continue
             self._objects.delete(report_key(job_id))
             self._objects.delete_prefix(checkpoint_prefix(job_id))
@@ -77,6 +78,7 @@ class GarbageCollector:
             log.info("removed %d folders and records that nothing refers to", found.count)
 
     def _find(self, job_id: str) -> Job | None:
+        """The job, if there is one. Raises RecordUnreadable for one of another version."""
         try:
             return self._store.load(job_id)
         except NotFound:
@@ -84,25 +86,29 @@ class GarbageCollector:
 
     def _stale_checkpoints(self, now: datetime) -> Iterator[str]:
         for job_id in self._objects.list_folders(CHECKPOINTS):
-            job = self._find(job_id)
-            if job is None or (job.is_terminal and not waits_for_retry(job, now)):
-                yield checkpoint_prefix(job_id)
+            with left_alone():
+                job = self._find(job_id)
+                if job is None or (job.is_terminal and not waits_for_retry(job, now)):
+                    yield checkpoint_prefix(job_id)
 
     def _orphans(self) -> Iterator[str]:
         """Folders of files without a manifest, and of artifacts whose job ended without a result."""
         listed = [known for known in self._objects.list_folders(ARTIFACTS) if is_id("art", known)]
         times = {job_id[ID_TIME] for state in ACTIVE for job_id in self._store.in_state(state)}
         for art_id in listed:
-            manifest = read_manifest(self._objects, art_id)
-            may_be_worked_on = art_id[ID_TIME] in times
-            if manifest is not None:
-                self._limits.add_artifact(manifest.tenant, art_id, manifest.size)
-                if self._is_void(manifest):
-                    yield f"{ARTIFACTS}/{art_id}"
-                elif not may_be_worked_on:
-                    yield from self._other_attempts(manifest)
-            elif not may_be_worked_on:
+            with left_alone():
+                yield from self._of_no_use(art_id, may_be_worked_on=art_id[ID_TIME] in times)
+
+    def _of_no_use(self, art_id: str, *, may_be_worked_on: bool) -> Iterator[str]:
+        manifest = read_manifest(self._objects, art_id)
+        if manifest is not None:
+            self._limits.add_artifact(manifest.tenant, art_id, manifest.size)
+            if self._is_void(manifest):
                 yield f"{ARTIFACTS}/{art_id}"
+            elif not may_be_worked_on:
+                yield from self._other_attempts(manifest)
+        elif not may_be_worked_on:
+            yield f"{ARTIFACTS}/{art_id}"
 
     def _is_void(self, manifest: ArtifactManifest) -> bool:
         """True for what a failed or cancelled job made visible. Artifacts of deleted jobs stay."""
@@ -119,9 +125,19 @@ class GarbageCollector:
             return
         for state in TERMINAL:
             for job_id in self._store.in_state(state):
-                job = self._find(job_id)
-                if job is not None and job.finished_at is not None and job.finished_at < now - self._kept:
-                    yield job
+                with left_alone():
+                    job = self._find(job_id)
+                    if job is not None and job.finished_at is not None and job.finished_at < now - self._kept:
+                        yield job
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """What can't be read is not known to be of no use, and holds up nothing else."""
+    try:
+        yield
+    except RecordUnreadable as fault:
+        log.warning("left alone: %s", fault.message)
 
 
 def waits_for_retry(job: Job, now: datetime) -> bool:

@@ -166,6 +166,8 @@ class Repeated(threading.Thread):
                 self._work()
             except (RedisError, NibbleError) as fault:
                 log.warning("%s could not finish its pass: %s", self.name, fault)
+            except Exception:  # the task boundary: without this thread lost jobs stay lost
+                log.exception("%s broke in its pass", self.name)
 
     def stop(self) -> None:
         self._stopped.set()

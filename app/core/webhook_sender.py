@@ -135,6 +135,9 @@ class WebhookThread(threading.Thread):
             except RedisError as fault:
                 log.warning("webhooks wait for redis: %s", fault)
                 found = False
+            except Exception:  # the task boundary: the message is due again after its hold
+                log.exception("a webhook broke its sender")
+                found = False
             if not found:
                 self._stopped.wait(POLL_S)
 

@@ -11,6 +11,7 @@ from app.core.artifact_store import file_key
 from app.core.ids import new_id
 from app.core.links import LinkSigner
 from app.core.settings import Settings
+from app.core.storage_keys import manifest_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 
 WEIGHTS = bytes(range(256)) * 50_000  # more than one chunk of a stream
@@ -47,6 +48,15 @@ def test_artifacts_are_listed_newest_first(service: Service) -> None:
     second = service.client.get("/v1/artifacts", params={"after": first["next"]}).json()
     assert [found["id"] for found in first["data"] + second["data"]] == sorted(ids, reverse=True)
     assert not second["has_more"]
+
+
+def test_a_damaged_manifest_is_named_and_hides_no_other(service: Service, artifact: ArtifactManifest) -> None:
+    damaged = service.publish(service.submit()["id"], FILES)
+    service.objects.put(manifest_key(damaged.id), b'{"id": "art')
+    assert [found["id"] for found in service.client.get("/v1/artifacts").json()["data"]] == [artifact.id]
+    answer = service.client.get(f"/v1/artifacts/{damaged.id}")
+    assert (answer.status_code, answer.json()["code"]) == (503, "record_unreadable")
+    assert damaged.id in answer.json()["remedy"]
 
 
 @pytest.mark.parametrize("path", list(FILES))

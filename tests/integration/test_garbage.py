@@ -112,3 +112,18 @@ def test_the_operator_collects_over_the_api(service: Service) -> None:
     assert named["checkpoints"] == removed["checkpoints"]
     assert len(removed["checkpoints"]) == 1
     assert service.client.post("/v1/gc").json()["checkpoints"] == []
+
+
+def test_what_cannot_be_read_is_left_alone_and_holds_up_nothing(
+    workshop: Workshop, collector: GarbageCollector
+) -> None:
+    """A manifest that was damaged, a job that only a newer version knows."""
+    damaged, newer, gone = workshop.run(workshop.submit()), workshop.submit(), new_id("job")
+    workshop.objects.put(manifest_key(damaged.artifacts[0]), b'{"id": "art')
+    workshop.redis.hset(f"nibble:job:{newer.id}", "spec", '{"model": "org/name", "pruning": 0.5}')
+    for job_id in (newer.id, gone):
+        workshop.objects.put(f"{checkpoint_prefix(job_id)}/k/layer-0", b"1")
+    named = collector.collect()
+    assert (named.checkpoints, named.artifacts) == ((checkpoint_prefix(gone),), ())
+    assert withdraw(workshop.objects, damaged) == []
+    assert workshop.objects.list(f"artifacts/{damaged.artifacts[0]}/attempt-1")

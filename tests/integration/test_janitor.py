@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 
 import pytest
 from redis import Redis
 
 from app.core.ids import new_id
-from app.core.janitor import Janitor
+from app.core.janitor import Janitor, Repeated
 from app.core.job import Job, JobState, transition
 from app.core.job_changes import cancel_requested
 from app.core.job_queue import JobQueue, Place
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.specs import JobSpec
+from app.core.storage_keys import report_key
 
 
 class House:
@@ -132,3 +134,28 @@ def test_a_job_that_ended_meanwhile_keeps_its_end(house: House) -> None:
     house.janitor._check_lease(seen)
     assert house.store.load(job.id).state is JobState.SUCCEEDED
     assert house.steps == []
+
+
+@pytest.mark.parametrize("report", [b"", b"[]", b'{"published": "all"}'])
+def test_a_damaged_report_holds_up_no_job(house: House, report: bytes) -> None:
+    damaged, other = house.submit(), house.submit()
+    for job in (damaged, other):
+        house.lose_worker(job, 1)
+    house.objects.put(report_key(damaged.id), report)
+    house.janitor.sweep()
+    assert house.steps == ["requeued"] * 2
+
+
+def test_a_pass_that_breaks_is_not_the_last_one(caplog: pytest.LogCaptureFixture) -> None:
+    passes = threading.Semaphore(0)
+
+    def work() -> None:
+        passes.release()
+        raise ValueError("broken on purpose")
+
+    janitor = Repeated("janitor", work, 0.01)
+    janitor.start()
+    assert passes.acquire(timeout=30)
+    assert passes.acquire(timeout=30)
+    janitor.stop()
+    assert "broken on purpose" in caplog.text

@@ -24,7 +24,7 @@ from app.core.outgoing import OutgoingGuard
 from app.core.settings import Settings
 from app.core.specs import JobSpec
 from app.core.webhook_sender import WebhookSender
-from app.core.webhooks import DeliveryStore, WebhookSecrets
+from app.core.webhooks import DUE, DeliveryStore, WebhookSecrets, delivery_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.integration.workshop import wait_until
 
@@ -174,6 +174,19 @@ def test_a_message_whose_sender_died_is_due_again(post: Post, receiver: Receiver
     assert len(receiver.received) == 1
     assert post.store.take(hold_s=0.0) is None
     assert [delivery.state for delivery in post.store.list(job.id)] == ["delivered"]
+
+
+def test_a_message_of_a_newer_version_holds_up_no_other(post: Post, receiver: Receiver, redis: Redis) -> None:
+    newer, job = post.ended_job(), post.ended_job()
+    (message,) = post.store.list(newer.id)
+    redis.set(
+        delivery_key(message.id), message.model_dump_json().replace('"pending"', '"parked"'), keepttl=True
+    )
+    for _ in range(3):
+        post.send_all()
+    assert [json.loads(body)["data"]["id"] for _, body in receiver.received] == [job.id]
+    assert post.store.list(newer.id) == []
+    assert redis.zscore(DUE, message.id) is not None
 
 
 def test_a_replaced_secret_signs_beside_its_successor(post: Post, receiver: Receiver) -> None:
