@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
 from app.core.errors import ChildKilled, DeviceFault, JobFault, NibbleError, Unavailable, WorkerDisk
 from app.core.job import Problem
 from app.core.settings import Settings
@@ -12,6 +16,15 @@ PAUSE_FACTOR = 3.0
 LONGEST_PAUSE_S = 300.0
 # What a child can report that is no fault of its job.
 OF_THE_HOST: tuple[type[JobFault], ...] = (DeviceFault, WorkerDisk)
+
+# What Redis says while it is down, full, or a follower of another; with DISK_FULL, when its own disk is.
+PASSING = (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError)
+DISK_FULL = "MISCONF"
+
+
+def may_pass(fault: RedisError) -> bool:
+    """True if the same write may succeed later."""
+    return isinstance(fault, PASSING) or str(fault).startswith(DISK_FULL)
 
 
 def pause_before_next(fault: NibbleError, attempt: int, settings: Settings) -> float | None:

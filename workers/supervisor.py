@@ -16,8 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 
 from app.core.assignment import (
     Assignment,
@@ -48,7 +47,7 @@ from app.core.reuse import Contents, Made, fingerprint
 from app.core.storage_keys import checkpoint_prefix, report_key
 from workers.checkpoints import CheckpointMirror, checkpoint_key
 from workers.context import WorkerContext
-from workers.faults import disk_fault, pause_before_next, reported
+from workers.faults import disk_fault, may_pass, pause_before_next, reported
 from workers.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
 from workers.publication import Publication, inside
 from workers.stages import Stages
@@ -273,17 +272,20 @@ class Attempt:
         )
         self._stages.leave()
         self._drop_checkpoints()
-        self._note_made(made)
+        self._written_to_redis(lambda: self._note_made(made), stoppable=False)
 
     def _note_made(self, made: Made) -> None:
         """For later jobs of the same contents, and for the tenant's quota."""
         tenant, context = self._job.tenant, self._context
         for known in filter(None, (self._job.fingerprint, self._fingerprint)):
             context.reuse.note(tenant, known, made)
-        for artifact_id in made.artifacts:
-            manifest = read_manifest(context.objects, artifact_id)
-            if manifest is not None:
-                context.limits.add_artifact(tenant, artifact_id, manifest.size)
+        try:
+            manifests = [read_manifest(context.objects, artifact_id) for artifact_id in made.artifacts]
+        except Unavailable as fault:
+            log.warning("left to the collection of garbage: %s", fault.message, extra={"job": self._job.id})
+            return
+        for manifest in filter(None, manifests):
+            context.limits.add_artifact(tenant, manifest.id, manifest.size)
 
     def _fail(self, fault: NibbleError) -> None:
         # Its checkpoints stay: a retry of the job goes on from them.
@@ -363,11 +365,13 @@ class Attempt:
                 self._watch.check()
             try:
                 return write()
-            except (RedisConnectionError, RedisTimeoutError) as fault:
-                log.warning("redis does not answer: %s", fault)
+            except RedisError as fault:
+                if not may_pass(fault):
+                    raise
+                log.warning("redis does not take what is to be written: %s", fault)
                 if time.monotonic() > give_up:
                     raise Stopped(StopReason.LEASE_LOST) from fault
-            except (Conflict, NotFound) as refusal:
+            except (Conflict, NotFound, RecordUnreadable) as refusal:
                 log.warning("not written: %s", refusal.message, extra={"job": self._job.id})
                 raise Stopped(StopReason.LEASE_LOST) from refusal
             time.sleep(0.5)

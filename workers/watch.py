@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from redis.exceptions import RedisError
 
-from app.core.errors import NotFound
+from app.core.errors import NotFound, RecordUnreadable
 from app.core.job import Job, JobState
 from app.core.job_changes import is_executing
 from app.core.job_store import JobStore
@@ -115,7 +115,7 @@ class Watch:
         self._looked = now
         try:
             job = self._store.load(self._job.id)
-        except NotFound:
+        except (NotFound, RecordUnreadable):  # a process of another version has taken it up
             return StopReason.LEASE_LOST
         if not is_executing(job, self._job.attempt):
             return StopReason.LEASE_LOST

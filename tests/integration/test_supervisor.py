@@ -259,6 +259,41 @@ def test_a_delivery_for_a_newer_version_is_left_to_it(workshop: Workshop) -> Non
     assert not workshop.store.holds(job.id, 1)
 
 
+def test_an_attempt_whose_job_a_newer_version_took_up_stops(workshop: Workshop) -> None:
+    job, key = workshop.submit(fault="hang"), "nibble:job:{}"
+    spec = workshop.redis.hget(key.format(job.id), "spec")
+
+    def upgrade() -> None:
+        wait_for_checkpoint(workshop, job)
+        workshop.redis.hset(key.format(job.id), "spec", '{"model": "org/name", "pruning": 0.5}')
+
+    thread = during(upgrade)
+    run_attempt(workshop.context(), job.id, 1)
+    thread.join()
+    workshop.redis.hset(key.format(job.id), "spec", spec)
+    left = workshop.store.load(job.id)
+    assert (left.state, left.error) == (JobState.RUNNING, None)
+    assert not workshop.store.holds(job.id, 1)
+    workshop.sweep()
+    assert workshop.store.load(job.id).state is JobState.QUEUED
+
+
+def test_an_attempt_waits_while_redis_is_full(workshop: Workshop) -> None:
+    job, refusals = workshop.submit(layers="6", pause="0.1"), "errorstat_OOM"
+
+    def fill() -> None:
+        wait_for_checkpoint(workshop, job)
+        workshop.redis.config_resetstat()
+        workshop.redis.config_set("maxmemory", 1)
+        wait_until(lambda: refusals in workshop.redis.info("errorstats"))
+        workshop.redis.config_set("maxmemory", 0)
+
+    thread = during(fill)
+    ended = workshop.run(job)
+    thread.join()
+    assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
+
+
 def test_a_delivery_of_a_deleted_job_is_left_alone(workshop: Workshop) -> None:
     job = workshop.run(workshop.submit())
     workshop.store.delete("default", job.id)

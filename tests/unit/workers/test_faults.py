@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from app.core.errors import ChildKilled, JobFault, ModelRefused, NibbleError, OutOfMemory, Unavailable
 from app.core.job import Problem
 from app.core.settings import Settings
-from workers.faults import disk_fault, pause_before_next, reported
+from workers.faults import disk_fault, may_pass, pause_before_next, reported
 
 
 def told(code: str) -> JobFault:
@@ -39,3 +40,18 @@ def test_pauses_grow_to_a_limit() -> None:
     settings = Settings(max_attempts=20, retry_pause_s=5)
     pauses = [pause_before_next(ChildKilled("signal 9"), attempt, settings) for attempt in (1, 2, 3, 9)]
     assert pauses == [5, 15, 45, 300]
+
+
+@pytest.mark.parametrize(
+    ("fault", "passes"),
+    [
+        (BusyLoadingError("Redis is loading the dataset in memory"), True),
+        (OutOfMemoryError("command not allowed when used memory > 'maxmemory'"), True),
+        (ReadOnlyError("You can't write against a read only replica."), True),
+        (ResponseError("MISCONF Errors writing to the AOF file: No space left on device"), True),
+        (ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"), False),
+    ],
+    ids=str,
+)
+def test_a_redis_that_is_down_or_full_comes_back(fault: RedisError, passes: bool) -> None:
+    assert may_pass(fault) is passes
