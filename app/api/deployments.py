@@ -14,7 +14,7 @@ from app.api.schemas import DeploymentList, DeploymentView
 from app.core.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployment_store import removed
 from app.core.errors import InvalidRequest, MalformedRequest, NotFound, Unavailable
-from app.core.ids import is_id
+from app.core.ids import is_id, new_id
 from app.core.specs import DeploymentOptions
 
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
@@ -43,7 +43,7 @@ def claimed_id(services: Services, tenant: str, spec: DeploymentSpec, key: str |
     """The id that the key stands for; None without a key."""
     if key is None:
         return None
-    return services.idempotency.claim(tenant, key, f"deploy {spec.model_dump_json()}", "dep")
+    return services.idempotency.claim(tenant, key, f"deploy {spec.model_dump_json()}", new_id("dep"))
 
 
 @router.get("", response_model=DeploymentList, responses=UNCHANGED)
@@ -96,6 +96,7 @@ def delete_deployment(deployment_id: str, services: ServicesParam, principal: De
     live = services.deployments.get(principal.tenant, deployment_id)
     deployment = services.deployments.update(live.id, removed)
     gone = services.deployments.forget(deployment)
+    services.idempotency.spend(deployment.id)
     services.routes.refresh()
     if gone:
         return Response(status_code=204)

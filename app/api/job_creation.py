@@ -38,7 +38,8 @@ def create_job(services: Services, tenant: str, spec: JobSpec, *, idempotency_ke
 
 
 def claimed_id(services: Services, tenant: str, request: str, key: str | None) -> str:
-    return services.idempotency.claim(tenant, key, request) if key is not None else new_id("job")
+    fresh = new_id("job")
+    return services.idempotency.claim(tenant, key, request, fresh) if key is not None else fresh
 
 
 def new_job(checked: CheckedSubmission, job_id: str, tenant: str) -> Job:

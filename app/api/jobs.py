@@ -200,5 +200,6 @@ def retry(
 def delete_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> None:
     """Remove a job that has ended, with its events, report and checkpoints. Its artifacts stay."""
     job = services.jobs.delete(principal.tenant, job_id)
+    services.idempotency.spend(job.id)
     services.objects.delete(report_key(job.id))
     services.objects.delete_prefix(checkpoint_prefix(job.id))

@@ -8,9 +8,10 @@ from typing import Annotated, Literal, Self
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from app.api.dependencies import Admin, ServicesParam
+from app.api.dependencies import Admin, Services, ServicesParam
+from app.api.preconditions import IdempotencyKey
 from app.core.errors import Forbidden
-from app.core.security import ApiKey, Principal, Scope, TenantName, new_key
+from app.core.security import ApiKey, Principal, Scope, TenantName, key_id, new_key
 from app.core.specs import Frozen
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
@@ -75,13 +76,18 @@ def reachable_tenant(principal: Principal, wanted: str | None) -> str | None:
 
 
 @router.post("", status_code=201)
-def create_key(body: KeyRequest, services: ServicesParam, principal: Admin) -> NewKeyView:
-    """Make a key. The answer is the only place where it is ever shown."""
+def create_key(
+    body: KeyRequest, services: ServicesParam, principal: Admin, idempotency_key: IdempotencyKey = None
+) -> NewKeyView:
+    """Make a key. The answer is the only place where it is ever shown.
+
+    Sent again with its Idempotency-Key, the request makes no second one: 409 names the key that there is.
+    """
     if Scope.OPERATOR in body.scopes:
         principal.require(Scope.OPERATOR)
     reachable_tenant(principal, body.tenant)
     lasts = body.expires_in_s
-    key = new_key()
+    key = fresh_key(services, principal.tenant, body, idempotency_key)
     record = services.keys.register(
         key,
         tenant=body.tenant or principal.tenant,
@@ -90,6 +96,15 @@ def create_key(body: KeyRequest, services: ServicesParam, principal: Admin) -> N
         expires_at=datetime.now(UTC) + timedelta(seconds=lasts) if lasts is not None else None,
     )
     return NewKeyView.of(record).model_copy(update={"key": key})
+
+
+def fresh_key(services: Services, tenant: str, body: KeyRequest, idempotency_key: str | None) -> str:
+    """A new key, under the id that the idempotency key stands for."""
+    key = new_key()
+    if idempotency_key is None:
+        return key
+    request = f"key {body.model_dump_json()}"
+    return new_key(services.idempotency.claim(tenant, idempotency_key, request, key_id(key)))
 
 
 @router.get("")
@@ -105,3 +120,4 @@ def list_keys(
 def revoke_key(key_id: str, services: ServicesParam, principal: Admin) -> None:
     """Refuse the key from now on; its sessions end too."""
     services.keys.revoke(key_id, tenant=reachable_tenant(principal, None))
+    services.idempotency.spend(key_id)

@@ -211,10 +211,12 @@ class Operations:
         params = given({"limit": limit, "after": after})
         return self.exchange.read(views.AuditPage, Call("GET", "/v1/audit", params=params))
 
-    # Access. A key is shown once, so the request that makes it is not repeated; nor is a change of secret.
+    # Access. A key is shown once: if that answer was lost, the repetition is refused by name of the key.
 
     def create_key(self, body: Mapping[str, Any]) -> Flow[views.NewKeyView]:
-        return self.exchange.read(views.NewKeyView, Call("POST", "/v1/keys", json=dict(body)))
+        return self.exchange.read(
+            views.NewKeyView, Call("POST", "/v1/keys", json=dict(body), headers=keyed(None))
+        )
 
     def keys(self, *, tenant: str | None) -> Flow[views.KeyPage]:
         return self.exchange.read(views.KeyPage, Call("GET", "/v1/keys", params=given({"tenant": tenant})))

@@ -2,6 +2,7 @@
 
     nibble:key:<key id>         the key's record as JSON
     nibble:keys                 set of the ids
+    nibble:keys:revoked         set of the ids of keys that were revoked
     nibble:key-used:<key id>    when it was used last, to the minute
 
 The secret has 256 random bits, so a plain digest resists guessing: a slow hash would add nothing.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -23,15 +25,18 @@ from typing import Annotated, Any
 from pydantic import SecretStr, StringConstraints
 from redis import Redis
 
-from app.core.errors import Forbidden, InvalidRequest, NotFound, Unauthenticated
+from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.core.settings import Settings
 from app.core.specs import Frozen, Kept
+
+log = logging.getLogger(__name__)
 
 KEY = re.compile(r"nib_([0-9a-f]{16})_[0-9a-f]{64}")
 MIN_BOOTSTRAP_LENGTH = 24
 DEFAULT_TENANT = "default"
 KEY_FILE = "api-key"
 KEYS = "nibble:keys"
+REVOKED = "nibble:keys:revoked"
 USE_STEP_S = 60.0  # how exactly the last use of a key is known
 
 TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -85,9 +90,9 @@ class Principal(Frozen):
             )
 
 
-def new_key() -> str:
-    """A fresh key. It is shown once; only its digest is kept."""
-    return f"nib_{secrets.token_hex(8)}_{secrets.token_hex(32)}"
+def new_key(known_id: str | None = None) -> str:
+    """A fresh key, of this id if one is fixed. It is shown once; only its digest is kept."""
+    return f"nib_{known_id or secrets.token_hex(8)}_{secrets.token_hex(32)}"
 
 
 def digest(key: str) -> str:
@@ -116,7 +121,7 @@ class KeyStore:
         name: str = "",
         expires_at: datetime | None = None,
     ) -> ApiKey:
-        """Accept `key` from now on."""
+        """Accept a new key from now on. Raises Conflict if there is one with its id."""
         record = ApiKey(
             id=key_id(key),
             tenant=tenant,
@@ -126,9 +131,18 @@ class KeyStore:
             created_at=datetime.now(UTC),
             expires_at=expires_at,
         )
-        self._redis.set(record_key(record.id), record.model_dump_json())
-        self._redis.sadd(KEYS, record.id)
+        if not self.keep(record, only_new=True):
+            raise Conflict(
+                f"the key {record.id} was made before, and a key is shown once",
+                code="key_made_before",
+                remedy=f"if that answer was lost, revoke {record.id} and make another key",
+            )
         return record
+
+    def keep(self, record: ApiKey, *, only_new: bool = False) -> bool:
+        """Write the record; False if only a new one was to be written and there is one."""
+        self._redis.sadd(KEYS, record.id)
+        return bool(self._redis.set(record_key(record.id), record.model_dump_json(), nx=only_new))
 
     def authenticate(self, key: str) -> Principal:
         """Whose key this is. Raises Unauthenticated for an unknown, revoked or expired one."""
@@ -164,7 +178,11 @@ class KeyStore:
             )
         self._redis.delete(record_key(known_id), use_key(known_id))
         self._redis.srem(KEYS, known_id)
+        self._redis.sadd(REVOKED, known_id)
         return record
+
+    def was_revoked(self, known_id: str) -> bool:
+        return bool(self._redis.sismember(REVOKED, known_id))
 
     def _read(self, known_id: str) -> ApiKey | None:
         found = self._redis.get(record_key(known_id))
@@ -217,8 +235,19 @@ def bootstrap_key(settings: Settings, keys: KeyStore) -> None:
     """Make sure that an admin key is known: the operator's, else one that is made once and kept in a file."""
     given = settings.bootstrap_api_key
     key = checked_bootstrap(given) if given is not None else kept_key(settings.state_dir / KEY_FILE)
-    keys.register(
-        key, tenant=DEFAULT_TENANT, scopes=frozenset({Scope.ADMIN, Scope.OPERATOR}), name="first key"
+    if keys.was_revoked(key_id(key)):
+        origin = "NIBBLE_BOOTSTRAP_API_KEY" if given is not None else settings.state_dir / KEY_FILE
+        log.warning("the key in %s was revoked and stays so; change or remove it to have another one", origin)
+        return
+    keys.keep(
+        ApiKey(
+            id=key_id(key),
+            tenant=DEFAULT_TENANT,
+            scopes=frozenset({Scope.ADMIN, Scope.OPERATOR}),
+            sha256=digest(key),
+            name="first key",
+            created_at=datetime.now(UTC),
+        )
     )
 
 

@@ -99,6 +99,18 @@ def test_the_same_idempotency_key_gives_the_same_job(service: Service) -> None:
     assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
 
 
+def test_a_late_repetition_does_not_make_a_deleted_job_again(service: Service) -> None:
+    """Its artifacts may live on, and are named after it."""
+    headers = {"Idempotency-Key": "k"}
+    job_id = service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers).json()["id"]
+    service.end(job_id)
+    assert service.client.delete(f"/v1/jobs/{job_id}").status_code == 204
+    again = service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers)
+    assert (again.status_code, again.json()["code"]) == (409, "idempotency_key_spent")
+    assert job_id in again.json()["detail"]
+    assert service.client.get("/v1/jobs").json()["data"] == []
+
+
 def test_fifty_parallel_requests_with_one_key_make_one_job(service: Service) -> None:
     def submit(_: int) -> httpx.Response:
         return service.client.post("/v1/jobs", json={"model": MODEL}, headers={"Idempotency-Key": "k"})

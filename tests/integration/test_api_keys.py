@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
+from app.api.keys import KeyRequest
+from app.core.idempotency import IdempotencyKeys
 from app.core.security import Scope, digest, key_id
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 
@@ -31,6 +34,38 @@ def test_a_key_is_shown_once_and_works_for_its_tenant_and_scopes(service: Servic
     kept = service.redis.get(f"nibble:key:{made['id']}")
     assert made["key"].encode() not in kept
     assert digest(made["key"]).encode() in kept
+
+
+def test_the_same_idempotency_key_makes_one_key(service: Service) -> None:
+    def ask(_: int = 0, **body: Any) -> httpx.Response:
+        return service.client.post(
+            "/v1/keys", json={"scopes": ["jobs:read"], "name": "ci", **body}, headers={"Idempotency-Key": "k"}
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(16)))
+    assert sorted(answer.status_code for answer in answers) == [201] + [409] * 15
+    (made,) = (answer.json() for answer in answers if answer.status_code == 201)
+    (refused,) = {answer.text.partition('"instance"')[0] for answer in answers if answer.status_code == 409}
+    assert "key_made_before" in refused
+    assert made["id"] in refused
+    assert made["key"] not in refused
+    assert [key["id"] for key in service.client.get("/v1/keys").json()["data"] if key["name"] == "ci"] == [
+        made["id"]
+    ]
+    with service.client_with(made["key"]) as client:
+        assert client.get("/v1/jobs").status_code == 200
+    assert ask(name="other").json()["code"] == "idempotency_key_reused"
+    service.client.delete(f"/v1/keys/{made['id']}").raise_for_status()
+    assert ask().json()["code"] == "idempotency_key_spent"
+
+
+def test_a_key_whose_request_died_half_way_is_made_by_its_repetition(service: Service) -> None:
+    body = KeyRequest(scopes=(Scope.JOBS_READ,))
+    request = f"key {body.model_dump_json()}"
+    IdempotencyKeys(service.redis).claim("default", "k", request, "0123456789abcdef")
+    answer = service.client.post("/v1/keys", json={"scopes": ["jobs:read"]}, headers={"Idempotency-Key": "k"})
+    assert (answer.status_code, answer.json()["id"]) == (201, "0123456789abcdef")
 
 
 def test_a_revoked_key_is_refused_at_once(service: Service) -> None:

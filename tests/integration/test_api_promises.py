@@ -45,7 +45,7 @@ def test_a_key_belongs_to_its_tenant(service: Service) -> None:
 def test_a_request_that_died_half_way_is_completed_by_its_repetition(service: Service) -> None:
     """In flight, the key has the id of its job, and the job has no record yet."""
     spec = JobSpec.model_validate({"model": MODEL})
-    job_id = IdempotencyKeys(service.redis).claim("default", "k", spec.model_dump_json())
+    job_id = IdempotencyKeys(service.redis).claim("default", "k", spec.model_dump_json(), new_id("job"))
     headers = {"Idempotency-Key": "k"}
     again = [service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers) for _ in range(2)]
     assert [(answer.status_code, answer.json()["id"]) for answer in again] == [(202, job_id), (200, job_id)]

@@ -18,6 +18,7 @@ import pytest
 
 from app.client import (
     AsyncNibbleClient,
+    Conflict,
     DownloadCorrupt,
     InferenceRefused,
     JobView,
@@ -122,6 +123,15 @@ def test_a_lost_answer_makes_no_second_job(service: Service, flaky: FaultProxy, 
     flaky.pending.append("lost")
     ask(flaky.url, "delete_deployment", made.id, wait=True)
     assert not ask(service.url, "deployments").items
+
+
+def test_a_lost_answer_makes_no_second_key(service: Service, flaky: FaultProxy, ask: Ask) -> None:
+    flaky.pending.append("lost")
+    with pytest.raises(Conflict) as caught:
+        ask(flaky.url, "create_key", {"scopes": ["jobs:read"], "name": "ci"})
+    (made,) = (key for key in ask(service.url, "keys").items if key.name == "ci")
+    assert caught.value.code == "key_made_before"
+    assert made.id in caught.value.remedy
 
 
 def test_broken_answers_are_asked_for_again(service: Service, flaky: FaultProxy, ask: Ask) -> None:

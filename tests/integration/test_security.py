@@ -96,6 +96,21 @@ def test_a_key_is_made_once_and_kept_privately(keys: KeyStore, redis: Redis, tmp
     assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
 
 
+@pytest.mark.parametrize("given", ["x" * 24, None])
+def test_a_revoked_first_key_does_not_come_back_with_a_restart(
+    keys: KeyStore, tmp_path: Path, given: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(state_dir=tmp_path, bootstrap_api_key=given)
+    bootstrap_key(settings, keys)
+    key = given or (tmp_path / KEY_FILE).read_text().strip()
+    keys.revoke(key_id(key), tenant=None)
+    bootstrap_key(settings, keys)
+    with pytest.raises(Unauthenticated):
+        keys.authenticate(key)
+    assert "was revoked" in caplog.text
+    assert key not in caplog.text
+
+
 def test_processes_that_start_together_agree_on_one_key(tmp_path: Path) -> None:
     found: list[str] = []
     threads = [threading.Thread(target=lambda: found.append(kept_key(tmp_path / KEY_FILE))) for _ in range(8)]
