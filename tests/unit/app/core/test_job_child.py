@@ -16,6 +16,7 @@ from app.core.assignment import Assignment, Progressed
 from app.core.confinement import MAX_FILE_BYTES
 from app.core.errors import JobFault, OutOfMemory
 from app.core.job_child import (
+    MAX_LINE_BYTES,
     TAIL_BYTES,
     JobChild,
     child_environment,
@@ -78,7 +79,8 @@ def test_only_the_end_of_a_long_output_is_kept(start: Start) -> None:
 
 
 def test_a_line_without_end_is_refused(start: Start) -> None:
-    with start("while True: os.write(fd, b'x' * 65536)") as child, pytest.raises(JobFault) as fault:
+    program = f"for _ in range({2 * MAX_LINE_BYTES // 65536}): os.write(fd, b'x' * 65536)"
+    with start(program) as child, pytest.raises(JobFault) as fault:
         list(child.messages())
     assert fault.value.code == "child_protocol"
 

@@ -9,15 +9,25 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import ModelRefused, TextRefused
+from app.core.model_headers import (
+    FIRST_READ,
+    MAX_ALL_HEADERS,
+    MAX_SHARDS,
+    MAX_SIDE_BYTES,
+    read_headers,
+    weight_files,
+)
 from app.core.model_source import (
+    MAX_FILES,
     LocalModel,
     ModelHeaders,
     inspect_model,
     model_digest,
     needed_files,
     open_model,
+    refuse_crowd,
 )
-from app.core.text_source import open_text
+from app.core.text_source import MAX_TEXT_BYTES, open_text
 
 
 def safetensors(*names: str) -> bytes:
@@ -205,6 +215,57 @@ def test_the_digest_names_files_and_contents() -> None:
     assert model_digest({"a": "1", "b": "2"}) != model_digest({"a": "2", "b": "1"})
 
 
+def sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "chat_template.jinja"])
+def test_a_tokenizer_has_a_most_of_bytes(tmp_path: Path, name: str) -> None:
+    model = make(tmp_path, GOOD)
+    sparse(tmp_path / name, MAX_SIDE_BYTES)
+    assert inspect_model(model).files[name] == MAX_SIDE_BYTES
+    sparse(tmp_path / name, MAX_SIDE_BYTES + 1)
+    with pytest.raises(ModelRefused, match=name) as refusal:
+        inspect_model(model)
+    assert refusal.value.code == "model_file_too_large"
+
+
+class Claims:
+    """Files whose headers claim so many bytes."""
+
+    name = "claims"
+
+    def __init__(self, count: int, length: int) -> None:
+        self.sizes = {f"{number}.safetensors": 2**40 for number in range(count)}
+        self.length = length
+
+    def list(self) -> dict[str, int]:
+        return self.sizes
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        assert length <= FIRST_READ, "a header was read that is too long together with the others"
+        return self.length.to_bytes(8, "little")
+
+
+def test_headers_have_a_most_of_bytes_together() -> None:
+    files = Claims(3, MAX_ALL_HEADERS // 2)
+    with pytest.raises(ModelRefused, match="together") as refusal:
+        read_headers(files, list(files.sizes), files.sizes)
+    assert refusal.value.code == "model_header_invalid"
+
+
+def test_a_model_has_a_most_of_shards_and_files() -> None:
+    many = {f"{number}.safetensors": 8 for number in range(MAX_SHARDS + 1)}
+    with pytest.raises(ModelRefused) as refusal:
+        weight_files("many", many, None)
+    assert refusal.value.code == "model_too_many_files"
+    refuse_crowd("many", MAX_FILES)
+    with pytest.raises(ModelRefused) as refusal:
+        refuse_crowd("many", MAX_FILES + 1)
+    assert refusal.value.code == "model_too_many_files"
+
+
 def test_needed_files_leave_out_what_is_no_part_of_the_model(tmp_path: Path) -> None:
     files = {**GOOD, "consolidated.bin": b"x", "onnx/model.json": b"{}", "chat_template.jinja": b""}
     assert set(needed_files(make(tmp_path, files))) == {
@@ -219,6 +280,14 @@ def test_a_local_text_is_found(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "x"}\n')
     text = open_text((tmp_path / "text.jsonl").as_uri(), model_roots=[tmp_path])
     assert text.files.read(text.path, 0, text.size) == b'{"text": "x"}\n'
+
+
+def test_a_text_has_a_most_of_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    sparse(path, MAX_TEXT_BYTES + 1)
+    with pytest.raises(TextRefused, match="at most") as refusal:
+        open_text(path.as_uri(), model_roots=[tmp_path])
+    assert refusal.value.code == "text_source_invalid"
 
 
 @pytest.mark.parametrize(
