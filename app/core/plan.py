@@ -14,7 +14,7 @@ from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.format_limits import Scheme, format_refusal, packed_bytes, shape_refusal
 from app.core.linear_plan import LinearPlan, fit_groups, plan_linear, refuse_indivisible
 from app.core.safetensors_header import DTYPE_BITS, TensorHeader
-from app.core.specs import FormatName, Frozen, JobSpec, Recipe, matches
+from app.core.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
 
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -90,12 +90,40 @@ def plan_notes(
         if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
             head = architecture.head
             yield f"recipe {index}: {head} keeps its precision although `ignore` does not name it"
+        for note in (*unmatched(candidate, architecture), *idle_options(recipe)):
+            yield f"recipe {index}: {note}"
         fitted = [linear.reason for linear in candidate.linears if linear.fitted]
         if fitted:
             yield f"recipe {index}: {len(fitted)} linears get other groups or none, the first: {fitted[0]}"
         for name in spec.formats:
             for note in loader_notes(name, candidate):
                 yield f"recipe {index}: {note}"
+
+
+def idle_options(recipe: Recipe) -> Iterator[str]:
+    """Options of the search that were set and that this method does not look at."""
+    used = set() if recipe.method == "rtn" else {"clip"}
+    if recipe.searches_scales:
+        used |= {"strategy", "grid_points", "duo_scaling"}
+    if recipe.searches_scales and recipe.search.strategy == "evolutionary":
+        used |= {"budget", "seed"}
+    if recipe.method == "omniquant":
+        used.add("epochs")
+    for name, field in SearchSpec.model_fields.items():
+        if name not in used and getattr(recipe.search, name) != field.default:
+            yield f"`search.{name}` has no effect on {recipe.method} with strategy {recipe.search.strategy}"
+
+
+def unmatched(candidate: CandidatePlan, architecture: Architecture) -> Iterator[str]:
+    """Patterns that mean no linear: most likely not what their author had in mind."""
+    names = [linear.name for linear in candidate.linears]
+    outside = (*candidate.full_precision, architecture.head, "lm_head")
+    patterns = [("ignore", pattern) for pattern in candidate.recipe.ignore]
+    patterns += [("overrides", override.match) for override in candidate.recipe.overrides]
+    for field, pattern in patterns:
+        known = [*names, *outside] if field == "ignore" else names
+        if not any(matches(pattern, name) for name in known):
+            yield f"`{field}` names {pattern!r}, which matches no linear of the model"
 
 
 def loader_notes(name: FormatName, candidate: CandidatePlan) -> Iterator[str]:

@@ -32,7 +32,7 @@ class LinearReport(Frozen):
     clip_high: float | None = None  # and the largest
     clip_floor: float | None = None  # smallest share of a range tried at first, by percentiles of the weights
     damping: float | None = None  # GPTQ: share of the mean diagonal added to H
-    backend: str = "torch"  # what computed the search
+    backend: str | None = None  # what computed the clip search: a kernel of ours, or torch
 
 
 class LearningReport(Frozen):

@@ -75,6 +75,12 @@ def search_backend(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" and cuda.runs_on(device.index or 0) else "torch"
 
 
+def clip_backend(device: torch.device, group_size: int) -> str:
+    """What the clip step runs on for groups of this size: not every one has a kernel."""
+    sizes = {"cpu": cpu.GROUP_SIZES, "cuda": cuda.GROUP_SIZES}.get(device.type, ())
+    return search_backend(device) if group_size in sizes else "torch"
+
+
 def at_once(device: torch.device) -> int:
     return CHUNK if device.type == "cpu" else GPU_CHUNK
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.core.architectures import Architecture
+from app.core.architectures import Architecture, ScaleGroup
 from app.core.format_limits import Scheme
 from app.core.report import LearningReport, LinearReport
 from app.core.specs import Recipe
 from kernels.search import losses
+from kernels.search.operators import clip_backend
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.evolution import evolve_scales
 from workers.quantization.folding import Heads, fold_of, fold_scales
@@ -163,8 +164,7 @@ def observed(
 def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
     """Scales of one group, or None where the recipe, the group or a kept linear of it forbids them."""
     group = task.architecture.groups[index]
-    scaled = group.balance_layers + ((group.smooth_layer,) if group.smooth_kind == "linear" else ())
-    if not task.recipe.searches_scales or any(name not in task.schemes for name in scaled):
+    if not task.recipe.searches_scales or unscaled_for(task, group) is not None:
         return None
     if f"{group.smooth_layer}.weight" not in task.weights:
         return None
@@ -179,13 +179,29 @@ def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
     return choice
 
 
+def unscaled_for(task: LayerTask, group: ScaleGroup) -> str | None:
+    """Why a recipe that searches scales gives none to the group."""
+    if group.unscaled is not None:
+        return group.unscaled
+    scaled = group.balance_layers + ((group.smooth_layer,) if group.smooth_kind == "linear" else ())
+    kept = [name for name in scaled if name not in task.schemes]
+    return f"no scales: {kept[0]} keeps its precision" if kept else None
+
+
 def entry_of(
     task: LayerTask, index: int, choice: ScaleChoice | None, linear: FoldedLinear, rounded: RoundedLinear
 ) -> LinearReport:
     """The report of one linear of group `index`."""
     entry = linear_report(linear.name, choice, rounding_baseline(linear, choice, task.dtype), rounded)
-    reason = task.architecture.groups[index].unscaled or few_tokens(task.statistics[index])
-    return entry.model_copy(update={"reason": reason, "energy": output_energy(linear)})
+    group, reason = task.architecture.groups[index], few_tokens(task.statistics[index])
+    if task.recipe.searches_scales:
+        reason = unscaled_for(task, group) or reason
+    backend = None
+    if task.recipe.searches_clip:
+        width = linear.weight.shape[1] // linear.scheme.groups(linear.weight.shape[1])
+        backend = clip_backend(linear.weight.device, width)
+    known = {"reason": reason, "energy": output_energy(linear), "backend": backend}
+    return entry.model_copy(update=known)
 
 
 def few_tokens(statistics: InputStatistics) -> str | None:

@@ -12,6 +12,7 @@ from app.core.architectures import architecture_of
 from app.core.errors import RecipeUnsupported
 from app.core.format_limits import Scheme
 from app.core.specs import Recipe, SearchSpec
+from kernels.search.operators import clip_backend, search_backend
 from tests.tiny_models import MODEL_TYPES, plant_outliers, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
@@ -166,6 +167,21 @@ def test_a_group_with_a_kept_linear_is_not_scaled(tmp_path: Path) -> None:
     assert set(result.dense) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
     assert torch.equal(folded["mlp.down_proj.weight"], case.weights["mlp.down_proj.weight"])
     assert len(result.report) == 5
+    result, _ = quantize_layer(case.task(small(), kept=("mlp.gate_proj", "mlp.up_proj")))
+    (entry,) = (entry for entry in result.report if entry.linear == "mlp.down_proj")
+    assert (entry.ratio, entry.reason) == (None, "no scales: mlp.up_proj keeps its precision")
+
+
+def test_what_computed_the_clip_search_is_reported(tmp_path: Path) -> None:
+    case, cpu = layer_case(tmp_path), torch.device("cpu")
+    for changes, expected in (
+        ({}, {search_backend(cpu)}),
+        ({"group_size": -1}, {clip_backend(cpu, 64), clip_backend(cpu, 128)}),
+        ({"method": "rtn"}, {None}),
+    ):
+        result, _ = quantize_layer(case.task(small(**changes)))
+        assert {entry.backend for entry in result.report} == expected
+    assert clip_backend(cpu, 256) == clip_backend(torch.device("meta"), 32) == "torch"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
