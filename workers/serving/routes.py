@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Awaitable
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from app.core.errors import InvalidRequest, MalformedRequest, NibbleError, NotFound
 from workers.serving import chat, completions
@@ -33,61 +34,72 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 B = TypeVar("B", bound=Body)
 
 
-def create_app(served: ServedModel) -> FastAPI:
+def create_app(served: ServedModel) -> Starlette:
     """The application around one model; nothing is started."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_exception_handler(NibbleError, on_nibble_error)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(RequestValidationError, on_http_error)
-    created = int(time.time())
+    inference, operations = InferenceRoutes(served), OperationRoutes(served)
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", inference.chat_completions, methods=["POST"]),
+            Route("/v1/completions", inference.text_completions, methods=["POST"]),
+            Route("/v1/models", inference.models),
+            Route("/v1/models/{name:path}", inference.model),
+            Route("/health", operations.health),
+            Route("/version", operations.version),
+            Route("/metrics", operations.metrics),
+        ],
+        exception_handlers={NibbleError: on_nibble_error, HTTPException: on_http_error},
+    )
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(http: Request) -> Response:
+
+class InferenceRoutes:
+    """OpenAI's."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
+        self.created = int(time.time())
+
+    async def chat_completions(self, http: Request) -> Response:
         request = await parse(http, ChatRequest)
-        served.check_name(request.model)
-        prompts = await asyncio.to_thread(served.chat_prompts, request)
-        reply = begin(served, request, prompts, "chatcmpl", "chat.completion")
+        self.served.check_name(request.model)
+        prompts = await asyncio.to_thread(self.served.chat_prompts, request)
+        reply = begin(self.served, request, prompts, "chatcmpl", "chat.completion")
         if request.stream:
             return await streamed(reply, chat.stream(reply, request))
         return await whole(http, reply, chat.respond(reply, request))
 
-    @app.post("/v1/completions")
-    async def text_completions(http: Request) -> Response:
+    async def text_completions(self, http: Request) -> Response:
         request = await parse(http, CompletionRequest)
-        served.check_name(request.model)
-        prompts = await asyncio.to_thread(served.completion_prompts, request)
-        reply = begin(served, request, prompts, "cmpl", completions.OBJECT)
+        self.served.check_name(request.model)
+        prompts = await asyncio.to_thread(self.served.completion_prompts, request)
+        reply = begin(self.served, request, prompts, "cmpl", completions.OBJECT)
         if request.stream:
             return await streamed(reply, completions.stream(reply, request))
         return await whole(http, reply, completions.respond(reply, request))
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_entry(served, created)]}
+    async def models(self, _http: Request) -> Response:
+        return json_response({"object": "list", "data": [model_entry(self.served, self.created)]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        served.check_name(name)
-        return model_entry(served, created)
-
-    add_operations(app, served)
-    return app
+    async def model(self, http: Request) -> Response:
+        self.served.check_name(http.path_params["name"])
+        return json_response(model_entry(self.served, self.created))
 
 
-def add_operations(app: FastAPI, served: ServedModel) -> None:
-    @app.get("/health")
-    async def health() -> Response:
+class OperationRoutes:
+    """What operators and the worker ask."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
+
+    async def health(self, _http: Request) -> Response:
         """Empty; 503 when the engine is dead or the server is about to end."""
-        healthy = served.engine.failure is None and not served.engine.draining
-        return Response(status_code=200 if healthy else 503)
+        engine = self.served.engine
+        return Response(status_code=200 if engine.failure is None and not engine.draining else 503)
 
-    @app.get("/version")
-    async def show_version() -> dict[str, str]:
-        return {"version": version("nibble")}
+    async def version(self, _http: Request) -> Response:
+        return json_response({"version": version("nibble")})
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(self, _http: Request) -> Response:
+        return Response(self.served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def model_entry(served: ServedModel, created: int) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def model_entry(served: ServedModel, created: int) -> dict[str, Any]:
 
 async def parse(http: Request, kind: type[B]) -> B:
     """The body. Raises MalformedRequest or InvalidRequest, naming the field."""
-    content = b""
+    content = bytearray()
     async for part in http.stream():
         content += part
         if len(content) > MAX_BODY_BYTES:
@@ -179,6 +191,6 @@ async def on_nibble_error(_http: Request, error: Exception) -> Response:
 
 async def on_http_error(http: Request, error: Exception) -> Response:
     """What the framework itself refuses: no such route, no such method."""
-    status = error.status_code if isinstance(error, HTTPException) else 400
-    problem = NotFound(f"{http.method} {http.url.path}: {error}", code="not_found")
-    return JSONResponse(error_body(problem), status)
+    assert isinstance(error, HTTPException)
+    problem = NotFound(f"{http.method} {http.url.path}: {error.detail}", code="not_found")
+    return json_response(error_body(problem), error.status_code)

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from workers.serving.served_model import ServedModel
 
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    app: FastAPI, served: ServedModel, bound: socket.socket, drain_s: float, ready: Callable[[int], None]
+    app: Starlette, served: ServedModel, bound: socket.socket, drain_s: float, ready: Callable[[int], None]
 ) -> None:
     """Until a signal came and what ran then has ended, or `drain_s` have passed."""
     config = uvicorn.Config(
