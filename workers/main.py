@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import ValidationError
 from redis import Redis
 
 from app.core.deployment_store import DeploymentStore
-from app.core.device_profile import DeviceProfile
 from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
@@ -33,6 +29,7 @@ from app.core.tally import Tally
 from app.core.tracing import Tracer
 from app.core.worker_registry import WorkerRecord
 from workers.context import WorkerContext
+from workers.kept_profile import kept_profile
 from workers.leftovers import Leftovers
 from workers.queue_worker import QueueWorker
 from workers.tasks import open_context
@@ -41,7 +38,6 @@ log = logging.getLogger(__name__)
 
 DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
-PROFILE_LIMIT_S = 300.0  # seconds, unless the host is busy
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -90,28 +86,6 @@ def describe_device(device: str) -> str:
         return f"{os.cpu_count()} CPU threads"
     names, index = gpu_names(), int(device.partition(":")[2])
     return names[index].strip() if index < len(names) else device
-
-
-def device_profile(settings: Settings, device: str) -> DeviceProfile | None:
-    """How fast the device is: as measured before, or measured now; None if that fails."""
-    path = settings.state_dir / f"profile-{device.replace(':', '')}.json"
-    with contextlib.suppress(OSError, ValidationError):
-        kept = DeviceProfile.model_validate_json(path.read_text("utf-8"))
-        if kept.search:  # else an older version measured it
-            return kept
-    log.info("measuring %s once; kept in %s", device, path)
-    command = [sys.executable, "-m", "workers.device_profile", "--device", device]
-    command += ["--folder", str(settings.scratch_dir)]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROFILE_LIMIT_S, check=True)
-        profile = DeviceProfile.model_validate_json(answer.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, IndexError, ValidationError) as fault:
-        log.warning("%s could not be measured; estimates use nominal rates: %s", device, fault)
-        return None
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(profile.model_dump_json() + "\n", "utf-8")
-    os.replace(aside, path)
-    return profile
 
 
 def describe_worker(device: str, name: str | None) -> WorkerRecord:
@@ -171,7 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings.scratch_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with resolve_redis(settings) as server:
         record = describe_worker(resolve_device(options.device), options.name)
-        record = record.model_copy(update={"profile": device_profile(settings, record.device)})
+        profile = kept_profile(record.device, record.device_name, settings.scratch_dir)
+        record = record.model_copy(update={"profile": profile})
         serve(settings, server.url, record, burst=options.burst)
 
 

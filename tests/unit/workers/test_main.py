@@ -3,12 +3,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from app.core.settings import Settings
-from workers.main import describe_worker, device_profile, parse_arguments, resolve_device
+from workers.main import describe_worker, parse_arguments, resolve_device
 
 
 def test_arguments_have_defaults() -> None:
@@ -40,23 +38,6 @@ def test_a_worker_describes_itself() -> None:
     assert record.pid == os.getpid()
     assert record.name.endswith(f"-cpu-{os.getpid()}")
     assert describe_worker("cpu", "mine").name == "mine"
-
-
-def test_a_device_is_measured_once(tmp_path: Path) -> None:
-    settings = Settings(state_dir=tmp_path)
-    settings.scratch_dir.mkdir()
-    profile = device_profile(settings, "cpu")
-    assert profile is not None
-    assert profile.measured
-    assert profile.device == "cpu"
-    kept = tmp_path / "profile-cpu.json"
-    slower = profile.model_copy(update={"disk": 1.0})
-    kept.write_text(slower.model_dump_json())
-    assert device_profile(settings, "cpu") == slower
-
-
-def test_a_device_that_cannot_be_measured_has_no_profile(tmp_path: Path) -> None:
-    assert device_profile(Settings(state_dir=tmp_path), "cuda:99") is None
 
 
 def test_the_worker_process_loads_no_torch() -> None:
