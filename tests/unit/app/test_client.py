@@ -256,14 +256,13 @@ def test_the_key_differs_between_requests() -> None:
 def test_what_may_not_happen_twice_is_sent_once() -> None:
     script = Script(httpx.ReadError)
     with pytest.raises(ServiceUnreachable):
-        client_of(script).create_key({"scopes": ["jobs:read"]})
+        client_of(script).rotate_webhook_secret()
     assert len(script.seen) == 1
 
 
 def test_what_was_never_sent_is_sent_again() -> None:
-    key = {"id": "k", "tenant": "t", "created_at": "2026-01-01T00:00:00Z", "key": "secret"}
-    script = Script(httpx.ConnectError, httpx.Response(201, json=key))
-    assert client_of(script).create_key({"scopes": ["jobs:read"]}).key == "secret"
+    script = Script(httpx.ConnectError, httpx.Response(200, json={"secret": "whsec_x"}))
+    assert client_of(script).rotate_webhook_secret().secret == "whsec_x"
 
 
 def test_a_delete_whose_answer_was_lost_has_deleted() -> None:
