@@ -5,35 +5,25 @@ from __future__ import annotations
 import http.client
 import socket
 import struct
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from http.server import BaseHTTPRequestHandler
+
+from tests.servers import Proxy
 
 # `lost`: the request is carried out, and its answer never arrives. `changed`: one bit of a checkpoint.
 KINDS = ("500", "503", "412", "reset", "lost", "truncated", "slow", "changed")
 SLOW_S = 1.5
 
 
-class FaultProxy(ThreadingHTTPServer):
+class FaultProxy(Proxy):
     """Each of the next requests meets a fault of `pending`; without one it is passed on."""
 
-    daemon_threads = True
-
     def __init__(self, target: str) -> None:
-        super().__init__(("127.0.0.1", 0), Passage)
-        parts = urlsplit(target)
-        self.target = (str(parts.hostname), int(parts.port or 80))
+        super().__init__(target, Passage)
         self.pending: deque[str] = deque()
         self.met: list[str] = []
         self.changing = 0  # reads of checkpoints that will be changed
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def next_fault(self, method: str, path: str) -> str | None:
         """The fault that this request meets.
@@ -57,9 +47,6 @@ class FaultProxy(ThreadingHTTPServer):
             return None
         self.met.append(fault)
         return fault
-
-    def handle_error(self, request: object, address: object) -> None:
-        """A client that went away is no news here."""
 
 
 class Passage(BaseHTTPRequestHandler):
@@ -128,15 +115,3 @@ class Passage(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
-
-
-@contextmanager
-def fault_proxy(target: str) -> Iterator[FaultProxy]:
-    with FaultProxy(target) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever)
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            proxy.shutdown()
-            thread.join()

@@ -12,7 +12,8 @@ import pytest
 
 from app.core.errors import Unavailable
 from app.core.object_store import ObjectStore
-from tests.faults.proxy import FaultProxy, fault_proxy
+from tests.faults.proxy import FaultProxy
+from tests.servers import running
 
 CONTENT = hashlib.sha256(b"large").digest() * (11 * 2**20 // 32)  # more than two parts of an upload
 BREAKING = ("500", "503", "reset", "lost", "truncated")
@@ -21,7 +22,7 @@ BREAKING = ("500", "503", "reset", "lost", "truncated")
 @pytest.fixture
 def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     httpx.put(f"{s3_endpoint}/large").raise_for_status()
-    with fault_proxy(s3_endpoint) as proxy:
+    with running(FaultProxy(s3_endpoint)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
 

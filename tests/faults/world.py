@@ -22,10 +22,11 @@ from app.core.errors import Unavailable
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, embedded_binary
-from tests.faults.proxy import FaultProxy, fault_proxy
+from tests.faults.proxy import FaultProxy
 from tests.faults.redis_proxy import RedisProxy, redis_proxy
 from tests.integration.api_service import ADMIN_KEY
 from tests.integration.workshop import REPOSITORY
+from tests.servers import running
 
 T = TypeVar("T")
 LEASE_S = 2.0
@@ -201,7 +202,7 @@ class World:
 def running_world(folder: Path, s3: str) -> Iterator[World]:
     with ExitStack() as stack:
         (folder / "redis").mkdir(parents=True)
-        proxy = stack.enter_context(fault_proxy(s3))
+        proxy = stack.enter_context(running(FaultProxy(s3)))
         network = stack.enter_context(redis_proxy(folder / "redis" / "p", folder / "redis" / "s"))
         world = World(folder, s3, proxy, network)
         stack.callback(world.stop)

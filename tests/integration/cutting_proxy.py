@@ -6,37 +6,24 @@ import socket
 import socketserver
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from urllib.parse import urlsplit
+
+from tests.servers import Proxy
 
 
-class CuttingProxy(socketserver.ThreadingTCPServer):
+class CuttingProxy(Proxy):
     """Each of the next connections ends after so many bytes of answers; without a plan it is passed on.
 
     With `only`, the plan is for connections whose first request holds that text.
     """
 
-    daemon_threads = True
-    allow_reuse_address = True
-
     def __init__(self, target: str) -> None:
-        super().__init__(("127.0.0.1", 0), Passage)
-        parts = urlsplit(target)
-        self.target = (str(parts.hostname), int(parts.port or 80))
+        super().__init__(target, Passage)
         self.cuts: deque[int] = deque()
         self.only = ""
         self.replaced: tuple[bytes, bytes] | None = None  # in requests
         self.asked: list[str] = []  # heads of requests
         self.answered = 0  # bytes
         self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, request: object, address: object) -> None:
-        """A client that went away is no news here."""
 
 
 class Passage(socketserver.BaseRequestHandler):
@@ -74,15 +61,3 @@ class Passage(socketserver.BaseRequestHandler):
             upstream.shutdown(socket.SHUT_WR)
         except OSError:
             return
-
-
-@contextmanager
-def cutting_proxy(target: str) -> Iterator[CuttingProxy]:
-    with CuttingProxy(target) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            proxy.shutdown()
-            thread.join()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from tests.servers import running
 
 API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<repository>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)")
 RESOLVE = re.compile(
@@ -139,9 +140,5 @@ class HubRequests(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub_server() -> Iterator[HubServer]:
-    with HubServer() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with running(HubServer()) as server:
         yield server
-        server.shutdown()
-        thread.join()

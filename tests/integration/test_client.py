@@ -33,9 +33,10 @@ from app.core.artifact_store import file_key
 from app.core.job import JobState
 from app.core.settings import Settings
 from app.core.specs import JobSpec
-from tests.faults.proxy import FaultProxy, fault_proxy
+from tests.faults.proxy import FaultProxy
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
-from tests.integration.cutting_proxy import CuttingProxy, cutting_proxy
+from tests.integration.cutting_proxy import CuttingProxy
+from tests.servers import running
 
 QUICK = Retries(attempts=5, first_s=0.01)
 Ask = Callable[..., Any]
@@ -72,13 +73,13 @@ def ask(request: pytest.FixtureRequest) -> Ask:
 
 @pytest.fixture
 def flaky(service: Service) -> Iterator[FaultProxy]:
-    with fault_proxy(service.url) as proxy:
+    with running(FaultProxy(service.url)) as proxy:
         yield proxy
 
 
 @pytest.fixture
 def cutting(service: Service) -> Iterator[CuttingProxy]:
-    with cutting_proxy(service.url) as proxy:
+    with running(CuttingProxy(service.url)) as proxy:
         yield proxy
 
 
@@ -244,7 +245,7 @@ def test_a_download_from_s3_goes_on_where_it_broke(
 ) -> None:
     """The API redirects to storage; the cut connections are those to the storage."""
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket="nibble")
-    with cutting_proxy(s3_endpoint) as proxy:
+    with running(CuttingProxy(s3_endpoint)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         settings = Settings(
             state_dir=tmp_path / "state", redis_url=redis_url, storage_url="s3://nibble/p",

@@ -19,7 +19,8 @@ from app.commands.checks.storage import check_storage
 from app.core.redis_server import connect, embedded_binary, resolve_redis, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import Service
-from tests.integration.cutting_proxy import cutting_proxy
+from tests.integration.cutting_proxy import CuttingProxy
+from tests.servers import running
 
 KEEPING = ("--appendonly", "yes", "--maxmemory", "100mb", "--maxmemory-policy", "noeviction")
 
@@ -112,7 +113,7 @@ def test_storage_without_conditional_writes(s3_endpoint: str, monkeypatch: pytes
     assert check_storage(settings).status == "problem"  # there is no such bucket
     client.create_bucket(Bucket="nibble")
     assert check_storage(settings).status == "ok"
-    with cutting_proxy(s3_endpoint) as proxy:
+    with running(CuttingProxy(s3_endpoint)) as proxy:
         proxy.replaced = (b"if-none-match:", b"x-not-known-s3:")
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         check = check_storage(settings)
@@ -135,7 +136,7 @@ def test_a_port_that_is_ours_and_one_that_is_not(service: Service, redis_url: st
 
     assert at(service.url).status == "ok"
     assert "Nibble service answers" in at(service.url).found
-    with cutting_proxy("http://127.0.0.1:9") as other:
+    with running(CuttingProxy("http://127.0.0.1:9")) as other:
         check = at(other.url)
     assert check.status == "problem"
     assert "NIBBLE_PORT" in check.remedy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ from app.core.settings import Settings
 from app.core.tracing import Tracer, parse_traceparent
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, running_service
 from tests.integration.workshop import Workshop, wait_until
+from tests.servers import running
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -50,12 +50,8 @@ class Reception(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with running(Collector()) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_a_trace_leads_from_the_request_to_the_stages(

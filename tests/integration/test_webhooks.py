@@ -6,7 +6,6 @@ import base64
 import hashlib
 import hmac
 import json
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +26,7 @@ from app.core.webhook_sender import WebhookSender
 from app.core.webhooks import DUE, DeliveryStore, WebhookSecrets, delivery_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.integration.workshop import wait_until
+from tests.servers import running
 
 LOOPBACK = (ip_network("127.0.0.0/8"),)
 
@@ -62,12 +62,8 @@ class Reception(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    with Receiver() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with running(Receiver()) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def verified(secret: str, headers: dict[str, str], body: bytes) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from app.cli import main
+from tests.servers import running
 
 MISSING = {"detail": "no such thing", "code": "not_found", "remedy": "look again"}
 
@@ -54,15 +54,9 @@ def canned_service(answers: dict[str, tuple[int, object]] | None = None) -> Iter
         def log_message(self, *arguments: object) -> None:
             """Keep the test's output clean."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Answering)) as server:
         canned.url = f"http://127.0.0.1:{server.server_port}"
-        try:
-            yield canned
-        finally:
-            server.shutdown()
-            thread.join()
+        yield canned
 
 
 def run(*arguments: str) -> int:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from app.core.outgoing import DestinationRefused, OutgoingGuard, guarded_client, is_public
+from tests.servers import running
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -87,13 +88,9 @@ class Echo(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def echo() -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Echo)) as server:
         server.seen = []  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_the_checked_address_is_the_one_that_is_called(echo: ThreadingHTTPServer) -> None:
