@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from pydantic import ValidationError
+
 from app.core.architectures import Architecture
 from app.core.plan import CandidatePlan, fused_set
 from app.core.specs import Bits, Override, Recipe, SearchSpec
@@ -68,7 +70,10 @@ def next_step(tries: Sequence[Try], architecture: Architecture, refusal: Refusal
         passed.append(f"{rung}: {reason}")
     number = 1 + sum(one.rung.startswith("more bits") for one in tries)
     rung = f"more bits {number}"
-    raised = with_more_bits(tries, best, architecture, FIRST_SHARE * 2 ** (number - 1))
+    try:
+        raised = with_more_bits(tries, best, architecture, FIRST_SHARE * 2 ** (number - 1))
+    except ValidationError as fault:  # more overrides than a recipe may have
+        return Step(rung, base, None, (*passed, f"{rung}: overrides: {fault.errors()[0]['msg']}"))
     if raised is None or any(one.candidate.recipe == raised for one in tries):
         return Step(rung, base, None, (*passed, f"{rung}: every linear that is quantized has the most bits"))
     reason = refusal(raised)
@@ -100,7 +105,7 @@ def finer_search(recipe: Recipe) -> Recipe | None:
 
 
 def gptq_rounding(recipe: Recipe) -> Recipe | None:
-    if recipe.method == "awq" and recipe.rounding == "nearest":
+    if recipe.searches_scales and recipe.rounding == "nearest":
         return altered(recipe, rounding="gptq")
     return altered(recipe, method="gptq") if recipe.method == "rtn" else None
 

@@ -6,7 +6,6 @@ import math
 import shutil
 
 import torch
-from pydantic import ValidationError
 
 from app.core.assignment import CHECKPOINTS
 from app.core.errors import RecipeUnsupported
@@ -61,8 +60,8 @@ class TargetSearch:
         """Why the model or a format can't hold the recipe, or None."""
         try:
             self.planned(recipe)
-        except (RecipeUnsupported, ValidationError) as fault:
-            return fault.message if isinstance(fault, RecipeUnsupported) else str(fault)
+        except RecipeUnsupported as fault:
+            return fault.message
         return None
 
     def planned(self, recipe: Recipe) -> CandidatePlan:

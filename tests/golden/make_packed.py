@@ -2,8 +2,8 @@
 
     python -m tests.golden.make_packed
 
-The file is frozen: artifacts that were published must stay readable. Run this again only when a format
-itself changes, and say so in the change log.
+The file is frozen: artifacts that were published must stay readable. Run this again only for a further case, or
+when a format itself changes, and say so in the change log.
 """
 
 from __future__ import annotations
@@ -48,10 +48,14 @@ def packed() -> dict[str, dict[str, dict[str, object]]]:
     """Format and scheme to tensor to content."""
     four = golden_weight(Scheme(bits=4, group_size=32, symmetric=False))
     three = golden_weight(Scheme(bits=3, group_size=32, symmetric=True))
+    two = golden_weight(Scheme(bits=2, group_size=32, symmetric=False))
+    eight = golden_weight(Scheme(bits=8, group_size=-1, symmetric=False))
     cases = {
         "awq w4 g32": awq.tensors(four, torch.bfloat16),
         "compressed-tensors w4 g32": compressed_tensors.tensors(four, torch.bfloat16),
         "compressed-tensors w3 g32 sym": compressed_tensors.tensors(three, torch.bfloat16),
+        "compressed-tensors w2 g32": compressed_tensors.tensors(two, torch.bfloat16),
+        "compressed-tensors w8 channel": compressed_tensors.tensors(eight, torch.bfloat16),
     }
     for bits in (2, 3, 4, 8):
         weight = golden_weight(Scheme(bits=bits, group_size=32, symmetric=True), 32)

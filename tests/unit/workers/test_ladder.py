@@ -10,7 +10,7 @@ import pytest
 from app.core.errors import RecipeUnsupported
 from app.core.plan import CandidatePlan, Plan, plan_job
 from app.core.safetensors_header import TensorHeader
-from app.core.specs import JobSpec, Recipe
+from app.core.specs import JobSpec, Override, Recipe
 from workers.ladder import AS_ASKED, MAX_PATTERN, Step, Try, next_step, patterns
 
 CONFIG: dict[str, object] = {
@@ -161,6 +161,22 @@ def test_gptq_goes_on_with_smaller_groups(recipe: Recipe) -> None:
     model.add(recipe, 2.0)
     step = model.next()
     assert step.rung == ("groups of 64" if recipe.group_size == 128 else "groups of 128")
+
+
+def test_omniquant_goes_on_with_gptq_rounding() -> None:
+    model = Model()
+    model.add(Recipe(method="omniquant"), 2.0)
+    step = model.next()
+    assert (step.rung, step.recipe) == ("GPTQ rounding", Recipe(method="omniquant", rounding="gptq"))
+
+
+def test_more_overrides_than_a_recipe_may_have_end_the_ladder_with_the_reason() -> None:
+    model = Model()
+    many = tuple(Override(match=f"layer {number}", bits=8) for number in range(64))
+    model.add(Recipe(method="gptq", group_size=32, overrides=many), 2.0)
+    step = model.next()
+    assert step.recipe is None
+    assert "at most 64 items" in step.passed[-1]
 
 
 def test_the_worst_fused_sets_get_bits_first() -> None:

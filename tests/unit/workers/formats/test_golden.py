@@ -18,9 +18,9 @@ CASES = {
     "awq w4 g32": (awq, Scheme(bits=4, group_size=32, symmetric=False)),
     "compressed-tensors w4 g32": (compressed_tensors, Scheme(bits=4, group_size=32, symmetric=False)),
     "compressed-tensors w3 g32 sym": (compressed_tensors, Scheme(bits=3, group_size=32, symmetric=True)),
+    "compressed-tensors w2 g32": (compressed_tensors, Scheme(bits=2, group_size=32, symmetric=False)),
+    "compressed-tensors w8 channel": (compressed_tensors, Scheme(bits=8, group_size=-1, symmetric=False)),
 }
-
-
 CASES |= {
     f"gptq w{bits} g32 sym": (gptq, Scheme(bits=bits, group_size=32, symmetric=True)) for bits in (2, 3, 4, 8)
 }
