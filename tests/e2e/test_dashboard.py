@@ -261,13 +261,21 @@ def body_size(answer: Response) -> int:
     return int(answer.headers.get("content-length", 0))
 
 
-def test_a_service_that_is_away_is_said_so(browser: Browser, tmp_path: Path, example_model: Path) -> None:
-    with running_service(tmp_path, example_model.parent) as service:
-        visit = Visit(browser, service)
-        expect(visit.page.get_by_text("No jobs yet")).to_be_visible()
-    expect(visit.page.get_by_text("The service has not answered since")).to_be_visible(timeout=60_000)
-    expect(visit.page.get_by_text("No jobs yet")).to_be_visible()
-    visit.page.close()
+def test_a_service_that_is_away_is_said_so(visit: Visit) -> None:
+    page = visit.page
+    page.clock.install()
+    workers = visit.open("/workers").get_by_role("table")
+    expect(workers).to_contain_text("Memory in use")
+    page.context.set_offline(True)
+    page.clock.run_for(60_000)
+    away = page.get_by_text("The service has not answered since")
+    expect(away).to_be_visible()
+    expect(workers).to_contain_text("Memory in use")
+    page.context.set_offline(False)
+    page.clock.run_for(120_000)
+    expect(away).to_have_count(0)
+    assert all("ERR_INTERNET_DISCONNECTED" in text for text in visit.complaints)
+    visit.complaints.clear()
 
 
 def test_without_a_session_a_key_opens_one(browser: Browser, service: Service) -> None:

@@ -29,8 +29,15 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, example_model: Path) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service"), example_model.parent) as running:
+        yield running
+
+
 @pytest.fixture
-def service(tmp_path: Path, example_model: Path) -> Iterator[Service]:
+def doomed(tmp_path: Path, example_model: Path) -> Iterator[Service]:
+    """A service that its test ends."""
     with running_service(tmp_path, example_model.parent) as running:
         yield running
 
@@ -76,27 +83,27 @@ def test_bad_input_is_refused_with_a_remedy_and_the_service_stays_ready(
         assert client.ready()
 
 
-def test_sigterm_stops_everything(service: Service) -> None:
-    members = service.members()
-    assert len(members) >= 3
-    service.process.send_signal(signal.SIGTERM)
-    assert service.process.wait(STOP_LIMIT_S) == 0
-    _, alive = psutil.wait_procs(members, timeout=10)
-    assert alive == []
-
-
-def test_nothing_outlives_a_killed_up(service: Service) -> None:
-    members = service.members()
-    assert len(members) >= 3
-    service.process.kill()
-    service.process.wait()
-    _, alive = psutil.wait_procs(members, timeout=20)
-    assert alive == []
-
-
 def test_a_killed_worker_is_replaced(service: Service) -> None:
     worker = next(member for member in service.members() if is_worker(member))
     worker.kill()
     wait_for(lambda: "starting it again" in service.log.read_text(), START_LIMIT_S)
-    wait_for(lambda: any(is_worker(member) for member in service.members()), START_LIMIT_S)
+    wait_for(lambda: any(is_worker(each) and each != worker for each in service.members()), START_LIMIT_S)
     assert service.process.poll() is None
+
+
+def test_sigterm_stops_everything(doomed: Service) -> None:
+    members = doomed.members()
+    assert len(members) >= 3
+    doomed.process.send_signal(signal.SIGTERM)
+    assert doomed.process.wait(STOP_LIMIT_S) == 0
+    _, alive = psutil.wait_procs(members, timeout=10)
+    assert alive == []
+
+
+def test_nothing_outlives_a_killed_up(doomed: Service) -> None:
+    members = doomed.members()
+    assert len(members) >= 3
+    doomed.process.kill()
+    doomed.process.wait()
+    _, alive = psutil.wait_procs(members, timeout=20)
+    assert alive == []
