@@ -2,8 +2,8 @@
 
     python -m tests.golden.make_packed
 
-The file is frozen: artifacts that were published must stay readable. Run this again only for a further case, or
-when a format itself changes, and say so in the change log.
+The file is frozen: artifacts that were published must stay readable. Run this again only for a further case,
+or when a format itself changes, and say so in the change log.
 """
 
 from __future__ import annotations
