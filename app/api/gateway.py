@@ -217,7 +217,7 @@ class Gateway:
 def model_of(body: bytes) -> str:
     try:
         document = json.loads(body)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise MalformedRequest(
             "the body is not valid JSON", code="json_invalid", remedy="send application/json"
         ) from fault

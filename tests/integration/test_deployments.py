@@ -203,6 +203,7 @@ def test_errors_of_inference_routes_have_openais_shape(floor: Floor) -> None:
     post = floor.client.post
     answers = {
         "not json": (post("/v1/chat/completions", content=b"{"), 400, "json_invalid"),
+        "too deep": (post("/v1/chat/completions", content=b"[" * 50_000), 400, "json_invalid"),
         "no model": (post("/v1/completions", json={}), 400, "model_missing"),
         "unknown": (post("/v1/completions", json={"model": "x"}), 404, "model_not_found"),
         "too large": (post("/v1/completions", content=b"x" * 200_000), 413, "body_too_large"),

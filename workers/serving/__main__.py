@@ -140,6 +140,8 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
         )  # fmt: skip
 
     asyncio.run(serve(create_app(served), served, bound, options.drain_s, ready))
+    if engine.failure is not None:
+        raise NibbleError(engine.failure, code="engine_failed", remedy="see the server's log")
 
 
 def main() -> int:

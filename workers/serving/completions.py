@@ -43,9 +43,9 @@ class TextChoice:
             found["tokens"].append(text)
             found["token_logprobs"].append(finite(choice.logprob))
             found["text_offset"].append(offset)
-            found["top_logprobs"].append(
-                {tokenization.token_text(each.token): finite(each.logprob) for each in choice.top}
-            )
+            # As OpenAI and vLLM: the token itself is among them, also beyond the number that was asked for.
+            best = {tokenization.token_text(each.token): finite(each.logprob) for each in choice.top}
+            found["top_logprobs"].append(best | {text: finite(choice.logprob)})
             offset += len(text)
         return found
 

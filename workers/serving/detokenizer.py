@@ -9,6 +9,8 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"
 # Tokens of the prompt that the first text is read with: some tokenizers strip a space at the start.
 CONTEXT_TOKENS = 4
+# Tokens in a row without a whole character at the end: the next would cost as many to decode.
+MAX_FRESH = 64
 
 
 class Decoder(Protocol):
@@ -49,7 +51,10 @@ class Detokenizer:
         whole = len(text) - broken
         added = text[self.given : whole]
         self.given = max(self.given, whole)
-        if not broken and text:
+        if self.fresh >= MAX_FRESH and (broken or not text):
+            added += self.rest()
+            self.window, self.fresh, self.given = [], 0, 0
+        elif not broken and text:
             self.window = self.window[-self.fresh :]
             self.fresh = 0
             self.given = len(self.text())

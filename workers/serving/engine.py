@@ -66,6 +66,7 @@ class Engine:
         self._outbox: list[News] = []
         self._abandoned: str | None = None
         self.publish: Callable[[list[News]], None] = deliver_here
+        self.on_failure: Callable[[], object] = lambda: None  # called by the engine's thread, at its end
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -162,7 +163,7 @@ class Engine:
         self._leave_finished()
 
     def _admit(self) -> None:
-        """Start on prompts while there is room for their rows."""
+        """Start on prompts while there is room for their rows. More rows than there are come in turns."""
         with self._arrived:
             while self._waiting:
                 group = self._waiting[0]
@@ -172,14 +173,17 @@ class Engine:
                     self.batch.cache.window.width,
                     *(len(p.tokens) for p in self._prefills),
                 )
-                taken = rows + len(group)
-                full = taken > self.limits.max_sequences or taken * longest > self.limits.max_cells
-                if full and rows:
+                room = min(self.limits.max_sequences, self.limits.max_cells // longest) - rows
+                if room < len(group) and rows:
                     return
                 self._waiting.popleft()
-                self._prefills.append(Prefill(group))
-                if not group[0].generated:  # else it was here before
-                    self.metrics.admitted(group[0].generation)
+                taken, later = group[: max(room, 1)], group[max(room, 1) :]
+                if later:
+                    self._waiting.appendleft(later)
+                self._prefills.append(Prefill(taken))
+                first = taken[0]
+                if first.index == 0 and not first.generated:  # else the request was here before
+                    self.metrics.admitted(first.generation)
             self.metrics.waiting.set(len(self._waiting))
 
     def _read_prompts(self) -> None:
@@ -305,6 +309,7 @@ class Engine:
             self.failure = message
         self._end_all(message)
         self.metrics.running.set(0)
+        self.on_failure()
 
     def _end_all(self, message: str) -> None:
         with self._arrived:

@@ -6,14 +6,18 @@ can't be honoured are refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import json
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
 
-Tokens = list[int]
+T = TypeVar("T")
+# The first fault is told. A body with a million of them would take gigabytes to describe.
+Several = Annotated[list[T], Field(fail_fast=True)]
+Tokens = Several[int]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -61,12 +65,12 @@ class Body(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[Several[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
     response_format: ResponseFormat | None = None
     stop_token_ids: Tokens | None = None
@@ -78,7 +82,7 @@ class Body(BaseModel):
     user: str | None = None
     # Known, and not honoured: each must be absent or without effect.
     prompt_logprobs: None = None
-    bad_words: Annotated[list[str], Field(max_length=0)] | None = None
+    bad_words: Annotated[Several[str], Field(max_length=0)] | None = None
     structured_outputs: None = None
     guided_json: None = None
     guided_regex: None = None
@@ -140,27 +144,64 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class Call(BaseModel):
+    """A call that the model made earlier; OpenAI writes its arguments as JSON in a string."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    function: CalledFunction
+
+    @model_validator(mode="after")
+    def check_arguments(self) -> Self:
+        self.arguments()
+        return self
+
+    def arguments(self) -> Any:
+        given = self.function.arguments
+        try:
+            return json.loads(given or "{}") if isinstance(given, str) else given or {}
+        except (ValueError, RecursionError) as fault:
+            raise ValueError(f"the arguments are not JSON: {fault}") from fault
+
+    def for_template(self) -> dict[str, Any]:
+        given = self.model_dump(exclude_unset=True)
+        return {**given, "function": {**given["function"], "arguments": self.arguments()}}
+
+
 class Message(BaseModel):
     """A turn; roles and further keys are the chat template's affair."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: str = Field(min_length=1, max_length=64)
-    content: str | list[TextPart] | None = None
+    content: str | Several[TextPart] | None = None
+    tool_calls: Several[Call] | None = None
 
     def for_template(self) -> dict[str, Any]:
+        """As templates expect it, and vLLM gives it: content is text, arguments of calls are objects."""
         given = self.model_dump(exclude_unset=True)
         if isinstance(self.content, list):
             given["content"] = "\n".join(part.text for part in self.content)
+        elif self.content is None:
+            given["content"] = ""
+        if self.tool_calls is not None:
+            given["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return given
 
 
 class ChatRequest(Body):
-    messages: list[Message] = Field(min_length=1)
+    messages: Several[Message] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    tools: list[Tool] | None = None
+    tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -188,7 +229,7 @@ class ChatRequest(Body):
 
 
 class CompletionRequest(Body):
-    prompt: str | Tokens | list[str] | list[Tokens]
+    prompt: str | Tokens | Several[str] | Several[Tokens]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
     add_special_tokens: bool = True

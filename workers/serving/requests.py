@@ -14,6 +14,7 @@ from torch import Tensor
 from workers.serving.detokenizer import Detokenizer, StopStrings
 from workers.serving.grammar import Matcher
 
+GREEDY_BELOW = 1e-5  # as in vLLM: dividing by less overflows
 FinishReason = Literal["stop", "length", "error", "abort"]
 
 
@@ -35,7 +36,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def truncated(self) -> bool:

@@ -27,6 +27,7 @@ from workers.serving.served_model import Prompts, ServedModel, unknown_fields
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 1024**2
+MAX_TOLD = 1000  # faults of a body that are looked at
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 # Proxies on the way shall not collect the stream.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -47,7 +48,7 @@ def create_app(served: ServedModel) -> Starlette:
             Route("/version", operations.version),
             Route("/metrics", operations.metrics),
         ],
-        exception_handlers={NibbleError: on_nibble_error, HTTPException: on_http_error},
+        exception_handlers={NibbleError: on_nibble_error, HTTPException: on_http_error, Exception: on_fault},
     )
 
 
@@ -119,19 +120,24 @@ async def parse(http: Request, kind: type[B]) -> B:
                 f"the body is larger than {MAX_BODY_BYTES} bytes", remedy="send a shorter prompt"
             )
     try:
-        body = kind.model_validate(json.loads(content))
+        body = kind.model_validate_json(content)
     except ValidationError as fault:
-        first = fault.errors()[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
-        raise InvalidRequest(
-            f"{param or 'body'}: {first['msg']}", param=param, code="invalid_value"
-        ) from fault
-    except (ValueError, RecursionError) as fault:
-        raise MalformedRequest(f"the body is not JSON: {fault}", remedy="send a JSON object") from fault
+        raise refused_body(fault) from fault
     unknown = unknown_fields(body)
     if unknown:
         log.info("fields without effect: %s", ", ".join(repr(name[:64]) for name in unknown[:20]))
     return body
+
+
+def refused_body(fault: ValidationError) -> NibbleError:
+    """Names the first field that is wrong."""
+    if fault.error_count() > MAX_TOLD:  # of a mapping: lists end at their first
+        return InvalidRequest(f"{fault.error_count()} values of the body are wrong", code="invalid_value")
+    first = fault.errors()[0]
+    if first["type"] == "json_invalid":
+        return MalformedRequest(f"the body is not JSON: {first['msg']}", remedy="send a JSON object")
+    param = ".".join(str(part) for part in first["loc"]) or None
+    return InvalidRequest(f"{param or 'body'}: {first['msg']}", param=param, code="invalid_value")
 
 
 def begin(served: ServedModel, request: Body, prompts: Prompts, prefix: str, kind: str) -> Reply:
@@ -194,3 +200,8 @@ async def on_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = NotFound(f"{http.method} {http.url.path}: {error.detail}", code="not_found")
     return json_response(error_body(problem), error.status_code)
+
+
+async def on_fault(_http: Request, error: Exception) -> Response:
+    """The last one: the framework logs the fault with its trace."""
+    return await on_nibble_error(_http, NibbleError(f"the server failed: {type(error).__name__}"))

@@ -29,8 +29,7 @@ class Prompts:
     ids: list[tuple[int, ...]]
     max_tokens: int | None
     top_logprobs: int | None
-    schema: dict[str, Any] | None = None
-    schema_param: str = "response_format"
+    matcher: Matcher | None = None
 
 
 class Answer:
@@ -93,9 +92,9 @@ class ServedModel:
         text = self.render(request)
         limit = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
-        schema, param = chat_schema(request)
+        matcher = self.matcher(*chat_schema(request))
         ids = tuple(self.tokenization.encode(text, special_tokens=self.tokenization.template.is_default))
-        return Prompts([self.checked(ids, limit)], limit, top, schema, param)
+        return Prompts([self.checked(ids, limit, "messages")], limit, top, matcher)
 
     def render(self, request: ChatRequest) -> str:
         messages = [message.for_template() for message in request.messages]
@@ -116,21 +115,28 @@ class ServedModel:
         return text
 
     def completion_prompts(self, request: CompletionRequest) -> Prompts:
+        """Encodes; as above."""
+        most = self.engine.limits.max_waiting
+        if len(request.prompts) > most:
+            raise InvalidRequest(
+                f"{len(request.prompts)} prompts are more than the {most} that may wait here",
+                param="prompt", remedy="send them in several requests",
+            )  # fmt: skip
         prompts: list[tuple[int, ...]] = []
         limit = request.max_tokens or COMPLETION_TOKENS
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 prompt = self.tokenization.encode(prompt, special_tokens=request.add_special_tokens)
-            prompts.append(self.checked(tuple(prompt), limit if request.max_tokens else None))
+            prompts.append(self.checked(tuple(prompt), limit if request.max_tokens else None, "prompt"))
         if not prompts:
             raise InvalidRequest("prompt holds no prompt", param="prompt", remedy="give text or tokens")
-        schema = format_schema(request)
-        return Prompts(prompts, limit, request.logprobs, schema)
+        matcher = self.matcher(format_schema(request), "response_format")
+        return Prompts(prompts, limit, request.logprobs, matcher)
 
-    def checked(self, ids: tuple[int, ...], max_tokens: int | None) -> tuple[int, ...]:
+    def checked(self, ids: tuple[int, ...], max_tokens: int | None, param: str) -> tuple[int, ...]:
         """Raises InvalidRequest for a prompt that does not fit."""
         if not ids:
-            raise InvalidRequest("the prompt has no tokens", param="prompt", remedy="give text or tokens")
+            raise InvalidRequest("the prompt has no tokens", param=param, remedy="give text or tokens")
         if not all(0 <= token < self.tokenization.vocabulary for token in ids):
             raise InvalidRequest(
                 f"the prompt holds a token outside of 0..{self.tokenization.vocabulary - 1}",
@@ -141,7 +147,7 @@ class ServedModel:
             raise InvalidRequest(
                 f"this model's maximum context length is {self.max_model_len} tokens; "
                 f"the prompt has {len(ids)}{asked}",
-                code="context_length_exceeded", param="messages",
+                code="context_length_exceeded", param=param,
                 remedy="shorten the prompt or lower max_tokens",
             )  # fmt: skip
         return ids
@@ -150,11 +156,10 @@ class ServedModel:
         """Hand all choices to the engine. Raises QueueFull or Unavailable, and then nothing runs."""
         n = request.n or 1
         sampling = self.sampling(request, prompts)
-        matcher = self.matcher(prompts)
         answer = Answer(self.engine, prompts.ids, n * len(prompts.ids))
         generations = [
             Generation(
-                id=f"{answer.id}-{place}", prompt=ids, sampling=sampling, n=n, matcher=matcher,
+                id=f"{answer.id}-{place}", prompt=ids, sampling=sampling, n=n, matcher=prompts.matcher,
                 stopping=self.stopping(request, prompts, len(ids)),
                 deliver=lambda piece, first=place * n: answer.put(shifted(piece, first)),  # type: ignore[misc]
                 skip_special_tokens=request.skip_special_tokens,
@@ -202,13 +207,14 @@ class ServedModel:
             max_tokens=min(prompts.max_tokens or room, room),
             min_tokens=request.min_tokens,
             strings=request.stop_strings,
-            token_ids=frozenset(request.stop_token_ids or ()),
+            token_ids=self.tokenization.known(request.stop_token_ids or ()),
             ignore_eos=request.ignore_eos,
             include_string=request.include_stop_str_in_output,
         )
 
-    def matcher(self, prompts: Prompts) -> Matcher | None:
-        if prompts.schema is None:
+    def matcher(self, schema: dict[str, Any] | None, param: str) -> Matcher | None:
+        """The first one takes time: the tokenizer is read for it. Raises InvalidRequest, naming `param`."""
+        if schema is None:
             return None
         with self._grammars_lock:
             if self._grammars is None:
@@ -216,7 +222,7 @@ class ServedModel:
                 self._grammars = Grammars(
                     tokenization.to_json(), tokenization.vocabulary, sorted(tokenization.end_tokens)
                 )
-        return self._grammars.json_schema(prompts.schema, prompts.schema_param)
+        return self._grammars.json_schema(schema, param)
 
 
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")

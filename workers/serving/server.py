@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 from starlette.applications import Starlette
@@ -41,7 +42,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(
     app: Starlette, served: ServedModel, bound: socket.socket, drain_s: float, ready: Callable[[int], None]
 ) -> None:
-    """Until a signal came and what ran then has ended, or `drain_s` have passed."""
+    """Until the engine fails, or a signal came and what ran then has ended or `drain_s` have passed."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=LAST_FRAMES_S
     )
@@ -50,6 +51,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
     served.bind(loop)
+    served.engine.on_failure = partial(loop.call_soon_threadsafe, told.set)
     served.engine.start()
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     while not server.started and not serving.done():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,14 @@ class Tokenization:
         self._fast.no_truncation()
         self._fast.no_padding()
         self.generation_config = read_json(folder / "generation_config.json")
-        self.end_tokens = end_tokens(tokenizer, self.generation_config)
+        self.end_tokens = self.known(end_tokens(tokenizer, self.generation_config))
         self.template = ChatTemplate(template_source(tokenizer), special_tokens(tokenizer))
         decoder = json.loads(self._fast.to_str()).get("decoder") or {}
         self._byte_level = "ByteLevel" in json.dumps(decoder)
+
+    def known(self, tokens: Iterable[int]) -> frozenset[int]:
+        """Those that the model can write."""
+        return frozenset(token for token in tokens if 0 <= token < self.vocabulary)
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         """`special_tokens` adds those that the tokenizer puts around a text; a chat template has its own."""

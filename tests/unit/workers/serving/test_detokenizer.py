@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from tests.tiny_models import TOKENIZER
-from workers.serving.detokenizer import REPLACEMENT, Detokenizer, Stopped, StopStrings
+from workers.serving.detokenizer import MAX_FRESH, REPLACEMENT, Detokenizer, Stopped, StopStrings
 from workers.serving.tokenization import byte_characters
 
 BYTE_NAMES = {byte: character for character, byte in byte_characters().items()}
@@ -110,6 +112,24 @@ def test_special_tokens_are_left_out_unless_wanted() -> None:
     assert streamed(BUNDLED, [0, letter, 0], []) == ["", "a", "", ""]
     shown = Detokenizer(BUNDLED, skip_special_tokens=False)
     assert shown.add(0) == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("token", [0x80, 0])
+def test_tokens_without_text_cost_no_more_with_their_number(token: int) -> None:
+    """Broken bytes for ever, or special tokens that nobody wants to see."""
+    tokenizer = BYTE_LEVEL if token else BUNDLED
+    longest = 0
+
+    class Counting:
+        def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    detokenizer = Detokenizer(Counting(), [ord("x")])
+    text = "".join(detokenizer.add(token) for _ in range(1000)) + detokenizer.rest()
+    assert text == tokenizer.decode([token] * 1000)
+    assert longest <= MAX_FRESH + 1
 
 
 @settings(deadline=None)

@@ -17,6 +17,7 @@ from tests.inference import Served, greedy, sampled
 from tests.tiny_models import random_model, save_model
 from workers.serving.requests import Generation
 from workers.serving.routes import create_app
+from workers.serving.server import listen, serve
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
 
@@ -45,7 +46,7 @@ async def ask(served: Served, *bodies: dict[str, Any]) -> list[httpx.Response]:
     served.served.bind(asyncio.get_running_loop())
     transport = httpx.ASGITransport(create_app(served.served))
     async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
-        answers = [await client.post("/v1/completions", json=body) for body in bodies]
+        answers = [await client.post("/v1/completions", content=json.dumps(body)) for body in bodies]
         return [*answers, await client.get("/health")]
 
 
@@ -115,6 +116,84 @@ def generation(request: dict[str, Any], number: int, pieces: list[Any]) -> Gener
 def test_choices_of_one_prompt_differ_by_their_seed(folder: Path) -> None:
     served = Served(folder)
     pieces = served.answers([sampled([5, 6, 7], 8, seed=1) | {"n": 3}])[0]
-    texts = ["".join(piece.text for piece in pieces if piece.index == index) for index in range(3)]
-    assert len(set(texts)) == 3
+    assert len(set(texts_of(pieces, 3))) == 3
     assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["length"] * 3
+
+
+def test_more_choices_than_rows_come_in_turns(folder: Path) -> None:
+    """As they would come together, and the prompt is counted once."""
+    request = sampled([5, 6, 7], 6, seed=1) | {"n": 5}
+    together, narrow = Served(folder), Served(folder, max_sequences=2)
+    most = 0
+    join = narrow.engine.batch.join
+
+    def counted(prefill: Any) -> None:
+        nonlocal most
+        join(prefill)
+        most = max(most, len(narrow.engine.batch.sequences))
+
+    narrow.engine.batch.join = counted  # type: ignore[method-assign]
+    texts = [texts_of(served.answers([request])[0], 5) for served in (together, narrow)]
+    assert texts[0] == texts[1]
+    assert most == 2
+    assert b'vllm:prompt_tokens_total{engine="0",model_name="tiny"} 3.0' in narrow.metrics.text()
+
+
+def texts_of(pieces: list[Any], count: int) -> list[str]:
+    return ["".join(piece.text for piece in pieces if piece.index == index) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"stop_token_ids": [10**9, -1], "min_tokens": 5}, 200),
+        ({"top_k": 10**400}, 400),
+        ({"temperature": 1e-320}, 200),
+        ({"repetition_penalty": 1e-300}, 200),
+        ({"prompt": [[5]] * 100}, 400),
+        ({"prompt": [None] * 200_000}, 400),
+        ({"prompt": "\ud800"}, 400),
+        ({"logit_bias": {str(token): None for token in range(2000)}}, 400),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_no_request_ends_the_engine(folder: Path, change: dict[str, Any], status: int) -> None:
+    answer, after, health = asyncio.run(ask(Served(folder), BODY | change, BODY))
+    assert answer.status_code == status, answer.text
+    assert status == 200 or answer.json()["error"]["type"] == "invalid_request_error"
+    assert (after.status_code, health.status_code) == (200, 200)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failed_engine_ends_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker starts another one; a server that only refuses would stay."""
+    served = Served(folder)
+    monkeypatch.setattr(served.engine, "start", lambda: None)  # it runs
+    fail_after(served, 0, RuntimeError("a broken kernel"))
+
+    async def run() -> int:
+        bound, ready = listen("127.0.0.1", 0), asyncio.Event()
+        ports: list[int] = []
+        app = create_app(served.served)
+        server = asyncio.create_task(
+            serve(app, served.served, bound, 60, lambda port: (ports.append(port), ready.set())[0])
+        )
+        await ready.wait()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports[0]}", timeout=60) as client:
+            answer = await client.post("/v1/completions", json=BODY)
+        await asyncio.wait_for(server, 60)
+        return answer.status_code
+
+    assert asyncio.run(run()) == 503
+    assert served.engine.failure is not None
+
+
+def test_logprobs_of_a_text_have_the_token_itself(folder: Path) -> None:
+    body = BODY | {"logit_bias": {"600": 100}, "logprobs": 1, "max_tokens": 2}
+    answer, _ = asyncio.run(ask(Served(folder), body))
+    logprobs = answer.json()["choices"][0]["logprobs"]
+    for token, logprob, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert len(top) == 2
+        assert top[token] == logprob == min(top.values())
