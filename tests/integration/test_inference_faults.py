@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.inference_process import (
-    REPOSITORY,
-    InferenceProcess,
-    environment,
-    inference_server,
-    start,
-)
+from tests.integration.inference_process import InferenceProcess, inference_server
+from workers.serving.__main__ import main
 
 LONG = {"prompt": "The city", "max_tokens": 240, "temperature": 0, "ignore_eos": True}
 
@@ -62,7 +55,7 @@ def test_a_caller_that_goes_ends_its_work(inference: InferenceProcess, stream: b
         wait_until(lambda: gauge(client, "num_requests_running") == 0, 10)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def narrow(small_artifact: Path) -> Iterator[InferenceProcess]:
     """Two rows and two places to wait."""
     with inference_server(small_artifact, "--max-sequences", "2", "--max-waiting", "2") as server:
@@ -89,13 +82,13 @@ def test_a_flood_is_refused_and_leaves_nothing_behind(narrow: InferenceProcess) 
         assert client.post("/v1/completions", json=LONG).status_code == 200
 
 
-def test_sigterm_drains(small_artifact: Path) -> None:
+def test_sigterm_drains(narrow: InferenceProcess) -> None:
     """What runs ends well, what comes is refused, and then the process ends with 0."""
-    with inference_server(small_artifact) as server, server.client() as client:
+    with narrow.client() as client:
         with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
-            server.process.send_signal(signal.SIGTERM)
+            narrow.process.send_signal(signal.SIGTERM)
             wait_until(lambda: client.get("/health").status_code == 503)
             refused = client.post("/v1/completions", json=LONG)
             rest = list(lines)
@@ -103,45 +96,7 @@ def test_sigterm_drains(small_artifact: Path) -> None:
         assert int(refused.headers["retry-after"]) > 0
         assert rest[-2:] == ["data: [DONE]", ""]
         assert json.loads(rest[-4].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-        assert server.process.wait(20) == 0
-
-
-def test_a_drain_that_takes_too_long_ends_streams_with_an_error(small_artifact: Path) -> None:
-    with inference_server(small_artifact, "--drain-s", "0") as server, server.client() as client:
-        with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            server.process.send_signal(signal.SIGTERM)
-            frames = [line.removeprefix("data: ") for line in lines if line]
-        assert frames[-1] == "[DONE]"
-        assert json.loads(frames[-2])["error"]["message"].startswith("the server is shutting down")
-        assert server.process.wait(20) == 0
-
-
-def test_it_dies_with_its_parent(small_artifact: Path) -> None:
-    """The parent is killed without warning."""
-    program = (
-        "import sys, time; from pathlib import Path; from tests.integration.inference_process import start\n"
-        "server = start(Path(sys.argv[1])); print(server.process.pid, flush=True); time.sleep(60)"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(small_artifact)],
-        cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert psutil.pid_exists(child)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    wait_until(lambda: not alive(child))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        assert narrow.process.wait(20) == 0
 
 
 def damaged(folder: Path, artifact: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -156,13 +111,21 @@ def damaged(folder: Path, artifact: Path, change: Callable[[dict[str, Any]], Non
     return folder
 
 
-def test_an_artifact_that_can_t_be_served_is_reported(small_artifact: Path, tmp_path: Path) -> None:
+def test_an_artifact_that_can_t_be_served_is_reported(
+    small_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def other_method(config: dict[str, Any]) -> None:
         config["quantization_config"]["quant_method"] = "bitsandbytes"
 
-    server = start(damaged(tmp_path / "artifact", small_artifact, other_method))
-    assert server.process.wait(30) == 1
-    assert server.messages[-1]["kind"] == "failed"
-    assert server.messages[-1]["code"] == "artifact_unsupported"
-    assert "bitsandbytes" in server.messages[-1]["message"]
-    assert server.messages[-1]["remedy"]
+    folder = damaged(tmp_path / "artifact", small_artifact, other_method)
+    reading, writing = os.pipe()
+    options = ["--artifact", str(folder), "--name", "x", "--ready-fd", str(writing)]
+    monkeypatch.setattr("sys.argv", ["workers.serving", *options])
+    assert main() == 1
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        message = [json.loads(line) for line in pipe][-1]
+    assert message["kind"] == "failed"
+    assert message["code"] == "artifact_unsupported"
+    assert "bitsandbytes" in message["message"]
+    assert message["remedy"]

@@ -28,12 +28,15 @@ def floor(service: Service, small_artifact: Path) -> Iterator[Floor]:
     files = {path.relative_to(small_artifact).as_posix(): path.read_bytes()
              for path in small_artifact.rglob("*") if path.is_file()}  # fmt: skip
     artifact = service.publish(service.submit()["id"], files)
-    with floor.worker(real=True):
+    with floor.worker(real=True) as worker:
         deployment_id = floor.deploy("tiny", artifact.id)
         # Loading torch takes long where several tests share a core.
         wait_until(lambda: floor.view(deployment_id)["state"] == "ready", 120)
         wait_until(lambda: floor.client.get("/v1/models").json()["data"][0]["max_model_len"])
         yield floor
+        worker.kill()
+        worker.wait()
+        wait_until(lambda: not floor.servers())  # none outlives the worker
 
 
 def client_of(floor: Floor, **options: Any) -> openai.OpenAI:

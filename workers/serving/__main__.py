@@ -150,7 +150,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     pipe = ReadyPipe(options.ready_fd)
     try:
-        run(options, listen(options.host, options.port), pipe)
+        with listen(options.host, options.port) as bound:
+            run(options, bound, pipe)
     except NibbleError as error:
         return failed(pipe, error)
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,28 +167,49 @@ def test_no_request_ends_the_engine(folder: Path, change: dict[str, Any], status
     assert (after.status_code, health.status_code) == (200, 200)
 
 
+@asynccontextmanager
+async def listening(served: Served, drain_s: float) -> AsyncIterator[httpx.AsyncClient]:
+    """The server in this event loop, until it has ended by itself."""
+    bound, ready = listen("127.0.0.1", 0), asyncio.Event()
+    served.engine.start = lambda: None  # type: ignore[method-assign]  # it runs
+    app = create_app(served.served)
+    server = asyncio.create_task(serve(app, served.served, bound, drain_s, lambda _: ready.set()))
+    await ready.wait()
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        yield client
+    await asyncio.wait_for(server, 60)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failed_engine_ends_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_engine_ends_the_server(folder: Path) -> None:
     """The worker starts another one; a server that only refuses would stay."""
     served = Served(folder)
-    monkeypatch.setattr(served.engine, "start", lambda: None)  # it runs
     fail_after(served, 0, RuntimeError("a broken kernel"))
 
     async def run() -> int:
-        bound, ready = listen("127.0.0.1", 0), asyncio.Event()
-        ports: list[int] = []
-        app = create_app(served.served)
-        server = asyncio.create_task(
-            serve(app, served.served, bound, 60, lambda port: (ports.append(port), ready.set())[0])
-        )
-        await ready.wait()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports[0]}", timeout=60) as client:
-            answer = await client.post("/v1/completions", json=BODY)
-        await asyncio.wait_for(server, 60)
-        return answer.status_code
+        async with listening(served, drain_s=60) as client:
+            return (await client.post("/v1/completions", json=BODY)).status_code
 
     assert asyncio.run(run()) == 503
     assert served.engine.failure is not None
+
+
+def test_a_drain_that_takes_too_long_ends_streams_with_an_error(folder: Path) -> None:
+    async def run() -> list[str]:
+        body = BODY | {"max_tokens": 240, "stream": True}
+        async with (
+            listening(Served(folder), drain_s=0) as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            lines = response.aiter_lines()
+            await anext(lines)
+            signal.raise_signal(signal.SIGTERM)
+            return [line.removeprefix("data: ") async for line in lines if line]
+
+    frames = asyncio.run(run())
+    assert frames[-1] == "[DONE]"
+    assert json.loads(frames[-2])["error"]["message"].startswith("the server is shutting down")
 
 
 def test_logprobs_of_a_text_have_the_token_itself(folder: Path) -> None:
