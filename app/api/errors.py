@@ -137,7 +137,11 @@ def answer_headers(error: errors.NibbleError, status: int, more: Mapping[str, st
 def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
     """Pydantic's findings with the path of the field that a caller wrote."""
     problems = [
-        FieldProblem(path=errors.field_path(finding["loc"][1:]), message=finding["msg"], code=finding["type"])
+        FieldProblem(
+            path=errors.field_path(finding["loc"][1:]),
+            message=errors.field_fault(finding["type"], finding["msg"]),
+            code=finding["type"],
+        )
         for finding in found
     ]
     telling = [problem for problem in problems if problem.code not in SHAPE_ERRORS]

@@ -20,7 +20,7 @@ from app.commands.checks.devices import gpu_names
 from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout
-from app.core.errors import InvalidRequest, JobFault, field_path
+from app.core.errors import InvalidRequest, JobFault, field_fault, field_path
 from app.core.job import Progress
 from app.core.specs import JobSpec, TextSpec
 
@@ -132,7 +132,8 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
     except ValidationError as fault:
         first = fault.errors()[0]
         place = field_path(first["loc"])
-        raise InvalidRequest(f"{place}: {first['msg']}", remedy="correct this field", param=place) from fault
+        told = f"{place}: {field_fault(first['type'], first['msg'])}"
+        raise InvalidRequest(told, remedy="correct this field", param=place) from fault
 
 
 def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:

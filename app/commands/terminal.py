@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from app.core.errors import InvalidRequest, NibbleError
+from app.core.errors import InvalidRequest, NibbleError, field_fault
 
 if TYPE_CHECKING:
     from app.client import NibbleClient
@@ -113,7 +113,7 @@ def read_settings() -> Settings:
         first = fault.errors()[0]
         name = "NIBBLE_" + "_".join(str(part) for part in first["loc"]).upper()
         raise InvalidRequest(
-            f"{name}={first['input']!r}: {first['msg']}",
+            f"{name}={first['input']!r}: {field_fault(first['type'], first['msg'])}",
             code="setting_invalid",
             remedy="correct the environment variable; .env.example describes each of them",
         ) from fault

@@ -9,18 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import Field
-
+from app.core.forms import Form
 from app.core.ids import ARTIFACT_ID_PATTERN
 from app.core.job import Problem
 from app.core.specs import DeploymentOptions, Frozen, Kept
+
+ArtifactId = Annotated[
+    str,
+    Form(
+        ARTIFACT_ID_PATTERN,
+        "an artifact's id (art_ and 26 letters and digits); `nibble artifacts`, GET /v1/artifacts list yours",
+    ),
+]
 
 
 class DeploymentSpec(DeploymentOptions):
     """The body of `POST /v1/deployments`."""
 
-    artifact: str = Field(pattern=ARTIFACT_ID_PATTERN)
+    artifact: ArtifactId
 
 
 class Goal(StrEnum):

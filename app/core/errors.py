@@ -35,13 +35,20 @@ import re
 from collections.abc import Sequence
 
 # How pydantic names the branches of our unions (`recipe`, `duo_scaling`) in an error's path.
-BRANCH = re.compile(r"Recipe$|bool$|(tuple|literal|function-\w+)\[")
+BRANCH = re.compile(r"Recipe$|bool$|\[key\]$|(tuple|literal|function-\w+)\[")
+
+FIELD_FAULTS = {"extra_forbidden": "there is no such field", "missing": "this field is required"}
 
 
 def field_path(location: Sequence[str | int]) -> str:
     """`recipe.bits` of `("recipe", "Recipe", "bits")`, which is where pydantic found a fault."""
     parts = [str(part) for part in location if isinstance(part, int) or not BRANCH.match(part)]
     return ".".join(parts)
+
+
+def field_fault(kind: str, message: str) -> str:
+    """What is wrong with a field, from pydantic's kind of fault and its message."""
+    return FIELD_FAULTS.get(kind, message.removeprefix("Value error, "))
 
 
 class NibbleError(Exception):

@@ -49,7 +49,7 @@ def misfit(linear: LinearPlan) -> str:
     return f"in_features={linear.in_features} is not a multiple of group_size={linear.scheme.group_size}"
 
 
-def refuse_indivisible(index: int, linears: tuple[LinearPlan, ...]) -> None:
+def refuse_indivisible(field: str, linears: tuple[LinearPlan, ...]) -> None:
     """Every group must be whole: loaders index scales by in_features // group_size."""
     for linear in linears:
         if linear.scheme is not None and not divides(linear.scheme.group_size, linear):
@@ -62,7 +62,7 @@ def refuse_indivisible(index: int, linears: tuple[LinearPlan, ...]) -> None:
             raise RecipeUnsupported(
                 f"{linear.name}: {misfit(linear)}", code="group_size_indivisible",
                 remedy=f"{remedy}, or set `indivisible` to nearest or skip",
-                param=f"recipe.{index}.group_size",
+                param=f"{field}.group_size",
             )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def linear_shapes(
         for linear in architecture.at(layer).linears:
             name = architecture.layer_prefix(layer) + linear
             tensor = tensors.get(name + ".weight")
-            if tensor is None or len(tensor.shape) != 2 or tensor.dtype not in WEIGHT_DTYPES:
+            if tensor is None or not is_matrix(tensor):
                 found = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
                 raise ModelRefused(
                     f"{name}.weight is {found}; expected a matrix of {', '.join(sorted(WEIGHT_DTYPES))}",
@@ -191,6 +191,11 @@ def linear_shapes(
                 )
             shapes[name] = (tensor.shape[0], tensor.shape[1])
     return shapes
+
+
+def is_matrix(tensor: TensorHeader) -> bool:
+    """True for weights of at least one row and column, in a dtype that is quantized."""
+    return len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in WEIGHT_DTYPES
 
 
 def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHeader]) -> str:
@@ -220,14 +225,14 @@ def plan_candidate(
     tensors: dict[str, TensorHeader],
 ) -> CandidatePlan:
     recipe = spec.recipes[index]
-    linears = plan_linears(index, recipe, architecture, shapes)
+    linears = plan_linears(spec.recipe_field(index), recipe, architecture, shapes)
     schemes = {linear.scheme for linear in linears if linear.scheme is not None}
     for name in spec.formats:
         refuse_format(index, name, recipe, linears, schemes)
     if not schemes:
         raise RecipeUnsupported(
             "the recipe ignores every linear of the model", code="nothing_to_quantize",
-            remedy="shorten `ignore`", param=f"recipe.{index}.ignore",
+            remedy="shorten `ignore`", param=f"{spec.recipe_field(index)}.ignore",
         )  # fmt: skip
     kept = sum(t.size for name, t in tensors.items() if name.removesuffix(".weight") not in shapes)
     kept += sum(
@@ -253,13 +258,16 @@ def plan_candidate(
 
 
 def plan_linears(
-    index: int, recipe: Recipe, architecture: Architecture, shapes: dict[str, tuple[int, int]]
+    field: str, recipe: Recipe, architecture: Architecture, shapes: dict[str, tuple[int, int]]
 ) -> tuple[LinearPlan, ...]:
-    """Every linear under the recipe, in sets that servers can fuse and with whole groups."""
+    """Every linear under the recipe, in sets that servers can fuse and with whole groups.
+
+    `field` is where the caller wrote the recipe.
+    """
     linears = tuple(plan_linear(recipe, name, shape) for name, shape in shapes.items())
-    refuse_split_sets(index, architecture, linears)
+    refuse_split_sets(field, architecture, linears)
     if recipe.indivisible == "refuse":
-        refuse_indivisible(index, linears)
+        refuse_indivisible(field, linears)
         return linears
     return fit_groups(recipe, linears, list(fused_sets(architecture, linears)))
 
@@ -303,7 +311,7 @@ def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
     )
 
 
-def refuse_split_sets(index: int, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:
+def refuse_split_sets(field: str, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:
     """q/k/v and gate/up become one matrix in vLLM and must share one scheme."""
     schemes = {linear.name: linear.scheme for linear in linears}
     for first, *others in fused_sets(architecture, linears):
@@ -313,7 +321,7 @@ def refuse_split_sets(index: int, architecture: Architecture, linears: tuple[Lin
                     f"{first} and {other} would get different schemes, but servers fuse them",
                     code="fused_set_split",
                     remedy=f"let `overrides` and `ignore` match all of {set_names((first, *others))}",
-                    param=f"recipe.{index}.overrides",
+                    param=f"{field}.overrides",
                 )
 
 

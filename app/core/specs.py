@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from app.core.forms import Form
 from app.core.patterns import check_pattern
 
 FormatName = Literal["awq", "compressed-tensors", "gptq"]
@@ -20,7 +21,13 @@ Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, -1]
 Engine = Literal["auto", "transformers", "vllm"]
 
-LabelKey = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._/-]{0,62}$")]
+LabelKey = Annotated[
+    str,
+    Form(
+        r"^[a-z0-9][a-z0-9._/-]{0,62}$",
+        "a label's key: at most 63 lower-case letters, digits and . _ / -, the first a letter or a digit",
+    ),
+]
 LabelValue = Annotated[str, StringConstraints(max_length=128)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
 
@@ -201,10 +208,21 @@ WebhookEvent = Literal["job.started", "job.succeeded", "job.failed", "job.cancel
 class WebhookSpec(Frozen):
     """Where the service tells of a job's changes."""
 
-    url: str = Field(min_length=1, max_length=2048, pattern=r"^https?://")
+    url: Annotated[str, Form(r"^https?://.+$", "a URL that begins with https:// or http://")] = Field(
+        max_length=2048
+    )
     events: tuple[WebhookEvent, ...] = Field(
         default=("job.succeeded", "job.failed", "job.cancelled"), min_length=1, max_length=4
     )
+
+
+DeploymentName = Annotated[
+    str,
+    Form(
+        r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$",
+        "a deployment's name: at most 96 letters, digits and . _ : -, the first a letter or a digit",
+    ),
+]
 
 
 class VllmOptions(Frozen):
@@ -226,7 +244,7 @@ class VllmOptions(Frozen):
 class DeploymentOptions(Frozen):
     """How an artifact is served: under which name, by which engine, by how many servers."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$")  # `model` of OpenAI requests
+    name: DeploymentName  # `model` of OpenAI requests
     engine: Engine = "auto"
     idle_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # None: never unloaded
     replicas: int = Field(default=1, ge=1, le=16)
@@ -266,3 +284,7 @@ class JobSpec(Frozen):
     @property
     def recipes(self) -> tuple[Recipe, ...]:
         return self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
+
+    def recipe_field(self, index: int) -> str:
+        """Where in the body a recipe was written: `recipe`, or its place in the list."""
+        return f"recipe.{index}" if isinstance(self.recipe, tuple) else "recipe"

@@ -52,7 +52,7 @@ def test_a_fields_path_has_no_names_of_branches() -> None:
         ({"model": "a", "recipe": 5}, {"recipe"}),
         ({"model": "a", "zip": 1}, {"zip"}),
         ({}, {"model"}),
-        ({"model": "a", "labels": {"A B": "x"}}, {"labels.A B.[key]"}),
+        ({"model": "a", "labels": {"A B": "x"}}, {"labels.A B"}),
     ],
 )
 def test_paths_of_refused_bodies(body: dict[str, object], paths: set[str]) -> None:
@@ -60,3 +60,21 @@ def test_paths_of_refused_bodies(body: dict[str, object], paths: set[str]) -> No
         JobSpec.model_validate(body)
     found = [{**finding, "loc": ("body", *finding["loc"])} for finding in refusal.value.errors()]
     assert {field.path for field in field_problems(found)} == paths
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"model": "a", "zip": 1}, "there is no such field"),
+        ({}, "this field is required"),
+        ({"model": "a", "labels": {"A B": "x"}}, "'A B' is not a label's key: at most 63 lower-case letters"),
+        ({"model": "a", "webhook": {"url": "ftp://a"}}, "'ftp://a' is not a URL that begins with https://"),
+        ({"model": "a", "deploy": {"name": "my model"}}, "'my model' is not a deployment's name: at most 96"),
+        ({"model": "a", "formats": ["awq", "awq"]}, "each format may be named once"),
+    ],
+)
+def test_refused_fields_are_told_in_words(body: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        JobSpec.model_validate(body)
+    (field,) = field_problems([{**finding, "loc": ("body",)} for finding in refusal.value.errors()])
+    assert field.message.startswith(said)

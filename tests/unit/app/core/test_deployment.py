@@ -67,3 +67,8 @@ def test_names_are_fit_for_requests_and_paths() -> None:
         with pytest.raises(ValidationError):
             DeploymentSpec(artifact=new_id("art"), name=name)
     assert DeploymentSpec(artifact=new_id("art"), name="Llama-3.1:8b_w4").name
+
+
+def test_what_is_no_artifacts_id_is_told_with_where_to_find_one() -> None:
+    with pytest.raises(ValidationError, match=r"'art_x' is not an artifact's id .* `nibble artifacts`"):
+        DeploymentSpec.model_validate({"artifact": "art_x", "name": "tiny"})
