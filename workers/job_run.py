@@ -1,6 +1,7 @@
 """A job from model folder to checked output folders: the steps on one page.
 
-    read text -> calibrate, and solve each layer for every recipe -> pack -> verify -> evaluate
+    read text -> check the model -> calibrate, and solve each layer for every recipe -> pack -> verify
+    -> evaluate
     -> with a target: further recipes from the same statistics, until one meets it -> report
 
 A finished layer is a checkpoint; a run that finds checkpoints of the same work goes on after them.
@@ -45,6 +46,8 @@ class JobRun:
             pipeline.account.note("plan", message)
         calibration, evaluation = pipeline.read_texts()
         checkpoints = pipeline.open_checkpoints(calibration)
+        if not checkpoints.is_done(0, len(pipeline.plan.candidates)):
+            pipeline.check_model()  # a resumed run has done so before
         statistics = None if self.spec.target is None else pipeline.open_statistics(calibration)
         pipeline.account.begin(open_ended=self.spec.target is not None)
         resumed_at = pipeline.calibrate(calibration, checkpoints, statistics)

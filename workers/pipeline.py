@@ -23,6 +23,7 @@ from workers.layer_writer import LayerWriter
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.modeling.prefetch import WeightPrefetch, layer_reads
+from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits
 from workers.outputs import Outputs
 from workers.quality_report import Outcome
 from workers.quantization.calibration import CalibrationPass
@@ -73,7 +74,14 @@ class Pipeline:
                 self.spec.evaluation, self.spec.calibration.sequence_length, tokenizer,
                 self.assignment.evaluation_file,
             )  # fmt: skip
+            refuse_foreign_tokens(torch.cat([calibration.tokens, evaluation.tokens]), self.plan.vocab_size)
         return calibration, evaluation
+
+    def check_model(self) -> None:
+        """Refuse what would else be found layers later. Raises ModelRefused."""
+        with self.account.stage(Stage.FETCHING):
+            refuse_misfits(self.decoder())
+            refuse_broken_weights(self.checkpoint, self.plan.architecture.buffers)
 
     def identity(self, calibration: Windows, **more: object) -> str:
         return identity_digest(

@@ -5,6 +5,7 @@ One function for `POST /v1/jobs` and `POST /v1/estimates`, so that what is estim
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import httpx
@@ -19,6 +20,7 @@ from app.core.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, Tex
 from app.core.text_source import is_remote, open_text
 
 BUILTIN_TEXTS = ("builtin:wikitext2",)
+ADDED_TOKENS = 4  # at most, to a text, for its beginning and end
 
 TextSpecT = TypeVar("TextSpecT", CalibrationSpec, EvaluationSpec)
 
@@ -98,17 +100,18 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[Tex
 
 
 def require_length(spec: TextSpec, sequence_length: int, *, param: str) -> None:
-    """Refuse inline texts that can't fill one window: a token covers at least a byte.
+    """Refuse inline texts that can't fill the windows: a token covers at least a byte.
 
-    Two special tokens per text are allowed for. What passes here can still be too short once tokenized.
+    What passes here can still be too short once tokenized. How much a chat template adds is not known here.
     """
     if spec.texts is None:
         return
     size = sum(len(text.strip().encode()) for text in spec.texts)
-    if size == 0 or size + 2 * len(spec.texts) < sequence_length:
+    most_tokens = math.inf if spec.chat_template else size + ADDED_TOKENS * len(spec.texts)
+    if size == 0 or most_tokens < spec.num_samples * sequence_length:
         raise TextRefused(
-            f"the texts hold {size} bytes: too few for one window of {sequence_length} tokens",
+            f"{size} bytes of text are too few for {spec.num_samples} windows of {sequence_length} tokens",
             code="text_too_short",
-            remedy="send more text, or lower calibration.sequence_length",
+            remedy="send more text, or lower num_samples or calibration.sequence_length",
             param=param,
         )

@@ -49,6 +49,8 @@ def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence
         raise refuse_text(reference, fault.message) from fault
     if size is None:
         raise refuse_text(reference, "the file does not exist")
+    if size == 0:
+        raise refuse_text(reference, "the file is empty")
     if size > MAX_TEXT_BYTES:
         raise refuse_text(reference, f"{size} bytes; at most {MAX_TEXT_BYTES} are allowed")
     return TextFile(files, path, size)

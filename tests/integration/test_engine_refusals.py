@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.core.assignment import OUTPUT, Noted
-from app.core.errors import NibbleError, TargetMissed
+from app.core.assignment import OUTPUT, Noted, ProgressMessage, StageStarted
+from app.core.errors import ModelRefused, NibbleError, TargetMissed
+from app.core.job import Stage
 from app.core.report import Report
 from app.core.specs import CalibrationSpec, EvaluationSpec, Recipe, TargetSpec
 from kernels import fallbacks
@@ -45,6 +46,12 @@ def truncate(model: Path) -> None:
     (model / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
+def shrink_vocabulary(model: Path) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    edit_weights(lambda tensors: tensors.update({n: tensors[n][:100].clone() for n in names}))(model)
+    edit_config(vocab_size=100)(model)
+
+
 def overwrite(name: str, content: str) -> Callable[[Path], None]:
     return lambda model: (model / name).write_text(content) and None
 
@@ -69,6 +76,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
         set_weight("model.layers.0.self_attn.q_proj.weight", 1e8), "weights_overflow",
     ),
     "a missing linear": (edit_weights(lambda tensors: tensors.pop(UP)), "weights_missing"),
+    "a missing norm": (edit_weights(lambda tensors: tensors.pop("model.norm.weight")), "weights_missing"),
+    "a config of another width": (edit_config(hidden_size=128, head_dim=16), "weights_mismatch"),
+    "a config that makes no model": (edit_config(hidden_act="nope"), "config_invalid"),
+    "a config with the wrong type": (edit_config(num_attention_heads="4"), "config_invalid"),
     "a truncated file": (truncate, "model_header_invalid"),
     "an unknown architecture": (
         edit_config(model_type="bloom", architectures=["BloomForCausalLM"]), "architecture_unsupported",
@@ -76,6 +87,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a quantized model": (edit_config(quantization_config={"quant_method": "gptq"}), "already_quantized"),
     "no layers": (edit_config(num_hidden_layers=0), "config_invalid"),
     "a broken tokenizer": (overwrite("tokenizer.json", "{}"), "tokenizer_invalid"),
+    "a tokenizer of another model": (shrink_vocabulary, "tokenizer_mismatch"),
 }  # fmt: skip
 TEXT = (some_text("valid")[:500],)
 BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
@@ -94,12 +106,6 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing to quantize": (
         asked(recipe=Recipe(group_size=32, ignore=("re:.*",))), "nothing_to_quantize",
     ),
-    "a target that is missed": (
-        asked(
-            recipe=Recipe(group_size=32, bits=2, method="rtn"), target=TargetSpec(max_perplexity_ratio=0.01)
-        ),
-        "target_missed",
-    ),
 }  # fmt: skip
 
 
@@ -117,6 +123,16 @@ def test_bad_models(tmp_path: Path, damage: Callable[[Path], None], code: str) -
     assert refusal.value.message
     assert refusal.value.remedy
     assert not (tmp_path / "work" / OUTPUT / "report.json").exists()
+
+
+def test_broken_weights_are_found_before_the_work(tmp_path: Path) -> None:
+    """Of the last layer of a large model, too: it is reached hours later."""
+    model = tiny_model(tmp_path / "model")
+    set_weight(UP, float("nan"))(model)
+    said: list[ProgressMessage] = []
+    with pytest.raises(ModelRefused, match="NaN or infinite"):
+        JobRun(assignment(tiny_spec(), model, tmp_path / "work"), said.append).run()
+    assert {message.stage for message in said if isinstance(message, StageStarted)} == {Stage.FETCHING}
 
 
 @pytest.mark.parametrize(("changes", "code"), BAD_SPECS.values(), ids=list(BAD_SPECS))

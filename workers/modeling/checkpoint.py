@@ -17,6 +17,7 @@ from app.core.safetensors_header import TensorHeader, header_length, parse_heade
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 COPY_BYTES = 16 * 1024**2
@@ -45,11 +46,14 @@ class Checkpoint:
         if values.numel():
             read_into(self.folder / header.file, header.start, values)
         if values.is_floating_point() and not all_finite(values):
-            raise ModelRefused(
-                f"{name} holds NaN or infinite weights",
-                code="weights_not_finite", remedy="export the model again from a healthy checkpoint",
-            )  # fmt: skip
+            raise self.broken(name)
         return values
+
+    def broken(self, name: str) -> ModelRefused:
+        return ModelRefused(
+            f"{name} holds NaN or infinite weights",
+            code="weights_not_finite", remedy="export the model again from a healthy checkpoint",
+        )  # fmt: skip
 
     def layer_tensors(
         self, prefix: str, without: tuple[str, ...] = (), *, pinned: bool = False

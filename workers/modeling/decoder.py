@@ -12,16 +12,29 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from app.core.architectures import Architecture
+from app.core.errors import ModelRefused
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import split_experts
 
 LayerArguments = dict[str, Any]
+# What transformers raises for values of a config.json that it can't use.
+CONFIG_FAULTS = (
+    StrictDataclassError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Recorder(nn.Module):
@@ -79,11 +92,7 @@ class Decoder:
     ) -> None:
         self.checkpoint, self.architecture = checkpoint, architecture
         self.device, self.dtype = device, dtype
-        config = text_config(checkpoint.config)
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=architecture.attention
-            ).eval()
+        self.model = empty_model(checkpoint.config, architecture.attention, dtype)
         self.model.requires_grad_(requires_grad=False)
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         if architecture.experts is not None:
@@ -140,11 +149,14 @@ class Decoder:
             module.load_state_dict(meta, strict=False, assign=True)
 
     def stored(self, name: str) -> Tensor:
-        """A tensor of the checkpoint by transformers' name; a tied head reads the embedding."""
+        """A tensor of the checkpoint by transformers' name."""
+        return self.checkpoint.tensor(self.found(name))
+
+    def found(self, name: str) -> str:
+        """The checkpoint's name of a tensor outside the layers; a tied head reads the embedding."""
         tied = (self.architecture.head + ".weight", self.architecture.embedding + ".weight")
         candidates = (name, self.architecture.stored_name(name), *(tied[1:] if name == tied[0] else ()))
-        found = next((each for each in candidates if each in self.checkpoint.tensors), name)
-        return self.checkpoint.tensor(found)
+        return next((each for each in candidates if each in self.checkpoint.tensors), name)
 
     def layer_weights(self, index: int, *, pinned: bool = False) -> dict[str, Tensor]:
         """The checkpoint's tensors of a layer by name within the layer."""
@@ -184,6 +196,21 @@ class Decoder:
         """A submodule that a model may do without."""
         parent, _, name = path.rpartition(".")
         return getattr(self.model.get_submodule(parent), name, None)
+
+
+def empty_model(raw: dict[str, Any], attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config.json, without weights. Raises ModelRefused if its values make none."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                text_config(raw), dtype=dtype, attn_implementation=attention
+            )
+    except CONFIG_FAULTS as fault:
+        raise ModelRefused(
+            f"config.json gives no model: {type(fault).__name__}: {fault}",
+            code="config_invalid", remedy="restore the model's original config.json",
+        ) from fault  # fmt: skip
+    return model.eval()
 
 
 def text_config(raw: dict[str, Any]) -> PretrainedConfig:

@@ -70,9 +70,9 @@ def file_documents(file: Path) -> Iterator[Document]:
 def parse_line(name: str, number: int, line: str) -> Document:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         entry = None
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+    if isinstance(entry, dict) and is_text(entry.get("text")):
         return Document(text=entry["text"])
     if isinstance(entry, dict) and is_conversation(entry.get("messages")):
         return Document(messages=entry["messages"])
@@ -82,14 +82,20 @@ def parse_line(name: str, number: int, line: str) -> Document:
     )  # fmt: skip
 
 
+def is_text(value: object) -> bool:
+    """True for a string that can be written as UTF-8: JSON's escapes can name half of a character."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def is_conversation(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
         and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
+            isinstance(turn, dict) and is_text(turn.get("role")) and is_text(turn.get("content"))
             for turn in value
         )
     )

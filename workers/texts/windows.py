@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import TextRefused
 from app.core.specs import CalibrationSpec, EvaluationSpec, TextSpec
 from workers.texts.documents import Document, read_documents
+
+# What a template can raise by what it says: it is a program.
+TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as fault:
+    except Exception as fault:  # the tokenizers library raises nothing more precise
         raise TextRefused(
             f"the model's tokenizer cannot be loaded: {fault}", code="tokenizer_invalid",
             remedy="add tokenizer.json and tokenizer_config.json to the model",
@@ -97,5 +101,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, *, chat_te
             remedy="set chat_template to false and give plain text",
         )  # fmt: skip
     turns = messages if messages is not None else [{"role": "user", "content": document.text or ""}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TEMPLATE_FAULTS as fault:
+        raise TextRefused(
+            f"the model's chat template refuses a conversation: {fault}", code="chat_template_failed",
+            remedy="give conversations that follow the template, or plain text",
+        ) from fault  # fmt: skip
     return list(tokenizer(str(rendered), add_special_tokens=False, verbose=False)["input_ids"])

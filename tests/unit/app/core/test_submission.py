@@ -61,12 +61,26 @@ def test_an_unknown_bundled_dataset_is_refused(settings: Settings, example_model
     assert (refusal.code, refusal.param) == ("dataset_unknown", "calibration.dataset")
 
 
-@pytest.mark.parametrize("texts", [("  \n ",), ("too short",)])
+@pytest.mark.parametrize("texts", [("  \n ",), ("too short",), ("x" * 65_000,)])
 def test_texts_that_fill_no_window_are_refused(
     settings: Settings, example_model: Path, texts: tuple[str, ...]
 ) -> None:
     refusal = refused_texts(CalibrationSpec(texts=texts), settings, example_model)
     assert (refusal.code, refusal.param) == ("text_too_short", "calibration.texts")
+
+
+def test_what_a_chat_template_adds_is_not_known_at_submission(
+    settings: Settings, example_model: Path
+) -> None:
+    calibration = CalibrationSpec(texts=("hello",) * 100, chat_template=True)
+    spec = JobSpec(model=example_model.as_uri(), calibration=calibration)
+    assert check_submission(spec, settings).spec.calibration == calibration
+
+
+def test_an_empty_text_file_is_refused(settings: Settings, example_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    empty = CalibrationSpec(dataset=(tmp_path / "empty.jsonl").as_uri())
+    assert "the file is empty" in refused_texts(empty, settings, example_model).message
 
 
 def test_a_missing_text_file_is_refused(settings: Settings, example_model: Path, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_lines_of_text_and_of_messages(tmp_path: Path, tokenizer: PreTrainedToke
     [
         "{not json", "[]", '"text"', {"txt": "x"}, {"text": 5}, {"messages": []},
         {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "user", "content": ["parts"]}]},
+        {"messages": [{"role": "user", "content": ["parts"]}]}, {"text": "half \ud800"}, "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_malformed_line_is_refused_with_its_number(
@@ -186,6 +186,16 @@ def test_a_missing_chat_template_is_refused(tmp_path: Path) -> None:
         assert refusal.value.code == "chat_template_missing"
 
 
+def test_a_conversation_that_the_template_refuses(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    file = lines(tmp_path, {"messages": [{"role": "user", "content": WORDS}]})
+    with pytest.raises(TextRefused, match="roles must alternate") as refusal:
+        calibration_windows(calibration(), tokenizer, file)
+    assert refusal.value.code == "chat_template_failed"
+
+
 def test_an_unknown_bundled_text_is_refused_with_the_list(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(TextRefused, match="builtin:pile") as refusal:
         calibration_windows(calibration(dataset="builtin:pile"), tokenizer, None)
@@ -193,7 +203,12 @@ def test_an_unknown_bundled_text_is_refused_with_the_list(tokenizer: PreTrainedT
     assert "builtin:wikitext2" in refusal.value.remedy
 
 
-@pytest.mark.parametrize("content", [None, "{}", "not json"])
+WITHOUT_ITS_TOKENS = (
+    '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}'
+)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json", WITHOUT_ITS_TOKENS])
 def test_a_broken_tokenizer_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
