@@ -73,7 +73,7 @@ def submit(
             "calibration": {
                 "num_samples": num_samples,
                 "sequence_length": sequence_length,
-                "dataset": dataset,
+                "dataset": submission.text_reference(dataset),
             },
             "evaluation": {"num_samples": eval_samples},
             "labels": submission.split_labels(labels),
@@ -196,6 +196,7 @@ def estimate(
     num_samples: submission.NumSamples = None,
     sequence_length: submission.SequenceLength = None,
     dataset: submission.Dataset = None,
+    eval_samples: submission.EvalSamples = None,
     spec: submission.SpecFile = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -211,8 +212,9 @@ def estimate(
             "calibration": {
                 "num_samples": num_samples,
                 "sequence_length": sequence_length,
-                "dataset": dataset,
+                "dataset": submission.text_reference(dataset),
             },
+            "evaluation": {"num_samples": eval_samples},
         },
     )
     with connect(url, api_key) as client:

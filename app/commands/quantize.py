@@ -9,14 +9,13 @@ import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import unquote, urlsplit
 
 import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
 from app.commands import submission
-from app.commands.checks.devices import gpu_names
+from app.commands.checks.devices import chosen_device
 from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout
@@ -27,8 +26,11 @@ from app.core.specs import JobSpec, TextSpec
 if TYPE_CHECKING:
     from app.core.assignment import Assignment, Finished, OutputFolder
     from app.core.model_source import ModelFiles
+    from app.core.settings import Settings
 
 CHILD_GRACE_S = 10.0
+# Fields of a job that only a service can follow.
+OF_A_SERVICE = frozenset({"deploy", "force", "labels", "priority", "queue_timeout_s", "timeout_s", "webhook"})
 
 
 def quantize(
@@ -58,7 +60,7 @@ def quantize(
             "calibration": {
                 "num_samples": num_samples,
                 "sequence_length": sequence_length,
-                "dataset": dataset,
+                "dataset": submission.text_reference(dataset),
             },
             "evaluation": {"num_samples": eval_samples},
         },
@@ -88,7 +90,10 @@ def run(spec: JobSpec, work: Path, out: Path, *, device: str, quiet: bool) -> di
     console = stderr() if quiet else stdout()
     with progress_view(console) as view:
         view.show("fetching", Progress())
-        assignment = prepare(spec, work, device)
+        ignored = sorted(spec.model_fields_set & OF_A_SERVICE)
+        if ignored:
+            view.note(f"without a service these fields have no effect: {', '.join(ignored)}")
+        assignment = prepare(spec.model_copy(update={"webhook": None, "deploy": None}), work, device)
         try:
             finished = supervise(assignment, view)
         except JobFault as fault:
@@ -137,31 +142,33 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
 
 
 def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
-    """Check the model as the service would, fetch it if it lies elsewhere, and write down the assignment."""
+    """Check the job as the service would, fetch what lies elsewhere, and write down the assignment."""
     from app.core.assignment import CHECKPOINTS, Assignment
-    from app.core.model_source import inspect_model, model_digest, open_model
-    from app.core.plan import plan_job
+    from app.core.model_source import LocalModel, inspect_model, model_digest, open_model
+    from app.core.submission import check_submission
 
-    source = urlsplit(spec.model)
-    folder = Path(unquote(source.path)) if source.scheme == "file" else None
-    files = open_model(spec.model, model_roots=(folder,) if folder else ())
-    headers = inspect_model(files)
-    plan_job(spec, headers.config, headers.tensors)
-    if folder is None:
-        folder = work / "model"
-        fetch(files, headers.files, folder)
+    # Who runs this may read what they may read: also files that are links, as in the hub's cache.
+    settings = read_settings().model_copy(update={"model_roots": (Path("/"),)})
+    device = chosen_device(device)
+    spec = check_submission(spec, settings).spec
+    files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
+    wanted, folder = inspect_model(files).files, work / "model"
+    if isinstance(files, LocalModel):
+        folder = files.folder
+    else:
+        fetch(files, wanted, folder)
     (work / CHECKPOINTS).mkdir()
     return Assignment(
         spec=spec,
         model_folder=folder,
         model_name=files.name,
-        model_digest=model_digest({path: file_sha256(folder / path) for path in headers.files}),
-        calibration_file=text_file(spec.calibration),
-        evaluation_file=text_file(spec.evaluation),
+        model_digest=model_digest({path: file_sha256(folder / path) for path in wanted}),
+        calibration_file=text_file(spec.calibration, settings, work / "calibration"),
+        evaluation_file=text_file(spec.evaluation, settings, work / "evaluation"),
         work_folder=work,
-        device=resolve_device(device),
-        calibration_devices=read_settings().calibration_devices,
-        kernel_backend=read_settings().kernel_backend,
+        device=device,
+        calibration_devices=settings.calibration_devices,
+        kernel_backend=settings.kernel_backend,
     )
 
 
@@ -176,24 +183,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def text_file(text: TextSpec) -> Path | None:
-    """The file of a `file://` text; None for text that the engine has itself."""
-    if text.source == "inline" or text.source.startswith("builtin:"):
+def text_file(text: TextSpec, settings: Settings, dest: Path) -> Path | None:
+    """The file of a text, fetched to `dest` with its suffix if it lies elsewhere; None if it needs none."""
+    from app.core.model_source import LocalModel
+    from app.core.text_source import is_remote, open_text
+
+    if not is_remote(text.source):
         return None
-    source = urlsplit(text.source)
-    if source.scheme not in ("", "file"):
-        raise InvalidRequest(
-            f"the text {text.source!r} can't be fetched without a service",
-            code="text_source_unsupported",
-            remedy="download it and give the file, or submit the job to a service",
-        )
-    return Path(unquote(source.path)).absolute()
-
-
-def resolve_device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda:0" if gpu_names() else "cpu"
+    found = open_text(text.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
+    if isinstance(found.files, LocalModel):
+        return found.files.folder / found.path
+    target = dest.with_suffix(Path(found.path).suffix)
+    found.files.download(found.path, target, on_bytes=lambda _: None)
+    return target
 
 
 def supervise(assignment: Assignment, view: ProgressView) -> Finished:

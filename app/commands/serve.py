@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from app.commands.checks.devices import chosen_device
 from app.commands.terminal import AsJson, print_json, read_settings
 
 
@@ -54,6 +55,9 @@ def worker(
         return
     if as_json:
         os.environ["NIBBLE_LOG_FORMAT"] = "json"
+    read_settings()  # for its message: the worker reads them itself
+    if device != "auto":
+        device = chosen_device(device)
     # The process becomes the worker: signals reach it directly, and app imports nothing of workers.
     command = [sys.executable, "-m", WORKER_MODULES[queue], "--device", device]
     os.execv(sys.executable, command)  # noqa: S606  # no shell is wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from app.commands.terminal import among
+from app.core.errors import InvalidRequest
 
 Method = Annotated[
     str | None,
@@ -37,7 +39,8 @@ Formats = Annotated[
 NumSamples = Annotated[int | None, typer.Option(help="Calibration windows.", show_default=False)]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a window.", show_default=False)]
 Dataset = Annotated[
-    str | None, typer.Option(help="Calibration text: builtin:…, hf:…, s3://…, file://….", show_default=False)
+    str | None,
+    typer.Option(help="Calibration text: builtin:…, hf:…, s3://…, file://… or a file.", show_default=False),
 ]
 EvalSamples = Annotated[int | None, typer.Option(help="Evaluation windows.", show_default=False)]
 Labels = Annotated[
@@ -100,9 +103,38 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_reference(model: str) -> str:
-    """An existing folder becomes a `file://` reference; anything else is the service's to understand."""
-    folder = Path(model)
-    return folder.resolve().as_uri() if folder.is_dir() else model
+    """A folder becomes a `file://` reference; anything else is the service's to understand.
+
+    Raises InvalidRequest for what can only be meant as a folder, but is none.
+    """
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder):
+        return Path(folder).resolve().as_uri()
+    is_file = os.path.isfile(folder)
+    if is_file or model.startswith(("/", "./", "../", "~")):
+        raise InvalidRequest(
+            f"{model} is a file" if is_file else f"there is no folder {model}",
+            code="model_not_found",
+            remedy="give the folder that holds config.json and the safetensors files, or a reference such as "
+            "hf:org/name",
+            param="model",
+        )
+    return model
+
+
+def text_reference(dataset: str | None) -> str | None:
+    """A file becomes a `file://` reference. Raises InvalidRequest for one that does not exist."""
+    if dataset is None or ":" in dataset:
+        return dataset
+    file = os.path.expanduser(dataset)
+    if not os.path.isfile(file):
+        raise InvalidRequest(
+            f"there is no file {dataset}",
+            code="text_source_invalid",
+            remedy="give a .jsonl or .txt file, or builtin:wikitext2, hf:…, s3://… or file://…",
+            param="calibration.dataset",
+        )
+    return Path(file).resolve().as_uri()
 
 
 def split_labels(labels: list[str] | None) -> dict[str, str]:

@@ -116,14 +116,15 @@ class LocalModel:
         for parent, _, names in everything:
             for name in names:
                 path = Path(parent, name)
-                status = self.allowed(path).stat() if path.exists() else None
+                with readable(name):
+                    status = self.allowed(path).stat() if path.exists() else None
                 if status is not None and stat.S_ISREG(status.st_mode):
                     sizes[path.relative_to(self.folder).as_posix()] = status.st_size
             refuse_crowd(self.name, len(sizes))
         return sizes
 
     def read(self, path: str, start: int, length: int) -> bytes:
-        with self.allowed(self.folder / path).open("rb") as file:
+        with readable(path), self.allowed(self.folder / path).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
@@ -141,6 +142,20 @@ class LocalModel:
 
     def known_sha256(self, path: str) -> str | None:
         return None
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Turns what the system says of a local file into a refusal."""
+    try:
+        yield
+    except OSError as fault:
+        raise ModelRefused(
+            f"{path} can't be read: {fault.strerror}",
+            code="model_unreadable",
+            remedy="let the service's user read the folder and all files in it",
+            param="model",
+        ) from fault
 
 
 class S3Model:

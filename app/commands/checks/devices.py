@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from app.commands.checks.check import Check
+from app.core.errors import InvalidRequest
 
 PROBE_LIMIT_S = 180
+DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 
 
@@ -28,6 +32,27 @@ def gpu_names() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []  # the tool without its driver, as in images built for GPUs and run without one
     return [line.strip() for line in listing.stdout.splitlines() if line.strip()]
+
+
+def chosen_device(wanted: str) -> str:
+    """The device that is meant. Raises InvalidRequest for what is none, and for a GPU that is not there."""
+    if DEVICE.fullmatch(wanted) is None:
+        raise InvalidRequest(
+            f"--device {wanted!r} is no device", code="device_unknown", remedy="use auto, cpu or cuda:N"
+        )
+    if wanted == "cpu":
+        return wanted
+    names = gpu_names()
+    if wanted == "auto":
+        return "cuda:0" if names else "cpu"
+    number = int(wanted.partition(":")[2])
+    if number >= len(names) and not Path(f"/dev/nvidia{number}").exists():
+        raise InvalidRequest(
+            f"there is no {wanted}: the driver shows {len(names) or 'no'} GPUs",
+            code="device_absent",
+            remedy="use auto or cpu; `nibble doctor` tells what is wrong with a GPU",
+        )
+    return wanted
 
 
 def check_devices() -> list[Check]:

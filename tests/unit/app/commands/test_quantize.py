@@ -8,7 +8,8 @@ import pytest
 from app.cli import main
 from app.commands import quantize
 from app.core.assignment import REPORT, Finished, OutputFolder
-from app.core.errors import InvalidRequest, JobFault, NibbleError, TargetMissed
+from app.core.errors import InvalidRequest, JobFault, NibbleError, TargetMissed, TextRefused
+from app.core.settings import Settings
 from app.core.specs import CalibrationSpec, JobSpec
 
 
@@ -101,14 +102,63 @@ def test_a_folder_without_a_model_is_refused_before_any_work(tmp_path: Path) -> 
     assert caught.value.remedy
 
 
+def calibrated_on(dataset: str | None, folder: Path) -> Path | None:
+    settings = Settings(state_dir=folder, model_roots=(Path("/"),))
+    return quantize.text_file(CalibrationSpec(dataset=dataset), settings, folder / "calibration")
+
+
+def test_text_files(tmp_path: Path) -> None:
+    text = tmp_path / "a b.txt"
+    text.write_text("hello")
+    assert calibrated_on(text.as_uri(), tmp_path) == text
+    assert calibrated_on(None, tmp_path) is None
+    assert calibrated_on("builtin:wikitext2", tmp_path) is None
+    with pytest.raises(TextRefused, match="does not exist"):
+        calibrated_on((tmp_path / "gone.txt").as_uri(), tmp_path)
+
+
+def test_a_model_of_links_is_read(tmp_path: Path, example_model: Path) -> None:
+    """The hub's cache is made of them."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in example_model.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (tmp_path / "work").mkdir()
+    assignment = quantize.prepare(JobSpec(model=snapshot.as_uri()), tmp_path / "work", "cpu")
+    assert assignment.model_folder == snapshot
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", *arguments])
+    assert ended.value.code == 1
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    ("dataset", "file"),
-    [(None, None), ("builtin:wikitext2", None), ("file:///texts/a%20b.txt", Path("/texts/a b.txt"))],
+    ("arguments", "said"),
+    [
+        (("--device", "tpu"), "--device 'tpu' is no device"),
+        (("--device", "cuda:99"), "there is no cuda:99"),
+        (("--dataset", "gone.jsonl"), "there is no file gone.jsonl"),
+        (("--dataset", "builtin:pile"), "builtin:pile"),
+        (("--bits", "5"), "recipe.bits"),
+        (("--bits", "3", "--format", "awq"), "holds 4 bits only"),
+    ],
 )
-def test_text_files(dataset: str | None, file: Path | None) -> None:
-    assert quantize.text_file(CalibrationSpec(dataset=dataset)) == file
+def test_what_can_not_work_is_refused_before_any_work(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, example_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    errors = refused(capsys, str(example_model), "-o", str(tmp_path / "out"), *arguments)
+    assert said in errors
+    assert "remedy" in errors
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_that_needs_a_service_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="hf:org/text"):
-        quantize.text_file(CalibrationSpec(dataset="hf:org/text"))
+def test_a_folder_that_is_none_is_told_as_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for model, said in (("gone", "there is no folder"), ("model.safetensors", "is a file")):
+        errors = refused(capsys, str(tmp_path / model), "-o", str(tmp_path / "out"))
+        assert said in errors
+        assert "config.json" in errors
