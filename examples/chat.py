@@ -7,13 +7,12 @@ and its answer printed. Everything is kept in a temporary folder that goes away 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from local_service import MODEL, DemoFailed, end_on_sigterm, free_port, running_service
+from local_service import MODEL, DemoFailed, ended, free_port, running_service
 from rich.console import Console
 from rich.markup import escape
 
@@ -21,8 +20,6 @@ from app.client import JobView, NibbleClient
 from app.commands.chat import Conversation, answer, converse
 from app.commands.deployments import await_ready
 from app.commands.jobs import watch_job
-from app.commands.terminal import ExitCode, console_on, report_error
-from app.core.errors import NibbleError
 
 PORT = 8420  # where `nibble up` listens; another one if it is taken
 NAME = "wikitext"
@@ -91,19 +88,7 @@ def main() -> int:
     reader.add_argument("prompt", nargs="?", default="", help="one question, instead of a conversation")
     reader.add_argument("--num-samples", type=int, default=32, help="windows of calibration and evaluation")
     given = reader.parse_args()
-    console = console_on(stderr=False)
-    end_on_sigterm()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
-    try:
-        run(console, given.prompt.strip(), given.num_samples)
-    except DemoFailed as fault:
-        console.print(f"[bold red]it failed:[/] {fault}")
-        return ExitCode.FAILED
-    except NibbleError as fault:
-        return report_error(fault)
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-    return ExitCode.OK
+    return ended(lambda console: run(console, given.prompt.strip(), given.num_samples))
 
 
 if __name__ == "__main__":

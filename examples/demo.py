@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from local_service import MODEL, REPOSITORY, DemoFailed, end_on_sigterm, free_port, running_service
+from local_service import MODEL, REPOSITORY, DemoFailed, ended, free_port, running_service
 from rich.console import Console
 
 from app.client import JobView, NibbleClient
 from app.commands.jobs import watch_job
 from app.commands.show import show_job, show_report
-from app.commands.terminal import console_on
 
 TEST_TEXT = REPOSITORY / "workers" / "texts" / "builtin" / "wikitext2" / "test.txt"
 WINDOWS = 100
@@ -83,32 +81,22 @@ def compare(reported: float, loaded: float, console: Console) -> None:
     console.print(f"they differ by {difference:.4%}: the files hold what the service measured")
 
 
-def main() -> int:
+def run(console: Console) -> None:
     started = time.monotonic()
-    console = console_on(stderr=False)
-    end_on_sigterm()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
-    try:
-        with tempfile.TemporaryDirectory(prefix="nibble-demo-") as temporary:
-            folder = Path(temporary)
-            with running_service(folder / "state", free_port()) as client:
-                console.print(
-                    f"the service is ready at {client.url} after {time.monotonic() - started:.1f} s"
-                )
-                job = run_job(client, console)
-                report = client.report(job.id)
-                show_report(console, report)
-                client.download(chosen_artifact(client, job), folder / "artifact")
-            awq = next(row for row in report["candidates"] if row["recipe"]["method"] == "awq")
-            compare(awq["perplexity"], loaded_perplexity(folder / "artifact"), console)
-    except DemoFailed as fault:
-        console.print(f"[bold red]the demo failed:[/] {fault}")
-        return 1
+    with tempfile.TemporaryDirectory(prefix="nibble-demo-") as temporary:
+        folder = Path(temporary)
+        with running_service(folder / "state", free_port()) as client:
+            console.print(f"the service is ready at {client.url} after {time.monotonic() - started:.1f} s")
+            job = run_job(client, console)
+            report = client.report(job.id)
+            show_report(console, report)
+            client.download(chosen_artifact(client, job), folder / "artifact")
+        awq = next(row for row in report["candidates"] if row["recipe"]["method"] == "awq")
+        compare(awq["perplexity"], loaded_perplexity(folder / "artifact"), console)
     console.print(
         f"done in {time.monotonic() - started:.0f} s; the service is stopped and its folder removed"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(run))

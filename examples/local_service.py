@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
+
 from app.client import NibbleClient
+from app.commands.terminal import ExitCode, console_on, report_error
 from app.core.errors import NibbleError
 from app.core.security import KEY_FILE
 
@@ -93,9 +97,21 @@ def stop(service: subprocess.Popen[bytes]) -> None:
         service.wait()
 
 
-def end_on_sigterm() -> None:
-    """SIGTERM unwinds the program, so that its service is stopped and its folder removed."""
+def ended(run: Callable[[Console], None]) -> int:
+    """Run a program of this folder; its exit code. However it ends, its service stops and its folder goes."""
+    console = console_on(stderr=False)
     signal.signal(signal.SIGTERM, exit_on_signal)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
+    try:
+        run(console)
+    except DemoFailed as fault:
+        console.print(f"[bold red]it failed:[/] {escape(str(fault))}")
+        return ExitCode.FAILED
+    except NibbleError as fault:
+        return report_error(fault)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    return ExitCode.OK
 
 
 def exit_on_signal(number: int, frame: object) -> None:

@@ -187,7 +187,7 @@ def test_a_link_out_of_the_roots_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_can_not_be_read_is_refused(tmp_path: Path) -> None:
     model = make(tmp_path, GOOD)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ModelRefused, match="config.json can't be read: No such file") as refusal:
+    with pytest.raises(ModelRefused, match=r"config\.json can't be read: No such file") as refusal:
         model.read("config.json", 0, 1)
     assert refusal.value.code == "model_unreadable"
 
