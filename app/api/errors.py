@@ -139,13 +139,19 @@ def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
     problems = [
         FieldProblem(
             path=errors.field_path(finding["loc"][1:]),
-            message=errors.field_fault(finding["type"], finding["msg"]),
+            message=errors.field_fault(finding),
             code=finding["type"],
         )
         for finding in found
     ]
     telling = [problem for problem in problems if problem.code not in SHAPE_ERRORS]
-    return telling or problems
+    return [problem for problem in telling if not is_echo(problem, telling)] or problems
+
+
+def is_echo(problem: FieldProblem, found: Sequence[FieldProblem]) -> bool:
+    """True for a list that counts as too short because its items were refused."""
+    inside = problem.path + "."
+    return problem.code == "too_short" and any(other.path.startswith(inside) for other in found)
 
 
 def on_nibble_error(request: Request, error: Exception) -> JSONResponse:
@@ -163,10 +169,11 @@ def on_invalid_fields(request: Request, error: Exception) -> JSONResponse:
     fields = field_problems(found)
     first = f"{fields[0].path or 'the body'}: {fields[0].message}"
     more = f" (and {len(fields) - 1} more)" if len(fields) > 1 else ""
+    of_fields = "correct each field that is named; /openapi.json describes them"
     refusal = errors.InvalidRequest(
         first + more,
         code="validation_failed",
-        remedy="correct the fields in `errors`; /openapi.json describes each",
+        remedy=of_fields if fields[0].path else "send a JSON object, as Content-Type application/json",
         param=fields[0].path or None,
     )
     return problem(refusal, fields=fields)

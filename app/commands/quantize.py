@@ -137,7 +137,7 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
     except ValidationError as fault:
         first = fault.errors()[0]
         place = field_path(first["loc"])
-        told = f"{place}: {field_fault(first['type'], first['msg'])}"
+        told = f"{place}: {field_fault(first)}"
         raise InvalidRequest(told, remedy="correct this field", param=place) from fault
 
 

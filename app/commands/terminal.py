@@ -113,7 +113,7 @@ def read_settings() -> Settings:
         first = fault.errors()[0]
         name = "NIBBLE_" + "_".join(str(part) for part in first["loc"]).upper()
         raise InvalidRequest(
-            f"{name}={first['input']!r}: {field_fault(first['type'], first['msg'])}",
+            f"{name}={first['input']!r}: {field_fault(first)}",
             code="setting_invalid",
             remedy="correct the environment variable; .env.example describes each of them",
         ) from fault

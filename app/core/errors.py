@@ -32,12 +32,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # How pydantic names the branches of our unions (`recipe`, `duo_scaling`) in an error's path.
 BRANCH = re.compile(r"Recipe$|bool$|\[key\]$|(tuple|literal|function-\w+)\[")
 
-FIELD_FAULTS = {"extra_forbidden": "there is no such field", "missing": "this field is required"}
+FIELD_FAULTS = {
+    "extra_forbidden": "there is no such field",
+    "missing": "this field is required",
+    "too_short": "at least {min_length} is needed, here are {actual_length}",
+    "too_long": "at most {max_length} are allowed",
+    "model_attributes_type": "a JSON object is needed",
+    "model_type": "a JSON object is needed",
+}
 
 
 def field_path(location: Sequence[str | int]) -> str:
@@ -46,9 +54,12 @@ def field_path(location: Sequence[str | int]) -> str:
     return ".".join(parts)
 
 
-def field_fault(kind: str, message: str) -> str:
-    """What is wrong with a field, from pydantic's kind of fault and its message."""
-    return FIELD_FAULTS.get(kind, message.removeprefix("Value error, "))
+def field_fault(finding: Mapping[str, Any]) -> str:
+    """What pydantic has found wrong with a field, in our words where they are plainer."""
+    told = FIELD_FAULTS.get(finding["type"])
+    if told is not None:
+        return told.format(**finding.get("ctx", {}))
+    return str(finding["msg"]).removeprefix("Value error, ")
 
 
 class NibbleError(Exception):

@@ -105,7 +105,7 @@ class LocalModel:
             raise ModelRefused(
                 f"{path} is not under a folder from which models may be read",
                 code="model_path_forbidden",
-                remedy="move the model under one of NIBBLE_MODEL_ROOTS, or let the operator add its folder",
+                remedy="move it under one of NIBBLE_MODEL_ROOTS, or let the operator add its folder",
                 param="model",
             )
         return real
@@ -212,19 +212,23 @@ class S3Model:
 @contextmanager
 def store_access(name: str) -> Iterator[None]:
     """Turns the store's faults into ours."""
-    remedy = "check bucket, prefix and the service's credentials"
+
+    def refused(message: str, code: str) -> ModelRefused:
+        remedy = "check bucket, prefix and the service's credentials"
+        return ModelRefused(message, code=code, remedy=remedy, param="model")
+
     try:
         yield
     except NibbleError:
         raise
     except (FileNotFoundError, store_errors.NotFoundError) as fault:
-        raise ModelRefused(f"{name} does not exist", code="model_not_found", remedy=remedy) from fault
+        raise refused(f"{name} does not exist", "model_not_found") from fault
     except (store_errors.PermissionDeniedError, store_errors.UnauthenticatedError) as fault:
-        raise ModelRefused(f"{name} may not be read", code="model_forbidden", remedy=remedy) from fault
+        raise refused(f"{name} may not be read", "model_forbidden") from fault
     except store_errors.BaseError as fault:
         # The library has no class of its own for this answer to a listing.
         if "NoSuchBucket" in str(fault):
-            raise ModelRefused(f"{name} does not exist", code="model_not_found", remedy=remedy) from fault
+            raise refused(f"{name} does not exist", "model_not_found") from fault
         first_line = str(fault).partition("\n")[0]
         raise Unavailable(f"{name} cannot be read: {first_line}", remedy="try again later") from fault
 

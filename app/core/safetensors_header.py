@@ -40,6 +40,7 @@ def refuse(file: str, why: str) -> ModelRefused:
         f"{file}: {why}",
         code="model_header_invalid",
         remedy="download or export the file again; it is damaged or not a safetensors file",
+        param="model",
     )
 
 

@@ -19,6 +19,10 @@ from app.core.outgoing import IpNetwork
 SUFFIXES = (".jsonl", ".txt")
 MAX_TEXT_BYTES = 1024**3
 HERE = ("builtin:", "inline")
+FORMS = (
+    "write builtin:wikitext2, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
+    "file:///folder/file.jsonl, or put the texts into the request"
+)
 
 
 class TextFile:
@@ -46,7 +50,8 @@ def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence
         files, path = locate(reference, model_roots, networks)
         size = files.list().get(path)
     except ModelRefused as fault:
-        raise refuse_text(reference, fault.message) from fault
+        about_access = fault.code in ("model_path_forbidden", "model_forbidden", "model_unreadable")
+        raise refuse_text(reference, fault.message, fault.remedy if about_access else FORMS) from fault
     if size is None:
         raise refuse_text(reference, "the file does not exist")
     if size == 0:
@@ -77,10 +82,5 @@ def locate(
     raise refuse_text(reference, "the scheme is not known")
 
 
-def refuse_text(reference: str, why: str) -> TextRefused:
-    return TextRefused(
-        f"dataset {reference[:200]!r}: {why}",
-        code="text_source_invalid",
-        remedy="write builtin:wikitext2, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
-        "file:///folder/file.jsonl, or put the texts into the request",
-    )
+def refuse_text(reference: str, why: str, remedy: str = FORMS) -> TextRefused:
+    return TextRefused(f"dataset {reference[:200]!r}: {why}", code="text_source_invalid", remedy=remedy)

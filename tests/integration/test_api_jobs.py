@@ -80,6 +80,12 @@ def test_an_unreadable_body_is_refused(service: Service, content: bytes, code: s
     assert answer.status_code in (400, 422)
 
 
+def test_a_body_that_is_not_sent_as_json_is_told_so(service: Service) -> None:
+    answer = service.client.post("/v1/jobs", content=b'{"model": "a/b"}')
+    assert (answer.status_code, answer.json()["code"]) == (422, "validation_failed")
+    assert "Content-Type application/json" in answer.json()["remedy"]
+
+
 def test_a_full_queue_answers_429(service: Service) -> None:
     for _ in range(service.settings.queue_limit):
         service.submit()

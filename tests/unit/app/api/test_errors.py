@@ -71,10 +71,14 @@ def test_paths_of_refused_bodies(body: dict[str, object], paths: set[str]) -> No
         ({"model": "a", "webhook": {"url": "ftp://a"}}, "'ftp://a' is not a URL that begins with https://"),
         ({"model": "a", "deploy": {"name": "my model"}}, "'my model' is not a deployment's name: at most 96"),
         ({"model": "a", "formats": ["awq", "awq"]}, "each format may be named once"),
+        ({"model": "a", "formats": []}, "at least 1 is needed, here are 0"),
+        ({"model": "a", "formats": ["gguf"]}, "Input should be 'awq', 'compressed-tensors' or 'gptq'"),
+        ({"model": "a", "calibration": 5}, "a JSON object is needed"),
     ],
 )
 def test_refused_fields_are_told_in_words(body: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         JobSpec.model_validate(body)
-    (field,) = field_problems([{**finding, "loc": ("body",)} for finding in refusal.value.errors()])
+    found = [{**finding, "loc": ("body", *finding["loc"])} for finding in refusal.value.errors()]
+    (field,) = field_problems(found)
     assert field.message.startswith(said)

@@ -308,6 +308,12 @@ def test_a_text_that_may_not_be_read_is_refused(tmp_path: Path, reference: str) 
     assert refusal.value.code == "text_source_invalid"
 
 
+def test_a_text_outside_of_the_roots_is_told_what_to_move(tmp_path: Path) -> None:
+    with pytest.raises(TextRefused) as refusal:
+        open_text("file:///etc/hosts.txt", model_roots=[tmp_path])
+    assert "NIBBLE_MODEL_ROOTS" in refusal.value.remedy
+
+
 def test_the_hub_client_brings_no_torch() -> None:
     program = (
         "import sys; from huggingface_hub import HfApi; import app.core.model_source, app.core.text_source; "
