@@ -37,7 +37,7 @@ def missing(what: str) -> NotFound:
     return NotFound(
         f"there is no artifact {what[:200]}",
         code="artifact_not_found",
-        remedy="`nibble artifacts` and GET /v1/artifacts list yours, `nibble artifacts show ID` the files of one",
+        remedy="`nibble artifacts` and GET /v1/artifacts list yours, `nibble artifacts show` their files",
     )
 
 

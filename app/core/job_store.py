@@ -120,7 +120,7 @@ def missing(job_id: str) -> NotFound:
     return NotFound(
         f"there is no job {job_id[:64]}",
         code="job_not_found",
-        remedy="`nibble jobs` and GET /v1/jobs list yours; a deleted job or one of another tenant is not shown",
+        remedy="`nibble jobs` and GET /v1/jobs list yours; deleted ones and other tenants' are not shown",
     )
 
 
