@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -25,14 +26,31 @@ COMMANDS = (
 )  # fmt: skip
 
 
+def show_version(asked: bool) -> None:
+    if asked:
+        from app.core.reuse import package_version
+
+        typer.echo(f"nibble {package_version()}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+]
+
+
+def options(version: Version = False) -> None:
+    """Quantize language models: run the service, or talk to one."""
+
+
 def build() -> typer.Typer:
     nibble = typer.Typer(
         name="nibble",
-        help="Quantize language models: run the service, or talk to one.",
         epilog=EPILOG,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
+    nibble.callback()(options)
     for command in COMMANDS:
         nibble.command()(command)
     nibble.add_typer(artifacts, name="artifacts")

@@ -1,4 +1,4 @@
-"""Commands about artifacts: list, show, download."""
+"""Commands about artifacts: list, show, download, delete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.core.job import Progress
 
 ArtifactId = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")]
 
-artifacts = typer.Typer(help="List, show and download artifacts.", no_args_is_help=False)
+artifacts = typer.Typer(help="List, show, download and delete artifacts.", no_args_is_help=False)
 
 
 @artifacts.callback(invoke_without_command=True)
@@ -78,3 +78,16 @@ def download(
         print_json({**artifact.model_dump(mode="json"), "folder": str(out)})
     else:
         console.print(f"{len(artifact.files)} files in {escape(str(out))}")
+
+
+@artifacts.command()
+def delete(
+    artifact_id: ArtifactId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None
+) -> None:
+    """Remove an artifact and its files. A deployment that serves it must go first."""
+    with connect(url, api_key) as client:
+        client.delete_artifact(artifact_id)
+    if as_json:
+        print_json({"id": artifact_id, "deleted": True})
+    else:
+        stdout().print(f"{escape(artifact_id)} is gone")

@@ -56,6 +56,7 @@ ANSWERS: dict[str, tuple[int, object]] = {
     "POST /v1/login-links": (201, {"path": "/login?code=x", "expires_at": "2026-01-01T00:00:00Z"}),
     "POST /v1/gc": (200, {"checkpoints": [], "artifacts": [], "jobs": []}),
     "DELETE /v1/keys/key_1": (204, None),
+    "DELETE /v1/artifacts/art_1": (204, None),
     "POST /v1/chat/completions": (200, f"data: {json.dumps(CHUNK)}\n\ndata: [DONE]\n\n"),
     "GET /v1/jobs/job_1/events": (200, f"id: 1-1\nevent: state\ndata: {json.dumps(EVENT)}\n\n"),
 }
@@ -64,7 +65,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "submit": ("a/b",), "watch": ("job_1",), "jobs": (), "cancel": ("job_1",), "retry": ("job_1",),
     "events": ("job_1",), "report": ("job_1",), "estimate": ("a/b",), "workers": (), "login": (),
     "deploy": ("art_1", "--name", "tiny"), "chat": ("tiny", "hello"), "gc": ("--dry-run",),
-    "artifacts": (), "artifacts show": ("art_1",), "artifacts download": ("art_1", "--out", "OUT"),
+    "artifacts": (), "artifacts show": ("art_1",), "artifacts delete": ("art_1",),
+    "artifacts download": ("art_1", "--out", "OUT"),
     "deployments": (), "deployments show": ("tiny",), "deployments delete": ("tiny",),
     "keys create": ("--scopes", "jobs:read"), "keys list": (), "keys revoke": ("key_1",),
 }  # fmt: skip
@@ -99,6 +101,11 @@ def test_every_command_prints_json_on_request() -> None:
     ]  # fmt: skip
     assert missing == []
     assert every_command().keys() == ARGUMENTS.keys() | WITHOUT_SERVICE
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert re.fullmatch(r"nibble \d+\.\d+.*\n", capsys.readouterr().out)
 
 
 def test_every_command_and_option_is_explained() -> None:
@@ -236,7 +243,7 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path) -
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("nibble arti", ["artifacts"]), ("nibble artifacts d", ["download"]),
+    [("nibble arti", ["artifacts"]), ("nibble artifacts do", ["download"]),
      ("nibble submit m --format c", ["compressed-tensors"]), ("nibble jobs --sta", ["--state"])],
 )  # fmt: skip
 def test_bash_completes(typed: str, offered: list[str], on_path: Path) -> None:
