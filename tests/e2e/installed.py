@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ STOP_LIMIT_S = 40.0
 class Service:
     """A running `nibble up` and its environment."""
 
-    def __init__(self, state: Path, model_root: Path, log: Path) -> None:
+    def __init__(self, state: Path, model_roots: Sequence[Path], log: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -29,7 +29,7 @@ class Service:
             **os.environ,
             "NIBBLE_STATE_DIR": str(state),
             "NIBBLE_PORT": str(port),
-            "NIBBLE_MODEL_ROOTS": str(model_root),
+            "NIBBLE_MODEL_ROOTS": ":".join(map(str, model_roots)),
         }
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
@@ -61,9 +61,9 @@ def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
 
 
 @contextmanager
-def running_service(folder: Path, model_root: Path) -> Iterator[Service]:
+def running_service(folder: Path, *model_roots: Path) -> Iterator[Service]:
     """A service that is ready; stopped afterwards."""
-    running = Service(folder / "state", model_root, folder / "up.log")
+    running = Service(folder / "state", model_roots, folder / "up.log")
     try:
         running.await_ready()
         yield running

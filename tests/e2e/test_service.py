@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import signal
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +35,8 @@ def is_worker(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, example_model: Path) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service"), example_model.parent) as running:
+    folder = tmp_path_factory.mktemp("service")
+    with running_service(folder, example_model.parent, folder / "models") as running:
         yield running
 
 
@@ -40,6 +45,21 @@ def doomed(tmp_path: Path, example_model: Path) -> Iterator[Service]:
     """A service that its test ends."""
     with running_service(tmp_path, example_model.parent) as running:
         yield running
+
+
+def with_broken_weight(model: Path, folder: Path) -> Path:
+    """A copy of the model whose very last weight is infinite."""
+    shutil.copytree(model, folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(struct.pack("<f", math.inf))
+    return folder
+
+
+def stored(storage: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file of the artifacts."""
+    files = [path for path in (storage / "artifacts").rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def test_a_job_from_submission_to_checked_files(
@@ -61,6 +81,20 @@ def test_a_job_from_submission_to_checked_files(
     assert downloaded.returncode == 0, downloaded.stderr
     assert "quantization_config" in json.loads((out / "config.json").read_text())
     assert list(out.glob("*.safetensors"))
+
+    # A job that can't be done ends with a remedy, and leaves what is stored as it is.
+    folder = service.log.parent
+    before = stored(folder / "state" / "storage")
+    broken = with_broken_weight(example_model, folder / "models" / "broken")
+    failed = service.nibble("submit", str(broken), "--watch", "--json")
+    assert failed.returncode == 1
+    ended = json.loads(failed.stdout.splitlines()[-1])
+    assert (ended["state"], ended["error"]["code"]) == ("failed", "weights_not_finite")
+    assert ended["error"]["remedy"]
+    assert stored(folder / "state" / "storage") == before
+    assert len(before) > 2
+    with NibbleClient(service.url) as client:
+        assert client.ready()
 
     # The job has deployed its first artifact; the terminal waits until it has loaded.
     said = service.nibble("chat", "wiki", "The history of", "--temperature", "0", "--max-tokens", "8")

@@ -64,12 +64,34 @@ def test_a_refused_body_leaves_nothing_behind(
     assert service.client.get("/v1/jobs").json()["data"] == []
 
 
+def unsafe_models() -> dict[str, tuple[dict[str, bytes], str]]:
+    """Files that are added to a model's config, and the code of the refusal."""
+    config, header = b'{"model_type": "llama"}', b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    length = len(header).to_bytes(8, "little")
+    sound = {"config.json": config, "model.safetensors": length + header + bytes(4)}
+    return {
+        "pickles": ({"config.json": config, "pytorch_model.bin": b"x"}, "model_pickle_only"),
+        "python": ({**sound, "modeling_x.py": b""}, "model_remote_code"),
+        "auto_map": ({**sound, "config.json": b'{"auto_map": {"AutoModel": "x.Y"}}'}, "model_remote_code"),
+        "truncated": ({**sound, "model.safetensors": length + header[:20]}, "model_header_invalid"),
+        "cut": ({**sound, "model.safetensors": length + header + bytes(3)}, "model_header_invalid"),
+        "oversized": ({**sound, "model.safetensors": b"\xff" * 7 + bytes(9)}, "model_header_invalid"),
+        "no layers": (sound, "config_invalid"),
+    }
+
+
 def test_an_unsafe_model_is_refused(service: Service, tmp_path: Path) -> None:
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
-    answer = service.client.post("/v1/jobs", json={"model": (tmp_path / "pickled").as_uri()})
-    assert (answer.status_code, answer.json()["code"]) == (422, "model_pickle_only")
+    for name, (files, code) in unsafe_models().items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        answer = service.client.post("/v1/jobs", json={"model": folder.as_uri()})
+        problem = answer.json()
+        assert (answer.status_code, problem["code"], problem["param"]) == (422, code, "model"), name
+        assert problem["remedy"]
+    assert service.client.get("/readyz").status_code == 200
+    assert service.client.get("/v1/jobs").json()["data"] == []
 
 
 @pytest.mark.parametrize(("content", "code"), [(b"{", "json_invalid"), (b"[]", "validation_failed")])
