@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from app.client import NibbleClient
 from app.commands.checks.devices import gpu_names
-from app.commands.checks.host import check_port, is_nibble
+from app.commands.checks.host import PORT_REMEDY, is_nibble, port_fault
 from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, print_json, stdout
 from app.core.errors import Conflict, NibbleError, Unavailable
 
@@ -134,15 +134,16 @@ class Machine:
 
     def refuse_taken_port(self) -> None:
         """Told before anything is started, not by the API among the lines of the others."""
-        port = check_port(self.settings)
+        fault, where = port_fault(self.settings), f"{self.settings.host}:{self.settings.port}"
+        if fault is None:
+            return
         if is_nibble(local_url(self.settings)):
             raise Conflict(
-                port.found,
+                f"a Nibble service answers at {where}",
                 code="already_running",
                 remedy="use it, stop it with Ctrl-C where it runs, or set NIBBLE_PORT and NIBBLE_STATE_DIR",
             )
-        if port.status == "problem":
-            raise Unavailable(port.found, code="port_taken", remedy=port.remedy)
+        raise Unavailable(f"{where}: {fault}", code="port_taken", remedy=PORT_REMEDY)
 
     def note_signal(self, number: int, frame: object) -> None:
         self.stop_signal = number

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ROOM_BYTES = 20 * 10**9
 LEAST_BYTES = 10**9
 ANSWER_LIMIT_S = 10.0
+PORT_REMEDY = "stop what listens there, or set NIBBLE_PORT (and NIBBLE_HOST) to a free address"
 SUPPORTED = ((3, 11), (3, 12))
 EXTRAS = {
     "worker": ("torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2", "psutil"),
@@ -100,17 +101,24 @@ def check_models(settings: Settings) -> Check:
 
 def check_port(settings: Settings) -> Check:
     where = f"{settings.host}:{settings.port}"
+    fault = port_fault(settings)
+    if fault is None:
+        return Check("port", "ok", f"{where} is free")
+    if is_nibble(local_url(settings)):
+        return Check("port", "ok", f"a Nibble service answers at {where}")
+    return Check("port", "problem", f"{where}: {fault}", PORT_REMEDY)
+
+
+def port_fault(settings: Settings) -> str | None:
+    """Why the API could not listen at its address; None if it could."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.host, settings.port))
         except OSError as fault:
-            if is_nibble(local_url(settings)):
-                return Check("port", "ok", f"a Nibble service answers at {where}")
-            remedy = "stop what listens there, or set NIBBLE_PORT (and NIBBLE_HOST) to a free address"
-            return Check("port", "problem", f"{where}: {fault.strerror or fault}", remedy)
-    return Check("port", "ok", f"{where} is free")
+            return fault.strerror or str(fault)
+    return None
 
 
 def is_nibble(url: str) -> bool:

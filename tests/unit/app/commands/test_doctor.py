@@ -67,7 +67,6 @@ def test_everything_that_is_broken_is_told_at_once(
     monkeypatch.setenv("NIBBLE_MODEL_ROOTS", str(tmp_path / "none"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
         monkeypatch.setenv("NIBBLE_PORT", str(taken.getsockname()[1]))
         code, checks = run(capsys)
     assert code == 1
