@@ -102,9 +102,7 @@ def test_one_worker_per_gpu_or_one_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -
     assert machine.worker_devices("worker") == [("worker0", "cuda:0"), ("worker1", "cuda:1")]
 
 
-def test_a_taken_port_is_told_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "ANSWER_LIMIT_S", 0.2)  # who listens there says nothing
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
