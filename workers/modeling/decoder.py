@@ -193,7 +193,7 @@ def empty_model(raw: dict[str, Any], attention: str, dtype: torch.dtype) -> PreT
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 text_config(raw), dtype=dtype, attn_implementation=attention
             )
-    except Exception as fault:  # noqa: BLE001  # a config is code of transformers, which raises what it likes
+    except Exception as fault:  # a config is code of transformers, which raises what it likes
         raise ModelRefused(
             f"config.json gives no model: {type(fault).__name__}: {fault}",
             code="config_invalid", remedy="restore the model's original config.json",
