@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from redis.exceptions import NoPermissionError, ResponseError
+import yaml
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
 from app.core.deployment import DeploymentSpec, Replica, ReplicaState
 from app.core.deployment_store import DeploymentStore, failed
@@ -30,33 +34,29 @@ class Users(NamedTuple):
     worker: str
 
 
-@pytest.fixture
-def users(tmp_path: Path, repository: Path) -> Iterator[Users]:
+@contextmanager
+def valkey(folder: Path, *options: str) -> Iterator[Path]:
+    """The socket of a server with these options."""
     binary = embedded_binary()
     assert binary is not None
-    (tmp_path / "data").mkdir()
+    (folder / "data").mkdir()
+    path = folder / "data" / "s"
+    command = [binary, *options, "--port", "0", "--unixsocket", str(path), "--dir", str(folder / "data")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        yield path
+        process.terminate()
+
+
+@pytest.fixture
+def users(tmp_path: Path, repository: Path) -> Iterator[Users]:
     rules = (repository / "docker" / "redis-users.acl").read_text()
     rules = rules.replace("API_PASSWORD", "a").replace("WORKER_PASSWORD", "w")
     (tmp_path / "users.acl").write_text(rules + "user admin on >o ~* &* +@all\n")
-    path = tmp_path / "data" / "s"
-    command = [
-        binary,
-        "--port",
-        "0",
-        "--unixsocket",
-        str(path),
-        "--save",
-        "",
-        "--dir",
-        str(tmp_path / "data"),
-    ]
-    command += ["--aclfile", str(tmp_path / "users.acl")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with valkey(tmp_path, "--save", "", "--aclfile", str(tmp_path / "users.acl")) as path:
         urls = Users(*(f"unix://{name}@{path}" for name in ("admin:o", "nibble-api:a", "nibble-worker:w")))
         with connect(urls.admin) as client:
             wait_for_redis(client)
         yield urls
-        process.terminate()
 
 
 def refused(users: Users) -> list[str]:
@@ -131,6 +131,34 @@ SECRETS = [
     "GET nibble:webhook-secret:a", "GET nibble:link-secret", "XLEN nibble:audit:a", "SET nibble:limits:a b",
     "GET nibble:idempotency:a",
 ]  # fmt: skip
+
+
+def test_compose_gives_each_service_a_user_of_its_own(tmp_path: Path, repository: Path) -> None:
+    """With the secrets that the first lines of docker-compose.yml make."""
+    text = (repository / "docker-compose.yml").read_text()
+    lines = [line[4:] for line in text.splitlines() if line.startswith("#   ")]
+    (last,) = (number for number, line in enumerate(lines) if line.startswith("cd .. "))
+    (tmp_path / "docker").mkdir()
+    shutil.copy(repository / "docker" / "redis-users.acl", tmp_path / "docker")
+    subprocess.run(["bash", "-euc", "\n".join(lines[:last])], cwd=tmp_path, check=True)
+    secrets, services = tmp_path / "secrets", yaml.safe_load(text)["services"]
+    assert {path.name for path in secrets.iterdir()} == set(yaml.safe_load(text)["secrets"])
+    assert secrets.stat().st_mode & 0o077 == 0
+    _, *options = shlex.split(services["redis"]["command"].replace("/run/secrets", str(secrets)))
+
+    def url(service: str) -> str:
+        names = {each["target"]: each["source"] for each in services[service]["secrets"]}
+        return (secrets / names["NIBBLE_REDIS_URL"]).read_text().partition("//")[2].partition("@")[0]
+
+    with valkey(tmp_path, *options) as path:
+        with connect(f"unix://{url('api')}@{path}") as redis:
+            wait_for_redis(redis)
+            redis.set("nibble:key:a", "b")
+        for service in ("worker", "server", "worker-gpu", "server-gpu"):
+            with connect(f"unix://{url(service)}@{path}") as redis, pytest.raises(NoPermissionError):
+                redis.get("nibble:key:a")
+        with connect(f"unix://{path}") as redis, pytest.raises(AuthenticationError):
+            redis.ping()
 
 
 def test_no_user_administers_or_leaves_its_keys(users: Users) -> None:
