@@ -19,7 +19,7 @@ from typing import Any
 from redis import Redis
 
 from app.core.deployment import Deployment, DeploymentSpec, Goal, LiveDeployment, Replica
-from app.core.errors import Conflict, NotFound
+from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.ids import is_id, new_id
 from app.core.job import Problem
 from app.core.stamps import DEPLOYMENTS, STAMP
@@ -184,8 +184,8 @@ class DeploymentStore:
         pipe = self._redis.pipeline(transaction=False)
         for deployment_id in ids:
             pipe.hget(deployment_key(deployment_id), "record")
-        records = [record for record in pipe.execute() if record is not None]
-        return self._with_replicas([Deployment.model_validate_json(record) for record in records])
+        found = [Deployment.of_record(record) for record in pipe.execute() if record is not None]
+        return self._with_replicas([deployment for deployment in found if deployment is not None])
 
     def update(self, deployment_id: str, change: Callable[[Deployment], Deployment]) -> Deployment:
         """Apply `change` to the record, again from the start if another writer was faster."""
@@ -246,7 +246,13 @@ class DeploymentStore:
         record, version = self._redis.hmget(deployment_key(deployment_id), "record", "version")
         if record is None:
             raise missing(deployment_id)
-        return Deployment.model_validate_json(record), int(version)
+        deployment = Deployment.of_record(record)
+        if deployment is None:
+            raise RecordUnreadable(
+                f"deployment {deployment_id} was recorded by another version of the service",
+                remedy="finish the upgrade; processes of the newer version can read it",
+            )
+        return deployment, int(version)
 
     def _with_replicas(self, deployments: list[Deployment]) -> list[LiveDeployment]:
         keys = [key for deployment in deployments for key in slot_keys(deployment)]
@@ -254,8 +260,9 @@ class DeploymentStore:
         found = []
         for deployment in deployments:
             slots = [next(records) for _ in range(deployment.spec.replicas)]
-            replicas = tuple(Replica.model_validate_json(record) for record in slots if record is not None)
-            found.append(LiveDeployment(deployment=deployment, replicas=replicas))
+            replicas = [Replica.of_record(record) for record in slots if record is not None]
+            known = tuple(replica for replica in replicas if replica is not None)
+            found.append(LiveDeployment(deployment=deployment, replicas=known))
         return found
 
 

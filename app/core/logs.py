@@ -20,6 +20,7 @@ from app.core.settings import Settings
 IDS = ("request", "job", "attempt")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 MAX_MESSAGE = 8000
+MAX_TRACE = 40_000
 
 # A tuple of pairs: a context is shared with what was started in it and must not be changed from there.
 _bound: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("log_ids", default=())
@@ -48,7 +49,11 @@ def ids_of(record: logging.LogRecord) -> dict[str, str]:
 
 def escaped(text: str) -> str:
     """The text without control characters, cut to a sane length."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)[:MAX_MESSAGE]
+    return CONTROL.sub(shown, text)[:MAX_MESSAGE]
+
+
+def shown(control: re.Match[str]) -> str:
+    return f"\\x{ord(control[0]):02x}"
 
 
 class TextFormatter(logging.Formatter):
@@ -57,7 +62,7 @@ class TextFormatter(logging.Formatter):
         known = ids_of(record)
         ids = "".join(f" {name}={escaped(known[name])}" for name in IDS if name in known)
         line = f"{moment} {record.levelname} {record.name}: {escaped(record.getMessage())}{ids}"
-        return f"{line}\n{trace(record)}" if record.exc_info else line
+        return f"{line}\n{indented(trace(record))}" if record.exc_info else line
 
 
 class JsonFormatter(logging.Formatter):
@@ -77,7 +82,12 @@ class JsonFormatter(logging.Formatter):
 
 def trace(record: logging.LogRecord) -> str:
     assert record.exc_info
-    return "".join(traceback.format_exception(*record.exc_info)).rstrip()
+    return "".join(traceback.format_exception(*record.exc_info)).rstrip()[:MAX_TRACE]
+
+
+def indented(text: str) -> str:
+    """Each line further in, so that none looks like a line of the log: an error's text may be anyone's."""
+    return "\n".join("    " + CONTROL.sub(shown, line) for line in text.split("\n"))
 
 
 def set_up_logs(settings: Settings) -> None:

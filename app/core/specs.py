@@ -6,14 +6,26 @@ Only `model` is required. Unknown fields are refused. Whether a model can hold t
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from app.core.errors import field_path
 from app.core.forms import Form
 from app.core.patterns import check_pattern
+
+log = logging.getLogger(__name__)
 
 FormatName = Literal["awq", "compressed-tensors", "gptq"]
 Method = Literal["rtn", "awq", "gptq", "omniquant"]
@@ -42,6 +54,16 @@ class Kept(BaseModel):
     """Base of records that one version writes and another reads: fields of a newer one are passed over."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    @classmethod
+    def of_record(cls, record: bytes) -> Self | None:
+        """What is kept; None, with a line in the log, if only another version can read it."""
+        try:
+            return cls.model_validate_json(record)
+        except ValidationError as fault:
+            where = field_path(fault.errors()[0]["loc"])
+            log.warning("a %s is left to another version of the service: %s", cls.__name__, where)
+            return None
 
 
 class SearchSpec(Frozen):

@@ -15,20 +15,16 @@ import base64
 import hashlib
 import hmac
 import json
-import logging
 import secrets
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from redis import Redis
 from ulid import ULID
 
-from app.core.errors import NotFound, field_path
+from app.core.errors import NotFound
 from app.core.job import Job, JobState
 from app.core.specs import Kept
-
-log = logging.getLogger(__name__)
 
 DUE = "nibble:webhooks:due"
 PREFIX = "whsec_"
@@ -174,7 +170,7 @@ class DeliveryStore:
         if found is None:  # older than what is kept
             self._redis.zrem(DUE, taken)
             return None
-        return readable(found)
+        return Delivery.of_record(found)  # of another version: it stays due, for that one
 
     def write(self, delivery: Delivery, *, again_in_s: float | None) -> None:
         """Record a try, and when the next one is due."""
@@ -187,7 +183,8 @@ class DeliveryStore:
         """A job's messages, oldest first."""
         ids = self._redis.zrange(deliveries_key(job_id), 0, MAX_LISTED - 1)
         found = self._redis.mget([delivery_key(known.decode()) for known in ids]) if ids else []
-        return [known for record in found if record is not None and (known := readable(record)) is not None]
+        deliveries = [Delivery.of_record(record) for record in found if record is not None]
+        return [delivery for delivery in deliveries if delivery is not None]
 
     def redeliver(self, job_id: str, delivery_id: str) -> Delivery:
         """Have a message sent again, under its old id. NotFound if the job has no such message."""
@@ -201,16 +198,6 @@ class DeliveryStore:
             code="delivery_not_found",
             remedy="list them with GET /v1/jobs/{id}/webhook-deliveries",
         )
-
-
-def readable(record: bytes) -> Delivery | None:
-    """The message, unless only another version can read it: it stays due, for that one."""
-    try:
-        return Delivery.model_validate_json(record)
-    except ValidationError as fault:
-        where = field_path(fault.errors()[0]["loc"])
-        log.warning("a webhook is left to another version of the service: %s", where)
-        return None
 
 
 def delivery_key(delivery_id: str) -> str:

@@ -65,5 +65,5 @@ class WorkerRegistry:
         """The workers whose last heartbeat has not expired, by name."""
         names = [name.decode() for name in self._redis.zrange(NAMES, 0, -1)]
         records = self._redis.mget([f"nibble:worker:{name}" for name in names]) if names else []
-        living = [WorkerRecord.model_validate_json(record) for record in records if record is not None]
-        return sorted(living, key=lambda worker: worker.name)
+        found = [WorkerRecord.of_record(record) for record in records if record is not None]
+        return sorted(filter(None, found), key=lambda worker: worker.name)

@@ -21,6 +21,7 @@ from app.core.settings import Settings
 from app.core.tally import Tally
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
+from tests.integration.workshop import wait_until
 
 OPEN = {"/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/login",
         "/v1/downloads/{artifact_id}/{path}"}  # fmt: skip
@@ -192,6 +193,26 @@ def test_metrics_tell_of_jobs_queues_and_requests(service: Service) -> None:
     assert {
         step: metric(service, f'nibble_janitor_steps_total{{step="{step}"}}') for step in STEPS
     } == dict.fromkeys(STEPS, 0)
+
+
+def test_records_of_a_newer_version_hide_no_others(service: Service) -> None:
+    now, store = datetime.now(UTC), DeploymentStore(service.redis)
+    fields: dict[str, Any] = {"host": "h", "pid": 1, "started_at": now, "heartbeat_at": now, "device": "cpu"}
+    for name in ("known", "newer"):
+        WorkerRegistry(service.redis).beat(WorkerRecord(name=name, **fields), ttl_s=30)
+        store.create("default", DeploymentSpec(artifact=new_id("art"), name=name))
+    newer = next(live.id for live in store.all() if live.spec.name == "newer")
+    worker, key = service.redis.get("nibble:worker:newer"), f"nibble:deployment:{newer}"
+    service.redis.set("nibble:worker:newer", worker.replace(b'"jobs"', b'"prune"'))
+    deployment = service.redis.hget(key, "record")
+    service.redis.hset(key, "record", deployment.replace(b'"replicas":1', b'"replicas":1,"mirrors":2'))
+    for route in ("workers", "deployments"):
+        wait_until(lambda route=route: len(service.client.get(f"/v1/{route}").json()["data"]) == 1)
+        (shown,) = service.client.get(f"/v1/{route}").json()["data"]
+        assert shown["name"] == "known"
+    answer = service.client.get(f"/v1/deployments/{newer}")
+    assert (answer.status_code, answer.json()["code"]) == (503, "record_unreadable")
+    assert service.client.get("/metrics").status_code == 200
 
 
 def test_living_workers_are_listed_and_hide_other_tenants_jobs(service: Service) -> None:

@@ -41,6 +41,21 @@ def test_nothing_from_outside_begins_a_line_of_its_own() -> None:
     assert "request=a\\x0ab" in text
 
 
+def test_an_errors_text_begins_no_line_of_its_own() -> None:
+    def fail() -> None:
+        raise ValueError("x\n2026-01-01 INFO app: forged\r\x1b[2J" + "y" * 100_000)
+
+    try:
+        fail()
+    except ValueError:
+        fault = logging.LogRecord("app", logging.ERROR, "f", 1, "broke", None, sys.exc_info())
+    first, *rest = TextFormatter().format(fault).split("\n")
+    assert first.endswith("broke")
+    assert any("forged" in each for each in rest)
+    assert all(each.startswith("    ") and "\r" not in each and "\x1b" not in each for each in rest)
+    assert len(JsonFormatter().format(fault)) < 60_000
+
+
 def test_a_fault_comes_with_its_trace_and_length_is_bounded() -> None:
     assert "ValueError" in json.loads(JsonFormatter().format(line("x", fault=True)))["trace"]
     assert "ValueError" in TextFormatter().format(line("x", fault=True))
