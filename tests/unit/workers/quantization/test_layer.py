@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,31 @@ def test_losses_of_one_linear_share_a_unit_after_the_next_fold(tmp_path: Path) -
     assert entries["self_attn.o_proj"].scale_spread > 1
     assert value.ratio is None
     assert value.loss_unclipped == pytest.approx(value.loss_rounding, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wide_case(tmp_path_factory: pytest.TempPathFactory) -> LayerCase:
+    return layer_case(tmp_path_factory.mktemp("wide"), hidden_size=128, intermediate_size=128)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "evolutionary"])
+def test_every_width_and_group_in_turn_symmetric(wide_case: LayerCase, method: str) -> None:
+    """GPTQ and OmniQuant have tests like this of their own."""
+    strategy = "evolutionary" if method == "evolutionary" else "grid"
+    body = {"method": "rtn" if method == "rtn" else "awq"}
+    search = SearchSpec(grid_points=2, budget=12, strategy=strategy)
+    for turn, (bits, group_size) in enumerate(product((2, 3, 4, 8), (32, 64, 128, -1))):
+        symmetric = (turn + turn // 4) % 2 == 1
+        scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        result, folded = quantize_layer(wide_case.task(small(**body, **scheme, search=search)))
+        assert wide_case.error(folded) < 1e-5
+        assert wide_case.error(result.weights(wide_case.weights)) < (2 if bits < 8 else 0.1)
+        for entry in result.report:
+            weight = result.quantized[entry.linear]
+            assert weight.scheme == Scheme(**scheme)
+            assert weight.scale.shape[1] == (1 if group_size == -1 else 128 // group_size)
+            assert int(weight.q.max()) < 2**bits
+            assert not symmetric or bool((weight.zero == 2 ** (bits - 1)).all())
+            assert entry.loss is not None
+            assert entry.loss_unclipped is not None
+            assert entry.loss <= entry.loss_unclipped
