@@ -54,7 +54,7 @@ from app.core.object_store import ObjectStore
 from app.core.outgoing import OutgoingGuard
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex, package_version
-from app.core.security import KeyStore, bootstrap_key
+from app.core.security import ApiKey, KeyStore, bootstrap_key
 from app.core.settings import Settings
 from app.core.stamps import StampReader
 from app.core.tally import Tally
@@ -114,9 +114,9 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
     stack.callback(redis.close)
     wait_for_redis(redis)
     services = connected(settings, redis, metrics, StampReader(server.url))
-    bootstrap_key(settings, services.keys)
+    first_key = bootstrap_key(settings, services.keys)
     metrics.observe_occupancy(lambda: operations.occupancy(services))
-    start_threads(services, stack)
+    start_threads(services, first_key, stack)
     return services
 
 
@@ -160,7 +160,7 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics, stamps: StampR
     )
 
 
-def start_threads(services: Services, stack: ExitStack) -> None:
+def start_threads(services: Services, first_key: ApiKey, stack: ExitStack) -> None:
     services.changes.start()
     stack.callback(services.changes.stop)
     services.routes.refresh()
@@ -183,6 +183,8 @@ def start_threads(services: Services, stack: ExitStack) -> None:
     threads = (
         Repeated("janitor", janitor.sweep, settings.janitor_interval_s),
         Repeated("turns", services.turns.sweep, settings.janitor_interval_s),
+        # A Redis that has lost everything would otherwise let nobody in until the next start.
+        Repeated("first key", lambda: services.keys.restore(first_key), settings.janitor_interval_s),
         Repeated("garbage", services.garbage.collect, settings.gc_interval_s),
         WebhookThread(sender),
     )

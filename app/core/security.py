@@ -176,13 +176,22 @@ class KeyStore:
             raise NotFound(
                 f"there is no key {known_id[:64]}", code="key_not_found", remedy="list keys with GET /v1/keys"
             )
+        self._redis.sadd(REVOKED, known_id)  # before the record goes: whoever restores it looks here after
         self._redis.delete(record_key(known_id), use_key(known_id))
         self._redis.srem(KEYS, known_id)
-        self._redis.sadd(REVOKED, known_id)
         return record
 
     def was_revoked(self, known_id: str) -> bool:
         return bool(self._redis.sismember(REVOKED, known_id))
+
+    def restore(self, record: ApiKey) -> None:
+        """Accept a key again if Redis has lost it, but not one that was revoked."""
+        if self.was_revoked(record.id) or not self.keep(record, only_new=True):
+            return
+        if self.was_revoked(record.id):  # at this very moment
+            self._redis.delete(record_key(record.id))
+            return
+        log.warning("redis has lost its keys; %s is accepted again", record.id)
 
     def _read(self, known_id: str) -> ApiKey | None:
         found = self._redis.get(record_key(known_id))
@@ -231,24 +240,24 @@ def unknown_key() -> Unauthenticated:
     )
 
 
-def bootstrap_key(settings: Settings, keys: KeyStore) -> None:
+def bootstrap_key(settings: Settings, keys: KeyStore) -> ApiKey:
     """Make sure that an admin key is known: the operator's, else one that is made once and kept in a file."""
     given = settings.bootstrap_api_key
     key = checked_bootstrap(given) if given is not None else kept_key(settings.state_dir / KEY_FILE)
-    if keys.was_revoked(key_id(key)):
+    record = ApiKey(
+        id=key_id(key),
+        tenant=DEFAULT_TENANT,
+        scopes=frozenset({Scope.ADMIN, Scope.OPERATOR}),
+        sha256=digest(key),
+        name="first key",
+        created_at=datetime.now(UTC),
+    )
+    if keys.was_revoked(record.id):
         origin = "NIBBLE_BOOTSTRAP_API_KEY" if given is not None else settings.state_dir / KEY_FILE
         log.warning("the key in %s was revoked and stays so; change or remove it to have another one", origin)
-        return
-    keys.keep(
-        ApiKey(
-            id=key_id(key),
-            tenant=DEFAULT_TENANT,
-            scopes=frozenset({Scope.ADMIN, Scope.OPERATOR}),
-            sha256=digest(key),
-            name="first key",
-            created_at=datetime.now(UTC),
-        )
-    )
+    else:
+        keys.keep(record)
+    return record
 
 
 def checked_bootstrap(given: SecretStr) -> str:

@@ -14,6 +14,7 @@ from tests.servers import Proxy
 # `lost`: the request is carried out, and its answer never arrives. `changed`: one bit of a checkpoint.
 KINDS = ("500", "503", "412", "reset", "lost", "truncated", "slow", "changed")
 SLOW_S = 1.5
+CODES = {500: "InternalError", 503: "SlowDown", 412: "PreconditionFailed", 403: "ExpiredToken"}
 
 
 class FaultProxy(Proxy):
@@ -58,7 +59,7 @@ class Passage(BaseHTTPRequestHandler):
         fault = self.server.next_fault(self.command, self.path)
         if fault == "412" and "if-none-match" not in {name.lower() for name in self.headers}:
             fault = None
-        if fault in ("500", "503", "412"):
+        if fault in ("500", "503", "412", "403"):
             self.refuse(int(fault))
             return
         if fault == "reset":
@@ -103,7 +104,7 @@ class Passage(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def refuse(self, status: int) -> None:
-        code = {500: "InternalError", 503: "SlowDown", 412: "PreconditionFailed"}[status]
+        code = CODES[status]
         content = f"<Error><Code>{code}</Code><Message>broken on purpose</Message></Error>".encode()
         self.answer(status, [("Content-Type", "application/xml")], content, cut=False)
 

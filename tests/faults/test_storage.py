@@ -70,3 +70,13 @@ def test_a_commit_whose_answer_was_lost_is_not_taken_for_another_ones(proxy: Fau
     assert objects.get("k/manifest.json") == b"own"
     assert not objects.create("k/manifest.json", b"other")
     assert objects.get("k/manifest.json") == b"own"
+
+
+def test_expired_credentials_are_the_operators_to_renew(proxy: FaultProxy) -> None:
+    objects = ObjectStore("s3://large")
+    proxy.pending.append("403")
+    with pytest.raises(Unavailable, match="k/a") as fault:
+        objects.put("k/a", b"x")
+    assert fault.value.code == "storage_unavailable"
+    assert "AWS_" in fault.value.remedy
+    assert objects.head("k/a") is None

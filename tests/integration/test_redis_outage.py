@@ -1,4 +1,4 @@
-"""Redis is killed and comes back while a job runs: the job goes on."""
+"""Redis is killed and comes back while a job runs, or loses all that it held."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 
 from app.core.job import JobState
 from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.settings import Settings
+from tests.integration.api_service import ADMIN_KEY, EXAMPLES, running_service
 from tests.integration.workshop import Workshop, wait_until
 
 
@@ -66,3 +68,24 @@ def test_a_job_outlives_a_restart_of_redis(valkey: DurableValkey, tmp_path: Path
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
     assert workshop.kinds(job).count("checkpoint") == 8
     redis.close()
+
+
+def test_what_storage_holds_is_found_again_after_redis_lost_all(redis_url: str, tmp_path: Path) -> None:
+    settings = Settings(
+        state_dir=tmp_path, redis_url=redis_url, model_roots=(EXAMPLES,), bootstrap_api_key=ADMIN_KEY,
+        janitor_interval_s=0.1,
+    )  # fmt: skip
+    with running_service(settings) as service:
+        job_id = service.submit()["id"]
+        artifact = service.publish(job_id, {"a": b"1"})
+        service.redis.flushall()
+        wait_until(lambda: service.client.get("/v1/artifacts").status_code == 200)
+        (found,) = service.client.get("/v1/artifacts").json()["data"]
+        assert found["id"] == artifact.id
+        assert service.client.get(f"/v1/artifacts/{artifact.id}/files/a").content == b"1"
+        assert service.client.get(f"/v1/jobs/{job_id}").status_code == 404
+        assert service.client.get("/readyz").status_code == 200
+        assert service.submit()["state"] == "queued"
+        assert service.client.post("/v1/gc").json()["artifacts"] == []
+        usage = service.client.get("/v1/tenants/default/limits").json()["usage"]
+        assert usage["storage_bytes"] == artifact.size

@@ -45,6 +45,12 @@ def test_model_roots_are_split_at_colons(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Settings().model_roots == (Path("/models"), Path("/data/models"))
 
 
+def test_a_dead_worker_is_noticed_within_a_minute() -> None:
+    """Its lease runs out, and then a janitor comes by."""
+    settings = Settings()
+    assert settings.lease_s + settings.janitor_interval_s < 60
+
+
 def test_settings_never_change(tmp_path: Path) -> None:
     settings = Settings(state_dir=tmp_path)
     with pytest.raises(ValidationError, match="frozen"):
