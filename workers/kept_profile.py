@@ -23,7 +23,7 @@ LIMIT_S = 300.0  # seconds, unless the host is busy
 
 def kept_profile(device: str, device_name: str, folder: Path) -> DeviceProfile | None:
     """How fast the device is, and the disk below `folder`: as measured before, or now; None if that fails."""
-    path = profiles_folder() / f"{device.replace(':', '')}-{circumstances(device_name, folder)}.json"
+    path = profiles_folder(folder) / f"{device.replace(':', '')}-{circumstances(device_name, folder)}.json"
     with contextlib.suppress(OSError, ValidationError):
         return DeviceProfile.model_validate_json(path.read_text("utf-8"))
     log.info("measuring %s once; kept in %s", device, path)
@@ -44,8 +44,12 @@ def kept_profile(device: str, device_name: str, folder: Path) -> DeviceProfile |
     return profile
 
 
-def profiles_folder() -> Path:
-    return Path.home() / ".cache" / "nibble" / "profiles"
+def profiles_folder(homeless: Path) -> Path:
+    """In the user's cache, or below `homeless` for a user without a home, as containers have them."""
+    try:
+        return Path.home() / ".cache" / "nibble" / "profiles"
+    except RuntimeError:
+        return homeless / "profiles"
 
 
 def circumstances(device_name: str, folder: Path) -> str:

@@ -20,7 +20,7 @@ def test_a_device_is_measured_once_for_all_workers(tmp_path: Path) -> None:
     assert profile is not None
     assert (profile.measured, profile.device) == (True, "cpu")
     assert profile.search
-    (kept,) = profiles_folder().iterdir()
+    (kept,) = profiles_folder(tmp_path).iterdir()
     slower = profile.model_copy(update={"disk": 1.0})
     kept.write_text(slower.model_dump_json())
     other = tmp_path / "other"
@@ -48,3 +48,13 @@ def test_a_cache_that_cannot_be_written_is_told(
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **named: answer)
     assert kept_profile("cpu", "2 CPU threads", tmp_path) == NOMINAL["cpu"]
     assert "can't be kept" in caplog.text
+
+
+def test_a_user_without_a_home_keeps_it_with_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert profiles_folder(tmp_path) == tmp_path / "profiles"
