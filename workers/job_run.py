@@ -1,6 +1,6 @@
 """A job from model folder to checked output folders: the steps on one page.
 
-    read text -> check the model -> calibrate, and solve each layer for every recipe -> pack -> verify
+    check the model, read text -> calibrate, and solve each layer for every recipe -> pack -> verify
     -> evaluate
     -> with a target: further recipes from the same statistics, until one meets it -> report
 
@@ -44,10 +44,11 @@ class JobRun:
         pipeline = self.pipeline
         for message in pipeline.plan.notes:
             pipeline.account.note("plan", message)
+        pipeline.check_shapes()
         calibration, evaluation = pipeline.read_texts()
         checkpoints = pipeline.open_checkpoints(calibration)
         if not checkpoints.is_done(0, len(pipeline.plan.candidates)):
-            pipeline.check_model()  # a resumed run has done so before
+            pipeline.check_weights()  # a resumed run has done so before
         statistics = None if self.spec.target is None else pipeline.open_statistics(calibration)
         pipeline.account.begin(open_ended=self.spec.target is not None)
         resumed_at = pipeline.calibrate(calibration, checkpoints, statistics)

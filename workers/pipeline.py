@@ -77,10 +77,14 @@ class Pipeline:
             refuse_foreign_tokens(torch.cat([calibration.tokens, evaluation.tokens]), self.plan.vocab_size)
         return calibration, evaluation
 
-    def check_model(self) -> None:
-        """Refuse what would else be found layers later. Raises ModelRefused."""
+    def check_shapes(self) -> None:
+        """Refuse a model whose weights are not those of its config. Raises ModelRefused."""
         with self.account.stage(Stage.FETCHING):
             refuse_misfits(self.decoder())
+
+    def check_weights(self) -> None:
+        """Refuse what would else be found layers later: it is a reading of the model. Raises ModelRefused."""
+        with self.account.stage(Stage.FETCHING):
             refuse_broken_weights(self.checkpoint, self.plan.architecture.buffers)
 
     def identity(self, calibration: Windows, **more: object) -> str:

@@ -127,6 +127,7 @@ OPT = Architecture(
     layers="model.decoder.layers",
     embedding="model.decoder.embed_tokens",
     final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+    learned_positions=True,
     presumes=(Condition(key="do_layer_norm_before", values=(True, None)),),
 )
 

@@ -122,6 +122,7 @@ class Architecture(Frozen):
     final: tuple[str, ...] = ("model.norm",)  # between the last layer and the head, where they exist
     head: str = "lm_head"
     attention: Literal["sdpa", "eager"] = "sdpa"  # of transformers; some models have no fast one
+    learned_positions: bool = False  # a table: it ends
     stored_names: tuple[tuple[str, str], ...] = ()  # prefix in transformers, prefix in checkpoints
     buffers: tuple[str, ...] = ()  # in old checkpoints of a layer, no weights
     presumes: tuple[Condition, ...] = ()  # what the groups rest on

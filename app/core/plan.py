@@ -77,8 +77,22 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
         layer_bytes=largest_layer(architecture, num_layers, tensors),
         dtype=weight_dtype(shapes, tensors),
         candidates=candidates,
-        notes=tuple(plan_notes(spec, architecture, candidates)),
+        notes=(*window_notes(spec, architecture, config), *plan_notes(spec, architecture, candidates)),
     )
+
+
+def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, object]) -> Iterator[str]:
+    """Of windows that are longer than what the model was made for. Raises RecipeUnsupported if it can't."""
+    length, longest = spec.calibration.sequence_length, config.get("max_position_embeddings")
+    if not isinstance(longest, int) or length <= longest:
+        return
+    told = f"windows of {length} tokens are longer than the model's max_position_embeddings of {longest}"
+    if architecture.learned_positions:
+        raise RecipeUnsupported(
+            told, code="sequence_too_long", remedy=f"lower calibration.sequence_length to {longest}",
+            param="calibration.sequence_length",
+        )  # fmt: skip
+    yield f"{told}: perplexities say little"
 
 
 def plan_notes(

@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as fault:  # the tokenizers library raises nothing more precise
         raise TextRefused(
-            f"the model's tokenizer cannot be loaded: {fault}", code="tokenizer_invalid",
+            f"the model's tokenizer cannot be loaded: {' '.join(str(fault).split())}", code="tokenizer_invalid",
             remedy="add tokenizer.json and tokenizer_config.json to the model",
         ) from fault  # fmt: skip
 

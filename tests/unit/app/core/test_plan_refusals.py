@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from app.core.architectures import ARCHITECTURES
 from app.core.errors import ModelRefused, NibbleError, RecipeUnsupported
-from app.core.plan import plan_job
+from app.core.plan import plan_job, window_notes
 from app.core.safetensors_header import TensorHeader
-from app.core.specs import JobSpec
+from app.core.specs import CalibrationSpec, JobSpec
 from tests.unit.app.core.headers import CONFIG, asked, header, planned, tensors
 
 
@@ -240,3 +241,13 @@ def test_the_second_recipe_is_checked_too() -> None:
         {"model": "m", "recipe": [{"group_size": 64}, {"group_size": 128}], "formats": ["awq"]}
     )
     assert refused(RecipeUnsupported, spec).param == "recipe.1.group_size"
+
+
+def test_windows_beyond_the_models_positions() -> None:
+    spec = asked().model_copy(update={"calibration": CalibrationSpec(sequence_length=64)})
+    (note,) = planned(spec, {"max_position_embeddings": 32}).notes
+    assert note.startswith("windows of 64 tokens are longer than")
+    assert planned(spec, {"max_position_embeddings": 64}).notes == ()
+    with pytest.raises(RecipeUnsupported) as refusal:
+        list(window_notes(spec, ARCHITECTURES["opt"], {"max_position_embeddings": 32}))
+    assert (refusal.value.code, refusal.value.param) == ("sequence_too_long", "calibration.sequence_length")
