@@ -46,8 +46,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as fault:  # the tokenizers library raises nothing more precise
+        told = " ".join(str(fault).split())
         raise TextRefused(
-            f"the model's tokenizer cannot be loaded: {' '.join(str(fault).split())}", code="tokenizer_invalid",
+            f"the model's tokenizer can't be loaded: {told}", code="tokenizer_invalid",
             remedy="add tokenizer.json and tokenizer_config.json to the model",
         ) from fault  # fmt: skip
 
