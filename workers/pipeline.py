@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, closing
 from functools import partial
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -93,7 +94,9 @@ class Pipeline:
             refuse_broken_weights(self.checkpoint, self.plan.architecture.buffers)
 
     def identity(self, calibration: Windows, **more: object) -> str:
+        """What finished layers and statistics belong to: another version may compute others."""
         return identity_digest(
+            nibble=version("nibble"),
             model=self.assignment.model_digest,
             tokens=calibration.digest,
             device=self.device.type,

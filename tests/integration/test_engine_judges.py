@@ -29,6 +29,7 @@ from tests.tiny_models import (
     some_tokens,
     tiny_spec,
 )
+from workers import pipeline
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 
@@ -299,7 +300,7 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-def test_a_run_resumes_after_its_finished_layers(tmp_path: Path) -> None:
+def test_a_run_resumes_after_its_finished_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = engine_run(tmp_path, "llama w4 g32")
     kept = tmp_path / "resumed" / "checkpoints"
     kept.mkdir(parents=True)
@@ -315,6 +316,9 @@ def test_a_run_resumes_after_its_finished_layers(tmp_path: Path) -> None:
     assert [layer.linears for layer in again.report.candidates[0].layers] == [
         layer.linears for layer in run.report.candidates[0].layers
     ]
+    monkeypatch.setattr(pipeline, "version", lambda name: "0.0.0")  # layers of two versions are not mixed
+    anew = EngineRun(run.pipeline.spec, run.pipeline.checkpoint.folder, tmp_path / "resumed")
+    assert anew.report.resumed_at_layer == 0
 
 
 def test_each_candidate_is_reported_on_its_own(tmp_path: Path) -> None:
