@@ -22,6 +22,7 @@ from workers.modeling.decoder import Decoder, LayerArguments
 from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
 from workers.quantization.omniquant import Lesson
 from workers.quantization.reduction import ALONE, Ranks
+from workers.quantization.scale_search import FLOAT16_LIMIT
 
 LESSON_WINDOWS = 32  # of the calibration text, that a layer is taught with
 HELD_BACK = 5  # one of so many further parts of it judges what was learned
@@ -58,7 +59,8 @@ class PairedStatistics:
             return weight
         trust = self.inputs.num_tokens / (self.inputs.num_tokens + weight.shape[1])
         corrected = weight + trust * torch.cholesky_solve(drift.T, lower).T
-        return corrected if bool(torch.isfinite(corrected).all()) else weight
+        # Also false for what is not a number.
+        return corrected if bool(corrected.abs().amax() <= FLOAT16_LIMIT) else weight
 
 
 class PairedPass:

@@ -148,5 +148,6 @@ def test_the_correction_shrinks_with_few_tokens_and_stays_away_without_any_signa
     torch.testing.assert_close(many, drift / 1.01, rtol=1e-3, atol=1e-4)
     silent = statistics(torch.zeros(32, 32), 100, drift)
     assert torch.equal(silent.corrected(weight), weight)
-    endless = statistics(torch.eye(32), 100, torch.full((4, 32), torch.inf))
-    assert torch.equal(endless.corrected(weight), weight)
+    for missing in (torch.inf, torch.nan, 1e5):  # the last one is more than files hold
+        beyond = statistics(torch.eye(32), 100, torch.full((4, 32), missing))
+        assert torch.equal(beyond.corrected(weight), weight)
