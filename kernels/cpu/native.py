@@ -50,8 +50,9 @@ PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numb
 MOST_ROWS = 2048  # multiplied at once: bounds the memory for a rearranged input
 # Up to here integers are faster than tiles, whose product of one row takes as long as that of sixteen.
 DIGITS_BEFORE_TILES = 2
-# Without tiles: from here on the weight is dequantized, part by part, for PyTorch's own product.
-DEQUANTIZED_ROWS = 20
+# Without tiles our product of bfloat16 is faster than PyTorch's at any number of rows. An input of several
+# parts is not: from so many rows times parts on, the weight is dequantized for PyTorch's product in float32.
+DEQUANTIZED_COLUMNS = 56
 DEQUANTIZED_BYTES = 2 * 1024**2  # of such a part
 SMALL_PRODUCT = 2**20  # multiplications that are not worth a second thread
 
@@ -202,7 +203,7 @@ def multiply_by_tiles(weight: Blocks, x: Tensor, bias: Tensor | None, output: Te
 
 
 def multiply_by_rows(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    if x.shape[0] * PARTS[x.dtype] >= DEQUANTIZED_ROWS:
+    if x.dtype != torch.bfloat16 and x.shape[0] * PARTS[x.dtype] >= DEQUANTIZED_COLUMNS:
         multiply_dequantized(weight, x, bias, output)
         return
     library = native_library(tiles=False)
@@ -240,26 +241,19 @@ def add_parts(sums: Tensor, bias: Tensor | None, output: Tensor) -> None:
 
 
 def multiply_dequantized(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """Part by part, so that a part is still in the cache when it is multiplied.
-
-    float16 inputs are multiplied in float32: processors without its arithmetic compute it number by number.
-    """
+    """In float32, part by part, so that a part is still in the cache when it is multiplied."""
     library = native_library(tiles=False)
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    values = x.to(dtype)
-    step = max(1, DEQUANTIZED_BYTES // (weight.channels * dtype.itemsize * ROWS))  # blocks
-    part = torch.empty(min(step, weight.blocks) * ROWS, weight.channels, dtype=dtype)
+    values, added = x.float(), None if bias is None else bias.float()
+    step = max(1, DEQUANTIZED_BYTES // (weight.channels * values.itemsize * ROWS))  # blocks
+    part = torch.empty(min(step, weight.blocks) * ROWS, weight.channels)
     for first in range(0, weight.blocks, step):
         last = min(first + step, weight.blocks)
-        library.nibble_dequantize(
-            weight.reference, first, last, TYPES[dtype], part.data_ptr(), torch.get_num_threads()
-        )
+        library.nibble_dequantize(weight.reference, first, last, part.data_ptr(), torch.get_num_threads())
         rows = slice(first * ROWS, min(last * ROWS, output.shape[1]))
         if rows.start >= rows.stop:
             break
-        added = None if bias is None else bias[rows].to(dtype)
         dense = part[: rows.stop - rows.start, : x.shape[1]]
-        output[:, rows] = torch.nn.functional.linear(values, dense, added)
+        output[:, rows] = torch.nn.functional.linear(values, dense, None if added is None else added[rows])
 
 
 class NativeKernel:

@@ -194,7 +194,7 @@ def typed(library: ctypes.CDLL, *, tiles: bool) -> ctypes.CDLL:
     """The library of products with the types of its functions."""
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     weight = ctypes.POINTER(BlockedStruct)
-    library.nibble_dequantize.argtypes = [weight, number, number, number, pointer, threads]
+    library.nibble_dequantize.argtypes = [weight, number, number, pointer, threads]
     library.nibble_dequantize.restype = None
     names = ("nibble_tiles", "nibble_tiles_exact") if tiles else ("nibble_few_rows",)
     for name in ("nibble_digits", *names):

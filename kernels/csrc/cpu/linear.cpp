@@ -128,12 +128,6 @@ struct ToBfloat {
     _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0])));
   }
 };
-struct ToHalf {
-  static void store(void* out, const __m512* v) {
-    for (int i = 0; i < 2; ++i)
-      _mm256_storeu_si256(static_cast<__m256i*>(out) + i, _mm512_cvtps_ph(v[i], _MM_FROUND_TO_NEAREST_INT));
-  }
-};
 struct ToFloat {
   static void store(void* out, const __m512* v) {
     for (int i = 0; i < 2; ++i) _mm512_storeu_ps(static_cast<float*>(out) + 16 * i, v[i]);
@@ -208,9 +202,7 @@ void dequantize_by_table(const Weight& w, int64_t block, int64_t first, int64_t 
 
 using Dequantize = void (*)(const Weight&, int64_t, int64_t, int64_t, uint8_t*, Places);
 
-Dequantize dequantize_of(const Weight& w, int64_t type) {
-  if (type == kHalf) return dequantize_exact<ToHalf>;
-  if (type == kFloat) return dequantize_exact<ToFloat>;
+Dequantize to_bfloat(const Weight& w) {
   if (w.planes == 2) return dequantize_exact<ToBfloat>;
   switch (w.per_chunk) {
     case 0: return dequantize_by_table<0>;
@@ -226,15 +218,14 @@ Dequantize dequantize_of(const Weight& w, int64_t type) {
 
 extern "C" {
 
-// Rows of blocks first .. last-1 as float16 (type 0), bfloat16 (1) or float32 (2): (rows, 128 chunks).
-void nibble_dequantize(const Weight* weight, int64_t first, int64_t last, int64_t type, void* out, int threads) {
+// Rows of blocks first .. last-1 in float32: (rows, 128 chunks).
+void nibble_dequantize(const Weight* weight, int64_t first, int64_t last, float* out, int threads) {
   const Weight w = *weight;
-  const int64_t size = type == kFloat ? 4 : 2;
-  const Places places{w.chunks * kChunk * size, 32 * size};
-  const Dequantize dequantize = dequantize_of(w, type);
+  const Places places{w.chunks * kChunk * 4, 32 * 4};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = first; block < last; ++block)
-    dequantize(w, block, 0, w.chunks, static_cast<uint8_t*>(out) + (block - first) * kRows * places.row, places);
+    dequantize_exact<ToFloat>(w, block, 0, w.chunks,
+                              reinterpret_cast<uint8_t*>(out) + (block - first) * kRows * places.row, places);
 }
 
 }  // extern "C"

@@ -308,7 +308,7 @@ void nibble_tiles(const Weight* weight, const void* x, int64_t rows, int64_t str
   uint8_t* packed = packed_x.of(size_t(groups * tiles) * kTile);
   pack_columns(static_cast<const uint16_t*>(x), rows, stride, tiles, kBlockK * 4, packed, threads);
   const Output output{out, type, out_features, out_features, rows, bias};
-  const Dequantize dequantize = dequantize_of(w, kBfloat);
+  const Dequantize dequantize = to_bfloat(w);
   const int64_t parts_n = (w.blocks + kBlockN - 1) / kBlockN, parts_m = (groups + kBlockM - 1) / kBlockM;
 #pragma omp parallel num_threads(threads)
   {
