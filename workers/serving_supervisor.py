@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from app.core.artifact_store import ArtifactStore
 from app.core.deployment import Deployment, DeploymentState, Goal, LiveDeployment, Replica
-from app.core.deployment_store import DeploymentStore, failed, resting
+from app.core.deployment_store import DeploymentStore, failed, loaded, resting, set_back
 from app.core.errors import NibbleError, NotFound
 from app.core.logs import set_up_logs
 from app.core.object_store import ObjectStore
@@ -41,6 +41,7 @@ REPLICA_TTL_S = 10.0
 REGISTRY_S = 5.0
 REGISTRY_TTL_S = 20.0
 SPREAD_S = 1.0  # a worker leaves a free slot to emptier workers, for so long per server that it runs
+FAILED_AGAIN_S = 60.0  # until a worker tries a slot again whose server it could not have, while others serve
 SETTLE_S = 3.0  # after Redis was away, in which those whose claims ran out meanwhile take them up again
 SHUTDOWN_DRAIN_S = 8.0  # below the grace that `nibble up` and containers give
 
@@ -59,6 +60,7 @@ class ServingSupervisor:
         self._keepers: dict[tuple[str, int], ReplicaKeeper] = {}
         self._published: dict[tuple[str, int], str] = {}  # the state that was last announced
         self._free_since: dict[tuple[str, int], float] = {}
+        self._not_before: dict[tuple[str, int], float] = {}  # slots whose servers failed here
         self._registered = 0.0
         self._claims_from = 0.0
 
@@ -93,11 +95,15 @@ class ServingSupervisor:
                 self._release(keeper)
 
     def _release(self, keeper: ReplicaKeeper) -> None:
-        """Write how the replica ended, then free its slot."""
+        """Write how the replica ended, then free its slot. Its failure is not that of others, which serve."""
         problem = keeper.failure
         try:
             if problem is not None:
-                self._store.update(keeper.deployment.id, lambda deployment: failed(deployment, problem))
+                live = self._store.get(keeper.deployment.tenant, keeper.deployment.id)
+                others = [replica for replica in live.ready if replica.slot != keeper.replica.slot]
+                change = set_back if others else failed
+                self._store.update(live.id, lambda deployment: change(deployment, problem))
+                self._not_before[keeper.slot] = time.monotonic() + FAILED_AGAIN_S
         except NotFound:
             log.info("%s: its deployment is gone", keeper.name)
         self._store.release(keeper.replica)
@@ -114,10 +120,11 @@ class ServingSupervisor:
         """Take at most one free slot: the next one after the next pass, when others had their turn."""
         now, free = time.monotonic(), self._free_slots(deployments)
         self._free_since = {slot: self._free_since.get(slot, now) for slot in free}
+        self._not_before = {slot: until for slot, until in self._not_before.items() if now < until}
         if len(self._keepers) >= self._context.settings.serve_slots or now < self._claims_from:
             return
         for slot, since in sorted(self._free_since.items()):
-            if now - since < SPREAD_S * len(self._keepers):
+            if now - since < SPREAD_S * len(self._keepers) or now < self._not_before.get(slot, 0.0):
                 continue
             deployment = deployments[slot[0]].deployment
             replica = self._replica(deployment, slot[1])
@@ -165,9 +172,7 @@ class ServingSupervisor:
         if is_news and replica.is_ready:
             self._store.touch([keeper.deployment])
             load_s = keeper.load_s
-            self._store.update(
-                keeper.deployment.id, lambda deployment: deployment.model_copy(update={"load_s": load_s})
-            )
+            self._store.update(keeper.deployment.id, lambda deployment: loaded(deployment, load_s))
 
     def _unload_if_idle(self, live: LiveDeployment) -> None:
         """Let a deployment rest whose last request is older than its idle timeout."""

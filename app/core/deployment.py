@@ -56,6 +56,7 @@ class Deployment(Kept):
     error: Problem | None = None  # why no server can be had
     job: str | None = None  # that asked for it
     load_s: float | None = None  # how long the last start took
+    setback: str = ""  # how a replica failed last while others served
 
     @property
     def wants_servers(self) -> bool:
@@ -135,6 +136,8 @@ class LiveDeployment(Frozen):
         ]
         if absent:
             told.append(f"{absent} of {spec.replicas} replicas wait: {waits_for(spec.engine, engines)}")
+        if absent and deployment.setback:
+            told.append(f"the last one that was tried failed: {deployment.setback}")
         return "; ".join(told)
 
 

@@ -287,3 +287,13 @@ def failed(deployment: Deployment, error: Problem) -> Deployment:
     if deployment.goal is Goal.REMOVE:
         return deployment
     return deployment.model_copy(update={"error": error})
+
+
+def set_back(deployment: Deployment, error: Problem) -> Deployment:
+    """The deployment after a replica failed while others serve."""
+    return deployment.model_copy(update={"setback": error.message})
+
+
+def loaded(deployment: Deployment, load_s: float | None) -> Deployment:
+    """The deployment after a replica became ready."""
+    return deployment.model_copy(update={"load_s": load_s, "setback": ""})

@@ -1,7 +1,7 @@
 """Deployments in trouble: how soon a killed server answers again, what a flood leaves in the API's memory.
 
-    python -m tests.benchmarks.serving_faults --artifact FOLDER     kills its server amid streams
-    python -m tests.benchmarks.serving_faults                       floods a stand-in that takes four requests
+python -m tests.benchmarks.serving_faults --artifact FOLDER     kills its server amid streams
+python -m tests.benchmarks.serving_faults                       floods a stand-in that takes four requests
 """
 
 from __future__ import annotations

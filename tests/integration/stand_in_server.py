@@ -123,7 +123,7 @@ def main() -> None:
     behaviour = json.loads((options.artifact / "stand_in.json").read_text())
     report = os.fdopen(options.ready_fd, "w", buffering=1) if options.ready_fd is not None else sys.stdout
     report.write(json.dumps({"kind": "loading"}) + "\n")
-    if "fail" in behaviour:
+    if "fail" in behaviour and Path(behaviour.get("fail_when", "/")).exists():
         report.write(json.dumps({"kind": "failed", **behaviour["fail"]}) + "\n")
         sys.exit(1)
     if behaviour.get("crash"):

@@ -171,6 +171,22 @@ def test_a_server_that_refuses_the_artifact_fails_the_deployment(floor: Floor) -
         assert floor.client.delete(f"/v1/deployments/{deployment_id}").status_code in (202, 204)
 
 
+def test_a_replica_that_fails_leaves_the_others_alone(floor: Floor, gate: Path) -> None:
+    """A worker whose disk or memory is full must not end what another one serves."""
+    told = {"code": "out_of_memory", "message": "cpu ran out of memory", "remedy": "use another"}
+    with floor.worker():
+        deployment_id = floor.ready(
+            "tiny", artifact=floor.artifact(fail=told, fail_when=str(gate)), replicas=2
+        )
+        gate.touch()
+        for pid in floor.server_pids(deployment_id, 1):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "cpu ran out of memory" in floor.view(deployment_id)["reason"], 30)
+        view = floor.view(deployment_id)
+        assert (view["state"], view["error"], len(view["servers"])) == ("ready", None, 1)
+        assert floor.chat("tiny").status_code == 200
+
+
 def test_a_damaged_file_is_found_before_it_is_served(floor: Floor) -> None:
     artifact = floor.artifact()
     floor.service.objects.put(f"artifacts/{artifact}/attempt-1/weights/a.bin", b"y" * 1000)

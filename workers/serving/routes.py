@@ -33,6 +33,7 @@ EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 def create_app(served: ServedModel) -> Starlette:
@@ -48,7 +49,12 @@ def create_app(served: ServedModel) -> Starlette:
             Route("/version", operations.version),
             Route("/metrics", operations.metrics),
         ],
-        exception_handlers={NibbleError: on_nibble_error, HTTPException: on_http_error, Exception: on_fault},
+        exception_handlers={
+            NibbleError: on_nibble_error,
+            HTTPException: on_http_error,
+            CallerGone: on_gone,
+            Exception: on_fault,
+        },
     )
 
 
@@ -65,8 +71,8 @@ class InferenceRoutes:
         prompts = await asyncio.to_thread(self.served.chat_prompts, request)
         reply = begin(self.served, request, prompts, "chatcmpl", "chat.completion")
         if request.stream:
-            return await streamed(reply, chat.stream(reply, request))
-        return await whole(http, reply, chat.respond(reply, request))
+            return await streamed(http, reply, chat.stream(reply, request))
+        return json_response(await unless_gone(http, reply, chat.respond(reply, request)))
 
     async def text_completions(self, http: Request) -> Response:
         request = await parse(http, CompletionRequest)
@@ -74,8 +80,8 @@ class InferenceRoutes:
         prompts = await asyncio.to_thread(self.served.completion_prompts, request)
         reply = begin(self.served, request, prompts, "cmpl", completions.OBJECT)
         if request.stream:
-            return await streamed(reply, completions.stream(reply, request))
-        return await whole(http, reply, completions.respond(reply, request))
+            return await streamed(http, reply, completions.stream(reply, request))
+        return json_response(await unless_gone(http, reply, completions.respond(reply, request)))
 
     async def models(self, _http: Request) -> Response:
         return json_response({"object": "list", "data": [model_entry(self.served, self.created)]})
@@ -144,17 +150,26 @@ def begin(served: ServedModel, request: Body, prompts: Prompts, prefix: str, kin
     return Reply(served, request, served.start(request, prompts), prefix, kind)
 
 
-async def whole(http: Request, reply: Reply, work: Awaitable[dict[str, Any]]) -> Response:
-    """The response when it is complete; if the caller goes first, what runs for it is cancelled."""
+class CallerGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def unless_gone(http: Request, reply: Reply, work: Awaitable[T]) -> T:
+    """What `work` gives; if the caller goes first, what runs for it is cancelled."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(disconnected(http))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return json_response(await task) if task.done() else Response(status_code=499)
+        if task.done():
+            return await task
+    except BaseException:
+        reply.answer.cancel()
+        raise
     finally:
         gone.cancel()
         task.cancel()
-        reply.answer.cancel()
+    reply.answer.cancel()
+    raise CallerGone
 
 
 async def disconnected(http: Request) -> None:
@@ -162,13 +177,9 @@ async def disconnected(http: Request) -> None:
         pass
 
 
-async def streamed(reply: Reply, frames: AsyncIterator[bytes]) -> Response:
+async def streamed(http: Request, reply: Reply, frames: AsyncIterator[bytes]) -> Response:
     """A stream whose first frame is there: what fails before it is an ordinary error."""
-    try:
-        first = await anext(frames)
-    except BaseException:
-        reply.answer.cancel()
-        raise
+    first = await unless_gone(http, reply, anext(frames))
     return StreamingResponse(guarded(reply, first, frames), media_type=EVENT_STREAM, headers=STREAM_HEADERS)
 
 
@@ -200,6 +211,10 @@ async def on_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = NotFound(f"{http.method} {http.url.path}: {error.detail}", code="not_found")
     return json_response(error_body(problem), error.status_code)
+
+
+async def on_gone(_http: Request, _error: Exception) -> Response:
+    return Response(status_code=499)
 
 
 async def on_fault(_http: Request, error: Exception) -> Response:

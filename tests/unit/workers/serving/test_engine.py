@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -210,6 +211,39 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(folder: Path) ->
     frames = asyncio.run(run())
     assert frames[-1] == "[DONE]"
     assert json.loads(frames[-2])["error"]["message"].startswith("the server is shutting down")
+
+
+def test_a_caller_that_goes_while_its_stream_waits_is_not_served(folder: Path) -> None:
+    served = Served(folder, max_sequences=1)
+    forward = served.engine.batch.forward
+
+    def slow(*arguments: Any) -> Tensor:
+        time.sleep(0.01)
+        return forward(*arguments)
+
+    served.engine.batch.forward = slow  # type: ignore[method-assign]
+    body = BODY | {"max_tokens": 240, "stream": True}
+
+    async def waiting(count: int) -> None:
+        while served.metrics.waiting._value.get() != count:
+            await asyncio.sleep(0.005)
+
+    async def run() -> None:
+        async with (
+            listening(served, drain_s=0) as client,
+            client.stream("POST", "/v1/completions", json=body) as running,
+        ):
+            lines = running.aiter_lines()  # kept: its end would end the stream
+            await anext(lines)
+            second = asyncio.create_task(client.post("/v1/completions", json=body))
+            await waiting(1)
+            second.cancel()
+            await asyncio.wait_for(waiting(0), 60)
+            assert served.engine.batch.sequences, "it left while the first one ran"
+            signal.raise_signal(signal.SIGTERM)
+
+    asyncio.run(run())
+    assert b'finished_reason="length"' not in served.metrics.text()
 
 
 def test_logprobs_of_a_text_have_the_token_itself(folder: Path) -> None:
