@@ -47,7 +47,7 @@ from app.core.specs import JobSpec, WebhookSpec
 from app.core.webhook_sender import WebhookSender
 from app.core.webhooks import DeliveryStore, WebhookSecrets
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
-from tests.integration.workshop import Workshop
+from tests.integration.workshop import Workshop, wait_until
 from workers.queue_worker import ListedEntry
 
 JSON = {"Content-Type": "application/json"}
@@ -108,8 +108,7 @@ def test_secrets_are_in_no_command_line(redis_url: str, tmp_path: Path) -> None:
     job = workshop.submit(layers="6", pause="0.3")
     assert workshop.queue.enqueue(job)
     with workshop.worker("one"):
-        while "checkpoint" not in workshop.kinds(job):
-            pass
+        wait_until(lambda: "checkpoint" in workshop.kinds(job))
         lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     ours = [line for line in lines if b"child_start" in line or b"stand_in" in line]
     assert ours
