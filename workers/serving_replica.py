@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.2
 LOAD_S = 1.0  # between two looks at a server's load
 MAX_SILENT = 6  # looks in a row without an answer, of up to 5 s each, after which a server counts as hung
-MAX_FAILURES = 5  # in a row; a server that lived STEADY_S ends the row
+MAX_FAILURES = 5  # in a row before readiness; a server that lived STEADY_S ends the row
 STEADY_S = 60.0
 BACKOFF_S = (0.0, 1.0, 2.0, 4.0, 8.0)
 STOP_MARGIN_S = 5.0  # beyond its own limit for draining
@@ -110,11 +110,13 @@ class ReplicaKeeper(threading.Thread):
                 self._note_failure(fault)
 
     def _note_failure(self, fault: NibbleError) -> None:
-        """Wait before the next start; raise the fault if there were too many."""
+        """Wait before the next start; raise the fault if too many servers never became ready."""
         self._failures += 1
         log.warning("%s: %s (failure %d)", self.name, fault.message, self._failures)
         if self._failures > MAX_FAILURES:
-            raise fault
+            if not self.replica.is_ready:
+                raise fault
+            self._failures = MAX_FAILURES  # it can be had: whatever ends it again and again may go away
         self._publish(
             ReplicaState.RESTARTING,
             url=None,
