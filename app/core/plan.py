@@ -16,6 +16,7 @@ from app.core.linear_plan import LinearPlan, fit_groups, plan_linear, refuse_ind
 from app.core.safetensors_header import DTYPE_BITS, TensorHeader
 from app.core.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
 
+RENAMED = ("gpt_neox", "mixtral", "phi3")  # transformers' modules have other names than the checkpoints
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -110,7 +111,7 @@ def plan_notes(
         if fitted:
             yield f"recipe {index}: {len(fitted)} linears get other groups or none, the first: {fitted[0]}"
         for name in spec.formats:
-            for note in loader_notes(name, candidate):
+            for note in loader_notes(name, candidate, architecture):
                 yield f"recipe {index}: {note}"
 
 
@@ -140,7 +141,7 @@ def unmatched(candidate: CandidatePlan, architecture: Architecture) -> Iterator[
             yield f"`{field}` names {pattern!r}, which matches no linear of the model"
 
 
-def loader_notes(name: FormatName, candidate: CandidatePlan) -> Iterator[str]:
+def loader_notes(name: FormatName, candidate: CandidatePlan, architecture: Architecture) -> Iterator[str]:
     """What of the format's files not every loader opens."""
     schemes = {linear.scheme for linear in candidate.linears if linear.scheme is not None}
     experts = {linear.scheme for linear in candidate.linears if ".experts." in linear.name}
@@ -158,6 +159,8 @@ def loader_notes(name: FormatName, candidate: CandidatePlan) -> Iterator[str]:
             f"{unopened} whose layers' experts have several schemes; let `overrides` and `ignore` match the "
             "experts of all layers if it has to"
         )
+    if name == "gptq" and architecture.model_type in RENAMED:
+        yield f"GPTQModel does not find all weights of {architecture.model_type} by their names in files"
     narrow = sorted({scheme.bits for scheme in schemes} - {4, 8})
     if name == "gptq" and narrow:
         widths = " and ".join(map(str, narrow))

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from app.core.plan import Plan
+from app.core.plan import Plan, plan_job
 from app.core.specs import Override, Recipe
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 from tests.unit.app.core.headers import WEIGHTS_PER_LAYER, asked, planned
+from workers.modeling.checkpoint import Checkpoint
 
 
 def test_a_plan_counts_the_model() -> None:
@@ -108,6 +109,14 @@ def test_what_few_servers_open_is_noted(formats: tuple[str, ...], bits: int, not
     notes = planned(asked(*formats, bits=bits, symmetric=True)).notes
     assert [note for note in notes if "vLLM opens those of 4 and 8 bits" in note] == list(notes)
     assert len(notes) == noted
+
+
+def test_what_gptqmodel_cannot_open_is_noted(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(save_model(random_model("phi3"), tmp_path))
+    for name, noted in (("gptq", 1), ("compressed-tensors", 0)):
+        spec = asked(name, symmetric=True, group_size=32)
+        notes = plan_job(spec, checkpoint.config, checkpoint.tensors).notes
+        assert len([note for note in notes if "GPTQModel does not find" in note]) == noted
 
 
 def test_bits_per_weight_count_scales_and_zero_points() -> None:
