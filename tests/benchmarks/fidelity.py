@@ -45,8 +45,8 @@ PEERS = {
 PLANTED = 16.0
 SAMPLES, WINDOWS = 128, 100  # of calibration and evaluation text, that the peers' figures were taken with
 
-Row = dict[str, Any]
-Peers = dict[tuple[int, int], dict[str, float]]
+Row = dict[str, Any]  # of figures
+Peers = dict[tuple[int, int], dict[str, Row]]
 
 
 def table(model: Path, options: argparse.Namespace, peers: Peers) -> None:
@@ -59,8 +59,8 @@ def table(model: Path, options: argparse.Namespace, peers: Peers) -> None:
         original = report["original"]["perplexity"]
         if number == 0:
             print(f"original {original:.3f}\n")
-            print("| setting | method | perplexity | peer | ratio | KL | seconds of search and rounding |")
-            print("|---|---|---|---|---|---|---|")
+            print("| setting | method | perplexity | peer | ratio | KL | peer | ratio | seconds of search |")
+            print("|---|---|---|---|---|---|---|---|---|")
         rows = dict(zip(options.methods, report["candidates"], strict=True))
         beside = peers.get((bits, group), {})
         print_rows(f"W{bits} g{group}", rows, beside)
@@ -68,28 +68,28 @@ def table(model: Path, options: argparse.Namespace, peers: Peers) -> None:
     print("", *summaries, sep="\n", flush=True)
 
 
-def print_rows(setting: str, rows: dict[str, Row], peers: dict[str, float]) -> None:
+def print_rows(setting: str, rows: dict[str, Row], peers: dict[str, Row]) -> None:
     for name, row in rows.items():
-        peer = peers.get(name)
-        beside = f"{peer:.3f} | {row['perplexity'] / peer:.4f}" if peer else "- | -"
-        print(
-            f"| {setting} | {name} | {row['perplexity']:.3f} | {beside} | {row['kl']:.5f} "
-            f"| {row['seconds']['searching']:.1f} |",
-            flush=True,
-        )
+        peer = peers.get(name, {})
+        cells = [setting, name]
+        for figure, digits in (("perplexity", 3), ("kl", 5)):
+            ours, theirs = row[figure], peer.get(figure)
+            cells.append(f"{ours:.{digits}f}")
+            cells += ["-", "-"] if theirs is None else [f"{theirs:.{digits}f}", f"{ours / theirs:.4f}"]
+        print(f"| {' | '.join(cells)} | {row['seconds']['searching']:.1f} |", flush=True)
 
 
-def summary(setting: str, rows: dict[str, Row], peers: dict[str, float], original: float) -> str:
+def summary(setting: str, rows: dict[str, Row], peers: dict[str, Row], original: float) -> str:
     """The best candidate, the best peer, and half of the best peer's gap to the original."""
     name = min(rows, key=lambda name: float(rows[name]["perplexity"]))
     best = float(rows[name]["perplexity"])
     text = f"{setting}: best {best:.3f} ({name}, {best / original - 1:+.2%})"
     if peers:
-        peer = min(peers, key=lambda peer: peers[peer])
-        half = original + (peers[peer] - original) / 2
-        share = (best - original) / (peers[peer] - original)
+        peer = min(peers, key=lambda peer: float(peers[peer]["perplexity"]))
+        theirs = float(peers[peer]["perplexity"])
+        half, share = (original + theirs) / 2, (best - original) / (theirs - original)
         reached = "reached" if best <= half else "missed"
-        text += f", best peer {peers[peer]:.3f} ({peer}), half of its gap {half:.3f}: {reached} ({share:.2f})"
+        text += f", best peer {theirs:.3f} ({peer}), half of its gap {half:.3f}: {reached} ({share:.2f})"
     if {"AWQ", "OmniQuant"} <= rows.keys():
         awq, learned = rows["AWQ"], rows["OmniQuant"]
         text += f"; OmniQuant / AWQ {learned['perplexity'] / awq['perplexity']:.4f}"
@@ -106,7 +106,10 @@ def evaluation_spec(options: argparse.Namespace) -> dict[str, Any]:
 
 def kept_peers() -> Peers:
     """The peer's figures as they were taken once."""
-    return {setting: dict(zip(PEER_METHODS, figures, strict=True)) for setting, figures in PEERS.items()}
+    return {
+        setting: {name: {"perplexity": figure} for name, figure in zip(PEER_METHODS, figures, strict=True)}
+        for setting, figures in PEERS.items()
+    }
 
 
 def measured_peers(options: argparse.Namespace) -> Peers:
@@ -125,8 +128,7 @@ def measured_peers(options: argparse.Namespace) -> Peers:
                     "--method", PEER_METHODS[method], "--bits", str(bits), "--group-size", str(group),
                 ]  # fmt: skip
                 done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-                figure = json.loads(done.stdout.splitlines()[-1])["perplexity"]
-                found.setdefault((bits, group), {})[method] = figure
+                found.setdefault((bits, group), {})[method] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

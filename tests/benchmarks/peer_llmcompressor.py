@@ -1,7 +1,7 @@
 """llm-compressor on given token windows, timed inside its process; prints one JSON line.
 
 Runs in an environment of its own (`pip install llmcompressor==0.14.0.1`), started by `quantize.py` and
-`fidelity.py`. With `--evaluation` the line holds the perplexity on those windows too.
+`fidelity.py`. With `--evaluation` the line holds perplexity and KL on those windows too.
 """
 
 from __future__ import annotations
@@ -37,11 +37,19 @@ def modifiers(method: str, bits: int, group_size: int) -> list[Any]:
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: list[list[int]]) -> float:
-    losses = [
-        model(input_ids=torch.tensor([window]), labels=torch.tensor([window])).loss for window in windows
-    ]
-    return math.exp(float(torch.stack(losses).double().mean()))
+def judged(model: Any, original: Any, windows: list[list[int]]) -> dict[str, float]:
+    """Perplexity, and KL from the original in nats per token."""
+    losses, divergences = [], []
+    for window in windows:
+        tokens = torch.tensor([window])
+        answer = model(input_ids=tokens, labels=tokens)
+        losses.append(answer.loss.double())
+        ours, theirs = (logits[0, :-1].log_softmax(-1) for logits in (answer.logits, original(tokens).logits))
+        divergences.append((theirs.exp() * (theirs - ours)).sum(-1).double().mean())
+    return {
+        "perplexity": math.exp(float(torch.stack(losses).mean())),
+        "kl": float(torch.stack(divergences).mean()),
+    }
 
 
 def main() -> None:
@@ -71,7 +79,8 @@ def main() -> None:
     line = {"seconds": time.perf_counter() - started, "dtype": str(model.dtype), "torch": torch.__version__}
     if options.evaluation:
         with open(options.evaluation, encoding="utf-8") as file:
-            line["perplexity"] = perplexity(model, json.load(file))
+            original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+            line |= judged(model, original, json.load(file))
     print(json.dumps(line))
 
 
