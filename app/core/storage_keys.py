@@ -4,6 +4,8 @@ from __future__ import annotations
 
 ARTIFACTS = "artifacts"
 CHECKPOINTS = "checkpoints"
+REPORTS = "reports"
+FOLDERS = (ARTIFACTS, CHECKPOINTS, REPORTS)  # of tenants' things, each read by its id alone
 
 
 def manifest_key(artifact_id: str) -> str:
@@ -12,7 +14,7 @@ def manifest_key(artifact_id: str) -> str:
 
 
 def report_key(job_id: str) -> str:
-    return f"reports/{job_id}.json"
+    return f"{REPORTS}/{job_id}.json"
 
 
 def checkpoint_prefix(job_id: str) -> str:

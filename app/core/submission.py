@@ -6,17 +6,22 @@ One function for `POST /v1/jobs` and `POST /v1/estimates`, so that what is estim
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from app.core.errors import TextRefused
+from app.core.errors import ModelRefused, TextRefused
+from app.core.model_reference import parse_model_reference
 from app.core.model_source import HubModel, inspect_model, open_model
 from app.core.outgoing import DestinationRefused, OutgoingGuard
 from app.core.plan import Plan, plan_job
 from app.core.reuse import Contents, fingerprint, text_key
 from app.core.settings import Settings
 from app.core.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
+from app.core.storage_keys import FOLDERS
 from app.core.text_source import is_remote, open_text
 
 BUILTIN_TEXTS = ("builtin:wikitext2",)
@@ -41,6 +46,7 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     """
     if spec.webhook is not None:
         check_webhook(spec.webhook.url, settings)
+    refuse_own_storage(spec.model, settings, param="model")
     files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     headers = inspect_model(files)
     plan = plan_job(spec, headers.config, headers.tensors)
@@ -58,6 +64,29 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
         download_bytes=sum(headers.files.values()),
         fingerprint=fingerprint(spec, contents),
     )
+
+
+def refuse_own_storage(reference: str, settings: Settings, *, param: str) -> None:
+    """Refuse what lies in the service's own storage: it is some tenant's, and is read by its id alone."""
+    try:
+        place = parse_model_reference(reference)
+    except ModelRefused:  # whoever opens it says why
+        return
+    storage = urlsplit(settings.object_store_url)
+    if place.scheme != storage.scheme:
+        return
+    if place.scheme == "s3":
+        root = f"{storage.netloc}{storage.path.rstrip('/')}"
+        own = any(f"{place.bucket}/{place.path}/".startswith(f"{root}/{folder}/") for folder in FOLDERS)
+    else:
+        own = Path(os.path.realpath(place.path)).is_relative_to(os.path.realpath(unquote(storage.path)))
+    if own:
+        raise ModelRefused(
+            f"{reference[:200]} lies in the service's own storage",
+            code="model_path_forbidden",
+            remedy="name a model or text of your own; artifacts are read with GET /v1/artifacts",
+            param=param,
+        )
 
 
 def check_webhook(url: str, settings: Settings) -> None:
@@ -87,6 +116,7 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[Tex
                 param=f"{param}.dataset",
             )
         return spec, text_key(spec)
+    refuse_own_storage(spec.source, settings, param=f"{param}.dataset")
     try:
         text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     except TextRefused as fault:

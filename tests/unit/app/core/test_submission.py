@@ -8,7 +8,7 @@ from app.core.errors import InvalidRequest, ModelRefused, RecipeUnsupported, Tex
 from app.core.estimate import estimate
 from app.core.settings import Settings
 from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe
-from app.core.submission import check_submission
+from app.core.submission import check_submission, refuse_own_storage
 
 
 @pytest.fixture
@@ -95,3 +95,28 @@ def test_a_text_file_under_a_root_is_accepted(
     reference = (tmp_path / "texts.jsonl").as_uri()
     spec = JobSpec(model=example_model.as_uri(), evaluation=EvaluationSpec(dataset=reference))
     assert check_submission(spec, settings).spec.evaluation.dataset == reference
+
+
+def test_what_lies_in_the_services_own_storage_is_no_source(settings: Settings, example_model: Path) -> None:
+    """Another tenant's files, by the storage's address instead of their id."""
+    inside = settings.state_dir / "storage" / "artifacts" / "art_x" / "attempt-1"
+    inside.mkdir(parents=True)
+    (inside / "merges.txt").write_text("words " * 100_000)
+    link = settings.state_dir / "models"
+    link.symlink_to(inside)
+    bucket = settings.model_copy(update={"storage_url": "s3://bucket/nibble/"})
+    for place, where in (
+        (inside.as_uri(), settings),
+        (link.as_uri(), settings),
+        ("s3://bucket/nibble/artifacts/art_x/attempt-1", bucket),
+        ("s3://bucket/nibble/checkpoints", bucket),
+    ):
+        with pytest.raises(ModelRefused, match="own storage") as refusal:
+            check_submission(JobSpec(model=place), where)
+        assert (refusal.value.code, refusal.value.param) == ("model_path_forbidden", "model")
+        text = CalibrationSpec(dataset=f"{place}/merges.txt")
+        with pytest.raises(ModelRefused, match="own storage") as refusal:
+            check_submission(JobSpec(model=example_model.as_uri(), calibration=text), where)
+        assert refusal.value.param == "calibration.dataset"
+    for other in ("s3://bucket/nibble/models/x", "s3://other/nibble/artifacts/x", "s3://bucket/artifacts/x"):
+        refuse_own_storage(other, bucket, param="model")
