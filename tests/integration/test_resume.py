@@ -12,6 +12,7 @@ from redis import Redis
 from app.core.job import Job, JobState
 from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from tests.integration.workshop import Workshop, processes_with, wait_until
+from tests.tiny_models import some_text
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def workshop(redis: Redis, redis_url: str, tmp_path: Path) -> Workshop:
 
 SPEC = {
     "recipe": Recipe(search=SearchSpec(grid_points=4)),
-    "calibration": CalibrationSpec(num_samples=8, sequence_length=128),
-    "evaluation": EvaluationSpec(num_samples=4),
+    "calibration": CalibrationSpec(texts=(some_text("valid"),), num_samples=8, sequence_length=128),
+    "evaluation": EvaluationSpec(texts=(some_text("test"),), num_samples=4),
     "formats": ("awq", "compressed-tensors"),
     "force": True,
 }
