@@ -56,7 +56,7 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
     applied to it or a requested format can't hold the outcome.
     """
     architecture = architecture_of(config)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ModelRefused(
             "the model is quantized already", code="already_quantized", remedy="submit the original model",
             param="model",

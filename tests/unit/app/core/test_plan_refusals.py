@@ -36,6 +36,7 @@ def test_an_unknown_architecture_is_refused_with_the_list(changes: dict[str, obj
 
 def test_a_quantized_model_is_refused() -> None:
     assert refused(ModelRefused, quantization_config={"quant_method": "awq"}).code == "already_quantized"
+    planned(config={"quantization_config": None})
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
