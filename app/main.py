@@ -42,6 +42,7 @@ from app.core.artifact_store import ArtifactStore
 from app.core.audit import AuditLog
 from app.core.changes import ChangeListener
 from app.core.deployment_store import DeploymentStore
+from app.core.errors import NibbleError
 from app.core.garbage import GarbageCollector
 from app.core.idempotency import IdempotencyKeys
 from app.core.janitor import Janitor, Repeated
@@ -55,7 +56,7 @@ from app.core.outgoing import OutgoingGuard
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex, package_version
 from app.core.security import ApiKey, KeyStore, bootstrap_key
-from app.core.settings import Settings
+from app.core.settings import Settings, make_folder
 from app.core.stamps import StampReader
 from app.core.tally import Tally
 from app.core.tracing import Tracer
@@ -79,7 +80,11 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ExitStack() as stack:
             # In this thread, not a pool's: an embedded Redis ends with the thread that started it.
-            app.state.services = services = open_services(settings, metrics, stack)
+            try:
+                app.state.services = services = open_services(settings, metrics, stack)
+            except NibbleError as fault:
+                app.state.refusal = fault  # the server's to tell
+                raise
             yield
             await services.gateway.close()
             await services.stamps.close()
@@ -108,7 +113,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Services:
     """Connect everything; `stack` takes it down again in reverse order."""
-    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(settings.state_dir)
     server = stack.enter_context(resolve_redis(settings))
     redis = connect(server.url)
     stack.callback(redis.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from types import FrameType
 
 import uvicorn
@@ -10,6 +11,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.dependencies import Services
+from app.core.errors import NibbleError
 from app.core.logs import set_up_logs
 from app.core.settings import Settings
 from app.main import create_app
@@ -78,7 +80,7 @@ class ApiServer(uvicorn.Server):
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT. Raises NibbleError if the service can't start."""
     set_up_logs(settings)
     app = create_app(settings)
     config = uvicorn.Config(
@@ -90,4 +92,17 @@ def serve(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=GRACE_S,
     )
-    ApiServer(app, config).run()
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: refusal_of(app) is None or not record.getMessage().startswith("Traceback")
+    )
+    try:
+        ApiServer(app, config).run()
+    finally:
+        refusal = refusal_of(app)
+        if refusal is not None:
+            raise refusal from None  # in place of uvicorn's exit code
+
+
+def refusal_of(app: FastAPI) -> NibbleError | None:
+    """Why the service could not start, where its operator can change it."""
+    return getattr(app.state, "refusal", None)

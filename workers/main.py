@@ -20,11 +20,11 @@ from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.limits import TenantLimits
-from app.core.logs import set_up_logs
+from app.core.logs import refusals_logged, set_up_logs
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.reuse import ReuseIndex
-from app.core.settings import Settings
+from app.core.settings import Settings, make_folder
 from app.core.tally import Tally
 from app.core.tracing import Tracer
 from app.core.worker_registry import WorkerRecord
@@ -142,12 +142,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     settings = Settings()
     set_up_logs(settings)
-    settings.scratch_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with resolve_redis(settings) as server:
-        record = describe_worker(resolve_device(options.device), options.name)
-        profile = kept_profile(record.device, record.device_name, settings.scratch_dir)
-        record = record.model_copy(update={"profile": profile})
-        serve(settings, server.url, record, burst=options.burst)
+    with refusals_logged(log):
+        make_folder(settings.scratch_dir)
+        with resolve_redis(settings) as server:
+            record = describe_worker(resolve_device(options.device), options.name)
+            profile = kept_profile(record.device, record.device_name, settings.scratch_dir)
+            record = record.model_copy(update={"profile": profile})
+            serve(settings, server.url, record, burst=options.burst)
 
 
 if __name__ == "__main__":

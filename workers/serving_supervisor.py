@@ -23,10 +23,10 @@ from app.core.artifact_store import ArtifactStore
 from app.core.deployment import Deployment, DeploymentState, Goal, LiveDeployment, Replica
 from app.core.deployment_store import DeploymentStore, failed, loaded, resting, set_back
 from app.core.errors import NibbleError, NotFound
-from app.core.logs import set_up_logs
+from app.core.logs import refusals_logged, set_up_logs
 from app.core.object_store import ObjectStore
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
-from app.core.settings import Settings
+from app.core.settings import Settings, make_folder
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from workers.device_memory import device_memory
 from workers.main import describe_worker, device_name, resolve_device, worker_name
@@ -267,12 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     settings = Settings()
     set_up_logs(settings)
-    settings.scratch_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutdown = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: shutdown.set())
-    with resolve_redis(settings) as server:
-        serve(settings, server.url, describe(resolve_device(options.device), options.name), shutdown)
+    with refusals_logged(log):
+        make_folder(settings.scratch_dir)
+        with resolve_redis(settings) as server:
+            serve(settings, server.url, describe(resolve_device(options.device), options.name), shutdown)
 
 
 if __name__ == "__main__":

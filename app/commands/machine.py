@@ -123,11 +123,12 @@ class Machine:
     def run(self) -> ExitCode:
         """Run until a signal or the death of a member that can't be replaced."""
         from app.core.redis_server import resolve_redis
+        from app.core.settings import make_folder
 
         self.refuse_taken_port()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note_signal)
-        self.settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(self.settings.state_dir)
         with resolve_redis(self.settings) as redis:
             self.say(f"redis: {redis.kind} ({redis.reason})")
             return self.run_members(redis, {**os.environ, "NIBBLE_REDIS_URL": redis.url})

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
+from app.core.errors import NibbleError
 from app.core.settings import Settings
 
 IDS = ("request", "job", "attempt")
@@ -35,6 +36,16 @@ def log_ids(**ids: str | int | None) -> Iterator[None]:
         yield
     finally:
         _bound.reset(token)
+
+
+@contextmanager
+def refusals_logged(log: logging.Logger) -> Iterator[None]:
+    """What ends a program and its operator can change is one line, not a traceback. Ends with exit code 1."""
+    try:
+        yield
+    except NibbleError as fault:
+        log.error("%s [%s]: %s", fault.message, fault.code, fault.remedy)  # noqa: TRY400  # as promised
+        raise SystemExit(1) from None
 
 
 def bound_id(name: str) -> str | None:

@@ -27,7 +27,7 @@ from redis import exceptions as redis_errors
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
-from app.core.errors import Unavailable
+from app.core.errors import InvalidRequest, Unavailable
 from app.core.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,14 +44,22 @@ Kind = Literal["url", "server", "embedded", "shared"]
 
 def connect(url: str, *, timeout_s: float | None = 5.0) -> Redis:
     """A client for short commands, which retries lost connections. Blocking readers pass None."""
-    return Redis.from_url(
-        url,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=5.0,
-        health_check_interval=30,
-        retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
-        retry_on_error=[redis_errors.ConnectionError, redis_errors.TimeoutError],
-    )
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=5.0,
+            health_check_interval=30,
+            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
+            retry_on_error=[redis_errors.ConnectionError, redis_errors.TimeoutError],
+        )
+    except ValueError as fault:
+        # Without the URL: it may hold a password.
+        raise InvalidRequest(
+            f"NIBBLE_REDIS_URL can't be used: {fault}",
+            code="redis_url_invalid",
+            remedy="write redis://host:6379/0, rediss://… or unix:///path",
+        ) from fault
 
 
 class RedisServer:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.core.errors import Unavailable
+
 
 def default_state_dir() -> Path:
     """`nibble` under the user's data folder (XDG base directory specification)."""
@@ -109,3 +111,15 @@ class Settings(BaseSettings):
     def scratch_dir(self) -> Path:
         """Where jobs of this host keep their work folders."""
         return self.state_dir / "work"
+
+
+def make_folder(folder: Path) -> None:
+    """The state folder or one in it, for this user alone. Raises Unavailable if it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as fault:
+        raise Unavailable(
+            f"the state folder can't be made: {fault}",
+            code="state_dir_unusable",
+            remedy="set NIBBLE_STATE_DIR to a folder that you may write",
+        ) from fault

@@ -137,3 +137,20 @@ def test_hub_references_are_recorded_with_their_commits(
 def test_a_model_that_the_hub_does_not_know_is_refused(api: Process) -> None:
     answer = api.client.post("/v1/estimates", json={"model": "org/none"})
     assert (answer.status_code, answer.json()["code"]) == (422, "model_not_found")
+
+
+def test_a_setting_that_can_not_work_is_told_without_a_traceback(tmp_path: Path, repository: Path) -> None:
+    environment = {
+        **os.environ,
+        "NIBBLE_STATE_DIR": str(tmp_path),
+        "NIBBLE_REDIS_URL": "foo",
+        "NIBBLE_PORT": "0",
+    }
+    command = [sys.executable, "-m", "app.cli", "api"]
+    ended = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "[redis_url_invalid]" in ended.stderr
+    assert "remedy write redis://" in ended.stderr

@@ -4,7 +4,10 @@ import json
 import logging
 import sys
 
-from app.core.logs import JsonFormatter, TextFormatter, bound_id, log_ids
+import pytest
+
+from app.core.errors import Unavailable
+from app.core.logs import JsonFormatter, TextFormatter, bound_id, log_ids, refusals_logged
 
 
 def line(message: str, *, fault: bool = False, **extra: object) -> logging.LogRecord:
@@ -60,3 +63,11 @@ def test_a_fault_comes_with_its_trace_and_length_is_bounded() -> None:
     assert "ValueError" in json.loads(JsonFormatter().format(line("x", fault=True)))["trace"]
     assert "ValueError" in TextFormatter().format(line("x", fault=True))
     assert len(TextFormatter().format(line("x" * 100_000))) < 10_000
+
+
+def test_a_refusal_is_one_line_and_an_exit_code(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended, refusals_logged(logging.getLogger("worker")):
+        raise Unavailable("no Redis", code="redis_missing", remedy="start one")
+    assert ended.value.code == 1
+    (record,) = caplog.records
+    assert (record.getMessage(), record.exc_info) == ("no Redis [redis_missing]: start one", None)
