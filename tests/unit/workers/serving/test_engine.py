@@ -19,6 +19,8 @@ from torch import Tensor
 from app.core.errors import QueueFull, Unavailable
 from tests.inference import Served, greedy, sampled
 from tests.tiny_models import random_model, save_model
+from workers.serving.chat_template import ChatTemplate
+from workers.serving.protocol import ChatRequest
 from workers.serving.requests import Generation
 from workers.serving.routes import create_app
 from workers.serving.server import listen, serve
@@ -255,3 +257,18 @@ def test_logprobs_of_a_text_have_the_token_itself(folder: Path) -> None:
     ):
         assert len(top) == 2
         assert top[token] == logprob == min(top.values())
+
+
+@pytest.mark.parametrize(("choice", "expected"), [(None, "visit|Hi|ask:"), ("none", "|Hi|ask:")])
+def test_tools_reach_the_template_unless_none_may_be_called(
+    folder: Path, choice: str | None, expected: str
+) -> None:
+    served = Served(folder).served
+    source = (
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}|"
+        "{{ messages[0].content }}|{% if add_generation_prompt %}ask:{% endif %}"
+    )
+    served.tokenization.template = ChatTemplate(source, {})
+    tool = {"type": "function", "function": {"name": "visit"}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "tool_choice": choice}
+    assert served.render(ChatRequest.model_validate(body)) == expected
