@@ -38,6 +38,7 @@ PROBE_LIMIT_S = 5.0
 POLL_S = 0.1
 # What vLLM reads besides what every child may see.
 VLLM_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "RAY_", "TORCH_", "TRITON_")
+VLLM_KEY = "VLLM_API_KEY"  # with it vLLM would refuse the gateway, which has checked the caller's own key
 LOAD = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
 
 
@@ -282,6 +283,7 @@ def vllm_environment(launch: Launch) -> dict[str, str]:
     options = launch.vllm or VllmOptions()
     environment = child_environment(os.environ, launch.work_folder)
     environment |= {name: value for name, value in os.environ.items() if name.startswith(VLLM_PREFIXES)}
+    environment.pop(VLLM_KEY, None)
     count = (options.tensor_parallel_size or 1) * (options.pipeline_parallel_size or 1)
     if launch.device.startswith("cuda:") and options.distributed_executor_backend != "ray" and count == 1:
         environment["CUDA_VISIBLE_DEVICES"] = launch.device.removeprefix("cuda:")

@@ -129,7 +129,10 @@ def main() -> None:
     if behaviour.get("crash"):
         sys.exit("the stand-in crashes")
     if options.ready_fd is None:
-        sys.stdout.write(f"argv {sys.argv[1:]} devices {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+        known = sorted(name for name in os.environ if name.startswith("VLLM_"))
+        sys.stdout.write(
+            f"argv {sys.argv[1:]} devices {os.environ.get('CUDA_VISIBLE_DEVICES')} vllm {known}\n"
+        )
         sys.stdout.flush()
         subprocess.Popen(["sleep", "600"])  # as vLLM's own engine process
     time.sleep(behaviour.get("load_s", 0))

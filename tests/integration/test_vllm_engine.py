@@ -39,7 +39,8 @@ def test_vllm_is_started_with_its_own_words(floor: Floor, path_with_vllm: str) -
         "enforce_eager": True,
         "enable_prefix_caching": False,
     }
-    with floor.worker("one", PATH=path_with_vllm, VLLM_LOGGING_LEVEL="INFO") as worker:
+    variables = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_API_KEY": "of another server"}
+    with floor.worker("one", PATH=path_with_vllm, **variables) as worker:
         wait_until(lambda: "with transformers, vllm" in floor.log_of())
         deployment_id = floor.ready("tiny", engine="vllm", vllm=options)
         assert floor.view(deployment_id)["servers"][0]["engine"] == "vllm"
@@ -49,7 +50,7 @@ def test_vllm_is_started_with_its_own_words(floor: Floor, path_with_vllm: str) -
             "'serve', '", "'--served-model-name', 'tiny', '--host', '127.0.0.1', '--port', '",
             "'--tensor-parallel-size', '2', '--pipeline-parallel-size', '2'",
             "'--distributed-executor-backend', 'ray'", "'--gpu-memory-utilization', '0.5'",
-            "'--enforce-eager'", "'--no-enable-prefix-caching'",
+            "'--enforce-eager'", "'--no-enable-prefix-caching'", "vllm ['VLLM_LOGGING_LEVEL']",
         ):  # fmt: skip
             assert words in log
         # The guard, the server, and a process that the server has started: none outlives the worker.
