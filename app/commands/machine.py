@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from app.core.settings import Settings
 
 POLL_S = 0.1
-START_LIMIT_S = 60.0
+START_LIMIT_S = 330.0  # a worker measures its device at its first start, which takes a busy host minutes
 STOP_GRACE_S = 15.0
 READER_LIMIT_S = 2.0
 MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; more means that it can't run here

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-START_LIMIT_S = 90.0
+START_LIMIT_S = 200.0
 STOP_LIMIT_S = 40.0
 
 
