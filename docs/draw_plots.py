@@ -17,13 +17,15 @@ GUIDE = DOCS / "guides" / "recipes.md"
 PLOTS = DOCS / "images" / "plots"
 MEASURED = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- end of measured -->)", re.DOTALL)
 ROW = re.compile(
-    r"^\| W(?P<bits>\d) g(?P<group>\d+) \| (?P<method>[^|]+) \| (?P<ours>[\d.]+) \| (?P<peer>[\d.]+) \| "
-    r"[\d.]+ \| (?P<kl>[\d.]+) \|$",
+    r"^\| W(?P<bits>\d) g(?P<group>\d+) \| (?P<method>[^|]+) \| (?P<ours>[\d.]+) \| (?P<peer>[\d.]+|-) \| "
+    r"[\d.-]+ \| (?P<kl>[\d.]+) \|",
     re.MULTILINE,
 )
 ORIGINAL = re.compile(r"Original model: ([\d.]+\d)")
-METHODS = ("rounding", "AWQ", "GPTQ", "AWQ + GPTQ")
-COLORS = dict(zip(METHODS, ("#5a5a6e", "#4338ca", "#c2410c", "#0f766e"), strict=True))
+COLORS = {
+    "rounding": "#5a5a6e", "AWQ": "#4338ca", "GPTQ": "#c2410c", "AWQ + GPTQ": "#0f766e",
+    "OmniQuant": "#9d174d", "OmniQuant + GPTQ": "#0369a1",
+}  # fmt: skip
 SCALE_BITS = 16  # each group also keeps a scale and a zero point
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 76, 24, 56, 66
@@ -31,13 +33,13 @@ LEFT, RIGHT, TOP, BOTTOM = 76, 24, 56, 66
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row: a method at a width, and the peer's figure."""
+    """One row: a method at a width, and the peer's figure if it has the method."""
 
     bits: int
     group: int
     method: str
     perplexity: float
-    peer: float
+    peer: float | None
     kl: float
 
     @property
@@ -56,13 +58,13 @@ def measured() -> tuple[float, list[Measurement]]:
     rows = [
         Measurement(
             int(row["bits"]), int(row["group"]), row["method"].replace("*", "").strip(), float(row["ours"]),
-            float(row["peer"]), float(row["kl"]),
+            None if row["peer"] == "-" else float(row["peer"]), float(row["kl"]),
         )
         for row in ROW.finditer(section)
     ]  # fmt: skip
     if original is None or not rows:
         raise ValueError("benchmarks.md has no fidelity table of the form that this program reads")
-    return float(original[1]), [row for row in rows if row.method in METHODS]
+    return float(original[1]), [row for row in rows if row.method in COLORS]
 
 
 class Axes:
@@ -143,36 +145,42 @@ def against_bits(
     low, high = min(values) / 1.4, max(values) * 1.4
     axes = Axes((2, 4.4), (low, high), log_y=True)
     body = "".join(axes.horizontal(tick, f"{tick:g}") for tick in ticks(low, high))
-    settings = sorted((row.bits_per_weight, row.setting) for row in rows if row.method == METHODS[0])
+    settings = sorted((row.bits_per_weight, row.setting) for row in rows if row.method == "rounding")
     body += "".join(axes.vertical(bits, name, row=index % 2) for index, (bits, name) in enumerate(settings))
-    for method in METHODS:
+    for method in COLORS:
         points = sorted(
             (axes.at_x(row.bits_per_weight), axes.at_y(worth(row))) for row in rows if row.method == method
         )
         path = " ".join(f"{x},{y}" for x, y in points)
         body += f'<polyline points="{path}" fill="none" stroke="{COLORS[method]}" stroke-width="2"/>\n'
         body += "".join(dot(x, y, COLORS[method]) for x, y in points)
-    body += legend([(method, COLORS[method], False) for method in METHODS])
+    body += legend([(method, color, False) for method, color in COLORS.items()])
     body += label((LEFT + WIDTH) / 2, HEIGHT - 12, "bits per weight, with scales and zero points", "middle")
     return picture(names[0], body, description=f"{names[1]} of each method over bits per weight")
 
 
+def loss(perplexity: float, original: float) -> float:
+    """Percent above the original's."""
+    return 100 * (perplexity / original - 1)
+
+
 def beside_peer(original: float, rows: Sequence[Measurement]) -> str:
     """For each setting and method: our loss of perplexity, and the peer's."""
-    shares = [100 * (value / original - 1) for row in rows for value in (row.perplexity, row.peer)]
-    low, high = min(shares) / 1.3, max(shares) * 1.3
-    axes = Axes((low, high), (len(rows) - 0.4, -0.6), log_x=True)
-    body = "".join(axes.vertical(tick, f"{tick:g} %") for tick in ticks(low, high))
-    for index, row in enumerate(rows):
+    pairs = [(row, loss(row.perplexity, original), loss(row.peer, original)) for row in rows if row.peer]
+    shares = [share for _, *both in pairs for share in both]
+    axes = Axes((min(shares) / 1.3, max(shares) * 1.3), (len(pairs) - 0.4, -0.6), log_x=True)
+    body = "".join(axes.vertical(tick, f"{tick:g} %") for tick in ticks(min(shares) / 1.3, max(shares) * 1.3))
+    methods = dict.fromkeys(row.method for row, *_ in pairs)
+    for index, (row, *both) in enumerate(pairs):
         y = axes.at_y(index)
-        ours, peer = (axes.at_x(100 * (value / original - 1)) for value in (row.perplexity, row.peer))
+        ours, peer = map(axes.at_x, both)
         body += line(ours, y, peer, y, (COLORS[row.method], 2))
         body += dot(peer, y, COLORS[row.method], hollow=True) + dot(ours, y, COLORS[row.method])
-        if index % len(METHODS) == 0:
+        if index % len(methods) == 0:
             body += label(LEFT - 8, y + 18, row.setting, "end")
             body += line(LEFT, y - 10, WIDTH - RIGHT, y - 10) if index else ""
     peers = [("llm-compressor", "#1b1b27", True)]
-    body += legend([*[(method, COLORS[method], False) for method in METHODS], *peers])
+    body += legend([*[(method, COLORS[method], False) for method in methods], *peers])
     body += label((LEFT + WIDTH) / 2, HEIGHT - 12, "perplexity above the original's", "middle")
     return picture(
         "What each method loses, and the peer's same method",
@@ -189,8 +197,7 @@ def table(original: float, rows: Sequence[Measurement]) -> str:
     for row in rows:
         best = min((each for each in rows if each.setting == row.setting), key=lambda each: each.kl)
         name = f"**{row.method}**" if row is best else row.method
-        share = 100 * (row.perplexity / original - 1)
-        figures = f"{row.perplexity:.3f} | {share:+.2f} % | {row.kl:.5f}"
+        figures = f"{row.perplexity:.3f} | {loss(row.perplexity, original):+.2f} % | {row.kl:.5f}"
         lines.append(f"| {row.setting} | {row.bits_per_weight:.2f} | {name} | {figures} |")
     return "\n".join(lines)
 
@@ -200,7 +207,7 @@ def drawings() -> dict[str, str]:
     original, rows = measured()
     return {
         "perplexity.svg": against_bits(
-            rows, lambda row: 100 * (row.perplexity / original - 1),
+            rows, lambda row: loss(row.perplexity, original),
             ("Perplexity above the original's, in percent", "perplexity above the original's"),
         ),
         "divergence.svg": against_bits(
