@@ -6,9 +6,7 @@ import argparse
 import logging
 import os
 import re
-import shutil
 import socket
-import subprocess
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 from redis import Redis
 
 from app.core.deployment_store import DeploymentStore
+from app.core.host_devices import DEVICE, gpu_names
 from app.core.job_child import CHILD_MODULE
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
@@ -36,7 +35,6 @@ from workers.tasks import open_context
 
 log = logging.getLogger(__name__)
 
-DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 
 
@@ -69,23 +67,11 @@ def resolve_device(wanted: str) -> str:
     return "cuda:0" if Path("/dev/nvidia0").exists() or gpu_names() else "cpu"
 
 
-def gpu_names() -> list[str]:
-    """The names of this host's NVIDIA GPUs, as the driver's own program tells them."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []
-
-
 def describe_device(device: str) -> str:
     if device == "cpu":
         return f"{os.cpu_count()} CPU threads"
     names, index = gpu_names(), int(device.partition(":")[2])
-    return names[index].strip() if index < len(names) else device
+    return names[index] if index < len(names) else device
 
 
 def describe_worker(device: str, name: str | None) -> WorkerRecord:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from app.client import NibbleClient
-from app.commands.checks.devices import gpu_names
 from app.commands.checks.host import PORT_REMEDY, is_nibble, port_fault
 from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, print_json, stdout
 from app.core.errors import Conflict, NibbleError, Unavailable
+from app.core.host_devices import gpu_names
 
 if TYPE_CHECKING:
     from app.core.redis_server import RedisServer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,23 +14,10 @@ from typing import Any
 
 from app.commands.checks.check import Check
 from app.core.errors import InvalidRequest
+from app.core.host_devices import DEVICE, gpu_names
 
 PROBE_LIMIT_S = 180
-DEVICE = re.compile(r"auto|cpu|cuda:\d{1,2}")
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
-
-
-def gpu_names() -> list[str]:
-    """The names of the GPUs that the driver sees, in the order of their numbers."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []  # the tool without its driver, as in images built for GPUs and run without one
-    return [line.strip() for line in listing.stdout.splitlines() if line.strip()]
 
 
 def chosen_device(wanted: str) -> str:
