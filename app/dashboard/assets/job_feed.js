@@ -2,7 +2,7 @@
 // for again only while they are in view and a job of theirs still moves.
 import { read } from "./api.js";
 import { usePolled } from "./polling.js";
-import { useEffect, useRef, useState } from "./ui.js";
+import { useEffect, useLayoutEffect, useRef, useState } from "./ui.js";
 
 const PAGE = 25; // about 12 kB
 const MOVING_S = 2;
@@ -69,7 +69,8 @@ function useRefreshInView(path, list, update) {
 function useRemembered(path, list) {
   const latest = useRef(null);
   latest.current = list;
-  useEffect(() => {
+  // Before the first paint: rows never show at the top of the page first.
+  useLayoutEffect(() => {
     if (left.path === path) scrollTo(0, left.scroll);
     const remember = () => {
       left = { path, list: latest.current, scroll: scrollY };

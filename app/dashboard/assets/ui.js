@@ -1,7 +1,7 @@
 // Preact with tagged templates: one import for all modules.
 import { Fragment, h, render } from "./vendor/preact.js";
-import { useCallback, useEffect, useMemo, useRef, useState } from "./vendor/preact-hooks.js";
+import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/preact-hooks.js";
 import htm from "./vendor/htm.js";
 
 export const html = htm.bind(h);
-export { Fragment, render, useCallback, useEffect, useMemo, useRef, useState };
+export { Fragment, render, useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState };
