@@ -28,7 +28,7 @@ COMMANDS = (
 
 def show_version(asked: bool) -> None:
     if asked:
-        from app.core.reuse import package_version
+        from app.core.storage.reuse import package_version
 
         typer.echo(f"nibble {package_version()}")
         raise typer.Exit

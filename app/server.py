@@ -12,8 +12,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.dependencies import Services
 from app.core.errors import NibbleError
-from app.core.logs import set_up_logs
 from app.core.settings import Settings
+from app.core.telemetry.logs import set_up_logs
 from app.main import create_app
 
 GRACE_S = 5  # for requests that are being answered when the end comes

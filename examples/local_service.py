@@ -58,7 +58,7 @@ def service_environment(state: Path, port: int) -> dict[str, str]:
 def running_service(state: Path, port: int) -> Iterator[NibbleClient]:
     """`nibble up`, ready, with a client; stopped at the end together with all that it started."""
     log = state.parent / "nibble-up.log"
-    command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), "app.cli", "up"]
+    command = [sys.executable, "-m", "app.core.child.start", str(os.getpid()), "app.cli", "up"]
     with log.open("wb") as out:
         service = subprocess.Popen(
             command, cwd=REPOSITORY, env=service_environment(state, port), stdout=out, stderr=out,

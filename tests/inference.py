@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from app.core.format_limits import Scheme
+from app.core.planning.format_limits import Scheme
 from app.core.specs import FormatName
 from tests.tiny_models import TEXTS, TOKENIZER
 from workers.formats.folder import FORMATS

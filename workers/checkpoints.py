@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from app.core.assignment import CHECKPOINTS, Checkpointed
+from app.core.child.assignment import CHECKPOINTS, Checkpointed
 from app.core.job import Job
 from app.core.object_store import ObjectStore
-from app.core.storage_keys import checkpoint_prefix
+from app.core.storage.keys import checkpoint_prefix
 
 VERSION = 2  # of what is stored
 DIGEST_BYTES = 32

@@ -21,15 +21,15 @@ import traceback
 
 import torch
 
-from app.core.assignment import REPORT, Assignment, Failed, Noted
-from app.core.confinement import NETWORK
+from app.core.child.assignment import REPORT, Assignment, Failed, Noted
+from app.core.child.confinement import NETWORK
 from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory, WorkerDisk
 from app.core.job import Problem
 from kernels.backend import Backend, backends_of
 from kernels.cuda.driver import DriverError
-from workers.heap import return_freed_memory
-from workers.job_run import JobRun
 from workers.progress import ProgressPipe
+from workers.run.heap import return_freed_memory
+from workers.run.job_run import JobRun
 
 DEVICE_ERROR = re.compile(r"\b(CUDA|CUDA driver|NCCL) error\b|\bCU(BLAS|DNN|SOLVER)_STATUS_|\bcudaError")
 MEMORY_ERROR = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)

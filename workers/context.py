@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from app.core.deployment_store import DeploymentStore
-from app.core.device_profile import DeviceProfile
-from app.core.job_child import CHILD_MODULE
+from app.core.access.limits import TenantLimits
+from app.core.access.turns import Turns
+from app.core.child.job_child import CHILD_MODULE
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
-from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
-from app.core.reuse import ReuseIndex
+from app.core.planning.device_profile import DeviceProfile
 from app.core.settings import Settings
-from app.core.tally import Tally
-from app.core.tracing import Tracer
-from app.core.turns import Turns
+from app.core.storage.reuse import ReuseIndex
+from app.core.telemetry.tally import Tally
+from app.core.telemetry.tracing import Tracer
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import IO, Self
 
 from pydantic import ValidationError
 
-from app.core.model_source import LocalModel, ModelFiles, inspect_model, model_digest, open_model
-from app.core.reuse import text_key
 from app.core.settings import Settings
+from app.core.sources.model_source import LocalModel, ModelFiles, inspect_model, model_digest, open_model
+from app.core.sources.text_source import is_remote, open_text
 from app.core.specs import Frozen, JobSpec, Kept, TextSpec
-from app.core.text_source import is_remote, open_text
+from app.core.storage.reuse import text_key
 
 PIECE = 1 << 22
 IN_USE = ".use"

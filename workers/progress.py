@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from app.core.assignment import ProgressMessage
+from app.core.child.assignment import ProgressMessage
 
 
 class ProgressPipe:

@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
-from app.core.assignment import Finished, OutputFolder
+from app.core.child.assignment import Finished, OutputFolder
 from app.core.errors import JobFault, Unavailable
 from app.core.ids import artifact_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
-from app.core.published import read_manifest
-from app.core.storage_keys import manifest_key, report_key
+from app.core.storage.keys import manifest_key, report_key
+from app.core.storage.published import read_manifest
 
 PIECE = 1 << 22
 

@@ -19,12 +19,12 @@ from redis.exceptions import RedisError
 from rq.job import Job as Entry
 from rq.worker import Worker
 
-from app.core.child_start import die_with_parent
+from app.core.child.start import die_with_parent
 from app.core.errors import JobFault, NibbleError
 from app.core.job_queue import QUEUE_NAMES, RUN_JOB_TASK, SERIALIZER
 from app.core.job_store import JobStore
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
-from workers.device_memory import device_memory
+from workers.devices.device_memory import device_memory
 from workers.leftovers import Leftovers
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from app.core.job import Job, Stage
-from app.core.tally import Tally
-from app.core.tracing import Span, Tracer, parse_traceparent
+from app.core.telemetry.tally import Tally
+from app.core.telemetry.tracing import Span, Tracer, parse_traceparent
 
 
 class Stages:

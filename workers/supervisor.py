@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
 
-from app.core.assignment import (
+from app.core.child.assignment import (
     Assignment,
     Checkpointed,
     Failed,
@@ -28,6 +28,8 @@ from app.core.assignment import (
     ProgressMessage,
     StageStarted,
 )
+from app.core.child.job_child import JobChild
+from app.core.deployments.job_deployment import deploy_result
 from app.core.errors import (
     Conflict,
     DeadlineExceeded,
@@ -39,12 +41,10 @@ from app.core.errors import (
 )
 from app.core.job import Job, JobState, Progress, Stage, transition
 from app.core.job_changes import failed, requeued
-from app.core.job_child import JobChild
-from app.core.job_deployment import deploy_result
-from app.core.logs import log_ids
-from app.core.published import published_before, read_manifest, withdraw
-from app.core.reuse import Contents, Made, fingerprint
-from app.core.storage_keys import checkpoint_prefix, report_key
+from app.core.storage.keys import checkpoint_prefix, report_key
+from app.core.storage.published import published_before, read_manifest, withdraw
+from app.core.storage.reuse import Contents, Made, fingerprint
+from app.core.telemetry.logs import log_ids
 from workers.checkpoints import CheckpointMirror, checkpoint_key
 from workers.context import WorkerContext
 from workers.faults import disk_fault, may_pass, pause_before_next, reported

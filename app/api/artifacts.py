@@ -24,8 +24,8 @@ from app.api.preconditions import (
 )
 from app.api.schemas import ArtifactList, ArtifactView
 from app.core.artifact import ArtifactFile, ArtifactManifest
-from app.core.artifact_store import file_key
 from app.core.errors import Conflict, InvalidRequest, Unavailable
+from app.core.storage.artifact_store import file_key
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 

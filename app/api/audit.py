@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.dependencies import SAFE_METHODS, Admin, Services, ServicesParam
 from app.api.events import checked_event_id
-from app.core.audit import AuditEntry
+from app.core.access.audit import AuditEntry
 from app.core.security import Principal
 
 log = logging.getLogger(__name__)

@@ -14,26 +14,26 @@ from app.api.gateway import Gateway
 from app.api.key_cache import KeyCache
 from app.api.metrics import Metrics
 from app.api.routing import RoutingTable
-from app.core.artifact_store import ArtifactStore
-from app.core.audit import AuditLog
+from app.core.access.audit import AuditLog
+from app.core.access.limits import TenantLimits
+from app.core.access.links import LinkSigner
+from app.core.access.login import LoginLinks
+from app.core.access.turns import Turns
 from app.core.changes import ChangeListener
-from app.core.deployment_store import DeploymentStore
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.errors import Forbidden, Unauthenticated
-from app.core.garbage import GarbageCollector
 from app.core.idempotency import IdempotencyKeys
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
-from app.core.limits import TenantLimits
-from app.core.links import LinkSigner
-from app.core.login import LoginLinks
 from app.core.object_store import ObjectStore
-from app.core.reuse import ReuseIndex
+from app.core.outgoing.webhooks import DeliveryStore, WebhookSecrets
 from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
 from app.core.stamps import StampReader
-from app.core.tally import Tally
-from app.core.turns import Turns
-from app.core.webhooks import DeliveryStore, WebhookSecrets
+from app.core.storage.artifact_store import ArtifactStore
+from app.core.storage.garbage import GarbageCollector
+from app.core.storage.reuse import ReuseIndex
+from app.core.telemetry.tally import Tally
 from app.core.worker_registry import WorkerRegistry
 
 

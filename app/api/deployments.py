@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from app.api.dependencies import DeploymentsReader, DeploymentsWriter, Services, ServicesParam
 from app.api.preconditions import UNCHANGED, IdempotencyKey, IfNoneMatch, tagged_answer
 from app.api.schemas import DeploymentList, DeploymentView
-from app.core.deployment import DeploymentSpec, LiveDeployment
-from app.core.deployment_store import removed
+from app.core.deployments.deployment import DeploymentSpec, LiveDeployment
+from app.core.deployments.deployment_store import removed
 from app.core.errors import InvalidRequest, MalformedRequest, NotFound, Unavailable
 from app.core.ids import is_id, new_id
 from app.core.specs import DeploymentOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.dependencies import JobsReader, Services, ServicesParam
-from app.core.device_profile import DeviceKind, DeviceProfile
 from app.core.estimate import Estimate, estimate
+from app.core.planning.device_profile import DeviceKind, DeviceProfile
 from app.core.specs import JobSpec
 from app.core.submission import check_submission
 

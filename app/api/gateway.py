@@ -26,8 +26,8 @@ from starlette.types import Receive
 from app.api.metrics import Metrics
 from app.api.relay import ClientGone, RelayedEvents, Upstream
 from app.api.routing import RoutingTable
-from app.core.deployment import DeploymentState, LiveDeployment, Replica, ReplicaState
-from app.core.deployment_store import DeploymentStore, awakened
+from app.core.deployments.deployment import DeploymentState, LiveDeployment, Replica, ReplicaState
+from app.core.deployments.deployment_store import DeploymentStore, awakened
 from app.core.errors import MalformedRequest, NibbleError, NotFound, QueueFull, Unavailable
 from app.core.settings import Settings
 

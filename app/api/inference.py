@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import Services, authenticated, bearer, services_of
 from app.api.gateway import unknown_model
-from app.core.deployment import DeploymentState, LiveDeployment
+from app.core.deployments.deployment import DeploymentState, LiveDeployment
 from app.core.security import Principal, Scope
 
 router = APIRouter(prefix="/v1", tags=["inference"])

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from app.api.dependencies import Services
 from app.api.deployments import require_engine
+from app.core.deployments.job_deployment import deploy_result
 from app.core.errors import NotFound
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress
-from app.core.job_deployment import deploy_result
-from app.core.logs import bound_id
-from app.core.reuse import Made
 from app.core.specs import JobSpec
+from app.core.storage.reuse import Made
 from app.core.submission import CheckedSubmission, check_submission
+from app.core.telemetry.logs import bound_id
 
 
 class Creation(NamedTuple):

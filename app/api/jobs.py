@@ -27,7 +27,7 @@ from app.core.job_changes import cancel_requested
 from app.core.job_store import JobFilter
 from app.core.security import Scope
 from app.core.specs import JobSpec
-from app.core.storage_keys import checkpoint_prefix, report_key
+from app.core.storage.keys import checkpoint_prefix, report_key
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

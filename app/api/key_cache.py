@@ -16,7 +16,7 @@ from typing import NamedTuple
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
-from app.core.limits import TenantLimits, limits_key
+from app.core.access.limits import TenantLimits, limits_key
 from app.core.security import USE_STEP_S, ApiKey, KeyStore, Principal, key_id, record_key
 from app.core.stamps import StampReader, Values
 

@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import inference_problem, is_inference, problem
 from app.api.metrics import Metrics
 from app.core.errors import InvalidRequest, MalformedRequest
-from app.core.logs import log_ids
-from app.core.tracing import Tracer, parse_traceparent
+from app.core.telemetry.logs import log_ids
+from app.core.telemetry.tracing import Tracer, parse_traceparent
 
 log = logging.getLogger("app.access")
 

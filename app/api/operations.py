@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from app.api.dependencies import Services, ServicesParam
 from app.api.metrics import Occupancy
-from app.core.deployment import DeploymentState, ReplicaState
+from app.core.deployments.deployment import DeploymentState, ReplicaState
 from app.core.errors import Unavailable
 from app.core.job import JobState
 

@@ -10,8 +10,8 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from app.core.deployment import Deployment, Goal, LiveDeployment
-from app.core.deployment_store import CHANGES, DeploymentStore
+from app.core.deployments.deployment import Deployment, Goal, LiveDeployment
+from app.core.deployments.deployment_store import CHANGES, DeploymentStore
 from app.core.errors import NibbleError
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
-from app.core.artifact_store import ArtifactPage
-from app.core.deployment import DeploymentState, LiveDeployment, ReplicaState
+from app.core.deployments.deployment import DeploymentState, LiveDeployment, ReplicaState
 from app.core.job import Job, JobState, Problem, Progress, Stage
 from app.core.job_store import JobEvent, JobPage
 from app.core.specs import Engine, FormatName, JobSpec, Recipe, VllmOptions
+from app.core.storage.artifact_store import ArtifactPage
 from app.core.worker_registry import WorkerRecord
 
 

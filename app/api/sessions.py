@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel
 
 from app.api.dependencies import SESSION_COOKIE, Caller, ServicesParam
-from app.core.login import LINK_S, SESSION_S
+from app.core.access.login import LINK_S, SESSION_S
 
 router = APIRouter(tags=["sessions"])
 

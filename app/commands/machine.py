@@ -19,7 +19,7 @@ from app.client import NibbleClient
 from app.commands.checks.host import PORT_REMEDY, is_nibble, port_fault
 from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, print_json, stdout
 from app.core.errors import Conflict, NibbleError, Unavailable
-from app.core.host_devices import gpu_names
+from app.core.planning.host_devices import gpu_names
 
 if TYPE_CHECKING:
     from app.core.redis_server import RedisServer
@@ -58,8 +58,8 @@ class Member:
     def __init__(self, name: str, module: str, *arguments: str, voice: Voice) -> None:
         self.name = name
         self.voice = voice
-        # child_start: the process dies with this one, even when this one is killed.
-        self.command = [sys.executable, "-m", "app.core.child_start", str(os.getpid()), module, *arguments]
+        # child.start: the process dies with this one, even when this one is killed.
+        self.command = [sys.executable, "-m", "app.core.child.start", str(os.getpid()), module, *arguments]
         self.starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
         self.process: subprocess.Popen[str] | None = None
         self.reader: threading.Thread | None = None
@@ -254,7 +254,7 @@ def exit_text(code: int) -> str:
 
 def worker_command(name: str, device: str) -> tuple[str, ...]:
     """One process does jobs, another one serves: a machine does both at once."""
-    module = "workers.serving_supervisor" if name.startswith("serve") else "workers.main"
+    module = "workers.deployments.supervisor" if name.startswith("serve") else "workers.main"
     return (module, "--device", device, "--name", registered_name(name))
 
 

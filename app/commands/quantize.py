@@ -24,9 +24,9 @@ from app.core.job import Progress
 from app.core.specs import JobSpec, TextSpec
 
 if TYPE_CHECKING:
-    from app.core.assignment import Assignment, Finished, OutputFolder
-    from app.core.model_source import ModelFiles
+    from app.core.child.assignment import Assignment, Finished, OutputFolder
     from app.core.settings import Settings
+    from app.core.sources.model_source import ModelFiles
 
 CHILD_GRACE_S = 10.0
 # Fields of a job that only a service can follow.
@@ -106,7 +106,7 @@ def run(spec: JobSpec, work: Path, out: Path, *, device: str, quiet: bool) -> di
 
 def keep_report(work: Path, out: Path, fault: JobFault) -> None:
     """Show the report of a missed target, and keep it beside `out`, where nothing else is written."""
-    from app.core.assignment import REPORT
+    from app.core.child.assignment import REPORT
 
     if fault.code == "target_missed" and (work / REPORT).is_file():
         kept = out.with_name(f"{out.name}.report.json")
@@ -143,8 +143,8 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
 
 def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     """Check the job as the service would, fetch what lies elsewhere, and write down the assignment."""
-    from app.core.assignment import CHECKPOINTS, Assignment
-    from app.core.model_source import LocalModel, inspect_model, model_digest, open_model
+    from app.core.child.assignment import CHECKPOINTS, Assignment
+    from app.core.sources.model_source import LocalModel, inspect_model, model_digest, open_model
     from app.core.submission import check_submission
 
     # Who runs this may read what they may read: also files that are links, as in the hub's cache.
@@ -185,8 +185,8 @@ def file_sha256(path: Path) -> str:
 
 def text_file(text: TextSpec, settings: Settings, dest: Path) -> Path | None:
     """The file of a text, fetched to `dest` with its suffix if it lies elsewhere; None if it needs none."""
-    from app.core.model_source import LocalModel
-    from app.core.text_source import is_remote, open_text
+    from app.core.sources.model_source import LocalModel
+    from app.core.sources.text_source import is_remote, open_text
 
     if not is_remote(text.source):
         return None
@@ -200,7 +200,7 @@ def text_file(text: TextSpec, settings: Settings, dest: Path) -> Path | None:
 
 def supervise(assignment: Assignment, view: ProgressView) -> Finished:
     """Start the job child and show what it says. Raises JobFault unless it finishes."""
-    from app.core.job_child import JobChild
+    from app.core.child.job_child import JobChild
 
     stage, progress = "fetching", Progress()
     with JobChild(assignment) as child:

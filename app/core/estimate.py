@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from app.core.cost_model import predict
-from app.core.device_profile import NOMINAL, DeviceKind, DeviceProfile
 from app.core.job import Stage
-from app.core.plan import CandidatePlan
+from app.core.planning.cost_model import predict
+from app.core.planning.device_profile import NOMINAL, DeviceKind, DeviceProfile
+from app.core.planning.plan import CandidatePlan
 from app.core.specs import FormatName, Frozen
 from app.core.submission import CheckedSubmission
 

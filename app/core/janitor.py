@@ -18,7 +18,7 @@ from app.core.job_changes import failed, overdue, requeued
 from app.core.job_queue import JobQueue, Place, entry_id
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
-from app.core.published import published_before, withdraw
+from app.core.storage.published import published_before, withdraw
 
 log = logging.getLogger(__name__)
 

@@ -37,9 +37,9 @@ from app.core.job import TRANSITIONS, Job, JobState
 from app.core.job_changes import claimed, is_executing, stale
 from app.core.job_record import announcement, decode, encode, state_payload
 from app.core.job_scripts import APPEND, CREATE, DELETE, LINES, NEXT_TURN, RELEASE, RENEW, SWAP
+from app.core.outgoing.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
 from app.core.specs import Frozen
 from app.core.stamps import JOB_PREFIX, jobs_stamp
-from app.core.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from app.core.cost_model import Prediction
+from app.core.planning.cost_model import Prediction
 from app.core.specs import FormatName, Frozen, Recipe
 
 

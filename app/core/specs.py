@@ -1,7 +1,7 @@
 """What a caller asks for: the body of a job, frozen and checked.
 
 Only `model` is required. Unknown fields are refused. Whether a model can hold the recipe is decided in
-`app.core.plan`, which needs the model's headers.
+`app.core.planning.plan`, which needs the model's headers.
 """
 
 from __future__ import annotations

@@ -14,15 +14,15 @@ from urllib.parse import unquote, urlsplit
 import httpx
 
 from app.core.errors import ModelRefused, TextRefused
-from app.core.model_reference import parse_model_reference
-from app.core.model_source import HubModel, inspect_model, open_model
-from app.core.outgoing import DestinationRefused, OutgoingGuard
-from app.core.plan import Plan, plan_job
-from app.core.reuse import Contents, fingerprint, text_key
+from app.core.outgoing.guard import DestinationRefused, OutgoingGuard
+from app.core.planning.plan import Plan, plan_job
 from app.core.settings import Settings
+from app.core.sources.model_reference import parse_model_reference
+from app.core.sources.model_source import HubModel, inspect_model, open_model
+from app.core.sources.text_source import is_remote, open_text
 from app.core.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
-from app.core.storage_keys import FOLDERS
-from app.core.text_source import is_remote, open_text
+from app.core.storage.keys import FOLDERS
+from app.core.storage.reuse import Contents, fingerprint, text_key
 
 BUILTIN_TEXTS = ("builtin:wikitext2",)
 ADDED_TOKENS = 4  # at most, to a text, for its beginning and end

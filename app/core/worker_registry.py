@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from redis import Redis
 
-from app.core.device_profile import DeviceProfile
+from app.core.planning.device_profile import DeviceProfile
 from app.core.specs import Kept
 from app.core.stamps import KEPT_S, WORKERS
 

@@ -29,8 +29,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 ENGINE_MAY_IMPORT = frozenset(
     f"app.core.{name}"
     for name in (
-        "architectures", "artifact", "assignment", "errors", "format_limits", "job", "plan", "report",
-        "safetensors_header", "specs",
+        "artifact", "child.assignment", "errors", "job", "planning.architectures", "planning.format_limits",
+        "planning.plan", "report", "sources.safetensors_header", "specs",
     )
 )  # fmt: skip
 ENGINE_PARTS = ("quantization", "modeling", "formats", "texts")

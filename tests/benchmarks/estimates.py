@@ -53,7 +53,15 @@ WIDE: dict[str, dict[str, Any]] = {
 
 
 def measured_profile(options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "workers.device_profile", "--device", options.device, "--folder", "/tmp"]
+    command = [
+        sys.executable,
+        "-m",
+        "workers.devices.device_profile",
+        "--device",
+        options.device,
+        "--folder",
+        "/tmp",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True

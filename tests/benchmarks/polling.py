@@ -29,12 +29,12 @@ from typing import Any
 import httpx
 import psutil
 
-from app.core.deployment import DeploymentSpec, Replica, ReplicaState
-from app.core.deployment_store import DeploymentStore
+from app.core.access.login import LoginLinks
+from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress, transition
 from app.core.job_store import JobStore
-from app.core.login import LoginLinks
 from app.core.redis_server import connect, resolve_redis
 from app.core.security import KeyStore, Scope, new_key
 from app.core.settings import Settings

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from app.core.artifact_store import file_key
-from app.core.garbage import GarbageCollector
+from app.core.access.limits import TenantLimits
 from app.core.ids import artifact_id
 from app.core.job import Job, JobState
-from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
-from app.core.published import read_manifest
 from app.core.settings import Settings
+from app.core.storage.artifact_store import file_key
+from app.core.storage.garbage import GarbageCollector
+from app.core.storage.published import read_manifest
 from tests.faults.history import violations
 from tests.faults.storm import Storm
 from tests.faults.world import World, running_world

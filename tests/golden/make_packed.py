@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.core.format_limits import Scheme
+from app.core.planning.format_limits import Scheme
 from workers.formats import awq, compressed_tensors, gptq
 from workers.modeling.quantized_weight import QuantizedWeight
 

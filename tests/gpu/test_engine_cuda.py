@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from tests.tiny_models import EngineRun, some_text
-from workers.layer_checkpoints import LayerCheckpoints
+from workers.run.layer_checkpoints import LayerCheckpoints
 
 FORMATS = ("awq", "compressed-tensors")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.core.format_limits import Scheme
+from app.core.planning.format_limits import Scheme
 from kernels.search.cuda import runs_on
 from kernels.search.losses import row_losses
 from kernels.search.operators import clip_step, rounding_errors

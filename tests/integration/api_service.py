@@ -15,7 +15,6 @@ import uvicorn
 from redis import Redis
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
-from app.core.artifact_store import file_key
 from app.core.ids import artifact_id
 from app.core.job import Job, JobState, transition
 from app.core.job_queue import JobQueue
@@ -24,7 +23,8 @@ from app.core.object_store import ObjectStore
 from app.core.redis_server import connect
 from app.core.security import KeyStore, Scope, new_key
 from app.core.settings import Settings
-from app.core.storage_keys import manifest_key
+from app.core.storage.artifact_store import file_key
+from app.core.storage.keys import manifest_key
 from app.main import create_app
 from app.server import PatientProtocol
 

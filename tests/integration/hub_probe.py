@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from app.core.errors import NibbleError
-from app.core.model_source import inspect_model, open_model
 from app.core.settings import Settings
-from app.core.text_source import open_text
+from app.core.sources.model_source import inspect_model, open_model
+from app.core.sources.text_source import open_text
 from workers.fetching import ModelCache
 
 

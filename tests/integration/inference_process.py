@@ -42,7 +42,7 @@ def start(artifact: Path, *options: str) -> InferenceProcess:
     """Start a server and read its messages until it is ready or failed."""
     reading, writing = os.pipe()
     command = [
-        sys.executable, "-m", "app.core.child_start", str(os.getpid()), "workers.serving",
+        sys.executable, "-m", "app.core.child.start", str(os.getpid()), "workers.serving",
         "--artifact", str(artifact), "--name", NAME, "--ready-fd", str(writing), "--threads", "1", *options,
     ]  # fmt: skip
     process = subprocess.Popen(command, pass_fds=(writing,), cwd=REPOSITORY, env=environment())

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from app.core.deployment_store import DeploymentStore
+from app.core.deployments.deployment_store import DeploymentStore
 from tests.integration.api_service import Service
 from tests.integration.workshop import REPOSITORY, processes_with, wait_until
 
@@ -103,7 +103,7 @@ class Floor:
             **environment,
         }
         stand_in = ["tests.integration.stand_in_serving_worker", name, device]
-        own = ["workers.serving_supervisor", "--name", name, "--device", device]
+        own = ["workers.deployments.supervisor", "--name", name, "--device", device]
         command = [sys.executable, "-m", *(own if real else stand_in)]
         with (
             (settings.state_dir / f"{name}.log").open("ab") as log,

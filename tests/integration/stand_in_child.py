@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from app.core.assignment import (
+from app.core.child.assignment import (
     CHECKPOINTS,
     OUTPUT,
     Assignment,

@@ -6,12 +6,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.core.access.links import LinkSigner
 from app.core.artifact import ArtifactManifest
-from app.core.artifact_store import file_key
 from app.core.ids import new_id
-from app.core.links import LinkSigner
 from app.core.settings import Settings
-from app.core.storage_keys import manifest_key
+from app.core.storage.artifact_store import file_key
+from app.core.storage.keys import manifest_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 
 WEIGHTS = bytes(range(256)) * 50_000  # more than one chunk of a stream

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from app.core.deployment import DeploymentSpec
-from app.core.deployment_store import DeploymentStore
-from app.core.device_profile import NOMINAL
+from app.core.deployments.deployment import DeploymentSpec
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.ids import new_id
 from app.core.janitor import STEPS
 from app.core.job import JobState, Problem
+from app.core.planning.device_profile import NOMINAL
 from app.core.redis_server import resolve_redis
 from app.core.security import Scope, key_id
 from app.core.settings import Settings
-from app.core.tally import Tally
+from app.core.telemetry.tally import Tally
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.integration.workshop import wait_until

@@ -17,8 +17,8 @@ from redis import Redis
 from rq import Queue
 
 from app.cli import main
-from app.core.deployment import DeploymentSpec
-from app.core.deployment_store import DeploymentStore
+from app.core.deployments.deployment import DeploymentSpec
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.idempotency import IdempotencyKeys
 from app.core.ids import new_id
 from app.core.job import Job, JobState

@@ -34,18 +34,18 @@ from rq.exceptions import DeserializationError
 
 import app.server
 from app.api import middleware
+from app.core.access.links import LinkSigner
 from app.core.ids import new_id
 from app.core.job import Job
 from app.core.job_changes import cancel_requested
 from app.core.job_queue import RUN_JOB_TASK, SERIALIZER
 from app.core.job_store import JobStore
-from app.core.links import LinkSigner
-from app.core.outgoing import OutgoingGuard
+from app.core.outgoing.guard import OutgoingGuard
+from app.core.outgoing.webhook_sender import WebhookSender
+from app.core.outgoing.webhooks import DeliveryStore, WebhookSecrets
 from app.core.redis_server import connect
 from app.core.security import KeyStore, new_key
 from app.core.specs import JobSpec, WebhookSpec
-from app.core.webhook_sender import WebhookSender
-from app.core.webhooks import DeliveryStore, WebhookSecrets
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop, wait_until
 from workers.queue_worker import ListedEntry
@@ -110,7 +110,7 @@ def test_secrets_are_in_no_command_line(redis_url: str, tmp_path: Path) -> None:
     with workshop.worker("one"):
         wait_until(lambda: "checkpoint" in workshop.kinds(job))
         lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    ours = [line for line in lines if b"child_start" in line or b"stand_in" in line]
+    ours = [line for line in lines if b"app.core.child.start" in line or b"stand_in" in line]
     assert ours
     assert not [line for line in ours if redis_url.encode() in line or b"api-key" in line]
     workshop.redis.close()

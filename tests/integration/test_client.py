@@ -29,10 +29,10 @@ from app.client import (
     ServiceUnreachable,
     WaitTimedOut,
 )
-from app.core.artifact_store import file_key
 from app.core.job import JobState
 from app.core.settings import Settings
 from app.core.specs import JobSpec
+from app.core.storage.artifact_store import file_key
 from tests.faults.proxy import FaultProxy
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.integration.cutting_proxy import CuttingProxy

@@ -29,9 +29,9 @@ from tests.tiny_models import (
     some_tokens,
     tiny_spec,
 )
-from workers import pipeline
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
+from workers.run import pipeline
 
 SEARCH = SearchSpec(grid_points=4)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from app.core.garbage import GarbageCollector
+from app.core.access.limits import TenantLimits
 from app.core.ids import artifact_id, new_id
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested
-from app.core.limits import TenantLimits
-from app.core.published import withdraw
-from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
+from app.core.storage.garbage import GarbageCollector
+from app.core.storage.keys import checkpoint_prefix, manifest_key, report_key
+from app.core.storage.published import withdraw
 from tests.integration.api_service import Service
 from tests.integration.workshop import Workshop
 

@@ -18,11 +18,11 @@ import pytest
 from pydantic import BaseModel
 from redis import Redis
 
-from app.core.deployment import DeploymentSpec
+from app.core.deployments.deployment import DeploymentSpec
 from app.core.job import JobState
+from app.core.outgoing.webhooks import new_secret, signature
 from app.core.redis_server import connect, embedded_binary, wait_for_redis
 from app.core.specs import JobSpec, Recipe
-from app.core.webhooks import new_secret, signature
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from app.core.model_source import model_digest
+from app.core.sources.model_source import model_digest
 from tests.integration.hub_server import HubServer, hub_server
 
 Probe = Callable[..., dict[str, Any]]

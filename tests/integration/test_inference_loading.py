@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.core.errors import ModelRefused
-from app.core.format_limits import Scheme
+from app.core.planning.format_limits import Scheme
 from app.core.specs import Recipe
 from tests.inference import Served, dequantized, generated, greedy, prompts_of_text
 from tests.integration.inference_process import REPOSITORY, environment

@@ -14,7 +14,7 @@ from app.core.job_queue import JobQueue, Place
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.specs import JobSpec
-from app.core.storage_keys import report_key
+from app.core.storage.keys import report_key
 
 
 class House:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.assignment import (
+from app.core.child.assignment import (
     CHECKPOINTS,
     REPORT,
     Checkpointed,

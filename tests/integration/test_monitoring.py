@@ -17,10 +17,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import MatchOp, VectorSelector
 
-from app.core.deployment import DeploymentSpec
-from app.core.deployment_store import DeploymentStore
+from app.core.deployments.deployment import DeploymentSpec
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.job import JobState, Problem
-from app.core.tally import Tally
+from app.core.telemetry.tally import Tally
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from tests.integration.api_service import Service
 

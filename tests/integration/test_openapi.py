@@ -16,11 +16,11 @@ import httpx
 import pytest
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
-from app.core.artifact_store import file_key
 from app.core.ids import artifact_id
 from app.core.object_store import ObjectStore
 from app.core.specs import Recipe
-from app.core.storage_keys import manifest_key
+from app.core.storage.artifact_store import file_key
+from app.core.storage.keys import manifest_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL
 from tests.integration.hub_server import hub_server
 

@@ -11,8 +11,8 @@ import pytest
 from redis import Redis
 
 from app.api import polled
-from app.core.deployment import DeploymentSpec, Replica, ReplicaState
-from app.core.deployment_store import DeploymentStore
+from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.ids import new_id
 from app.core.job import Progress
 from app.core.security import Scope

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
-from app.core.deployment import DeploymentSpec, Replica, ReplicaState
-from app.core.deployment_store import DeploymentStore, failed
+from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
+from app.core.deployments.deployment_store import DeploymentStore, failed
 from app.core.ids import new_id
 from app.core.janitor import Janitor
 from app.core.job import Problem

@@ -9,10 +9,10 @@ import obstore
 import pytest
 
 from app.core.errors import ModelRefused
-from app.core.model_source import inspect_model, model_digest, open_model
 from app.core.object_store import open_bucket
 from app.core.settings import Settings
-from app.core.text_source import open_text
+from app.core.sources.model_source import inspect_model, model_digest, open_model
+from app.core.sources.text_source import open_text
 from workers.fetching import ModelCache, file_sha256
 
 

@@ -16,11 +16,11 @@ from app.core.ids import artifact_id
 from app.core.job import Job, JobState
 from app.core.job_changes import cancel_requested, requeued
 from app.core.job_queue import Place
-from app.core.logs import ids_of
-from app.core.published import published_before
 from app.core.specs import DeploymentOptions, JobSpec
-from app.core.storage_keys import checkpoint_prefix, manifest_key, report_key
-from app.core.tally import Tally
+from app.core.storage.keys import checkpoint_prefix, manifest_key, report_key
+from app.core.storage.published import published_before
+from app.core.telemetry.logs import ids_of
+from app.core.telemetry.tally import Tally
 from tests.integration.workshop import MODEL, Workshop, wait_until
 from workers.supervisor import run_attempt
 

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from app.core.settings import Settings
-from app.core.tracing import Tracer, parse_traceparent
+from app.core.telemetry.tracing import Tracer, parse_traceparent
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, running_service
 from tests.integration.workshop import Workshop, wait_until
 from tests.servers import running

@@ -19,11 +19,11 @@ from redis import Redis
 from app.core.ids import new_id
 from app.core.job import Job, JobState, transition
 from app.core.job_store import JobStore
-from app.core.outgoing import OutgoingGuard
+from app.core.outgoing.guard import OutgoingGuard
+from app.core.outgoing.webhook_sender import WebhookSender
+from app.core.outgoing.webhooks import DUE, DeliveryStore, WebhookSecrets, delivery_key
 from app.core.settings import Settings
 from app.core.specs import JobSpec
-from app.core.webhook_sender import WebhookSender
-from app.core.webhooks import DUE, DeliveryStore, WebhookSecrets, delivery_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.integration.workshop import wait_until
 from tests.servers import running

@@ -14,21 +14,21 @@ from pathlib import Path
 
 from redis import Redis
 
+from app.core.access.limits import TenantLimits
 from app.core.artifact import ArtifactManifest
-from app.core.deployment_store import DeploymentStore
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.ids import artifact_id, new_id
 from app.core.janitor import Janitor
 from app.core.job import Job
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
-from app.core.limits import TenantLimits
 from app.core.object_store import ObjectStore
-from app.core.published import read_manifest
-from app.core.reuse import ReuseIndex
 from app.core.settings import Settings
 from app.core.specs import FormatName, JobSpec
-from app.core.tally import Tally
-from app.core.tracing import Tracer
+from app.core.storage.published import read_manifest
+from app.core.storage.reuse import ReuseIndex
+from app.core.telemetry.tally import Tally
+from app.core.telemetry.tracing import Tracer
 from workers.context import WorkerContext
 from workers.supervisor import run_attempt
 

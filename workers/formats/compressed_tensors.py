@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.core.format_limits import Scheme
-from app.core.plan import CandidatePlan
+from app.core.planning.format_limits import Scheme
+from app.core.planning.plan import CandidatePlan
 from kernels.layouts import packed_words
 from kernels.operators import pack, unpack
 from workers.formats.targets import compact_patterns

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import VerificationFailed
-from app.core.plan import CandidatePlan, Plan
+from app.core.planning.plan import CandidatePlan, Plan
 from app.core.specs import FormatName
 from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.shards import ShardWriter, TensorPlan

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.core.format_limits import Scheme
-from app.core.plan import CandidatePlan
+from app.core.planning.format_limits import Scheme
+from app.core.planning.plan import CandidatePlan
 from kernels.layouts import from_stored_zeros, packed_words, to_stored_zeros
 from kernels.operators import pack, unpack
 from workers.formats.targets import compact_patterns

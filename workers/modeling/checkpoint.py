@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import ModelRefused
-from app.core.safetensors_header import TensorHeader, header_length, parse_header
+from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,

@@ -17,8 +17,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from app.core.architectures import Architecture
 from app.core.errors import ModelRefused
+from app.core.planning.architectures import Architecture
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import split_experts
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from app.core.architectures import Experts
+from app.core.planning.architectures import Experts
 
 
 class Expert(nn.Module):

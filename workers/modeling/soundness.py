@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import ModelRefused
-from app.core.plan import layer_number
+from app.core.planning.plan import layer_number
 from workers.modeling.checkpoint import DTYPES, Checkpoint, all_finite, read_into
 from workers.modeling.decoder import Decoder
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.core.architectures import ScaleGroup
+from app.core.planning.architectures import ScaleGroup
 from workers.quantization.scale_search import Fold, ScaleChoice
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from app.core.architectures import Architecture, ScaleGroup
 from app.core.errors import ModelRefused
+from app.core.planning.architectures import Architecture, ScaleGroup
 from workers.quantization.reduction import ALONE, Ranks
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.core.architectures import Architecture, ScaleGroup
-from app.core.format_limits import Scheme
+from app.core.planning.architectures import Architecture, ScaleGroup
+from app.core.planning.format_limits import Scheme
 from app.core.report import LearningReport, LinearReport
 from app.core.specs import Recipe
 from kernels.search import losses

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from app.core.architectures import Architecture
+from app.core.planning.architectures import Architecture
 from app.core.report import LearningReport
 from kernels.search.grids import stored_scale
 from workers.modeling.quantized_weight import QuantizedWeight

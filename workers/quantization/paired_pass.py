@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from app.core.architectures import LAYER_OUTPUT, Architecture, ScaleGroup
+from app.core.planning.architectures import LAYER_OUTPUT, Architecture, ScaleGroup
 from workers.modeling.decoder import Decoder, LayerArguments
 from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
 from workers.quantization.omniquant import Lesson

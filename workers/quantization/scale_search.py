@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.core.format_limits import Scheme
+from app.core.planning.format_limits import Scheme
 from app.core.specs import SearchSpec
 from kernels.search.losses import has_matrix_units, quick_dtype, row_losses
 from kernels.search.operators import rounding_errors

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from app.core.architectures import Architecture, architecture_of
 from app.core.errors import ModelRefused
+from app.core.planning.architectures import Architecture, architecture_of
 from kernels.weight import PackedWeight
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import restore_buffers, text_config

@@ -14,7 +14,7 @@ from typing import Any
 
 from app.commands.checks.check import Check
 from app.core.errors import InvalidRequest
-from app.core.host_devices import DEVICE, gpu_names
+from app.core.planning.host_devices import DEVICE, gpu_names
 
 PROBE_LIMIT_S = 180
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
@@ -57,8 +57,8 @@ def check_devices() -> list[Check]:
 
 
 def probed() -> dict[str, Any]:
-    """What `python -m workers.host_probe` tells; `error` if it can't."""
-    command = [sys.executable, "-m", "workers.host_probe"]
+    """What `python -m workers.devices.host_probe` tells; `error` if it can't."""
+    command = [sys.executable, "-m", "workers.devices.host_probe"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_LIMIT_S, check=False)
     except (OSError, subprocess.SubprocessError) as fault:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from app.core.assignment import CHECKPOINTS, Checkpointed
+from app.core.child.assignment import CHECKPOINTS, Checkpointed
 from app.core.errors import Unavailable
 from app.core.ids import new_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
 from app.core.specs import CalibrationSpec, JobSpec, Recipe
-from app.core.storage_keys import checkpoint_prefix
+from app.core.storage.keys import checkpoint_prefix
 from workers.checkpoints import CheckpointMirror, checkpoint_key
 
 

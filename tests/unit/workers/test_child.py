@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.core.assignment import Assignment
+from app.core.child.assignment import Assignment
 from app.core.specs import JobSpec
 from kernels.cuda.driver import DriverError
 from workers.child import run

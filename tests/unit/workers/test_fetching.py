@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app.core.model_source import LocalModel, needed_files
 from app.core.settings import Settings
+from app.core.sources.model_source import LocalModel, needed_files
 from app.core.specs import CalibrationSpec
 from workers.fetching import (
     ModelCache,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import threading
 
-from app.core.assignment import Progressed, progress_messages
+from app.core.child.assignment import Progressed, progress_messages
 from workers.progress import ProgressPipe
 
 

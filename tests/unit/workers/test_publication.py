@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from app.core.assignment import Finished, OutputFolder
+from app.core.child.assignment import Finished, OutputFolder
 from app.core.errors import JobFault
 from app.core.ids import artifact_id, new_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
-from app.core.published import published_before, read_manifest
 from app.core.specs import JobSpec
-from app.core.storage_keys import report_key
+from app.core.storage.keys import report_key
+from app.core.storage.published import published_before, read_manifest
 from workers.publication import Publication
 
 

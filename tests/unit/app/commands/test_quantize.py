@@ -7,7 +7,7 @@ import pytest
 
 from app.cli import main
 from app.commands import quantize
-from app.core.assignment import REPORT, Finished, OutputFolder
+from app.core.child.assignment import REPORT, Finished, OutputFolder
 from app.core.errors import InvalidRequest, JobFault, NibbleError, TargetMissed, TextRefused
 from app.core.settings import Settings
 from app.core.specs import CalibrationSpec, JobSpec

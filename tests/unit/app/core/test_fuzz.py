@@ -17,8 +17,8 @@ from safetensors import deserialize
 
 from app.core.errors import ModelRefused, NibbleError
 from app.core.patterns import check_pattern
-from app.core.plan import plan_job
-from app.core.safetensors_header import TensorHeader, header_length, parse_header
+from app.core.planning.plan import plan_job
+from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
 from app.core.specs import JobSpec
 
 # `make fuzz` sets FUZZ, the number of examples, and then looks elsewhere each time.

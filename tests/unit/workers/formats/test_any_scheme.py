@@ -15,8 +15,8 @@ from compressed_tensors.utils import match_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.format_limits import Scheme
-from app.core.plan import Plan, plan_job
+from app.core.planning.format_limits import Scheme
+from app.core.planning.plan import Plan, plan_job
 from app.core.specs import FormatName, JobSpec, Recipe
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
 from tests.unit.workers.formats.test_layouts_of_formats import random_weight

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.core.format_limits import Scheme
+from app.core.planning.format_limits import Scheme
 from tests.golden.make_packed import FROZEN, golden_weight, packed
 from workers.formats import awq, compressed_tensors, gptq
 

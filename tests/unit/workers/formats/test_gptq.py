@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from app.core.format_limits import Scheme
-from app.core.plan import CandidatePlan, LinearPlan
+from app.core.planning.format_limits import Scheme
+from app.core.planning.plan import CandidatePlan, LinearPlan
 from app.core.specs import Recipe
 from workers.formats.gptq import quantization_config
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.core.format_limits import Scheme, packed_bytes
+from app.core.planning.format_limits import Scheme, packed_bytes
 from app.core.specs import FormatName
 from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.folder import FORMATS

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.architectures import ARCHITECTURES, architecture_of
-from app.core.format_limits import Scheme
+from app.core.planning.architectures import ARCHITECTURES, architecture_of
+from app.core.planning.format_limits import Scheme
 from app.core.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint

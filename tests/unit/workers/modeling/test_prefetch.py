@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.architectures import architecture_of
+from app.core.planning.architectures import architecture_of
 from tests.tiny_models import some_tokens, tiny_model
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder

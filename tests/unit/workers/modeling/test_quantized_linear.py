@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.core.format_limits import Scheme
+from app.core.planning.format_limits import Scheme
 from app.core.specs import FormatName
 from kernels.layouts import packed_words
 from tests.unit.kernels.weights import random_weight

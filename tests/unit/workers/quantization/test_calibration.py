@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from app.core.architectures import architecture_of
+from app.core.planning.architectures import architecture_of
 from tests.tiny_models import random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from app.core.architectures import Architecture, ScaleGroup
 from app.core.errors import ModelRefused
+from app.core.planning.architectures import Architecture, ScaleGroup
 from workers.quantization.input_statistics import BLOCK as BLOCKS
 from workers.quantization.input_statistics import InputCollector, collecting
 

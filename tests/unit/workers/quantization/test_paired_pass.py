@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.architectures import LAYER_OUTPUT, architecture_of
+from app.core.planning.architectures import LAYER_OUTPUT, architecture_of
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder

@@ -1,0 +1,96 @@
+"""What a supervisor and its job child say to each other: one assignment in, JSON lines out.
+
+The child sees folders and numbers only: no Redis address, no storage credentials, no keys. The same
+protocol carries `nibble quantize`, where the terminal takes the supervisor's place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from app.core.job import Problem, Stage
+from app.core.planning.device_profile import DeviceProfile
+from app.core.specs import FormatName, Frozen, JobSpec, Recipe
+
+
+class Assignment(Frozen):
+    """All that the child needs. Folders exist; `work_folder` is private to this attempt."""
+
+    spec: JobSpec
+    model_folder: Path  # config.json, tokenizer files, *.safetensors
+    model_name: str  # for people: model cards, the report
+    model_digest: str  # sha256 over the model's files
+    calibration_file: Path | None = None  # fetched jsonl or text; None for builtin and inline
+    evaluation_file: Path | None = None
+    work_folder: Path  # checkpoints/ is restored before the start; output/ is made by the child
+    device: str = "cpu"
+    calibration_devices: tuple[str, ...] = ()  # further ones, that share the calibration pass
+    kernel_backend: str = "auto"  # or the name of the one that must be used
+    threads: int | None = None  # CPU threads; None leaves torch's choice
+    shard_bytes: int = 4 * 1024**3
+    profile: DeviceProfile | None = None  # of the device, for the report's prediction
+
+
+class StageStarted(Frozen):
+    kind: Literal["stage"] = "stage"
+    stage: Stage
+
+
+class Progressed(Frozen):
+    kind: Literal["progress"] = "progress"
+    fraction: float
+    layer: int | None = None
+    layers: int | None = None
+    eta_s: float | None = None
+
+
+class Noted(Frozen):
+    """Something a reader of the job should know: a fallback, a skipped layer, a chosen kernel."""
+
+    kind: Literal["note"] = "note"
+    code: str
+    message: str
+    detail: dict[str, Any] = Field(default_factory=dict)
+
+
+class Checkpointed(Frozen):
+    """A file under `work_folder/checkpoints` is complete; `replaces` may be deleted with it."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    key: str  # relative path, the same on every attempt
+    replaces: str | None = None
+
+
+class OutputFolder(Frozen):
+    """One candidate in one format: a folder that a loader opens unchanged."""
+
+    recipe_index: int
+    recipe: Recipe | None = None  # None: the job's own of this index
+    format: FormatName
+    folder: str  # relative to work_folder
+    summary: dict[str, Any]  # perplexity, ratio, bytes, bits per weight
+
+
+class Finished(Frozen):
+    kind: Literal["finished"] = "finished"
+    report: str  # path of the report, relative to work_folder
+    outputs: tuple[OutputFolder, ...]
+
+
+class Failed(Frozen):
+    kind: Literal["failed"] = "failed"
+    error: Problem
+    report: str | None = None  # path of a report on what was tried, relative to work_folder
+
+
+ProgressMessage = Annotated[
+    StageStarted | Progressed | Noted | Checkpointed | Finished | Failed, Field(discriminator="kind")
+]
+progress_messages: TypeAdapter[ProgressMessage] = TypeAdapter(ProgressMessage)
+
+CHECKPOINTS = "checkpoints"
+OUTPUT = "output"
+REPORT = f"{OUTPUT}/report.json"

@@ -1,0 +1,31 @@
+"""What `deploy` in a job asks for: its first artifact is served, once, however often this is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from app.core.deployments.deployment import DeploymentSpec
+from app.core.deployments.deployment_store import DeploymentStore
+from app.core.errors import Conflict
+from app.core.ids import deployment_id
+from app.core.job import Job
+
+
+def deploy_result(
+    deployments: DeploymentStore, job: Job, artifacts: Sequence[str]
+) -> tuple[str, dict[str, Any]] | None:
+    """Deploy the job's first artifact, if it is asked for; kind and payload of the event that tells of it.
+
+    A job whose deployment is refused has succeeded all the same.
+    """
+    options = job.spec.deploy
+    if options is None:
+        return None
+    spec = DeploymentSpec(artifact=artifacts[0], **options.model_dump())
+    try:
+        # The id follows from the job: a later attempt makes no second deployment.
+        made = deployments.create(job.tenant, spec, deployment_id=deployment_id(job.id), job=job.id)
+    except Conflict as refusal:
+        return "note", {"code": refusal.code, "message": f"not deployed: {refusal.message}"}
+    return "deployed", {"deployment": made.id, "name": spec.name, "artifact": spec.artifact}

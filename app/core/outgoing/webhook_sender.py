@@ -1,0 +1,146 @@
+"""Sends webhooks that are due, from threads of each API process.
+
+A message that is taken is nobody else's for a minute. A process that dies in between leaves it due: it is
+sent again, under the same id.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import httpx
+from redis.exceptions import RedisError
+
+from app.core.errors import NibbleError
+from app.core.outgoing.guard import OutgoingGuard, guarded_client
+from app.core.outgoing.webhooks import Delivery, DeliveryStore, WebhookSecrets, WebhookTry, signature
+
+log = logging.getLogger(__name__)
+
+# Seconds after each failed try; after the last one the message counts as failed.
+DELAYS_S = (5.0, 60.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0)
+JITTER = 0.2
+LIMIT_S = 10.0
+HOLD_S = 60.0
+MAX_ANSWER_BYTES = 64 * 1024
+POLL_S = 0.5
+PARALLEL = 4
+GONE = 410  # the receiver wants no more
+
+OnOutcome = Callable[[str], None]
+
+
+class WebhookSender:
+    """Sends one message at a time; `on_outcome` hears delivered, retried or failed."""
+
+    def __init__(
+        self,
+        store: DeliveryStore,
+        secrets: WebhookSecrets,
+        guard: OutgoingGuard,
+        *,
+        on_outcome: OnOutcome = lambda outcome: None,
+        delays_s: Sequence[float] = DELAYS_S,
+    ) -> None:
+        self._store = store
+        self._secrets = secrets
+        self._guard = guard
+        self._on_outcome = on_outcome
+        self._delays_s = delays_s
+
+    def send_due(self) -> bool:
+        """Send one message; False if none is due."""
+        delivery = self._store.take(hold_s=HOLD_S)
+        if delivery is None:
+            return False
+        tried = self._try(delivery)
+        tries = (*delivery.tries, tried)
+        again_in_s = self._delay(tried, len(tries))
+        state = "delivered" if is_success(tried) else "pending" if again_in_s is not None else "failed"
+        self._store.write(delivery.model_copy(update={"tries": tries, "state": state}), again_in_s=again_in_s)
+        self._on_outcome("retried" if state == "pending" else state)
+        log.info("webhook %s of %s: %s (%s)", delivery.id, delivery.job, state, tried.status or tried.error)
+        return True
+
+    def _delay(self, tried: WebhookTry, count: int) -> float | None:
+        if is_success(tried) or tried.status == GONE or count > len(self._delays_s):
+            return None
+        return self._delays_s[count - 1] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # no secret
+
+    def _try(self, delivery: Delivery) -> WebhookTry:
+        started, at = time.monotonic(), datetime.now(UTC)
+        status, error = None, None
+        try:
+            status = self._post(delivery, started)
+        except (httpx.HTTPError, httpx.InvalidURL, NibbleError, TimeoutError) as fault:
+            # The class alone: texts of connection errors would tell of the inner network.
+            error = fault.code if isinstance(fault, NibbleError) else type(fault).__name__
+        return WebhookTry(at=at, status=status, error=error, seconds=round(time.monotonic() - started, 3))
+
+    def _post(self, delivery: Delivery, started: float) -> int:
+        headers = self._headers(delivery)
+        with (
+            guarded_client(self._guard, timeout=LIMIT_S) as client,
+            client.stream("POST", delivery.url, content=delivery.body, headers=headers) as answer,
+        ):
+            received = 0
+            for piece in answer.iter_raw():
+                received += len(piece)
+                if received > MAX_ANSWER_BYTES or time.monotonic() - started > LIMIT_S:
+                    break  # its status is known: nobody reads the rest
+            return answer.status_code
+
+    def _headers(self, delivery: Delivery) -> dict[str, str]:
+        timestamp = int(time.time())
+        signatures = [
+            signature(secret, delivery.id, timestamp, delivery.body)
+            for secret in self._secrets.of(delivery.tenant)
+        ]
+        return {
+            "Content-Type": "application/json",
+            "User-Agent": "nibble-webhooks",
+            "webhook-id": delivery.id,
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": " ".join(signatures),
+        }
+
+
+def is_success(tried: WebhookTry) -> bool:
+    return tried.status is not None and 200 <= tried.status < 300
+
+
+class WebhookThread(threading.Thread):
+    """Keeps a sender going until it is stopped. A slow receiver holds up one of several lines."""
+
+    def __init__(self, sender: WebhookSender) -> None:
+        super().__init__(name="webhooks", daemon=True)
+        self._sender = sender
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="webhook") as pool:
+            for line in [pool.submit(self._work) for _ in range(PARALLEL)]:
+                line.result()
+
+    def _work(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                found = self._sender.send_due()
+            except RedisError as fault:
+                log.warning("webhooks wait for redis: %s", fault)
+                found = False
+            except Exception:  # the task boundary: the message is due again after its hold
+                log.exception("a webhook broke its sender")
+                found = False
+            if not found:
+                self._stopped.wait(POLL_S)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()

@@ -1,0 +1,284 @@
+"""Seconds and bytes that a plan takes on a device, by what the engine does: counted, not fitted to a model.
+
+Products of matrices are counted in operations, the steps of the search in weights at the rates that the
+engine's own code was measured at, everything else in bytes that pass through memory.
+"""
+
+from __future__ import annotations
+
+from app.core.job import Stage
+from app.core.planning.device_profile import DeviceProfile, SearchStep
+from app.core.planning.linear_plan import LinearPlan
+from app.core.planning.plan import CandidatePlan, Plan
+from app.core.specs import Frozen, JobSpec, Recipe
+
+# Of the engine; tests compare them.
+SAMPLED_ROWS = 512
+FINALISTS = 4
+BATCH_TOKENS = 8192
+CHUNK_TOKENS = 256
+EXPERT = ".experts."  # in the names of linears that see only the tokens routed to them
+POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
+
+BASE_RAM_BYTES = 700_000_000  # interpreter, torch, transformers, tokenizer
+BASE_VRAM_BYTES = 600_000_000  # the CUDA context
+# Bytes of memory traffic per value, from the number of passes over float32 arrays.
+ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
+REPORTED_ROUNDINGS = 2  # of a linear: as it is stored, and plain for comparison
+LESSON_WINDOWS = 32
+HELD_BACK = 5
+STEP_WINDOWS = 4
+LESSON_FORWARDS = 3  # forward, and backward as two
+CHAIN_FORWARDS = 6  # of both models up to each group of a layer, and through it
+LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
+PACK_BYTES = 40
+VERIFY_BYTES = 60
+SOFTMAX_BYTES = 80
+LAYER_BYTES = 40  # a decoder layer's norms, activations and residuals per token and channel
+ATTENTION_BYTES = 24  # softmax, per head and pair of tokens
+MOMENT_BYTES = 12  # means of |x|
+MOMENT_BLOCK = {"cpu": 256, "cuda": 1024}  # columns; of each product the upper blocks are computed
+LAYER_SECONDS = 0.01  # of a layer for one recipe: many small operations, whatever its size
+FOLDER_SECONDS = 0.02  # of writing one format's folder, and of reading it back
+
+
+class Prediction(Frozen):
+    """What a run takes. Output sizes are exact but for the files' metadata."""
+
+    basis: str  # measured or nominal
+    seconds: dict[Stage, float]  # of the whole job
+    candidate_seconds: tuple[dict[Stage, float], ...]  # of each recipe alone
+    ram_bytes: int
+    vram_bytes: int
+    disk_bytes: int  # of the work folder
+    output_bytes: tuple[int, ...]  # per recipe, all formats
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile) -> Prediction:
+    """The recipes as asked: what a target adds is not known before it is tried."""
+    costs = Costs(plan, spec, profile)
+    own = tuple(costs.candidate(candidate) for candidate in plan.candidates)
+    seconds = {Stage.CALIBRATING: costs.calibration()}
+    for stages in own:
+        for stage, spent in stages.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+    evaluation = costs.forward(spec.evaluation.num_samples) + costs.head(spec.evaluation.num_samples)
+    seconds[Stage.EVALUATING] = seconds.get(Stage.EVALUATING, 0.0) + evaluation
+    working = working_bytes(plan, spec)
+    cuda = profile.device == "cuda"
+    output = tuple(sum(candidate.output_bytes.values()) for candidate in plan.candidates)
+    return Prediction(
+        basis="measured" if profile.measured else "nominal",
+        seconds=seconds,
+        candidate_seconds=own,
+        ram_bytes=BASE_RAM_BYTES + working,
+        vram_bytes=BASE_VRAM_BYTES + working if cuda else 0,
+        disk_bytes=sum(output) + checkpoint_bytes(plan, spec),
+        output_bytes=output,
+    )
+
+
+class Costs:
+    """Seconds of the parts of a run."""
+
+    def __init__(self, plan: Plan, spec: JobSpec, profile: DeviceProfile) -> None:
+        self.plan, self.spec, self.profile = plan, spec, profile
+        self.length = spec.calibration.sequence_length
+        self.linears = plan.candidates[0].linears
+        self.inputs = inputs_of(plan)
+
+    def tokens(self, linear: LinearPlan, tokens: float) -> float:
+        """How many of them reach the linear."""
+        return tokens * (self.plan.routed_share if EXPERT in linear.name else 1.0)
+
+    def product(self, rows: float, inner: float, columns: float, *, float32: bool = False) -> float:
+        """Of a matrix (rows, inner) with one of (inner, columns)."""
+        size = (rows * inner * columns) ** (1 / 3)
+        rate = self.profile.matmul_rate(int(size), float32=float32)
+        return 2.0 * rows * inner * columns / rate
+
+    def passes(self, values: float, bytes_per_value: float) -> float:
+        return values * bytes_per_value / self.profile.elementwise
+
+    def forward(self, samples: int) -> float:
+        """The decoder layers of one model over `samples` windows."""
+        tokens = samples * self.length
+        linears = sum(
+            self.product(self.tokens(each, tokens), each.in_features, each.out_features)
+            for each in self.linears
+        )
+        hidden, windows = self.plan.hidden_size, self.plan.num_layers * samples
+        attention = 2 * windows * self.product(self.length, hidden, self.length)
+        scores = self.passes(windows * self.plan.num_heads * self.length**2, ATTENTION_BYTES)
+        values = sum(self.tokens(each, tokens) * each.out_features for each in self.linears)
+        return linears + attention + scores + self.passes(values, LAYER_BYTES)
+
+    def head(self, samples: int) -> float:
+        """Logits and their losses."""
+        tokens, vocabulary = samples * self.length, self.plan.vocab_size
+        chunks = tokens / min(CHUNK_TOKENS, self.length)
+        product = chunks * self.product(min(CHUNK_TOKENS, self.length), self.plan.hidden_size, vocabulary)
+        return product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
+
+    def calibration(self) -> float:
+        """One pass of the original, and the second moments."""
+        samples = self.spec.calibration.num_samples
+        tokens = samples * self.length
+        histograms = self.passes(sum(each.parameters for each in self.linears), ROUNDING_BYTES)
+        return self.forward(samples) + self.moments(tokens) + histograms
+
+    def moments(self, tokens: float) -> float:
+        """Of every group's inputs: blocks on and above the diagonal, and the means."""
+        block, seconds = MOMENT_BLOCK[self.profile.device], 0.0
+        for width, share in self.inputs:
+            blocks = -(-width // block)
+            upper = (blocks + 1) / (2 * blocks)
+            seconds += upper * self.product(width, share * tokens, width, float32=True)
+            seconds += self.passes(share * tokens * width, MOMENT_BYTES)
+        return seconds
+
+    def drifts(self, tokens: float) -> float:
+        """Products of what is missing with every group's inputs."""
+        return sum(self.product(width, share * tokens, width, float32=True) for width, share in self.inputs)
+
+    def chain(self) -> float:
+        """The original and the quantized copy side by side, with moments and drifts."""
+        samples = self.spec.calibration.num_samples
+        tokens = samples * self.length
+        return CHAIN_FORWARDS * self.forward(samples) + self.moments(tokens) + self.drifts(tokens)
+
+    def candidate(self, candidate: CandidatePlan) -> dict[Stage, float]:
+        """What one recipe adds."""
+        quantized = sum(each.parameters for each in candidate.linears if each.scheme is not None)
+        written = sum(candidate.output_bytes.values())
+        packed = quantized * len(candidate.output_bytes)
+        samples = self.spec.evaluation.num_samples
+        reading = self.passes(quantized, VERIFY_BYTES)
+        checking = self.forward(1) + quantized / self.profile.disk  # each layer is checked, then kept
+        checking += self.plan.num_layers * LAYER_SECONDS
+        folders = FOLDER_SECONDS * len(candidate.output_bytes)
+        own = {
+            Stage.SEARCHING: self.scales(candidate) + self.rounding(candidate) + checking,
+            Stage.PACKING: folders + self.passes(packed, PACK_BYTES) + written / self.profile.disk,
+            Stage.VERIFYING: folders + self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
+            Stage.EVALUATING: self.forward(samples) + self.head(samples) + reading,
+        }
+        if candidate.recipe.has_own_chain:
+            own[Stage.CALIBRATING] = self.chain()
+        if candidate.recipe.method == "omniquant":
+            own[Stage.SEARCHING] += candidate.recipe.search.epochs * self.lesson_epoch(quantized)
+        return own
+
+    def lesson_epoch(self, quantized: int) -> float:
+        """One round of OmniQuant's learning, and the loss of what would be stored after it."""
+        taught = min(LESSON_WINDOWS, self.spec.calibration.num_samples)
+        rounding = self.passes(quantized, LESSON_BYTES) * taught / STEP_WINDOWS
+        judging = max(1, taught // (HELD_BACK - 1))
+        return LESSON_FORWARDS * self.forward(taught) + rounding + self.forward(judging)
+
+    def scales(self, candidate: CandidatePlan) -> float:
+        """AWQ's scale search: candidates on sampled rows, the finalists on all."""
+        recipe = candidate.recipe
+        if not recipe.searches_scales:
+            return 0.0
+        return sum(
+            (evaluations(recipe) * min(rows, SAMPLED_ROWS) + FINALISTS * rows)
+            * width
+            * self.profile.search_seconds("scales", width)
+            for rows, width in groups_of(self.plan, candidate)
+        )
+
+    def rounding(self, candidate: CandidatePlan) -> float:
+        """Clip search and rounding of every linear, with the losses that are reported."""
+        recipe = candidate.recipe
+        steps: dict[SearchStep, float] = {"nearest": REPORTED_ROUNDINGS}
+        if recipe.searches_clip:
+            steps["clip"] = 1
+        if recipe.rounds_with_gptq:
+            steps["gptq"] = 1
+        return sum(
+            times * linear.parameters * self.profile.search_seconds(step, linear.in_features)
+            for linear in candidate.linears
+            if linear.scheme is not None
+            for step, times in steps.items()
+        )
+
+
+def evaluations(recipe: Recipe) -> int:
+    """Candidates of one group's scale search."""
+    search = recipe.search
+    grid = search.grid_points + 1
+    tried = 2 * grid if search.duo_scaling == "both" else grid
+    return tried + POPULATION_LOSSES * search.budget if search.strategy == "evolutionary" else tried
+
+
+def inputs_of(plan: Plan) -> list[tuple[int, float]]:
+    """Channels of every input whose second moment is kept, over all layers, and its share of the tokens."""
+    widths = {each.name: each.in_features for each in plan.candidates[0].linears}
+    found = []
+    for layer in range(plan.num_layers):
+        prefix = plan.architecture.layer_prefix(layer)
+        found += [
+            (widths[prefix + group.balance_layers[0]], plan.routed_share if group.expert else 1.0)
+            for group in plan.architecture.at(layer).groups
+            if prefix + group.balance_layers[0] in widths
+        ]
+    return found
+
+
+def groups_of(plan: Plan, candidate: CandidatePlan) -> list[tuple[int, int]]:
+    """(rows, channels) of every group whose scales are searched."""
+    linears = {each.name: each for each in candidate.linears}
+    found = []
+    for layer in range(plan.num_layers):
+        prefix = plan.architecture.layer_prefix(layer)
+        for group in plan.architecture.at(layer).groups:
+            members = [linears[prefix + name] for name in group.balance_layers if prefix + name in linears]
+            if group.smooth_layer is not None and members and all(each.scheme for each in members):
+                found.append((sum(each.out_features for each in members), members[0].in_features))
+    return found
+
+
+def largest_layer_moments(plan: Plan) -> int:
+    """Bytes of the second moments of the layer that has most."""
+    per_layer: dict[int, int] = {}
+    widths = {each.name: each.in_features for each in plan.candidates[0].linears}
+    for layer in range(plan.num_layers):
+        prefix = plan.architecture.layer_prefix(layer)
+        per_layer[layer] = sum(
+            4 * widths.get(prefix + group.balance_layers[0], 0) ** 2
+            for group in plan.architecture.at(layer).groups
+        )
+    return max(per_layer.values())
+
+
+def working_bytes(plan: Plan, spec: JobSpec) -> int:
+    """The larger of calibrating with search, and evaluating."""
+    layer = plan.layer_bytes // (4 if plan.dtype == "float32" else 2)  # parameters
+    length = spec.calibration.sequence_length
+    hidden = 4 * length * plan.hidden_size
+    batch = max(1, BATCH_TOKENS // length)
+    widest = max(each.out_features for each in plan.candidates[0].linears)
+    activations = 4 * 4 * min(batch, spec.calibration.num_samples) * length * widest
+    embedding = 4 * plan.vocab_size * plan.hidden_size
+    solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
+    chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
+    calibrating = (1 + 2 * chains) * spec.calibration.num_samples * hidden + activations + solving
+    models = 1 + len(plan.candidates)
+    logits = 4 * 4 * min(CHUNK_TOKENS, length) * plan.vocab_size
+    evaluating = models * spec.evaluation.num_samples * hidden + 2 * 4 * layer + logits
+    return embedding + max(calibrating, evaluating)
+
+
+def checkpoint_bytes(plan: Plan, spec: JobSpec) -> int:
+    """Finished layers, hidden states, and with a target the statistics."""
+    quantized = sum(
+        each.parameters for candidate in plan.candidates for each in candidate.linears if each.scheme
+    )
+    states = 4 * spec.calibration.num_samples * spec.calibration.sequence_length * plan.hidden_size
+    statistics = 4 * sum(width * width for width, _ in inputs_of(plan)) if spec.target else 0
+    return int(1.1 * quantized) + 2 * states + statistics

@@ -1,0 +1,390 @@
+"""What a job will do to each linear, decided from headers alone.
+
+One function answers the submission (refuse early), the estimate (say what would happen) and the engine
+(do it), so the three can't disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from app.core.errors import ModelRefused, RecipeUnsupported
+from app.core.planning.architectures import Architecture, architecture_of
+from app.core.planning.format_limits import Scheme, format_refusal, packed_bytes, shape_refusal
+from app.core.planning.linear_plan import LinearPlan, fit_groups, plan_linear, refuse_indivisible
+from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
+from app.core.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
+
+RENAMED = ("gpt_neox", "mixtral", "phi3")  # transformers' modules have other names than the checkpoints
+WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class CandidatePlan(Frozen):
+    """One recipe applied to the whole model."""
+
+    recipe_index: int
+    label: str
+    recipe: Recipe
+    linears: tuple[LinearPlan, ...]
+    full_precision: tuple[str, ...] = ("lm_head",)  # modules that no recipe quantizes, for loaders to know
+    output_bytes: dict[FormatName, int]
+    bits_per_weight: float  # over the quantized linears, scales and zero points included
+
+
+class Plan(Frozen):
+    """The decisions for every candidate of a job."""
+
+    architecture: Architecture
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_heads: int  # of attention
+    routed_share: float  # of the tokens, that an expert sees on average
+    parameters: int
+    model_bytes: int
+    layer_bytes: int  # the largest decoder layer
+    dtype: str  # of the linears: float32, float16 or bfloat16
+    candidates: tuple[CandidatePlan, ...]
+    notes: tuple[str, ...] = ()
+
+
+def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, TensorHeader]) -> Plan:
+    """The plan of a job.
+
+    Raises ModelRefused if the model can't be quantized at all, RecipeUnsupported if this recipe can't be
+    applied to it or a requested format can't hold the outcome.
+    """
+    architecture = architecture_of(config)
+    if config.get("quantization_config") is not None:
+        raise ModelRefused(
+            "the model is quantized already", code="already_quantized", remedy="submit the original model",
+            param="model",
+        )  # fmt: skip
+    num_layers = positive_integer(config, "num_hidden_layers")
+    shapes = linear_shapes(architecture, num_layers, tensors)
+    candidates = tuple(
+        plan_candidate(spec, index, architecture, shapes, tensors) for index in range(len(spec.recipes))
+    )
+    return Plan(
+        architecture=architecture,
+        num_layers=num_layers,
+        hidden_size=positive_integer(config, "hidden_size"),
+        vocab_size=positive_integer(config, "vocab_size"),
+        num_heads=positive_integer({"num_attention_heads": 1, **config}, "num_attention_heads"),
+        routed_share=routed_share(architecture, config),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        model_bytes=sum(tensor.size for tensor in tensors.values()),
+        layer_bytes=largest_layer(architecture, num_layers, tensors),
+        dtype=weight_dtype(shapes, tensors),
+        candidates=candidates,
+        notes=(*window_notes(spec, architecture, config), *plan_notes(spec, architecture, candidates)),
+    )
+
+
+def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, object]) -> Iterator[str]:
+    """Of windows that are longer than what the model was made for. Raises RecipeUnsupported if it can't."""
+    length, longest = spec.calibration.sequence_length, config.get("max_position_embeddings")
+    if not isinstance(longest, int) or length <= longest:
+        return
+    told = f"windows of {length} tokens are longer than the model's max_position_embeddings of {longest}"
+    if architecture.learned_positions:
+        raise RecipeUnsupported(
+            told, code="sequence_too_long", remedy=f"lower calibration.sequence_length to {longest}",
+            param="calibration.sequence_length",
+        )  # fmt: skip
+    yield f"{told}: perplexities say little"
+
+
+def plan_notes(
+    spec: JobSpec, architecture: Architecture, candidates: tuple[CandidatePlan, ...]
+) -> Iterator[str]:
+    """What a caller should know although it is no reason to refuse."""
+    for index, candidate in enumerate(candidates):
+        recipe = candidate.recipe
+        if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
+            head = architecture.head
+            yield f"recipe {index}: {head} keeps its precision although `ignore` does not name it"
+        for note in (*unmatched(candidate, architecture), *idle_options(recipe)):
+            yield f"recipe {index}: {note}"
+        fitted = [linear.reason for linear in candidate.linears if linear.fitted]
+        if fitted:
+            yield f"recipe {index}: {len(fitted)} linears get other groups or none, the first: {fitted[0]}"
+        for name in spec.formats:
+            for note in loader_notes(name, candidate, architecture):
+                yield f"recipe {index}: {note}"
+
+
+def idle_options(recipe: Recipe) -> Iterator[str]:
+    """Options of the search that were set and that this method does not look at."""
+    used = set() if recipe.method == "rtn" else {"clip"}
+    if recipe.searches_scales:
+        used |= {"strategy", "grid_points", "duo_scaling"}
+    if recipe.searches_scales and recipe.search.strategy == "evolutionary":
+        used |= {"budget", "seed"}
+    if recipe.method == "omniquant":
+        used.add("epochs")
+    for name, field in SearchSpec.model_fields.items():
+        if name not in used and getattr(recipe.search, name) != field.default:
+            yield f"`search.{name}` has no effect on {recipe.method} with strategy {recipe.search.strategy}"
+
+
+def unmatched(candidate: CandidatePlan, architecture: Architecture) -> Iterator[str]:
+    """Patterns that mean no linear: most likely not what their author had in mind."""
+    names = [linear.name for linear in candidate.linears]
+    outside = (*candidate.full_precision, architecture.head, "lm_head")
+    patterns = [("ignore", pattern) for pattern in candidate.recipe.ignore]
+    patterns += [("overrides", override.match) for override in candidate.recipe.overrides]
+    for field, pattern in patterns:
+        known = [*names, *outside] if field == "ignore" else names
+        if not any(matches(pattern, name) for name in known):
+            yield f"`{field}` names {pattern!r}, which matches no linear of the model"
+
+
+def loader_notes(name: FormatName, candidate: CandidatePlan, architecture: Architecture) -> Iterator[str]:
+    """What of the format's files not every loader opens."""
+    schemes = {linear.scheme for linear in candidate.linears if linear.scheme is not None}
+    experts = {linear.scheme for linear in candidate.linears if ".experts." in linear.name}
+    unopened = "transformers cannot open compressed-tensors files"
+    if name == "compressed-tensors" and not candidate.recipe.symmetric:
+        if experts:
+            yield f"{unopened} of asymmetric experts; set symmetric to true if it has to"
+        if len(schemes) > 1:
+            yield (
+                f"{unopened} of several asymmetric schemes; leave out the overrides or set symmetric to true "
+                "if it has to"
+            )
+    elif name == "compressed-tensors" and len(experts) > 1:
+        yield (
+            f"{unopened} whose layers' experts have several schemes; let `overrides` and `ignore` match the "
+            "experts of all layers if it has to"
+        )
+    if name == "gptq" and architecture.model_type in RENAMED:
+        yield f"GPTQModel does not find all weights of {architecture.model_type} by their names in files"
+    narrow = sorted({scheme.bits for scheme in schemes} - {4, 8})
+    if name == "gptq" and narrow:
+        widths = " and ".join(map(str, narrow))
+        yield f"GPTQModel opens gptq files of {widths} bits, vLLM opens those of 4 and 8 bits"
+
+
+def positive_integer(config: dict[str, object], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ModelRefused(
+            f"config.json: {key} is {value!r}, expected a positive integer",
+            code="config_invalid", remedy="restore the model's original config.json", param="model",
+        )  # fmt: skip
+    return value
+
+
+def routed_share(architecture: Architecture, config: dict[str, object]) -> float:
+    """Experts per token as a share of all experts; 1 without any."""
+    if architecture.experts is None:
+        return 1.0
+    keys = architecture.experts.count_keys
+    count = next((config[key] for key in keys if config.get(key)), None)
+    chosen = config.get("num_experts_per_tok")
+    if not isinstance(count, int) or not isinstance(chosen, int) or not 0 < chosen <= count:
+        return 1.0
+    return chosen / count
+
+
+def linear_shapes(
+    architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]
+) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear by full name, in the order of data."""
+    shapes = {}
+    for layer in range(num_layers):
+        for linear in architecture.at(layer).linears:
+            name = architecture.layer_prefix(layer) + linear
+            tensor = tensors.get(name + ".weight")
+            if tensor is None or not is_matrix(tensor):
+                found = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise ModelRefused(
+                    f"{name}.weight is {found}; expected a matrix of {', '.join(sorted(WEIGHT_DTYPES))}",
+                    code="weights_missing" if tensor is None else "weights_unsupported",
+                    remedy="check that all shards are there and that config.json belongs to them",
+                    param="model",
+                )
+            shapes[name] = (tensor.shape[0], tensor.shape[1])
+    return shapes
+
+
+def is_matrix(tensor: TensorHeader) -> bool:
+    """True for weights of at least one row and column, in a dtype that is quantized."""
+    return len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in WEIGHT_DTYPES
+
+
+def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHeader]) -> str:
+    dtypes = {tensors[name + ".weight"].dtype for name in shapes}
+    if len(dtypes) > 1:
+        raise ModelRefused(
+            f"the linears have several dtypes: {', '.join(sorted(dtypes))}",
+            code="weights_unsupported", remedy="save the model in one dtype", param="model",
+        )  # fmt: skip
+    return WEIGHT_DTYPES[dtypes.pop()]
+
+
+def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]) -> int:
+    sizes = dict.fromkeys(range(num_layers), 0)
+    for name, tensor in tensors.items():
+        layer = layer_number(architecture, name)
+        if layer in sizes:
+            sizes[layer] += tensor.size
+    return max(sizes.values())
+
+
+def plan_candidate(
+    spec: JobSpec,
+    index: int,
+    architecture: Architecture,
+    shapes: dict[str, tuple[int, int]],
+    tensors: dict[str, TensorHeader],
+) -> CandidatePlan:
+    recipe = spec.recipes[index]
+    linears = plan_linears(spec.recipe_field(index), recipe, architecture, shapes)
+    schemes = {linear.scheme for linear in linears if linear.scheme is not None}
+    for name in spec.formats:
+        refuse_format(index, name, recipe, linears, schemes)
+    if not schemes:
+        raise RecipeUnsupported(
+            "the recipe ignores every linear of the model", code="nothing_to_quantize",
+            remedy="shorten `ignore`", param=f"{spec.recipe_field(index)}.ignore",
+        )  # fmt: skip
+    kept = sum(t.size for name, t in tensors.items() if name.removesuffix(".weight") not in shapes)
+    kept += sum(
+        linear.parameters * DTYPE_BITS[tensors[linear.name + ".weight"].dtype] // 8
+        for linear in linears
+        if linear.scheme is None
+    )
+    packed = {
+        name: sum(linear_bytes(name, linear, tensors[linear.name + ".weight"].dtype) for linear in linears)
+        for name in spec.formats
+    }
+    quantized = sum(linear.parameters for linear in linears if linear.scheme)
+    bits_per_weight = 8 * packed[spec.formats[0]] / quantized
+    return CandidatePlan(
+        recipe_index=index,
+        label=f"{recipe.label} mixed {bits_per_weight:.2f}" if len(schemes) > 1 else recipe.label,
+        recipe=recipe,
+        linears=linears,
+        full_precision=kept_modules(architecture, linears, tensors),
+        output_bytes={name: kept + size for name, size in packed.items()},
+        bits_per_weight=bits_per_weight,
+    )
+
+
+def plan_linears(
+    field: str, recipe: Recipe, architecture: Architecture, shapes: dict[str, tuple[int, int]]
+) -> tuple[LinearPlan, ...]:
+    """Every linear under the recipe, in sets that servers can fuse and with whole groups.
+
+    `field` is where the caller wrote the recipe.
+    """
+    linears = tuple(plan_linear(recipe, name, shape) for name, shape in shapes.items())
+    refuse_split_sets(field, architecture, linears)
+    if recipe.indivisible == "refuse":
+        refuse_indivisible(field, linears)
+        return linears
+    return fit_groups(recipe, linears, list(fused_sets(architecture, linears)))
+
+
+def kept_modules(
+    architecture: Architecture, linears: tuple[LinearPlan, ...], tensors: dict[str, TensorHeader]
+) -> tuple[str, ...]:
+    """The head by all of its names, projections beside the layers (OPT), and routers: what loaders must not
+    take for quantized linears."""
+    names = dict.fromkeys(
+        ("lm_head", architecture.head, architecture.stored_name(architecture.head + ".")[:-1])
+    )
+    outside = [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and layer_number(architecture, name) is None and "embed" not in name
+    ]
+    layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
+    routers = [
+        architecture.layer_prefix(layer) + router
+        for layer in layers
+        if layer is not None
+        for group in architecture.at(layer).groups
+        for router in group.compensated
+    ]
+    return tuple(dict.fromkeys((*names, *outside, *routers)))
+
+
+def layer_number(architecture: Architecture, name: str) -> int | None:
+    """The decoder layer that a tensor belongs to."""
+    number = name.removeprefix(architecture.layers + ".").partition(".")[0]
+    return int(number) if name.startswith(architecture.layers + ".") and number.isdecimal() else None
+
+
+def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
+    """Bytes of a linear in the format if it is quantized; `dtype` is that of its weight."""
+    if linear.scheme is None:
+        return 0
+    return packed_bytes(
+        name, linear.scheme, linear.out_features, linear.in_features, weight_bits=DTYPE_BITS[dtype]
+    )
+
+
+def refuse_split_sets(field: str, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:
+    """q/k/v and gate/up become one matrix in vLLM and must share one scheme."""
+    schemes = {linear.name: linear.scheme for linear in linears}
+    for first, *others in fused_sets(architecture, linears):
+        for other in others:
+            if schemes[first] != schemes[other]:
+                raise RecipeUnsupported(
+                    f"{first} and {other} would get different schemes, but servers fuse them",
+                    code="fused_set_split",
+                    remedy=f"let `overrides` and `ignore` match all of {set_names((first, *others))}",
+                    param=f"{field}.overrides",
+                )
+
+
+def set_names(names: tuple[str, ...]) -> str:
+    """For people: the ends of the names, a few of them if they are many."""
+    ends = [name.rpartition(".")[2] if len(names) > 8 else ".".join(name.split(".")[-2:]) for name in names]
+    return ", ".join(dict.fromkeys(ends))
+
+
+def fused_sets(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> Iterator[tuple[str, ...]]:
+    """Full names of the linears that servers make one of, set by set."""
+    layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
+    for layer in layers:
+        assert layer is not None
+        prefix = architecture.layer_prefix(layer)
+        for names in architecture.at(layer).fused:
+            yield tuple(prefix + name for name in names)
+
+
+def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ...]]:
+    """The layer prefix of a linear and the linears of its layer that servers fuse with it."""
+    layer = layer_number(architecture, name)
+    assert layer is not None
+    prefix = architecture.layer_prefix(layer)
+    return prefix, architecture.at(layer).fused_set(name.removeprefix(prefix))
+
+
+def refuse_format(
+    index: int,
+    name: FormatName,
+    recipe: Recipe,
+    linears: tuple[LinearPlan, ...],
+    schemes: set[Scheme],
+) -> None:
+    refusal = format_refusal(name, schemes)
+    if refusal is not None:
+        raise RecipeUnsupported(
+            f"recipe {index} ({recipe.label}): the format {name} {refusal.why}",
+            code="format_cannot_hold_recipe", remedy=f"nearest valid choice: {refusal.nearest}",
+            param="formats",
+        )  # fmt: skip
+    for linear in linears:
+        why = linear.scheme and shape_refusal(name, linear.out_features, linear.in_features)
+        if why:
+            raise RecipeUnsupported(
+                f"{linear.name}: {why}, which the format {name} needs",
+                code="format_cannot_hold_recipe",
+                remedy="choose the format compressed-tensors, or ignore this linear", param="formats",
+            )  # fmt: skip

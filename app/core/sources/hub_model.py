@@ -1,0 +1,208 @@
+"""A model repository on the hub, read at one pinned commit.
+
+Addresses and credentials come from huggingface_hub (HF_ENDPOINT, HF_TOKEN). All requests are ours: they pass
+the guard of outgoing requests, and a download can be stopped between pieces and taken up where it was cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+
+from app.core.errors import ModelRefused, Unavailable
+from app.core.outgoing.guard import IpNetwork, OutgoingGuard, guarded_client, origin_of
+
+TRIES = 5
+MAX_REDIRECTS = 5
+MAX_LISTING_BYTES = 32 * 1024**2
+RepoKind = Literal["model", "dataset"]
+
+
+class HubModel:
+    """The files of one commit. A branch or tag is resolved when the object is made, once."""
+
+    def __init__(
+        self,
+        repository: str,
+        revision: str | None = None,
+        *,
+        kind: RepoKind = "model",
+        networks: Sequence[IpNetwork] = (),
+    ) -> None:
+        self.repository = repository
+        self.kind = kind
+        self._client = hub_client(networks)
+        self.commit, self._sizes, self._sha256 = read_listing(self._client, repository, revision, kind)
+        self.name = f"hf:{repository}@{self.commit}"
+
+    def list(self) -> dict[str, int]:
+        return dict(self._sizes)
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        end = min(start + length, self._sizes.get(path, 0))
+        if end <= start:
+            return b""
+        body = b"".join(self.pieces(path, start, end))
+        if len(body) != end - start:
+            raise Unavailable(f"{self.name}: {path} ended after {len(body)} of {end - start} bytes")
+        return body
+
+    def download(self, path: str, dest: Path, on_bytes: Callable[[int], None]) -> None:
+        """Copy a file, checked against the size and the SHA-256 that the hub states."""
+        size, digest = self._sizes[path], hashlib.sha256()
+        with dest.open("wb") as target:
+            for piece in self.pieces(path, 0, size):
+                target.write(piece)
+                digest.update(piece)
+                on_bytes(len(piece))
+        stated = self._sha256.get(path)
+        if dest.stat().st_size != size or (stated is not None and stated != digest.hexdigest()):
+            raise Unavailable(
+                f"{self.name}: {path} came with {dest.stat().st_size} bytes, sha256 {digest.hexdigest()}; "
+                f"the hub states {size} bytes, sha256 {stated}",
+                remedy="try again: the download was damaged on its way",
+            )
+
+    def content_key(self) -> str:
+        return hashlib.sha256(f"{self.kind}\0{self.repository}\0{self.commit}".encode()).hexdigest()
+
+    def known_sha256(self, path: str) -> str | None:
+        return self._sha256.get(path)
+
+    def pieces(self, path: str, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from `start` to `end`; a cut connection is taken up again where it broke."""
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(self.repository, path, revision=self.commit, repo_type=self.kind)
+        position, tries = start, 0
+        while position < end:
+            before = position
+            fault: Exception | None = None
+            try:
+                for piece in self.stream(url, position, end):
+                    position += len(piece)
+                    yield piece
+            except (httpx.RequestError, Retryable) as cut:
+                fault = cut
+            tries = 0 if position > before else tries + 1
+            if tries == TRIES:
+                raise Unavailable(
+                    f"{url} ends at byte {position} of {end}: {fault}", remedy="try again later"
+                ) from fault
+            if position < end:
+                time.sleep(0.2 * 2**tries)
+
+    def stream(self, url: str, start: int, end: int) -> Iterator[bytes]:
+        with self._client.stream("GET", url, headers=range_headers(start, end)) as response:
+            if response.status_code in {429, 500, 502, 503, 504}:
+                raise Retryable(f"status {response.status_code}")
+            if response.status_code not in {200, 206}:
+                raise refuse_access(self.repository, self.commit, f"{url} answers {response.status_code}")
+            commit = response.headers.get("X-Repo-Commit")
+            if commit is not None and commit != self.commit:
+                raise Unavailable(f"{url} answers for commit {commit}, not {self.commit}")
+            # A server without ranges sends the whole file: drop what was not asked for.
+            skip = start if response.status_code == 200 else 0
+            left = end - start
+            # As they come: pieces of a fixed size would lose the last one of a cut connection.
+            for piece in response.iter_bytes():
+                wanted = piece[skip : skip + left]
+                skip = max(0, skip - len(piece))
+                left -= len(wanted)
+                if wanted:
+                    yield wanted
+                if not left:
+                    return
+
+
+class Retryable(Exception):
+    """The hub asks to try again."""
+
+
+def range_headers(start: int, end: int) -> dict[str, str]:
+    # Without "identity" a proxy may compress, and then ranges count compressed bytes.
+    return {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+
+
+class Lfs(BaseModel):
+    sha256: str | None = None
+
+
+class Sibling(BaseModel):
+    rfilename: str
+    size: int | None = None
+    lfs: Lfs | None = None
+
+
+class Listing(BaseModel):
+    """What we read of the hub's description of a repository at a revision."""
+
+    sha: str = Field(pattern=r"^[0-9a-f]{40}$")
+    siblings: tuple[Sibling, ...] = ()
+
+
+def hub_client(networks: Sequence[IpNetwork]) -> httpx.Client:
+    # Imported here: the library costs a quarter second, and most jobs' models are no hub models.
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    # The endpoint is the operator's choice. What it redirects to is not, and passes the guard hop by hop.
+    guard = OutgoingGuard(networks, trusted=[origin_of(httpx.URL(ENDPOINT))])
+    return guarded_client(
+        guard, headers=build_hf_headers(), timeout=30, follow_redirects=True, max_redirects=MAX_REDIRECTS
+    )
+
+
+def read_listing(
+    client: httpx.Client, repository: str, revision: str | None, kind: RepoKind
+) -> tuple[str, dict[str, int], dict[str, str]]:
+    """The commit behind a revision, its files' sizes, and the SHA-256 of those that state one."""
+    from huggingface_hub.constants import ENDPOINT
+
+    wanted = quote(revision or "main", safe="")
+    url = f"{ENDPOINT}/api/{kind}s/{repository}/revision/{wanted}?blobs=true"
+    try:
+        with client.stream("GET", url) as answer:
+            body = limited_body(answer)
+    except (httpx.HTTPError, httpx.InvalidURL) as fault:
+        raise Unavailable(
+            f"the hub does not answer for {repository}: {fault}", remedy="try again later"
+        ) from fault
+    if answer.status_code in (400, 401, 403, 404):
+        raise refuse_access(repository, revision, "not found, private or gated")
+    if answer.status_code != 200:
+        raise Unavailable(f"the hub answers {answer.status_code} for {repository}", remedy="try again later")
+    try:
+        listing = Listing.model_validate_json(body)
+    except ValidationError as fault:
+        raise Unavailable(
+            f"the hub's description of {repository}@{revision or 'main'} can't be read: {fault}"
+        ) from fault
+    sizes = {entry.rfilename: entry.size for entry in listing.siblings if entry.size is not None}
+    stated = {entry.rfilename: entry.lfs.sha256 for entry in listing.siblings if entry.lfs is not None}
+    return listing.sha, sizes, {path: digest for path, digest in stated.items() if digest is not None}
+
+
+def limited_body(answer: httpx.Response) -> bytes:
+    body = bytearray()
+    for piece in answer.iter_bytes():
+        body += piece
+        if len(body) > MAX_LISTING_BYTES:
+            raise Unavailable(f"the hub's answer is larger than {MAX_LISTING_BYTES} bytes")
+    return bytes(body)
+
+
+def refuse_access(repository: str, revision: str | None, why: str) -> ModelRefused:
+    return ModelRefused(
+        f"hf:{repository}@{revision or 'main'} cannot be read: {why}",
+        code="model_not_found",
+        remedy="check id and revision; for a private or gated model the operator sets HF_TOKEN",
+        param="model",
+    )

@@ -1,0 +1,86 @@
+"""A text dataset that lies outside the request: one jsonl or text file, wherever it is.
+
+hf:org/name/folder/file.jsonl@revision    a file of a dataset repository on the hub
+s3://bucket/prefix/file.jsonl             an object
+file:///folder/file.jsonl                 a file under one of NIBBLE_MODEL_ROOTS
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from app.core.errors import ModelRefused, TextRefused
+from app.core.object_store import open_bucket
+from app.core.outgoing.guard import IpNetwork
+from app.core.sources.model_reference import parse_model_reference
+from app.core.sources.model_source import HubModel, LocalModel, ModelFiles, S3Model
+
+SUFFIXES = (".jsonl", ".txt")
+MAX_TEXT_BYTES = 1024**3
+HERE = ("builtin:", "inline")
+FORMS = (
+    "write builtin:wikitext2, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
+    "file:///folder/file.jsonl, or put the texts into the request"
+)
+
+
+class TextFile:
+    """A located file: `path` within `files`."""
+
+    def __init__(self, files: ModelFiles, path: str, size: int) -> None:
+        self.files = files
+        self.path = path
+        self.size = size
+
+
+def is_remote(source: str) -> bool:
+    """True if the text must be fetched: it is neither bundled nor part of the request."""
+    return not source.startswith(HERE)
+
+
+def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence[IpNetwork] = ()) -> TextFile:
+    """The file behind a dataset reference.
+
+    Raises TextRefused if it does not exist, is too large or may not be read.
+    """
+    if not reference.partition("@")[0].endswith(SUFFIXES):
+        raise refuse_text(reference, f"the file's name must end in {' or '.join(SUFFIXES)}")
+    try:
+        files, path = locate(reference, model_roots, networks)
+        size = files.list().get(path)
+    except ModelRefused as fault:
+        about_access = fault.code in ("model_path_forbidden", "model_forbidden", "model_unreadable")
+        raise refuse_text(reference, fault.message, fault.remedy if about_access else FORMS) from fault
+    if size is None:
+        raise refuse_text(reference, "the file does not exist")
+    if size == 0:
+        raise refuse_text(reference, "the file is empty")
+    if size > MAX_TEXT_BYTES:
+        raise refuse_text(reference, f"{size} bytes; at most {MAX_TEXT_BYTES} are allowed")
+    return TextFile(files, path, size)
+
+
+def locate(
+    reference: str, model_roots: Sequence[Path], networks: Sequence[IpNetwork]
+) -> tuple[ModelFiles, str]:
+    scheme, _, rest = reference.partition(":")
+    if scheme == "hf":
+        path, separator, revision = rest.partition("@")
+        parts = PurePosixPath(path).parts
+        repository = "/".join(parts[:2]) + separator + revision
+        parsed = parse_model_reference(f"hf:{repository}")
+        files = HubModel(parsed.path, parsed.revision, kind="dataset", networks=networks)
+        return files, "/".join(parts[2:])
+    parsed = parse_model_reference(reference)
+    place = PurePosixPath(parsed.path)
+    if parsed.scheme == "s3":
+        store = open_bucket(parsed.bucket or "", prefix=str(place.parent).removeprefix("."))
+        return S3Model(f"s3://{parsed.bucket}/{place.parent}", store, only=place.name), place.name
+    if parsed.scheme == "file":
+        return LocalModel(Path(place.parent), model_roots, only=place.name), place.name
+    raise refuse_text(reference, "the scheme is not known")
+
+
+def refuse_text(reference: str, why: str, remedy: str = FORMS) -> TextRefused:
+    return TextRefused(f"dataset {reference[:200]!r}: {why}", code="text_source_invalid", remedy=remedy)

@@ -1,0 +1,107 @@
+"""Published artifacts, found by their manifests: what has no manifest does not exist.
+
+artifacts/<id>/manifest.json        the commit point, created once
+artifacts/<id>/<prefix>/<path>      the files
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from app.core.artifact import ArtifactFile, ArtifactManifest
+from app.core.errors import MalformedRequest, NotFound, RecordUnreadable
+from app.core.ids import is_id
+from app.core.object_store import ObjectStore
+from app.core.specs import Frozen
+from app.core.storage.keys import ARTIFACTS, manifest_key
+from app.core.storage.published import read_manifest
+
+log = logging.getLogger(__name__)
+
+
+class ArtifactPage(Frozen):
+    manifests: tuple[ArtifactManifest, ...]
+    has_more: bool
+
+
+def artifact_folder(artifact_id: str) -> str:
+    return f"{ARTIFACTS}/{artifact_id}"
+
+
+def file_key(manifest: ArtifactManifest, path: str) -> str:
+    return f"{artifact_folder(manifest.id)}/{manifest.prefix}/{path}"
+
+
+def missing(what: str) -> NotFound:
+    return NotFound(
+        f"there is no artifact {what[:200]}",
+        code="artifact_not_found",
+        remedy="`nibble artifacts` and GET /v1/artifacts list yours, `nibble artifacts show` their files",
+    )
+
+
+def named_file(manifest: ArtifactManifest, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
+    for file in manifest.files:
+        if file.path == path:
+            return manifest, file
+    raise missing(f"file {manifest.id}/{path}")
+
+
+class ArtifactStore:
+    """Reads and removes artifacts. Publishing them is the worker's."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+
+    def get(self, tenant: str, artifact_id: str) -> ArtifactManifest:
+        """The manifest; NotFound also for another tenant's."""
+        manifest = read_manifest(self._objects, artifact_id) if is_id("art", artifact_id) else None
+        if manifest is None or manifest.tenant != tenant:
+            raise missing(artifact_id)
+        return manifest
+
+    def file(self, tenant: str, artifact_id: str, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
+        """A file that the manifest names; any other path is NotFound."""
+        return named_file(self.get(tenant, artifact_id), path)
+
+    def linked_file(self, artifact_id: str, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
+        """As `file`, for the holder of a link, whoever that is."""
+        manifest = read_manifest(self._objects, artifact_id) if is_id("art", artifact_id) else None
+        if manifest is None:
+            raise missing(artifact_id)
+        return named_file(manifest, path)
+
+    def page(self, tenant: str, *, limit: int, after: str | None) -> ArtifactPage:
+        """The tenant's artifacts, newest first, older than the id `after`."""
+        if after is not None and not is_id("art", after):
+            raise MalformedRequest(
+                f"{after[:64]!r} is not a cursor",
+                code="invalid_cursor",
+                remedy="pass the `next` of the page before",
+                param="after",
+            )
+        found: list[ArtifactManifest] = []
+        for manifest in self._newest_first(after):
+            if manifest.tenant == tenant:
+                found.append(manifest)
+            if len(found) > limit:
+                break
+        return ArtifactPage(manifests=tuple(found[:limit]), has_more=len(found) > limit)
+
+    def delete(self, tenant: str, artifact_id: str) -> None:
+        """Remove an artifact: the manifest first, so that no half of it is ever listed."""
+        self.get(tenant, artifact_id)
+        self._objects.delete(manifest_key(artifact_id))
+        self._objects.delete_prefix(artifact_folder(artifact_id))
+
+    def _newest_first(self, after: str | None) -> Iterator[ArtifactManifest]:
+        for artifact_id in reversed(self._objects.list_folders(ARTIFACTS)):
+            if is_id("art", artifact_id) and (after is None or artifact_id < after):
+                try:
+                    manifest = read_manifest(self._objects, artifact_id)
+                except RecordUnreadable as fault:
+                    log.warning("left out of a list: %s", fault.message)
+                    continue
+                if manifest is not None:  # an attempt still uploads, or was lost
+                    yield manifest

@@ -1,0 +1,148 @@
+"""Removes from object storage what nothing refers to, and records that are older than they are kept.
+
+Nothing that a living attempt could still need is touched: what lies in storage is listed first, who lives is
+read after it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+from app.core.access.limits import TenantLimits
+from app.core.artifact import ArtifactManifest
+from app.core.errors import Conflict, NotFound, RecordUnreadable
+from app.core.ids import is_id
+from app.core.job import TERMINAL, Job, JobState
+from app.core.job_store import JobStore
+from app.core.object_store import ObjectStore
+from app.core.settings import Settings
+from app.core.specs import Frozen
+from app.core.storage.keys import ARTIFACTS, CHECKPOINTS, checkpoint_prefix, report_key
+from app.core.storage.published import ID_TIME, read_manifest
+
+log = logging.getLogger(__name__)
+
+# A failed job's checkpoints wait so long for a retry.
+CHECKPOINTS_KEPT = timedelta(days=7)
+ACTIVE = (JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING)
+
+
+class Garbage(Frozen):
+    """Folders of storage, and records of jobs, that were or would be removed."""
+
+    checkpoints: tuple[str, ...]
+    artifacts: tuple[str, ...]
+    jobs: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.checkpoints) + len(self.artifacts) + len(self.jobs)
+
+
+class GarbageCollector:
+    def __init__(
+        self, store: JobStore, objects: ObjectStore, limits: TenantLimits, settings: Settings
+    ) -> None:
+        self._store = store
+        self._objects = objects
+        self._limits = limits
+        self._kept = timedelta(days=settings.retention_days) if settings.retention_days else None
+
+    def collect(self, *, dry_run: bool = False) -> Garbage:
+        """Find what is of no use and, unless it's a dry run, remove it."""
+        now = datetime.now(UTC)
+        found = Garbage(
+            checkpoints=tuple(self._stale_checkpoints(now)),
+            artifacts=tuple(self._orphans()),
+            jobs=tuple(job.id for job in self._old_jobs(now)),
+        )
+        if not dry_run:
+            self._remove(found)
+        return found
+
+    def _remove(self, found: Garbage) -> None:
+        for folder in (*found.checkpoints, *found.artifacts):
+            self._objects.delete_prefix(folder)
+        for job_id in found.jobs:
+            try:
+                job = self._store.load(job_id)
+                self._store.delete(job.tenant, job_id)
+            except (NotFound, Conflict, RecordUnreadable):  # somebody else was faster
+                continue
+            self._objects.delete(report_key(job_id))
+            self._objects.delete_prefix(checkpoint_prefix(job_id))
+        if found.count:
+            log.info("removed %d folders and records that nothing refers to", found.count)
+
+    def _find(self, job_id: str) -> Job | None:
+        """The job, if there is one. Raises RecordUnreadable for one of another version."""
+        try:
+            return self._store.load(job_id)
+        except NotFound:
+            return None
+
+    def _stale_checkpoints(self, now: datetime) -> Iterator[str]:
+        for job_id in self._objects.list_folders(CHECKPOINTS):
+            with left_alone():
+                job = self._find(job_id)
+                if job is None or (job.is_terminal and not waits_for_retry(job, now)):
+                    yield checkpoint_prefix(job_id)
+
+    def _orphans(self) -> Iterator[str]:
+        """Folders of files without a manifest, and of artifacts whose job ended without a result."""
+        listed = [known for known in self._objects.list_folders(ARTIFACTS) if is_id("art", known)]
+        times = {job_id[ID_TIME] for state in ACTIVE for job_id in self._store.in_state(state)}
+        for art_id in listed:
+            with left_alone():
+                yield from self._of_no_use(art_id, may_be_worked_on=art_id[ID_TIME] in times)
+
+    def _of_no_use(self, art_id: str, *, may_be_worked_on: bool) -> Iterator[str]:
+        manifest = read_manifest(self._objects, art_id)
+        if manifest is not None:
+            self._limits.add_artifact(manifest.tenant, art_id, manifest.size)
+            if self._is_void(manifest):
+                yield f"{ARTIFACTS}/{art_id}"
+            elif not may_be_worked_on:
+                yield from self._other_attempts(manifest)
+        elif not may_be_worked_on:
+            yield f"{ARTIFACTS}/{art_id}"
+
+    def _is_void(self, manifest: ArtifactManifest) -> bool:
+        """True for what a failed or cancelled job made visible. Artifacts of deleted jobs stay."""
+        job = self._find(manifest.job)
+        return job is not None and job.state in (JobState.FAILED, JobState.CANCELLED)
+
+    def _other_attempts(self, manifest: ArtifactManifest) -> Iterator[str]:
+        for prefix in self._objects.list_folders(f"{ARTIFACTS}/{manifest.id}"):
+            if prefix != manifest.prefix:
+                yield f"{ARTIFACTS}/{manifest.id}/{prefix}"
+
+    def _old_jobs(self, now: datetime) -> Iterator[Job]:
+        if self._kept is None:
+            return
+        for state in TERMINAL:
+            for job_id in self._store.in_state(state):
+                with left_alone():
+                    job = self._find(job_id)
+                    if job is not None and job.finished_at is not None and job.finished_at < now - self._kept:
+                        yield job
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """What can't be read is not known to be of no use, and holds up nothing else."""
+    try:
+        yield
+    except RecordUnreadable as fault:
+        log.warning("left alone: %s", fault.message)
+
+
+def waits_for_retry(job: Job, now: datetime) -> bool:
+    return (
+        job.state is JobState.FAILED
+        and job.finished_at is not None
+        and now - job.finished_at < CHECKPOINTS_KEPT
+    )

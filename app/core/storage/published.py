@@ -1,0 +1,74 @@
+"""What a job has made visible in object storage: found after a crash, withdrawn if the job ends otherwise."""
+
+from __future__ import annotations
+
+import logging
+
+from pydantic import ValidationError
+
+from app.core.artifact import ArtifactManifest
+from app.core.errors import NotFound, RecordUnreadable
+from app.core.ids import artifact_id
+from app.core.job import Job
+from app.core.object_store import ObjectStore
+from app.core.specs import Kept
+from app.core.storage.keys import ARTIFACTS, manifest_key, report_key
+
+log = logging.getLogger(__name__)
+
+ID_TIME = slice(4, 14)  # the part of an id that names its time, which a job and its artifacts share
+
+
+class ReportHead(Kept):
+    """What a report says of what it reports on: the recipes that are published, all if it names none."""
+
+    published: tuple[int, ...] | None = None
+
+
+def read_manifest(objects: ObjectStore, art_id: str) -> ArtifactManifest | None:
+    """The manifest, if there is one. Raises RecordUnreadable if it is damaged or of another version."""
+    try:
+        content = objects.get(manifest_key(art_id))
+    except NotFound:
+        return None
+    try:
+        return ArtifactManifest.model_validate_json(content)
+    except ValidationError as fault:
+        raise RecordUnreadable(
+            f"the manifest of {art_id} is damaged, or another version of the service wrote it",
+            remedy=f"finish the upgrade, or let the operator remove artifacts/{art_id} from storage",
+        ) from fault
+
+
+def published_before(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
+    """The artifacts of a job whose attempt died between its last manifest and its last record."""
+    try:
+        report = ReportHead.model_validate_json(objects.get(report_key(job.id)))
+    except NotFound:
+        return None
+    except ValidationError:  # another attempt writes it again, and meets the manifests if there are any
+        log.warning("the stored report of %s can't be read", job.id)
+        return None
+    published = report.published if report.published is not None else range(len(job.spec.recipes))
+    ids = tuple(artifact_id(job.id, index, name) for index in published for name in job.spec.formats)
+    whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
+    return ids if ids and whole else None
+
+
+def withdraw(objects: ObjectStore, job: Job) -> list[str]:
+    """Remove the artifacts of a job that has ended without a result; their ids.
+
+    An attempt that dies between the manifests of two formats has made one of them visible.
+    """
+    withdrawn = []
+    for art_id in objects.list_folders_like(ARTIFACTS, f"art_{job.id[ID_TIME]}"):
+        try:
+            manifest = read_manifest(objects, art_id)
+        except RecordUnreadable as fault:  # perhaps of another job
+            log.warning("not withdrawn with %s: %s", job.id, fault.message)
+            continue
+        if manifest is not None and manifest.job == job.id:
+            objects.delete(manifest_key(art_id))
+            objects.delete_prefix(f"{ARTIFACTS}/{art_id}")
+            withdrawn.append(art_id)
+    return withdrawn

@@ -1,0 +1,110 @@
+"""Predictions: more work never costs less, sizes are exact, and the engine's constants are the engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.core.job import Stage
+from app.core.planning import cost_model
+from app.core.planning.cost_model import Prediction, predict
+from app.core.planning.device_profile import NOMINAL, DeviceProfile
+from app.core.planning.plan import plan_job
+from app.core.sources.model_source import inspect_model, open_model
+from app.core.specs import JobSpec
+from tests.tiny_models import EngineRun, tiny_model, tiny_spec
+from workers.quantization import evaluation, input_statistics, paired_pass, scale_search
+from workers.run import pipeline
+
+
+@pytest.fixture
+def bundled(example_model: Path) -> Path:
+    return example_model
+
+
+def predicted(model: Path, profile: DeviceProfile = NOMINAL["cpu"], **changes: object) -> Prediction:
+    headers = inspect_model(open_model(model.as_uri(), model_roots=(model.parent,)))
+    spec = JobSpec.model_validate({"model": "m", **changes})
+    return predict(plan_job(spec, headers.config, headers.tensors), spec, profile)
+
+
+def test_the_engine_has_the_same_constants() -> None:
+    assert cost_model.SAMPLED_ROWS == scale_search.SAMPLED_ROWS
+    assert cost_model.LESSON_WINDOWS == paired_pass.LESSON_WINDOWS
+    assert cost_model.HELD_BACK == paired_pass.HELD_BACK
+    assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
+    assert cost_model.MOMENT_BLOCK == input_statistics.BLOCK
+    assert cost_model.FINALISTS == scale_search.FINALISTS
+    assert cost_model.BATCH_TOKENS == pipeline.BATCH_TOKENS
+    assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"calibration": {"num_samples": 32}}, {"calibration": {"num_samples": 64}}),
+        ({"calibration": {"sequence_length": 128}}, {"calibration": {"sequence_length": 256}}),
+        ({"evaluation": {"num_samples": 8}}, {"evaluation": {"num_samples": 16}}),
+        ({"recipe": {"method": "rtn"}}, {"recipe": {"method": "awq"}}),
+        ({"recipe": {"search": {"clip": False}}}, {"recipe": {}}),
+        ({"recipe": {"search": {"grid_points": 10}}}, {"recipe": {"search": {"grid_points": 40}}}),
+        ({"recipe": {}}, {"recipe": {"rounding": "gptq"}}),
+        ({"recipe": {}}, {"recipe": {"search": {"strategy": "evolutionary"}}}),
+        ({"recipe": {"rounding": "gptq"}}, {"recipe": {"method": "omniquant", "rounding": "gptq"}}),
+        ({"recipe": [{}]}, {"recipe": [{}, {"bits": 3}]}),
+    ],
+)
+def test_more_work_takes_longer(bundled: Path, less: dict[str, object], more: dict[str, object]) -> None:
+    small, large = predicted(bundled, **less), predicted(bundled, **more)
+    assert small.total_seconds < large.total_seconds
+    assert small.ram_bytes <= large.ram_bytes
+
+
+def test_a_faster_device_takes_less_time_and_other_memory(bundled: Path) -> None:
+    slow = NOMINAL["cpu"]
+    fast = slow.model_copy(update={"measured": True, "matmul": {256: 9e12}, "matmul_float32": {256: 9e12}})
+    assert predicted(bundled, fast).total_seconds < predicted(bundled, slow).total_seconds
+    assert (predicted(bundled, fast).basis, predicted(bundled, slow).basis) == ("measured", "nominal")
+    assert predicted(bundled, slow).vram_bytes == 0
+    assert predicted(bundled, NOMINAL["cuda"]).vram_bytes > 0
+
+
+def test_tokens_go_to_few_of_many_experts(tmp_path: Path) -> None:
+    """Twice the experts: the forward pass stays as it is, the search is of twice the weights."""
+    few, many = (
+        predicted(
+            tiny_model(tmp_path / str(count), "mixtral", num_local_experts=count, num_experts_per_tok=2),
+            recipe={"group_size": 32},
+        )
+        for count in (4, 8)
+    )
+    assert (
+        few.seconds[Stage.EVALUATING] < many.seconds[Stage.EVALUATING] < 1.2 * few.seconds[Stage.EVALUATING]
+    )
+    assert many.seconds[Stage.SEARCHING] > 1.3 * few.seconds[Stage.SEARCHING]
+
+
+def test_rates_of_the_search_follow_the_width() -> None:
+    rates = {step: {256: 2e-8, 1024: 5e-8} for step in NOMINAL["cpu"].search}
+    profile = NOMINAL["cpu"].model_copy(update={"search": rates})
+    found = [profile.search_seconds("clip", width) for width in (64, 256, 640, 1024, 1792)]
+    assert found == pytest.approx([2e-8, 2e-8, 3.5e-8, 5e-8, 8e-8])
+    older = profile.model_copy(update={"search": {}})
+    assert older.search_seconds("clip", 256) == NOMINAL["cpu"].search_seconds("clip", 256)
+
+
+def test_a_target_needs_room_for_statistics(bundled: Path) -> None:
+    target = {"target": {"max_kl": 0.1}}
+    assert predicted(bundled, **target).disk_bytes > predicted(bundled).disk_bytes
+
+
+def test_the_report_holds_prediction_and_fact(tmp_path: Path) -> None:
+    run = EngineRun(tiny_spec(), tiny_model(tmp_path / "model"), tmp_path / "work")
+    prediction, (candidate,) = run.report.prediction, run.report.candidates
+    assert prediction is not None
+    assert set(prediction.seconds) <= set(run.report.stages)
+    written = sum(candidate.bytes.values())
+    headers = written - prediction.output_bytes[0]
+    assert 0 < headers < 8192  # the files' own headers: names, shapes and offsets of the tensors
+    assert prediction.basis == "nominal"

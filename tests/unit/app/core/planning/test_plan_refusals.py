@@ -1,0 +1,254 @@
+"""What a plan refuses: every refusal names the nearest choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from app.core.errors import ModelRefused, NibbleError, RecipeUnsupported
+from app.core.planning.architectures import ARCHITECTURES
+from app.core.planning.plan import plan_job, window_notes
+from app.core.sources.safetensors_header import TensorHeader
+from app.core.specs import CalibrationSpec, JobSpec
+from tests.unit.app.core.planning.headers import CONFIG, asked, header, planned, tensors
+
+
+def refused(kind: type[NibbleError], spec: JobSpec | None = None, **config: object) -> NibbleError:
+    with pytest.raises(kind) as refusal:
+        planned(spec, config)
+    assert refusal.value.remedy
+    return refusal.value
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
+    {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+    {"model_type": None},
+    {"model_type": ["llama"]},
+])  # fmt: skip
+def test_an_unknown_architecture_is_refused_with_the_list(changes: dict[str, object]) -> None:
+    error = refused(ModelRefused, **changes)
+    assert error.code == "architecture_unsupported"
+    assert "gpt_neox, llama, mistral" in error.remedy
+    assert str(changes["model_type"]) in error.message
+
+
+def test_a_quantized_model_is_refused() -> None:
+    assert refused(ModelRefused, quantization_config={"quant_method": "awq"}).code == "already_quantized"
+    planned(config={"quantization_config": None})
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+@pytest.mark.parametrize("value", [None, 0, -1, "2", True, 1.5])
+def test_a_config_with_impossible_numbers_is_refused(key: str, value: object) -> None:
+    error = refused(ModelRefused, **{key: value})
+    assert error.code == "config_invalid"
+    assert key in error.message
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (None, "weights_missing"),
+        (header((320, 192, 1)), "weights_unsupported"),
+        (header((320, 0)), "weights_unsupported"),
+        (header((320, 192), "I32"), "weights_unsupported"),
+        (header((320, 192), "F32"), "weights_unsupported"),  # the others are bfloat16
+    ],
+)
+def test_weights_that_are_missing_or_unknown_are_refused(found: TensorHeader | None, code: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    headers = {key: value for key, value in tensors().items() if key != name}
+    if found is not None:
+        headers[name] = found
+    with pytest.raises(ModelRefused) as refusal:
+        plan_job(asked(), CONFIG, headers)
+    assert refusal.value.code == code
+
+
+def test_a_claim_of_more_layers_than_there_are_is_refused_at_once() -> None:
+    error = refused(ModelRefused, num_hidden_layers=10**9)
+    assert error.code == "weights_missing"
+    assert "model.layers.2." in error.message
+
+
+@pytest.mark.parametrize(
+    ("columns", "remedy"), [(192, "use group_size 64"), (96, "use group_size 32"), (40, "group_size -1")]
+)
+def test_groups_that_do_not_divide_are_refused_with_the_nearest(columns: int, remedy: str) -> None:
+    headers = {
+        name: header((value.shape[0], columns)) if "_proj" in name else value
+        for name, value in tensors().items()
+    }
+    with pytest.raises(RecipeUnsupported, match=f"in_features={columns} is not a multiple") as refusal:
+        plan_job(asked(group_size=128), CONFIG, headers)
+    assert refusal.value.code == "group_size_indivisible"
+    assert remedy in refusal.value.remedy
+    assert refusal.value.param == "recipe.group_size"
+
+
+@pytest.mark.parametrize(("choice", "size"), [("nearest", 64), ("skip", None)])
+def test_groups_that_do_not_divide_become_smaller_or_none(choice: str, size: int | None) -> None:
+    recipe = {"group_size": 128, "indivisible": choice}
+    headers = tensors(**{
+        f"model.layers.{layer}.mlp.down_proj.weight": header((192, 384)) for layer in range(2)
+    })  # fmt: skip
+    plan = plan_job(asked(**recipe), CONFIG, headers)
+    assert sum("12 linears get other groups or none" in note for note in plan.notes) == 1
+    candidate = plan.candidates[0]
+    for linear in candidate.linears:
+        if linear.name.endswith("down_proj"):
+            assert (linear.scheme and linear.scheme.group_size, linear.reason) == (128, None)
+        else:
+            assert (linear.scheme and linear.scheme.group_size) == size
+            kept = "kept" if size is None else "group_size 64"
+            assert linear.reason == f"{kept}: in_features=192 is not a multiple of group_size=128"
+
+
+def test_formats_of_one_scheme_refuse_the_mixture_and_hold_one_other_size() -> None:
+    mixed = tensors(**{
+        f"model.layers.{layer}.mlp.down_proj.weight": header((192, 384)) for layer in range(2)
+    })  # fmt: skip
+    spec = asked("awq", group_size=128, indivisible="nearest")
+    with pytest.raises(RecipeUnsupported, match="holds one bit width and group size"):
+        plan_job(spec, CONFIG, mixed)
+    schemes = {linear.scheme for linear in plan_job(spec, CONFIG, tensors()).candidates[0].linears}
+    assert {scheme and scheme.group_size for scheme in schemes} == {64}
+
+
+def test_a_fused_set_takes_one_size() -> None:
+    """Experts' gate and up read 192 channels, down reads 96: only 32 divides both."""
+    config = {
+        **CONFIG, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2,
+    }  # fmt: skip
+    headers = {name: value for name, value in tensors().items() if ".mlp." not in name}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.block_sparse_moe."
+        headers[prefix + "gate.weight"] = header((2, 192))
+        for expert in range(2):
+            names = {"w1": (96, 192), "w3": (96, 192), "w2": (192, 96)}
+            headers |= {f"{prefix}experts.{expert}.{n}.weight": header(shape) for n, shape in names.items()}
+    candidate = plan_job(asked(group_size=128, indivisible="nearest"), config, headers).candidates[0]
+    sizes = {linear.name: linear.scheme and linear.scheme.group_size for linear in candidate.linears}
+    assert {size for name, size in sizes.items() if "experts" in name} == {32}
+    assert {size for name, size in sizes.items() if "self_attn" in name} == {64}
+    assert len(candidate.linears) == 2 * (4 + 6)
+    for count in (0, "two", 10**9):
+        with pytest.raises(ModelRefused) as refusal:
+            plan_job(asked(), {**config, "num_local_experts": count}, headers)
+        assert refusal.value.code == "config_invalid"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "nearest"),
+    [
+        ({"bits": 3}, "bits 4"),
+        ({"symmetric": True}, "symmetric false"),
+        ({"group_size": -1}, "group_size 128"),
+        ({"overrides": [{"match": "down_proj", "bits": 8}]}, "compressed-tensors"),
+        ({"overrides": [{"match": "re:.*", "bits": 8}]}, "bits 4"),
+        ({"overrides": [{"match": "re:.*", "group_size": -1}]}, "group_size 128"),
+    ],
+)
+def test_what_awq_cannot_hold_is_refused_with_the_nearest(recipe: dict[str, Any], nearest: str) -> None:
+    error = refused(RecipeUnsupported, asked("compressed-tensors", "awq", **recipe))
+    assert error.code == "format_cannot_hold_recipe"
+    assert error.param == "formats"
+    assert nearest in error.remedy
+    planned(asked("compressed-tensors", **recipe))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_is_symmetric(bits: int) -> None:
+    error = refused(RecipeUnsupported, asked("compressed-tensors", "gptq", bits=bits))
+    assert error.code == "format_cannot_hold_recipe"
+    assert error.param == "formats"
+    assert "gptq holds symmetric grids only" in error.message
+    assert error.remedy == "nearest valid choice: symmetric true"
+    planned(asked("compressed-tensors", "gptq", bits=bits, symmetric=True))
+
+
+def test_gptq_holds_several_schemes() -> None:
+    override = {"match": "down_proj", "bits": 8, "group_size": -1}
+    assert planned(asked("gptq", symmetric=True, overrides=[override])).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [((328, 192), "out_features=328 is not a multiple of 32"), ((320, 200), "in_features=200 is not a mul")],
+)
+def test_gptq_needs_rows_and_columns_in_thirty_twos(shape: tuple[int, int], why: str) -> None:
+    headers = tensors(**{"model.layers.1.mlp.up_proj.weight": header(shape)})
+    recipe = {"symmetric": True, "group_size": -1}
+    with pytest.raises(RecipeUnsupported, match=why) as refusal:
+        plan_job(asked("gptq", **recipe), CONFIG, headers)
+    assert refusal.value.code == "format_cannot_hold_recipe"
+    assert "compressed-tensors" in refusal.value.remedy
+    kept = {"ignore": [r"re:.*\.1\.mlp\.(gate|up)_proj"], **recipe}
+    plan_job(asked("gptq", **kept), CONFIG, headers)
+    plan_job(asked(**recipe), CONFIG, headers)
+
+
+def test_a_recipe_that_suits_no_two_formats_is_refused() -> None:
+    for symmetric, format_name in ((True, "awq"), (False, "gptq")):
+        error = refused(RecipeUnsupported, asked("awq", "gptq", symmetric=symmetric))
+        assert f"the format {format_name} " in error.message
+
+
+def test_awq_needs_rows_in_eights() -> None:
+    headers = tensors()
+    for layer in range(2):
+        headers[f"model.layers.{layer}.mlp.gate_proj.weight"] = header((324, 192))
+    with pytest.raises(RecipeUnsupported, match="out_features=324 is not a multiple of 8"):
+        plan_job(asked("awq"), CONFIG, headers)
+    plan_job(asked(), CONFIG, headers)
+
+
+@pytest.mark.parametrize("recipe", [
+    {"overrides": [{"match": "k_proj", "bits": 8}]},
+    {"overrides": [{"match": r"re:.*\.1\.mlp\.up_proj", "group_size": 32}]},
+    {"ignore": ["gate_proj"]},
+    {"ignore": ["model.layers.0.self_attn.v_proj"]},
+])  # fmt: skip
+def test_splitting_a_fused_set_is_refused(recipe: dict[str, Any]) -> None:
+    error = refused(RecipeUnsupported, asked(**recipe))
+    assert error.code == "fused_set_split"
+    assert "_proj" in error.remedy
+
+
+def test_mixtures_of_one_recipe_have_labels_of_their_own() -> None:
+    wider = [{"match": "re:.*mlp.*", "bits": bits} for bits in (2, 8)]
+    labels = [planned(asked(overrides=(each,))).candidates[0].label for each in wider]
+    assert planned(asked()).candidates[0].label == "awq w4 g64"
+    assert all(label.startswith("awq w4 g64 mixed ") for label in labels)
+    assert labels[0] != labels[1]
+
+
+def test_whole_fused_sets_may_differ() -> None:
+    recipe = {"overrides": [{"match": r"re:.*\.(gate|up)_proj", "bits": 8}]}
+    schemes = {linear.scheme for linear in planned(asked(**recipe)).candidates[0].linears}
+    assert {scheme.bits for scheme in schemes if scheme} == {4, 8}
+
+
+def test_a_recipe_that_ignores_everything_is_refused() -> None:
+    error = refused(RecipeUnsupported, asked(ignore=["re:.*_proj"]))
+    assert error.code == "nothing_to_quantize"
+    assert error.param == "recipe.ignore"
+
+
+def test_the_second_recipe_is_checked_too() -> None:
+    spec = JobSpec.model_validate(
+        {"model": "m", "recipe": [{"group_size": 64}, {"group_size": 128}], "formats": ["awq"]}
+    )
+    assert refused(RecipeUnsupported, spec).param == "recipe.1.group_size"
+
+
+def test_windows_beyond_the_models_positions() -> None:
+    spec = asked().model_copy(update={"calibration": CalibrationSpec(sequence_length=64)})
+    (note,) = planned(spec, {"max_position_embeddings": 32}).notes
+    assert note.startswith("windows of 64 tokens are longer than")
+    assert planned(spec, {"max_position_embeddings": 64}).notes == ()
+    with pytest.raises(RecipeUnsupported) as refusal:
+        list(window_notes(spec, ARCHITECTURES["opt"], {"max_position_embeddings": 32}))
+    assert (refusal.value.code, refusal.value.param) == ("sequence_too_long", "calibration.sequence_length")
