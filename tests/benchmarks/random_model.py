@@ -54,6 +54,7 @@ def write_model(folder: Path, shape: str, layers: int) -> None:
         "num_hidden_layers": layers,
         "head_dim": hidden // heads,
         "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     files: dict[str, str] = {}

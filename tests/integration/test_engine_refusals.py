@@ -76,6 +76,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
         set_weight("model.layers.0.self_attn.q_proj.weight", 1e8), "weights_overflow",
     ),
     "a missing linear": (edit_weights(lambda tensors: tensors.pop(UP)), "weights_missing"),
+    "a missing head": (edit_weights(lambda tensors: tensors.pop("lm_head.weight")), "weights_missing"),
     "a missing norm": (edit_weights(lambda tensors: tensors.pop("model.norm.weight")), "weights_missing"),
     "a config of another width": (edit_config(hidden_size=128, head_dim=16), "weights_mismatch"),
     "a config that makes no model": (edit_config(hidden_act="nope"), "config_invalid"),

@@ -124,6 +124,7 @@ DOWN = "model.layers.0.mlp.down_proj"
     ("change", "message"),
     [
         ({"tensors": lambda t: t.pop("model.norm.weight")}, "lacks the tensor model.norm.weight"),
+        ({"tensors": lambda t: t.pop("lm_head.weight")}, "lacks the tensor lm_head.weight"),
         (
             {"tensors": lambda t: t.update(stray=torch.ones(1))},
             "no module of LlamaForCausalLM takes the tensor stray",

@@ -141,9 +141,9 @@ class Decoder:
         return self.checkpoint.tensor(self.found(name))
 
     def found(self, name: str) -> str:
-        """The checkpoint's name of a tensor outside the layers; a tied head reads the embedding."""
-        tied = (self.architecture.head + ".weight", self.architecture.embedding + ".weight")
-        candidates = (name, self.architecture.stored_name(name), *(tied[1:] if name == tied[0] else ()))
+        """The checkpoint's name of a tensor outside the layers; a tied head may read the embedding."""
+        names = self.architecture.head_names
+        candidates = names if name == names[0] else (name, self.architecture.stored_name(name))
         return next((each for each in candidates if each in self.checkpoint.tensors), name)
 
     def layer_weights(self, index: int, *, pinned: bool = False) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ class Loader:
             if empty.device.type != "meta":
                 continue
             stored = self.stored_name(name)
-            if stored not in self.checkpoint.tensors and name == head:
+            if stored not in self.checkpoint.tensors and name == head and self.architecture.tied:
                 continue  # tied: shared with the embedding below
             if stored not in self.checkpoint.tensors:
                 raise ModelRefused(

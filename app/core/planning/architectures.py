@@ -105,6 +105,7 @@ COHERE = Architecture(
         ScaleGroup(smooth_layer="mlp.up_proj", balance_layers=("mlp.down_proj",), joins=LAYER_OUTPUT),
     ),
     fused=(QKV, GATE_UP),
+    tied=True,
 )
 
 RELU = Condition(key="activation_function", values=("relu", None))
@@ -128,6 +129,7 @@ OPT = Architecture(
     embedding="model.decoder.embed_tokens",
     final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
     learned_positions=True,
+    tied=True,
     presumes=(Condition(key="do_layer_norm_before", values=(True, None)),),
 )
 
@@ -288,8 +290,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         llama_like("mistral", "MistralForCausalLM", LLAMA_GROUPS),
         llama_like("qwen2", "Qwen2ForCausalLM", LLAMA_GROUPS),
         llama_like("qwen3", "Qwen3ForCausalLM", LLAMA_GROUPS),
-        llama_like("gemma2", "Gemma2ForCausalLM", GEMMA_GROUPS).model_copy(update={"attention": "eager"}),
-        llama_like("gemma3_text", "Gemma3ForCausalLM", GEMMA_GROUPS),
+        llama_like("gemma2", "Gemma2ForCausalLM", GEMMA_GROUPS).model_copy(
+            update={"attention": "eager", "tied": True}
+        ),
+        llama_like("gemma3_text", "Gemma3ForCausalLM", GEMMA_GROUPS).model_copy(update={"tied": True}),
         PHI3,
         COHERE,
         OPT,
@@ -327,7 +331,10 @@ def architecture_of(config: dict[str, object]) -> Architecture:
                 param="model",
             )
     groups = tuple(g for g in found.groups if g.only_if is None or g.only_if.holds(config))
-    fitted: dict[str, object] = {"groups": groups}
+    fitted: dict[str, object] = {
+        "groups": groups,
+        "tied": bool(config.get("tie_word_embeddings", found.tied)),
+    }
     if found.experts is not None:
         fitted |= found.experts.fitted(config)
     return found.model_copy(update=fitted)

@@ -121,6 +121,7 @@ class Architecture(Frozen):
     embedding: str = "model.embed_tokens"
     final: tuple[str, ...] = ("model.norm",)  # between the last layer and the head, where they exist
     head: str = "lm_head"
+    tied: bool = False  # the head's weights are the embedding's; in the table: where config.json is silent
     attention: Literal["sdpa", "eager"] = "sdpa"  # of transformers; some models have no fast one
     learned_positions: bool = False  # a table: it ends
     stored_names: tuple[tuple[str, str], ...] = ()  # prefix in transformers, prefix in checkpoints
@@ -147,6 +148,13 @@ class Architecture(Frozen):
             else:
                 steps.append((index,))
         return tuple(steps)
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The names that checkpoints may hold the head's weights under, the first that is there counts."""
+        weight = self.head + ".weight"
+        shared = (self.embedding + ".weight",) if self.tied else ()
+        return tuple(dict.fromkeys((weight, self.stored_name(weight), *shared)))
 
     def layer_prefix(self, layer: int) -> str:
         return f"{self.layers}.{layer}."

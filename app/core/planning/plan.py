@@ -13,11 +13,11 @@ from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.planning.architectures import Architecture, architecture_of
 from app.core.planning.format_limits import Scheme, format_refusal, packed_bytes, shape_refusal
 from app.core.planning.linear_plan import LinearPlan, fit_groups, plan_linear, refuse_indivisible
+from app.core.planning.weights import linear_shapes, refuse_without_head, weight_dtype
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 from app.core.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
 
 RENAMED = ("gpt_neox", "mixtral", "phi3")  # transformers' modules have other names than the checkpoints
-WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class CandidatePlan(Frozen):
@@ -63,6 +63,7 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
         )  # fmt: skip
     num_layers = positive_integer(config, "num_hidden_layers")
     shapes = linear_shapes(architecture, num_layers, tensors)
+    refuse_without_head(architecture, tensors)
     candidates = tuple(
         plan_candidate(spec, index, architecture, shapes, tensors) for index in range(len(spec.recipes))
     )
@@ -187,42 +188,6 @@ def routed_share(architecture: Architecture, config: dict[str, object]) -> float
     if not isinstance(count, int) or not isinstance(chosen, int) or not 0 < chosen <= count:
         return 1.0
     return chosen / count
-
-
-def linear_shapes(
-    architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]
-) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear by full name, in the order of data."""
-    shapes = {}
-    for layer in range(num_layers):
-        for linear in architecture.at(layer).linears:
-            name = architecture.layer_prefix(layer) + linear
-            tensor = tensors.get(name + ".weight")
-            if tensor is None or not is_matrix(tensor):
-                found = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
-                raise ModelRefused(
-                    f"{name}.weight is {found}; expected a matrix of {', '.join(sorted(WEIGHT_DTYPES))}",
-                    code="weights_missing" if tensor is None else "weights_unsupported",
-                    remedy="check that all shards are there and that config.json belongs to them",
-                    param="model",
-                )
-            shapes[name] = (tensor.shape[0], tensor.shape[1])
-    return shapes
-
-
-def is_matrix(tensor: TensorHeader) -> bool:
-    """True for weights of at least one row and column, in a dtype that is quantized."""
-    return len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in WEIGHT_DTYPES
-
-
-def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHeader]) -> str:
-    dtypes = {tensors[name + ".weight"].dtype for name in shapes}
-    if len(dtypes) > 1:
-        raise ModelRefused(
-            f"the linears have several dtypes: {', '.join(sorted(dtypes))}",
-            code="weights_unsupported", remedy="save the model in one dtype", param="model",
-        )  # fmt: skip
-    return WEIGHT_DTYPES[dtypes.pop()]
 
 
 def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from app.core.planning.architectures import ARCHITECTURES, architecture_of
 from app.core.planning.format_limits import Scheme
@@ -58,6 +59,13 @@ def layer_task(decoder: Decoder, run: CalibrationPass, layer: int) -> tuple[Laye
 def test_the_table_is_covered() -> None:
     tested = {model_type for model_type, _ in OTHER_MODELS.values()}
     assert tested | {"llama", "mistral", "qwen2", "qwen3"} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_silent_config_ties_the_head_as_transformers_does(model_type: str) -> None:
+    architecture = architecture_of({"model_type": model_type, "n_routed_experts": 1, "num_experts": 1,
+                                    "num_local_experts": 1})  # fmt: skip
+    assert architecture.tied == AutoConfig.for_model(model_type).tie_word_embeddings
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)

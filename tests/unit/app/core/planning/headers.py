@@ -14,6 +14,7 @@ CONFIG: dict[str, object] = {
     "num_hidden_layers": 2,
     "hidden_size": 192,
     "vocab_size": 1000,
+    "tie_word_embeddings": True,
 }
 SHAPES = {
     "self_attn.q_proj": (192, 192), "self_attn.k_proj": (96, 192), "self_attn.v_proj": (96, 192),

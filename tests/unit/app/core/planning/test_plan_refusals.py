@@ -9,6 +9,7 @@ import pytest
 from app.core.errors import ModelRefused, NibbleError, RecipeUnsupported
 from app.core.planning.architectures import ARCHITECTURES
 from app.core.planning.plan import plan_job, window_notes
+from app.core.planning.weights import refuse_without_head
 from app.core.sources.safetensors_header import TensorHeader
 from app.core.specs import CalibrationSpec, JobSpec
 from tests.unit.app.core.planning.headers import CONFIG, asked, header, planned, tensors
@@ -65,6 +66,26 @@ def test_weights_that_are_missing_or_unknown_are_refused(found: TensorHeader | N
     with pytest.raises(ModelRefused) as refusal:
         plan_job(asked(), CONFIG, headers)
     assert refusal.value.code == code
+
+
+def test_a_head_without_weights_is_refused_unless_it_is_tied() -> None:
+    for tied in ({"tie_word_embeddings": False}, {"tie_word_embeddings": None}):
+        error = refused(ModelRefused, **tied)
+        assert error.code == "weights_missing"
+        assert error.message.startswith("lm_head.weight is missing")
+        assert "tie_word_embeddings" in error.remedy
+        plan_job(asked(), {**CONFIG, **tied}, tensors(**{"lm_head.weight": header((1000, 192))}))
+    silent = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    with pytest.raises(ModelRefused, match="the default of llama"):
+        plan_job(asked(), silent, tensors())
+    plan_job(asked(), {**silent, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, tensors())
+
+
+def test_a_head_is_known_by_its_other_name() -> None:
+    architecture = ARCHITECTURES["gpt_neox"]
+    refuse_without_head(architecture, {"embed_out.weight": header((1000, 192))})
+    with pytest.raises(ModelRefused, match=r"^lm_head\.weight or embed_out\.weight is missing"):
+        refuse_without_head(architecture, {"gpt_neox.embed_in.weight": header((1000, 192))})
 
 
 def test_a_claim_of_more_layers_than_there_are_is_refused_at_once() -> None:
