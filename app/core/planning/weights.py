@@ -34,8 +34,8 @@ def refuse_without_head(architecture: Architecture, tensors: dict[str, TensorHea
     """Raises ModelRefused unless the head has weights of its own or config.json gives it the embedding's."""
     if not architecture.tied and not any(name in tensors for name in architecture.head_names):
         raise ModelRefused(
-            f"{' or '.join(architecture.head_names)} is missing, and config.json does not share the embedding "
-            f"with the head (tie_word_embeddings is false, the default of {architecture.model_type} if absent)",
+            f"{' or '.join(architecture.head_names)} is missing, and config.json does not give the head the "
+            f"embedding (tie_word_embeddings is false, the default of {architecture.model_type} if absent)",
             code="weights_missing",
             remedy="check that all shards are there; if the model was trained with one matrix for both, set "
             "tie_word_embeddings to true in config.json",
