@@ -267,7 +267,7 @@ class Attempt:
         # The commit point is passed: a request to stop that arrives now comes too late.
         self._deploy(made.artifacts)
         self._update(
-            lambda job: transition(job, JobState.SUCCEEDED, progress=Progress(fraction=1.0), **changes),
+            lambda job: transition(job, JobState.SUCCEEDED, progress=job.progress.completed(), **changes),
             stoppable=False,
         )
         self._stages.leave()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from redis.exceptions import RedisError
 
 from app.core.errors import Conflict, NibbleError, NotFound, RecordUnreadable, Unavailable, WorkerLost
-from app.core.job import Job, JobState, Progress, transition
+from app.core.job import Job, JobState, transition
 from app.core.job_changes import failed, overdue, requeued
 from app.core.job_queue import JobQueue, Place, entry_id
 from app.core.job_store import JobStore
@@ -104,7 +104,7 @@ class Janitor:
         if job.attempt != seen.attempt or job.state is not seen.state:
             return job
         if made is not None:
-            return transition(job, JobState.SUCCEEDED, artifacts=made, progress=Progress(fraction=1.0))
+            return transition(job, JobState.SUCCEEDED, artifacts=made, progress=job.progress.completed())
         if job.state is JobState.CANCELLING:
             return transition(job, JobState.CANCELLED)
         if job.attempt < self._max_attempts:

@@ -50,6 +50,10 @@ class Progress(Kept):
     layers: int | None = None
     eta_s: float | None = None  # seconds to the end, once enough was seen to tell
 
+    def completed(self) -> Progress:
+        """That of a job that has succeeded: all layers, if it came to know how many there are."""
+        return Progress(fraction=1.0, layer=self.layers, layers=self.layers)
+
 
 class Problem(Kept):
     """Why a job ended without a result."""

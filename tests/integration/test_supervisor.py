@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from app.core.ids import artifact_id
-from app.core.job import Job, JobState
+from app.core.job import Job, JobState, Progress
 from app.core.job_changes import cancel_requested, requeued
 from app.core.job_queue import Place
 from app.core.specs import DeploymentOptions, JobSpec
@@ -45,7 +45,7 @@ def test_a_job_is_published_once_and_leaves_nothing_behind(workshop: Workshop) -
     job = workshop.run(workshop.submit())
     assert job.state is JobState.SUCCEEDED
     assert job.artifacts == (artifact_id(job.id, 0, "compressed-tensors"),)
-    assert job.progress.fraction == 1.0
+    assert job.progress == Progress(fraction=1.0, layer=4, layers=4)
     manifest = workshop.manifest(job)
     assert manifest is not None
     assert manifest.prefix == "attempt-1"
