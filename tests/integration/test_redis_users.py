@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,17 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
+from redis.retry import Retry
 
 from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
 from app.core.deployments.deployment_store import DeploymentStore, failed
 from app.core.ids import new_id
 from app.core.janitor import Janitor
 from app.core.job import Problem
+from app.core.job_queue import QUEUE_NAMES
 from app.core.redis_server import connect, embedded_binary, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, running_service
@@ -150,15 +156,90 @@ def test_compose_gives_each_service_a_user_of_its_own(tmp_path: Path, repository
         names = {each["target"]: each["source"] for each in services[service]["secrets"]}
         return (secrets / names["NIBBLE_REDIS_URL"]).read_text().partition("//")[2].partition("@")[0]
 
+    workers = [url(service) for service in ("worker", "server", "worker-gpu", "server-gpu")]
     with valkey(tmp_path, *options) as path:
-        with connect(f"unix://{url('api')}@{path}") as redis:
-            wait_for_redis(redis)
-            redis.set("nibble:key:a", "b")
-        for service in ("worker", "server", "worker-gpu", "server-gpu"):
-            with connect(f"unix://{url(service)}@{path}") as redis, pytest.raises(NoPermissionError):
-                redis.get("nibble:key:a")
-        with connect(f"unix://{path}") as redis, pytest.raises(AuthenticationError):
-            redis.ping()
+        check_that_only_the_api_reaches_keys(path, url("api"), workers)
+
+
+def check_that_only_the_api_reaches_keys(path: Path, api: str, workers: list[str]) -> None:
+    with connect(f"unix://{api}@{path}") as redis:
+        wait_for_redis(redis)
+        redis.set("nibble:key:a", "b")
+    for worker in workers:
+        with connect(f"unix://{worker}@{path}") as redis, pytest.raises(NoPermissionError):
+            redis.get("nibble:key:a")
+    # Of its own, since `connect` tries again for seconds what may be a server that starts.
+    stranger = Redis(unix_socket_path=str(path), retry=Retry(NoBackoff(), 0))
+    with stranger, pytest.raises(AuthenticationError):
+        stranger.ping()
+
+
+KUBECTL = """#!/bin/sh
+for word; do
+    case "$word" in --from-file=*) cp -r "${word#*=}" secrets ;; esac
+done
+"""
+
+
+def manifests(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in folder.glob("*.yaml"):
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def mounted(workload: dict[str, Any]) -> dict[str, str]:
+    """Keys of the secret by the names of the files that a pod sees."""
+    volumes = workload["spec"]["template"]["spec"]["volumes"]
+    (secret,) = (volume["secret"] for volume in volumes if "secret" in volume)
+    return {item["path"]: item["key"] for item in secret["items"]}
+
+
+def test_kubernetes_gives_each_pod_a_user_of_its_own(tmp_path: Path, repository: Path) -> None:
+    """With the secret that the lines of its page make."""
+    folder = repository / "docker" / "kubernetes"
+    (script,) = re.findall(r"```sh\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "docker").mkdir()
+    shutil.copy(repository / "docker" / "redis-users.acl", tmp_path / "docker")
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path),
+                   "AWS_ACCESS_KEY_ID": "i", "AWS_SECRET_ACCESS_KEY": "k"}  # fmt: skip
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=environment, check=True)
+    secrets = tmp_path / "secrets"
+    assert not list(tmp_path.glob("tmp.*"))  # secrets stay in the cluster only
+    found = list(manifests(folder))
+    pods = {each["metadata"]["name"]: each for each in found if each["kind"] in ("Deployment", "StatefulSet")}
+    (scaler,) = (each["spec"]["secretTargetRef"] for each in found if each["kind"] == "TriggerAuthentication")
+    used = {key for pod in pods.values() for key in mounted(pod).values()} | {each["key"] for each in scaler}
+    assert used == {path.name for path in secrets.iterdir()}
+    urls = {name: (secrets / mounted(pod)["NIBBLE_REDIS_URL"]).read_text() for name, pod in pods.items()
+            if name != "redis"}  # fmt: skip
+    names = {name: url.partition("//")[2].partition("@")[0] for name, url in urls.items()}
+    (container,) = pods["redis"]["spec"]["template"]["spec"]["containers"]
+    places = {"/run/secrets/redis_users": str(secrets / "redis_users"), "/data": str(tmp_path / "data")}
+    _, *options = [places.get(word, word) for word in container["command"]]
+    with valkey(tmp_path, *options, *container["args"]) as path:
+        check_that_only_the_api_reaches_keys(
+            path, names["nibble-api"], [names["nibble-worker"], names["nibble-server"]]
+        )
+        account = {each["parameter"]: (secrets / each["key"]).read_text() for each in scaler}
+        check_the_scaler(connect(f"unix://{account['username']}:{account['password']}@{path}"))
+
+
+def check_the_scaler(redis: Redis) -> None:
+    """KEDA asks for a list's length in a script."""
+    with redis:
+        for queue in QUEUE_NAMES:
+            script = "return {redis.call('type', KEYS[1]).ok, redis.call('llen', KEYS[1])}"
+            assert redis.eval(script, 1, f"rq:queue:{queue}") == [b"none", 0]
+        for command in (
+            *FORBIDDEN,
+            *SECRETS,
+            "LPUSH rq:queue:nibble-high x",
+            "LLEN rq:queues",
+            "GET rq:queue:nibble-high",
+        ):
+            with pytest.raises(NoPermissionError):
+                redis.execute_command(*command.split())
 
 
 def test_no_user_administers_or_leaves_its_keys(users: Users) -> None:
