@@ -27,6 +27,7 @@ from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory, Wor
 from app.core.job import Problem
 from kernels.backend import Backend, backends_of
 from kernels.cuda.driver import DriverError
+from workers.leaving import leave
 from workers.progress import ProgressPipe
 from workers.run.heap import return_freed_memory
 from workers.run.job_run import JobRun
@@ -127,7 +128,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # to take down what libraries have loaded would take most of a second
+    leave(main())

@@ -21,6 +21,7 @@ from app.core.planning.cost_model import FINALISTS, SAMPLED_ROWS, evaluations
 from app.core.planning.device_profile import DeviceProfile, SearchStep
 from app.core.planning.format_limits import Scheme
 from app.core.specs import Recipe, SearchSpec
+from workers.leaving import leave
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.rounding import FoldedLinear, round_linear
 from workers.quantization.scale_search import Fold, ScaledLinear, search_scales
@@ -139,3 +140,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

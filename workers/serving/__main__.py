@@ -27,6 +27,7 @@ import psutil
 import torch
 
 from app.core.errors import NibbleError, OutOfMemory
+from workers.leaving import leave
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits
 from workers.serving.loading import LoadedModel, LoadRequest, load_model
@@ -170,7 +171,4 @@ def failed(pipe: ReadyPipe, error: NibbleError) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # to take down what libraries have loaded would take most of a second
+    leave(main())
