@@ -46,10 +46,11 @@ BUNDLED: dict[str, dict[str, Any]] = {
     "long text, few samples": {"calibration": {"num_samples": 8, "sequence_length": 1024}},
 }
 WIDE: dict[str, dict[str, Any]] = {
-    "hidden 1024: awq w4 g128": {},
-    "hidden 1024: gptq w4 g128": {"recipe": GPTQ},
-    "hidden 1024: rtn w4 g128": {"recipe": {"method": "rtn"}},
+    "awq w4 g128": {},
+    "gptq w4 g128": {"recipe": GPTQ},
+    "rtn w4 g128": {"recipe": {"method": "rtn"}},
 }
+WIDTHS = {"hidden 1024": "small", "hidden 2048": "tinyllama-1.1b"}  # two random layers of each shape
 
 
 def measured_profile(options: argparse.Namespace) -> dict[str, Any]:
@@ -104,15 +105,16 @@ def main() -> None:
     print(f"\n| case | {' | '.join(STAGES)} | wall, s | memory | bytes |")
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        wide = Path(folder) / "wide"
-        write_model(wide, "small", 2)
-        ratios = [
-            ratio
-            for cases, model in ((BUNDLED, MODEL), (WIDE, wide))
-            for name, changes in cases.items()
-            if options.only in name
-            for ratio in compare(name, changes, model, options)
-        ]
+        cases = [(name, changes, MODEL) for name, changes in BUNDLED.items()]
+        for width, shape in WIDTHS.items():
+            cases += [(f"{width}: {name}", changes, Path(folder) / shape) for name, changes in WIDE.items()]
+        ratios = list[float]()
+        for name, changes, model in cases:
+            if options.only not in name:
+                continue
+            if not model.exists():
+                write_model(model, model.name, 2)
+            ratios += compare(name, changes, model, options)
     within = sum(1 / FACTOR <= ratio <= FACTOR for ratio in ratios)
     print(f"\n{within} of {len(ratios)} stages of at least {NOTICEABLE_S} s within a factor of {FACTOR:g}")
 
