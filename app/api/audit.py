@@ -21,6 +21,7 @@ router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
 # Sent with POST, but changing nothing.
 QUESTIONS = frozenset({"/v1/estimates", "/v1/chat/completions", "/v1/completions"})
+LOGIN = "/login"  # sent with GET, but opening a session
 
 
 class AuditList(BaseModel):
@@ -37,7 +38,7 @@ def list_audit(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: str | None = None,
 ) -> AuditList:
-    """The tenant's changes, newest first: by which key, with which answer."""
+    """The tenant's changes and logins, newest first: by which key, with which answer."""
     found = services.audit.page(principal.tenant, limit=limit + 1, before=checked_event_id(after))
     data = tuple(found[:limit])
     has_more = len(found) > limit
@@ -51,7 +52,7 @@ class AuditTrail:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in SAFE_METHODS or scope["path"] in QUESTIONS:
+        if scope["type"] != "http" or is_question(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
 
@@ -61,6 +62,10 @@ class AuditTrail:
             await send(message)
 
         await self._app(scope, receive, send_recorded)
+
+
+def is_question(method: str, path: str) -> bool:
+    return path in QUESTIONS or (method in SAFE_METHODS and path != LOGIN)
 
 
 async def record(scope: Scope, status: int) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from app.api.dependencies import SESSION_COOKIE, Caller, ServicesParam
 from app.core.access.login import LINK_S, SESSION_S
+from app.core.errors import Unauthenticated
 
 router = APIRouter(tags=["sessions"])
 
@@ -38,10 +39,19 @@ def log_in(
     request: Request, services: ServicesParam, code: Annotated[str, Query(max_length=128)]
 ) -> Response:
     """Open a session and go to the dashboard."""
+    key_id, is_first = services.logins.use(code)
+    if key_id is not None:
+        request.state.principal = services.keys.holder(key_id)  # for the audit log and the logs
+    if key_id is None or not is_first:
+        raise Unauthenticated(
+            "this login link was used already, or is older than ten minutes",
+            code="login_link_invalid",
+            remedy="make a new one with `nibble login`",
+        )
     answer = RedirectResponse("/", 303, headers={"Cache-Control": "no-store"})
     answer.set_cookie(
         SESSION_COOKIE,
-        services.logins.open_session(code),
+        services.logins.open_session(key_id),
         max_age=SESSION_S,
         httponly=True,
         samesite="strict",

@@ -199,7 +199,7 @@ def session_plan(tenants: list[Tenant], redis: Any, count: int) -> list[tuple[st
         tenant = tenants[number % len(tenants)]
         scopes = frozenset({Scope.JOBS_READ, Scope.DEPLOYMENTS_READ})
         record = keys.register(new_key(), tenant=tenant.name, scopes=scopes)
-        session = logins.open_session(logins.new_code(record.id))
+        session = logins.open_session(record.id)
         job_id = tenant.running[-1 - number // len(tenants) % RUNNING]
         paths = ["/v1/jobs?limit=25&view=brief", f"/v1/jobs/{job_id}", "/v1/workers", "/v1/deployments"]
         clients.append((f"nibble_session={session}", paths))

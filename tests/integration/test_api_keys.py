@@ -132,6 +132,21 @@ def test_a_login_link_opens_one_session(service: Service) -> None:
         assert browser.get("/v1/jobs").status_code == 401
 
 
+def test_logins_are_in_the_audit_log(service: Service) -> None:
+    """A link that is opened again is told once, codes that are nobody's never: neither floods the log."""
+    link = service.client.post("/v1/login-links").json()["path"]
+    with service.client_with(None) as browser:
+        answers = [
+            browser.get(path).status_code for path in (link, link, link, "/login?code=x", "/login?code=")
+        ]
+    assert answers == [303, 401, 401, 401, 401]
+    entries = service.client.get("/v1/audit").json()["data"]
+    assert [(entry["method"], entry["path"], entry["status"]) for entry in entries] == [
+        ("GET", "/login", 401), ("GET", "/login", 303), ("POST", "/v1/login-links", 201),
+    ]  # fmt: skip
+    assert {entry["key_id"] for entry in entries} == {key_id(ADMIN_KEY)}
+
+
 def test_a_session_ends_with_its_key(service: Service) -> None:
     made = create(service)
     with service.client_with(made["key"]) as client:

@@ -1,4 +1,4 @@
-"""Who changed what, when: one entry for each changing request, those that were refused included.
+"""Who changed what, when: one entry for each changing request and each login, refused ones included.
 
 nibble:audit:<tenant>    stream, capped
 """
