@@ -44,7 +44,8 @@ async def read_events(
     headers: Annotated[StreamHeaders, Header()],
 ) -> Response:
     """Events after `after`, oldest first; a stream if `Accept` names text/event-stream."""
-    start = checked_event_id(headers.last_event_id or query.after)
+    after = checked_event_id(query.after)
+    start = checked_event_id(headers.last_event_id or None) or after
     job = await run_in_threadpool(services.jobs.get, principal.tenant, job_id)
     if EVENT_STREAM not in headers.accept:
         page = await run_in_threadpool(event_page, services, job_id, start, query.limit)

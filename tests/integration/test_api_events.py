@@ -67,3 +67,5 @@ def test_what_is_no_event_id_is_refused(service: Service, event_id: str) -> None
     job_id = service.submit()["id"]
     answer = service.client.get(f"/v1/jobs/{job_id}/events", params={"after": event_id})
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_cursor")
+    resumed = service.client.get(f"/v1/jobs/{job_id}/events?after=7", headers={"Last-Event-ID": "1-1"})
+    assert (resumed.status_code, resumed.json()["code"]) == (400, "invalid_cursor")
