@@ -7,6 +7,7 @@ other removes its files.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,12 +15,14 @@ from pathlib import Path
 
 from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.child.assignment import Finished, OutputFolder
-from app.core.errors import JobFault, Unavailable
+from app.core.errors import JobFault, NibbleError, Unavailable
 from app.core.ids import artifact_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
 from app.core.storage.keys import manifest_key, report_key
 from app.core.storage.published import read_manifest
+
+log = logging.getLogger(__name__)
 
 PIECE = 1 << 22
 
@@ -49,7 +52,7 @@ class Publication:
             for manifest in manifests:
                 self._commit(manifest)
         for manifest in manifests:
-            self._remove_other_attempts(manifest.id)
+            self._remove_unpublished(manifest.id)
         return tuple(manifest.id for manifest in manifests)
 
     def _commit(self, manifest: ArtifactManifest) -> None:
@@ -98,17 +101,22 @@ class Publication:
             yield
         except BaseException:
             for output in finished.outputs:
-                art_id = artifact_id(self._job.id, output.recipe_index, output.format)
-                manifest = read_manifest(self._objects, art_id)
-                if manifest is None or manifest.prefix != self._prefix:
-                    self._objects.delete_prefix(f"artifacts/{art_id}/{self._prefix}")
+                self._remove_unpublished(artifact_id(self._job.id, output.recipe_index, output.format))
             raise
 
-    def _remove_other_attempts(self, art_id: str) -> None:
-        manifest = read_manifest(self._objects, art_id)
-        for prefix in self._objects.list_folders(f"artifacts/{art_id}"):
-            if manifest is not None and prefix != manifest.prefix:
-                self._objects.delete_prefix(f"artifacts/{art_id}/{prefix}")
+    def _remove_unpublished(self, art_id: str) -> None:
+        """Remove the files that the manifest doesn't name, this attempt's alone while there is none.
+
+        Whether that works changes nothing about the job: what is left is garbage, which is collected.
+        """
+        try:
+            manifest = read_manifest(self._objects, art_id)
+            found = [self._prefix] if manifest is None else self._objects.list_folders(f"artifacts/{art_id}")
+            for prefix in found:
+                if manifest is None or prefix != manifest.prefix:
+                    self._objects.delete_prefix(f"artifacts/{art_id}/{prefix}")
+        except NibbleError as fault:
+            log.warning("left to the collection of garbage: %s", fault.message, extra={"job": self._job.id})
 
 
 def inside(folder: Path, relative: str) -> Path:

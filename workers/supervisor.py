@@ -146,10 +146,10 @@ class Attempt:
         contents = Contents(
             model=model.digest, calibration=texts.calibration_digest, evaluation=texts.evaluation_digest
         )
-        self._fingerprint = fingerprint(self._job.spec, contents)
+        known = self._fingerprint = fingerprint(self._job.spec, contents)
         if self._job.spec.force:
             return None
-        made = self._context.reuse.find(self._job.tenant, self._fingerprint)
+        made = self._through_outages(lambda: self._context.reuse.find(self._job.tenant, known))
         if made is not None:
             self._check_lease()
             self._context.reuse.copy_report(made, self._job.id)
@@ -257,9 +257,9 @@ class Attempt:
 
     def _deploy(self, artifacts: tuple[str, ...]) -> None:
         deployments, store, job = self._context.deployments, self._context.store, self._job
-        told = self._written_to_redis(lambda: deploy_result(deployments, job, artifacts), stoppable=False)
+        told = self._through_outages(lambda: deploy_result(deployments, job, artifacts), stoppable=False)
         if told is not None:
-            self._written_to_redis(lambda: store.append_event(job.id, *told), stoppable=False)
+            self._through_outages(lambda: store.append_event(job.id, *told), stoppable=False)
 
     def _succeed(self, made: Made) -> None:
         reused_from = made.job if made.job != self._job.id else None
@@ -272,7 +272,7 @@ class Attempt:
         )
         self._stages.leave()
         self._drop_checkpoints()
-        self._written_to_redis(lambda: self._note_made(made), stoppable=False)
+        self._through_outages(lambda: self._note_made(made), stoppable=False)
 
     def _note_made(self, made: Made) -> None:
         """For later jobs of the same contents, and for the tenant's quota."""
@@ -309,9 +309,9 @@ class Attempt:
 
     def _stop(self, reason: StopReason) -> None:
         if reason is StopReason.CANCELLED:
-            self._end(lambda job: transition(job, JobState.CANCELLED))
-            self._withdraw()
-            self._drop_checkpoints()
+            if self._end(lambda job: transition(job, JobState.CANCELLED)) is not None:
+                self._withdraw()
+                self._drop_checkpoints()
         elif reason is StopReason.DEADLINE:
             limit = self._job.spec.timeout_s
             self._fail(
@@ -331,7 +331,7 @@ class Attempt:
             return requeued(job)
 
         if pause_s > 0:
-            self._written_to_redis(
+            self._through_outages(
                 lambda: self._context.store.postpone(self._job.id, pause_s), stoppable=False
             )
         job = self._end(given_back)
@@ -349,26 +349,26 @@ class Attempt:
 
     def _update(self, change: Callable[[Job], Job], *, stoppable: bool = True) -> Job:
         job_id, attempt = self._job.id, self._job.attempt
-        return self._written_to_redis(
+        return self._through_outages(
             lambda: self._context.store.update(job_id, change, attempt), stoppable=stoppable
         )
 
     def _event(self, kind: str, payload: dict[str, Any]) -> None:
         job_id, attempt = self._job.id, self._job.attempt
-        self._written_to_redis(lambda: self._context.store.append_event(job_id, kind, payload, attempt))
+        self._through_outages(lambda: self._context.store.append_event(job_id, kind, payload, attempt))
 
-    def _written_to_redis(self, write: Callable[[], T], *, stoppable: bool = True) -> T:
-        """Write through a restart of Redis. Raises Stopped if the job is no longer this attempt's."""
+    def _through_outages(self, ask: Callable[[], T], *, stoppable: bool = True) -> T:
+        """What Redis answers, also after a restart. Raises Stopped if the job is no longer this attempt's."""
         give_up = time.monotonic() + REDIS_PATIENCE_S
         while True:
             if stoppable:
                 self._watch.check()
             try:
-                return write()
+                return ask()
             except RedisError as fault:
                 if not may_pass(fault):
                     raise
-                log.warning("redis does not take what is to be written: %s", fault)
+                log.warning("redis does not do what it is asked: %s", fault)
                 if time.monotonic() > give_up:
                     raise Stopped(StopReason.LEASE_LOST) from fault
             except (Conflict, NotFound, RecordUnreadable) as refusal:
@@ -377,12 +377,12 @@ class Attempt:
             time.sleep(0.5)
 
     def _write_late(self, write: Callable[[], None]) -> None:
-        self._written_to_redis(write, stoppable=False)
+        self._through_outages(write, stoppable=False)
 
     def _check_lease(self) -> None:
         """Look at the lease itself: a process that was halted for minutes hasn't heard of its loss yet."""
-        self._watch.check()
-        if not self._context.store.holds(self._job.id, self._job.attempt):
+        store, job = self._context.store, self._job
+        if not self._through_outages(lambda: store.holds(job.id, job.attempt)):
             raise Stopped(StopReason.LEASE_LOST)
 
     def _withdraw(self) -> None:

@@ -11,18 +11,22 @@ from pathlib import Path
 import httpx
 import pytest
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.core.ids import artifact_id
 from app.core.job import Job, JobState, Progress
 from app.core.job_changes import cancel_requested, requeued
 from app.core.job_queue import Place
+from app.core.job_store import JobStore
 from app.core.specs import DeploymentOptions, JobSpec
 from app.core.storage.keys import checkpoint_prefix, manifest_key, report_key
 from app.core.storage.published import published_before
+from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.logs import ids_of
 from app.core.telemetry.tally import Tally
 from tests.integration.workshop import MODEL, Workshop, wait_until
-from workers.supervisor import run_attempt
+from workers.supervisor import Attempt, run_attempt
+from workers.watch import StopReason, Watch
 
 
 @pytest.fixture
@@ -292,6 +296,40 @@ def test_an_attempt_waits_while_redis_is_full(workshop: Workshop) -> None:
     ended = workshop.run(job)
     thread.join()
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
+
+
+def test_an_attempt_waits_while_redis_does_not_answer(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it only asks: whether the same was made before, and for its lease before the commit."""
+    lost: list[str] = []
+
+    def losing_the_first(kind: type, name: str) -> None:
+        ask = getattr(kind, name)
+
+        def answer(*arguments: object) -> object:
+            if name not in lost:
+                lost.append(name)
+                raise RedisConnectionError(name)
+            return ask(*arguments)
+
+        monkeypatch.setattr(kind, name, answer)
+
+    losing_the_first(ReuseIndex, "find")
+    losing_the_first(JobStore, "holds")
+    ended = workshop.run(workshop.record(JobSpec(model=MODEL)))
+    assert lost == ["find", "holds"]
+    assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
+
+
+def test_a_cancelled_attempt_whose_job_has_succeeded_withdraws_nothing(workshop: Workshop) -> None:
+    """A janitor has found the job published and without a lease, before its worker could end it."""
+    job = workshop.run(workshop.submit())
+    context = workshop.context()
+    watch = Watch(context.store, job, lease_s=3, shutdown=workshop.shutdown)
+    Attempt(context, job, watch)._stop(StopReason.CANCELLED)
+    assert workshop.store.load(job.id).state is JobState.SUCCEEDED
+    assert workshop.manifest(job) is not None
 
 
 def test_a_delivery_of_a_deleted_job_is_left_alone(workshop: Workshop) -> None:

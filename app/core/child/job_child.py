@@ -111,7 +111,10 @@ class JobChild:
         """True once the process is gone. It isn't reaped here: its id must stay ours until `close`."""
         if self._process.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # another thread collects it at this moment
+            return True
 
     def terminate(self, grace_s: float) -> None:
         """Ask the child to stop; kill its process group if it hasn't after `grace_s`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.core.child.assignment import Finished, OutputFolder
-from app.core.errors import JobFault
+from app.core.errors import JobFault, Unavailable
 from app.core.ids import artifact_id, new_id
 from app.core.job import Job
 from app.core.object_store import ObjectStore
@@ -90,6 +90,26 @@ def test_the_attempt_that_comes_second_removes_its_files(
     again = publication(objects, job, tmp_path).publish(finished, check=nothing, before_commit=nothing)
     assert again == ids
     assert objects.list("artifacts") == before
+
+
+class Undeletable(ObjectStore):
+    """A storage that neither lists nor deletes."""
+
+    def delete_prefix(self, prefix: str) -> None:
+        raise Unavailable(f"no {prefix}", code="storage_unavailable")
+
+    def list_folders(self, prefix: str) -> list[str]:
+        raise Unavailable(f"no {prefix}", code="storage_unavailable")
+
+
+def test_what_cannot_be_cleaned_up_changes_nothing_about_the_job(
+    job: Job, finished: Finished, tmp_path: Path
+) -> None:
+    objects = Undeletable("memory:///")
+    with pytest.raises(StopNow):
+        publication(objects, job, tmp_path).publish(finished, check=nothing, before_commit=stop)
+    ids = publication(objects, job, tmp_path).publish(finished, check=nothing, before_commit=nothing)
+    assert published_before(objects, job) == ids
 
 
 @pytest.mark.parametrize("folder", ["../outside", "/etc", "output/gone"])

@@ -99,6 +99,12 @@ def test_a_child_that_closes_its_pipe_and_goes_on_is_ended(start: Start) -> None
         assert child.wait_fault(0.1).code == "child_protocol"
 
 
+def test_a_child_that_is_just_being_collected_has_ended(start: Start) -> None:
+    with start("sys.exit(0)") as child:
+        os.waitpid(child.pid, 0)  # as `close` does, in another thread than the one that stops the child
+        assert child.has_ended()
+
+
 def test_terminate_lets_a_child_end_itself(start: Start) -> None:
     program = """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
