@@ -176,6 +176,7 @@ def start_threads(services: Services, first_key: ApiKey, stack: ExitStack) -> No
         services.jobs,
         services.queue,
         services.objects,
+        services.deployments,
         max_attempts=settings.max_attempts,
         on_step=services.metrics.janitor_step,
     )

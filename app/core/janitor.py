@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from redis.exceptions import RedisError
 
-from app.core.errors import Conflict, NibbleError, NotFound, RecordUnreadable, Unavailable, WorkerLost
+from app.core.deployments.deployment_store import DeploymentStore
+from app.core.deployments.job_deployment import deploy_result
+from app.core.errors import Conflict, NibbleError, NotFound, RecordUnreadable, WorkerLost
 from app.core.job import Job, JobState, transition
-from app.core.job_changes import failed, overdue, requeued
+from app.core.job_changes import failed, overdue, requeued, stale
 from app.core.job_queue import JobQueue, Place, entry_id
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
@@ -26,31 +29,24 @@ OnStep = Callable[[str], None]
 STEPS = ("requeued", "failed", "cancelled", "succeeded", "enqueued")
 
 
+@dataclass
 class Janitor:
     """One pass looks at every job that has not ended. `on_step` hears the name of each step taken."""
 
-    def __init__(
-        self,
-        store: JobStore,
-        queue: JobQueue,
-        objects: ObjectStore,
-        *,
-        max_attempts: int,
-        on_step: OnStep = lambda step: None,
-    ) -> None:
-        self._store = store
-        self._objects = objects
-        self._queue = queue
-        self._max_attempts = max_attempts
-        self._on_step = on_step
-        self._moving: set[str] = set()  # entries that were in no queue at the last pass
+    store: JobStore
+    queue: JobQueue
+    objects: ObjectStore
+    deployments: DeploymentStore
+    max_attempts: int = field(kw_only=True)
+    on_step: OnStep = field(default=lambda step: None, kw_only=True)
+    _moving: set[str] = field(default_factory=set, init=False)  # entries in no queue at the last pass
 
     def sweep(self) -> None:
         """Do one pass."""
         for state in (JobState.RUNNING, JobState.CANCELLING):
             for job in self._jobs(state):
                 self._check_lease(job)
-        self._queue.sweep()
+        self.queue.sweep()
         moving: set[str] = set()
         for job in self._jobs(JobState.QUEUED):
             if self._fail_overdue(job):
@@ -61,9 +57,9 @@ class Janitor:
 
     def _jobs(self, state: JobState) -> list[Job]:
         jobs = []
-        for job_id in self._store.in_state(state):
+        for job_id in self.store.in_state(state):
             try:
-                jobs.append(self._store.load(job_id))
+                jobs.append(self.store.load(job_id))
             except NotFound:  # deleted since the list was read
                 continue
             except RecordUnreadable as fault:
@@ -71,48 +67,49 @@ class Janitor:
         return [job for job in jobs if job.state is state]
 
     def _check_lease(self, seen: Job) -> None:
-        if self._store.holds(seen.id, seen.attempt):
+        if self.store.holds(seen.id, seen.attempt):
             return
         try:
-            # A worker that died after its commit point has succeeded: only the record lacks that.
-            made = published_before(self._objects, seen)
-            job = self._store.update(seen.id, lambda job: self._without_worker(job, seen, made))
-            if job.state in (JobState.CANCELLED, JobState.FAILED):
-                withdraw(self._objects, job)
+            self._go_on_without_worker(seen)
         except (Conflict, NotFound) as fault:
             log.info("job %s changed while it was looked at: %s", seen.id, fault)
-            return
-        except Unavailable as fault:
-            log.warning("job %s is looked at again later: %s", seen.id, fault)
-            return
-        if (job.state, job.attempt) == (seen.state, seen.attempt):
-            return
+        except NibbleError as fault:
+            log.warning(
+                "job %s is left to the next pass, or to the collection of garbage: %s", seen.id, fault
+            )
+
+    def _go_on_without_worker(self, seen: Job) -> None:
+        # A worker that died after its commit point has succeeded: only deployment and record lack that.
+        made = published_before(self.objects, seen)
+        told = deploy_result(self.deployments, seen, made) if made is not None else None
+        job = self.store.update(seen.id, lambda job: self._without_worker(job, seen, made))
         step = "requeued" if job.state is JobState.QUEUED else str(job.state)
-        ended_itself = step == "succeeded" and made is None
-        if step not in STEPS or ended_itself:  # the worker itself has ended the job meanwhile
-            return
         message = f"worker {seen.worker} stopped renewing its lease in attempt {seen.attempt}; {step}"
-        self._store.append_event(
+        self._report(step, message, seen)
+        if told is not None:
+            self.store.append_event(seen.id, *told)
+        self.store.append_event(
             seen.id, "note", {"code": WorkerLost.code, "message": message, "attempt": seen.attempt}
         )
-        self._report(step, message, seen)
         if job.state is JobState.QUEUED:
-            self._queue.enqueue(job)
+            self.queue.enqueue(job)
+        elif job.state is not JobState.SUCCEEDED:
+            withdraw(self.objects, job)
 
     def _without_worker(self, job: Job, seen: Job, made: tuple[str, ...] | None) -> Job:
-        """What becomes of a job whose worker is gone; unchanged if it is not the one that was seen."""
+        """What becomes of a job whose worker is gone. Conflict if it is not the one that was seen."""
         if job.attempt != seen.attempt or job.state is not seen.state:
-            return job
+            raise stale(job, seen.attempt)
         if made is not None:
             return transition(job, JobState.SUCCEEDED, artifacts=made, progress=job.progress.completed())
         if job.state is JobState.CANCELLING:
             return transition(job, JobState.CANCELLED)
-        if job.attempt < self._max_attempts:
+        if job.attempt < self.max_attempts:
             return requeued(job)
         return failed(
             job,
             WorkerLost(
-                f"the worker {job.worker} was lost in attempt {job.attempt} of {self._max_attempts}",
+                f"the worker {job.worker} was lost in attempt {job.attempt} of {self.max_attempts}",
                 remedy="look for the end of the worker in its log (out of memory, a crash, a lost host), "
                 "then retry the job",
             ),
@@ -121,34 +118,34 @@ class Janitor:
     def _fail_overdue(self, seen: Job) -> bool:
         """End a job that waited too long for its first start; True if it has ended."""
         limit_s = seen.spec.queue_timeout_s
-        if limit_s is None or seen.attempt > 0 or self._store.age_s(seen.id) <= limit_s:
+        if limit_s is None or seen.attempt > 0 or self.store.age_s(seen.id) <= limit_s:
             return False
         try:
-            job = self._store.update(seen.id, overdue)
+            job = self.store.update(seen.id, overdue)
         except (Conflict, NotFound) as fault:
             log.info("job %s changed while it was looked at: %s", seen.id, fault)
             return True
         if job.state is JobState.FAILED:
-            self._queue.remove(seen)
+            self.queue.remove(seen)
             self._report("failed", "it waited too long for a worker", seen)
         return True
 
     def _check_entry(self, job: Job) -> Place:
         """Queue a waiting job again whose entry is gone."""
-        if self._store.is_postponed(job.id) or self._store.is_in_line(job):
+        if self.store.is_postponed(job.id) or self.store.is_in_line(job):
             return Place.WAITING
-        place = self._queue.place(job)
+        place = self.queue.place(job)
         is_lost = place is Place.GONE or (place is Place.MOVING and entry_id(job) in self._moving)
         if is_lost:
-            self._queue.remove(job)
-            self._queue.enqueue(job)
+            self.queue.remove(job)
+            self.queue.enqueue(job)
             self._report("enqueued", "it was in no queue", job)
             return Place.WAITING
         return place
 
     def _report(self, step: str, why: str, job: Job) -> None:
         log.warning("job %s %s: %s", job.id, step, why)
-        self._on_step(step)
+        self.on_step(step)
 
 
 class Repeated(threading.Thread):

@@ -56,11 +56,15 @@ return 1
 
 # KEYS: job, state set before, state set after, events, the tenant's active jobs, the stamp of its jobs, its
 # turns, its line, …
-# ARGV: id, expected version, record, event kind or '', event payload, 1 if active, code of a failure or '', …
+# ARGV: id, expected version, record, event kind or '', event payload, 1 if active, code of a failure or '', a
+# word of this change alone, …
+# A client whose answer was lost asks again: what it has written already is no other writer's.
 SWAP = f"""
 {STAMP}
-if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], 'record', ARGV[3])
+if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then
+  return redis.call('HGET', KEYS[1], 'change') == ARGV[8] and 1 or 0
+end
+redis.call('HSET', KEYS[1], 'record', ARGV[3], 'change', ARGV[8])
 redis.call('HINCRBY', KEYS[1], 'version', 1)
 stamp(KEYS[6])
 redis.call('SREM', KEYS[2], ARGV[1])

@@ -1,6 +1,6 @@
 """Job records in Redis: every change is a compare-and-set on the record's version.
 
-nibble:job:<id>          hash: record (JSON without the spec), spec (JSON, never rewritten), version
+nibble:job:<id>          hash: record (JSON without the spec), spec (JSON, never rewritten), version, change
 nibble:jobs:<tenant>     sorted set of ids, score 0: ULIDs sort by time
 nibble:state:<state>     set of ids, for the janitor and the metrics
 nibble:active:<tenant>   set of ids of jobs that have not ended, for the quota
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -230,6 +231,7 @@ class JobStore:
             active = "0" if after.is_terminal else "1"
             failure = after.error.code if after.state is JobState.FAILED and after.error is not None else ""
             arguments = [job_id, str(version), encode(after), kind, payload, active, failure]
+            arguments = [*arguments, secrets.token_hex(8)]
             if self._swap(
                 keys=[*keys, *tenant_keys(after.tenant), *delivery_keys(message)],
                 args=[*arguments, *delivery_arguments(message)],

@@ -11,6 +11,7 @@ from redis import Redis
 
 from app.core.access.limits import Limits
 from app.core.access.turns import Turns
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.ids import new_id
 from app.core.janitor import Janitor
 from app.core.job import JobState
@@ -177,7 +178,9 @@ def test_every_change_is_in_the_audit_log(service: Service) -> None:
 
 @pytest.fixture
 def janitor(service: Service) -> Janitor:
-    return Janitor(service.store, service.queue, service.objects, max_attempts=3)
+    return Janitor(
+        service.store, service.queue, service.objects, DeploymentStore(service.redis), max_attempts=3
+    )
 
 
 def age(service: Service, job_id: str, seconds: int) -> None:

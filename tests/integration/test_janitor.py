@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 import pytest
 from redis import Redis
 
-from app.core.ids import new_id
+from app.core.deployments.deployment_store import DeploymentStore
+from app.core.ids import artifact_id, new_id
 from app.core.janitor import Janitor, Repeated
 from app.core.job import Job, JobState, transition
 from app.core.job_changes import cancel_requested
@@ -14,7 +15,7 @@ from app.core.job_queue import JobQueue, Place
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
 from app.core.specs import JobSpec
-from app.core.storage.keys import report_key
+from app.core.storage.keys import manifest_key, report_key
 
 
 class House:
@@ -25,14 +26,16 @@ class House:
         self.store = JobStore(redis)
         self.queue = JobQueue(redis, limit=100)
         self.objects = ObjectStore("memory:///")
+        self.deployments = DeploymentStore(redis)
         self.steps: list[str] = []
         self.janitor = self.new_janitor()
 
     def new_janitor(self) -> Janitor:
-        return Janitor(self.store, self.queue, self.objects, max_attempts=2, on_step=self.steps.append)
+        parts = (self.store, self.queue, self.objects, self.deployments)
+        return Janitor(*parts, max_attempts=2, on_step=self.steps.append)
 
-    def submit(self) -> Job:
-        spec = JobSpec(model="org/name")
+    def submit(self, **fields: object) -> Job:
+        spec = JobSpec.model_validate({"model": "org/name", **fields})
         job = Job(id=new_id("job"), tenant="t", spec=spec, created_at=datetime.now(UTC))
         self.store.create(job)
         self.queue.enqueue(job)
@@ -124,6 +127,30 @@ def test_two_janitors_take_each_step_once(house: House) -> None:
     house.new_janitor().sweep()
     assert house.steps == ["requeued"] * 5
     assert house.queue.depths()["nibble-normal"] == 5
+
+
+def test_of_two_janitors_at_once_one_tells_of_the_step(house: House) -> None:
+    job = house.submit()
+    house.lose_worker(job, 1)
+    seen = house.store.load(job.id)
+    house.janitor.sweep()
+    house.new_janitor()._check_lease(seen)
+    assert house.steps == ["requeued"]
+    assert [event.kind for event in house.store.events(job.id)].count("note") == 1
+
+
+def test_a_published_job_without_worker_succeeds_and_is_deployed(house: House) -> None:
+    job = house.submit(deploy={"name": "chat"}, formats=["awq"])
+    house.lose_worker(job, 1)
+    art_id = artifact_id(job.id, 0, "awq")
+    house.objects.put(report_key(job.id), b"{}")
+    house.objects.put(manifest_key(art_id), b"{}")
+    house.janitor.sweep()
+    found = house.store.load(job.id)
+    assert (found.state, found.artifacts, house.steps) == (JobState.SUCCEEDED, (art_id,), ["succeeded"])
+    (live,) = house.deployments.all()
+    assert (live.deployment.job, live.spec.artifact, live.spec.name) == (job.id, art_id, "chat")
+    assert [event.kind for event in house.store.events(job.id)][-2:] == ["deployed", "note"]
 
 
 def test_a_job_that_ended_meanwhile_keeps_its_end(house: House) -> None:

@@ -123,6 +123,17 @@ def test_a_change_that_changes_nothing_is_not_written(store: JobStore) -> None:
     assert store.version(job.id) == 1
 
 
+def test_a_change_whose_answer_was_lost_is_made_once(store: JobStore) -> None:
+    """The client sends it again, and learns that it was made."""
+    swap = store._swap
+    store._swap = lambda **asked: [swap(**asked), swap(**asked)][1]
+    job = running(store)
+    assert (job.state, job.attempt, store.version(job.id)) == (JobState.RUNNING, 1, 2)
+    ended = store.update(job.id, lambda job: transition(job, JobState.SUCCEEDED), attempt=1)
+    assert (ended.state, store.version(job.id)) == (JobState.SUCCEEDED, 3)
+    assert [event.kind for event in store.events(job.id)] == ["state"] * 3
+
+
 def test_parallel_changes_are_all_kept(store: JobStore) -> None:
     job = running(store)
 

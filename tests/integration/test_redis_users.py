@@ -99,7 +99,8 @@ def test_the_service_needs_no_more_than_its_users_may(users: Users, tmp_path: Pa
         with service.client_with(None) as browser:
             browser.get(link)
             assert browser.get("/v1/jobs").status_code == 200
-        Janitor(service.store, service.queue, service.objects, max_attempts=3).sweep()
+        deployments = DeploymentStore(service.redis)
+        Janitor(service.store, service.queue, service.objects, deployments, max_attempts=3).sweep()
         headers = {"Idempotency-Key": "k"}
         service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers).raise_for_status()
         service.client.post(f"/v1/jobs/{jobs[2]}/cancel").raise_for_status()

@@ -88,7 +88,7 @@ class Workshop:
 
     def sweep(self) -> None:
         """One pass of the janitor."""
-        Janitor(self.store, self.queue, self.objects, max_attempts=3).sweep()
+        Janitor(self.store, self.queue, self.objects, self.deployments, max_attempts=3).sweep()
 
     def kinds(self, job: Job) -> list[str]:
         return [event.kind for event in self.store.events(job.id, limit=1000)]
