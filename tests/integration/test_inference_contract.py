@@ -281,18 +281,17 @@ def test_text_completions_of_tokens_with_logprobs(client: openai.OpenAI) -> None
         ({"top_p": 0}, "top_p"),
         ({"messages": []}, "messages"),
         ({"logit_bias": {"5000": 1}}, "logit_bias"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
         ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
         ({"extra_body": {"guided_json": {}}}, "guided_json"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
     ],
 )
 def test_invalid_values_are_named(client: openai.OpenAI, options: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         chat(client, **options)
     assert refusal.value.type == "invalid_request_error"
-    assert refusal.value.param is not None
-    assert refusal.value.param.startswith(param)
+    assert refusal.value.param == param
     assert "message" in refusal.value.body  # type: ignore[operator]  # OpenAI's error object
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from app.core.errors import InvalidRequest, MalformedRequest, NibbleError, NotFound
+from app.core.errors import InvalidRequest, MalformedRequest, NibbleError, NotFound, field_fault
 from workers.serving import chat, completions
 from workers.serving.answers import DONE, Reply, event
 from workers.serving.errors import error_body, kind_of, retry_headers
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 1024**2
 MAX_TOLD = 1000  # faults of a body that are looked at
+# How pydantic names the kinds of value that a field may have, in the path of a fault.
+KIND_OF_VALUE = re.compile(r"^(?:str|int|float|bool)$|[^a-z0-9_]")
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 # Proxies on the way shall not collect the stream.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -136,14 +139,16 @@ async def parse(http: Request, kind: type[B]) -> B:
 
 
 def refused_body(fault: ValidationError) -> NibbleError:
-    """Names the first field that is wrong."""
+    """Names a field that is wrong. Of a value of several kinds, the kind that fits best tells the fault."""
     if fault.error_count() > MAX_TOLD:  # of a mapping: lists end at their first
         return InvalidRequest(f"{fault.error_count()} values of the body are wrong", code="invalid_value")
-    first = fault.errors()[0]
-    if first["type"] == "json_invalid":
-        return MalformedRequest(f"the body is not JSON: {first['msg']}", remedy="send a JSON object")
-    param = ".".join(str(part) for part in first["loc"]) or None
-    return InvalidRequest(f"{param or 'body'}: {first['msg']}", param=param, code="invalid_value")
+    found = fault.errors()
+    if found[0]["type"] == "json_invalid":
+        return MalformedRequest(f"the body is not JSON: {found[0]['msg']}", remedy="send a JSON object")
+    best = max(found, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    param = ".".join(str(part) for part in best["loc"] if not KIND_OF_VALUE.search(str(part))) or None
+    told = field_fault(best)
+    return InvalidRequest(f"{param}: {told}" if param else told, param=param, code="invalid_value")
 
 
 def begin(served: ServedModel, request: Body, prompts: Prompts, prefix: str, kind: str) -> Reply:
