@@ -46,16 +46,23 @@ def deploy(
             help="auto, transformers or vllm.", autocompletion=among("auto", "transformers", "vllm")
         ),
     ] = "auto",
-    replicas: Annotated[int, typer.Option(min=1, max=16, help="How many servers.")] = 1,
+    replicas: Annotated[int, typer.Option(metavar="N", min=1, max=16, help="How many servers.")] = 1,
     idle_timeout: Annotated[
         int | None,
-        typer.Option(min=1, help="Unload after so many seconds without a request.", show_default=False),
+        typer.Option(metavar="SECONDS", help="Unload after so long without a request.", show_default=False),
     ] = None,
     tensor_parallel: Annotated[
-        int | None, typer.Option("--tensor-parallel-size", min=1, help="Of vllm.", show_default=False)
+        int | None,
+        typer.Option("--tensor-parallel-size", metavar="N", help="vllm: GPUs per layer.", show_default=False),
     ] = None,
     pipeline_parallel: Annotated[
-        int | None, typer.Option("--pipeline-parallel-size", min=1, help="Of vllm.", show_default=False)
+        int | None,
+        typer.Option(
+            "--pipeline-parallel-size",
+            metavar="N",
+            help="vllm: parts of the model, on as many GPUs.",
+            show_default=False,
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it answers.")] = True,
     as_json: AsJson = False,

@@ -27,6 +27,7 @@ from app.commands.terminal import (
     among,
     connect,
     print_json,
+    stderr,
     stdout,
 )
 from app.core.job import JobState
@@ -50,6 +51,8 @@ def submit(
     bits: submission.Bits = None,
     group_size: submission.GroupSize = None,
     symmetric: submission.Symmetric = None,
+    rounding: submission.Rounding = None,
+    max_ratio: submission.MaxRatio = None,
     formats: submission.Formats = None,
     num_samples: submission.NumSamples = None,
     sequence_length: submission.SequenceLength = None,
@@ -69,7 +72,14 @@ def submit(
         spec,
         formats=formats,
         sections={
-            "recipe": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+            "recipe": {
+                "method": method,
+                "bits": bits,
+                "group_size": group_size,
+                "symmetric": symmetric,
+                "rounding": rounding,
+            },
+            "target": {"max_perplexity_ratio": max_ratio},
             "calibration": {
                 "num_samples": num_samples,
                 "sequence_length": sequence_length,
@@ -104,8 +114,15 @@ def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
     else:
         console = stdout()
         console.print(f"job {job_id}")
-        job = watch_job(client, job_id, console)
+        try:
+            job = watch_job(client, job_id, console)
+        except KeyboardInterrupt:
+            stderr().print(f"the job goes on: nibble watch {job_id} follows it")
+            stderr().print(f"nibble cancel {job_id} stops it")
+            raise
         show_job(console, job)
+        if job.state == "succeeded":
+            console.print(f"its figures: nibble report {job_id}")
     if job is None or job.state != "succeeded":
         raise typer.Exit(ExitCode.FAILED)
 
@@ -138,7 +155,7 @@ def jobs(
 
 
 def cancel(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Stop a job."""
+    """Stop a job that waits or runs."""
     with connect(url, api_key) as client:
         job = client.cancel(job_id)
     if as_json:
@@ -192,6 +209,8 @@ def estimate(
     bits: submission.Bits = None,
     group_size: submission.GroupSize = None,
     symmetric: submission.Symmetric = None,
+    rounding: submission.Rounding = None,
+    max_ratio: submission.MaxRatio = None,
     formats: submission.Formats = None,
     num_samples: submission.NumSamples = None,
     sequence_length: submission.SequenceLength = None,
@@ -208,7 +227,14 @@ def estimate(
         spec,
         formats=formats,
         sections={
-            "recipe": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+            "recipe": {
+                "method": method,
+                "bits": bits,
+                "group_size": group_size,
+                "symmetric": symmetric,
+                "rounding": rounding,
+            },
+            "target": {"max_perplexity_ratio": max_ratio},
             "calibration": {
                 "num_samples": num_samples,
                 "sequence_length": sequence_length,

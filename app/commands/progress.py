@@ -76,7 +76,7 @@ class BarView:
 class LineView:
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.stage = ""
+        self.seen: set[str] = set()
         self.next_fraction = 0.0
 
     def __enter__(self) -> Self:
@@ -88,9 +88,9 @@ class LineView:
         return
 
     def show(self, stage: str, progress: Progress) -> None:
-        if stage == self.stage and progress.fraction < self.next_fraction:
-            return
-        self.stage = stage
+        if stage in self.seen and progress.fraction < self.next_fraction:
+            return  # stages alternate from layer to layer
+        self.seen.add(stage)
         self.next_fraction = progress.fraction + LINE_STEP
         self.line(f"{stage} {progress.fraction:.0%} {layers_text(progress)}".rstrip())
 

@@ -41,6 +41,8 @@ def quantize(
     bits: submission.Bits = None,
     group_size: submission.GroupSize = None,
     symmetric: submission.Symmetric = None,
+    rounding: submission.Rounding = None,
+    max_ratio: submission.MaxRatio = None,
     formats: submission.Formats = None,
     num_samples: submission.NumSamples = None,
     sequence_length: submission.SequenceLength = None,
@@ -56,7 +58,14 @@ def quantize(
         spec,
         formats=formats,
         sections={
-            "recipe": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric},
+            "recipe": {
+                "method": method,
+                "bits": bits,
+                "group_size": group_size,
+                "symmetric": symmetric,
+                "rounding": rounding,
+            },
+            "target": {"max_perplexity_ratio": max_ratio},
             "calibration": {
                 "num_samples": num_samples,
                 "sequence_length": sequence_length,

@@ -24,6 +24,15 @@ EMPTY = {
 }
 ItemT = TypeVar("ItemT")
 
+# How an estimate's figures are called beside their units.
+FIGURES = {
+    "time_s": "time",
+    "ram_bytes": "memory",
+    "vram_bytes": "GPU memory",
+    "disk_bytes": "disk",
+    "download_bytes": "download",
+    "output_bytes": "output",
+}
 STATE_COLOURS = {
     "queued": "cyan",
     "running": "blue",
@@ -55,14 +64,15 @@ def print_page(
 
 
 def show_jobs(console: Console, jobs: Iterable[JobView]) -> None:
-    grid = table("job", "state", "stage", ">done", "created", "model")
+    grid = table("job", "state", "stage", ">done", "created", "recipe", "model")
     for job in jobs:
         grid.add_row(
             job.id,
             coloured_state(job.state),
-            job.stage or "",
+            "" if job.is_terminal else job.stage or "",
             f"{job.progress.fraction:.0%}",
             job.created_at.strftime("%Y-%m-%d %H:%M:%SZ"),
+            recipes_text(job.spec.get("recipe")),
             escape(str(job.spec.get("model", ""))),
         )
     console.print(grid)
@@ -129,13 +139,20 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
     return Recipe.model_validate(recipe).label if recipe else ""
 
 
+def recipes_text(recipes: Any) -> str:
+    """A job's recipe, or the first of several and how many more there are."""
+    listed = recipes if isinstance(recipes, list) else [recipes]
+    more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
+    return recipe_text(listed[0]) + more if listed else ""
+
+
 def show_report(console: Console, report: Mapping[str, Any]) -> None:
     """The report's figures: one row per candidate, the way to the target, then the seconds of each stage."""
     candidates = report.get("candidates", [])
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
         "candidate", ">perplexity", ">ratio", ">KL", *[f">{name}" for name in formats], ">bits/weight",
-        ">gain over RTN", title=escape(str(report.get("model", ""))),
+        ">error vs RTN", title=escape(str(report.get("model", ""))),
     )  # fmt: skip
     original = report.get("original", {})
     grid.add_row(
@@ -156,7 +173,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             figure(candidate.get("kl"), 5),
             *[size_text(sizes.get(name)) for name in formats],
             figure(candidate.get("bits_per_weight"), 2),
-            figure(candidate.get("gain_over_rounding"), 3),
+            less_text(candidate.get("gain_over_rounding")),
         )
     console.print(grid)
     show_tries(console, report.get("tries", []))
@@ -197,6 +214,11 @@ def figure(number: float | None, digits: int) -> str:
     return "" if number is None else f"{number:.{digits}f}"
 
 
+def less_text(share: float | None) -> str:
+    """`-48 %` where 0.48 of something is gone."""
+    return "" if share is None else f"{0.0 - 100 * share:+.0f} %"
+
+
 def size_text(size: float | None) -> str:
     return "" if size is None else human_bytes(size)
 
@@ -207,7 +229,7 @@ def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
     for name, value in estimate.items():
         if name == "object" or isinstance(value, bool | list | dict) or value is None:
             continue
-        grid.add_row(escape(name.replace("_", " ")), estimate_text(name, value))
+        grid.add_row(escape(FIGURES.get(name, name.replace("_", " "))), estimate_text(name, value))
     console.print(grid)
     show_candidate_estimates(console, estimate.get("candidates", []))
     for candidate in estimate.get("candidates", []):
@@ -236,8 +258,7 @@ def show_candidate_estimates(console: Console, candidates: Iterable[Mapping[str,
 def show_decisions(console: Console, candidate: Mapping[str, Any]) -> None:
     """What a recipe does, linears of the same treatment counted together."""
     counts = Counter(decision_text(linear) for linear in candidate.get("linears", []))
-    sizes = [f"{name} {human_bytes(size)}" for name, size in candidate.get("output_bytes", {}).items()]
-    console.print(f"[bold]{escape(str(candidate.get('label', '')))}[/] {escape(', '.join(sizes))}")
+    console.print(f"[bold]{escape(str(candidate.get('label', '')))}[/]")
     for text, count in counts.items():
         console.print(f"  {count} linears: {escape(text)}")
 

@@ -17,23 +17,45 @@ from app.core.errors import InvalidRequest
 Method = Annotated[
     str | None,
     typer.Option(
-        help="rtn, awq, gptq or omniquant.",
+        help="rtn, awq (unless told), gptq or omniquant.",
         show_default=False,
         autocompletion=among("rtn", "awq", "gptq", "omniquant"),
     ),
 ]
-Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default=False)]
-GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or -1 for whole rows.", show_default=False)]
+Bits = Annotated[int | None, typer.Option(help="2, 3, 4 (unless told) or 8.", show_default=False)]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(help="32, 64, 128 (unless told), or -1 for whole rows.", show_default=False),
+]
 Symmetric = Annotated[
-    bool | None, typer.Option("--symmetric/--asymmetric", help="The integer grid.", show_default=False)
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric", help="The integer grid; asymmetric unless told.", show_default=False
+    ),
 ]
 Formats = Annotated[
     list[str] | None,
     typer.Option(
         "--format",
-        help="awq, gptq or compressed-tensors; may be repeated.",
+        help="awq, gptq or compressed-tensors (unless told); may be repeated.",
         show_default=False,
         autocompletion=among("awq", "gptq", "compressed-tensors"),
+    ),
+]
+Rounding = Annotated[
+    str | None,
+    typer.Option(
+        help="nearest, or gptq (slower and better).",
+        show_default=False,
+        autocompletion=among("nearest", "gptq"),
+    ),
+]
+MaxRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--max-perplexity-ratio",
+        help="A target: 1.01 allows one percent more perplexity; recipes are tried until one meets it.",
+        show_default=False,
     ),
 ]
 NumSamples = Annotated[int | None, typer.Option(help="Calibration windows.", show_default=False)]
@@ -90,11 +112,12 @@ def job_body(
     for section, options in sections.items():
         if not given(options):
             continue
-        if not isinstance(body.get(section, {}), dict):
+        held = body.get(section)
+        if held is not None and not isinstance(held, dict):
             raise typer.BadParameter(
                 f"options can't change the {section} of the file: it is no object", param_hint="--spec"
             )
-        body[section] = {**body.get(section, {}), **given(options)}
+        body[section] = {**(held or {}), **given(options)}
     return body
 
 
@@ -105,13 +128,17 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 def model_reference(model: str) -> str:
     """A folder becomes a `file://` reference; anything else is the service's to understand.
 
-    Raises InvalidRequest for what can only be meant as a folder, but is none.
+    Raises InvalidRequest for what can only be meant as a folder, but is none: also `examples/typo`, where
+    there is a folder `examples`.
     """
     folder = os.path.expanduser(model)
     if os.path.isdir(folder):
         return Path(folder).resolve().as_uri()
     is_file = os.path.isfile(folder)
-    if is_file or model.startswith(("/", "./", "../", "~")):
+    is_path = model.startswith(("/", "./", "../", "~")) or (
+        ":" not in model and os.path.dirname(model) != "" and os.path.isdir(os.path.dirname(model))
+    )
+    if is_file or is_path:
         raise InvalidRequest(
             f"{model} is a file" if is_file else f"there is no folder {model}",
             code="model_not_found",

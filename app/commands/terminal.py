@@ -126,6 +126,12 @@ def connect(url: str | None, api_key: str | None) -> NibbleClient:
 
     settings = read_settings()
     url = url or local_url(settings)
+    if not url.startswith(("http://", "https://")):
+        raise InvalidRequest(
+            f"{url} is not the address of a service",
+            code="url_invalid",
+            remedy="write it as http://127.0.0.1:8420, in --url or NIBBLE_URL",
+        )
     # The kept key belongs to the service on this machine: it is never sent to another one.
     if api_key is None and is_loopback(url):
         api_key = kept_api_key(settings)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from app.client import JobView, NibbleClient
 from tests.unit.app.canned import Canned, canned_service, run
 
 JOB = {
-    "id": "job_1", "state": "succeeded", "created_at": "2026-01-01T00:00:00Z", "spec": {"model": "a/[b]"},
+    "id": "job_1", "state": "succeeded", "created_at": "2026-01-01T00:00:00Z",
+    "spec": {"model": "a/[b]", "recipe": [{"bits": 3}, {}]},
     "progress": {"fraction": 1.0}, "artifacts": ["art_1"],
 }  # fmt: skip
 FAILED = {
@@ -41,13 +43,18 @@ def test_submit_prints_the_job_as_json(service: Canned, capsys: pytest.CaptureFi
         "awq",
         "--num-samples",
         "16",
+        "--rounding",
+        "gptq",
+        "--max-perplexity-ratio",
+        "1.01",
     )
     more = ("--format", "compressed-tensors", "--label", "team=search", "--json", "--url", service.url)
     assert run("submit", "a/b", *options, *more) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "job_1"
     assert json.loads(service.requests[0][2]) == {
         "model": "a/b",
-        "recipe": {"method": "awq", "bits": 4, "group_size": 128},
+        "recipe": {"method": "awq", "bits": 4, "group_size": 128, "rounding": "gptq"},
+        "target": {"max_perplexity_ratio": 1.01},
         "calibration": {"num_samples": 16},
         "formats": ["awq", "compressed-tensors"],
         "labels": {"team": "search"},
@@ -74,6 +81,23 @@ def test_watch_as_json_prints_a_line_for_each_change(
     assert [json.loads(line)["state"] for line in capsys.readouterr().out.splitlines()] == ["failed"]
 
 
+def test_ctrl_c_amid_watch_says_that_the_job_goes_on(
+    service: Canned, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(client: NibbleClient, job: str) -> Iterator[JobView]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(NibbleClient, "follow", interrupted)
+    assert run("watch", "job_1", "--url", service.url) == 130
+    assert "nibble cancel job_1 stops it" in capsys.readouterr().err
+
+
+def test_an_address_without_a_scheme_is_said_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("jobs", "--url", "localhost:8420") == 1
+    assert "http://127.0.0.1:8420" in capsys.readouterr().err
+
+
 def test_jobs_shows_brackets_of_a_name_as_they_are(
     service: Canned, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +107,7 @@ def test_jobs_shows_brackets_of_a_name_as_they_are(
     )
     assert run("jobs", "--state", "succeeded", "--url", service.url) == 0
     out = capsys.readouterr().out
-    assert "a/[b]" in out
+    assert "awq w3 g128 and 1 more  a/[b]" in " ".join(out.split("  "))
     assert "nibble jobs --after cursor" in out
     assert service.requests[0][0] == "GET /v1/jobs?state=succeeded&limit=20"
 

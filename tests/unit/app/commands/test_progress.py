@@ -15,12 +15,16 @@ def test_a_pipe_gets_a_line_for_each_stage_and_each_tenth() -> None:
         view.show("calibrating", Progress(fraction=0.05, layer=1, layers=8))
         view.show("calibrating", Progress(fraction=0.12, layer=2, layers=8))
         view.show("packing", Progress(fraction=0.13))
+        view.show("calibrating", Progress(fraction=0.14))
+        view.show("packing", Progress(fraction=0.15))
+        view.show("calibrating", Progress(fraction=0.25))
         view.note("layer [3] keeps its precision")
     lines = out.getvalue().splitlines()
     assert [line.partition("Z ")[2] for line in lines] == [
         "calibrating 0%",
         "calibrating 12% layer 2/8",
         "packing 13%",
+        "calibrating 25%",
         "note: layer [3] keeps its precision",
     ]
 

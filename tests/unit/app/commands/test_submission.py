@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from app.commands import submission
+from app.core.errors import InvalidRequest
 
 
 def body_of(model: str | None, spec: Path | None = None, **sections: dict[str, object]) -> dict[str, object]:
@@ -54,6 +55,23 @@ def test_a_model_is_needed() -> None:
 def test_a_folder_becomes_a_file_reference(tmp_path: Path) -> None:
     assert submission.model_reference(str(tmp_path)) == tmp_path.as_uri()
     assert submission.model_reference("hf:org/name") == "hf:org/name"
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidRequest, match="there is no folder examples/typo"):
+        submission.model_reference("examples/typo")
+    assert submission.model_reference("org/name") == "org/name"
+
+
+def test_options_fill_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps({"model": "a/b", "target": None}))
+    body = body_of(None, file, target={"max_perplexity_ratio": 1.01})
+    assert body == {"model": "a/b", "target": {"max_perplexity_ratio": 1.01}}
 
 
 def test_labels() -> None:
