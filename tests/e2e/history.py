@@ -23,11 +23,16 @@ def fill(store: JobStore, count: int) -> None:
             "model": next(models), "recipe": {"method": "awq", "bits": 3 + index % 2, "rounding": "gptq"},
             "labels": {"team": ("search", "platform")[index % 2], "run": str(index)},
         })  # fmt: skip
-        created = start + timedelta(minutes=index)
-        job = Job(id=new_id("job"), tenant="default", spec=spec, created_at=created, started_at=created)
-        store.create(job)
-        store.update(job.id, lambda job: transition(job, JobState.RUNNING))
-        store.update(job.id, ended(index))
+        record(store, spec, start + timedelta(minutes=index), ended(index))
+
+
+def record(store: JobStore, spec: JobSpec, created: datetime, end: Callable[[Job], Job]) -> str:
+    """A job that has run and ended; its id."""
+    job = Job(id=new_id("job"), tenant="default", spec=spec, created_at=created, started_at=created)
+    store.create(job)
+    store.update(job.id, lambda job: transition(job, JobState.RUNNING))
+    store.update(job.id, end)
+    return job.id
 
 
 def ended(index: int) -> Callable[[Job], Job]:

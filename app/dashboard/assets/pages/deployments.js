@@ -55,7 +55,7 @@ function Deployment({ deployment, onChange }) {
       <${State} state=${state} />
       <div class="actions">
         ${["ready", "stopped"].includes(state) && html`<a class="main button" href=${`#/deployments/${encodeURIComponent(deployment.name)}/chat`}>Chat</a>`}
-        <${Confirmed} label="Stop" question=${`Stop ${deployment.name}?`} action=${remove}
+        <${Confirmed} label="Delete" question=${`Delete ${deployment.name}?`} action=${remove}
           consequence="Answers that are being written are finished first; then clients get 404." />
       </div>
     </div>

@@ -4,6 +4,7 @@ export const BLANK = {
   model: "", method: "awq", bits: "4", group_size: "128", rounding: "nearest", symmetric: "no", strategy: "grid",
   formats: ["compressed-tensors"], ratio: "", num_samples: "128", sequence_length: "512",
   dataset: "builtin:wikitext2", priority: "normal", labels: "",
+  template: null, // the spec that the form came from: what has no field is sent as it was
 };
 
 export const PRESETS = [
@@ -24,33 +25,47 @@ function labelsOf(text) {
   return Object.fromEntries(pairs.map(([key, ...value]) => [key.trim(), value.join("=").trim()]));
 }
 
-/** What is sent. Text that is no number stays text: the service names the field that it refuses. */
-export function specOf(form) {
-  const recipe = {
-    method: form.method, bits: Number(form.bits), group_size: Number(form.group_size),
-    symmetric: form.symmetric === "yes", rounding: form.rounding, search: { strategy: form.strategy },
+/** All recipes of a job: one or a list in its spec. */
+export const recipesOf = (spec) => [spec.recipe].flat();
+
+function calibrationOf(form) {
+  const named = form.dataset.trim();
+  const text = named ? { dataset: named, texts: undefined } : {};
+  return {
+    ...form.template?.calibration, ...text, num_samples: numberOr(form.num_samples, 128),
+    sequence_length: numberOr(form.sequence_length, 512),
   };
-  const body = {
-    model: form.model.trim(), recipe, formats: form.formats, priority: form.priority, labels: labelsOf(form.labels),
-    calibration: {
-      dataset: form.dataset.trim(), num_samples: numberOr(form.num_samples, 128),
-      sequence_length: numberOr(form.sequence_length, 512),
-    },
-  };
-  if (form.ratio.trim()) body.target = { max_perplexity_ratio: numberOr(form.ratio, null) };
-  return body;
 }
 
-/** The form that a finished job's spec would have come from; of several recipes the first. */
-export function formOf(spec) {
-  const recipe = Array.isArray(spec.recipe) ? spec.recipe[0] : spec.recipe;
+function targetOf(form) {
+  const before = form.template?.target;
+  if (form.ratio.trim()) return { ...before, max_perplexity_ratio: numberOr(form.ratio, null) };
+  return typeof before?.max_kl === "number" ? { ...before, max_perplexity_ratio: null } : undefined;
+}
+
+/** What is sent. Text that is no number stays text: the service names the field that it refuses. */
+export function specOf(form) {
+  const before = form.template && recipesOf(form.template)[0];
+  const recipe = {
+    ...before, method: form.method, bits: Number(form.bits), group_size: Number(form.group_size),
+    symmetric: form.symmetric === "yes", rounding: form.rounding, search: { ...before?.search, strategy: form.strategy },
+  };
   return {
-    ...BLANK, preset: null, model: spec.model, method: recipe.method, bits: String(recipe.bits),
+    ...form.template, model: form.model.trim(), recipe, formats: form.formats, priority: form.priority,
+    labels: labelsOf(form.labels), calibration: calibrationOf(form), target: targetOf(form),
+  };
+}
+
+/** The form that a job's spec would have come from; of several recipes the first. */
+export function formOf(spec) {
+  const recipe = recipesOf(spec)[0];
+  return {
+    ...BLANK, preset: null, template: spec, model: spec.model, method: recipe.method, bits: String(recipe.bits),
     group_size: String(recipe.group_size), rounding: recipe.rounding, symmetric: recipe.symmetric ? "yes" : "no",
     strategy: recipe.search.strategy, formats: spec.formats, priority: spec.priority,
     ratio: spec.target?.max_perplexity_ratio ? String(spec.target.max_perplexity_ratio) : "",
     num_samples: String(spec.calibration.num_samples), sequence_length: String(spec.calibration.sequence_length),
-    dataset: spec.calibration.dataset || BLANK.dataset,
+    dataset: spec.calibration.dataset || (spec.calibration.texts ? "" : BLANK.dataset),
     labels: Object.entries(spec.labels).map(([key, value]) => `${key}=${value}`).join(", "),
   };
 }

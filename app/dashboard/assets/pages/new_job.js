@@ -3,7 +3,7 @@ import { ApiError, read, send } from "../api.js";
 import { bytes, duration, number, parameters } from "../format.js";
 import { Facts, Problem, Title } from "../parts.js";
 import { html, useEffect, useMemo, useState } from "../ui.js";
-import { BLANK, PRESETS, formOf, specOf } from "./job_form.js";
+import { BLANK, PRESETS, formOf, recipesOf, specOf } from "./job_form.js";
 
 const PAUSE_MS = 500;
 
@@ -110,8 +110,8 @@ function Formats({ form, set, error }) {
 function MoreFields({ form, set, error }) {
   const input = (name, more) => html`<input value=${form[name]} onInput=${(event) => set(name)(event.target.value)} ...${more} />`;
   return html`<details><summary>Target, text, priority</summary><div class="fields">
-    <${Field} label="Perplexity at most (ratio)" path="target.max_perplexity_ratio" error=${error}
-      hint="1.01 allows one percent; recipes are added until it is met">${input("ratio", { inputmode: "decimal", placeholder: "no target" })}<//>
+    <${Field} label="Highest ratio" path="target.max_perplexity_ratio" error=${error}
+      hint="of perplexity: 1.01 allows one percent more; recipes are added until it is met">${input("ratio", { inputmode: "decimal", placeholder: "no target" })}<//>
     <${Field} label="Calibration windows" path="calibration.num_samples" error=${error}>${input("num_samples", { inputmode: "numeric" })}<//>
     <${Field} label="Tokens per window" path="calibration.sequence_length" error=${error}>${input("sequence_length", { inputmode: "numeric" })}<//>
     <${Field} label="Calibration text" path="calibration.dataset" error=${error}>${input("dataset", {})}<//>
@@ -129,6 +129,12 @@ function useForm(template) {
   }, [template]);
   const set = (name) => (value) => setForm((before) => ({ ...before, preset: null, [name]: value }));
   return [form, setForm, set];
+}
+
+function FirstOfSeveral({ template }) {
+  const count = template ? recipesOf(template).length : 1;
+  return count > 1 && html`<div class="card">${`That job had ${count} recipes. This form has the first; for all of them use “Run again” on its page,
+    or its body, which is there under “As a request”.`}</div>`;
 }
 
 export function NewJobPage({ id: template }) {
@@ -158,6 +164,7 @@ export function NewJobPage({ id: template }) {
       <form class="stack" onSubmit=${submit}>
         <${Field} label="Model" path="model" error=${error} hint="org/name on the hub, s3://bucket/prefix, or file:///folder under an allowed root">
           <input required value=${form.model} placeholder="Qwen/Qwen3-0.6B" onInput=${setModel} autofocus /><//>
+        <${FirstOfSeveral} template=${form.template} />
         <${Presets} chosen=${form.preset} onChoose=${(preset) => setForm({ ...form, ...BLANK, ...preset.form, model: form.model, formats: preset.form.formats || form.formats, preset: preset.name })} />
         <details open=${form.preset === null}><summary>Adjust the recipe</summary><${RecipeFields} form=${form} set=${set} error=${error} /></details>
         <${Formats} form=${form} set=${set} error=${error} />

@@ -10,7 +10,8 @@ const size = (candidate) => Math.max(...Object.values(candidate.bytes));
 const sum = (values) => values.reduce((total, value) => total + (value ?? 0), 0);
 
 function Candidates({ report }) {
-  const rounding = report.candidates.find((each) => each.recipe.method === "rtn");
+  const plain = report.candidates.filter((each) => each.recipe.method === "rtn");
+  const roundingOf = (each) => plain.find((other) => other !== each && ["bits", "group_size"].every((key) => other.recipe[key] === each.recipe[key]));
   const columns = [
     ["Recipe", (each) => html`${each.label}${report.published.includes(each.recipe_index) ? html` <span class="label">published</span>` : ""}`],
     ["Perplexity", (each) => number(each.perplexity, 5), "number"],
@@ -19,7 +20,10 @@ function Candidates({ report }) {
     ["Size", (each) => bytes(size(each)), "number"],
     ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
     ["Own time", (each) => duration(sum(Object.values(each.seconds))), "number"],
-    ...(rounding ? [["Against rounding", (each) => change(each.perplexity / rounding.perplexity), "number"]] : []),
+    ...(report.candidates.some(roundingOf) ? [["Against plain rounding", (each) => {
+      const rounded = roundingOf(each);
+      return rounded ? change(each.perplexity / rounded.perplexity) : "–";
+    }, "number"]] : []),
   ];
   return html`<${Table} caption=${`Candidates; the original has perplexity ${number(report.original.perplexity, 5)} and ${bytes(report.original.bytes)}`}
     columns=${columns} rows=${report.candidates} keyOf=${(each) => each.recipe_index} />`;
