@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,23 +13,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 from pydantic import BaseModel
 from redis import Redis
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from app.cli import build
 from app.core.deployments.deployment import DeploymentSpec
 from app.core.job import JobState
 from app.core.outgoing.webhooks import new_secret, signature
 from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.settings import Settings
 from app.core.specs import JobSpec, Recipe
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 
 DOCS = Path(__file__).parents[2] / "docs"
 WITH_BODIES = sorted(path for path in DOCS.glob("guides/*.md") if "```json\n" in path.read_text())
 FENCE = re.compile(
-    r"^(?P<mark><!-- executed -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE
+    r"^(?P<mark><!-- executed -->\n)?(<!-- not executed: (?P<reason>.+) -->\n)?"
+    r"```(?P<language>\w+)\n(?P<text>.*?)^```",
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -112,6 +120,33 @@ def test_the_s3_page(s3_endpoint: str, tmp_path: Path, repository: Path) -> None
     assert "s3://nibble/production" in ended.stdout
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("guides/*.md")), ids=lambda page: page.name)
+def test_lines_of_the_guides_are_executed_or_say_why_not(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others, commands and options are those that there are, and variables are settings."""
+    for block in FENCE.finditer(page.read_text()):
+        if block["language"] not in ("sh", "python") or block["mark"]:
+            continue
+        assert block["reason"], block["text"]
+        for line in block["text"].splitlines():
+            check_words(shlex.split(line.partition(">")[0], comments=True), monkeypatch)
+    Settings()
+
+
+def check_words(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if words[0] == "export":
+        name, _, value = words[1].partition("=")
+        assert name.removeprefix("NIBBLE_").lower() in Settings.model_fields
+        monkeypatch.setenv(name, value)
+    elif words[0] == "nibble":
+        command: Any = get_command(build())
+        context, rest = command.context_class(command), words[1:]
+        while isinstance(command, TyperGroup) and not rest[0].startswith("-"):
+            _, command, rest = command.resolve_command(context, rest)
+        # Parsed, not run; an option that would end the program by itself has to be there.
+        parsed, _, _ = command.make_parser(context).parse_args(rest)
+        assert parsed or "-" not in {word[0] for word in rest}
+
+
 @pytest.mark.parametrize("page", WITH_BODIES, ids=lambda page: page.name)
 def test_bodies_of_the_guides_are_accepted(page: Path) -> None:
     shapes: dict[str, type[BaseModel]] = {"artifact": DeploymentSpec, "model": JobSpec, "method": Recipe}
@@ -128,7 +163,7 @@ def test_bodies_of_the_guides_are_accepted(page: Path) -> None:
 
 
 def test_the_webhooks_page() -> None:
-    (program,) = blocks("guides/webhooks.md", "python", executed=False)
+    (program,) = blocks("guides/webhooks.md", "python", executed=True)
     secret, body, now = new_secret(), '{"type":"job.succeeded"}', int(time.time())
     headers = {"webhook-id": "msg_1", "webhook-timestamp": str(now)}
     headers["webhook-signature"] = signature(secret, "msg_1", now, body)
