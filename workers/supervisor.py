@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 from redis.exceptions import RedisError
@@ -40,7 +41,7 @@ from app.core.errors import (
     Unavailable,
 )
 from app.core.job import Job, JobState, Progress, Stage, transition
-from app.core.job_changes import failed, requeued
+from app.core.job_changes import failed, requeued, stale
 from app.core.storage.keys import checkpoint_prefix, report_key
 from app.core.storage.published import published_before, read_manifest, withdraw
 from app.core.storage.reuse import Contents, Made, fingerprint
@@ -89,7 +90,8 @@ class Attempt:
         self._watch = watch
         self._work_folder = context.settings.scratch_dir / f"{job.id}-{job.attempt}"
         self._fingerprint: str | None = None
-        self._stages = Stages(context.tally, context.tracer, job, self._write_late)
+        late = partial(self._through_outages, stoppable=False)
+        self._stages = Stages(context.tally, context.tracer, job, late)
         self._fraction = 0.0
         self._written = 0.0
 
@@ -116,9 +118,9 @@ class Attempt:
             shutil.rmtree(self._work_folder, ignore_errors=True)
 
     def _make_work_folder(self) -> None:
-        # This attempt holds the lease, so an older one on this host is dead or about to notice.
-        for older in self._work_folder.parent.glob(f"{self._job.id}-*"):
-            shutil.rmtree(older, ignore_errors=True)
+        # An older attempt on this host is dead or about to notice. A newer one runs if this one was halted.
+        for older in range(1, self._job.attempt):
+            shutil.rmtree(self._work_folder.with_name(f"{self._job.id}-{older}"), ignore_errors=True)
         self._work_folder.mkdir(parents=True, mode=0o700)
 
     def _execute(self) -> Made:
@@ -163,13 +165,8 @@ class Attempt:
 
     def _prepare(self, model: FetchedModel, texts: FetchedTexts) -> tuple[Assignment, CheckpointMirror]:
         """The checkpoints of earlier attempts in place, and the child's assignment."""
-        settings = self._context.settings
-        key = checkpoint_key(
-            self._job,
-            model=model.digest,
-            text=texts.calibration_digest,
-            device=self._context.device,
-        )
+        settings, device = self._context.settings, self._context.device
+        key = checkpoint_key(self._job, model=model.digest, text=texts.calibration_digest, device=device)
         mirror = CheckpointMirror(self._context.objects, self._job, key, self._work_folder)
         restored = mirror.restore(self._watch.check)
         for damaged in mirror.damaged:
@@ -185,7 +182,7 @@ class Attempt:
             calibration_file=texts.calibration,
             evaluation_file=texts.evaluation,
             work_folder=self._work_folder,
-            device=self._context.device,
+            device=device,
             calibration_devices=settings.calibration_devices,
             kernel_backend=settings.kernel_backend,
             shard_bytes=settings.shard_bytes,
@@ -288,8 +285,14 @@ class Attempt:
             context.limits.add_artifact(tenant, manifest.id, manifest.size)
 
     def _fail(self, fault: NibbleError) -> None:
+        def judged(job: Job) -> Job:
+            # Who was halted and has lost the lease meets faults of its own, such as files that are gone.
+            if not self._context.store.holds(job.id, self._job.attempt):
+                raise stale(job, self._job.attempt)
+            return failed(job, fault)
+
         # Its checkpoints stay: a retry of the job goes on from them.
-        if self._end(lambda job: failed(job, fault)) is not None:
+        if self._end(judged) is not None:
             self._withdraw()
 
     def _retry_or_fail(self, fault: NibbleError) -> None:
@@ -375,9 +378,6 @@ class Attempt:
                 log.warning("not written: %s", refusal.message, extra={"job": self._job.id})
                 raise Stopped(StopReason.LEASE_LOST) from refusal
             time.sleep(0.5)
-
-    def _write_late(self, write: Callable[[], None]) -> None:
-        self._through_outages(write, stoppable=False)
 
     def _check_lease(self) -> None:
         """Look at the lease itself: a process that was halted for minutes hasn't heard of its loss yet."""

@@ -13,6 +13,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from app.core.errors import JobFault
 from app.core.ids import artifact_id
 from app.core.job import Job, JobState, Progress
 from app.core.job_changes import cancel_requested, requeued
@@ -320,6 +321,27 @@ def test_an_attempt_waits_while_redis_does_not_answer(
     ended = workshop.run(workshop.record(JobSpec(model=MODEL)))
     assert lost == ["find", "holds"]
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
+
+
+def test_an_attempt_that_was_halted_leaves_the_files_of_its_successor(workshop: Workshop) -> None:
+    job = workshop.submit()
+    newer = workshop.settings.scratch_dir / f"{job.id}-2"
+    newer.mkdir()
+    assert workshop.run(job).state is JobState.SUCCEEDED
+    assert newer.exists()
+
+
+def test_an_attempt_without_its_lease_does_not_fail_its_job(workshop: Workshop) -> None:
+    """It was halted, and another worker of the host has removed its files."""
+    job = workshop.store.claim(workshop.submit().id, 1, worker="w", lease_s=30)
+    context = workshop.context()
+    watch = Watch(context.store, job, lease_s=30, shutdown=workshop.shutdown)
+    workshop.store.release(job.id, 1)
+    Attempt(context, job, watch)._fail(JobFault("no such file"))
+    assert workshop.store.load(job.id).state is JobState.RUNNING
+    workshop.store.acquire(job.id, 1, 30)
+    Attempt(context, job, watch)._fail(JobFault("no such file"))
+    assert workshop.store.load(job.id).state is JobState.FAILED
 
 
 def test_a_cancelled_attempt_whose_job_has_succeeded_withdraws_nothing(workshop: Workshop) -> None:
