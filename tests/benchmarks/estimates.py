@@ -50,7 +50,7 @@ WIDE: dict[str, dict[str, Any]] = {
     "gptq w4 g128": {"recipe": GPTQ},
     "rtn w4 g128": {"recipe": {"method": "rtn"}},
 }
-WIDTHS = {"hidden 1024": "small", "hidden 2048": "tinyllama-1.1b"}  # two random layers of each shape
+WIDTHS = {"hidden 1024": ("small", 2), "hidden 2048": ("tinyllama-1.1b", 1)}  # random layers of these shapes
 
 
 def measured_profile(options: argparse.Namespace) -> dict[str, Any]:
@@ -106,14 +106,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         cases = [(name, changes, MODEL) for name, changes in BUNDLED.items()]
-        for width, shape in WIDTHS.items():
+        for width, (shape, _) in WIDTHS.items():
             cases += [(f"{width}: {name}", changes, Path(folder) / shape) for name, changes in WIDE.items()]
         ratios = list[float]()
         for name, changes, model in cases:
             if options.only not in name:
                 continue
             if not model.exists():
-                write_model(model, model.name, 2)
+                write_model(model, model.name, dict(WIDTHS.values())[model.name])
             ratios += compare(name, changes, model, options)
     within = sum(1 / FACTOR <= ratio <= FACTOR for ratio in ratios)
     print(f"\n{within} of {len(ratios)} stages of at least {NOTICEABLE_S} s within a factor of {FACTOR:g}")

@@ -31,7 +31,7 @@ TAIL_BYTES = 64 * 1024
 MAX_LINE_BYTES = 4 * 1024**2
 POLL_S = 0.2
 PASSED_ON = frozenset({"PATH", "HOME", "LANG", "LD_LIBRARY_PATH"})
-PASSED_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "MKL_", "PYTHON")
+PASSED_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "GOMP_", "KMP_", "MKL_", "PYTHON")
 
 
 def child_environment(environment: Mapping[str, str], work_folder: Path) -> dict[str, str]:

@@ -172,7 +172,7 @@ def test_a_child_whose_parent_is_gone_does_not_start() -> None:
 
 def test_the_environment_is_an_allow_list(tmp_path: Path) -> None:
     seen = child_environment(
-        {"PATH": "p", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1",
+        {"PATH": "p", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000",
          "NIBBLE_REDIS_URL": "r", "AWS_SECRET_ACCESS_KEY": "s", "HF_TOKEN": "t", "TMPDIR": "/tmp"},
         tmp_path,
     )  # fmt: skip
@@ -180,6 +180,7 @@ def test_the_environment_is_an_allow_list(tmp_path: Path) -> None:
         "PATH": "p",
         "CUDA_VISIBLE_DEVICES": "0",
         "OMP_NUM_THREADS": "1",
+        "GOMP_SPINCOUNT": "1000",
         "TMPDIR": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
     }
