@@ -294,9 +294,11 @@ class JobStore:
         self._delete(keys=keys, args=[job_id, version])
         return job
 
-    def in_state(self, state: JobState) -> list[str]:
-        """The ids of all tenants' jobs in `state`, oldest first."""
-        return sorted(job_id.decode() for job_id in self._redis.smembers(state_key(state)))
+    def in_state(self, *states: JobState) -> list[str]:
+        """The ids of all tenants' jobs in one of the states at this moment, oldest first."""
+        return sorted(
+            job_id.decode() for job_id in self._redis.sunion([state_key(state) for state in states])
+        )
 
     def age_s(self, job_id: str) -> float:
         """Seconds since the job was recorded, by the clock of Redis: those of hosts may jump."""

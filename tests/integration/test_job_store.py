@@ -266,6 +266,16 @@ def test_counts_follow_the_states(store: JobStore) -> None:
     assert store.in_state(JobState.RUNNING) == [job.id]
 
 
+def test_jobs_of_several_states_are_read_at_one_moment(store: JobStore, redis: Redis) -> None:
+    """Between two questions a job could go from the second state to the first, and be in neither."""
+    waiting, at_work = stored(store), running(store)
+    redis.config_resetstat()
+    assert store.in_state(JobState.QUEUED, JobState.RUNNING) == sorted([waiting.id, at_work.id])
+    asked = {name: int(counts["calls"]) for name, counts in redis.info("commandstats").items()}
+    assert asked["cmdstat_sunion"] == 1
+    assert "cmdstat_smembers" not in asked
+
+
 def test_a_lease_belongs_to_one_attempt(store: JobStore) -> None:
     job = running(store)
     assert store.holds(job.id, 1)

@@ -94,7 +94,8 @@ class GarbageCollector:
     def _orphans(self) -> Iterator[str]:
         """Folders of files without a manifest, and of artifacts whose job ended without a result."""
         listed = [known for known in self._objects.list_folders(ARTIFACTS) if is_id("art", known)]
-        times = {job_id[ID_TIME] for state in ACTIVE for job_id in self._store.in_state(state)}
+        # At one moment: a job that goes from state to state meanwhile is not to be missed.
+        times = {job_id[ID_TIME] for job_id in self._store.in_state(*ACTIVE)}
         for art_id in listed:
             with left_alone():
                 yield from self._of_no_use(art_id, may_be_worked_on=art_id[ID_TIME] in times)
