@@ -26,11 +26,15 @@ JOB = {
 }
 
 
-def is_worker(process: psutil.Process) -> bool:
+def runs(process: psutil.Process, module: str) -> bool:
     try:
-        return "workers.main" in process.cmdline()
+        return module in process.cmdline()
     except psutil.Error:  # it has just ended
         return False
+
+
+def is_worker(process: psutil.Process) -> bool:
+    return runs(process, "workers.main")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def test_a_job_from_submission_to_checked_files(
     assert "wiki" in service.nibble("deployments").stdout
     deleted = service.nibble("deployments", "delete", "wiki")
     assert deleted.returncode == 0, deleted.stderr
-    assert not [each for each in service.members() if "workers.serving" in each.cmdline()]
+    wait_for(lambda: not any(runs(each, "workers.serving") for each in service.members()), STOP_LIMIT_S)
 
 
 def test_bad_input_is_refused_with_a_remedy_and_the_service_stays_ready(
