@@ -44,7 +44,7 @@ function axesFor({ x, y, log, whole }) {
   return [axis(x, whole ? { incrs: [1, 2, 5, 10, 20] } : {}), vertical];
 }
 
-function optionsFor({ x, y, names, kind, log, marks, levels, whole }, width) {
+function optionsFor({ x, y, names, kind, log, marks, levels, whole, data }, width) {
   const known = levels.map((level) => level.value);
   const range = (_, low, high) => (low === null ? [0, 1] : padded(Math.min(low, ...known), Math.max(high, ...known), log));
   const draws = [
@@ -56,7 +56,7 @@ function optionsFor({ x, y, names, kind, log, marks, levels, whole }, width) {
     width,
     height: HEIGHT,
     legend: { live: false, show: names.length > 1 && kind !== "points" },
-    scales: { x: { time: false, ...(kind === "points" ? { range: (_, low, high) => padded(low, high) } : {}) }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
+    scales: { x: { time: false, ...(kind === "points" ? { range: () => padded(Math.min(...data[0]), Math.max(...data[0])) } : {}) }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
     axes: axesFor({ x, y, log, whole }),
     series: [{ label: x }, ...seriesOf(names, kind)],
     hooks: { draw: draws },
@@ -129,7 +129,7 @@ export function Chart({ title, data, names, x, y, kind = "line", log = false, ma
   useEffect(() => {
     const draw = () => {
       place.current.replaceChildren();
-      return new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole }, place.current.clientWidth), data, place.current);
+      return new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole, data }, place.current.clientWidth), data, place.current);
     };
     let plot = draw();
     const redraw = () => {

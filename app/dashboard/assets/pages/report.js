@@ -43,11 +43,11 @@ function Tries({ report }) {
   return html`<${Table} caption="The way to the target" columns=${columns} rows=${report.tries} />`;
 }
 
-function QualityPlot({ candidates, original }) {
+function QualityPlot({ candidates, nameOf, original }) {
   const sizes = [...new Set(candidates.map(size))].sort((a, b) => a - b);
   const rows = candidates.map((each) => sizes.map((bytes) => (bytes === size(each) ? each.perplexity : null)));
   return html`<${Chart} title="Perplexity of candidates against size" kind="points" x="MB" y="perplexity"
-    levels=${[{ value: original.perplexity, name: "original" }]} names=${candidates.map((each) => each.label)} data=${[sizes.map((bytes) => bytes / 1e6), ...rows]} />`;
+    levels=${[{ value: original.perplexity, name: "original" }]} names=${candidates.map(nameOf)} data=${[sizes.map((bytes) => bytes / 1e6), ...rows]} />`;
 }
 
 /** Per layer: the sum over its linears of `pick`. */
@@ -126,13 +126,18 @@ function Cost({ report }) {
 function ReportBody({ report }) {
   const [index, setIndex] = useState(report.published.at(-1) ?? report.candidates[0]?.recipe_index);
   const candidate = report.candidates.find((each) => each.recipe_index === index);
+  // What was tried for a target may have the label of another try.
+  const nameOf = (each) => {
+    const rung = report.tries.find((one) => one.recipe_index === each.recipe_index)?.rung;
+    return rung ? `${each.label}, ${rung}` : each.label;
+  };
   return html`<section class="stack" aria-labelledby="report">
     <h2 id="report">Report</h2>
     <${Candidates} report=${report} />
     <${Tries} report=${report} />
-    ${report.candidates.length > 1 && html`<${QualityPlot} candidates=${report.candidates} original=${report.original} />
+    ${report.candidates.length > 1 && html`<${QualityPlot} candidates=${report.candidates} nameOf=${nameOf} original=${report.original} />
       <label>Details of <select value=${index} onChange=${(event) => setIndex(Number(event.target.value))}>
-        ${report.candidates.map((each) => html`<option key=${each.recipe_index} value=${each.recipe_index}>${each.label}</option>`)}
+        ${report.candidates.map((each) => html`<option key=${each.recipe_index} value=${each.recipe_index}>${nameOf(each)}</option>`)}
       </select></label>`}
     ${candidate && html`<${LayerPlots} candidate=${candidate} /><${Sensitivity} candidate=${candidate} />`}
     ${report.histograms.length > 0 && html`<${Histogram} histograms=${report.histograms} candidate=${candidate} />`}
