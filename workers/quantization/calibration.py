@@ -27,7 +27,6 @@ class CalibrationPass:
 
     def __init__(self, decoder: Decoder, batches: list[Tensor], ranks: Ranks = ALONE) -> None:
         self.decoder, self.ranks = decoder, ranks
-        self.windows = [batch.shape[0] for batch in batches]  # of each batch of all ranks
         batches = ranks.share(batches)
         self.layer = 0
         self.on_host = exceeds_device(decoder, sum(batch.numel() for batch in batches))
@@ -44,10 +43,8 @@ class CalibrationPass:
         return host.copy_(states, non_blocking=True)
 
     def restore(self, layer: int, states: list[Tensor]) -> None:
-        """Go on before `layer` with the hidden states saved there, maybe in a device's larger batches."""
+        """Go on before `layer` with the hidden states saved there."""
         self.layer = layer
-        if [batch.shape[0] for batch in states] != self.windows:
-            states = list(torch.split(torch.cat(states), self.windows))
         self.states = [self.kept(batch.to(self.decoder.device)) for batch in self.ranks.share(states)]
 
     def skip(self) -> None:

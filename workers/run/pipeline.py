@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.core.child.assignment import CHECKPOINTS, Assignment
 from app.core.job import Stage
-from app.core.planning.cost_model import predict, windows_per_batch
+from app.core.planning.cost_model import predict
 from app.core.planning.device_profile import NOMINAL, DeviceKind
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.report import LayerReport, WeightHistogram
@@ -39,6 +39,7 @@ from workers.run.stamped_files import identity_digest
 from workers.run.statistics_store import STATISTICS, LayerStatistics, StatisticsStore
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
+BATCH_TOKENS = 8192
 STATES_INTERVAL_S = 20.0  # hidden states are large: losing up to this much forward time costs less
 
 
@@ -50,8 +51,8 @@ class Pipeline:
         self.device = torch.device(assignment.device)
         self.checkpoint = Checkpoint(assignment.model_folder)
         self.plan: Plan = plan_job(self.spec, self.checkpoint.config, self.checkpoint.tensors)
-        self.kind: DeviceKind = "cuda" if self.device.type == "cuda" else "cpu"
-        self.prediction = predict(self.plan, self.spec, assignment.profile or NOMINAL[self.kind])
+        kind: DeviceKind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.prediction = predict(self.plan, self.spec, assignment.profile or NOMINAL[kind])
         weight_dtype: torch.dtype = getattr(torch, self.plan.dtype)
         self.compute_dtype = torch.float32 if self.device.type == "cpu" else weight_dtype
         self.solver = LayerSolver(self.plan, self.checkpoint, self.compute_dtype)
@@ -198,7 +199,7 @@ class Pipeline:
         return Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
 
     def batches(self, windows: Windows) -> list[Tensor]:
-        return windows.batches(windows_per_batch(self.spec.calibration.sequence_length, self.kind))
+        return windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
 
     def start_pass(
         self, calibration: Windows, checkpoints: LayerCheckpoints, layer: int, ranks: Ranks = ALONE

@@ -7,7 +7,7 @@ engine's own code was measured at, everything else in bytes that pass through me
 from __future__ import annotations
 
 from app.core.job import Stage
-from app.core.planning.device_profile import DeviceKind, DeviceProfile, SearchStep
+from app.core.planning.device_profile import DeviceProfile, SearchStep
 from app.core.planning.linear_plan import LinearPlan
 from app.core.planning.plan import CandidatePlan, Plan
 from app.core.specs import Frozen, JobSpec, Recipe
@@ -16,7 +16,6 @@ from app.core.specs import Frozen, JobSpec, Recipe
 SAMPLED_ROWS = 512
 FINALISTS = 4
 BATCH_TOKENS = 8192
-CACHED_TOKENS = 2048  # of a batch on a CPU: a small model's activations stay in the caches
 CHUNK_TOKENS = 256
 EXPERT = ".experts."  # in the names of linears that see only the tokens routed to them
 POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
@@ -69,7 +68,7 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile) -> Prediction:
             seconds[stage] = seconds.get(stage, 0.0) + spent
     evaluation = costs.forward(spec.evaluation.num_samples) + costs.head(spec.evaluation.num_samples)
     seconds[Stage.EVALUATING] = seconds.get(Stage.EVALUATING, 0.0) + evaluation
-    working = working_bytes(plan, spec, profile.device)
+    working = working_bytes(plan, spec)
     cuda = profile.device == "cuda"
     output = tuple(sum(candidate.output_bytes.values()) for candidate in plan.candidates)
     return Prediction(
@@ -257,18 +256,12 @@ def largest_layer_moments(plan: Plan) -> int:
     return max(per_layer.values())
 
 
-def windows_per_batch(length: int, device: DeviceKind) -> int:
-    """How many windows of `length` tokens pass through a layer at once; no fewer than a step learns from."""
-    most = max(1, BATCH_TOKENS // length)
-    return most if device == "cuda" else min(most, max(STEP_WINDOWS, CACHED_TOKENS // length))
-
-
-def working_bytes(plan: Plan, spec: JobSpec, device: DeviceKind) -> int:
+def working_bytes(plan: Plan, spec: JobSpec) -> int:
     """The larger of calibrating with search, and evaluating."""
     layer = plan.layer_bytes // (4 if plan.dtype == "float32" else 2)  # parameters
     length = spec.calibration.sequence_length
     hidden = 4 * length * plan.hidden_size
-    batch = windows_per_batch(length, device)
+    batch = max(1, BATCH_TOKENS // length)
     widest = max(each.out_features for each in plan.candidates[0].linears)
     activations = 4 * 4 * min(batch, spec.calibration.num_samples) * length * widest
     embedding = 4 * plan.vocab_size * plan.hidden_size

@@ -15,6 +15,7 @@ from app.core.sources.model_source import inspect_model, open_model
 from app.core.specs import JobSpec
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
 from workers.quantization import evaluation, input_statistics, paired_pass, scale_search
+from workers.run import pipeline
 
 
 @pytest.fixture
@@ -35,13 +36,8 @@ def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
     assert cost_model.MOMENT_BLOCK == input_statistics.BLOCK
     assert cost_model.FINALISTS == scale_search.FINALISTS
+    assert cost_model.BATCH_TOKENS == pipeline.BATCH_TOKENS
     assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
-
-
-def test_batches_on_a_cpu_are_small_and_hold_the_windows_of_a_step() -> None:
-    lengths = (128, 512, 1024, 2048, 4096, 16384)
-    assert [cost_model.windows_per_batch(length, "cuda") for length in lengths] == [64, 16, 8, 4, 2, 1]
-    assert [cost_model.windows_per_batch(length, "cpu") for length in lengths] == [16, 4, 4, 4, 2, 1]
 
 
 @pytest.mark.parametrize(
