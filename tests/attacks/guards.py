@@ -69,7 +69,7 @@ KEYS_AND_SESSIONS = (
           "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)", "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)",
           f"{SECURITY}::test_a_key_is_made_once_and_kept_privately"),
     Guard("a login link that was used", f"{CORE}/access/login.py",
-          "self._redis.getdel(", "self._redis.get(", f"{KEYS}::test_a_login_link_opens_one_session"),
+          "redis.call('GETDEL', KEYS[1])", "redis.call('GET', KEYS[1])", f"{KEYS}::test_a_login_link_opens_one_session"),
     Guard("a script that reads the session", f"{API}/sessions.py",
           "httponly=True,\n        samesite=\"strict\",\n        secure", "samesite=\"strict\",\n        secure",
           f"{KEYS}::test_a_login_link_opens_one_session"),

@@ -26,7 +26,9 @@ from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.logs import ids_of
 from app.core.telemetry.tally import Tally
 from tests.integration.workshop import MODEL, Workshop, wait_until
-from workers.supervisor import Attempt, run_attempt
+from workers.attempt_record import AttemptRecord
+from workers.endings import Ending
+from workers.supervisor import run_attempt
 from workers.watch import StopReason, Watch
 
 
@@ -337,10 +339,10 @@ def test_an_attempt_without_its_lease_does_not_fail_its_job(workshop: Workshop) 
     context = workshop.context()
     watch = Watch(context.store, job, lease_s=30, shutdown=workshop.shutdown)
     workshop.store.release(job.id, 1)
-    Attempt(context, job, watch)._fail(JobFault("no such file"))
+    Ending(context, AttemptRecord(context.store, job, watch)).fail(JobFault("no such file"))
     assert workshop.store.load(job.id).state is JobState.RUNNING
     workshop.store.acquire(job.id, 1, 30)
-    Attempt(context, job, watch)._fail(JobFault("no such file"))
+    Ending(context, AttemptRecord(context.store, job, watch)).fail(JobFault("no such file"))
     assert workshop.store.load(job.id).state is JobState.FAILED
 
 
@@ -349,7 +351,7 @@ def test_a_cancelled_attempt_whose_job_has_succeeded_withdraws_nothing(workshop:
     job = workshop.run(workshop.submit())
     context = workshop.context()
     watch = Watch(context.store, job, lease_s=3, shutdown=workshop.shutdown)
-    Attempt(context, job, watch)._stop(StopReason.CANCELLED)
+    Ending(context, AttemptRecord(context.store, job, watch)).stop(StopReason.CANCELLED)
     assert workshop.store.load(job.id).state is JobState.SUCCEEDED
     assert workshop.manifest(job) is not None
 
