@@ -15,7 +15,7 @@ from workers.run.ladder import AS_ASKED, MAX_PATTERN, Step, Try, next_step, patt
 
 CONFIG: dict[str, object] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3,
-    "hidden_size": 256, "vocab_size": 100,
+    "hidden_size": 256, "vocab_size": 100, "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPES = {
     "self_attn.q_proj": (256, 256), "self_attn.k_proj": (128, 256), "self_attn.v_proj": (128, 256),
