@@ -35,13 +35,16 @@ PASSED_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "GOMP_", "KMP_", "MKL_", "PYTHON"
 
 
 def child_environment(environment: Mapping[str, str], work_folder: Path) -> dict[str, str]:
-    """What the child may see of the environment: no keys, no addresses."""
+    """What the child may see of the environment: no keys, no addresses.
+
+    Its threads sleep while they wait for each other, unless the environment says otherwise.
+    """
     passed = {
         name: value
         for name, value in environment.items()
         if name in PASSED_ON or name.startswith(PASSED_PREFIXES)
     }
-    return {**passed, "TMPDIR": str(work_folder), "HF_HUB_OFFLINE": "1"}
+    return {"OMP_WAIT_POLICY": "passive", **passed, "TMPDIR": str(work_folder), "HF_HUB_OFFLINE": "1"}
 
 
 class JobChild:

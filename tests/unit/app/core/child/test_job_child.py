@@ -181,9 +181,11 @@ def test_the_environment_is_an_allow_list(tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "0",
         "OMP_NUM_THREADS": "1",
         "GOMP_SPINCOUNT": "1000",
+        "OMP_WAIT_POLICY": "passive",
         "TMPDIR": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
     }
+    assert child_environment({"OMP_WAIT_POLICY": "active"}, tmp_path)["OMP_WAIT_POLICY"] == "active"
 
 
 @pytest.mark.parametrize(
