@@ -71,24 +71,13 @@ def submit(
         model,
         spec,
         formats=formats,
-        sections={
-            "recipe": {
-                "method": method,
-                "bits": bits,
-                "group_size": group_size,
-                "symmetric": symmetric,
-                "rounding": rounding,
-            },
-            "target": {"max_perplexity_ratio": max_ratio},
-            "calibration": {
-                "num_samples": num_samples,
-                "sequence_length": sequence_length,
-                "dataset": submission.text_reference(dataset),
-            },
-            "evaluation": {"num_samples": eval_samples},
-            "labels": submission.split_labels(labels),
-        },
-    )
+        sections=submission.sections(
+            method=method, bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding,
+            max_ratio=max_ratio, num_samples=num_samples, sequence_length=sequence_length,
+            dataset=submission.text_reference(dataset), eval_samples=eval_samples,
+        )
+        | {"labels": submission.split_labels(labels)},
+    )  # fmt: skip
     with connect(url, api_key) as client:
         job = client.submit(body, idempotency_key=idempotency_key)
         if watch:
@@ -226,23 +215,12 @@ def estimate(
         model,
         spec,
         formats=formats,
-        sections={
-            "recipe": {
-                "method": method,
-                "bits": bits,
-                "group_size": group_size,
-                "symmetric": symmetric,
-                "rounding": rounding,
-            },
-            "target": {"max_perplexity_ratio": max_ratio},
-            "calibration": {
-                "num_samples": num_samples,
-                "sequence_length": sequence_length,
-                "dataset": submission.text_reference(dataset),
-            },
-            "evaluation": {"num_samples": eval_samples},
-        },
-    )
+        sections=submission.sections(
+            method=method, bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding,
+            max_ratio=max_ratio, num_samples=num_samples, sequence_length=sequence_length,
+            dataset=submission.text_reference(dataset), eval_samples=eval_samples,
+        ),
+    )  # fmt: skip
     with connect(url, api_key) as client:
         document = client.estimate(body)
     if as_json:

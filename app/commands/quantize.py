@@ -57,23 +57,12 @@ def quantize(
         model,
         spec,
         formats=formats,
-        sections={
-            "recipe": {
-                "method": method,
-                "bits": bits,
-                "group_size": group_size,
-                "symmetric": symmetric,
-                "rounding": rounding,
-            },
-            "target": {"max_perplexity_ratio": max_ratio},
-            "calibration": {
-                "num_samples": num_samples,
-                "sequence_length": sequence_length,
-                "dataset": submission.text_reference(dataset),
-            },
-            "evaluation": {"num_samples": eval_samples},
-        },
-    )
+        sections=submission.sections(
+            method=method, bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding,
+            max_ratio=max_ratio, num_samples=num_samples, sequence_length=sequence_length,
+            dataset=submission.text_reference(dataset), eval_samples=eval_samples,
+        ),
+    )  # fmt: skip
     refuse_missing_engine()
     refuse_used_folder(out)
     out = out.absolute()

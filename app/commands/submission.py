@@ -80,6 +80,20 @@ SpecFile = Annotated[
     ),
 ]
 
+# Section and field of a job's body that an option sets.
+PLACES = {
+    "method": ("recipe", "method"),
+    "bits": ("recipe", "bits"),
+    "group_size": ("recipe", "group_size"),
+    "symmetric": ("recipe", "symmetric"),
+    "rounding": ("recipe", "rounding"),
+    "max_ratio": ("target", "max_perplexity_ratio"),
+    "num_samples": ("calibration", "num_samples"),
+    "sequence_length": ("calibration", "sequence_length"),
+    "dataset": ("calibration", "dataset"),
+    "eval_samples": ("evaluation", "num_samples"),
+}
+
 
 def read_spec(path: Path | None) -> dict[str, Any]:
     if path is None:
@@ -119,6 +133,15 @@ def job_body(
             )
         body[section] = {**(held or {}), **given(options)}
     return body
+
+
+def sections(**options: object) -> dict[str, dict[str, Any]]:
+    """Options by the sections and fields that they set."""
+    placed: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        section, field = PLACES[name]
+        placed.setdefault(section, {})[field] = value
+    return placed
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
