@@ -38,14 +38,15 @@ class InferenceProcess:
         return self.process.wait(60)
 
 
-def start(artifact: Path, *options: str) -> InferenceProcess:
+def start(artifact: Path, *options: str, inherited: tuple[str, ...] = ()) -> InferenceProcess:
     """Start a server and read its messages until it is ready or failed."""
     reading, writing = os.pipe()
     command = [
         sys.executable, "-m", "app.core.child.start", str(os.getpid()), "workers.serving",
         "--artifact", str(artifact), "--name", NAME, "--ready-fd", str(writing), "--threads", "1", *options,
     ]  # fmt: skip
-    process = subprocess.Popen(command, pass_fds=(writing,), cwd=REPOSITORY, env=environment())
+    variables = environment() | {name: os.environ[name] for name in inherited if name in os.environ}
+    process = subprocess.Popen(command, pass_fds=(writing,), cwd=REPOSITORY, env=variables)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         messages = []
@@ -61,8 +62,10 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def inference_server(artifact: Path, *options: str) -> Iterator[InferenceProcess]:
-    server = start(artifact, *options)
+def inference_server(
+    artifact: Path, *options: str, inherited: tuple[str, ...] = ()
+) -> Iterator[InferenceProcess]:
+    server = start(artifact, *options, inherited=inherited)
     try:
         assert server.messages[-1]["kind"] == "ready", server.messages
         yield server

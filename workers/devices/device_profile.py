@@ -21,6 +21,7 @@ from app.core.planning.cost_model import FINALISTS, SAMPLED_ROWS, evaluations
 from app.core.planning.device_profile import DeviceProfile, SearchStep
 from app.core.planning.format_limits import Scheme
 from app.core.specs import Recipe, SearchSpec
+from workers.devices.selection import select_device
 from workers.leaving import leave
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.rounding import FoldedLinear, round_linear
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where jobs write")
     options = parser.parse_args()
-    sys.stdout.write(measure(torch.device(options.device), options.folder).model_dump_json() + "\n")
+    sys.stdout.write(measure(select_device(options.device), options.folder).model_dump_json() + "\n")
 
 
 if __name__ == "__main__":

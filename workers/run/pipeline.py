@@ -16,6 +16,7 @@ from app.core.planning.cost_model import predict
 from app.core.planning.device_profile import NOMINAL, DeviceKind
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.report import LayerReport, WeightHistogram
+from workers.devices.selection import select_device
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
@@ -48,7 +49,7 @@ class Pipeline:
 
     def __init__(self, assignment: Assignment, send: Send) -> None:
         self.assignment, self.spec, self.send = assignment, assignment.spec, send
-        self.device = torch.device(assignment.device)
+        self.device = select_device(assignment.device)
         self.checkpoint = Checkpoint(assignment.model_folder)
         self.plan: Plan = plan_job(self.spec, self.checkpoint.config, self.checkpoint.tensors)
         kind: DeviceKind = "cuda" if self.device.type == "cuda" else "cpu"

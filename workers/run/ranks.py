@@ -54,10 +54,8 @@ class RankAssignment(Frozen):
 
 @contextmanager
 def joined(rank: int, size: int, rendezvous: Path, device: torch.device) -> Iterator[Ranks]:
-    """Be one of the ranks that meet at the file `rendezvous`."""
+    """Be one of the ranks that meet at the file `rendezvous`, with a device that is selected."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group(
         backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=PATIENCE
     )

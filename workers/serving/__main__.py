@@ -27,6 +27,7 @@ import psutil
 import torch
 
 from app.core.errors import NibbleError, OutOfMemory
+from workers.devices.selection import select_device
 from workers.leaving import leave
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits
@@ -83,9 +84,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def limits_of(options: argparse.Namespace, loaded: LoadedModel) -> Limits:
+def limits_of(options: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> Limits:
     longest = int(loaded.config.get("max_position_embeddings") or 2048)
-    cells = options.cache_tokens or cache_cells(loaded, torch.device(options.device))
+    cells = options.cache_tokens or cache_cells(loaded, device)
     length = min(options.max_model_len or longest, longest, cells)
     return Limits(
         max_model_len=length,
@@ -120,14 +121,11 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     pipe.send("loading", artifact=str(options.artifact), device=options.device)
-    loaded = load_model(
-        LoadRequest(
-            options.artifact, torch.device(options.device), DTYPES[options.dtype], options.kernel_backend
-        )
-    )
+    device = select_device(options.device)
+    loaded = load_model(LoadRequest(options.artifact, device, DTYPES[options.dtype], options.kernel_backend))
     tokenization = Tokenization(options.artifact, int(loaded.model.config.vocab_size))
     metrics = Metrics(options.name)
-    limits = limits_of(options, loaded)
+    limits = limits_of(options, loaded, device)
     batch = Batch(loaded.model, limits.max_cells)
     engine = Engine(batch, tokenization, limits, metrics, tokenization.end_tokens)
     served = ServedModel(options.name, engine, tokenization, metrics)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import QueueFull, Unavailable
+from workers.devices.selection import select_device
 from workers.serving.batch import Batch, Prefill
 from workers.serving.detokenizer import Decoder, Detokenizer, Stopped
 from workers.serving.metrics import Metrics
@@ -118,6 +119,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            select_device(self.batch.device)
             with torch.inference_mode():
                 while True:
                     self._await_work()

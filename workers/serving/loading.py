@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture, architecture_of
 from kernels.weight import PackedWeight
+from workers.devices.selection import select_device
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import restore_buffers, text_config
 from workers.modeling.experts import split_experts
@@ -60,7 +61,7 @@ class Loader:
     """Fills one model."""
 
     def __init__(self, request: LoadRequest) -> None:
-        self.request, self.device = request, request.device
+        self.request, self.device = request, select_device(request.device)
         self.checkpoint = Checkpoint(request.folder)
         self.config = {**self.checkpoint.config}
         self.quantization = self.config.pop("quantization_config", None) or {}
