@@ -4,6 +4,9 @@
 #   make demo     start the service, quantize the bundled model over HTTP, check the result, stop
 #   make test     lint, types, import rules and every test
 #
+#   make latest   the tests against the newest versions that pyproject.toml admits
+#   make lock     record those versions in constraints.txt
+#
 # PYTHON=/path/to/python3.12 picks the interpreter, VENV=folder the environment.
 
 SHELL := /bin/bash
@@ -12,8 +15,11 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 PYTHON ?=
+VERSIONS ?= recorded
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# A Python 3.11 and a Python 3.12, for which `make lock` resolves.
+LOCK_PYTHONS ?= python3.11 python3.12
 # Each test process computes with one thread. Three keep two cores busy, since tests wait for processes that start
 # (480 s; with two processes 560 s).
 PYTEST_WORKERS ?= 3
@@ -21,21 +27,17 @@ PYTEST_WORKERS ?= 3
 # the order of testpaths, long ones first, so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install chat demo test lint format types imports unit integration faults fuzz guards e2e bench clean
+.PHONY: help install chat demo test latest lock lint format types imports unit integration faults fuzz guards e2e bench clean
 
 help:
-	@sed -n '3,7s/^# \{0,1\}//p' Makefile
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
-# torch comes first, in a call of its own: pip then takes the build that the configured index prefers (the CPU
-# wheel where there is one), and the constraint keeps the other packages from replacing it.
-$(STAMP): pyproject.toml .ci/find-python
+# The versions that constraints.txt records, or with VERSIONS=newest what pyproject.toml admits.
+$(STAMP): pyproject.toml constraints.txt .ci/install .ci/find-python
 	@test -x $(BIN)/python || "$$(.ci/find-python $(PYTHON))" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch>=2.11,<2.14'
-	$(BIN)/python -m pip freeze | grep '^torch==' > $(VENV)/torch-constraint.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(VENV)/torch-constraint.txt --editable '.[dev]'
+	.ci/install $(VENV) $(VERSIONS)
 	touch $(STAMP)
 
 # PROMPT="My lord, I pray you" asks one question instead of holding a conversation; without a terminal that is the default.
@@ -47,6 +49,14 @@ demo: $(STAMP)
 
 test: lint types imports $(STAMP)
 	$(PYTEST)
+
+# An environment of its own, made anew each time: what the tests say of it is what a release will meet.
+latest:
+	rm -rf .venv-latest
+	$(MAKE) test VENV=.venv-latest VERSIONS=newest
+
+lock:
+	.ci/lock $(LOCK_PYTHONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -6,10 +6,10 @@ RUN useradd --create-home --uid 10001 nibble && install -d -o nibble -g nibble /
 WORKDIR /srv/nibble
 
 # Dependencies in a layer of their own: a change of the code does not install them again.
-COPY pyproject.toml README.md ./
+COPY pyproject.toml constraints.txt README.md ./
 RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
         > requirements.txt \
-    && pip install --no-cache-dir -r requirements.txt \
+    && pip install --no-cache-dir -c constraints.txt -r requirements.txt \
     && rm requirements.txt
 COPY app app
 COPY workers/__init__.py workers/__init__.py

@@ -12,13 +12,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /srv/nibble
 
-# torch first: it is the largest layer and changes least.
+# torch first: it is the largest layer and changes least. Its build may ask for a triton of its own.
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.11,<2.14'
-COPY pyproject.toml README.md ./
+COPY pyproject.toml constraints.txt README.md ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print('\n'.join(p['dependencies'] + p['optional-dependencies']['worker']))" > requirements.txt \
-    && pip install --no-cache-dir -r requirements.txt \
-    && rm requirements.txt
+    && grep -v '^triton==' constraints.txt > recorded.txt \
+    && pip install --no-cache-dir -c recorded.txt -r requirements.txt \
+    && rm requirements.txt recorded.txt
 COPY app app
 COPY workers workers
 COPY kernels kernels

@@ -25,6 +25,7 @@ from app.core.child.assignment import REPORT, Assignment, Failed, Noted
 from app.core.child.confinement import NETWORK
 from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory, WorkerDisk
 from app.core.job import Problem
+from app.core.telemetry.logs import log_warnings
 from kernels.backend import Backend, backends_of
 from kernels.cuda.driver import DriverError
 from workers.leaving import leave
@@ -124,6 +125,7 @@ def main() -> int:
     gc.freeze()
     gc.enable()
     return_freed_memory()
+    log_warnings()
     return run(Assignment.model_validate_json(sys.stdin.read()), pipe)
 
 

@@ -6,13 +6,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
+
+from tests.waiting import wait_until
 
 START_LIMIT_S = 200.0
 STOP_LIMIT_S = 40.0
@@ -39,8 +39,11 @@ class Service:
             )
 
     def await_ready(self) -> None:
-        wait_for(lambda: "ready at" in self.log.read_text() or self.process.poll() is not None, START_LIMIT_S)
-        assert self.process.poll() is None, self.log.read_text()
+        wait_until(
+            lambda: "ready at" in self.log.read_text(),
+            START_LIMIT_S,
+            failure=lambda: self.process.poll() is not None and self.log.read_text(),
+        )
 
     def members(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -50,14 +53,6 @@ class Service:
             [sys.executable, "-m", "app.cli", *arguments],
             env=self.environment, capture_output=True, text=True, check=False, timeout=240,
         )  # fmt: skip
-
-
-def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("the condition did not become true")
-        time.sleep(0.1)
 
 
 @contextmanager

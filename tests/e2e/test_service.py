@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from app.client import NibbleClient
-from tests.e2e.installed import START_LIMIT_S, STOP_LIMIT_S, Service, running_service, wait_for
+from tests.e2e.installed import START_LIMIT_S, STOP_LIMIT_S, Service, running_service
+from tests.waiting import wait_until
 
 JOB = {
     "recipe": {"method": "awq", "bits": 4, "group_size": 128, "search": {"grid_points": 4}},
@@ -107,7 +108,7 @@ def test_a_job_from_submission_to_checked_files(
     assert "wiki" in service.nibble("deployments").stdout
     deleted = service.nibble("deployments", "delete", "wiki")
     assert deleted.returncode == 0, deleted.stderr
-    wait_for(lambda: not any(runs(each, "workers.serving") for each in service.members()), STOP_LIMIT_S)
+    wait_until(lambda: not any(runs(each, "workers.serving") for each in service.members()), STOP_LIMIT_S)
 
 
 def test_bad_input_is_refused_with_a_remedy_and_the_service_stays_ready(
@@ -124,8 +125,8 @@ def test_bad_input_is_refused_with_a_remedy_and_the_service_stays_ready(
 def test_a_killed_worker_is_replaced(service: Service) -> None:
     worker = next(member for member in service.members() if is_worker(member))
     worker.kill()
-    wait_for(lambda: "starting it again" in service.log.read_text(), START_LIMIT_S)
-    wait_for(lambda: any(is_worker(each) and each != worker for each in service.members()), START_LIMIT_S)
+    wait_until(lambda: "starting it again" in service.log.read_text(), START_LIMIT_S)
+    wait_until(lambda: any(is_worker(each) and each != worker for each in service.members()), START_LIMIT_S)
     assert service.process.poll() is None
 
 

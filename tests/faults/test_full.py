@@ -16,10 +16,12 @@ import psutil
 import pytest
 from redis import Redis
 
-from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.redis_programs import embedded_binary
+from app.core.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
-from tests.integration.workshop import REPOSITORY, wait_until
+from tests.integration.workshop import REPOSITORY
+from tests.waiting import wait_until
 
 
 @contextmanager

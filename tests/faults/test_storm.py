@@ -23,7 +23,8 @@ from tests.faults.history import violations
 from tests.faults.storm import Storm
 from tests.faults.world import World, running_world
 from tests.integration.api_service import EXAMPLES, MODEL
-from tests.integration.workshop import processes_with, wait_until
+from tests.integration.workshop import processes_with
+from tests.waiting import wait_until
 from workers.fetching import ModelCache
 
 FAULTS = int(os.environ.get("FAULTS", "10"))

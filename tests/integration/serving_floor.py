@@ -14,7 +14,8 @@ import httpx
 
 from app.core.deployments.deployment_store import DeploymentStore
 from tests.integration.api_service import Service
-from tests.integration.workshop import REPOSITORY, processes_with, wait_until
+from tests.integration.workshop import REPOSITORY, processes_with
+from tests.waiting import wait_until
 
 
 class Floor:

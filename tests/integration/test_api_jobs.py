@@ -13,6 +13,7 @@ from app.core.errors import JobFault
 from app.core.job import JobState, Problem, Progress
 from app.core.job_queue import Place
 from tests.integration.api_service import MODEL, Service
+from tests.waiting import wait_until
 
 
 def test_a_submitted_job_is_recorded_and_queued(service: Service) -> None:
@@ -165,9 +166,8 @@ def test_an_unusable_idempotency_key_is_refused(service: Service, key: str) -> N
 
 def test_submitting_can_wait_for_the_end(service: Service) -> None:
     def finish() -> None:
-        while not (waiting := service.store.in_state(JobState.QUEUED)):
-            time.sleep(0.01)
-        service.end(waiting[0])
+        wait_until(lambda: service.store.in_state(JobState.QUEUED))
+        service.end(service.store.in_state(JobState.QUEUED)[0])
 
     thread = threading.Thread(target=finish)
     thread.start()

@@ -21,7 +21,7 @@ from app.core.settings import Settings
 from app.core.telemetry.tally import Tally
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
-from tests.integration.workshop import wait_until
+from tests.waiting import wait_until
 
 OPEN = {"/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/login",
         "/v1/downloads/{artifact_id}/{path}"}  # fmt: skip

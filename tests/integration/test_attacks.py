@@ -47,7 +47,8 @@ from app.core.redis_server import connect
 from app.core.security import KeyStore, new_key
 from app.core.specs import JobSpec, WebhookSpec
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
-from tests.integration.workshop import Workshop, wait_until
+from tests.integration.workshop import Workshop
+from tests.waiting import wait_until
 from workers.queue_worker import ListedEntry
 
 JSON = {"Content-Type": "application/json"}

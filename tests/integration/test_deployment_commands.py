@@ -12,7 +12,7 @@ import pytest
 from app.cli import main
 from tests.integration.api_service import ADMIN_KEY, Service
 from tests.integration.serving_floor import Floor
-from tests.integration.workshop import wait_until
+from tests.waiting import wait_until
 
 
 @pytest.fixture

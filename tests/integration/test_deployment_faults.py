@@ -16,7 +16,7 @@ from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 from tests.integration.serving_floor import Floor
 from tests.integration.test_redis_outage import DurableValkey
-from tests.integration.workshop import wait_until
+from tests.waiting import wait_until
 
 
 @pytest.fixture

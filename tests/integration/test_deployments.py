@@ -13,7 +13,7 @@ import pytest
 from app.core.security import Scope
 from tests.integration.api_service import ADMIN_KEY, Service
 from tests.integration.serving_floor import Floor
-from tests.integration.workshop import wait_until
+from tests.waiting import wait_until
 
 
 @pytest.fixture

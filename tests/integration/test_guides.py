@@ -26,10 +26,12 @@ from app.cli import build
 from app.core.deployments.deployment import DeploymentSpec
 from app.core.job import JobState
 from app.core.outgoing.webhooks import new_secret, signature
-from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.redis_programs import embedded_binary
+from app.core.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from app.core.specs import JobSpec, Recipe
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
+from tests.waiting import wait_until
 
 DOCS = Path(__file__).parents[2] / "docs"
 WITH_BODIES = sorted(path for path in DOCS.glob("guides/*.md") if "```json\n" in path.read_text())
@@ -184,23 +186,15 @@ def test_a_backup_of_redis_is_restored_as_the_page_says(tmp_path: Path) -> None:
     with server(first, "--appendonly", "yes") as redis:
         redis.set("nibble:job:1", "kept")
         redis.bgsave()
-        wait_until_saved(redis)
+        wait_until(lambda: not redis.info("persistence")["rdb_bgsave_in_progress"])
     second.mkdir()
     (first / "dump.rdb").rename(second / "dump.rdb")
     with server(second, "--appendonly", "no") as redis:
         redis.config_set("appendonly", "yes")
-        deadline = time.monotonic() + 30
-        while redis.info("persistence")["aof_rewrite_in_progress"] and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: not redis.info("persistence")["aof_rewrite_in_progress"])
     (second / "dump.rdb").unlink()
     with server(second, "--appendonly", "yes") as redis:
         assert redis.get("nibble:job:1") == b"kept"
-
-
-def wait_until_saved(redis: Redis) -> None:
-    deadline = time.monotonic() + 30
-    while redis.info("persistence")["rdb_bgsave_in_progress"] and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 @contextmanager

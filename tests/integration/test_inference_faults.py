@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,16 +16,10 @@ import psutil
 import pytest
 
 from tests.integration.inference_process import InferenceProcess, inference_server
+from tests.waiting import wait_until
 from workers.serving.__main__ import main
 
 LONG = {"prompt": "The city", "max_tokens": 240, "temperature": 0, "ignore_eos": True}
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def gauge(client: httpx.Client, name: str) -> float:
@@ -129,3 +122,31 @@ def test_an_artifact_that_can_t_be_served_is_reported(
     assert message["code"] == "artifact_unsupported"
     assert "bitsandbytes" in message["message"]
     assert message["remedy"]
+
+
+WARNING = """
+import functools, warnings
+from transformers.models.llama.modeling_llama import LlamaForCausalLM as Model
+
+forward = Model.forward
+
+@functools.wraps(forward)
+def warning(*arguments, **named):
+    warnings.warn("an argument got a new name", FutureWarning)
+    return forward(*arguments, **named)
+
+Model.forward = warning
+"""
+
+
+def test_a_warning_of_the_model_s_class_does_not_end_the_engine(
+    small_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the operator has warnings raised as errors."""
+    (tmp_path / "sitecustomize.py").write_text(WARNING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONWARNINGS", "error:an argument got a new name:FutureWarning")
+    inherited = ("PYTHONPATH", "PYTHONWARNINGS")
+    with inference_server(small_artifact, inherited=inherited) as server, server.client() as client:
+        answer = client.post("/v1/completions", json=LONG)
+    assert answer.json()["usage"]["completion_tokens"] == LONG["max_tokens"]

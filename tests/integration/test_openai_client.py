@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.api_service import ADMIN_KEY, Service
 from tests.integration.serving_floor import Floor
-from tests.integration.workshop import wait_until
+from tests.waiting import wait_until
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 QUESTION: list[Any] = [{"role": "user", "content": "The history of the city"}]

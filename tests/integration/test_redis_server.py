@@ -14,6 +14,7 @@ from app.core import redis_server
 from app.core.errors import Unavailable
 from app.core.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings
+from tests.waiting import wait_until
 
 OWNER = """
 import sys, time
@@ -90,9 +91,7 @@ def test_the_server_dies_with_a_killed_owner(settings: Settings, repository: Pat
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
         owner.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{pid}/exe").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: not Path(f"/proc/{pid}/exe").exists())
     with resolve_redis(settings) as server:
         assert server.kind == "embedded"
         assert server.pid != pid
@@ -141,8 +140,7 @@ def test_a_killed_server_is_started_again_at_its_address(settings: Settings) -> 
         time.sleep(1.1)  # the file is synced each second
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
-        while server.is_alive:
-            time.sleep(0.02)
+        wait_until(lambda: not server.is_alive)
         url = server.url
         server.restart(settings)
         assert (server.is_alive, server.url) == (True, url)

@@ -23,13 +23,14 @@ from redis.retry import Retry
 from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
 from app.core.deployments.deployment_store import DeploymentStore, failed
 from app.core.ids import new_id
-from app.core.janitor import Janitor
 from app.core.job import Problem
 from app.core.job_queue import QUEUE_NAMES
-from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.redis_programs import embedded_binary
+from app.core.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, running_service
-from tests.integration.workshop import Workshop, wait_until
+from tests.integration.workshop import Workshop
+from tests.waiting import wait_until
 
 
 class Users(NamedTuple):
@@ -99,8 +100,7 @@ def test_the_service_needs_no_more_than_its_users_may(users: Users, tmp_path: Pa
         with service.client_with(None) as browser:
             browser.get(link)
             assert browser.get("/v1/jobs").status_code == 200
-        deployments = DeploymentStore(service.redis)
-        Janitor(service.store, service.queue, service.objects, deployments, max_attempts=3).sweep()
+        service.janitor.sweep()
         headers = {"Idempotency-Key": "k"}
         service.client.post("/v1/jobs", json={"model": MODEL}, headers=headers).raise_for_status()
         service.client.post(f"/v1/jobs/{jobs[2]}/cancel").raise_for_status()

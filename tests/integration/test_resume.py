@@ -11,8 +11,9 @@ from redis import Redis
 
 from app.core.job import Job, JobState
 from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
-from tests.integration.workshop import Workshop, processes_with, wait_until
+from tests.integration.workshop import Workshop, processes_with
 from tests.tiny_models import some_text
+from tests.waiting import wait_until
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from app.core.storage.published import published_before
 from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.logs import ids_of
 from app.core.telemetry.tally import Tally
-from tests.integration.workshop import MODEL, Workshop, wait_until
+from tests.integration.workshop import MODEL, Workshop
+from tests.waiting import wait_until
 from workers.attempt_record import AttemptRecord
 from workers.endings import Ending
 from workers.supervisor import run_attempt

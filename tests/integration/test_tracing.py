@@ -14,8 +14,9 @@ from redis import Redis
 from app.core.settings import Settings
 from app.core.telemetry.tracing import Tracer, parse_traceparent
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, running_service
-from tests.integration.workshop import Workshop, wait_until
+from tests.integration.workshop import Workshop
 from tests.servers import running
+from tests.waiting import wait_until
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"

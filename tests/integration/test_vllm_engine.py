@@ -10,7 +10,8 @@ import pytest
 
 from tests.integration.api_service import Service
 from tests.integration.serving_floor import Floor
-from tests.integration.workshop import REPOSITORY, wait_until
+from tests.integration.workshop import REPOSITORY
+from tests.waiting import wait_until
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from app.core.outgoing.webhooks import DUE, DeliveryStore, WebhookSecrets, deliv
 from app.core.settings import Settings
 from app.core.specs import JobSpec
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
-from tests.integration.workshop import wait_until
 from tests.servers import running
+from tests.waiting import wait_until
 
 LOOPBACK = (ip_network("127.0.0.0/8"),)
 

@@ -18,7 +18,8 @@ from rq.exceptions import StopRequested
 from app.core.job import Job, JobState, transition
 from app.core.job_changes import requeued
 from app.core.worker_registry import WorkerRegistry
-from tests.integration.workshop import REPOSITORY, Workshop, processes_with, wait_until
+from tests.integration.workshop import REPOSITORY, Workshop, processes_with
+from tests.waiting import wait_until
 from workers.leftovers import Leftovers
 from workers.main import describe_worker
 from workers.queue_worker import QueueWorker

@@ -88,7 +88,7 @@ class Workshop:
 
     def sweep(self) -> None:
         """One pass of the janitor."""
-        Janitor(self.store, self.queue, self.objects, self.deployments, max_attempts=3).sweep()
+        Janitor(self.store, self.queue, self.objects, self.context().outcome, max_attempts=3).sweep()
 
     def kinds(self, job: Job) -> list[str]:
         return [event.kind for event in self.store.events(job.id, limit=1000)]
@@ -131,13 +131,6 @@ class Workshop:
 
     def log_of(self, name: str) -> str:
         return (self.settings.state_dir / f"{name}.log").read_text()
-
-
-def wait_until(condition: Callable[[], object], limit_s: float = 60) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def processes_with(word: str) -> list[int]:

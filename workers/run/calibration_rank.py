@@ -7,6 +7,7 @@ from contextlib import closing
 
 import torch
 
+from app.core.telemetry.logs import log_warnings
 from workers.modeling.prefetch import WeightPrefetch, layer_reads
 from workers.run.pipeline import Pipeline
 from workers.run.ranks import RankAssignment, joined
@@ -35,6 +36,7 @@ def run(part: RankAssignment) -> None:
 
 
 def main() -> None:
+    log_warnings()
     part = RankAssignment.model_validate_json(sys.stdin.read())
     if part.assignment.threads is not None:
         torch.set_num_threads(part.assignment.threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,6 +35,7 @@ class Batch:
         self.model = model
         self.device: torch.device = model.device
         self.cache = RowCache(max_cells)
+        self._cache_argument = cache_argument(model)
         self.sequences: list[Sequence] = []
 
     def read(self, prefill: Prefill, limit: int) -> Tensor | None:
@@ -74,9 +77,14 @@ class Batch:
             input_ids=torch.tensor(tokens, device=self.device),
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
         logits: Tensor = output.logits[:, -1]
         return logits.float()
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the model's forward takes its cache: transformers 5.24 renamed it in most classes."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -99,6 +100,17 @@ def trace(record: logging.LogRecord) -> str:
 def indented(text: str) -> str:
     """Each line further in, so that none looks like a line of the log: an error's text may be anyone's."""
     return "\n".join("    " + CONTROL.sub(shown, line) for line in text.split("\n"))
+
+
+def log_warnings() -> None:
+    """Have warnings of libraries be lines of the log. For the main of a process that runs models.
+
+    None is raised as an error, whatever PYTHONWARNINGS says: a service that runs is not ended by a deprecation.
+    """
+    logging.captureWarnings(True)
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)  # as Python does by itself
 
 
 def set_up_logs(settings: Settings) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from app.commands.checks import host
 from app.commands.machine import Machine, Member, Voice
 from app.core.errors import Unavailable
 from app.core.settings import Settings
+from tests.waiting import wait_until
 
 SLEEPER = "import time, sys; print('[up] and running', flush=True); time.sleep(60)"
 STUBBORN = (
@@ -40,14 +40,6 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], Member]]:
         member.stop()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail("the condition did not become true")
-
-
 def test_output_appears_behind_the_name(
     start: Callable[[str], Member], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +51,7 @@ def test_output_appears_behind_the_name(
         seen += capfd.readouterr().out
         return "worker   | [up] and running" in seen
 
-    wait_for(arrived)
+    wait_until(arrived)
     assert "\x1b" not in seen
 
 
@@ -75,14 +67,14 @@ def test_stop_kills_a_member_that_ignores_it(
 ) -> None:
     monkeypatch.setattr(machine, "STOP_GRACE_S", 0.2)
     member = start(STUBBORN)
-    wait_for(lambda: "ready" in capfd.readouterr().out)
+    wait_until(lambda: "ready" in capfd.readouterr().out)
     member.stop()
     assert member.exit_code() == -9
 
 
 def test_an_ended_member_is_named_with_its_code(start: Callable[[str], Member]) -> None:
     member = start("raise SystemExit(7)")
-    wait_for(lambda: member.exit_code() is not None)
+    wait_until(lambda: member.exit_code() is not None)
     with pytest.raises(Unavailable, match="worker ended with exit code 7"):
         machine.refuse_ended(member)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -71,3 +72,15 @@ def test_a_refusal_is_one_line_and_an_exit_code(caplog: pytest.LogCaptureFixture
     assert ended.value.code == 1
     (record,) = caplog.records
     assert (record.getMessage(), record.exc_info) == ("no Redis [redis_missing]: start one", None)
+
+
+@pytest.mark.parametrize("category", ["UserWarning", "FutureWarning", "RuntimeWarning"])
+def test_a_warning_is_a_line_even_where_warnings_are_errors(category: str) -> None:
+    program = (
+        "import logging, warnings; from app.core.telemetry.logs import log_warnings; logging.basicConfig();"
+        f"log_warnings(); warnings.warn('renamed', {category}); print('went on')"
+    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "went on\n"
+    assert f"{category}: renamed" in done.stderr
