@@ -12,6 +12,7 @@ from app.commands.artifacts import artifacts
 from app.commands.deployments import deploy, deployments
 from app.commands.terminal import report_error
 from app.core.errors import NibbleError
+from app.core.system_faults import system_fault
 
 EPILOG = (
     "Exit codes: 0 done, 1 the job failed or the request was refused, 2 wrong usage, "
@@ -61,11 +62,16 @@ def build() -> typer.Typer:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Always ends with SystemExit; the codes are in `terminal.ExitCode`."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         build()(args=arguments, prog_name="nibble")
     except NibbleError as error:
-        given = sys.argv[1:] if arguments is None else arguments
         sys.exit(report_error(error, as_json="--json" in given))
+    except OSError as error:
+        fault = system_fault(error, error.filename or "the folder that was written to")
+        if fault is None:
+            raise
+        sys.exit(report_error(fault, as_json="--json" in given))
 
 
 if __name__ == "__main__":

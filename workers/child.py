@@ -23,8 +23,9 @@ import torch
 
 from app.core.child.assignment import REPORT, Assignment, Failed, Noted
 from app.core.child.confinement import NETWORK
-from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory, WorkerDisk
+from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory
 from app.core.job import Problem
+from app.core.system_faults import STATE_FOLDER, system_fault, system_number
 from app.core.telemetry.logs import log_warnings
 from kernels.backend import Backend, backends_of
 from kernels.cuda.driver import DriverError
@@ -49,14 +50,9 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
         pipe.send(JobRun(assignment, pipe.send).run())
     except NibbleError as error:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        pipe.send(Failed(error=Problem.of(out_of_memory(assignment, error))))
-    except OSError as error:
-        traceback.print_exc()
-        pipe.send(Failed(error=Problem.of(os_fault(error))))
     except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record
         traceback.print_exc()
-        pipe.send(Failed(error=Problem.of(device_fault(assignment, error) or own_fault(error))))
+        pipe.send(Failed(error=Problem.of(fault_of(assignment, error))))
     else:
         return 0
     return 1
@@ -78,14 +74,11 @@ def chosen_backends(assignment: Assignment) -> tuple[Backend, ...]:
         ) from fault
 
 
-def os_fault(error: OSError) -> JobFault:
-    """A full disk is the operator's to mend; any other refusal of the system is ours."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return WorkerDisk(
-            f"the work folder is full: {error}",
-            remedy="let the operator free space in NIBBLE_STATE_DIR; an estimate names what the job takes",
-        )
-    return own_fault(error)
+def fault_of(assignment: Assignment, error: Exception) -> JobFault:
+    """What ended the run: the host's memory or files, the device, or a fault of ours."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or system_number(error) == errno.ENOMEM:
+        return out_of_memory(assignment, error)
+    return system_fault(error, STATE_FOLDER) or device_fault(assignment, error) or own_fault(error)
 
 
 def own_fault(error: Exception) -> JobFault:

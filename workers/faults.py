@@ -9,6 +9,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from app.core.errors import ChildKilled, DeviceFault, JobFault, NibbleError, Unavailable, WorkerDisk
 from app.core.job import Problem
 from app.core.settings import Settings
+from app.core.system_faults import STATE_FOLDER, system_fault
 
 # Storage and hubs come back: many attempts may meet their absence, over 20 minutes.
 OUTAGE_ATTEMPTS = 8
@@ -52,7 +53,8 @@ def reported(problem: Problem) -> JobFault:
 
 
 def disk_fault(fault: OSError) -> WorkerDisk:
-    return WorkerDisk(
+    """A refusal of the system that the worker itself has met."""
+    return system_fault(fault, STATE_FOLDER) or WorkerDisk(
         f"the worker could not write or read its own files: {fault}",
-        remedy="let the operator free space in NIBBLE_STATE_DIR, then retry",
+        remedy="read the worker's log",
     )

@@ -20,6 +20,7 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 
 from app.core.errors import InvalidRequest, NotFound, Unavailable
 from app.core.specs import Frozen
+from app.core.system_faults import system_fault
 
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*(?:/[A-Za-z0-9_][A-Za-z0-9._=+-]*)*")
 MAX_KEY_LENGTH = 900  # S3 allows 1024 bytes, of which the URL's prefix takes a part
@@ -86,10 +87,13 @@ def translated(key: str) -> Iterator[None]:
         raise NotFound(f"there is no object {key}", code="object_not_found") from fault
     except (BaseError, OSError) as fault:
         first_line = str(fault).partition("\n")[0]
+        of_the_host = system_fault(fault, "the folder of NIBBLE_STORAGE_URL")
         raise Unavailable(
             f"object storage failed at {key}: {first_line}",
             code="storage_unavailable",
-            remedy="check NIBBLE_STORAGE_URL, the AWS_* variables and that the storage answers",
+            remedy=of_the_host.remedy
+            if of_the_host is not None
+            else "check NIBBLE_STORAGE_URL, the AWS_* variables and that the storage answers",
         ) from fault
 
 

@@ -29,6 +29,7 @@ from workers.deployments.process import (
     ServerRefused,
     start_server,
 )
+from workers.faults import disk_fault
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class ReplicaKeeper(threading.Thread):
         except NibbleError as fault:
             self._fail(fault)
         except OSError as fault:
-            self._fail(NibbleError(f"the worker failed on its own files: {fault}", code="worker_disk"))
+            self._fail(disk_fault(fault))
         finally:
             shutil.rmtree(work_folder, ignore_errors=True)
 

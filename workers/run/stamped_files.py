@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from app.core.system_faults import system_number
+
 
 def identity_digest(**parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -34,7 +36,9 @@ def is_stamped(path: Path, identity: str) -> bool:
     try:
         with safe_open(path, "pt") as file:
             return bool((file.metadata() or {}).get("identity") == identity)
-    except SafetensorError:
+    except SafetensorError as fault:
+        if system_number(fault) is not None:  # the file may be whole
+            raise
         return False
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from app.core.child.assignment import Assignment
+from app.core.child.assignment import Assignment, Failed
+from app.core.child.job_child import JobChild
 from app.core.specs import JobSpec
 from kernels.cuda.driver import DriverError
+from tests.small_disk import small_disk
+from tests.tiny_models import assignment as tiny_assignment
+from tests.tiny_models import tiny_model, tiny_spec
 from workers.child import run
 from workers.progress import ProgressPipe
 
@@ -45,9 +48,10 @@ def test_an_absent_backend_fails_the_job(assignment: Assignment) -> None:
 
 
 def test_a_fault_of_our_own_is_told_and_not_raised(
-    assignment: Assignment, capfd: pytest.CaptureFixture[str]
+    assignment: Assignment, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, messages = messages_of(assignment)  # the folder holds no model at all
+    monkeypatch.setattr("workers.child.JobRun", lambda *_: [][1])
+    code, messages = messages_of(assignment)
     assert code == 1
     assert [message["kind"] for message in messages] == ["note", "failed"]
     assert messages[-1]["error"]["code"] == "internal"  # type: ignore[index]
@@ -69,7 +73,13 @@ def test_a_fault_of_our_own_is_told_and_not_raised(
         (DriverError("cuLaunchKernelEx failed with 719 (CUDA_ERROR_LAUNCH_FAILED)"), "device_failed"),
         (RuntimeError("shape '[3]' is invalid for input of size 4"), "internal"),
         (OSError(28, "No space left on device"), "worker_disk"),
-        (OSError(2, "No such file"), "internal"),
+        (OSError(2, "No such file"), "worker_disk"),
+        (OSError(12, "Cannot allocate memory"), "out_of_memory"),
+        (OSError(22, "Invalid argument"), "internal"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+         "worker_disk"),
+        (SafetensorError("I/O error: Cannot allocate memory (os error 12)"), "out_of_memory"),
+        (SafetensorError("Error while deserializing header: invalid UTF-8"), "internal"),
     ],
 )  # fmt: skip
 def test_faults_of_the_device_are_told_apart(
@@ -86,16 +96,16 @@ def test_faults_of_the_device_are_told_apart(
     assert "\n" not in told["message"]
 
 
-def test_a_full_disk_is_the_operators(assignment: Assignment) -> None:
-    """The real refusal of a write: files may have no bytes here."""
-    program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));"
-        "from pathlib import Path; from workers.child import os_fault\n"
-        "try: Path(sys.argv[1]).write_text('x')\n"
-        "except OSError as fault: print(os_fault(fault).code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(assignment.work_folder / "file")],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
-    )  # fmt: skip
-    assert done.stdout.strip() == "worker_disk"
+# Too small for a checkpoint (safetensors writes it), and for the outputs (which are ours).
+@pytest.mark.parametrize("size", [128 * 1024, 1024 * 1024])
+def test_a_disk_that_fills_up_at_any_moment_is_the_operators(tmp_path: Path, size: int) -> None:
+    model = tiny_model(tmp_path / "model")
+    with (
+        small_disk(tmp_path / "disk", size) as disk,
+        JobChild(tiny_assignment(tiny_spec(), model, disk)) as child,
+    ):
+        *_, last = child.messages()
+    assert isinstance(last, Failed)
+    assert last.error.code == "worker_disk"
+    assert last.error.message.startswith("the disk is full: ")
+    assert last.error.remedy == "free space in the worker's NIBBLE_STATE_DIR"
