@@ -13,7 +13,7 @@ OPERATIONS, KEYS = f"{INTEGRATION}/test_api_operations.py", f"{INTEGRATION}/test
 ATTACKS, LIMITS = f"{INTEGRATION}/test_attacks.py", f"{INTEGRATION}/test_api_limits.py"
 SECURITY, OUTGOING = f"{INTEGRATION}/test_security.py", f"{UNIT}/outgoing/test_guard.py"
 SOURCE, HEADER = f"{UNIT}/sources/test_model_source.py", f"{UNIT}/sources/test_safetensors_header.py"
-CHILD, TEMPLATE = f"{UNIT}/child/test_job_child.py", "tests/unit/workers/serving/test_chat_template.py"
+CHILD, TEMPLATE = f"{UNIT}/child/test_job_child.py", "tests/unit/workers/texts/test_chat_template.py"
 
 
 class Guard(NamedTuple):
@@ -258,18 +258,23 @@ MODELS = (
     Guard("a child that outlives its supervisor", f"{CORE}/child/start.py",
           "if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:", "if False:",
           f"{CHILD}::test_a_child_dies_with_its_parent"),
-    Guard("a template that reaches Python", "workers/serving/chat_template.py",
+    Guard("a template that reaches Python", "workers/texts/chat_template.py",
           "class TimedSandbox(ImmutableSandboxedEnvironment):", "class TimedSandbox(__import__(\"jinja2\").Environment):",
           f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),
-    Guard("a template that changes the messages", "workers/serving/chat_template.py",
+    Guard("a template that changes the messages", "workers/texts/chat_template.py",
           "class TimedSandbox(ImmutableSandboxedEnvironment):",
           "class TimedSandbox(__import__(\"jinja2.sandbox\").sandbox.SandboxedEnvironment):",
           f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),
-    Guard("a template that does not end", "workers/serving/chat_template.py",
+    Guard("a template that changes the messages by the class of dicts", "workers/texts/chat_template.py",
+          '"dict": NewDict()', '"dict": dict', f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),
+    Guard("a template that computes an endless power", "workers/texts/chat_template.py",
+          "> MAX_POWER_BITS:", "> 10**9:",
+          f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),
+    Guard("a template that does not end", "workers/texts/chat_template.py",
           "if time.monotonic() > self._deadline.at:", "if False:",
           f"{TEMPLATE}::test_a_template_that_does_not_end_is_ended"),
-    Guard("a template that writes gigabytes", "workers/serving/chat_template.py",
-          "if size > MAX_RENDERED:", "if False:", f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),
+    Guard("a template that writes gigabytes", "workers/texts/chat_template.py",
+          "if size > most:", "if False:", f"{TEMPLATE}::test_what_a_template_may_not_do_is_refused"),
     Guard("a template in a request", "workers/serving/protocol.py",
           "chat_template: None = None", "chat_template: Any = None",
           f"{INTEGRATION}/test_inference_contract.py::test_invalid_values_are_named"),

@@ -160,15 +160,12 @@ class Call(BaseModel):
 
     @model_validator(mode="after")
     def check_arguments(self) -> Self:
-        self.arguments()
-        return self
-
-    def arguments(self) -> Any:
         given = self.function.arguments
         try:
-            return json.loads(given or "{}") if isinstance(given, str) else given or {}
+            json.loads(given or "{}") if isinstance(given, str) else None
         except (ValueError, RecursionError) as fault:
             raise ValueError(f"the arguments are not JSON: {fault}") from fault
+        return self
 
     def for_template(self) -> dict[str, Any]:
         given = self.model_dump(exclude_unset=True)

@@ -11,14 +11,15 @@ from typing import Any
 
 from app.core.errors import InvalidRequest, NotFound
 from workers.serving.engine import Engine, News
+from workers.serving.generation_settings import sampling_defaults
 from workers.serving.grammar import Grammars, Matcher
 from workers.serving.metrics import Metrics
 from workers.serving.protocol import Body, ChatRequest, CompletionRequest, NamedTool
 from workers.serving.requests import Generation, Piece, Sampling, Stopping
 from workers.serving.tokenization import Tokenization
+from workers.texts.chat_template import RefusedByTemplate
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 ANY_OBJECT = {"type": "object"}
 
 
@@ -70,8 +71,7 @@ class ServedModel:
         self.max_model_len = engine.limits.max_model_len
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
-        given = tokenization.generation_config
-        self.defaults = {key: given[key] for key in SAMPLING_DEFAULTS if given.get(key) is not None}
+        self.defaults = sampling_defaults(tokenization.settings)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """From now on the engine's news are handed over in `loop`."""
@@ -97,22 +97,24 @@ class ServedModel:
         return Prompts([self.checked(ids, limit, "messages")], limit, top, matcher)
 
     def render(self, request: ChatRequest) -> str:
-        messages = [message.for_template() for message in request.messages]
-        last = messages[-1].get("content") or ""
+        """Raises InvalidRequest for messages that the model's template refuses or that break it."""
         tools = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
         given = {
             key: value for key, value in (request.chat_template_kwargs or {}).items() if key not in RESERVED
         }
-        text = self.tokenization.template.render(
-            messages,
-            tools=tools if tools and request.tool_choice != "none" else None,
-            documents=None,
-            add_generation_prompt=request.add_generation_prompt,
-            **given,
-        )
-        if request.continue_final_message and last.strip() in text:
-            text = text[: text.rindex(last.strip()) + len(last.strip())]
-        return text
+        try:
+            return self.tokenization.template.render(
+                [message.model_dump(exclude_unset=True) for message in request.messages],
+                {**given, "add_generation_prompt": request.add_generation_prompt},
+                tools=tools if tools and request.tool_choice != "none" else None,
+                continue_final_message=request.continue_final_message,
+            )
+        except RefusedByTemplate as refusal:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {refusal}",
+                code="chat_template_refused", remedy="use roles and orders that the model knows",
+                param="messages",
+            ) from refusal  # fmt: skip
 
     def completion_prompts(self, request: CompletionRequest) -> Prompts:
         """Encodes; as above."""
@@ -203,10 +205,11 @@ class ServedModel:
 
     def stopping(self, request: Body, prompts: Prompts, length: int) -> Stopping:
         room = self.max_model_len - length
+        stop = self.defaults.get("stop", ()) if request.stop is None else request.stop
         return Stopping(
             max_tokens=min(prompts.max_tokens or room, room),
             min_tokens=request.min_tokens,
-            strings=request.stop_strings,
+            strings=(stop,) if isinstance(stop, str) else tuple(stop),
             token_ids=self.tokenization.known(request.stop_token_ids or ()),
             ignore_eos=request.ignore_eos,
             include_string=request.include_stop_str_in_output,

@@ -6,17 +6,15 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import ModelRefused
-from workers.serving.chat_template import ChatTemplate
+from workers.serving.generation_settings import end_tokens, read_settings
+from workers.texts.chat_template import chat_template
 from workers.texts.windows import load_tokenizer
 
 
 class Tokenization:
-    """One tokenizer, with the model's chat template and its end tokens."""
+    """One tokenizer, with the model's chat templates, its generation settings and its end tokens."""
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         """Raises ModelRefused for an artifact whose tokenizer can't be used."""
@@ -29,9 +27,9 @@ class Tokenization:
         self._fast = tokenizer.backend_tokenizer
         self._fast.no_truncation()
         self._fast.no_padding()
-        self.generation_config = read_json(folder / "generation_config.json")
-        self.end_tokens = self.known(end_tokens(tokenizer, self.generation_config))
-        self.template = ChatTemplate(template_source(tokenizer), special_tokens(tokenizer))
+        self.settings = read_settings(folder)
+        self.end_tokens = self.known(end_tokens(self.settings, tokenizer))
+        self.template = chat_template(tokenizer)
         decoder = json.loads(self._fast.to_str()).get("decoder") or {}
         self._byte_level = "ByteLevel" in json.dumps(decoder)
 
@@ -65,30 +63,6 @@ class Tokenization:
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # SentencePiece's bytes
             return bytes([int(name[3:5], 16)])
         return self.token_text(token).encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: dict[str, Any]) -> frozenset[int]:
-    """Those that end an answer, by the model's generation settings and by the tokenizer."""
-    named = generation_config.get("eos_token_id")
-    found = named if isinstance(named, list) else [named]
-    return frozenset(token for token in (*found, tokenizer.eos_token_id) if isinstance(token, int))
-
-
-def template_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The model's template; of several, the one that knows tools, which holds plain messages too."""
-    source: Any = tokenizer.chat_template
-    if isinstance(source, dict):
-        source = source.get("tool_use") or source.get("default")
-    return source if isinstance(source, str) else None
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    return {name: str(value) for name in names if (value := getattr(tokenizer, name, None)) is not None}
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from app.core.errors import TextRefused
 from app.core.specs import TextSpec
@@ -17,10 +17,11 @@ BUILTIN = ("wikitext2",)
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text, or the turns of a conversation."""
+    """Plain text, or the turns of a conversation and the tools that it may call."""
 
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 def read_documents(spec: TextSpec, file: Path | None, *, part: Literal["valid", "test"]) -> list[Document]:

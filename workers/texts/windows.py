@@ -7,20 +7,18 @@ document is dropped for its length, and no window is padded.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import TextRefused
 from app.core.specs import CalibrationSpec, EvaluationSpec, TextSpec
+from workers.texts.chat_template import ChatTemplate, RefusedByTemplate, chat_template
 from workers.texts.documents import Document, read_documents
-
-# What a template can raise by what it says: it is a program.
-TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises TextRefused if it can't be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.chat_template = tokenizer.chat_template or processor_template(folder)
+        return tokenizer
     except Exception as fault:  # the tokenizers library raises nothing more precise
         told = " ".join(str(fault).split())
         raise TextRefused(
             f"the model's tokenizer can't be loaded: {told}", code="tokenizer_invalid",
             remedy="add tokenizer.json and tokenizer_config.json to the model",
         ) from fault  # fmt: skip
+
+
+def processor_template(folder: Path) -> str | None:
+    """Some models with images keep their one template in chat_template.json, where processors look."""
+    file = folder / "chat_template.json"
+    return json.loads(file.read_text("utf-8"))["chat_template"] if file.exists() else None
 
 
 def calibration_windows(
@@ -75,10 +81,11 @@ def all_windows(
 ) -> Tensor:
     """Raises TextRefused if the text has fewer windows than were asked for."""
     ids: list[int] = []
+    template = needed_template(spec, tokenizer, documents)
     for number, document in enumerate(documents):
         if number and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        ids.extend(token_ids(tokenizer, document, chat_template=spec.chat_template))
+        ids.extend(token_ids(tokenizer, document, template, as_turn=spec.chat_template))
     count = len(ids) // sequence_length
     if count < spec.num_samples:
         raise TextRefused(
@@ -90,23 +97,41 @@ def all_windows(
     return torch.tensor(ids[: count * sequence_length]).view(count, sequence_length)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, *, chat_template: bool) -> list[int]:
-    """Raises TextRefused if a chat template is needed and there is none."""
-    messages = document.messages
-    if messages is None and not chat_template:
-        assert document.text is not None
-        return list(tokenizer(document.text, verbose=False)["input_ids"])
+def needed_template(
+    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+) -> ChatTemplate | None:
+    """The model's chat template, if a document or the spec asks for one.
+
+    Raises TextRefused if there is none, ModelRefused for one that is no template.
+    """
+    if not spec.chat_template and all(document.messages is None for document in documents):
+        return None
     if tokenizer.chat_template is None:
         raise TextRefused(
             "the model has no chat template, but the text needs one", code="chat_template_missing",
             remedy="set chat_template to false and give plain text",
         )  # fmt: skip
+    return chat_template(tokenizer)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, document: Document, template: ChatTemplate | None, *, as_turn: bool
+) -> list[int]:
+    """A conversation, or with `as_turn` a text as a user's turn, by the template; other text as it is.
+
+    Raises TextRefused for messages that the template refuses.
+    """
+    messages = document.messages
+    if messages is None and not as_turn:
+        assert document.text is not None
+        return list(tokenizer(document.text, verbose=False)["input_ids"])
+    assert template is not None
     turns = messages if messages is not None else [{"role": "user", "content": document.text or ""}]
     try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TEMPLATE_FAULTS as fault:
+        rendered = template.render(turns, tools=document.tools)
+    except RefusedByTemplate as refusal:
         raise TextRefused(
-            f"the model's chat template refuses a conversation: {fault}", code="chat_template_failed",
+            f"the model's chat template refuses a conversation: {refusal}", code="chat_template_failed",
             remedy="give conversations that follow the template, or plain text",
-        ) from fault  # fmt: skip
-    return list(tokenizer(str(rendered), add_special_tokens=False, verbose=False)["input_ids"])
+        ) from refusal  # fmt: skip
+    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
-from workers.serving.protocol import ChatRequest
+from workers.serving.protocol import Body, ChatRequest, CompletionRequest
+from workers.serving.routes import refused_body
+from workers.texts.chat_template import turn
 
 
 def chat(*messages: object) -> ChatRequest:
@@ -20,7 +24,7 @@ def test_templates_get_the_arguments_of_earlier_calls_as_objects() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "cold"},
     )
-    assistant, tool = (message.for_template() for message in request.messages)
+    assistant, tool = (turn(message.model_dump(exclude_unset=True)) for message in request.messages)
     assert assistant["content"] == ""
     called = {"name": "visit", "arguments": {"city": "Oslo"}}
     assert assistant["tool_calls"] == [{**call, "function": called}]
@@ -31,10 +35,92 @@ def test_templates_get_the_arguments_of_earlier_calls_as_objects() -> None:
 def test_arguments_may_be_objects_or_absent(arguments: object, expected: object) -> None:
     call = {"function": {"name": "visit", "arguments": arguments}}
     request = chat({"role": "assistant", "tool_calls": [call]})
-    assert request.messages[0].for_template()["tool_calls"][0]["function"]["arguments"] == expected
+    assistant = turn(request.messages[0].model_dump(exclude_unset=True))
+    assert assistant["tool_calls"][0]["function"]["arguments"] == expected
 
 
 def test_arguments_that_are_not_json_are_refused() -> None:
     call = {"function": {"name": "visit", "arguments": "{"}}
     with pytest.raises(ValidationError, match="the arguments are not JSON"):
         chat({"role": "assistant", "content": None, "tool_calls": [call]})
+
+
+NUMBERS = (
+    *(
+        "frequency_penalty",
+        "presence_penalty",
+        "repetition_penalty",
+        "max_tokens",
+        "n",
+        "seed",
+        "temperature",
+    ),
+    *("top_p", "top_k", "min_p", "min_tokens"),
+)
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        *((kind, field) for kind in (ChatRequest, CompletionRequest) for field in NUMBERS),
+        *(
+            (ChatRequest, "top_logprobs"),
+            (ChatRequest, "max_completion_tokens"),
+            (CompletionRequest, "best_of"),
+        ),
+    ],
+)
+def test_booleans_are_no_numbers(kind: type[Body], field: str, value: bool) -> None:
+    """They were taken for 1 and 0."""
+    assert refusal_of(kind, {field: value}) == (field, f"{field}: a number is needed, not true or false")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop_token_ids", [1, True]),
+        ("allowed_token_ids", [False]),
+        ("prompt", [True, 2]),
+        ("prompt", [1, False]),
+    ],
+)
+def test_booleans_are_no_tokens(field: str, value: object) -> None:
+    assert refusal_of(CompletionRequest, {field: value}) == (
+        field, f"{field}: numbers are needed, not true or false"
+    )  # fmt: skip
+
+
+def test_booleans_are_no_biases() -> None:
+    assert refusal_of(CompletionRequest, {"logit_bias": {"5": True}})[0] == "logit_bias.5"
+
+
+def test_every_number_of_a_body_is_tried_with_booleans() -> None:
+    """A field that is added later belongs to the table above."""
+    tried = {*NUMBERS, "top_logprobs", "max_completion_tokens", "best_of", "logprobs"}
+    for kind in (ChatRequest, CompletionRequest):
+        for field, schema in kind.model_json_schema()["properties"].items():
+            types = {branch.get("type") for branch in schema.get("anyOf", [schema])}
+            assert not types & {"integer", "number"} or field in tried, field
+
+
+@pytest.mark.parametrize(("given", "expected"), [(False, None), (None, None), (0, 0), (2, 2)])
+def test_false_asks_for_no_logprobs_of_a_text(given: object, expected: object) -> None:
+    """As in a chat, where the field is a boolean."""
+    body = json.dumps({"prompt": "a", "logprobs": given})
+    assert CompletionRequest.model_validate_json(body).logprobs == expected
+
+
+def test_true_asks_for_no_number_of_logprobs() -> None:
+    assert refusal_of(CompletionRequest, {"logprobs": True})[0] == "logprobs"
+
+
+def refusal_of(kind: type[Body], fields: dict[str, object]) -> tuple[str | None, str]:
+    """The field and the message of what is told of a body."""
+    body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "logprobs": True, **fields}
+    if kind is CompletionRequest and "logprobs" not in fields:
+        del body["logprobs"]
+    with pytest.raises(ValidationError) as fault:
+        kind.model_validate_json(json.dumps(body))
+    told = refused_body(fault.value)
+    return told.param, told.message
