@@ -91,10 +91,6 @@ class Body(BaseModel):
     use_beam_search: Literal[False] | None = None
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -167,10 +163,6 @@ class Call(BaseModel):
             raise ValueError(f"the arguments are not JSON: {fault}") from fault
         return self
 
-    def for_template(self) -> dict[str, Any]:
-        given = self.model_dump(exclude_unset=True)
-        return {**given, "function": {**given["function"], "arguments": self.arguments()}}
-
 
 class Message(BaseModel):
     """A turn; roles and further keys are the chat template's affair."""
@@ -180,17 +172,6 @@ class Message(BaseModel):
     role: str = Field(min_length=1, max_length=64)
     content: str | Several[TextPart] | None = None
     tool_calls: Several[Call] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As templates expect it, and vLLM gives it: content is text, arguments of calls are objects."""
-        given = self.model_dump(exclude_unset=True)
-        if isinstance(self.content, list):
-            given["content"] = "\n".join(part.text for part in self.content)
-        elif self.content is None:
-            given["content"] = ""
-        if self.tool_calls is not None:
-            given["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return given
 
 
 class ChatRequest(Body):
