@@ -16,7 +16,7 @@ from local_service import MODEL, DemoFailed, ended, free_port, running_service
 from rich.console import Console
 from rich.markup import escape
 
-from app.client import JobView, NibbleClient
+from app.client import JobAnswer, NibbleClient
 from app.commands.chat import Conversation, answer, converse
 from app.commands.deployments import await_ready
 from app.commands.jobs import watch_job
@@ -39,7 +39,7 @@ def job_body(num_samples: int) -> dict[str, object]:
     }
 
 
-def quantized(client: NibbleClient, console: Console, num_samples: int) -> JobView:
+def quantized(client: NibbleClient, console: Console, num_samples: int) -> JobAnswer:
     job = client.submit(job_body(num_samples))
     job = watch_job(client, job.id, console)
     if job.state != "succeeded":

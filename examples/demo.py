@@ -13,7 +13,7 @@ from pathlib import Path
 from local_service import MODEL, REPOSITORY, DemoFailed, ended, free_port, running_service
 from rich.console import Console
 
-from app.client import JobView, NibbleClient
+from app.client import JobAnswer, NibbleClient
 from app.commands.jobs import watch_job
 from app.commands.show import show_job, show_report
 
@@ -35,7 +35,7 @@ JOB = {
 }
 
 
-def run_job(client: NibbleClient, console: Console) -> JobView:
+def run_job(client: NibbleClient, console: Console) -> JobAnswer:
     job = client.submit(JOB)
     console.print(f"submitted {job.id}: RTN and AWQ, 4 bits, groups of 128, two formats")
     job = watch_job(client, job.id, console)
@@ -45,7 +45,7 @@ def run_job(client: NibbleClient, console: Console) -> JobView:
     return job
 
 
-def chosen_artifact(client: NibbleClient, job: JobView) -> str:
+def chosen_artifact(client: NibbleClient, job: JobAnswer) -> str:
     """The AWQ candidate in the format that compressed-tensors reads."""
     for artifact_id in job.artifacts:
         artifact = client.artifact(artifact_id)

@@ -1,40 +1,35 @@
 """A typed client of Nibble's HTTP API, used by the terminal: one that blocks, one for event loops."""
 
-from app.client.awaiting import AsyncNibbleClient
-from app.client.blocking import NibbleClient
+from app.client.clients import AsyncNibbleClient, NibbleClient
 from app.client.errors import (
     BadRequest,
-    Conflict,
     DownloadCorrupt,
-    Forbidden,
     InferenceRefused,
     Invalid,
     JobEnded,
-    NotFound,
     ServiceFault,
     ServiceRefused,
     ServiceUnreachable,
     TooMany,
-    Unauthenticated,
-    Unavailable,
     WaitTimedOut,
 )
 from app.client.retries import Retries
-from app.client.views import ArtifactView, DeploymentView, EventView, JobView
+from app.client.views import ArtifactAnswer, DeploymentAnswer, EventAnswer, JobAnswer
+from app.core.errors import Conflict, Forbidden, NotFound, Unauthenticated, Unavailable
 
 __all__ = [
-    "ArtifactView",
+    "ArtifactAnswer",
     "AsyncNibbleClient",
     "BadRequest",
     "Conflict",
-    "DeploymentView",
+    "DeploymentAnswer",
     "DownloadCorrupt",
-    "EventView",
+    "EventAnswer",
     "Forbidden",
     "InferenceRefused",
     "Invalid",
+    "JobAnswer",
     "JobEnded",
-    "JobView",
     "NibbleClient",
     "NotFound",
     "Retries",

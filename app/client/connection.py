@@ -1,12 +1,16 @@
-"""Carries out effects: one class blocks, the other awaits. Beyond this the clients are the same."""
+"""Carries out effects: one class blocks, the other awaits. Beyond this the clients are the same.
+
+`returns` and `yields` make methods of flows and streams: what such a method gives depends on which of the two
+classes it is called on.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, overload
 
 import httpx
 
@@ -40,8 +44,7 @@ def request_of(http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Requ
 class Connection:
     """Carries flows out on an httpx.Client."""
 
-    def __init__(self, http: httpx.Client) -> None:
-        self.http = http
+    http: httpx.Client
 
     def run(self, flow: Flow[ResultT]) -> ResultT:
         with closing(self.stream(emitted(flow))) as results:
@@ -108,8 +111,7 @@ class Passage:
 class AsyncConnection:
     """Carries flows out on an httpx.AsyncClient."""
 
-    def __init__(self, http: httpx.AsyncClient) -> None:
-        self.http = http
+    http: httpx.AsyncClient
 
     async def run(self, flow: Flow[ResultT]) -> ResultT:
         async with aclosing(self.stream(emitted(flow))) as results:
@@ -170,3 +172,45 @@ class AsyncPassage:
         if self._answer is not None:
             await self._answer.aclose()
             self._answer = None
+
+
+P = ParamSpec("P")
+
+
+class returns(Generic[P, ResultT]):  # a decorator
+    """Makes a flow a method: it returns the result, on an AsyncConnection an awaitable of it.
+
+    On the class itself it is the flow, for flows that are made of others.
+    """
+
+    def __init__(self, flow: Callable[Concatenate[Any, P], Flow[ResultT]]) -> None:
+        self._flow = flow
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[Concatenate[Any, P], Flow[ResultT]]: ...
+    @overload
+    def __get__(self, client: Connection, owner: type) -> Callable[P, ResultT]: ...
+    @overload
+    def __get__(self, client: AsyncConnection, owner: type) -> Callable[P, Coroutine[Any, Any, ResultT]]: ...
+    def __get__(self, client: Connection | AsyncConnection | None, owner: type) -> Callable[..., Any]:
+        if client is None:
+            return self._flow
+        return lambda *given, **named: client.run(self._flow(client, *given, **named))
+
+
+class yields(Generic[P, ItemT]):  # a decorator
+    """Makes a stream a method: it returns an iterator, on an AsyncConnection an asynchronous one."""
+
+    def __init__(self, stream: Callable[Concatenate[Any, P], Stream[ItemT]]) -> None:
+        self._stream = stream
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[Concatenate[Any, P], Stream[ItemT]]: ...
+    @overload
+    def __get__(self, client: Connection, owner: type) -> Callable[P, Generator[ItemT, None, None]]: ...
+    @overload
+    def __get__(self, client: AsyncConnection, owner: type) -> Callable[P, AsyncGenerator[ItemT, None]]: ...
+    def __get__(self, client: Connection | AsyncConnection | None, owner: type) -> Callable[..., Any]:
+        if client is None:
+            return self._stream
+        return lambda *given, **named: client.stream(self._stream(client, *given, **named))

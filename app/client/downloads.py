@@ -14,7 +14,7 @@ from app.client.effects import Call, Flow, Open, Pause, Read, Work
 from app.client.errors import DownloadCorrupt, unreachable
 from app.client.exchange import Exchange
 from app.client.routes import file_route
-from app.client.views import ArtifactView, FileView
+from app.client.views import ArtifactAnswer, FileAnswer
 
 PIECE_BYTES = 256 * 1024
 BREAKS = 8  # in a row, with not a byte between them
@@ -26,7 +26,9 @@ def ignore_bytes(count: int) -> None:
     """For callers who show no progress."""
 
 
-def artifact_files(exchange: Exchange, artifact: ArtifactView, folder: Path, on_bytes: OnBytes) -> Flow[None]:
+def artifact_files(
+    exchange: Exchange, artifact: ArtifactAnswer, folder: Path, on_bytes: OnBytes
+) -> Flow[None]:
     """Every file under `folder`. Those that are there already and whole are not sent again."""
     places = [(file, folder / safe_path(file.path)) for file in artifact.files]
     for file, place in places:
@@ -37,7 +39,7 @@ def artifact_files(exchange: Exchange, artifact: ArtifactView, folder: Path, on_
 
 
 def one_file(
-    exchange: Exchange, artifact_id: str, file: FileView, place: Path, on_bytes: OnBytes
+    exchange: Exchange, artifact_id: str, file: FileAnswer, place: Path, on_bytes: OnBytes
 ) -> Flow[None]:
     """A file, continued from the part that an earlier download left; once more from its start if wrong."""
     part: Part = yield Work(partial(Part, place, on_bytes))
@@ -58,7 +60,7 @@ def one_file(
         part.close()
 
 
-def received(exchange: Exchange, artifact_id: str, file: FileView, part: Part) -> Flow[None]:
+def received(exchange: Exchange, artifact_id: str, file: FileAnswer, part: Part) -> Flow[None]:
     """Fills `part` with what it lacks, over as many connections as it takes."""
     breaks = 0
     while part.size < file.size or file.size == 0:
@@ -140,7 +142,7 @@ class Part:
             self._file = None
 
 
-def is_whole(place: Path, file: FileView) -> bool:
+def is_whole(place: Path, file: FileAnswer) -> bool:
     if not place.is_file() or place.stat().st_size != file.size:
         return False
     with place.open("rb") as kept:

@@ -15,11 +15,12 @@ A problem also has its `status`, `request_id` and `fields`.
     │   └── Unavailable         502, 503, 504
     └── Foreign                 an answer that Nibble does not send
     InferenceRefused            an inference route answered with an error in OpenAI's shape
-    JobEnded                    the job failed or was cancelled (`JobView.require_success`)
+    JobEnded                    the job failed or was cancelled (`JobAnswer.require_success`)
     WaitTimedOut                `wait_for` ran out of time; the job goes on
     DownloadCorrupt             the bytes that came are not those of the manifest
 
-Those that the service itself raises are, too, of its own class of that name in app.core.errors.
+Unauthenticated, Forbidden, NotFound, Conflict and Unavailable are the classes of app.core.errors: what the
+service refuses with one of them is of that class and a ServiceRefused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httpx
 
@@ -59,22 +60,6 @@ class BadRequest(ServiceRefused, errors.MalformedRequest):
     pass
 
 
-class Unauthenticated(ServiceRefused, errors.Unauthenticated):
-    pass
-
-
-class Forbidden(ServiceRefused, errors.Forbidden):
-    pass
-
-
-class NotFound(ServiceRefused, errors.NotFound):
-    pass
-
-
-class Conflict(ServiceRefused, errors.Conflict):
-    pass
-
-
 class Invalid(ServiceRefused, errors.InvalidRequest):
     pass
 
@@ -84,10 +69,6 @@ class TooMany(ServiceRefused):
 
 
 class ServiceFault(ServiceRefused):
-    pass
-
-
-class Unavailable(ServiceFault, errors.Unavailable):
     pass
 
 
@@ -113,17 +94,22 @@ class DownloadCorrupt(errors.NibbleError):
     code = "download_corrupt"
 
 
+def refused(
+    error: type[errors.NibbleError], kind: type[ServiceRefused] = ServiceRefused
+) -> type[ServiceRefused]:
+    """A class of refusals that is the service's own class of errors, too."""
+    return cast("type[ServiceRefused]", type(error.__name__, (kind, error), {"__module__": __name__}))
+
+
 KINDS: dict[int, type[ServiceRefused]] = {
     400: BadRequest,
-    401: Unauthenticated,
-    403: Forbidden,
-    404: NotFound,
-    409: Conflict,
+    401: refused(errors.Unauthenticated),
+    403: refused(errors.Forbidden),
+    404: refused(errors.NotFound),
+    409: refused(errors.Conflict),
     422: Invalid,
     429: TooMany,
-    502: Unavailable,
-    503: Unavailable,
-    504: Unavailable,
+    **dict.fromkeys((502, 503, 504), refused(errors.Unavailable, ServiceFault)),
 }
 
 

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from app.client.effects import Call, Flow, Open, Pause, ReadAll, Send
 from app.client.errors import foreign, is_passing, json_object, refusal, unreachable
 from app.client.retries import Retries
-from app.client.views import Answer
+from app.client.views import ServiceAnswer
 from app.core.errors import NibbleError
 
-AnswerT = TypeVar("AnswerT", bound=Answer)
+AnswerT = TypeVar("AnswerT", bound=ServiceAnswer)
 
 # The request has not been carried out: no connection, so nothing was sent.
 UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)

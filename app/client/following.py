@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from app.client.effects import Call, Emit, Flow, Open, Pause, Read, ReadAll, Stream
 from app.client.errors import (
-    NotFound,
     WaitTimedOut,
     foreign,
     inference_error,
@@ -23,7 +22,8 @@ from app.client.errors import (
 from app.client.exchange import Exchange, parse
 from app.client.routes import deployment_route, job_route
 from app.client.server_sent import Messages
-from app.client.views import DeploymentView, EventView, JobView
+from app.client.views import DeploymentAnswer, EventAnswer, JobAnswer
+from app.core.errors import NotFound
 
 LONG_POLL_S = 20.0
 PATIENCE_S = 30.0  # how long a service that restarts is put up with
@@ -40,7 +40,7 @@ def ignore_seconds(seconds: float) -> None:
     """For callers who don't tell why they wait."""
 
 
-def job_changes(exchange: Exchange, job_id: str) -> Stream[JobView]:
+def job_changes(exchange: Exchange, job_id: str) -> Stream[JobAnswer]:
     """The job now and after each change, until it has ended. A restart of the service is waited out."""
     etag: str | None = None
     while True:
@@ -51,7 +51,7 @@ def job_changes(exchange: Exchange, job_id: str) -> Stream[JobView]:
                 return
 
 
-def ended_job(exchange: Exchange, job_id: str, *, timeout_s: float | None) -> Flow[JobView]:
+def ended_job(exchange: Exchange, job_id: str, *, timeout_s: float | None) -> Flow[JobAnswer]:
     """The job once it has ended. Raises WaitTimedOut."""
     give_up = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
     state, etag = "", None
@@ -69,7 +69,7 @@ def ended_job(exchange: Exchange, job_id: str, *, timeout_s: float | None) -> Fl
 
 def next_change(
     exchange: Exchange, job_id: str, etag: str | None, wait_s: float
-) -> Flow[tuple[JobView | None, str | None]]:
+) -> Flow[tuple[JobAnswer | None, str | None]]:
     """The job and its tag once it differs from `etag`, at once without one; no job if it does not change."""
     # The service waits for whole seconds; what is shorter is waited for here.
     headers = {"Prefer": f"wait={int(wait_s)}", "If-None-Match": etag} if etag else {}
@@ -79,10 +79,10 @@ def next_change(
     answer = yield from exchange.sent(call, patience_s=PATIENCE_S if etag else 0.0)
     if answer.status_code == httpx.codes.NOT_MODIFIED:
         return None, etag
-    return parse(JobView, answer), answer.headers.get("ETag")
+    return parse(JobAnswer, answer), answer.headers.get("ETag")
 
 
-def job_events(exchange: Exchange, job_id: str, after: str | None) -> Stream[EventView]:
+def job_events(exchange: Exchange, job_id: str, after: str | None) -> Stream[EventAnswer]:
     """Events as they happen, until the job has ended and all were given. None is left out or repeated."""
     heard_at: float | None = None
     while True:
@@ -105,18 +105,18 @@ def job_events(exchange: Exchange, job_id: str, after: str | None) -> Stream[Eve
         yield Pause(exchange.retries.pause_s(1, None))
 
 
-def event_of(data: str, answer: httpx.Response) -> EventView:
+def event_of(data: str, answer: httpx.Response) -> EventAnswer:
     try:
-        return EventView.model_validate_json(data)
+        return EventAnswer.model_validate_json(data)
     except ValidationError as fault:
         raise foreign(answer) from fault
 
 
-def deployment_changes(exchange: Exchange, deployment_id: str) -> Stream[DeploymentView]:
+def deployment_changes(exchange: Exchange, deployment_id: str) -> Stream[DeploymentAnswer]:
     """The deployment now and whenever it differs, without end."""
-    seen: DeploymentView | None = None
+    seen: DeploymentAnswer | None = None
     while True:
-        now = yield from exchange.read(DeploymentView, Call("GET", deployment_route(deployment_id)))
+        now = yield from exchange.read(DeploymentAnswer, Call("GET", deployment_route(deployment_id)))
         if now != seen:
             seen = now
             yield Emit(now)
@@ -127,7 +127,7 @@ def deployment_gone(exchange: Exchange, deployment_id: str) -> Flow[None]:
     """Return once the deployment, deleted before, has finished what ran."""
     try:
         while True:
-            yield from exchange.read(DeploymentView, Call("GET", deployment_route(deployment_id)))
+            yield from exchange.read(DeploymentAnswer, Call("GET", deployment_route(deployment_id)))
             yield Pause(POLL_S)
     except NotFound:
         return

@@ -1,4 +1,4 @@
-"""Everything that the service can be asked, as flows and streams that any connection can carry out."""
+"""Everything that the service can be asked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import httpx
 from pydantic import BaseModel
 
 from app.client import views
-from app.client.downloads import OnBytes, artifact_files
+from app.client.connection import returns, yields
+from app.client.downloads import OnBytes, artifact_files, ignore_bytes
 from app.client.effects import Call, Emit, Flow, Send, Stream
-from app.client.errors import NotFound
 from app.client.exchange import Exchange
 from app.client.following import (
     Chunk,
@@ -22,16 +22,18 @@ from app.client.following import (
     deployment_changes,
     deployment_gone,
     ended_job,
+    ignore_seconds,
     job_changes,
     job_events,
 )
 from app.client.routes import artifact_route, deployment_route, given, job_route, route
+from app.core.errors import NotFound
 
 PAGE = 100  # the most that a page holds
 READY_LIMIT_S = 5.0
 
 Body = BaseModel | Mapping[str, Any]
-JobLike = views.JobView | str
+JobLike = views.JobAnswer | str
 ItemT = TypeVar("ItemT")
 PageOf = Callable[[str | None], Flow[views.Page[ItemT]]]
 
@@ -43,7 +45,7 @@ def plain(body: Body) -> dict[str, Any]:
 
 
 def id_of(job: JobLike) -> str:
-    return job.id if isinstance(job, views.JobView) else job
+    return job.id if isinstance(job, views.JobAnswer) else job
 
 
 def keyed(idempotency_key: str | None) -> dict[str, str]:
@@ -52,119 +54,164 @@ def keyed(idempotency_key: str | None) -> dict[str, str]:
 
 
 class Operations:
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
+    """What a client of either kind can ask. Each method is one flow; the client decides how to wait."""
+
+    exchange: Exchange
 
     # Jobs
 
-    def submit(self, body: Body, *, idempotency_key: str | None = None) -> Flow[views.JobView]:
+    @returns
+    def submit(self, body: Body, *, idempotency_key: str | None = None) -> Flow[views.JobAnswer]:
+        """Hand over a job: a `JobSpec`, or the body as plain data. Sent again, it still makes one job."""
         call = Call("POST", "/v1/jobs", json=plain(body), headers=keyed(idempotency_key))
-        return self.exchange.read(views.JobView, call)
+        return self.exchange.read(views.JobAnswer, call)
 
-    def job(self, job: JobLike) -> Flow[views.JobView]:
-        return self.exchange.read(views.JobView, Call("GET", job_route(id_of(job))))
+    @returns
+    def job(self, job: JobLike) -> Flow[views.JobAnswer]:
+        return self.exchange.read(views.JobAnswer, Call("GET", job_route(id_of(job))))
 
-    def job_page(
-        self, *, state: str | None, label: str | None, limit: int, after: str | None
+    @returns
+    def jobs(
+        self, *, state: str | None = None, label: str | None = None, limit: int = 20, after: str | None = None
     ) -> Flow[views.JobPage]:
+        """A page of jobs, newest first."""
         params = given({"state": state, "label": label, "limit": limit, "after": after})
         return self.exchange.read(views.JobPage, Call("GET", "/v1/jobs", params=params))
 
-    def each_job(self, *, state: str | None, label: str | None) -> Stream[views.JobView]:
-        return each(lambda after: self.job_page(state=state, label=label, limit=PAGE, after=after))
+    @yields
+    def each_job(self, *, state: str | None = None, label: str | None = None) -> Stream[views.JobAnswer]:
+        """Every job, newest first."""
+        return each(lambda after: Operations.jobs(self, state=state, label=label, limit=PAGE, after=after))
 
-    def cancel(self, job: JobLike) -> Flow[views.JobView]:
+    @returns
+    def cancel(self, job: JobLike) -> Flow[views.JobAnswer]:
         # Cancelling twice is cancelling once.
         return self.exchange.read(
-            views.JobView, Call("POST", job_route(id_of(job), "cancel"), repeatable=True)
+            views.JobAnswer, Call("POST", job_route(id_of(job), "cancel"), repeatable=True)
         )
 
-    def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> Flow[views.JobView]:
+    @returns
+    def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> Flow[views.JobAnswer]:
+        """A new job with the spec of one that has ended."""
         headers = keyed(idempotency_key)
         return self.exchange.read(
-            views.JobView, Call("POST", job_route(id_of(job), "retry"), headers=headers)
+            views.JobAnswer, Call("POST", job_route(id_of(job), "retry"), headers=headers)
         )
 
+    @returns
     def delete_job(self, job: JobLike) -> Flow[None]:
         return self.exchange.done(Call("DELETE", job_route(id_of(job))))
 
-    def event_page(self, job: JobLike, *, after: str | None, limit: int) -> Flow[views.EventPage]:
+    @returns
+    def event_page(
+        self, job: JobLike, *, after: str | None = None, limit: int = 100
+    ) -> Flow[views.EventPage]:
         params = given({"after": after, "limit": limit})
         return self.exchange.read(
             views.EventPage, Call("GET", job_route(id_of(job), "events"), params=params)
         )
 
+    @returns
     def report(self, job: JobLike) -> Flow[dict[str, Any]]:
         return self.exchange.document(Call("GET", job_route(id_of(job), "report")))
 
+    @returns
     def estimate(self, body: Body) -> Flow[dict[str, Any]]:
         call = Call("POST", "/v1/estimates", json=plain(body), repeatable=True)
         return self.exchange.document(call)
 
-    def follow(self, job: JobLike) -> Stream[views.JobView]:
+    @yields
+    def follow(self, job: JobLike) -> Stream[views.JobAnswer]:
+        """The job now and after each change, until it has ended."""
         return job_changes(self.exchange, id_of(job))
 
-    def wait_for(self, job: JobLike, timeout: float | None) -> Flow[views.JobView]:
+    @returns
+    def wait_for(self, job: JobLike, timeout: float | None = None) -> Flow[views.JobAnswer]:
+        """The job once it has ended, however it ended. Raises WaitTimedOut after `timeout` seconds."""
         return ended_job(self.exchange, id_of(job), timeout_s=timeout)
 
-    def events(self, job: JobLike, *, after: str | None) -> Stream[views.EventView]:
+    @yields
+    def events(self, job: JobLike, *, after: str | None = None) -> Stream[views.EventAnswer]:
+        """Events as they happen, until the job has ended. A broken connection is taken up where it broke."""
         return job_events(self.exchange, id_of(job), after)
 
+    @returns
     def webhook_deliveries(self, job: JobLike) -> Flow[views.DeliveryPage]:
         return self.exchange.read(
             views.DeliveryPage, Call("GET", job_route(id_of(job), "webhook-deliveries"))
         )
 
-    def redeliver(self, job: JobLike, delivery_id: str) -> Flow[views.DeliveryView]:
+    @returns
+    def redeliver(self, job: JobLike, delivery_id: str) -> Flow[views.DeliveryAnswer]:
         where = job_route(id_of(job), "webhook-deliveries", delivery_id, "redeliver")
-        return self.exchange.read(views.DeliveryView, Call("POST", where))
+        return self.exchange.read(views.DeliveryAnswer, Call("POST", where))
 
     # Artifacts
 
-    def artifact(self, artifact_id: str) -> Flow[views.ArtifactView]:
-        return self.exchange.read(views.ArtifactView, Call("GET", artifact_route(artifact_id)))
+    @returns
+    def artifact(self, artifact_id: str) -> Flow[views.ArtifactAnswer]:
+        return self.exchange.read(views.ArtifactAnswer, Call("GET", artifact_route(artifact_id)))
 
-    def artifact_page(self, *, limit: int, after: str | None) -> Flow[views.ArtifactPage]:
+    @returns
+    def artifacts(self, *, limit: int = 20, after: str | None = None) -> Flow[views.ArtifactPage]:
+        """A page of artifacts, newest first."""
         params = given({"limit": limit, "after": after})
         return self.exchange.read(views.ArtifactPage, Call("GET", "/v1/artifacts", params=params))
 
-    def each_artifact(self) -> Stream[views.ArtifactView]:
-        return each(lambda after: self.artifact_page(limit=PAGE, after=after))
+    @yields
+    def each_artifact(self) -> Stream[views.ArtifactAnswer]:
+        return each(lambda after: Operations.artifacts(self, limit=PAGE, after=after))
 
+    @returns
     def delete_artifact(self, artifact_id: str) -> Flow[None]:
         return self.exchange.done(Call("DELETE", artifact_route(artifact_id)))
 
-    def link(self, artifact_id: str, path: str, *, expires_in_s: int) -> Flow[views.LinkView]:
+    @returns
+    def link(self, artifact_id: str, path: str, *, expires_in_s: int = 3600) -> Flow[views.LinkAnswer]:
+        """A link that reads one file without a key."""
         body = {"path": path, "expires_in_s": expires_in_s}
         call = Call("POST", artifact_route(artifact_id, "links"), json=body, repeatable=True)
-        return self.exchange.read(views.LinkView, call)
+        return self.exchange.read(views.LinkAnswer, call)
 
-    def download(self, artifact_id: str, folder: Path, on_bytes: OnBytes) -> Flow[views.ArtifactView]:
-        artifact = yield from self.artifact(artifact_id)
+    @returns
+    def download(
+        self, artifact_id: str, folder: Path, *, on_bytes: OnBytes = ignore_bytes
+    ) -> Flow[views.ArtifactAnswer]:
+        """Write an artifact's files under `folder`; each appears there only after its SHA-256 was checked.
+
+        What an earlier download left is continued, and what is there already is not sent again.
+        """
+        artifact = yield from Operations.artifact(self, artifact_id)
         yield from artifact_files(self.exchange, artifact, folder, on_bytes)
         return artifact
 
     # Deployments
 
-    def deploy(self, body: Body, *, idempotency_key: str | None = None) -> Flow[views.DeploymentView]:
+    @returns
+    def deploy(self, body: Body, *, idempotency_key: str | None = None) -> Flow[views.DeploymentAnswer]:
         call = Call("POST", "/v1/deployments", json=plain(body), headers=keyed(idempotency_key))
-        return self.exchange.read(views.DeploymentView, call)
+        return self.exchange.read(views.DeploymentAnswer, call)
 
-    def deployment(self, deployment_id: str) -> Flow[views.DeploymentView]:
-        return self.exchange.read(views.DeploymentView, Call("GET", deployment_route(deployment_id)))
+    @returns
+    def deployment(self, deployment_id: str) -> Flow[views.DeploymentAnswer]:
+        return self.exchange.read(views.DeploymentAnswer, Call("GET", deployment_route(deployment_id)))
 
-    def deployment_page(self, *, limit: int, after: str | None) -> Flow[views.DeploymentPage]:
+    @returns
+    def deployments(self, *, limit: int = 20, after: str | None = None) -> Flow[views.DeploymentPage]:
+        """A page of deployments, newest first."""
         params = given({"limit": limit, "after": after})
         return self.exchange.read(views.DeploymentPage, Call("GET", "/v1/deployments", params=params))
 
-    def each_deployment(self) -> Stream[views.DeploymentView]:
-        return each(lambda after: self.deployment_page(limit=PAGE, after=after))
+    @yields
+    def each_deployment(self) -> Stream[views.DeploymentAnswer]:
+        return each(lambda after: Operations.deployments(self, limit=PAGE, after=after))
 
-    def deployment_named(self, name: str) -> Flow[views.DeploymentView]:
-        """The deployment of that name or id that is not on its way out."""
+    @returns
+    def deployment_named(self, name: str) -> Flow[views.DeploymentAnswer]:
+        """The deployment of that name or id that is not on its way out. Raises NotFound."""
         after: str | None = None
         while True:
-            page = yield from self.deployment_page(limit=PAGE, after=after)
+            page = yield from Operations.deployments(self, limit=PAGE, after=after)
             for each_one in page.items:
                 if name in (each_one.name, each_one.id) and each_one.state != "draining":
                     return each_one
@@ -176,66 +223,85 @@ class Operations:
                 )
             after = page.next
 
-    def delete_deployment(self, deployment_id: str, *, wait: bool) -> Flow[None]:
+    @returns
+    def delete_deployment(self, deployment_id: str, *, wait: bool = False) -> Flow[None]:
+        """Take no more requests, finish those that run, then stop. With `wait`, until that has happened."""
         yield from self.exchange.done(Call("DELETE", deployment_route(deployment_id)))
         if wait:
             yield from deployment_gone(self.exchange, deployment_id)
 
-    def follow_deployment(self, deployment_id: str) -> Stream[views.DeploymentView]:
+    @yields
+    def follow_deployment(self, deployment_id: str) -> Stream[views.DeploymentAnswer]:
+        """The deployment now and after each change, without end."""
         return deployment_changes(self.exchange, deployment_id)
 
-    def chat(self, body: Mapping[str, Any], on_wait: OnWait) -> Stream[Chunk]:
+    @yields
+    def chat(self, body: Mapping[str, Any], *, on_wait: OnWait = ignore_seconds) -> Stream[Chunk]:
+        """The chunks of a streamed answer; a model that loads is waited for."""
         return chat_chunks(self.exchange, body, on_wait)
 
     # The service itself
 
+    @returns
     def workers(self) -> Flow[views.WorkerPage]:
         return self.exchange.read(views.WorkerPage, Call("GET", "/v1/workers"))
 
+    @returns
     def ready(self) -> Flow[bool]:
+        """True once the service takes jobs; False while it starts or lacks Redis or storage."""
         try:
             answer = yield Send(Call("GET", "/readyz", read_timeout_s=READY_LIMIT_S))
         except httpx.TransportError:
             return False
         return bool(answer.is_success)
 
-    def login_link(self) -> Flow[views.LoginLinkView]:
-        return self.exchange.read(views.LoginLinkView, Call("POST", "/v1/login-links", repeatable=True))
+    @returns
+    def login_link(self) -> Flow[views.LoginLinkAnswer]:
+        return self.exchange.read(views.LoginLinkAnswer, Call("POST", "/v1/login-links", repeatable=True))
 
-    def collect_garbage(self, *, dry_run: bool) -> Flow[views.GarbageView]:
+    @returns
+    def collect_garbage(self, *, dry_run: bool = False) -> Flow[views.GarbageAnswer]:
         params = {"dry_run": str(dry_run).lower()}
         call = Call("POST", "/v1/gc", params=params, repeatable=True)
-        return self.exchange.read(views.GarbageView, call)
+        return self.exchange.read(views.GarbageAnswer, call)
 
-    def audit(self, *, limit: int, after: str | None) -> Flow[views.AuditPage]:
+    @returns
+    def audit(self, *, limit: int = 100, after: str | None = None) -> Flow[views.AuditPage]:
         params = given({"limit": limit, "after": after})
         return self.exchange.read(views.AuditPage, Call("GET", "/v1/audit", params=params))
 
     # Access. A key is shown once: if that answer was lost, the repetition is refused by name of the key.
 
-    def create_key(self, body: Mapping[str, Any]) -> Flow[views.NewKeyView]:
+    @returns
+    def create_key(self, body: Mapping[str, Any]) -> Flow[views.NewKeyAnswer]:
         return self.exchange.read(
-            views.NewKeyView, Call("POST", "/v1/keys", json=dict(body), headers=keyed(None))
+            views.NewKeyAnswer, Call("POST", "/v1/keys", json=dict(body), headers=keyed(None))
         )
 
-    def keys(self, *, tenant: str | None) -> Flow[views.KeyPage]:
+    @returns
+    def keys(self, *, tenant: str | None = None) -> Flow[views.KeyPage]:
         return self.exchange.read(views.KeyPage, Call("GET", "/v1/keys", params=given({"tenant": tenant})))
 
+    @returns
     def revoke_key(self, key_id: str) -> Flow[None]:
         return self.exchange.done(Call("DELETE", route("keys", key_id)))
 
-    def tenant_limits(self, tenant: str) -> Flow[views.LimitsView]:
-        return self.exchange.read(views.LimitsView, Call("GET", route("tenants", tenant, "limits")))
+    @returns
+    def tenant_limits(self, tenant: str) -> Flow[views.LimitsAnswer]:
+        return self.exchange.read(views.LimitsAnswer, Call("GET", route("tenants", tenant, "limits")))
 
-    def set_tenant_limits(self, tenant: str, limits: Mapping[str, int]) -> Flow[views.LimitsView]:
+    @returns
+    def set_tenant_limits(self, tenant: str, limits: Mapping[str, int]) -> Flow[views.LimitsAnswer]:
         call = Call("PUT", route("tenants", tenant, "limits"), json=dict(limits))
-        return self.exchange.read(views.LimitsView, call)
+        return self.exchange.read(views.LimitsAnswer, call)
 
-    def webhook_secret(self) -> Flow[views.SecretView]:
-        return self.exchange.read(views.SecretView, Call("GET", "/v1/webhook-secret"))
+    @returns
+    def webhook_secret(self) -> Flow[views.SecretAnswer]:
+        return self.exchange.read(views.SecretAnswer, Call("GET", "/v1/webhook-secret"))
 
-    def rotate_webhook_secret(self) -> Flow[views.SecretView]:
-        return self.exchange.read(views.SecretView, Call("POST", "/v1/webhook-secret/rotate"))
+    @returns
+    def rotate_webhook_secret(self) -> Flow[views.SecretAnswer]:
+        return self.exchange.read(views.SecretAnswer, Call("POST", "/v1/webhook-secret/rotate"))
 
 
 def each(page_after: PageOf[ItemT]) -> Stream[ItemT]:

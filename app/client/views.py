@@ -11,11 +11,11 @@ from app.client.errors import JobEnded
 from app.core.job import TERMINAL, Problem, Progress
 
 
-class Answer(BaseModel):
+class ServiceAnswer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class JobView(Answer):
+class JobAnswer(ServiceAnswer):
     id: str
     state: str
     stage: str | None = None
@@ -43,13 +43,13 @@ class JobView(Answer):
         raise JobEnded(f"{self.id}: {error.message}", code=error.code, remedy=error.remedy)
 
 
-class FileView(Answer):
+class FileAnswer(ServiceAnswer):
     path: str
     size: int
     sha256: str
 
 
-class ArtifactView(Answer):
+class ArtifactAnswer(ServiceAnswer):
     id: str
     job: str
     created_at: datetime
@@ -58,19 +58,19 @@ class ArtifactView(Answer):
     format: str
     recipe: dict[str, Any] = Field(default_factory=dict)
     summary: dict[str, Any] = Field(default_factory=dict)
-    files: tuple[FileView, ...] = ()
+    files: tuple[FileAnswer, ...] = ()
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
 
 
-class LinkView(Answer):
+class LinkAnswer(ServiceAnswer):
     url: str
     expires_at: datetime
 
 
-class ServerView(Answer):
+class ServerAnswer(ServiceAnswer):
     slot: int
     worker: str
     engine: str
@@ -80,7 +80,7 @@ class ServerView(Answer):
     restarts: int = 0
 
 
-class DeploymentView(Answer):
+class DeploymentAnswer(ServiceAnswer):
     id: str
     name: str
     artifact: str
@@ -90,19 +90,19 @@ class DeploymentView(Answer):
     error: Problem | None = None
     idle_timeout_s: int | None = None
     replicas: int = 1
-    servers: tuple[ServerView, ...] = ()
+    servers: tuple[ServerAnswer, ...] = ()
     job: str | None = None
     created_at: datetime
 
 
-class EventView(Answer):
+class EventAnswer(ServiceAnswer):
     id: str
     kind: str
     at: datetime | None = None
     payload: dict[str, Any] = Field(default_factory=dict)
 
 
-class WorkerView(Answer):
+class WorkerAnswer(ServiceAnswer):
     name: str
     host: str
     device: str
@@ -115,7 +115,7 @@ class WorkerView(Answer):
     heartbeat_at: datetime
 
 
-class KeyView(Answer):
+class KeyAnswer(ServiceAnswer):
     id: str
     tenant: str
     name: str = ""
@@ -126,13 +126,13 @@ class KeyView(Answer):
     expired: bool = False
 
 
-class NewKeyView(KeyView):
+class NewKeyAnswer(KeyAnswer):
     """`key` is shown this once."""
 
     key: str
 
 
-class DeliveryView(Answer):
+class DeliveryAnswer(ServiceAnswer):
     id: str
     job: str
     type: str
@@ -142,7 +142,7 @@ class DeliveryView(Answer):
     tries: tuple[dict[str, Any], ...] = ()
 
 
-class AuditView(Answer):
+class AuditAnswer(ServiceAnswer):
     id: str
     at: datetime | None = None
     key_id: str = ""
@@ -152,7 +152,7 @@ class AuditView(Answer):
     status: int = 0
 
 
-class LimitsView(Answer):
+class LimitsAnswer(ServiceAnswer):
     """What a tenant may use (0 is no limit), and uses."""
 
     tenant: str
@@ -160,16 +160,16 @@ class LimitsView(Answer):
     usage: dict[str, int]
 
 
-class SecretView(Answer):
+class SecretAnswer(ServiceAnswer):
     secret: str
 
 
-class LoginLinkView(Answer):
+class LoginLinkAnswer(ServiceAnswer):
     path: str
     expires_at: datetime
 
 
-class GarbageView(Answer):
+class GarbageAnswer(ServiceAnswer):
     """What was removed, or would be, by kind."""
 
     checkpoints: tuple[str, ...] = ()
@@ -180,7 +180,7 @@ class GarbageView(Answer):
 ItemT = TypeVar("ItemT")
 
 
-class Page(Answer, Generic[ItemT]):
+class Page(ServiceAnswer, Generic[ItemT]):
     """A part of a list; `next` is the cursor of the part after it."""
 
     items: tuple[ItemT, ...] = Field(alias="data")
@@ -188,33 +188,11 @@ class Page(Answer, Generic[ItemT]):
     next: str | None = None
 
 
-class JobPage(Page[JobView]):
-    """Jobs, newest first."""
-
-
-class ArtifactPage(Page[ArtifactView]):
-    """Artifacts, newest first."""
-
-
-class DeploymentPage(Page[DeploymentView]):
-    """Deployments, newest first."""
-
-
-class EventPage(Page[EventView]):
-    """Events, oldest first."""
-
-
-class WorkerPage(Page[WorkerView]):
-    """Living workers."""
-
-
-class KeyPage(Page[KeyView]):
-    """Keys, oldest first."""
-
-
-class DeliveryPage(Page[DeliveryView]):
-    """Webhooks of a job, oldest first."""
-
-
-class AuditPage(Page[AuditView]):
-    """Changes, newest first."""
+JobPage = Page[JobAnswer]  # Jobs, newest first.
+ArtifactPage = Page[ArtifactAnswer]  # Artifacts, newest first.
+DeploymentPage = Page[DeploymentAnswer]  # Deployments, newest first.
+EventPage = Page[EventAnswer]  # Events, oldest first.
+WorkerPage = Page[WorkerAnswer]  # Living workers.
+KeyPage = Page[KeyAnswer]  # Keys, oldest first.
+DeliveryPage = Page[DeliveryAnswer]  # Webhooks of a job, oldest first.
+AuditPage = Page[AuditAnswer]  # Changes, newest first.

@@ -29,7 +29,7 @@ from app.core.errors import Unavailable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from app.client import DeploymentView, NibbleClient
+    from app.client import DeploymentAnswer, NibbleClient
 
 deployments = typer.Typer(help="List, show and delete deployments.", no_args_is_help=False)
 
@@ -85,8 +85,8 @@ def deploy(
 
 
 def await_ready(
-    client: NibbleClient, made: DeploymentView, console: Console, *, quiet: bool
-) -> DeploymentView:
+    client: NibbleClient, made: DeploymentAnswer, console: Console, *, quiet: bool
+) -> DeploymentAnswer:
     """The deployment once it answers. Raises Unavailable if it fails, and tells why it waits."""
     told = ""
     with (
@@ -153,7 +153,7 @@ def delete(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: Api
         stdout().print(f"{escape(found.name)} is gone")
 
 
-def show_deployments(console: Console, items: Iterable[DeploymentView]) -> None:
+def show_deployments(console: Console, items: Iterable[DeploymentAnswer]) -> None:
     grid = table("name", "state", "engine", "servers", "artifact", "why")
     for each in items:
         ready = sum(server.state == "ready" for server in each.servers)
@@ -162,7 +162,7 @@ def show_deployments(console: Console, items: Iterable[DeploymentView]) -> None:
     console.print(grid)
 
 
-def show_deployment(console: Console, each: DeploymentView) -> None:
+def show_deployment(console: Console, each: DeploymentAnswer) -> None:
     console.print(f"[bold]{escape(each.name)}[/]  {each.state}  {each.id}  {each.artifact}")
     if each.reason:
         console.print(escape(each.reason))

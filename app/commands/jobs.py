@@ -35,7 +35,7 @@ from app.core.job import JobState
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from app.client import JobView, NibbleClient
+    from app.client import JobAnswer, NibbleClient
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 ModelName = Annotated[
@@ -96,7 +96,7 @@ def watch(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: A
 
 def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
     """Exits with 1 unless the job succeeded."""
-    job: JobView | None = None
+    job: JobAnswer | None = None
     if as_json:
         for job in client.follow(job_id):
             print_json(job.model_dump(mode="json"))
@@ -116,7 +116,7 @@ def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-def watch_job(client: NibbleClient, job_id: str, console: Console) -> JobView:
+def watch_job(client: NibbleClient, job_id: str, console: Console) -> JobAnswer:
     """Show progress until the job has ended; the job as it ended."""
     with progress_view(console) as view:
         for job in client.follow(job_id):

@@ -13,7 +13,7 @@ from rich.markup import escape
 from app.commands.terminal import human_bytes, human_seconds, print_json, stdout, table
 
 if TYPE_CHECKING:
-    from app.client.views import ArtifactView, EventView, JobView, Page, WorkerView
+    from app.client.views import ArtifactAnswer, EventAnswer, JobAnswer, Page, WorkerAnswer
 
 # What an empty list says to who has just begun.
 EMPTY = {
@@ -63,7 +63,7 @@ def print_page(
         console.print(f"more: {command} --after {page.next}")
 
 
-def show_jobs(console: Console, jobs: Iterable[JobView]) -> None:
+def show_jobs(console: Console, jobs: Iterable[JobAnswer]) -> None:
     grid = table("job", "state", "stage", ">done", "created", "recipe", "model")
     for job in jobs:
         grid.add_row(
@@ -78,7 +78,7 @@ def show_jobs(console: Console, jobs: Iterable[JobView]) -> None:
     console.print(grid)
 
 
-def show_job(console: Console, job: JobView) -> None:
+def show_job(console: Console, job: JobAnswer) -> None:
     """How a job ended, or where it stands."""
     console.print(f"{job.id} {coloured_state(job.state)}")
     if job.error is not None:
@@ -89,7 +89,7 @@ def show_job(console: Console, job: JobView) -> None:
         console.print(f"artifact {artifact}")
 
 
-def show_event(console: Console, event: EventView) -> None:
+def show_event(console: Console, event: EventAnswer) -> None:
     told = ", ".join(f"{name} {text_of(value)}" for name, value in event.payload.items() if value is not None)
     moment = event.at.strftime("%Y-%m-%d %H:%M:%SZ") if event.at is not None else ""
     console.print(f"{moment} [bold]{escape(event.kind):<12}[/] {escape(told)}")
@@ -99,7 +99,7 @@ def text_of(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def show_workers(console: Console, workers: Iterable[WorkerView]) -> None:
+def show_workers(console: Console, workers: Iterable[WorkerAnswer]) -> None:
     grid = table("worker", "queue", "state", "device", "runs", "heartbeat")
     for worker in workers:
         runs = worker.job or (f"{worker.servers} servers" if worker.servers else "")
@@ -109,7 +109,7 @@ def show_workers(console: Console, workers: Iterable[WorkerView]) -> None:
     console.print(grid)
 
 
-def show_artifacts(console: Console, artifacts: Iterable[ArtifactView]) -> None:
+def show_artifacts(console: Console, artifacts: Iterable[ArtifactAnswer]) -> None:
     grid = table("artifact", "format", "recipe", ">size", "created", "model")
     for artifact in artifacts:
         grid.add_row(
@@ -123,7 +123,7 @@ def show_artifacts(console: Console, artifacts: Iterable[ArtifactView]) -> None:
     console.print(grid)
 
 
-def show_artifact(console: Console, artifact: ArtifactView) -> None:
+def show_artifact(console: Console, artifact: ArtifactAnswer) -> None:
     console.print(
         f"{artifact.id}  {artifact.format}  {recipe_text(artifact.recipe)}  {escape(artifact.model)}"
     )

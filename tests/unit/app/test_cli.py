@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.client import JobView, NibbleClient
+from app.client import JobAnswer, NibbleClient
 from tests.unit.app.canned import Canned, canned_service, run
 
 JOB = {
@@ -84,7 +84,7 @@ def test_watch_as_json_prints_a_line_for_each_change(
 def test_ctrl_c_amid_watch_says_that_the_job_goes_on(
     service: Canned, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(client: NibbleClient, job: str) -> Iterator[JobView]:
+    def interrupted(client: NibbleClient, job: str) -> Iterator[JobAnswer]:
         raise KeyboardInterrupt
         yield
 

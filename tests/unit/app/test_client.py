@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from app.client import (
     AsyncNibbleClient,
     DownloadCorrupt,
     Invalid,
+    JobAnswer,
     JobEnded,
-    JobView,
     NibbleClient,
     NotFound,
     Retries,
@@ -25,6 +26,7 @@ from app.client import (
 )
 from app.client.routes import is_loopback
 from app.client.server_sent import Message, Messages
+from app.client.views import Page
 from app.core import errors
 
 JOB = {"id": "job_1", "state": "queued", "created_at": "2026-01-01T00:00:00Z", "spec": {"model": "m"}}
@@ -326,9 +328,9 @@ def test_a_job_without_success_is_an_error_on_request() -> None:
         "error": {"code": "out_of_memory", "message": "no room", "remedy": "r"},
     }
     with pytest.raises(JobEnded, match="no room") as caught:
-        JobView.model_validate(failed).require_success()
+        JobAnswer.model_validate(failed).require_success()
     assert (caught.value.code, caught.value.remedy) == ("out_of_memory", "r")
-    succeeded = JobView.model_validate({**JOB, "state": "succeeded"})
+    succeeded = JobAnswer.model_validate({**JOB, "state": "succeeded"})
     assert succeeded.require_success() is succeeded
 
 
@@ -342,13 +344,20 @@ def test_messages_come_whole_however_they_are_cut() -> None:
         assert found == [Message("1-1", "stage", "a\nä"), Message("2", "message", "b")]
 
 
-def test_both_clients_offer_the_same() -> None:
-    def offered(client: type) -> dict[str, list[tuple[str, object, object]]]:
-        return {
-            name: [(one.name, one.default, one.annotation) for one in signature(method).parameters.values()]
-            for name, method in vars(client).items()
-            if not name.startswith("_")
-        }
+def test_what_a_method_gives_follows_its_client() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"data": [], "has_more": False})
 
-    assert offered(NibbleClient) == offered(AsyncNibbleClient)
-    assert len(offered(NibbleClient)) > 30
+    async def ask() -> tuple[Page[JobAnswer], list[JobAnswer]]:
+        async with AsyncNibbleClient("http://a.test", transport=httpx.MockTransport(answer)) as client:
+            return await client.jobs(), [job async for job in client.each_job()]
+
+    with NibbleClient("http://a.test", transport=httpx.MockTransport(answer)) as client:
+        blocking = client.jobs(), list(client.each_job())
+    assert asyncio.run(ask()) == blocking == (Page[JobAnswer](data=()), [])
+
+
+def test_a_method_says_what_it_takes() -> None:
+    assert list(signature(NibbleClient.jobs).parameters) == ["self", "state", "label", "limit", "after"]
+    assert signature(NibbleClient.jobs) == signature(AsyncNibbleClient.jobs)
+    assert (NibbleClient.jobs.__doc__ or "").startswith("A page of jobs")
