@@ -1,7 +1,7 @@
 """Brings a job's model and texts to this host, once, and names their content by digest.
 
-A model in a local folder is read in place. Others are downloaded into the cache of the state folder, under
-a key that names their content; workers of one host share it.
+A model in a local folder is read in place. Of others the files that make up the model are downloaded into
+the cache of the state folder, under a key that names their content; workers of one host share it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Self
@@ -35,6 +35,7 @@ class FetchedModel(Frozen):
     folder: Path
     name: str
     digest: str
+    notes: tuple[str, ...]
 
 
 class Digests(Kept):
@@ -61,8 +62,8 @@ class ModelCache:
             model_roots=self._settings.model_roots,
             networks=self._settings.outgoing_networks,
         )
-        sizes = inspect_model(files).files
-        key = files.content_key()
+        headers = inspect_model(files)
+        sizes, key = headers.files, choice_key(files.content_key(), headers.files)
         self._folder.mkdir(parents=True, exist_ok=True)
         with exclusive(self._folder / f"{key}.lock", on_bytes):
             if isinstance(files, LocalModel):
@@ -74,7 +75,8 @@ class ModelCache:
                     make_room(self._folder, sum(sizes.values()), self._settings.model_cache_bytes)
                     download_model(files, sizes, folder, on_bytes)
             digests = self._digests(key, folder, sizes, on_bytes)
-        return FetchedModel(folder=folder, name=files.name, digest=model_digest(digests))
+        digest = model_digest(digests)
+        return FetchedModel(folder=folder, name=files.name, digest=digest, notes=headers.notes)
 
     def __enter__(self) -> Self:
         return self
@@ -103,6 +105,11 @@ class ModelCache:
         part.write_text(Digests(sha256=sha256).model_dump_json())
         part.replace(kept)
         return sha256
+
+
+def choice_key(content_key: str, paths: Iterable[str]) -> str:
+    """Names the content and the files of it that count: another version may choose others."""
+    return hashlib.sha256("\n".join([content_key, *sorted(paths)]).encode()).hexdigest()
 
 
 def make_room(cache: Path, needed: int, most: int) -> list[str]:
@@ -155,6 +162,7 @@ def download_model(files: ModelFiles, sizes: Mapping[str, int], folder: Path, on
     stage.mkdir(exist_ok=True)
     for path, size in sorted(sizes.items()):
         dest = stage / path
+        dest.parent.mkdir(parents=True, exist_ok=True)
         if dest.exists() and dest.stat().st_size == size:
             continue
         part = dest.with_name(dest.name + ".part")
@@ -168,7 +176,7 @@ def fetch_text(spec: TextSpec, settings: Settings, dest: Path, on_bytes: OnBytes
     if not is_remote(spec.source):
         return None
     text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
-    target = dest.with_suffix(Path(text.path).suffix)
+    target = dest.with_name(dest.name + text.suffix)
     target.parent.mkdir(parents=True, exist_ok=True)
     text.files.download(text.path, target, on_bytes)
     return target

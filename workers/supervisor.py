@@ -178,6 +178,7 @@ class Attempt:
             model_folder=model.folder,
             model_name=model.name,
             model_digest=model.digest,
+            model_notes=model.notes,
             calibration_file=texts.calibration,
             evaluation_file=texts.evaluation,
             work_folder=self._work_folder,

@@ -150,17 +150,18 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     device = chosen_device(device)
     spec = check_submission(spec, settings).spec
     files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
-    wanted, folder = inspect_model(files).files, work / "model"
+    headers, folder = inspect_model(files), work / "model"
     if isinstance(files, LocalModel):
         folder = files.folder
     else:
-        fetch(files, wanted, folder)
+        fetch(files, headers.files, folder)
     (work / CHECKPOINTS).mkdir()
     return Assignment(
         spec=spec,
         model_folder=folder,
         model_name=files.name,
-        model_digest=model_digest({path: file_sha256(folder / path) for path in wanted}),
+        model_digest=model_digest({path: file_sha256(folder / path) for path in headers.files}),
+        model_notes=headers.notes,
         calibration_file=text_file(spec.calibration, settings, work / "calibration"),
         evaluation_file=text_file(spec.evaluation, settings, work / "evaluation"),
         work_folder=work,

@@ -17,6 +17,7 @@ from app.core.errors import ModelRefused, TextRefused
 from app.core.outgoing.guard import DestinationRefused, OutgoingGuard
 from app.core.planning.plan import Plan, plan_job
 from app.core.settings import Settings
+from app.core.sources.model_headers import ModelHeaders, with_code
 from app.core.sources.model_reference import parse_model_reference
 from app.core.sources.model_source import HubModel, inspect_model, open_model
 from app.core.sources.text_source import is_remote, open_text
@@ -49,7 +50,7 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     refuse_own_storage(spec.model, settings, param="model")
     files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     headers = inspect_model(files)
-    plan = plan_job(spec, headers.config, headers.tensors)
+    plan = planned(spec, headers)
     calibration, calibration_key = pinned_text(spec.calibration, settings, param="calibration")
     evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")
     # Other sources have no versions to name: their reference stays as it was written.
@@ -64,6 +65,15 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
         download_bytes=sum(headers.files.values()),
         fingerprint=fingerprint(spec, contents),
     )
+
+
+def planned(spec: JobSpec, headers: ModelHeaders) -> Plan:
+    """The plan, with what was noted about the model's files."""
+    try:
+        plan = plan_job(spec, headers.config, headers.tensors)
+    except ModelRefused as fault:
+        raise with_code(fault, headers.code) from fault
+    return plan.model_copy(update={"notes": (*headers.notes, *plan.notes)})
 
 
 def refuse_own_storage(reference: str, settings: Settings, *, param: str) -> None:

@@ -25,12 +25,13 @@ from app.cli import build
 build()
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
-# What tensors-in, tensors-out code may know of the service: contracts, no stores.
+# What tensors-in, tensors-out code may know of the service: contracts and local files, no stores.
 ENGINE_MAY_IMPORT = frozenset(
     f"app.core.{name}"
     for name in (
         "artifact", "child.assignment", "errors", "job", "planning.architectures", "planning.format_limits",
-        "planning.plan", "report", "sources.safetensors_header", "specs",
+        "planning.plan", "report", "sources.json_file", "sources.local_model", "sources.model_headers",
+        "sources.safetensors_header", "specs",
     )
 )  # fmt: skip
 ENGINE_PARTS = ("quantization", "modeling", "formats", "texts")

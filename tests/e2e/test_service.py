@@ -61,6 +61,20 @@ def with_broken_weight(model: Path, folder: Path) -> Path:
     return folder
 
 
+def cluttered(model: Path, folder: Path) -> Path:
+    """A copy as publishers ship models: with code, and with what others have left beside the weights."""
+    shutil.copytree(model, folder)
+    header = b'{"model.norm.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    stray = len(header).to_bytes(8, "little") + header + bytes(4)
+    for name in ("model_old.safetensors", "consolidated.safetensors", "adapter_model.safetensors"):
+        (folder / name).write_bytes(stray)
+    for name in ("modeling_llama.py", "handler.py", "pytorch_model.bin"):
+        (folder / name).write_text("raise SystemExit")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_llama.X"}}))
+    return folder
+
+
 def stored(storage: Path) -> dict[str, tuple[int, int]]:
     """Size and time of every file of the artifacts."""
     files = [path for path in (storage / "artifacts").rglob("*") if path.is_file()]
@@ -72,20 +86,28 @@ def test_a_job_from_submission_to_checked_files(
 ) -> None:
     spec = tmp_path / "job.json"
     spec.write_text(json.dumps(JOB))
-    submitted = service.nibble("submit", str(example_model), "--spec", str(spec), "--watch", "--json")
+    model = cluttered(example_model, service.log.parent / "models" / "cluttered")
+    submitted = service.nibble("submit", str(model), "--spec", str(spec), "--watch", "--json")
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     job = json.loads(submitted.stdout.splitlines()[-1])
     assert job["state"] == "succeeded"
     assert len(job["artifacts"]) == 2
 
     report = service.nibble("report", job["id"], "--json")
-    assert json.loads(report.stdout)["candidates"][0]["perplexity"] > 1
+    figures = json.loads(report.stdout)
+    assert 1 < figures["original"]["perplexity"] < figures["candidates"][0]["perplexity"] < 100
+    assert any("model_old.safetensors" in note for note in figures["notes"])
+    assert any("auto_map in config.json" in note for note in figures["notes"])
 
     out = tmp_path / "artifact"
     downloaded = service.nibble("artifacts", "download", job["artifacts"][0], "-o", str(out))
     assert downloaded.returncode == 0, downloaded.stderr
     assert "quantization_config" in json.loads((out / "config.json").read_text())
-    assert list(out.glob("*.safetensors"))
+    assert {path.name for path in out.iterdir()} == {
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert "auto_map" not in (out / "config.json").read_text()
 
     # A job that can't be done ends with a remedy, and leaves what is stored as it is.
     folder = service.log.parent

@@ -25,9 +25,10 @@ def look(action: str, reference: str, folder: Path) -> dict[str, object]:
         return {"name": files.name, "tensors": sorted(headers.tensors), "files": headers.files}
     if action == "fetch":
         model = ModelCache(folder, Settings()).fetch(reference, nothing)
-        contents = {path.name: path.read_bytes() for path in sorted(model.folder.iterdir())}
+        files = sorted(path for path in model.folder.rglob("*") if path.is_file())
+        contents = {path.relative_to(model.folder).as_posix(): path.read_bytes() for path in files}
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        return {"name": model.name, "digest": model.digest, "files": digests}
+        return {"name": model.name, "digest": model.digest, "files": digests, "notes": model.notes}
     text = open_text(reference, model_roots=())
     return {"text": text.files.read(text.path, 0, text.size).decode()}
 

@@ -68,12 +68,14 @@ def test_a_refused_body_leaves_nothing_behind(
 def unsafe_models() -> dict[str, tuple[dict[str, bytes], str]]:
     """Files that are added to a model's config, and the code of the refusal."""
     config, header = b'{"model_type": "llama"}', b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    unknown, mapped = b'{"model_type": "x"}', b'{"model_type": "x", "auto_map": {"AutoModel": "x.Y"}}'
     length = len(header).to_bytes(8, "little")
     sound = {"config.json": config, "model.safetensors": length + header + bytes(4)}
     return {
         "pickles": ({"config.json": config, "pytorch_model.bin": b"x"}, "model_pickle_only"),
-        "python": ({**sound, "modeling_x.py": b""}, "model_remote_code"),
-        "auto_map": ({**sound, "config.json": b'{"auto_map": {"AutoModel": "x.Y"}}'}, "model_remote_code"),
+        "python": ({**sound, "config.json": unknown, "modeling_x.py": b""}, "model_remote_code"),
+        "auto_map": ({**sound, "config.json": mapped}, "model_remote_code"),
+        "an unknown model": ({**sound, "config.json": unknown}, "architecture_unsupported"),
         "truncated": ({**sound, "model.safetensors": length + header[:20]}, "model_header_invalid"),
         "cut": ({**sound, "model.safetensors": length + header + bytes(3)}, "model_header_invalid"),
         "oversized": ({**sound, "model.safetensors": b"\xff" * 7 + bytes(9)}, "model_header_invalid"),

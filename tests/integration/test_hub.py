@@ -38,6 +38,10 @@ def files() -> dict[str, bytes]:
         "tokenizer.json": b"{}",
         "README.md": b"hello",
         "pytorch_model.bin": b"pickle",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+        "consolidated.safetensors": safetensors(8),
+        "modeling_x.py": b"raise SystemExit",
+        "original/consolidated.00.pth": b"pickle",
         "model.safetensors": safetensors(3 << 20),
     }
 
@@ -83,10 +87,15 @@ def test_only_the_models_files_are_downloaded(
 ) -> None:
     hub.push("org/name", files)
     answer = probe("fetch", "org/name")
-    wanted = {"config.json", "model.safetensors", "tokenizer.json"}
+    wanted = {
+        "additional_chat_templates/tool_use.jinja", "config.json", "model.safetensors", "tokenizer.json"
+    }  # fmt: skip
     digests = {name: hashlib.sha256(files[name]).hexdigest() for name in wanted}
     assert answer["files"] == digests
     assert answer["digest"] == model_digest(digests)
+    assert [name for name in sorted(files.keys() - wanted) if name in answer["notes"][0]] == [
+        "consolidated.safetensors", "modeling_x.py", "original/consolidated.00.pth", "pytorch_model.bin",
+    ]  # fmt: skip
     hub.requests.clear()
     assert probe("fetch", "org/name") == answer
     assert not [request for request in hub.requests if "0-3145" in request]
@@ -133,11 +142,6 @@ def test_a_gated_model_needs_the_token(hub: HubServer, probe: Probe, files: dict
 
 def test_a_hub_that_does_not_answer_is_unavailable(probe: Probe) -> None:
     assert probe("inspect", "org/name", HF_ENDPOINT="http://127.0.0.1:9")["code"] == "unavailable"
-
-
-def test_code_in_a_repository_is_refused(hub: HubServer, probe: Probe, files: dict[str, bytes]) -> None:
-    hub.push("org/name", {**files, "modeling_x.py": b""})
-    assert probe("inspect", "org/name")["code"] == "model_remote_code"
 
 
 def test_a_dataset_file_is_read(hub: HubServer, probe: Probe) -> None:

@@ -126,8 +126,8 @@ DOWN = "model.layers.0.mlp.down_proj"
         ({"tensors": lambda t: t.pop("model.norm.weight")}, "lacks the tensor model.norm.weight"),
         ({"tensors": lambda t: t.pop("lm_head.weight")}, "lacks the tensor lm_head.weight"),
         (
-            {"tensors": lambda t: t.update(stray=torch.ones(1))},
-            "no module of LlamaForCausalLM takes the tensor stray",
+            {"tensors": lambda t: t.update({f"{DOWN}.bias": torch.ones(64)})},
+            f"no module of LlamaForCausalLM takes the tensor {DOWN}.bias",
         ),
         (
             {"tensors": lambda t: t.update({f"{DOWN}.weight_g_idx": torch.zeros(128, dtype=torch.int32)})},

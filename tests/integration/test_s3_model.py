@@ -51,6 +51,22 @@ def test_a_replaced_object_is_fetched_again(bucket: str, tmp_path: Path) -> None
     assert after.folder != before.folder
 
 
+def test_stray_objects_are_neither_fetched_nor_in_the_digest(bucket: str, tmp_path: Path) -> None:
+    stray = ("model_old.safetensors", "adapter_model.safetensors", "modeling_x.py", "original/x.pth")
+    with ModelCache(tmp_path / "cache", Settings()) as cache:
+        before = cache.fetch(bucket, nothing)
+        for name in stray:
+            obstore.put(open_bucket("models"), f"small/model/{name}", b"x")
+        after = cache.fetch(bucket, nothing)
+        obstore.put(open_bucket("models"), "small/model/additional_chat_templates/x.jinja", b"x")
+        with_template = cache.fetch(bucket, nothing)
+    assert (before.notes, after.digest) == ((), before.digest)
+    assert all(name in after.notes[0] for name in stray)
+    assert not [path for path in after.folder.rglob("*") if path.name in stray or path.suffix == ".pth"]
+    assert with_template.digest != before.digest
+    assert (with_template.folder / "additional_chat_templates" / "x.jinja").exists()
+
+
 def test_a_missing_prefix_or_bucket_is_refused(bucket: str) -> None:
     for reference in ("s3://models/nothing", "s3://no-such-bucket/x"):
         with pytest.raises(ModelRefused) as refusal:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +17,13 @@ from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.shards import ShardWriter, TensorPlan
 from workers.modeling.checkpoint import DTYPES, Checkpoint
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.modeling.side_files import to_json, write_side_files
 from workers.quantization.layer import LayerResult
 
 FORMATS: dict[FormatName, ModuleType] = {
     "awq": awq, "compressed-tensors": compressed_tensors, "gptq": gptq
 }  # fmt: skip
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "quantize_config.json", "quant_config.json")
+OF_THE_ORIGINAL = ("transformers_weights",)  # keys of config.json that name files which are not copied
 DISK_REMEDY = "check the disk, then retry the job; if it happens again, report it"
 
 LoadLayer = Callable[[int], LayerResult]
@@ -75,17 +73,11 @@ class FormatFolder:
         self.writer.close()
 
     def write_side_files(self) -> None:
-        for pattern in SIDE_FILES:
-            for file in sorted(self.source.folder.glob(pattern)):
-                if file.name not in NOT_COPIED:
-                    shutil.copyfile(file, self.folder / file.name)
         entry = self.layout.quantization_config(self.candidate)
-        self.write_json("config.json", {**self.source.config, "quantization_config": entry})
+        config = {key: value for key, value in self.source.config.items() if key not in OF_THE_ORIGINAL}
+        write_side_files(self.source, self.folder, {**config, "quantization_config": entry})
         if self.layout.CONFIG_FILE is not None:
-            self.write_json(self.layout.CONFIG_FILE, entry)
-
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+            (self.folder / self.layout.CONFIG_FILE).write_bytes(to_json(entry))
 
     def linear_of(self, tensor: str) -> str | None:
         """The quantized linear whose weight `tensor` is."""
@@ -121,7 +113,7 @@ class FormatFolder:
     ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
         prefix = self.prefixes[layer]
-        tensors = written.layer_tensors(prefix, self.plan.architecture.buffers)
+        tensors = written.layer_tensors(prefix, self.source.unused)
         stored = {name: value.to(self.device) for name, value in tensors.items()}
         quantized = {}
         for full, plan in self.schemes.items():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from app.core.errors import ModelRefused
-from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
+from app.core.sources.local_model import LocalModel
+from app.core.sources.model_headers import inspect_model
+from app.core.sources.safetensors_header import TensorHeader
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -24,14 +25,19 @@ COPY_BYTES = 16 * 1024**2
 
 
 class Checkpoint:
-    """A folder of safetensors files as one mapping from tensor name to weights."""
+    """A model's folder: its config, and one mapping from tensor name to weights.
+
+    The files are those that submission, digest and download took for the model, by the same function.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        self.tensors: dict[str, TensorHeader] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            self.tensors.update(read_header(file))
+        # From which folders may be read was decided before: what is here may be.
+        headers = inspect_model(LocalModel(folder, (Path("/"),)))
+        self.config: dict[str, Any] = headers.config
+        self.tensors: dict[str, TensorHeader] = headers.tensors
+        self.side_files = headers.side_files
+        self.unused: frozenset[str] = frozenset()  # tensors that the model of the config has no place for
 
     def names(self, prefix: str) -> list[str]:
         return [name for name in self.tensors if name.startswith(prefix)]
@@ -56,11 +62,11 @@ class Checkpoint:
         )  # fmt: skip
 
     def layer_tensors(
-        self, prefix: str, without: tuple[str, ...] = (), *, pinned: bool = False
+        self, prefix: str, without: Container[str] = (), *, pinned: bool = False
     ) -> dict[str, Tensor]:
-        """All tensors under `prefix`, by the rest of their names, but those of the names `without`."""
-        names = [name.removeprefix(prefix) for name in self.names(prefix)]
-        return {name: self.tensor(prefix + name, pinned=pinned) for name in names if name not in without}
+        """All tensors under `prefix`, by the rest of their names, but those of the full names `without`."""
+        names = [name for name in self.names(prefix) if name not in without]
+        return {name.removeprefix(prefix): self.tensor(name, pinned=pinned) for name in names}
 
     def raw_bytes(self, name: str) -> Iterator[bytes]:
         """A tensor's bytes in pieces, for copying it unchanged."""
@@ -76,13 +82,6 @@ def all_finite(values: Tensor) -> bool:
     if values.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and values.numel():
         return all(bool(torch.isfinite(bound)) for bound in values.aminmax())
     return bool(torch.isfinite(values).all())
-
-
-def read_header(path: Path) -> dict[str, TensorHeader]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = header_length(path.name, file.read(8), size)
-        return parse_header(path.name, file.read(length), size)
 
 
 def read_into(path: Path, start: int, values: Tensor) -> None:

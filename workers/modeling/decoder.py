@@ -147,9 +147,11 @@ class Decoder:
         return next((each for each in candidates if each in self.checkpoint.tensors), name)
 
     def layer_weights(self, index: int, *, pinned: bool = False) -> dict[str, Tensor]:
-        """The checkpoint's tensors of a layer by name within the layer."""
+        """The checkpoint's tensors of a layer that the model uses, by name within the layer."""
         prefix = self.architecture.layer_prefix(index)
-        return self.checkpoint.layer_tensors(prefix, self.architecture.buffers, pinned=pinned)
+        used = {prefix + self.architecture.stored_name(name) for name in self.layers[index].state_dict()}
+        unused = [name for name in self.checkpoint.names(prefix) if name not in used]
+        return self.checkpoint.layer_tensors(prefix, unused, pinned=pinned)
 
     @contextmanager
     def layer(self, index: int, weights: dict[str, Tensor]) -> Iterator[nn.Module]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable, Iterator, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.core.errors import ModelRefused
 from app.core.planning.plan import layer_number
@@ -13,12 +15,17 @@ from workers.modeling.decoder import Decoder
 PIECE = 16 * 1024**2
 
 
-def refuse_misfits(decoder: Decoder) -> None:
-    """Raises ModelRefused unless the checkpoint holds every weight that its config asks for."""
-    stored = decoder.checkpoint.tensors
+def refuse_misfits(decoder: Decoder) -> list[str]:
+    """The tensors that the model does not use.
+
+    Raises ModelRefused unless the checkpoint holds every weight that its config asks for, and no more of a
+    linear than it asks for: a bias or scale that is left out changes what the linear computes.
+    """
+    stored, used = decoder.checkpoint.tensors, set()
     for name, value in decoder.model.state_dict().items():
         found = stored_name(decoder, name)
         wanted = list(value.shape)
+        used.add(found)
         if found not in stored:
             raise ModelRefused(
                 f"{found} is missing; config.json asks for it with the shape {wanted}",
@@ -30,6 +37,27 @@ def refuse_misfits(decoder: Decoder) -> None:
                 f"{found} has the shape {list(stored[found].shape)}, config.json asks for {wanted}",
                 code="weights_mismatch", remedy="restore the model's original config.json",
             )  # fmt: skip
+    unused = [name for name in stored if name not in used]
+    linears = [n for n, module in decoder.model.named_modules() if isinstance(module, nn.Linear)]
+    named = {stored_name(decoder, f"{name}.weight").removesuffix(".weight") for name in linears}
+    part = next(parts_of(unused, named), None)
+    if part is not None:
+        raise ModelRefused(
+            f"{part} is a part of a linear that config.json does not ask for",
+            code="weights_mismatch",
+            remedy="restore the model's original config.json, or remove the tensor from the file",
+        )
+    return unused
+
+
+def parts_of(tensors: Iterable[str], modules: Container[str]) -> Iterator[str]:
+    """The tensors that are parts of one of the modules."""
+    return (name for name in tensors if name.rpartition(".")[0] in modules)
+
+
+def some(tensors: Sequence[str]) -> str:
+    """Tensors in words: the first, and how many more."""
+    return tensors[0] + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")
 
 
 def stored_name(decoder: Decoder, name: str) -> str:
@@ -41,16 +69,15 @@ def stored_name(decoder: Decoder, name: str) -> str:
     return prefix + decoder.architecture.stored_name(name.removeprefix(prefix))
 
 
-def refuse_broken_weights(checkpoint: Checkpoint, without: tuple[str, ...] = ()) -> None:
-    """Read every weight once. Raises ModelRefused for NaN and infinity,
-    but for names that end as `without`.
+def refuse_broken_weights(checkpoint: Checkpoint) -> None:
+    """Read every weight once that is used. Raises ModelRefused for NaN and infinity.
 
     Each is checked when it is used, too: for the last layer that can be hours later.
     """
     buffer = torch.empty(PIECE, dtype=torch.uint8)
     for name, header in checkpoint.tensors.items():
         dtype = DTYPES[header.dtype]
-        if not dtype.is_floating_point or name.endswith(without):
+        if not dtype.is_floating_point or name in checkpoint.unused:
             continue
         for start in range(header.start, header.end, PIECE):
             values = buffer[: min(PIECE, header.end - start)].view(dtype)

@@ -42,6 +42,8 @@ class JobRun:
 
     def run_steps(self) -> Finished:
         pipeline = self.pipeline
+        for message in self.assignment.model_notes:
+            pipeline.account.note("model_files", message)
         for message in pipeline.plan.notes:
             pipeline.account.note("plan", message)
         pipeline.check_shapes()

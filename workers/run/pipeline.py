@@ -21,7 +21,8 @@ from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.modeling.prefetch import WeightPrefetch, layer_reads
-from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits
+from workers.modeling.side_files import write_side_files
+from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits, some
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.evaluation import Quality, compare, final_states
 from workers.quantization.histograms import weight_histogram
@@ -41,6 +42,7 @@ from workers.run.statistics_store import STATISTICS, LayerStatistics, Statistics
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
 BATCH_TOKENS = 8192
+TOKENIZER = "tokenizer"
 STATES_INTERVAL_S = 20.0  # hidden states are large: losing up to this much forward time costs less
 
 
@@ -68,7 +70,10 @@ class Pipeline:
 
     def read_texts(self) -> tuple[Windows, Windows]:
         with self.account.stage(Stage.FETCHING):
-            tokenizer = load_tokenizer(self.assignment.model_folder)
+            # As it will lie beside the artifact: no stray file and no code of the model's folder is seen.
+            folder = self.assignment.work_folder / TOKENIZER
+            write_side_files(self.checkpoint, folder, self.checkpoint.config)
+            tokenizer = load_tokenizer(folder)
             calibration = calibration_windows(
                 self.spec.calibration, tokenizer, self.assignment.calibration_file
             )
@@ -82,7 +87,14 @@ class Pipeline:
     def check_shapes(self) -> None:
         """Refuse a model whose weights are not those of its config. Raises ModelRefused."""
         with self.account.stage(Stage.FETCHING):
-            refuse_misfits(self.decoder())
+            unused = refuse_misfits(self.decoder())
+            self.checkpoint.unused = frozenset(unused)
+        if unused:
+            self.account.note(
+                "unused_tensors",
+                "by config.json no part of the model, copied as they are and not loaded by Nibble's server: "
+                + some(unused),
+            )
 
     def check_weights(self) -> None:
         """Refuse what would else be found layers later. Raises ModelRefused.
@@ -92,7 +104,7 @@ class Pipeline:
         if self.device.type == "cuda":
             return
         with self.account.stage(Stage.FETCHING):
-            refuse_broken_weights(self.checkpoint, self.plan.architecture.buffers)
+            refuse_broken_weights(self.checkpoint)
 
     def identity(self, calibration: Windows, **more: object) -> str:
         """What finished layers and statistics belong to: another version may compute others."""

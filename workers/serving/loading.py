@@ -26,6 +26,7 @@ from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import restore_buffers, text_config
 from workers.modeling.experts import split_experts
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
+from workers.modeling.soundness import parts_of, some
 from workers.serving.heap import returned_at_once
 from workers.serving.packed_weights import READERS, check_config
 
@@ -83,7 +84,7 @@ class Loader:
             if self.is_packed(self.stored_name(name)):
                 model.set_submodule(name, self.packed_linear(self.stored_name(name), linear))
         self.fill(model)
-        self.refuse_leftovers()
+        self.refuse_leftovers(model)
         for kernel, count in self.kernels.items():
             log.info("%d linears: %s", count, kernel)
         peak = peak_bytes(self.device, before)
@@ -165,16 +166,21 @@ class Loader:
             model.load_state_dict({head: state[embedding]}, strict=False, assign=True)
         model.requires_grad_(requires_grad=False)
 
-    def refuse_leftovers(self) -> None:
-        """Tensors that no module took mean that this is not the model that config.json describes."""
-        old = tuple("." + name for name in self.architecture.buffers)
-        left = [n for n in self.checkpoint.tensors if n not in self.used and not (old and n.endswith(old))]
-        if left:
+    def refuse_leftovers(self, model: PreTrainedModel) -> None:
+        """Tensors that the model does not use are logged: old buffers, other heads, layers for speculation.
+
+        Raises ModelRefused for one of a linear: without it, the linear would compute something else.
+        """
+        left = [name for name in self.checkpoint.tensors if name not in self.used]
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+        part = next(parts_of(left, {self.stored_name(name + ".")[:-1] for name in linears}), None)
+        if part is not None:
             raise ModelRefused(
-                f"no module of {self.architecture.class_name} takes the tensor {left[0]}"
-                + (f" and {len(left) - 1} more" if len(left) > 1 else ""),
+                f"no module of {self.architecture.class_name} takes the tensor {part}",
                 code="artifact_unsupported", remedy=REMEDY,
             )  # fmt: skip
+        if left:
+            log.warning("not loaded, as no part of %s: %s", self.architecture.class_name, some(left))
 
 
 def load_model(request: LoadRequest) -> LoadedModel:

@@ -23,6 +23,7 @@ class Assignment(Frozen):
     model_folder: Path  # config.json, tokenizer files, *.safetensors
     model_name: str  # for people: model cards, the report
     model_digest: str  # sha256 over the model's files
+    model_notes: tuple[str, ...] = ()  # what was left out of the model's folder, and why
     calibration_file: Path | None = None  # fetched jsonl or text; None for builtin and inline
     evaluation_file: Path | None = None
     work_folder: Path  # checkpoints/ is restored before the start; output/ is made by the child

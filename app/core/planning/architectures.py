@@ -155,7 +155,6 @@ GPT_NEOX = Architecture(
     embedding="gpt_neox.embed_in",
     final=("gpt_neox.final_layer_norm",),
     stored_names=(("lm_head.", "embed_out."),),
-    buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
 )
 
 

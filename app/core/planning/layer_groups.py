@@ -125,7 +125,6 @@ class Architecture(Frozen):
     attention: Literal["sdpa", "eager"] = "sdpa"  # of transformers; some models have no fast one
     learned_positions: bool = False  # a table: it ends
     stored_names: tuple[tuple[str, str], ...] = ()  # prefix in transformers, prefix in checkpoints
-    buffers: tuple[str, ...] = ()  # in old checkpoints of a layer, no weights
     presumes: tuple[Condition, ...] = ()  # what the groups rest on
     experts: Experts | None = None
     num_experts: int = 0

@@ -1,55 +1,40 @@
-"""What a model is, from config.json and safetensors headers alone, and refusals of unsafe files.
+"""What a model is, from config.json and safetensors headers alone. No weight is read.
 
-No weight is read. Which files belong to the model is decided here too, so that submission, download and
-digest all speak of the same set.
+Which files count is decided by `app.core.sources.file_choice`. Code that lies beside them is never run,
+downloaded or copied; a model whose type transformers does not know itself is refused for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from app.core.errors import ModelRefused
+from app.core.sources.file_choice import INDEX, FileChoice, choose_files, is_code
+from app.core.sources.json_file import ReadableFiles, read_json, refused
 from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
 from app.core.specs import Frozen
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SIDE_FILES = frozenset({"tokenizer.model", "vocab.txt", "merges.txt"})
-SIDE_SUFFIXES = (".json", ".jinja")
 MAX_JSON_BYTES = 4 * 1024**2
-MAX_INDEX_BYTES = 64 * 1024**2
-MAX_SIDE_BYTES = 200 * 1024**2
-MAX_SHARDS = 1024
 MAX_ALL_HEADERS = 200 * 1024**2
 FIRST_READ = 64 * 1024
 
 
-class ReadableFiles(Protocol):
-    """The part of `ModelFiles` that reading headers needs."""
-
-    name: str
-
-    def list(self) -> dict[str, int]: ...
-
-    def read(self, path: str, start: int, length: int) -> bytes: ...
-
-
 class ModelHeaders(Frozen):
-    """A model without its weights. `files` are the sizes of all files that make up the model."""
+    """A model without its weights.
+
+    `config` has no keys that name code. `files` are the sizes of the files that make up the model, `code` is
+    what of the folder would be run with trust_remote_code, and `notes` are for the reader of the job.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, TensorHeader]
     files: dict[str, int]
-
-
-def refused(code: str, message: str, remedy: str) -> ModelRefused:
-    return ModelRefused(message, code=code, remedy=remedy, param="model")
+    side_files: tuple[str, ...]
+    code: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def inspect_model(files: ReadableFiles) -> ModelHeaders:
@@ -58,7 +43,6 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
     Raises ModelRefused for unsafe, missing, damaged and contradicting files.
     """
     sizes = files.list()
-    refuse_code_files(files.name, sizes)
     if "config.json" not in sizes:
         raise refused(
             "model_config_missing",
@@ -66,22 +50,63 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
             "give the folder or repository of a transformers model",
         )
     config = read_json(files, "config.json", sizes, MAX_JSON_BYTES)
-    refuse_remote_code("config.json", config)
-    if "tokenizer_config.json" in sizes:
-        refuse_remote_code(
-            "tokenizer_config.json", read_json(files, "tokenizer_config.json", sizes, MAX_JSON_BYTES)
+    refuse_tokenizer_code(files, sizes)
+    choice = choose_files(files)
+    refuse_other_weights(config.value, choice)
+    tensors = merge(read_headers(files, choice.weights, sizes))
+    check_index(choice.index, tensors)
+    code = tuple(f"{key} in config.json" for key in config.code)
+    return ModelHeaders(
+        config=config.value,
+        tensors=tensors,
+        files=choice.files,
+        side_files=choice.side_files,
+        code=(*code, *sorted(filter(is_code, sizes))),
+        notes=(*code_note(config.value, code), *choice.notes),
+    )
+
+
+def code_note(config: dict[str, Any], code: tuple[str, ...]) -> tuple[str, ...]:
+    if not code:
+        return ()
+    known = f"transformers has {config.get('model_type')} itself"
+    return (f"{known}: the code that the model names ({', '.join(code)}) is neither run nor copied",)
+
+
+def refuse_other_weights(config: dict[str, Any], choice: FileChoice) -> None:
+    """Refuse a config that sends transformers to other files than were chosen."""
+    named = config.get("transformers_weights")
+    if named is not None and named not in choice.files:
+        raise refused(
+            "model_weights_ambiguous",
+            f"transformers_weights in config.json names {str(named)[:200]!r}, where other loaders open "
+            f"{', '.join(choice.weights[:3])}",
+            "remove transformers_weights from config.json, or the weights that do not count",
         )
-    weight_map = read_index(files, sizes)
-    weights = weight_files(files.name, sizes, weight_map)
-    tensors = merge(read_headers(files, weights, sizes))
-    check_index(weight_map, tensors)
-    return ModelHeaders(config=config, tensors=tensors, files=pick(sizes, weights))
 
 
-def needed_files(files: ReadableFiles) -> dict[str, int]:
-    """Sizes of the files that make up the model: weights, config, tokenizer, templates."""
-    sizes = files.list()
-    return pick(sizes, weight_files(files.name, sizes, read_index(files, sizes)))
+def refuse_tokenizer_code(files: ReadableFiles, sizes: Mapping[str, int]) -> None:
+    """Refuse a tokenizer that only code of the model's own could open."""
+    if "tokenizer_config.json" not in sizes:
+        return
+    settings = read_json(files, "tokenizer_config.json", sizes, MAX_JSON_BYTES)
+    if "auto_map" in settings.code and "tokenizer.json" not in sizes:
+        raise refused(
+            "model_remote_code",
+            "tokenizer_config.json names code (auto_map), and no tokenizer.json opens without it",
+            "add a tokenizer.json; code of a model is never run",
+        )
+
+
+def with_code(refusal: ModelRefused, code: tuple[str, ...]) -> ModelRefused:
+    """The refusal of an architecture, which says so if the model brings code for it."""
+    if refusal.code != "architecture_unsupported" or not code:
+        return refusal
+    return refused(
+        "model_remote_code",
+        f"{refusal.message}, and code of the model's own ({', '.join(code[:3])}) is never run",
+        refusal.remedy,
+    )
 
 
 def model_digest(hashes: Mapping[str, str]) -> str:
@@ -90,120 +115,8 @@ def model_digest(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def refuse_code_files(name: str, sizes: Mapping[str, int]) -> None:
-    code = sorted(path for path in sizes if path.lower().endswith((".py", ".pyc", ".so")))
-    if code:
-        raise refused(
-            "model_remote_code",
-            f"{name} holds program files ({', '.join(code[:3])}); models with their own code are refused",
-            "use a model of a supported architecture, without Python files",
-        )
-
-
-def refuse_remote_code(file: str, value: Any) -> None:
-    """Refuse `auto_map` and a true `trust_remote_code` at any depth of a config."""
-    pending = [value]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, list):
-            pending.extend(node)
-        elif isinstance(node, dict):
-            for key in ("auto_map", "trust_remote_code"):
-                if node.get(key):
-                    raise refused(
-                        "model_remote_code",
-                        f"{file} names remote code ({key}); models with their own code are refused",
-                        "use a model of a supported architecture, without auto_map",
-                    )
-            pending.extend(node.values())
-
-
-def read_json(files: ReadableFiles, path: str, sizes: Mapping[str, int], limit: int) -> dict[str, Any]:
-    if sizes[path] > limit:
-        raise refused(
-            "model_file_too_large",
-            f"{path} has {sizes[path]} bytes; at most {limit} are allowed",
-            "export the model again",
-        )
-    try:
-        value = json.loads(files.read(path, 0, sizes[path]))
-    except (ValueError, RecursionError) as fault:
-        raise refused(
-            "model_config_invalid", f"{path} is not valid JSON: {fault}", f"repair {path}"
-        ) from fault
-    if not isinstance(value, dict):
-        raise refused("model_config_invalid", f"{path} is not a JSON object", f"repair {path}")
-    return value
-
-
-def read_index(files: ReadableFiles, sizes: Mapping[str, int]) -> dict[str, str] | None:
-    """Which file holds each tensor, from the index of a sharded model; None without one."""
-    if INDEX not in sizes:
-        return None
-    weight_map = read_json(files, INDEX, sizes, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise refused("model_index_invalid", f"{INDEX} holds no weight_map", "export the model again")
-    if not all(isinstance(file, str) for file in weight_map.values()):
-        raise refused(
-            "model_index_invalid", f"{INDEX}: a weight_map value is not a file name", f"repair {INDEX}"
-        )
-    return weight_map
-
-
-def weight_files(name: str, sizes: Mapping[str, int], weight_map: Mapping[str, str] | None) -> list[str]:
-    """The safetensors files that make up the model: those of the index, else those at the top."""
-    if weight_map is not None:
-        weights = sorted(set(weight_map.values()))
-        for file in weights:
-            if "/" in file or "\\" in file or not file.endswith(".safetensors"):
-                raise refused("model_index_invalid", f"{INDEX} names {file!r}, which is not a file beside it",
-                              f"repair {INDEX}")  # fmt: skip
-            if file not in sizes:
-                raise refused("model_shard_missing", f"{INDEX} names {file}, which does not exist",
-                              "download the missing shard")  # fmt: skip
-    elif SINGLE in sizes:
-        weights = [SINGLE]
-    else:
-        weights = sorted(path for path in sizes if path.endswith(".safetensors") and "/" not in path)
-    if not weights:
-        refuse_without_safetensors(name, sizes)
-    if len(weights) > MAX_SHARDS:
-        raise refused("model_too_many_files", f"{len(weights)} shards; at most {MAX_SHARDS} are allowed",
-                      "write fewer, larger shards")  # fmt: skip
-    return weights
-
-
-def refuse_without_safetensors(name: str, sizes: Mapping[str, int]) -> None:
-    pickles = sorted(path for path in sizes if path.lower().endswith(PICKLES))
-    if pickles:
-        raise refused(
-            "model_pickle_only",
-            f"{name} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run code",
-            "convert the weights to safetensors, or choose a revision that has them",
-        )
-    raise refused(
-        "model_weights_missing",
-        f"{name} holds no *.safetensors file",
-        "give the folder that holds the weights",
-    )
-
-
-def pick(sizes: Mapping[str, int], weights: Iterable[str]) -> dict[str, int]:
-    """Weights and the small files beside them."""
-    chosen = {path: sizes[path] for path in weights}
-    for path, size in sizes.items():
-        if PurePosixPath(path).name != path:
-            continue
-        if path in SIDE_FILES or path.endswith(SIDE_SUFFIXES):
-            if size > MAX_SIDE_BYTES:
-                raise refused("model_file_too_large", f"{path}: {size} bytes; at most {MAX_SIDE_BYTES}",
-                              "export the tokenizer again")  # fmt: skip
-            chosen[path] = size
-    return chosen
-
-
 def read_headers(
-    files: ReadableFiles, weights: list[str], sizes: Mapping[str, int]
+    files: ReadableFiles, weights: Sequence[str], sizes: Mapping[str, int]
 ) -> dict[str, dict[str, TensorHeader]]:
     """The tensors of each file. Files are read eight at a time: over a network a shard costs a round trip."""
     with ThreadPoolExecutor(max_workers=min(8, len(weights))) as pool:

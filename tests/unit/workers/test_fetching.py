@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.core.settings import Settings
-from app.core.sources.model_source import LocalModel, needed_files
+from app.core.sources.model_source import LocalModel, inspect_model
 from app.core.specs import CalibrationSpec
 from workers.fetching import (
     ModelCache,
@@ -64,7 +64,7 @@ def test_a_stopped_download_keeps_finished_files_and_shows_no_folder(
     example_model: Path, tmp_path: Path
 ) -> None:
     files = LocalModel(example_model, [example_model])
-    sizes = needed_files(files)
+    sizes = inspect_model(files).files
     seen = 0
 
     def stop_after_some(count: int) -> None:

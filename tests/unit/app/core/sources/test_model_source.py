@@ -9,24 +9,10 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import ModelRefused, TextRefused
-from app.core.sources.model_headers import (
-    FIRST_READ,
-    MAX_ALL_HEADERS,
-    MAX_SHARDS,
-    MAX_SIDE_BYTES,
-    read_headers,
-    weight_files,
-)
-from app.core.sources.model_source import (
-    MAX_FILES,
-    LocalModel,
-    ModelHeaders,
-    inspect_model,
-    model_digest,
-    needed_files,
-    open_model,
-    refuse_crowd,
-)
+from app.core.sources.file_choice import MAX_SHARDS, MAX_SIDE_BYTES, weight_files
+from app.core.sources.local_model import MAX_FILES, refuse_crowd
+from app.core.sources.model_headers import FIRST_READ, MAX_ALL_HEADERS, read_headers, with_code
+from app.core.sources.model_source import LocalModel, ModelHeaders, inspect_model, model_digest, open_model
 from app.core.sources.text_source import MAX_TEXT_BYTES, open_text
 
 
@@ -106,12 +92,6 @@ def test_pickles_alone_are_refused(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"modeling_x.py": b""}, "model_remote_code"),
-        ({"deep/inside/x.PY": b""}, "model_remote_code"),
-        ({"config.json": b'{"auto_map": {"AutoModel": "x.Y"}}'}, "model_remote_code"),
-        ({"config.json": b'{"text": [{"auto_map": {"AutoModel": "x.Y"}}]}'}, "model_remote_code"),
-        ({"config.json": b'{"text": {"trust_remote_code": true}}'}, "model_remote_code"),
-        ({"tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": "x"}}'}, "model_remote_code"),
         ({"config.json": b"{"}, "model_config_invalid"),
         ({"config.json": b"[]"}, "model_config_invalid"),
         ({"config.json": b"\xff"}, "model_config_invalid"),
@@ -148,6 +128,54 @@ def test_shards_that_do_not_belong_together_are_refused(
     with pytest.raises(ModelRefused) as refusal:
         inspect(tmp_path, {**SHARDED, **changes})
     assert refusal.value.code == code
+
+
+CODE = {"AutoModelForCausalLM": "modeling_x.X"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"modeling_x.py": b"x"}, ("modeling_x.py",)),
+        ({"deep/inside/x.PY": b"x", "y.so": b"x"}, ("deep/inside/x.PY", "y.so")),
+        ({"config.json": json.dumps({"auto_map": CODE}).encode()}, ("auto_map in config.json",)),
+        ({"config.json": json.dumps({"t": [{"auto_map": CODE}]}).encode()}, ("auto_map in config.json",)),
+    ],
+)
+def test_code_beside_a_model_is_left_out_and_told(
+    tmp_path: Path, changes: dict[str, bytes], code: tuple[str, ...]
+) -> None:
+    headers = inspect(tmp_path, {**GOOD, **changes})
+    assert headers.code == code
+    assert set(headers.files) == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert "auto_map" not in json.dumps(headers.config)
+    assert all(any(name.partition(" ")[0] in note for note in headers.notes) for name in code)
+
+
+def test_an_unknown_architecture_with_code_is_refused_for_the_code() -> None:
+    unknown = ModelRefused("the architecture x is not supported", code="architecture_unsupported", remedy="r")
+    refusal = with_code(unknown, ("modeling_x.py",))
+    assert refusal.code == "model_remote_code"
+    assert "modeling_x.py" in refusal.message
+    assert with_code(unknown, ()) is unknown
+    other = ModelRefused("no layers", code="config_invalid", remedy="r")
+    assert with_code(other, ("modeling_x.py",)) is other
+
+
+def test_a_tokenizer_that_only_its_code_opens_is_refused(tmp_path: Path) -> None:
+    settings = {"tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["x.Y", null]}}'}
+    assert "tokenizer_config.json" in inspect(tmp_path / "fast", {**GOOD, **settings}).files
+    slow = {name: content for name, content in GOOD.items() if name != "tokenizer.json"}
+    with pytest.raises(ModelRefused, match=r"no tokenizer\.json") as refusal:
+        inspect(tmp_path / "slow", {**slow, **settings})
+    assert refusal.value.code == "model_remote_code"
+
+
+def test_a_config_that_names_other_weights_is_refused(tmp_path: Path) -> None:
+    config = {"config.json": b'{"transformers_weights": "other.safetensors"}'}
+    with pytest.raises(ModelRefused, match="transformers_weights") as refusal:
+        inspect(tmp_path, {**GOOD, **config, "other.safetensors": safetensors("a")})
+    assert refusal.value.code == "model_weights_ambiguous"
 
 
 def test_config_and_weights_must_exist(tmp_path: Path) -> None:
@@ -272,16 +300,6 @@ def test_a_model_has_a_most_of_shards_and_files() -> None:
     with pytest.raises(ModelRefused) as refusal:
         refuse_crowd("many", MAX_FILES + 1)
     assert refusal.value.code == "model_too_many_files"
-
-
-def test_needed_files_leave_out_what_is_no_part_of_the_model(tmp_path: Path) -> None:
-    files = {**GOOD, "consolidated.bin": b"x", "onnx/model.json": b"{}", "chat_template.jinja": b""}
-    assert set(needed_files(make(tmp_path, files))) == {
-        "chat_template.jinja",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    }
 
 
 def test_a_local_text_is_found(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""The files of a model beside its weights, as every loader opens them: in UTF-8, and naming no code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from app.core.sources.json_file import as_utf8, parse_json
+from workers.modeling.checkpoint import Checkpoint
+
+CONFIG = "config.json"  # the names of the other files that can name code end like it
+
+
+def write_side_files(source: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
+    """Copy the tokenizer, templates and settings of `source` into `folder`, beside `config`.
+
+    Raises ModelRefused for JSON that can't be read.
+    """
+    for path in source.side_files:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = (source.folder / path).read_bytes()
+        if path.endswith(".json"):
+            content = as_utf8(path, content)
+        if path.endswith(CONFIG):
+            settings = parse_json(path, content)
+            content = to_json(settings.value) if settings.code else content
+        target.write_bytes(to_json(config) if path == CONFIG else content)
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
