@@ -33,6 +33,7 @@ from app.api.dependencies import Services
 from app.api.description import describe
 from app.api.gateway import Gateway
 from app.api.key_cache import KeyCache
+from app.api.methods import HeadAsGet
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
@@ -107,6 +108,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(PolledAnswers)
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(RequestRecord, metrics=metrics, tracer=tracer)
     return app
 

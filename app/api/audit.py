@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.dependencies import SAFE_METHODS, Admin, Services, ServicesParam
 from app.api.events import checked_event_id
+from app.api.methods import LOGIN
 from app.core.access.audit import AuditEntry
 from app.core.security import Principal
 
@@ -21,7 +22,6 @@ router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
 # Sent with POST, but changing nothing.
 QUESTIONS = frozenset({"/v1/estimates", "/v1/chat/completions", "/v1/completions"})
-LOGIN = "/login"  # sent with GET, but opening a session
 
 
 class AuditList(BaseModel):

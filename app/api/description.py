@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 
-from app.api.errors import INFERENCE_ROUTES, PROBLEM_TYPE, STATUS, ProblemDocument
+from app.api.errors import PROBLEM_TYPE, ProblemDocument, is_inference
+from app.core.error_answers import STATUS
 from app.core.ids import ARTIFACT_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTERN
 
 PROBLEMS = sorted({*STATUS.values(), 413} - {500})
@@ -67,7 +69,10 @@ def add_problems(path: str, operation: dict[str, Any]) -> None:
     if "HTTPValidationError" in str(answers.get("422", "")):
         del answers["422"]
     is_open = "security" not in operation
-    for status in (*OPEN_PROBLEMS, *((404,) if "{" in path else ())) if is_open else PROBLEMS:
+    statuses: Sequence[int] = (*OPEN_PROBLEMS, *((404,) if "{" in path else ())) if is_open else PROBLEMS
+    if is_inference(path):  # where a wrong field is 400
+        statuses = [status for status in statuses if status != 422]
+    for status in statuses:
         answers.setdefault(str(status), problem_answer(path, status))
 
 
@@ -81,7 +86,7 @@ def add_pattern(schema: dict[str, Any], pattern: str | None) -> None:
 
 
 def problem_answer(path: str, status: int) -> dict[str, Any]:
-    if path.startswith(INFERENCE_ROUTES):
+    if is_inference(path):
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     else:
         content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}

@@ -1,4 +1,4 @@
-"""Errors on the wire: one table from error class to status, one shape (RFC 9457)."""
+"""Errors on the wire: RFC 9457 for the management API, OpenAI's shape for what inference clients call."""
 
 from __future__ import annotations
 
@@ -13,32 +13,18 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from redis import exceptions as redis_errors
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
+from app.api.methods import allowed_methods
 from app.core import errors
+from app.core.error_answers import headers_of, inference_answer, inference_refusal, status_of
 
 log = logging.getLogger(__name__)
 
-STATUS: dict[type[errors.NibbleError], int] = {
-    errors.MalformedRequest: 400,
-    errors.InvalidRequest: 422,
-    errors.Unauthenticated: 401,
-    errors.Forbidden: 403,
-    errors.NotFound: 404,
-    errors.Conflict: 409,
-    errors.QueueFull: 429,
-    errors.QuotaExceeded: 429,
-    errors.RateLimited: 429,
-    errors.Unavailable: 503,
-    errors.NibbleError: 500,
-}
-HEADERS: dict[int, dict[str, str]] = {
-    401: {"WWW-Authenticate": "Bearer"},
-    429: {"Retry-After": "10"},
-    503: {"Retry-After": "5"},
-}
-INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models")
-INFERENCE_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# The first part of each management route below /v1. All else is asked for by inference clients.
+MANAGED = frozenset({
+    "artifacts", "audit", "deployments", "downloads", "estimates", "gc", "jobs", "keys", "login-links",
+    "logout", "tenants", "webhook-secret", "workers",
+})  # fmt: skip
 PROBLEM_TYPE = "application/problem+json"
 # Of a union's branches pydantic reports each; these types say only that a branch has another shape.
 SHAPE_ERRORS = frozenset({"tuple_type", "model_type", "model_attributes_type"})
@@ -64,40 +50,23 @@ class ProblemDocument(BaseModel):
 
 
 def is_inference(path: str) -> bool:
-    """True for the routes whose callers expect errors in OpenAI's shape."""
-    return path.startswith(INFERENCE_ROUTES)
+    """True for paths whose callers expect errors in OpenAI's shape, also where there is no such route."""
+    parts = path.split("/")
+    return parts[1:2] == ["v1"] and not MANAGED.intersection(parts[2:3])
 
 
-def inference_problem(
-    error: errors.NibbleError, *, status: int | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    """The answer that tells of `error` in OpenAI's shape."""
-    status = status if status is not None else status_of(error)
-    told = {
-        "message": f"{error.message} ({error.remedy})" if error.remedy else error.message,
-        "type": INFERENCE_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
-        "param": error.param,
-        "code": error.code,
-    }
-    return JSONResponse({"error": told}, status_code=status, headers=answer_headers(error, status, headers))
-
-
-def told(
-    request: Request,
+def error_response(
+    path: str,
     error: errors.NibbleError,
     *,
     status: int | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """The answer that tells of `error` in the shape that the route's callers expect."""
-    if is_inference(request.url.path):
-        return inference_problem(error, status=status, headers=headers)
-    return problem(error, status=status, headers=headers)
-
-
-def status_of(error: errors.NibbleError) -> int:
-    """The status of the nearest class in the table."""
-    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    """The answer that tells of `error` in the shape that callers of `path` expect."""
+    if not is_inference(path):
+        return problem(error, status=status, headers=headers)
+    answer = inference_answer(error, status=status)
+    return JSONResponse(answer.body, status_code=answer.status, headers={**answer.headers, **(headers or {})})
 
 
 def problem(
@@ -122,16 +91,9 @@ def problem(
     return JSONResponse(
         document.model_dump(exclude_none=True),
         status_code=status,
-        headers=answer_headers(error, status, headers),
+        headers={**headers_of(error, status), **(headers or {})},
         media_type=PROBLEM_TYPE,
     )
-
-
-def answer_headers(error: errors.NibbleError, status: int, more: Mapping[str, str] | None) -> dict[str, str]:
-    headers = {**HEADERS.get(status, {}), **(more or {})}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    return headers
 
 
 def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
@@ -156,14 +118,14 @@ def is_echo(problem: FieldProblem, found: Sequence[FieldProblem]) -> bool:
 
 def on_nibble_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.NibbleError)
-    return told(request, error)
+    return error_response(request.url.path, error)
 
 
 def on_invalid_fields(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     if any(finding["type"] == "json_invalid" for finding in found):
-        return problem(errors.MalformedRequest(
+        return error_response(request.url.path, errors.MalformedRequest(
             "the body is not valid JSON", code="json_invalid", remedy="send application/json"
         ))  # fmt: skip
     fields = field_problems(found)
@@ -176,37 +138,34 @@ def on_invalid_fields(request: Request, error: Exception) -> JSONResponse:
         remedy=of_fields if fields[0].path else "send a JSON object, as Content-Type application/json",
         param=fields[0].path or None,
     )
+    if is_inference(request.url.path):
+        return error_response(request.url.path, refusal)
     return problem(refusal, fields=fields)
 
 
 def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: unknown routes, wrong methods, unreadable bodies."""
     assert isinstance(error, HTTPException)
-    phrase = HTTPStatus(error.status_code).phrase
-    refusal = errors.NibbleError(
-        f"{request.method} {request.url.path}: {phrase.lower()}",
-        code=phrase.lower().replace(" ", "_"),
-        remedy="see /openapi.json for the routes and their methods",
-    )
+    status, path = error.status_code, request.url.path
     headers = dict(error.headers or {})
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers["Allow"] = ", ".join(allowed_methods(request))
-    return told(request, refusal, status=error.status_code, headers=headers)
-
-
-def allowed_methods(request: Request) -> list[str]:
-    """Of all routes with this path: the framework names those of the first one only."""
-    methods: set[str] = set()
-    for route in request.app.router.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            methods |= getattr(route, "methods", None) or set()
-    return sorted(methods)
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(allowed_methods(request.scope))
+    if is_inference(path):
+        refusal = inference_refusal(status, request.method, path)
+    else:
+        phrase = HTTPStatus(status).phrase.lower()
+        refusal = errors.NibbleError(
+            f"{request.method} {path}: {phrase}",
+            code=phrase.replace(" ", "_"),
+            remedy="see /openapi.json for the routes and their methods",
+        )
+    return error_response(path, refusal, status=status, headers=headers)
 
 
 def on_redis_error(request: Request, error: Exception) -> JSONResponse:
     log.error("redis failed: %s", error)
-    return told(
-        request,
+    return error_response(
+        request.url.path,
         errors.Unavailable(
             f"Redis failed: {error}",
             code="redis_unavailable",
@@ -217,8 +176,8 @@ def on_redis_error(request: Request, error: Exception) -> JSONResponse:
 
 def on_unexpected(request: Request, error: Exception) -> JSONResponse:
     """The last handler: the server logs the error with its traceback."""
-    return told(
-        request,
+    return error_response(
+        request.url.path,
         errors.NibbleError(
             "the service met an error of its own",
             remedy="report it with the X-Request-ID of this answer",

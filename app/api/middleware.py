@@ -11,9 +11,9 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import inference_problem, is_inference, problem
+from app.api.errors import error_response
 from app.api.metrics import Metrics
-from app.core.errors import InvalidRequest, MalformedRequest
+from app.core.errors import BodyTooLarge, BodyTooSlow, NibbleError
 from app.core.telemetry.logs import log_ids
 from app.core.telemetry.tracing import Tracer, parse_traceparent
 
@@ -89,16 +89,10 @@ class BodyLimit:
         try:
             body = None if length.isdigit() and int(length) > self._max_bytes else await self._read(receive)
         except TimeoutError:
-            await self._refuse_slow(scope, receive, send)
+            await refuse(too_slow(), scope, receive, send)
             return
         if body is None:
-            refusal = InvalidRequest(
-                f"the body is larger than {self._max_bytes} bytes",
-                code="body_too_large",
-                remedy="put large texts into a file and name it as dataset",
-            )
-            shaped = inference_problem if is_inference(scope["path"]) else problem
-            await shaped(refusal, status=413, headers={"Connection": "close"})(scope, receive, send)
+            await refuse(self._too_large(), scope, receive, send)
             return
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -119,11 +113,21 @@ class BodyLimit:
                 if not message.get("more_body", False):
                     return bytes(body)
 
-    async def _refuse_slow(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = MalformedRequest(
-            f"the body did not arrive within {BODY_LIMIT_S:g} s",
-            code="body_too_slow",
-            remedy="send it again; put large texts into a file and name it as dataset",
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"the body is larger than {self._max_bytes} bytes",
+            remedy="put large texts into a file and name it as dataset",
         )
-        shaped = inference_problem if is_inference(scope["path"]) else problem
-        await shaped(refusal, status=408, headers={"Connection": "close"})(scope, receive, send)
+
+
+def too_slow() -> BodyTooSlow:
+    return BodyTooSlow(
+        f"the body did not arrive within {BODY_LIMIT_S:g} s",
+        remedy="send it again; put large texts into a file and name it as dataset",
+    )
+
+
+async def refuse(refusal: NibbleError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer without the rest of the body, which is why the connection can't be used again."""
+    answer = error_response(scope["path"], refusal, headers={"Connection": "close"})
+    await answer(scope, receive, send)

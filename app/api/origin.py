@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.dependencies import SAFE_METHODS
-from app.api.errors import problem
+from app.api.errors import error_response
 from app.core.errors import Forbidden
 
 
@@ -27,7 +27,7 @@ class OriginGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
         if refusal is not None:
-            await problem(refusal)(scope, receive, send)
+            await error_response(scope["path"], refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -10,18 +10,17 @@ import httpx
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from app.core.error_answers import inference_answer
+from app.core.errors import Unavailable
+
 EVENT_END = b"\n\n"
 MAX_PARTIAL_EVENT = 1024 * 1024
 PASSED_BACK = ("content-type", "retry-after")
-LOST = {
-    "error": {
-        "message": "the inference server ended before the answer was complete; it is being started again",
-        "type": "server_error",
-        "param": None,
-        "code": "replica_lost",
-    }
-}
-LOST_EVENTS = f"data: {json.dumps(LOST)}\n\ndata: [DONE]\n\n".encode()
+LOST = Unavailable(
+    "the inference server ended before the answer was complete; it is being started again",
+    code="replica_lost",
+)
+LOST_EVENTS = f"data: {json.dumps(inference_answer(LOST).body)}\n\ndata: [DONE]\n\n".encode()
 
 
 class ClientGone(Exception):

@@ -3,6 +3,8 @@
     NibbleError                 code, message, remedy, param
     ├── InvalidRequest          the request itself is wrong
     │   ├── MalformedRequest    the body or a header can't even be read
+    │   │   ├── BodyTooLarge    it has more bytes than are taken
+    │   │   └── BodyTooSlow     it did not arrive in time
     │   ├── RecipeUnsupported   the recipe is well formed, but this model or format can't hold it
     │   ├── ModelRefused        the model's files are missing, unsafe or of an unknown architecture
     │   └── TextRefused         the calibration or evaluation text is missing or too short
@@ -91,6 +93,14 @@ class InvalidRequest(NibbleError):
 
 class MalformedRequest(InvalidRequest):
     code = "malformed_request"
+
+
+class BodyTooLarge(MalformedRequest):
+    code = "body_too_large"
+
+
+class BodyTooSlow(MalformedRequest):
+    code = "body_too_slow"
 
 
 class RecipeUnsupported(InvalidRequest):

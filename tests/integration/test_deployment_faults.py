@@ -36,7 +36,7 @@ def test_a_server_that_dies_amid_a_stream_is_told_of_and_started_again(floor: Fl
         with floor.stream("tiny", tokens=5, die_after=2) as lines:
             events = list(lines)
         error = json.loads(events[2].removeprefix("data: "))["error"]
-        assert (error["code"], error["type"]) == ("replica_lost", "server_error")
+        assert (error["code"], error["type"]) == ("replica_lost", "service_unavailable_error")
         assert events[3:] == ["data: [DONE]"]
         wait_until(lambda: floor.chat("tiny").status_code == 200, 30)
         view = floor.await_state(deployment_id, "ready")

@@ -130,7 +130,7 @@ def test_without_a_worker_a_deployment_says_what_it_waits_for(floor: Floor) -> N
     assert (view["state"], view["vllm"]["tensor_parallel_size"]) == ("starting", 2)
     assert "no worker takes the queue `serve`" in view["reason"]
     refused = floor.chat("tiny")
-    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "service_unavailable_error")
     assert refused.headers["retry-after"]
     assert floor.client.delete(f"/v1/deployments/{deployment_id}").status_code == 204
     assert floor.client.get(f"/v1/deployments/{deployment_id}").status_code == 404
@@ -190,13 +190,13 @@ def test_tenants_and_scopes(floor: Floor) -> None:
         assert speaker.get(f"/v1/deployments/{deployment_id}").status_code == 403
     with service.client_with(service.key(Scope.JOBS_READ)) as reader:
         refused = floor.chat("tiny", reader)
-        assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (403, "invalid_request_error")
         deploys = {"model": "x", "deploy": {"name": "y"}}
     with service.client_with(service.key(Scope.JOBS_WRITE)) as submitter:
         assert submitter.post("/v1/jobs", json=deploys).status_code == 403
     with service.client_with("nib_wrong") as stranger:
         refused = floor.chat("tiny", stranger)
-        assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (401, "invalid_request_error")
 
 
 def test_errors_of_inference_routes_have_openais_shape(floor: Floor) -> None:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.core.errors import JobFault, NibbleError, Unavailable
 from workers.serving.protocol import Body
 from workers.serving.requests import Choice, Piece
 from workers.serving.served_model import Answer, ServedModel
@@ -61,16 +60,9 @@ class Reply:
         """What the engine makes, counted. Raises its error."""
         async for piece in self.answer.pieces():
             self.completion_tokens += len(piece.choices)
-            if piece.finish_reason == "error":
-                raise engine_error(self.served, piece.error)
+            if piece.error is not None:
+                raise piece.error
             yield piece
-
-
-def engine_error(served: ServedModel, message: str) -> NibbleError:
-    """What a piece that ends in an error means: the engine is gone, or this one sequence failed."""
-    if served.engine.failure is not None:
-        return Unavailable(message, code="engine_unavailable", remedy="try again on another replica")
-    return JobFault(message, code="generation_failed")
 
 
 def event(content: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from app.core.errors import QueueFull, Unavailable
+from app.core.errors import InvalidRequest, NibbleError, QueueFull, Unavailable
 from workers.devices.selection import select_device
 from workers.serving.batch import Batch, Prefill
 from workers.serving.detokenizer import Decoder, Detokenizer, Stopped
@@ -26,7 +26,6 @@ from workers.serving.sampling import choose
 
 log = logging.getLogger(__name__)
 
-NOT_FINITE = "the model's output is not finite (NaN or infinity); serve it in bfloat16 or float32"
 DRAINING = "the server is shutting down"
 
 
@@ -78,7 +77,7 @@ class Engine:
         sequences = [self._sequence(generation, index) for index in range(generation.n)]
         with self._arrived:
             if self.failure is not None or self.draining:
-                raise Unavailable(self.failure or DRAINING, code="engine_unavailable", remedy="try again")
+                raise unavailable(self.failure or DRAINING)
             if len(self._waiting) >= self.limits.max_waiting:
                 raise QueueFull(
                     f"{len(self._waiting)} requests wait already", remedy="try again later", code="overloaded"
@@ -223,8 +222,10 @@ class Engine:
         for sequence, choice in zip(sequences, choose(logits, sequences, self.end_tokens), strict=True):
             if sequence.cancelled:
                 continue
-            if choice is None:
-                self._end(error_piece(sequence, NOT_FINITE), sequence)
+            if isinstance(choice, NibbleError):
+                self._end(error_piece(sequence, choice), sequence)
+            elif choice is None:
+                self._finish(sequence, "stop")
             else:
                 self._take(sequence, choice)
 
@@ -232,8 +233,8 @@ class Engine:
         stopping, token = sequence.stopping, choice.token
         try:
             sequence.add(choice)
-        except ValueError as fault:  # the grammar came to an end that no token leads out of
-            self._end(error_piece(sequence, str(fault)), sequence)
+        except InvalidRequest as fault:  # the grammar is beyond its limits
+            self._end(error_piece(sequence, fault), sequence)
             return
         self.metrics.token(sequence)
         enough = sequence.generated >= stopping.min_tokens
@@ -319,10 +320,15 @@ class Engine:
             self._waiting.clear()
         self._prefills.clear()
         for sequence in [sequence for group in groups for sequence in group if not sequence.finished]:
-            self._end(error_piece(sequence, message), sequence)
+            self._end(error_piece(sequence, unavailable(message)), sequence)
         self._publish()
         self.metrics.waiting.set(0)
 
 
-def error_piece(sequence: Sequence, message: str) -> Piece:
-    return Piece(sequence.index, "", (), "error", error=message)
+def error_piece(sequence: Sequence, error: NibbleError) -> Piece:
+    return Piece(sequence.index, "", (), "error", error=error)
+
+
+def unavailable(message: str) -> Unavailable:
+    """What every caller gets of an engine that has failed or shuts down."""
+    return Unavailable(message, code="engine_unavailable", remedy="try again")

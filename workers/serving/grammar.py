@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,31 +14,55 @@ from torch import Tensor
 
 from app.core.errors import InvalidRequest
 
+log = logging.getLogger(__name__)
+
 # A weak model asked for JSON likes to write spaces for ever, so there is at most one between two parts.
 JSON_OPTIONS: Any = {"whitespace_pattern": " ?"}
+MAX_REASON = 300  # characters
 
 
 class Matcher:
-    """How far one sequence has come in a grammar."""
+    """How far one sequence has come in a grammar, which the field `param` of its request demands."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: LLMatcher, vocabulary: int, param: str) -> None:
+        self._matcher, self._vocabulary, self.param = matcher, vocabulary, param
 
     def copy(self) -> Matcher:
-        return Matcher(self._matcher.deep_copy(), self._vocabulary)
+        return Matcher(self._matcher.deep_copy(), self._vocabulary, self.param)
 
     def allowed(self) -> Tensor:
-        """bool (vocabulary): the tokens that may come next."""
+        """bool (vocabulary): the tokens that may come next; none if the grammar has failed."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(np.bool_)
         found = torch.zeros(self._vocabulary, dtype=torch.bool)
-        found[: mask.size] = torch.from_numpy(mask)
+        if not self.failed:  # else llguidance allows the end, after whatever came before
+            mask = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(np.bool_)
+            found[: mask.size] = torch.from_numpy(mask)
         return found
 
     def take(self, token: int) -> None:
-        """Raises ValueError if the grammar does not allow the token: `allowed` was not heeded."""
+        """Go on by an allowed token. Raises InvalidRequest if the grammar fails at it."""
         if not self._matcher.consume_token(token):
-            raise ValueError(f"the grammar does not allow token {token}: {self._matcher.get_error()}")
+            raise self.failure()
+
+    @property
+    def failed(self) -> bool:
+        """True once the grammar grew beyond the parser's limits; no token is allowed any more."""
+        return bool(self._matcher.is_error())
+
+    def failure(self) -> InvalidRequest:
+        """What is wrong with a grammar that failed."""
+        log.info("a grammar failed: %s", one_line(self._matcher.get_error()))
+        return InvalidRequest(
+            "the JSON schema is too large to be kept to: it has too many ways to go on at one place",
+            code="invalid_json_schema",
+            remedy="use a schema with fewer properties or alternatives",
+            param=self.param,
+        )
+
+    @property
+    def may_end(self) -> bool:
+        """True if the text so far is complete; more may still be allowed."""
+        return bool(self._matcher.is_accepting())
 
     @property
     def complete(self) -> bool:
@@ -61,11 +86,16 @@ class Grammars:
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
         if problem and not problem.startswith("WARNING"):
             raise refused(problem, param)
-        return Matcher(LLMatcher(self._tokenizer, grammar), self.vocabulary)
+        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self.vocabulary, param)
+
+
+def one_line(why: str) -> str:
+    """What the parser finds wrong, without the state and the grammar that it adds."""
+    return " ".join(why.partition("<state>")[0].split())[:MAX_REASON]
 
 
 def refused(why: str, param: str) -> InvalidRequest:
     return InvalidRequest(
-        f"the JSON schema can't be kept to: {why.strip()}",
+        f"the JSON schema can't be kept to: {one_line(why)}",
         code="invalid_json_schema", remedy="use the keywords that constrained decoding knows", param=param,
     )  # fmt: skip

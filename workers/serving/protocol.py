@@ -9,18 +9,35 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
 
+
+def not_boolean(value: Any) -> Any:
+    """JSON has numbers and booleans; Python, and pydantic with it, takes true for 1 and false for 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")  # noqa: TRY004  # pydantic's way to refuse
+    return value
+
+
+def no_booleans(value: Any) -> Any:
+    """The same for a list, without a call for each of its items."""
+    if isinstance(value, list) and bool in map(type, value):
+        raise ValueError("numbers are needed, not true or false")
+    return value
+
+
 T = TypeVar("T")
+Integer = Annotated[int, BeforeValidator(not_boolean)]
+Number = Annotated[float, BeforeValidator(not_boolean)]
 # The first fault is told. A body with a million of them would take gigabytes to describe.
 Several = Annotated[list[T], Field(fail_fast=True)]
-Tokens = Several[int]
+Tokens = Annotated[Several[int], BeforeValidator(no_booleans)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 
 
 class StreamOptions(BaseModel):
@@ -60,24 +77,24 @@ class Body(BaseModel):
     model: str | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: Number | None = Field(default=None, gt=0, le=10)
     logit_bias: dict[int, Bias] | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    max_tokens: Integer | None = Field(default=None, ge=1)
+    n: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[Several[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
-    min_p: float | None = Field(default=None, ge=0, le=1)
+    temperature: Number | None = Field(default=None, ge=0, le=100)
+    top_p: Number | None = Field(default=None, gt=0, le=1)
+    top_k: Integer | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: Number | None = Field(default=None, ge=0, le=1)
     response_format: ResponseFormat | None = None
     stop_token_ids: Tokens | None = None
     allowed_token_ids: Annotated[Tokens, Field(min_length=1)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int = Field(default=0, ge=0)
+    min_tokens: Integer = Field(default=0, ge=0)
     skip_special_tokens: bool = True
     user: str | None = None
     # Known, and not honoured: each must be absent or without effect.
@@ -177,8 +194,8 @@ class Message(BaseModel):
 class ChatRequest(Body):
     messages: Several[Message] = Field(min_length=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
     tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -208,11 +225,17 @@ class ChatRequest(Body):
 
 class CompletionRequest(Body):
     prompt: str | Tokens | Several[str] | Several[Tokens]
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    logprobs: Integer | None = Field(default=None, ge=0, le=20)
     echo: bool = False
     add_special_tokens: bool = True
     suffix: Literal[""] | None = None
-    best_of: int | None = None
+    best_of: Integer | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def accept_false(cls, value: Any) -> Any:
+        """False says here what it says in a chat: no logprobs."""
+        return None if value is False else value
 
     @model_validator(mode="after")
     def check_combinations(self) -> Self:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from app.core.errors import NibbleError
 from workers.serving.detokenizer import Detokenizer, StopStrings
 from workers.serving.grammar import Matcher
 
@@ -83,7 +84,7 @@ class Piece:
     choices: tuple[Choice, ...]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    error: str = ""
+    error: NibbleError | None = None  # of a piece that ends with `error`
 
 
 @dataclass(frozen=True)

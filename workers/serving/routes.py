@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from app.core.errors import InvalidRequest, MalformedRequest, NibbleError, NotFound, field_fault
+from app.core.error_answers import InferenceAnswer, inference_answer, inference_refusal
+from app.core.errors import BodyTooLarge, InvalidRequest, MalformedRequest, NibbleError, field_fault
 from workers.serving import chat, completions
 from workers.serving.answers import DONE, Reply, event
-from workers.serving.errors import error_body, kind_of, retry_headers
 from workers.serving.protocol import Body, ChatRequest, CompletionRequest
 from workers.serving.served_model import Prompts, ServedModel, unknown_fields
 
@@ -125,7 +125,7 @@ async def parse(http: Request, kind: type[B]) -> B:
     async for part in http.stream():
         content += part
         if len(content) > MAX_BODY_BYTES:
-            raise MalformedRequest(
+            raise BodyTooLarge(
                 f"the body is larger than {MAX_BODY_BYTES} bytes", remedy="send a shorter prompt"
             )
     try:
@@ -144,11 +144,18 @@ def refused_body(fault: ValidationError) -> NibbleError:
         return InvalidRequest(f"{fault.error_count()} values of the body are wrong", code="invalid_value")
     found = fault.errors()
     if found[0]["type"] == "json_invalid":
-        return MalformedRequest(f"the body is not JSON: {found[0]['msg']}", remedy="send a JSON object")
-    best = max(found, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+        return MalformedRequest(
+            f"the body is not valid JSON: {found[0]['msg']}", code="json_invalid", remedy="send a JSON object"
+        )
+    best = max(found, key=fitness)
     param = ".".join(str(part) for part in best["loc"] if not KIND_OF_VALUE.search(str(part))) or None
     told = field_fault(best)
     return InvalidRequest(f"{param}: {told}" if param else told, param=param, code="invalid_value")
+
+
+def fitness(fault: Any) -> tuple[bool, int, bool]:
+    """How much a fault says: most in our own words, then the deeper, then the one of more than a type."""
+    return fault["type"] == "value_error", len(fault["loc"]), not fault["type"].endswith("_type")
 
 
 def begin(served: ServedModel, request: Body, prompts: Prompts, prefix: str, kind: str) -> Reply:
@@ -195,7 +202,7 @@ async def guarded(reply: Reply, first: bytes, frames: AsyncIterator[bytes]) -> A
         async for frame in frames:
             yield frame
     except NibbleError as error:
-        yield event(error_body(error))
+        yield event(inference_answer(error).body)
         yield DONE
     finally:
         reply.answer.cancel()
@@ -206,16 +213,20 @@ def json_response(body: dict[str, Any], status: int = 200, headers: dict[str, st
     return Response(content, status, headers, "application/json")
 
 
+def error_response(answer: InferenceAnswer, more: Mapping[str, str] | None = None) -> Response:
+    return json_response(answer.body, answer.status, {**answer.headers, **(more or {})})
+
+
 async def on_nibble_error(_http: Request, error: Exception) -> Response:
     assert isinstance(error, NibbleError)
-    return json_response(error_body(error), kind_of(error)[0], retry_headers(error))
+    return error_response(inference_answer(error))
 
 
 async def on_http_error(http: Request, error: Exception) -> Response:
     """What the framework itself refuses: no such route, no such method."""
     assert isinstance(error, HTTPException)
-    problem = NotFound(f"{http.method} {http.url.path}: {error.detail}", code="not_found")
-    return json_response(error_body(problem), error.status_code)
+    refusal = inference_refusal(error.status_code, http.method, http.url.path)
+    return error_response(inference_answer(refusal, status=error.status_code), error.headers)
 
 
 async def on_gone(_http: Request, _error: Exception) -> Response:

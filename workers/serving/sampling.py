@@ -8,11 +8,17 @@ from collections.abc import Sequence as Several
 import torch
 from torch import Tensor
 
+from app.core.errors import InvalidRequest, JobFault, NibbleError
 from workers.serving.requests import Alternative, Choice, Sampling, Sequence
 
+NOT_FINITE = "the model's output is not finite (NaN or infinity); serve it in bfloat16 or float32"
 
-def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[int]) -> list[Choice | None]:
-    """One choice for each row of float32 logits (sequences, vocabulary); None where they hold NaN.
+# A token; or an error that ends the sequence; or None: the grammar is complete, and the text ends here.
+Next = Choice | NibbleError | None
+
+
+def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[int]) -> list[Next]:
+    """What comes next in each row of float32 logits (sequences, vocabulary).
 
     Every sequence draws with a generator of its own, and rows don't touch each other, so what is chosen
     does not depend on who else is in the batch.
@@ -20,13 +26,41 @@ def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[i
     broken = ~torch.isfinite(logits.amax(-1))
     scores = adjusted(logits, sequences, end_tokens)
     tokens = draw(scores, sequences).tolist()
-    choices: list[Choice | None] = [Choice(token) for token in tokens]
+    found: list[Next] = [Choice(token) for token in tokens]
     asked = [row for row, sequence in enumerate(sequences) if sequence.sampling.top_logprobs is not None]
     for row, choice in zip(asked, with_logprobs(logits, sequences, asked, tokens), strict=True):
-        choices[row] = choice
-    if bool(broken.any()):
-        choices = [None if bad else choice for bad, choice in zip(broken.tolist(), choices, strict=True)]
-    return choices
+        found[row] = choice
+    if scores is not logits:
+        for row in rows_where(scores.amax(-1) == -math.inf):
+            found[row] = without_choice(sequences[row])
+    for row in rows_where(broken):
+        found[row] = JobFault(NOT_FINITE, code="generation_failed")
+    return found
+
+
+def rows_where(mask: Tensor) -> list[int]:
+    found: list[int] = mask.nonzero().flatten().tolist()
+    return found
+
+
+def without_choice(sequence: Sequence) -> InvalidRequest | None:
+    """What follows where the request's own rules leave no token; None if the text may end here."""
+    matcher, sampling, stopping = sequence.matcher, sequence.sampling, sequence.stopping
+    if matcher is not None and matcher.failed:
+        return matcher.failure()
+    if matcher is not None and matcher.may_end:
+        return None
+    fields = ["allowed_token_ids"] if sampling.allowed_token_ids else []
+    if matcher is not None:
+        fields.append(matcher.param)
+    if sequence.generated < stopping.min_tokens:
+        fields.append("min_tokens")
+    return InvalidRequest(
+        f"no token is left by {' and '.join(fields)} after {sequence.generated} generated ones",
+        code="no_token_allowed",
+        remedy="allow more tokens, or leave one of these fields out",
+        param=next(iter(fields), None),
+    )
 
 
 def adjusted(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[int]) -> Tensor:
@@ -47,9 +81,9 @@ def adjusted(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset
         if bans:
             scores[row, list(end_tokens | stopping.token_ids)] = -math.inf
         if sampling.allowed_token_ids:
-            allowed = torch.full_like(scores[row], -math.inf)
-            allowed[list(sampling.allowed_token_ids)] = 0
-            scores[row] += allowed
+            others = torch.ones_like(scores[row], dtype=torch.bool)
+            others[list(sampling.allowed_token_ids)] = False
+            scores[row].masked_fill_(others, -math.inf)
         if sequence.matcher is not None:
             scores[row].masked_fill_(~sequence.matcher.allowed().to(scores.device), -math.inf)
     return scores
@@ -71,6 +105,8 @@ def penalize_(scores: Tensor, sequence: Sequence) -> None:
         divided = torch.where(
             scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
         )
+        # A tiny penalty divides beyond the largest float, and two infinite scores have no probabilities.
+        divided.clamp_(max=torch.finfo(scores.dtype).max)
         scores.copy_(torch.where(seen.bool(), divided, scores))
     scores -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
 

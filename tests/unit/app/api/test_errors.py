@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from app.api.errors import STATUS, field_problems, problem, status_of
+from app.api.errors import MANAGED, field_problems, is_inference, problem
 from app.core import errors
+from app.core.error_answers import STATUS, status_of
+from app.core.settings import Settings
 from app.core.specs import JobSpec
+from app.main import create_app
 
 
 def descendants(kind: type[errors.NibbleError]) -> list[type[errors.NibbleError]]:
@@ -22,6 +26,37 @@ def test_every_error_has_a_status(kind: type[errors.NibbleError]) -> None:
 def test_the_nearest_class_decides() -> None:
     assert status_of(errors.ModelRefused("it")) == 422
     assert status_of(errors.MalformedRequest("it")) == 400
+
+
+def test_the_management_routes_are_all_named(tmp_path: Path) -> None:
+    """What is not among them answers in OpenAI's shape."""
+    document = create_app(Settings(state_dir=tmp_path)).openapi()["paths"]
+    parts = {
+        path.split("/")[2]
+        for path, operations in document.items()
+        if path.startswith("/v1/")
+        for operation in operations.values()
+        if operation["tags"] != ["inference"]
+    }
+    assert parts == MANAGED
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        *(("/v1/chat/completions", True), ("/v1/models", True), ("/v1/responses", True), ("/v1", True)),
+        *(
+            ("/v1/job", True),
+            ("/v1/jobs", False),
+            ("/v1/jobs/x/y", False),
+            ("/", False),
+            ("/v2/responses", False),
+        ),
+        *(("/v10/responses", False), ("", False), ("*", False)),
+    ],
+)
+def test_whose_shape_a_path_answers_in(path: str, expected: bool) -> None:
+    assert is_inference(path) is expected
 
 
 def test_a_problem_says_what_and_what_to_do() -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from app.core.errors import JobFault
 from tests.tiny_models import TOKENIZER
 from workers.serving.detokenizer import Detokenizer
-from workers.serving.requests import Generation, Sampling, Sequence, Stopping
+from workers.serving.requests import Choice, Generation, Sampling, Sequence, Stopping
 from workers.serving.sampling import choose, truncate
 
 DECODER = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
@@ -122,8 +123,8 @@ def test_a_broken_row_fails_alone(broken: float) -> None:
     logits = torch.stack([LOGITS, LOGITS])
     logits[0, 3] = broken
     first, second = choose(logits, [sequence(), sequence(temperature=0.0)], NO_END)
-    assert first is None
-    assert second is not None
+    assert isinstance(first, JobFault)
+    assert isinstance(second, Choice)
     assert second.token == 0
 
 
