@@ -44,40 +44,20 @@ ModelName = Annotated[
 ]
 
 
+@submission.takes_job_options
 def submit(
     model: ModelName = None,
     *,
-    method: submission.Method = None,
-    bits: submission.Bits = None,
-    group_size: submission.GroupSize = None,
-    symmetric: submission.Symmetric = None,
-    rounding: submission.Rounding = None,
-    max_ratio: submission.MaxRatio = None,
-    formats: submission.Formats = None,
-    num_samples: submission.NumSamples = None,
-    sequence_length: submission.SequenceLength = None,
-    dataset: submission.Dataset = None,
-    eval_samples: submission.EvalSamples = None,
     labels: submission.Labels = None,
-    spec: submission.SpecFile = None,
     idempotency_key: submission.IdempotencyKey = None,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for the job's end.")] = False,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
+    options: submission.JobOptions,
 ) -> None:
     """Hand a job to the service."""
-    body = submission.job_body(
-        model,
-        spec,
-        formats=formats,
-        sections=submission.sections(
-            method=method, bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding,
-            max_ratio=max_ratio, num_samples=num_samples, sequence_length=sequence_length,
-            dataset=submission.text_reference(dataset), eval_samples=eval_samples,
-        )
-        | {"labels": submission.split_labels(labels)},
-    )  # fmt: skip
+    body = submission.job_body(model, options, submission.split_labels(labels))
     with connect(url, api_key) as client:
         job = client.submit(body, idempotency_key=idempotency_key)
         if watch:
@@ -191,36 +171,17 @@ def report(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: 
         show_report(stdout(), document)
 
 
+@submission.takes_job_options
 def estimate(
     model: ModelName = None,
     *,
-    method: submission.Method = None,
-    bits: submission.Bits = None,
-    group_size: submission.GroupSize = None,
-    symmetric: submission.Symmetric = None,
-    rounding: submission.Rounding = None,
-    max_ratio: submission.MaxRatio = None,
-    formats: submission.Formats = None,
-    num_samples: submission.NumSamples = None,
-    sequence_length: submission.SequenceLength = None,
-    dataset: submission.Dataset = None,
-    eval_samples: submission.EvalSamples = None,
-    spec: submission.SpecFile = None,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
+    options: submission.JobOptions,
 ) -> None:
     """Say what a job would take and do, without running it."""
-    body = submission.job_body(
-        model,
-        spec,
-        formats=formats,
-        sections=submission.sections(
-            method=method, bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding,
-            max_ratio=max_ratio, num_samples=num_samples, sequence_length=sequence_length,
-            dataset=submission.text_reference(dataset), eval_samples=eval_samples,
-        ),
-    )  # fmt: skip
+    body = submission.job_body(model, options)
     with connect(url, api_key) as client:
         document = client.estimate(body)
     if as_json:

@@ -5,80 +5,107 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from app.commands.terminal import among
 from app.core.errors import InvalidRequest
+from app.core.specs import FormatName, Method
 
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="rtn, awq (unless told), gptq or omniquant.",
-        show_default=False,
-        autocompletion=among("rtn", "awq", "gptq", "omniquant"),
-    ),
-]
-Bits = Annotated[int | None, typer.Option(help="2, 3, 4 (unless told) or 8.", show_default=False)]
-GroupSize = Annotated[
-    int | None,
-    typer.Option(help="32, 64, 128 (unless told), or -1 for whole rows.", show_default=False),
-]
-Symmetric = Annotated[
-    bool | None,
-    typer.Option(
-        "--symmetric/--asymmetric", help="The integer grid; asymmetric unless told.", show_default=False
-    ),
-]
-Formats = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--format",
-        help="awq, gptq or compressed-tensors (unless told); may be repeated.",
-        show_default=False,
-        autocompletion=among("awq", "gptq", "compressed-tensors"),
-    ),
-]
-Rounding = Annotated[
-    str | None,
-    typer.Option(
-        help="nearest, or gptq (slower and better).",
-        show_default=False,
-        autocompletion=among("nearest", "gptq"),
-    ),
-]
-MaxRatio = Annotated[
-    float | None,
-    typer.Option(
-        "--max-perplexity-ratio",
-        help="A target: 1.01 allows one percent more perplexity; recipes are tried until one meets it.",
-        show_default=False,
-    ),
-]
-NumSamples = Annotated[int | None, typer.Option(help="Calibration windows.", show_default=False)]
-SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a window.", show_default=False)]
-Dataset = Annotated[
-    str | None,
-    typer.Option(help="Calibration text: builtin:…, hf:…, s3://…, file://… or a file.", show_default=False),
-]
-EvalSamples = Annotated[int | None, typer.Option(help="Evaluation windows.", show_default=False)]
-Labels = Annotated[
-    list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
-]
 IdempotencyKey = Annotated[
     str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
 ]
-SpecFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--spec",
-        help="JSON file with a whole job body, - for standard input; options change it.",
-        show_default=False,
-    ),
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
 ]
+
+
+def option(text: str, *names: str, values: tuple[str, ...] = ()) -> Any:
+    """An option without a default of its own: the body of the job has it."""
+    return typer.Option(
+        *names, help=text, show_default=False, autocompletion=among(*values) if values else None
+    )
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What `submit`, `estimate` and `quantize` take alike."""
+
+    method: Annotated[
+        str | None, option("rtn, awq (unless told), gptq or omniquant.", values=get_args(Method))
+    ] = None
+    bits: Annotated[int | None, option("2, 3, 4 (unless told) or 8.")] = None
+    group_size: Annotated[int | None, option("32, 64, 128 (unless told), or -1 for whole rows.")] = None
+    symmetric: Annotated[
+        bool | None,
+        option(
+            "The integer grid; asymmetric unless told.",
+            "--symmetric/--asymmetric",
+        ),
+    ] = None
+    rounding: Annotated[
+        str | None, option("nearest, or gptq (slower and better).", values=("nearest", "gptq"))
+    ] = None
+    max_ratio: Annotated[
+        float | None,
+        option(
+            "A target: 1.01 allows one percent more perplexity; recipes are tried until one meets it.",
+            "--max-perplexity-ratio",
+        ),
+    ] = None
+    formats: Annotated[
+        list[str] | None,
+        option(
+            "awq, gptq or compressed-tensors (unless told); may be repeated.",
+            "--format",
+            values=get_args(FormatName),
+        ),
+    ] = None
+    num_samples: Annotated[int | None, option("Calibration windows.")] = None
+    sequence_length: Annotated[int | None, option("Tokens of a window.")] = None
+    dataset: Annotated[
+        str | None, option("Calibration text: builtin:…, hf:…, s3://…, file://… or a file.")
+    ] = None
+    eval_samples: Annotated[int | None, option("Evaluation windows.")] = None
+    spec: Annotated[
+        Path | None,
+        option(
+            "JSON file with a whole job body, - for standard input; options change it.",
+            "--spec",
+        ),
+    ] = None
+
+
+Command = Callable[..., None]
+
+
+def takes_job_options(command: Command) -> Command:
+    """Give a command whose last parameter is `options` each of JobOptions as an option of its own."""
+    shared = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters_of(JobOptions)]
+    own = [parameter for parameter in parameters_of(command) if parameter.name != "options"]
+
+    @wraps(command)
+    def expanded(*arguments: object, **named: Any) -> None:
+        options = JobOptions(**{each.name: named.pop(each.name) for each in shared})
+        command(*arguments, **named, options=options)
+
+    first = [each for each in own if each.kind is not Parameter.KEYWORD_ONLY]
+    last = [each for each in own if each.kind is Parameter.KEYWORD_ONLY]
+    del expanded.__wrapped__  # typer would read the parameters of the command itself
+    expanded.__signature__ = Signature([*first, *shared, *last])  # type: ignore[attr-defined]  # inspect reads it
+    expanded.__annotations__ = {each.name: each.annotation for each in [*own, *shared]}
+    return expanded
+
+
+def parameters_of(function: Callable[..., object]) -> list[Parameter]:
+    return list(signature(function, eval_str=True).parameters.values())
+
 
 # Section and field of a job's body that an option sets.
 PLACES = {
@@ -109,38 +136,34 @@ def read_spec(path: Path | None) -> dict[str, Any]:
 
 
 def job_body(
-    model: str | None,
-    spec: Path | None,
-    *,
-    formats: list[str] | None,
-    sections: Mapping[str, Mapping[str, Any]],
+    model: str | None, options: JobOptions, labels: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """The file's body, changed by the options that were given. They can't change a list of recipes."""
-    body = read_spec(spec)
+    body = read_spec(options.spec)
     if model is not None:
         body["model"] = model_reference(model)
     if "model" not in body:
         raise typer.BadParameter("name a model, or give a file with one", param_hint="MODEL")
-    if formats:
-        body["formats"] = formats
-    for section, options in sections.items():
-        if not given(options):
-            continue
+    if options.formats:
+        body["formats"] = options.formats
+    for section, changes in {**sections(options), "labels": labels or {}}.items():
         held = body.get(section)
-        if held is not None and not isinstance(held, dict):
+        if changes and held is not None and not isinstance(held, dict):
             raise typer.BadParameter(
                 f"options can't change the {section} of the file: it is no object", param_hint="--spec"
             )
-        body[section] = {**(held or {}), **given(options)}
+        if changes:
+            body[section] = {**(held or {}), **changes}
     return body
 
 
-def sections(**options: object) -> dict[str, dict[str, Any]]:
-    """Options by the sections and fields that they set."""
+def sections(options: JobOptions) -> dict[str, dict[str, Any]]:
+    """The options that were given, by the sections and fields that they set."""
     placed: dict[str, dict[str, Any]] = {}
-    for name, value in options.items():
-        section, field = PLACES[name]
-        placed.setdefault(section, {})[field] = value
+    for name, (section, field) in PLACES.items():
+        value = text_reference(options.dataset) if name == "dataset" else getattr(options, name)
+        if value is not None:
+            placed.setdefault(section, {})[field] = value
     return placed
 
 
@@ -181,7 +204,7 @@ def text_reference(dataset: str | None) -> str | None:
         raise InvalidRequest(
             f"there is no file {dataset}",
             code="text_source_invalid",
-            remedy="give a .jsonl or .txt file, or builtin:wikitext2, hf:…, s3://… or file://…",
+            remedy="give a file that ends in .jsonl, .json, .csv or .txt, or builtin:wikitext2, hf:…, s3://… or file://…",
             param="calibration.dataset",
         )
     return Path(file).resolve().as_uri()

@@ -2,28 +2,31 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from app.commands import submission
 from app.core.errors import InvalidRequest
 
 
-def body_of(model: str | None, spec: Path | None = None, **sections: dict[str, object]) -> dict[str, object]:
-    return submission.job_body(model, spec, formats=None, sections=sections)
+def body_of(model: str | None, spec: Path | None = None, **options: Any) -> dict[str, object]:
+    return submission.job_body(model, submission.JobOptions(spec=spec, **options))
 
 
 def test_only_given_options_are_sent() -> None:
-    body = body_of("org/name", recipe={"method": "awq", "bits": None}, calibration={"dataset": None})
+    body = body_of("org/name", method="awq", bits=None, dataset=None)
     assert body == {"model": "org/name", "recipe": {"method": "awq"}}
 
 
 def test_options_change_the_file(tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps({"model": "a/b", "recipe": {"bits": 4, "group_size": 64}}))
-    body = body_of(None, file, recipe={"bits": 3})
+    body = body_of(None, file, bits=3)
     assert body == {"model": "a/b", "recipe": {"bits": 3, "group_size": 64}}
 
 
@@ -36,7 +39,7 @@ def test_options_do_not_change_a_list_of_recipes(tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps({"model": "a/b", "recipe": [{"bits": 4}, {"bits": 3}]}))
     with pytest.raises(typer.BadParameter, match="recipe"):
-        body_of(None, file, recipe={"bits": 3})
+        body_of(None, file, bits=3)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
@@ -70,7 +73,7 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
 def test_options_fill_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps({"model": "a/b", "target": None}))
-    body = body_of(None, file, target={"max_perplexity_ratio": 1.01})
+    body = body_of(None, file, max_ratio=1.01)
     assert body == {"model": "a/b", "target": {"max_perplexity_ratio": 1.01}}
 
 
@@ -79,3 +82,20 @@ def test_labels() -> None:
     assert submission.split_labels(None) == {}
     with pytest.raises(typer.BadParameter, match="key=value"):
         submission.split_labels(["team"])
+
+
+def test_a_command_takes_the_options_of_a_job() -> None:
+    @submission.takes_job_options
+    def command(model: str, *, loud: bool = False, options: submission.JobOptions) -> None:
+        seen.append((model, loud, options))
+
+    seen: list[tuple[str, bool, submission.JobOptions]] = []
+    app = typer.Typer()
+    app.command()(command)
+    CliRunner().invoke(app, ["a/b", "--loud", "--bits", "3", "--format", "awq", "--asymmetric"])
+    assert seen == [("a/b", True, submission.JobOptions(bits=3, formats=["awq"], symmetric=False))]
+
+
+def test_each_option_has_its_place_in_the_body() -> None:
+    options = {field.name for field in fields(submission.JobOptions)}
+    assert options == {*submission.PLACES, "formats", "spec"}
