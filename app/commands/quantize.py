@@ -20,8 +20,9 @@ from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout
 from app.core.errors import InvalidRequest, JobFault, field_fault, field_path
-from app.core.job import Progress
+from app.core.job import Problem, Progress
 from app.core.specs import JobSpec, TextSpec
+from app.core.system_faults import STATE_FOLDER
 
 if TYPE_CHECKING:
     from app.core.child.assignment import Assignment, Finished, OutputFolder
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
     from app.core.sources.model_source import ModelFiles
 
 CHILD_GRACE_S = 10.0
+# What to do about a fault of the job's process, where no service has events, workers or retries.
+REMEDIES = {
+    "child_crashed": "read its output above, then run it again",
+    "child_killed": "find out who sends signal 9 on this host (an operator, a limit of the container)",
+    "child_protocol": "report this with the output above",
+    "device_failed": "look for Xid lines in the kernel log of this host, then run it again",
+    "internal": "this is a fault of Nibble: please report it with the output above",
+    "kernel_backend_absent": "set NIBBLE_KERNEL_BACKEND to auto",
+    "out_of_memory": "use a device or host with more memory, or lower --num-samples or --sequence-length",
+}
 # Fields of a job that only a service can follow.
 OF_A_SERVICE = frozenset({"deploy", "force", "labels", "priority", "queue_timeout_s", "timeout_s", "webhook"})
 
@@ -192,7 +203,7 @@ def text_file(text: TextSpec, settings: Settings, dest: Path) -> Path | None:
     found = open_text(text.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
     if isinstance(found.files, LocalModel):
         return found.files.folder / found.path
-    target = dest.with_suffix(Path(found.path).suffix)
+    target = dest.with_name(dest.name + found.suffix)
     found.files.download(found.path, target, on_bytes=lambda _: None)
     return target
 
@@ -207,8 +218,7 @@ def supervise(assignment: Assignment, view: ProgressView) -> Finished:
             if message.kind == "finished":
                 return message
             if message.kind == "failed":
-                error = message.error
-                raise JobFault(error.message, code=error.code, remedy=error.remedy)
+                raise of_terminal(message.error, assignment.work_folder, child.output_tail())
             if message.kind == "stage":
                 stage = message.stage
             elif message.kind == "progress":
@@ -216,9 +226,17 @@ def supervise(assignment: Assignment, view: ProgressView) -> Finished:
             elif message.kind == "note":
                 view.note(message.message)
             view.show(stage, progress)
-        fault = child.wait_fault(CHILD_GRACE_S)
-        stderr().print(escape(child.output_tail()))
-        raise fault
+        raise of_terminal(
+            Problem.of(child.wait_fault(CHILD_GRACE_S)), assignment.work_folder, child.output_tail()
+        )
+
+
+def of_terminal(problem: Problem, work: Path, output: str) -> JobFault:
+    """The fault with a remedy for whoever sits here; the process's output is shown if the remedy names it."""
+    remedy = REMEDIES.get(problem.code, problem.remedy.replace(STATE_FOLDER, str(work.parent)))
+    if "output above" in remedy:
+        stderr().print(escape(output))
+    return JobFault(problem.message, code=problem.code, remedy=remedy)
 
 
 def place(finished: Finished, work: Path, out: Path) -> None:

@@ -20,7 +20,7 @@ from app.core.settings import Settings
 from app.core.sources.model_headers import ModelHeaders, with_code
 from app.core.sources.model_reference import parse_model_reference
 from app.core.sources.model_source import HubModel, inspect_model, open_model
-from app.core.sources.text_source import is_remote, open_text
+from app.core.sources.text_source import check_text, is_remote, open_text
 from app.core.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
 from app.core.storage.keys import FOLDERS
 from app.core.storage.reuse import Contents, fingerprint, text_key
@@ -122,13 +122,14 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[Tex
             raise TextRefused(
                 f"there is no bundled dataset {spec.source!r}",
                 code="dataset_unknown",
-                remedy=f"use {', '.join(BUILTIN_TEXTS)}, a file:// or s3:// jsonl file, or inline texts",
+                remedy=f"use {', '.join(BUILTIN_TEXTS)}, an hf:, s3:// or file:// file, or inline texts",
                 param=f"{param}.dataset",
             )
         return spec, text_key(spec)
     refuse_own_storage(spec.source, settings, param=f"{param}.dataset")
     try:
         text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
+        check_text(text)
     except TextRefused as fault:
         fault.param = fault.param or f"{param}.dataset"
         raise

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import TextRefused
+from app.core.sources.text_shapes import Document
 from app.core.specs import CalibrationSpec, EvaluationSpec, TextSpec
 from workers.texts.chat_template import ChatTemplate, RefusedByTemplate, chat_template
-from workers.texts.documents import Document, read_documents
+from workers.texts.documents import read_documents
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def needed_template(
 
     Raises TextRefused if there is none, ModelRefused for one that is no template.
     """
-    if not spec.chat_template and all(document.messages is None for document in documents):
+    if not spec.chat_template and all(document.text is not None for document in documents):
         return None
     if tokenizer.chat_template is None:
         raise TextRefused(
@@ -121,12 +122,10 @@ def token_ids(
 
     Raises TextRefused for messages that the template refuses.
     """
-    messages = document.messages
-    if messages is None and not as_turn:
-        assert document.text is not None
+    if document.text is not None and not as_turn:
         return list(tokenizer(document.text, verbose=False)["input_ids"])
     assert template is not None
-    turns = messages if messages is not None else [{"role": "user", "content": document.text or ""}]
+    turns = document.messages or [{"role": "user", "content": document.text or ""}]
     try:
         rendered = template.render(turns, tools=document.tools)
     except RefusedByTemplate as refusal:

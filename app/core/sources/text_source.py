@@ -1,4 +1,4 @@
-"""A text dataset that lies outside the request: one jsonl or text file, wherever it is.
+"""A text dataset that lies outside the request: one file, wherever it is.
 
 hf:org/name/folder/file.jsonl@revision    a file of a dataset repository on the hub
 s3://bucket/prefix/file.jsonl             an object
@@ -15,9 +15,15 @@ from app.core.object_store import open_bucket
 from app.core.outgoing.guard import IpNetwork
 from app.core.sources.model_reference import parse_model_reference
 from app.core.sources.model_source import HubModel, LocalModel, ModelFiles, S3Model
+from app.core.sources.text_content import (
+    HEAD_BYTES,
+    MAX_TEXT_BYTES,
+    PACKED,
+    SUFFIXES,
+    check_head,
+    text_suffix,
+)
 
-SUFFIXES = (".jsonl", ".txt")
-MAX_TEXT_BYTES = 1024**3
 HERE = ("builtin:", "inline")
 FORMS = (
     "write builtin:wikitext2, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
@@ -32,6 +38,7 @@ class TextFile:
         self.files = files
         self.path = path
         self.size = size
+        self.suffix = text_suffix(path) or ""  # which says how it is read: kept where it is copied
 
 
 def is_remote(source: str) -> bool:
@@ -44,8 +51,12 @@ def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence
 
     Raises TextRefused if it does not exist, is too large or may not be read.
     """
-    if not reference.partition("@")[0].endswith(SUFFIXES):
-        raise refuse_text(reference, f"the file's name must end in {' or '.join(SUFFIXES)}")
+    if text_suffix(reference.partition("@")[0]) is None:
+        ends = ", ".join(SUFFIXES)
+        raise refuse_text(
+            reference, f"the file's name must end in one of {ends}, with {PACKED} if it is packed",
+            "write it as .jsonl, as to_json of the library datasets does",
+        )  # fmt: skip
     try:
         files, path = locate(reference, model_roots, networks)
         size = files.list().get(path)
@@ -59,6 +70,12 @@ def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence
     if size > MAX_TEXT_BYTES:
         raise refuse_text(reference, f"{size} bytes; at most {MAX_TEXT_BYTES} are allowed")
     return TextFile(files, path, size)
+
+
+def check_text(text: TextFile) -> None:
+    """Refuse a file that can't be read, as far as its beginning shows. Raises TextRefused."""
+    head = text.files.read(text.path, 0, min(text.size, HEAD_BYTES))
+    check_head(PurePosixPath(text.path).name, head, is_whole=text.size <= HEAD_BYTES)
 
 
 def locate(

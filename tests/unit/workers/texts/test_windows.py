@@ -128,12 +128,58 @@ def test_lines_of_text_and_of_messages(tmp_path: Path, tokenizer: PreTrainedToke
     assert windows.available == len(expected) // LENGTH
 
 
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}({{ call.function.name }} {{ call.function.arguments.city }})"
+    "{% endfor %}{% endfor %}"
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+TOOL_TRAFFIC = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": WORDS}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "1", "content": "warm"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
+}
+
+
+def test_conversations_with_tools_go_through_the_chat_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    windows = evaluation_windows(
+        EvaluationSpec(num_samples=3), LENGTH, tokenizer, lines(tmp_path, TOOL_TRAFFIC)
+    )
+    rendered = f"[weather]<user>{WORDS}<assistant>(weather Rome)<tool>warm"
+    assert stream(windows) == tokenizer(rendered, add_special_tokens=False)["input_ids"][: 3 * LENGTH]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": WORDS, "completion": "yes"},
+    {"instruction": "river", "input": "bridge", "output": "yes " + WORDS},
+])  # fmt: skip
+def test_questions_and_answers_are_text_or_turns_as_asked(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, str]
+) -> None:
+    question, answer = list(row.values())[:-1], list(row.values())[-1]
+    plain = question[0] + answer if "prompt" in row else "\n\n".join([*question, answer])
+    turns = [("user", "\n\n".join(question)), ("assistant", answer)]
+    rendered = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    file = lines(tmp_path, row)
+    for chat_template, text in ((False, plain), (True, rendered)):
+        spec = EvaluationSpec(num_samples=1, chat_template=chat_template)
+        ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
+        assert stream(evaluation_windows(spec, LENGTH, tokenizer, file)) == ids[:LENGTH]
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         "{not json", "[]", '"text"', {"txt": "x"}, {"text": 5}, {"messages": []},
         {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "user", "content": ["parts"]}]}, {"text": "half \ud800"}, "[" * 100_000,
+        {"messages": [{"role": "user", "content": ["a part"]}]}, {"text": "half \ud800"}, "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_malformed_line_is_refused_with_its_number(
@@ -157,7 +203,7 @@ def test_a_line_may_hold_other_line_separators(tmp_path: Path, tokenizer: PreTra
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file = tmp_path / "latin.txt"
     file.write_bytes("stra\xdfe".encode("latin-1"))
-    with pytest.raises(TextRefused, match=r"latin\.txt is not UTF-8"):
+    with pytest.raises(TextRefused, match=r"latin\.txt, line 1: not UTF-8"):
         calibration_windows(calibration(), tokenizer, file)
 
 
