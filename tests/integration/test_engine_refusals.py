@@ -126,6 +126,16 @@ def test_bad_models(tmp_path: Path, damage: Callable[[Path], None], code: str) -
     assert not (tmp_path / "work" / OUTPUT / "report.json").exists()
 
 
+def test_a_refusal_of_one_linear_names_its_layer(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    set_weight("model.layers.1.mlp.down_proj.weight", 1e8)(model)
+    with pytest.raises(
+        NibbleError, match=r"^recipe 0, layer 1: mlp\.down_proj: weights up to 1e\+08"
+    ) as refusal:
+        run(model, tmp_path / "work")
+    assert "let `ignore` match mlp.down_proj of this layer" in refusal.value.remedy
+
+
 def test_broken_weights_are_found_before_the_work(tmp_path: Path) -> None:
     """Of the last layer of a large model, too: it is reached hours later."""
     model = tiny_model(tmp_path / "model")

@@ -14,6 +14,7 @@ from torch import Tensor
 from app.core.planning.format_limits import Scheme
 from app.core.planning.plan import CandidatePlan
 from kernels.operators import pack, unpack
+from workers.formats.targets import expert_set, fused_names
 from workers.modeling.quantized_weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -55,7 +56,6 @@ def shapes(
 
 def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
     """The entry of config.json."""
-    kept = [linear.name for linear in candidate.linears if linear.scheme is None]
     scheme = next(linear.scheme for linear in candidate.linears if linear.scheme is not None)  # the only one
     return {
         "quant_method": "awq",
@@ -63,5 +63,18 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "zero_point": True,
-        "modules_to_not_convert": [*kept, *candidate.full_precision],
+        "modules_to_not_convert": kept_modules(candidate),
     }
+
+
+def kept_modules(candidate: CandidatePlan) -> list[str]:
+    """The modules that keep their precision, under the names of which loaders find one in a module's name.
+
+    vLLM and SGLang ask for the experts of a layer together and for fused matrices: neither holds the name of
+    a part. A layer's experts share one scheme, and so do the parts of a fused matrix.
+    """
+    kept: dict[str, None] = {}
+    for name in candidate.kept:
+        experts = expert_set(name)
+        kept |= dict.fromkeys((name, *fused_names(name)) if experts is None else (experts,))
+    return list(kept)

@@ -8,6 +8,7 @@ A linear gives weight_packed int32 (out, ceil(in * bits / 32)), weight_scale in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from app.core.planning.format_limits import Scheme
 from app.core.planning.plan import CandidatePlan
 from kernels.layouts import packed_words
 from kernels.operators import pack, unpack
-from workers.formats.targets import compact_patterns
+from workers.formats.targets import compact_patterns, expert_names, fused_names
 from workers.modeling.quantized_weight import QuantizedWeight
 
 CONFIG_FILE = None  # nothing beside config.json
 FORMAT = "pack-quantized"
-# Whose packing is followed: before the end of 2025 the library left two bits of each word unused at 3 bits.
+# Whose packing is followed: up to 0.17 the library left two bits of each word unused at 3 bits.
 VERSION = "0.20.0"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
@@ -73,7 +74,6 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
     # transformers reads all experts by the first group that names any. With the widest first, narrower ones
     # have too few words for it and loading fails, where it would else give other weights without a word.
     schemes = sorted(found, key=lambda scheme: -scheme.bits)
-    kept = [linear.name for linear in candidate.linears if linear.scheme is None]
     groups = {
         f"group_{index}": config_group(candidate, scheme, only=len(schemes) == 1)
         for index, scheme in enumerate(schemes)
@@ -89,16 +89,26 @@ def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*kept, *candidate.full_precision],
+        "ignore": asked_names(candidate.kept),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,
     }
 
 
+def asked_names(names: Iterable[str]) -> list[str]:
+    """The names with those that servers ask by in their place: of fused matrices, and of experts' linears.
+
+    Not patterns in `ignore`: vLLM and SGLang rename modules there where their classes have other names.
+    """
+    return list(
+        dict.fromkeys(other for name in names for other in (name, *fused_names(name), *expert_names(name)))
+    )
+
+
 def config_group(candidate: CandidatePlan, scheme: Scheme, *, only: bool) -> dict[str, Any]:
-    names = [linear.name for linear in candidate.linears if linear.scheme == scheme]
-    patterns = compact_patterns(names, [linear.name for linear in candidate.linears])
+    names = asked_names(linear.name for linear in candidate.linears if linear.scheme == scheme)
+    patterns = compact_patterns(names, asked_names(linear.name for linear in candidate.linears))
     return {
         "targets": ["Linear"] if only else ["re:" + pattern for pattern in patterns],
         "weights": {

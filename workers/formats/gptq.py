@@ -7,27 +7,21 @@ scales float16 (in/group, out) and g_idx int32 (in), the group of each input cha
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
+from app.core.planning.format_limits import Scheme, common_scheme
 from app.core.planning.plan import CandidatePlan
 from kernels.layouts import from_stored_zeros, packed_words, to_stored_zeros
 from kernels.operators import pack, unpack
-from workers.formats.targets import compact_patterns
+from workers.formats.targets import compact_patterns, expert_set, fused_names
 from workers.modeling.quantized_weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 CONFIG_FILE = "quantize_config.json"  # GPTQ's own place for what is in config.json too
-
-# vLLM looks up the fused matrix by its own name, which is none of the checkpoint's.
-FUSED_NAMES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-               "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
 
 
 def tensors(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -74,8 +68,7 @@ def shapes(
 
 def quantization_config(candidate: CandidatePlan) -> dict[str, Any]:
     """The entry of config.json: the scheme of most linears, and `dynamic` for the others."""
-    schemes = Counter(linear.scheme for linear in candidate.linears if linear.scheme is not None)
-    base = schemes.most_common(1)[0][0]
+    base = common_scheme(linear.scheme for linear in candidate.linears)
     dynamic = dynamic_rules(candidate, base)
     return {
         "quant_method": "gptq",
@@ -95,8 +88,8 @@ def dynamic_rules(candidate: CandidatePlan, base: Scheme) -> dict[str, dict[str,
     """GPTQModel's rules by name: `-:` keeps a module's precision, `+:` gives it another scheme."""
     modules: dict[str, Scheme | None] = {linear.name: linear.scheme for linear in candidate.linears}
     modules |= dict.fromkeys((name for name in candidate.full_precision if name != "lm_head"), None)
-    # A fused name has the scheme of its parts: sets that servers fuse share one.
-    modules |= {fused: scheme for name, scheme in modules.items() if (fused := fused_name(name))}
+    # The whole has the scheme of its parts: sets that servers fuse share one.
+    modules |= {whole: scheme for name, scheme in modules.items() for whole in wholes(name)}
     rules: dict[str, dict[str, int]] = {}
     for scheme in dict.fromkeys(modules.values()):
         if scheme == base:
@@ -109,10 +102,7 @@ def dynamic_rules(candidate: CandidatePlan, base: Scheme) -> dict[str, dict[str,
     return rules
 
 
-def fused_name(name: str) -> str | None:
-    """The name that vLLM gives to the matrix of which the linear becomes a part."""
-    experts = re.fullmatch(r"(.+\.experts)\.\d+\..+", name)
-    if experts is not None:
-        return experts[1]
-    parent, _, leaf = name.rpartition(".")
-    return f"{parent}.{FUSED_NAMES[leaf]}" if leaf in FUSED_NAMES else None
+def wholes(name: str) -> tuple[str, ...]:
+    """The names by which vLLM asks for what the linear is a part of: the experts of a layer are one."""
+    experts = expert_set(name)
+    return fused_names(name) if experts is None else (experts,)

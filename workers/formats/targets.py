@@ -1,4 +1,9 @@
-"""Names of modules as few regular expressions, for the config files of mixed-precision formats."""
+"""Modules in the config files of formats: the names that servers ask by, and few patterns for many names.
+
+Servers make one matrix of linears that read one input and ask for its scheme by a name that no checkpoint
+has: vLLM 0.33 from the names of the parts where the model's class lists them, SGLang 0.5.23 for fewer
+classes still. So an entry names the whole beside its parts.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,55 @@ from collections.abc import Iterable, Sequence
 Numbers = tuple[str, ...]
 MARK = "#"  # in place of a number in a module's name
 
+# Of a linear: the matrices that it becomes a part of. The last two are vLLM's and SGLang's name for one.
+FUSED_NAMES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
+    **dict.fromkeys(("gate_proj", "up_proj"), ("gate_up_proj",)),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")),
+}
+# SGLang 0.5.23 asks for the scheme of experts by these names whatever the checkpoint calls them.
+EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def fused_names(name: str) -> tuple[str, ...]:
+    """The names of the matrices of which servers make the linear a part; experts have none."""
+    parent, _, leaf = name.rpartition(".")
+    if expert_set(name) is not None:
+        return ()
+    return tuple(f"{parent}.{fused}" for fused in FUSED_NAMES.get(leaf, ()))
+
+
+def expert_set(name: str) -> str | None:
+    """The module of all experts of a layer, if the linear is one of theirs."""
+    found = re.fullmatch(r"(.+\.experts)\.\d+\..+", name)
+    return None if found is None else found[1]
+
+
+def expert_names(name: str) -> tuple[str, ...]:
+    """The name of an expert's linear that servers ask by where the checkpoint has another."""
+    parent, _, leaf = name.rpartition(".")
+    if expert_set(name) is None or leaf not in EXPERT_NAMES:
+        return ()
+    return (f"{parent}.{EXPERT_NAMES[leaf]}",)
+
 
 def compact_patterns(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
     """Anchored patterns that match the `wanted` among `names` and nothing else of them.
 
-    Names that differ in their numbers alone share a pattern: all layers' `mlp.down_proj` is one. Where the
-    numbers follow no such rule, each name is a pattern of its own.
+    Names that differ in their numbers or their last part share a pattern: all layers' `mlp.gate_proj` and
+    `mlp.up_proj` are one. Where the numbers follow no such rule, each name is a pattern of its own.
     """
     every = list(names)
-    templates: dict[str, set[Numbers]] = {}
-    for name in every:
-        templates.setdefault(template(name), set()).add(numbers(name))
-    groups: dict[str, list[str]] = {}
-    for name in wanted:
-        groups.setdefault(template(name), []).append(name)
+    existing, found = by_place(every), by_place(wanted)
+    alike: dict[tuple[str, frozenset[Numbers], frozenset[Numbers]], list[str]] = {}
+    for (stem, leaf), chosen in found.items():
+        alike.setdefault((stem, frozenset(chosen), frozenset(existing[stem, leaf])), []).append(leaf)
     patterns = []
-    for shape, members in groups.items():
-        pattern = numbered_pattern(shape, [numbers(name) for name in members], templates[shape])
+    for (stem, _, possible), leaves in alike.items():
+        pattern = numbered_pattern(stem, list(found[stem, leaves[0]]), possible)
+        members = [name for leaf in leaves for name in found[stem, leaf].values()]
+        if pattern is not None:
+            pattern = f"^{pattern}{choice([re.escape(leaf) for leaf in leaves])}$"
         proven = pattern is not None and matched([pattern], every) == set(members)
         patterns += [pattern] if pattern is not None and proven else [exact(name) for name in members]
     assert matched(patterns, every) == set(wanted)
@@ -36,8 +73,19 @@ def matched(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     return {name for name in names if any(re.match(pattern, name) for pattern in patterns)}
 
 
-def numbered_pattern(shape: str, found: list[Numbers], possible: set[Numbers]) -> str | None:
-    """One pattern for a template: any number, or a choice of numbers, in each place.
+def by_place(names: Iterable[str]) -> dict[tuple[str, str], dict[Numbers, str]]:
+    """The names by what comes before their last part, a mark for each number, and by the last part."""
+    places: dict[tuple[str, str], dict[Numbers, str]] = {}
+    for name in names:
+        *before, leaf = name.split(".")
+        stem = "".join((MARK if part.isdecimal() else part) + "." for part in before)
+        numbers = tuple(part for part in before if part.isdecimal())
+        places.setdefault((stem, leaf), {})[numbers] = name
+    return places
+
+
+def numbered_pattern(stem: str, found: list[Numbers], possible: frozenset[Numbers]) -> str | None:
+    """One pattern for a stem: any number, or a choice of numbers, in each place.
 
     None if the numbers that are meant are not all combinations of such choices.
     """
@@ -45,26 +93,19 @@ def numbered_pattern(shape: str, found: list[Numbers], possible: set[Numbers]) -
     choices = [list(dict.fromkeys(place)) for place in zip(*found, strict=True)]
     everywhere = [set(place) for place in zip(*possible, strict=True)]
     if any(
-        all(number in choice for number, choice in zip(each, choices, strict=True)) and each not in chosen
+        all(number in some for number, some in zip(each, choices, strict=True)) and each not in chosen
         for each in possible
     ):
         return None
-    parts = [re.escape(part) for part in shape.split(MARK)]
-    pattern = parts[0]
-    for choice, existing, part in zip(choices, everywhere, parts[1:], strict=True):
-        some = choice[0] if len(choice) == 1 else "(" + "|".join(choice) + ")"
-        number = r"\d+" if set(choice) == existing else some
-        pattern += number + part
-    return f"^{pattern}$"
+    pattern, *parts = [re.escape(part) for part in stem.split(MARK)]
+    for some, existing, part in zip(choices, everywhere, parts, strict=True):
+        pattern += (r"\d+" if set(some) == existing else choice(some)) + part
+    return pattern
+
+
+def choice(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else "(" + "|".join(parts) + ")"
 
 
 def exact(name: str) -> str:
     return f"^{re.escape(name)}$"
-
-
-def template(name: str) -> str:
-    return ".".join(MARK if part.isdecimal() else part for part in name.split("."))
-
-
-def numbers(name: str) -> Numbers:
-    return tuple(part for part in name.split(".") if part.isdecimal())

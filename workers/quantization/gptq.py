@@ -177,8 +177,9 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
         damping *= 2
     raise RecipeUnsupported(
         "the second moment of a linear's input is not positive definite",
-        code="moment_singular", remedy="use more calibration text, or rounding nearest",
-    )  # fmt: skip
+        code="moment_singular",
+        remedy="use more calibration text, or method awq or rtn with rounding nearest",
+    )
 
 
 def spread_errors(values: Tensor, columns: ColumnGrid, factor: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from app.core.planning.architectures import Architecture, ScaleGroup
-from app.core.planning.format_limits import Scheme
+from app.core.planning.format_limits import FLOAT16_FORMATS, Scheme
 from app.core.report import LearningReport, LinearReport
-from app.core.specs import Recipe
+from app.core.specs import FormatName, Recipe
 from kernels.search import losses
 from kernels.search.operators import clip_backend
 from workers.modeling.quantized_weight import QuantizedWeight
@@ -29,6 +29,7 @@ from workers.quantization.paired_pass import PairedStatistics
 from workers.quantization.rounding import (
     FoldedLinear,
     RoundedLinear,
+    refuse_overflow,
     round_linear,
     row_losses,
 )
@@ -58,6 +59,17 @@ class LayerTask:
     statistics: list[InputStatistics]  # one per group of the architecture
     dtype: torch.dtype  # of the checkpoint's weights
     chain: OwnChain | None = None  # of a recipe on the quantized chain
+    formats: tuple[FormatName, ...] = ("compressed-tensors",)  # of the files
+
+    @property
+    def in_float16(self) -> bool:
+        """True if the files may be run in float16."""
+        return self.dtype == torch.float16 or any(name in FLOAT16_FORMATS for name in self.formats)
+
+    def refuse_overflow(self, linear: FoldedLinear) -> None:
+        """Raises RecipeUnsupported for weights that the files can't hold."""
+        original, fused = self.weights[linear.name + ".weight"], self.architecture.fused_set(linear.name)
+        refuse_overflow(linear, original, fused, in_float16=self.in_float16)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
                     linears[name] = linear = FoldedLinear(
                         name, seen.corrected(plain), seen.inputs.second_moment, task.schemes[name], plain
                     )
+                    task.refuse_overflow(linear)
                     rounded = round_linear(linear, task.recipe, task.dtype)
                     quantized[name] = rounded.weight
                     report.append(entry_of(task, index, choices[index], linear, rounded))

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
 from app.core.planning.format_limits import Scheme
+from app.core.planning.plan import set_names
 from app.core.specs import Recipe
 from kernels.search import losses
+from kernels.search.grids import LARGEST_SCALE
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.clip_search import search_clip, smallest_factor
 from workers.quantization.gptq import round_gptq
@@ -48,14 +50,9 @@ class RoundedLinear:
 def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> RoundedLinear:
     """The integers of a linear; `dtype` is the checkpoint's, whose grid the scales must fit.
 
-    Raises RecipeUnsupported if the weights leave what float16 can hold, or no finite error can be found.
+    Raises RecipeUnsupported if no finite error can be found.
     """
     weight, moment, scheme = linear.weight, linear.moment, linear.scheme
-    if float(weight.abs().amax()) > FLOAT16_LIMIT:
-        raise RecipeUnsupported(
-            f"{linear.name}: weights up to {float(weight.abs().amax()):.3g} do not fit float16",
-            code="weights_overflow", remedy="use method rtn, or ignore this linear",
-        )  # fmt: skip
     if recipe.searches_clip:
         grid, before, after = search_clip(weight, moment, scheme, dtype)
     else:
@@ -76,6 +73,33 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
         )  # fmt: skip
     floor = smallest_factor(weight, scheme) if recipe.searches_clip else None
     return RoundedLinear(rounded, unclipped, clipped, loss, damping, floor)
+
+
+def refuse_overflow(
+    linear: FoldedLinear, original: Tensor, fused: tuple[str, ...], *, in_float16: bool
+) -> None:
+    """Raises RecipeUnsupported for weights that the files or who runs them can't hold.
+
+    `original`: the weights before scales were folded in. `fused`: the linears that share its scheme.
+    `in_float16`: the files may be run in float16. Else their scales are the limit: those of all files are
+    values of float16, so that one set of integers serves every format.
+    """
+    limit = FLOAT16_LIMIT if in_float16 else LARGEST_SCALE * (2**linear.scheme.bits - 1) / 2
+    largest = float(linear.weight.abs().amax())
+    if not largest > limit:  # also of what is not a number: the losses tell
+        return
+    kept = f"let `ignore` match {set_names(fused)} of this layer"
+    if float(original.abs().amax()) <= limit:
+        why, remedy = "with their scales folded in", f"use method rtn or gptq, which fold none, or {kept}"
+    elif in_float16:
+        why = "in files that are run in float16"
+        remedy = f"use a bfloat16 model and the format compressed-tensors alone, or {kept}"
+    else:
+        why, remedy = f"at {linear.scheme.bits} bits", f"use more bits, or {kept}"
+    raise RecipeUnsupported(
+        f"{linear.name}: weights up to {largest:.3g} are beyond the limit of {limit:.3g} {why}",
+        code="weights_overflow", remedy=remedy,
+    )  # fmt: skip
 
 
 def shrunk_grids(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> list[Grid]:

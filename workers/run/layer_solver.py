@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from app.core.errors import VerificationFailed
+from app.core.errors import RecipeUnsupported, VerificationFailed
 from app.core.planning.plan import CandidatePlan, Plan
 from app.core.report import LayerReport, LinearReport
 from workers.modeling.checkpoint import Checkpoint
@@ -44,10 +44,17 @@ class LayerSolver:
     ) -> tuple[LayerResult, LayerReport]:
         """The quantized layer; `chain` is the candidate's own view of it.
 
-        Raises VerificationFailed if the scaled layer is another function than the original.
+        Raises VerificationFailed if the scaled layer is another function than the original, RecipeUnsupported
+        with the layer's number if the recipe can't be applied to its weights.
         """
         started = time.monotonic()
-        result, folded = quantize_layer(replace(self.task(candidate, calibrated), chain=chain))
+        try:
+            result, folded = quantize_layer(replace(self.task(candidate, calibrated), chain=chain))
+        except RecipeUnsupported as refusal:
+            where = f"recipe {candidate.recipe_index}, layer {calibrated.layer}"
+            raise RecipeUnsupported(
+                f"{where}: {refusal.message}", code=refusal.code, remedy=refusal.remedy
+            ) from refusal
         error = equivalence_error(run, calibrated.layer, folded, calibrated.statistics.probe)
         self.check_equivalence(candidate, calibrated.layer, error)
         report = LayerReport(
@@ -77,6 +84,7 @@ class LayerSolver:
             calibrated.weights,
             calibrated.statistics.groups,
             self.weight_dtype,
+            formats=tuple(candidate.output_bytes),
         )
 
     def check_equivalence(self, candidate: CandidatePlan, layer: int, error: float) -> None:

@@ -6,6 +6,9 @@ Layouts: AutoAWQ `awq/modules/linear/gemm.py`, compressed-tensors `compressors/p
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from app.core.specs import FormatName, Frozen
 
 
@@ -18,6 +21,12 @@ class Scheme(Frozen):
 
     def groups(self, in_features: int) -> int:
         return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+def common_scheme(schemes: Iterable[Scheme | None]) -> Scheme:
+    """The scheme that most of the linears have; at least one must have any."""
+    counts = Counter(scheme for scheme in schemes if scheme is not None)
+    return counts.most_common(1)[0][0]
 
 
 class FormatRefusal(Frozen):
@@ -70,6 +79,12 @@ def shape_refusal(name: FormatName, out_features: int, in_features: int) -> str 
     if in_features % in_multiple:
         return f"in_features={in_features} is not a multiple of {in_multiple}"
     return None
+
+
+FLOAT16_FORMATS: tuple[FormatName, ...] = (
+    "awq",
+    "gptq",
+)  # whose scales are float16 whatever the model's dtype
 
 
 def words(values: int, bits: int) -> int:

@@ -13,11 +13,17 @@ from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.planning.architectures import Architecture, architecture_of
 from app.core.planning.format_limits import Scheme, format_refusal, packed_bytes, shape_refusal
 from app.core.planning.linear_plan import LinearPlan, fit_groups, plan_linear, refuse_indivisible
-from app.core.planning.weights import linear_shapes, refuse_without_head, weight_dtype
+from app.core.planning.loaders import loader_notes
+from app.core.planning.weights import (
+    linear_shapes,
+    refuse_quantized,
+    refuse_without_head,
+    weight_dtype,
+)
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 from app.core.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
 
-RENAMED = ("gpt_neox", "mixtral", "phi3")  # transformers' modules have other names than the checkpoints
+TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multiplied
 
 
 class CandidatePlan(Frozen):
@@ -30,6 +36,11 @@ class CandidatePlan(Frozen):
     full_precision: tuple[str, ...] = ("lm_head",)  # modules that no recipe quantizes, for loaders to know
     output_bytes: dict[FormatName, int]
     bits_per_weight: float  # over the quantized linears, scales and zero points included
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The modules that loaders must not take for quantized linears."""
+        return (*(linear.name for linear in self.linears if linear.scheme is None), *self.full_precision)
 
 
 class Plan(Frozen):
@@ -56,11 +67,7 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
     applied to it or a requested format can't hold the outcome.
     """
     architecture = architecture_of(config)
-    if config.get("quantization_config") is not None:
-        raise ModelRefused(
-            "the model is quantized already", code="already_quantized", remedy="submit the original model",
-            param="model",
-        )  # fmt: skip
+    refuse_quantized(config)
     num_layers = positive_integer(config, "num_hidden_layers")
     shapes = linear_shapes(architecture, num_layers, tensors)
     refuse_without_head(architecture, tensors)
@@ -112,7 +119,7 @@ def plan_notes(
         if fitted:
             yield f"recipe {index}: {len(fitted)} linears get other groups or none, the first: {fitted[0]}"
         for name in spec.formats:
-            for note in loader_notes(name, candidate, architecture):
+            for note in loader_notes(name, candidate.linears, architecture):
                 yield f"recipe {index}: {note}"
 
 
@@ -140,32 +147,6 @@ def unmatched(candidate: CandidatePlan, architecture: Architecture) -> Iterator[
         known = [*names, *outside] if field == "ignore" else names
         if not any(matches(pattern, name) for name in known):
             yield f"`{field}` names {pattern!r}, which matches no linear of the model"
-
-
-def loader_notes(name: FormatName, candidate: CandidatePlan, architecture: Architecture) -> Iterator[str]:
-    """What of the format's files not every loader opens."""
-    schemes = {linear.scheme for linear in candidate.linears if linear.scheme is not None}
-    experts = {linear.scheme for linear in candidate.linears if ".experts." in linear.name}
-    unopened = "transformers cannot open compressed-tensors files"
-    if name == "compressed-tensors" and not candidate.recipe.symmetric:
-        if experts:
-            yield f"{unopened} of asymmetric experts; set symmetric to true if it has to"
-        if len(schemes) > 1:
-            yield (
-                f"{unopened} of several asymmetric schemes; leave out the overrides or set symmetric to true "
-                "if it has to"
-            )
-    elif name == "compressed-tensors" and len(experts) > 1:
-        yield (
-            f"{unopened} whose layers' experts have several schemes; let `overrides` and `ignore` match the "
-            "experts of all layers if it has to"
-        )
-    if name == "gptq" and architecture.model_type in RENAMED:
-        yield f"GPTQModel does not find all weights of {architecture.model_type} by their names in files"
-    narrow = sorted({scheme.bits for scheme in schemes} - {4, 8})
-    if name == "gptq" and narrow:
-        widths = " and ".join(map(str, narrow))
-        yield f"GPTQModel opens gptq files of {widths} bits, vLLM opens those of 4 and 8 bits"
 
 
 def positive_integer(config: dict[str, object], key: str) -> int:
@@ -257,25 +238,17 @@ def plan_linears(
 def kept_modules(
     architecture: Architecture, linears: tuple[LinearPlan, ...], tensors: dict[str, TensorHeader]
 ) -> tuple[str, ...]:
-    """The head by all of its names, projections beside the layers (OPT), and routers: what loaders must not
-    take for quantized linears."""
-    names = dict.fromkeys(
-        ("lm_head", architecture.head, architecture.stored_name(architecture.head + ".")[:-1])
-    )
-    outside = [
+    """The head by all of its names, and every matrix of the files that no recipe quantizes: routers,
+    projections beside the layers (OPT), layers beyond those of config.json (drafts of further tokens)."""
+    head = ("lm_head", architecture.head, architecture.stored_name(architecture.head + ".")[:-1])
+    matrices = (
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
-        if len(tensor.shape) == 2 and layer_number(architecture, name) is None and "embed" not in name
-    ]
-    layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
-    routers = [
-        architecture.layer_prefix(layer) + router
-        for layer in layers
-        if layer is not None
-        for group in architecture.at(layer).groups
-        for router in group.compensated
-    ]
-    return tuple(dict.fromkeys((*names, *outside, *routers)))
+        if len(tensor.shape) == 2 and name.endswith(".weight")
+    )
+    planned = {linear.name for linear in linears}
+    others = (name for name in matrices if name not in planned and name.rpartition(".")[2] not in TABLES)
+    return tuple(dict.fromkeys((*head, *others)))
 
 
 def layer_number(architecture: Architecture, name: str) -> int | None:

@@ -6,7 +6,24 @@ from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture
 from app.core.sources.safetensors_header import TensorHeader
 
+# Of `quantization_config.quant_method`: what makers of models publish originals in.
+PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def refuse_quantized(config: dict[str, object]) -> None:
+    """Raises ModelRefused for weights that are no plain numbers, by their entry in config.json."""
+    entry = config.get("quantization_config")
+    if entry is None:
+        return
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    remedy = "convert it to bfloat16 first"
+    if method not in PUBLISHED_METHODS:
+        remedy = f"submit the original model; if this is it, {remedy}"
+    raise ModelRefused(
+        "the model is quantized already" + (f", with quant_method {method!r}" if method else ""),
+        code="already_quantized", remedy=remedy, param="model",
+    )  # fmt: skip
 
 
 def linear_shapes(

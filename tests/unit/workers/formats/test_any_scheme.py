@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.utils import match_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.planning.format_limits import Scheme
 from app.core.planning.plan import Plan, plan_job
 from app.core.specs import FormatName, JobSpec, Recipe
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
+from tests.unit.workers.formats.loaders import awq_transformers, ct_library, gptq_server
 from tests.unit.workers.formats.test_layouts_of_formats import random_weight
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
@@ -94,7 +91,7 @@ def test_what_is_read_back_is_what_was_computed(
                 assert torch.equal(weights[name + ".weight"], weight.dequantize())
         assert sum(tensor.size for tensor in written.tensors.values()) == candidate.output_bytes[folder.name]
         entry = json.loads((folder.folder / "config.json").read_text())["quantization_config"]
-    find = {"awq": scheme_of_awq, "gptq": scheme_of_gptq, "compressed-tensors": scheme_of_compressed_tensors}
+    find = {"awq": awq_transformers, "gptq": gptq_server, "compressed-tensors": ct_library}
     for linear in candidate.linears:
         for name in (linear.name, *fused_names(linear.name, folder.name)):
             assert find[folder.name](entry, name) == linear.scheme, name
@@ -132,35 +129,3 @@ def fused_names(name: str, format_name: str) -> list[str]:
     """The name by which vLLM asks for the linear; compressed-tensors' entry is asked by the parts' names."""
     parent, _, leaf = name.rpartition(".")
     return [f"{parent}.{fused}" for fused, part in FUSED.items() if (part, format_name) == (leaf, "gptq")]
-
-
-def scheme_of_awq(entry: dict[str, Any], name: str) -> Scheme | None:
-    """As vLLM and AutoAWQ: a kept module's name is part of the linear's name."""
-    if any(kept in name for kept in entry["modules_to_not_convert"]):
-        return None
-    return Scheme(bits=entry["bits"], group_size=entry["group_size"], symmetric=not entry["zero_point"])
-
-
-def scheme_of_gptq(entry: dict[str, Any], name: str) -> Scheme | None:
-    """As vLLM and GPTQModel: the first rule that matches the start of the name."""
-    for rule, changes in entry.get("dynamic", {}).items():
-        if re.match(rule[2:], name):
-            if rule.startswith("-:"):
-                return None
-            return Scheme(symmetric=entry["sym"], **changes)
-    return Scheme(bits=entry["bits"], group_size=entry["group_size"], symmetric=entry["sym"])
-
-
-def scheme_of_compressed_tensors(entry: dict[str, Any], name: str) -> Scheme | None:
-    """As the library: `ignore` first, then the one group that matches."""
-    if any(match_name(name, kept) for kept in entry["ignore"]):
-        return None
-    config = QuantizationConfig.model_validate({k: v for k, v in entry.items() if k != "dequantize"})
-    found = [
-        group.weights
-        for group in config.config_groups.values()
-        if any(target == "Linear" or match_name(name, target) for target in group.targets)
-    ]
-    assert len(found) == 1
-    size = -1 if found[0].strategy == "channel" else found[0].group_size
-    return Scheme(bits=found[0].num_bits, group_size=size, symmetric=found[0].symmetric)

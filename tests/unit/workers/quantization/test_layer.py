@@ -20,6 +20,7 @@ from workers.modeling.decoder import Decoder
 from workers.quantization.calibration import CalibrationPass, equivalence_error
 from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.layer import LayerTask, quantize_layer
+from workers.quantization.rounding import FoldedLinear, refuse_overflow
 from workers.quantization.scale_search import ScaleChoice
 
 CASES = {
@@ -198,12 +199,57 @@ def test_what_is_stored_fits_the_model_s_dtype(tmp_path: Path, dtype: torch.dtyp
         assert torch.equal(weight.scale.half().float(), weight.scale)
 
 
-def test_weights_beyond_float16_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("largest", "recipe", "changes", "words"),
+    [
+        (1e5, {}, {"dtype": torch.float16}, ("run in float16", "bfloat16 model")),
+        (1e5, {}, {"formats": ("awq",)}, ("run in float16", "compressed-tensors alone")),
+        (
+            1e5,
+            {},
+            {"formats": ("compressed-tensors", "gptq")},
+            ("run in float16", "compressed-tensors alone"),
+        ),
+        (5e4, {}, {}, None),  # the scale is 6,667 at four bits
+        (1e5, {"bits": 2}, {}, ("at 2 bits", "use more bits")),
+        (2.7e6, {}, {}, ("at 4 bits", "use more bits")),
+        (2.7e6, {"bits": 8}, {}, None),
+    ],
+)
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+def test_weights_beyond_what_files_hold_are_refused_with_a_remedy_that_helps(
+    tmp_path: Path,
+    method: str,
+    largest: float,
+    recipe: dict[str, object],
+    changes: dict[str, object],
+    words: tuple[str, str] | None,
+) -> None:
     case = layer_case(tmp_path)
-    case.weights["mlp.gate_proj.weight"][0, 0] = 1e5
-    with pytest.raises(RecipeUnsupported, match=r"mlp\.gate_proj") as refusal:
-        quantize_layer(case.task(small(method="rtn")))
+    case.weights["mlp.gate_proj.weight"][0, 0] = largest
+    task = case.task(small(method=method, **recipe), **{"dtype": torch.bfloat16, **changes})
+    if words is None:
+        rounded = quantize_layer(task)[0].quantized["mlp.gate_proj"].dequantize()
+        assert torch.isfinite(rounded).all()
+        return
+    with pytest.raises(RecipeUnsupported, match=r"^mlp\.gate_proj: weights up to") as refusal:
+        quantize_layer(task)
     assert refusal.value.code == "weights_overflow"
+    assert words[0] in refusal.value.message
+    assert words[1] in refusal.value.remedy
+    assert "let `ignore` match mlp.gate_proj, mlp.up_proj of this layer" in refusal.value.remedy
+    assert "rtn" not in refusal.value.remedy
+
+
+def test_weights_that_only_scales_make_too_large_need_a_method_without_scales() -> None:
+    original = torch.full((2, 32), 1000.0)
+    linear = FoldedLinear(
+        "mlp.up_proj", original * 64, torch.eye(32), Scheme(bits=4, group_size=32, symmetric=True), original
+    )
+    with pytest.raises(RecipeUnsupported, match="with their scales folded in") as refusal:
+        refuse_overflow(linear, original, ("mlp.up_proj",), in_float16=True)
+    assert "use method rtn or gptq" in refusal.value.remedy
+    refuse_overflow(linear, original, ("mlp.up_proj",), in_float16=False)
 
 
 def test_two_runs_give_the_same_bits(tmp_path: Path) -> None:

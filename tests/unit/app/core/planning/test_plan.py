@@ -103,12 +103,49 @@ def test_files_that_transformers_cannot_open_are_noted(*, symmetric: bool, noted
 
 
 @pytest.mark.parametrize(
-    ("formats", "bits", "noted"), [(("gptq",), 3, 1), (("gptq",), 8, 0), (("compressed-tensors",), 3, 0)]
+    ("name", "bits", "words"),
+    [
+        ("gptq", 8, []),
+        ("gptq", 3, ["GPTQModel opens gptq files of 3 bits; vLLM 0.33 and SGLang 0.5.23 take 4 and 8 bits"]),
+        ("compressed-tensors", 8, []),
+        ("compressed-tensors", 2, ["files of 2 bits on NVIDIA GPUs alone; SGLang 0.5.23 takes 4 and 8 bits"]),
+        ("compressed-tensors", 3, ["files of 3 bits on NVIDIA GPUs", "compressed-tensors 0.18 or later"]),
+        ("awq", 4, []),
+    ],
 )
-def test_what_few_servers_open_is_noted(formats: tuple[str, ...], bits: int, noted: int) -> None:
-    notes = planned(asked(*formats, bits=bits, symmetric=True)).notes
-    assert [note for note in notes if "vLLM opens those of 4 and 8 bits" in note] == list(notes)
-    assert len(notes) == noted
+def test_what_few_servers_open_is_noted(name: str, bits: int, words: list[str]) -> None:
+    notes = planned(asked(name, bits=bits, symmetric=name == "gptq")).notes
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+EXPERTS_KEPT = {"ignore": ["lm_head", "re:.*experts.*"]}
+EXPERTS_WIDE = {"overrides": [{"match": "re:.*experts.*", "bits": 8}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "word"),
+    [
+        ("compressed-tensors", {}, "asymmetric experts"),
+        ("compressed-tensors", {"symmetric": True}, None),
+        ("compressed-tensors", {"symmetric": True, **EXPERTS_WIDE}, None),
+        ("compressed-tensors", {"symmetric": True, **EXPERTS_KEPT}, "keep their precision"),
+        ("compressed-tensors", EXPERTS_KEPT, "keep their precision"),
+        ("awq", {}, "not of experts"),
+        ("gptq", {"symmetric": True}, None),
+        ("gptq", {"symmetric": True, **EXPERTS_KEPT}, "SGLang 0.5.23 reads all experts"),
+        ("gptq", {"symmetric": True, **EXPERTS_WIDE}, None),  # most linears are experts: theirs is the base
+    ],
+)
+def test_files_of_experts_that_loaders_cannot_open_are_noted(
+    tmp_path: Path, name: str, recipe: dict[str, object], word: str | None
+) -> None:
+    sizes = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "max_position_embeddings": 512}
+    sparse = random_model("qwen3_moe", num_experts=4, **sizes)
+    checkpoint = Checkpoint(save_model(sparse, tmp_path))
+    notes = plan_job(asked(name, group_size=32, **recipe), checkpoint.config, checkpoint.tensors).notes
+    assert len(notes) == (0 if word is None else 1)
+    assert all(str(word) in note for note in notes)
 
 
 def test_what_gptqmodel_cannot_open_is_noted(tmp_path: Path) -> None:

@@ -35,8 +35,23 @@ def test_an_unknown_architecture_is_refused_with_the_list(changes: dict[str, obj
     assert str(changes["model_type"]) in error.message
 
 
-def test_a_quantized_model_is_refused() -> None:
-    assert refused(ModelRefused, quantization_config={"quant_method": "awq"}).code == "already_quantized"
+@pytest.mark.parametrize(
+    ("entry", "remedy"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "convert it to bfloat16 first"),
+        ({"quant_method": "mxfp4"}, "convert it to bfloat16 first"),
+        ({"quant_method": "awq"}, "submit the original model; if this is it, convert it to bfloat16 first"),
+        ({"quant_method": ["awq"]}, "submit the original model; if this is it, convert it to bfloat16 first"),
+        ({}, "submit the original model; if this is it, convert it to bfloat16 first"),
+        ("awq", "submit the original model; if this is it, convert it to bfloat16 first"),
+    ],
+)
+def test_a_quantized_model_is_refused_with_the_way_to_a_plain_one(entry: object, remedy: str) -> None:
+    error = refused(ModelRefused, quantization_config=entry)
+    assert error.code == "already_quantized"
+    assert error.remedy == remedy
+    if isinstance(entry, dict) and "quant_method" in entry:
+        assert repr(entry["quant_method"]) in error.message
     planned(config={"quantization_config": None})
 
 

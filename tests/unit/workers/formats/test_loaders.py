@@ -1,0 +1,152 @@
+"""Every loader finds in our entries what the plan says, for every architecture, by the names it asks by."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from app.core.planning.architectures import ARCHITECTURES, architecture_of
+from app.core.planning.format_limits import Scheme
+from app.core.planning.plan import CandidatePlan, plan_job
+from app.core.sources.safetensors_header import TensorHeader
+from tests.unit.app.core.planning.headers import asked, header
+from tests.unit.workers.formats.loaders import (
+    awq_server,
+    awq_transformers,
+    ct_library,
+    ct_server,
+    gptq_server,
+)
+from workers.formats import awq, compressed_tensors, gptq
+
+LAYERS = 12  # numbers of one and of two digits: one must not match in another
+EXPERTS = {"num_local_experts": 3, "num_experts": 3, "n_routed_experts": 3, "first_k_dense_replace": 1}
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
+LOW_RANK = ("q_a_proj", "kv_a_proj_with_mqa")
+VLLM = {"qkv_proj": QKV, "gate_up_proj": GATE_UP, "fused_qkv_a_proj": LOW_RANK}
+SGLANG = {"qkv_proj": QKV, "gate_up_proj": GATE_UP, "fused_qkv_a_proj_with_mqa": LOW_RANK}
+RECIPES: dict[str, dict[str, Any]] = {
+    "one scheme": {},
+    "a layer is kept": {"ignore": ["lm_head", r"re:.*layers\.1\..*"]},
+    "attention is kept": {"ignore": ["lm_head", r"re:.*attn.*", r"re:.*attention.*"]},
+    "mlp is kept": {"ignore": ["lm_head", r"re:.*mlp\..*", r"re:.*block_sparse_moe\..*", r"re:.*fc\d"]},
+    "experts are kept": {"ignore": ["lm_head", r"re:.*experts\.\d+.*"]},
+    "one layer is wide": {"overrides": [{"match": r"re:.*layers\.1\..*", "bits": 8}]},
+    "attention is wide": {"overrides": [{"match": r"re:.*(attn|attention).*", "bits": 8}]},
+    "experts are wide": {"overrides": [{"match": r"re:.*experts\.\d+.*", "bits": 8, "group_size": 32}]},
+}
+OUTSIDE = ("model.embed_vision.embedding_projection", "mtp.fc", "v_head.summary")
+
+
+def model(model_type: str) -> tuple[dict[str, object], dict[str, TensorHeader]]:
+    """Config and headers with a layer beyond the config's, as drafts of further tokens are stored."""
+    config: dict[str, object] = {
+        "model_type": model_type, "num_hidden_layers": LAYERS, "hidden_size": 64, "vocab_size": 100,
+        "tie_word_embeddings": True, "q_lora_rank": 8, "num_nextn_predict_layers": 1, **EXPERTS,
+    }  # fmt: skip
+    architecture = architecture_of(config)
+    names = [architecture.embedding, *OUTSIDE]
+    for layer in range(LAYERS + 1):
+        fitted, prefix = architecture.at(layer), architecture.layer_prefix(layer)
+        names += [prefix + name for name in fitted.linears]
+        names += [prefix + router for group in fitted.groups for router in group.compensated]
+    beyond = architecture.layer_prefix(LAYERS)
+    names += [beyond + name for name in ("eh_proj", "shared_head.head", "embed_tokens")]
+    return config, {name + ".weight": header((64, 64)) for name in names}
+
+
+def candidate(model_type: str, name: str, recipe: str) -> CandidatePlan:
+    spec = asked(name, symmetric=name == "gptq", **RECIPES[recipe])
+    return plan_job(spec, *model(model_type)).candidates[0]
+
+
+CASES = [
+    (model_type, recipe)
+    for model_type, architecture in ARCHITECTURES.items()
+    for recipe in RECIPES
+    if "experts" not in recipe or architecture.experts is not None
+]
+EVERY = pytest.mark.parametrize(("model_type", "recipe"), CASES)
+
+
+def schemes_of(planned: CandidatePlan, tensors: dict[str, TensorHeader]) -> dict[str, Scheme | None]:
+    """By linear of the checkpoint: what the plan says, and None for what it does not quantize."""
+    tables = ("embed_tokens", "embed_in")
+    names = (name.removesuffix(".weight") for name in tensors)
+    others = {name: None for name in names if not name.endswith(tables)}
+    return {**others, **{linear.name: linear.scheme for linear in planned.linears}}
+
+
+def wholes(schemes: dict[str, Scheme | None], fused: dict[str, tuple[str, ...]]) -> dict[str, Scheme | None]:
+    """By module of a server: fused matrices and the linears that are none of their parts; no experts."""
+    found: dict[str, Scheme | None] = {}
+    for name, scheme in schemes.items():
+        parent, _, leaf = name.rpartition(".")
+        whole = next((fused_leaf for fused_leaf, parts in fused.items() if leaf in parts), leaf)
+        if ".experts." not in name:
+            assert found.setdefault(f"{parent}.{whole}", scheme) == scheme
+    return found
+
+
+def expert_sets(schemes: dict[str, Scheme | None]) -> dict[str, Scheme | None]:
+    found: dict[str, Scheme | None] = {}
+    for name, scheme in schemes.items():
+        if ".experts." in name:
+            module = re.sub(r"\.experts\..*", ".experts", name)
+            assert found.setdefault(module, scheme) == scheme
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "recipe"), [case for case in CASES if "wide" not in case[1]])
+def test_awq(model_type: str, recipe: str) -> None:
+    planned = candidate(model_type, "awq", recipe)
+    entry = awq.quantization_config(planned)
+    schemes = schemes_of(planned, model(model_type)[1])
+    experts = expert_sets(schemes)
+    for name, scheme in {**wholes(schemes, VLLM), **experts}.items():
+        assert awq_server(entry, name, VLLM) == scheme, name
+        assert awq_server(entry, name, {}) == scheme, name  # a draft's class of vLLM lists no fused matrices
+    for name, scheme in {**wholes(schemes, SGLANG), **experts}.items():
+        assert awq_server(entry, name, {}) == scheme, name
+    for name, scheme in schemes.items():
+        assert awq_transformers(entry, name) == scheme, name
+
+
+@EVERY
+def test_gptq(model_type: str, recipe: str) -> None:
+    planned = candidate(model_type, "gptq", recipe)
+    entry = gptq.quantization_config(planned)
+    schemes = schemes_of(planned, model(model_type)[1])
+    asked_by = {**schemes, **wholes(schemes, VLLM), **wholes(schemes, SGLANG), **expert_sets(schemes)}
+    for name, scheme in asked_by.items():
+        assert gptq_server(entry, name) == scheme, name
+
+
+@EVERY
+def test_compressed_tensors(model_type: str, recipe: str) -> None:
+    planned = candidate(model_type, "compressed-tensors", recipe)
+    entry = compressed_tensors.quantization_config(planned)
+    schemes = schemes_of(planned, model(model_type)[1])
+    for fused, suffix in ((VLLM, False), (SGLANG, True)):
+        for name, scheme in wholes(schemes, fused).items():
+            for listed in (fused, {}):  # most classes of SGLang and vLLM's of drafts list no fused matrices
+                assert ct_server(entry, name, listed, suffix=suffix) == scheme, name
+    experts = ARCHITECTURES[model_type].experts
+    for module, scheme in expert_sets(schemes).items():
+        assert experts is not None
+        for leaf in {experts.gate, experts.up, experts.down}:
+            assert ct_server(entry, f"{module}.0.{leaf}", VLLM) == scheme
+        for leaf in ("gate_proj", "up_proj", "down_proj"):  # whatever the checkpoint calls them
+            assert ct_server(entry, f"{module}.0.{leaf}", SGLANG, suffix=True) == scheme
+    for name, scheme in schemes.items():
+        assert ct_library(entry, name) == scheme, name
+
+
+def test_tables_are_not_listed_and_linears_with_such_a_name_are() -> None:
+    planned = candidate("deepseek_v3", "compressed-tensors", "one scheme")
+    assert "model.embed_vision.embedding_projection" in planned.full_precision
+    assert {f"model.layers.{LAYERS}.eh_proj", f"model.layers.{LAYERS}.mlp.gate"} <= {*planned.full_precision}
+    assert not [name for name in planned.full_precision if name.endswith("embed_tokens")]
