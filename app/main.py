@@ -33,8 +33,8 @@ from app.api.dependencies import Services
 from app.api.description import describe
 from app.api.gateway import Gateway
 from app.api.key_cache import KeyCache
-from app.api.methods import HeadAsGet
 from app.api.metrics import Metrics
+from app.api.methods import HeadAsGet
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
 from app.api.polled import PolledAnswers
@@ -52,6 +52,7 @@ from app.core.janitor import Janitor, Repeated
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
+from app.core.outcome import Outcome
 from app.core.outgoing.guard import OutgoingGuard
 from app.core.outgoing.webhook_sender import WebhookSender, WebhookThread
 from app.core.outgoing.webhooks import DeliveryStore, WebhookSecrets
@@ -136,13 +137,15 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics, stamps: StampR
     )
     routes = RoutingTable(redis, deployments)
     records, limits = JobStore(redis), TenantLimits(redis, settings)
-    queue = JobQueue(redis, limit=settings.queue_limit)
+    queue, reuse = JobQueue(redis, limit=settings.queue_limit), ReuseIndex(redis, objects)
+    turns = Turns(records, queue, lambda tenant: limits.of(tenant).running_jobs)
     return Services(
         settings=settings,
         redis=redis,
         jobs=records,
         queue=queue,
-        turns=Turns(records, queue, lambda tenant: limits.of(tenant).running_jobs),
+        turns=turns,
+        outcome=Outcome(records, queue, turns, objects, deployments, reuse, limits),
         idempotency=IdempotencyKeys(redis),
         objects=objects,
         artifacts=ArtifactStore(objects),
@@ -150,7 +153,7 @@ def connected(settings: Settings, redis: Redis, metrics: Metrics, stamps: StampR
         limits=limits,
         garbage=GarbageCollector(records, objects, limits, settings),
         audit=AuditLog(redis),
-        reuse=ReuseIndex(redis, objects),
+        reuse=reuse,
         logins=LoginLinks(redis),
         deliveries=DeliveryStore(redis),
         webhook_secrets=WebhookSecrets(redis),
@@ -178,7 +181,7 @@ def start_threads(services: Services, first_key: ApiKey, stack: ExitStack) -> No
         services.jobs,
         services.queue,
         services.objects,
-        services.deployments,
+        services.outcome,
         max_attempts=settings.max_attempts,
         on_step=services.metrics.janitor_step,
     )

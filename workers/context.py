@@ -12,6 +12,7 @@ from app.core.deployments.deployment_store import DeploymentStore
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
+from app.core.outcome import Outcome
 from app.core.planning.device_profile import DeviceProfile
 from app.core.settings import Settings
 from app.core.storage.reuse import ReuseIndex
@@ -39,5 +40,7 @@ class WorkerContext:
     child_module: str = CHILD_MODULE
 
     @property
-    def turns(self) -> Turns:
-        return Turns(self.store, self.queue, lambda tenant: self.limits.of(tenant).running_jobs)
+    def outcome(self) -> Outcome:
+        turns = Turns(self.store, self.queue, lambda tenant: self.limits.of(tenant).running_jobs)
+        parts = (self.store, self.queue, turns, self.objects, self.deployments, self.reuse, self.limits)
+        return Outcome(*parts)

@@ -1,15 +1,16 @@
-"""How an attempt ends: with artifacts, with a fault, stopped, or with the job given back."""
+"""How an attempt ends: with artifacts, with a fault, stopped, or with the job given back.
+
+What follows from the end of the job is not this module's: app.core.outcome.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
-from app.core.deployments.job_deployment import deploy_result
-from app.core.errors import DeadlineExceeded, NibbleError, Unavailable
+from app.core.errors import DeadlineExceeded, NibbleError
 from app.core.job import Job, JobState, transition
 from app.core.job_changes import failed, requeued, stale
-from app.core.storage.keys import checkpoint_prefix
-from app.core.storage.published import read_manifest, withdraw
 from app.core.storage.reuse import Made
 from workers.attempt_record import AttemptRecord
 from workers.context import WorkerContext
@@ -20,45 +21,21 @@ log = logging.getLogger(__name__)
 
 
 class Ending:
-    """Writes the end of one attempt into the record, and does what follows from it."""
+    """Writes the end of one attempt into the record."""
 
     def __init__(self, context: WorkerContext, record: AttemptRecord) -> None:
         self._context, self._record, self._job = context, record, record.job
 
-    def succeed(self, made: Made, known: str | None) -> None:
-        """`known`: the fingerprint of the contents, if they were read.
-
-        Raises Stopped if the job is no longer this attempt's.
-        """
+    def succeed(self, made: Made) -> None:
+        """Raises Stopped if the job is no longer this attempt's."""
         reused_from = made.job if made.job != self._job.id else None
         changes = {"artifacts": made.artifacts, "reused_from": reused_from}
         # The commit point is passed: a request to stop that arrives now comes too late.
-        self._deploy(made.artifacts)
         self._record.update(
             lambda job: transition(job, JobState.SUCCEEDED, progress=job.progress.completed(), **changes),
             stoppable=False,
         )
-        self._drop_checkpoints()
-        self._record.to_the_end(lambda: self._note_made(made, known))
-
-    def _deploy(self, artifacts: tuple[str, ...]) -> None:
-        record, deployments, job = self._record, self._context.deployments, self._job
-        told = record.to_the_end(lambda: deploy_result(deployments, job, artifacts))
-        if told is not None:
-            record.to_the_end(lambda: record.store.append_event(job.id, *told))
-
-    def _note_made(self, made: Made, known: str | None) -> None:
-        """For later jobs of the same contents, and for the tenant's quota."""
-        tenant, context = self._job.tenant, self._context
-        for contents in filter(None, (self._job.fingerprint, known)):
-            context.reuse.note(tenant, contents, made)
-        try:
-            manifests = [read_manifest(context.objects, artifact_id) for artifact_id in made.artifacts]
-        except Unavailable as fault:
-            log.warning("left to the collection of garbage: %s", fault.message, extra={"job": self._job.id})
-            return
-        for manifest in filter(None, manifests):
-            context.limits.add_artifact(tenant, manifest.id, manifest.size)
+        self._context.outcome.follow_up(self._job.id)
 
     def fail(self, fault: NibbleError) -> None:
         def judged(job: Job) -> Job:
@@ -67,9 +44,7 @@ class Ending:
                 raise stale(job, self._job.attempt)
             return failed(job, fault)
 
-        # Its checkpoints stay: a retry of the job goes on from them.
-        if self._record.end(judged) is not None:
-            self._withdraw()
+        self._end(judged)
 
     def retry_or_fail(self, fault: NibbleError) -> None:
         """Give the job back after a pause if another attempt may fare better."""
@@ -88,9 +63,7 @@ class Ending:
 
     def stop(self, reason: StopReason) -> None:
         if reason is StopReason.CANCELLED:
-            if self._record.end(lambda job: transition(job, JobState.CANCELLED)) is not None:
-                self._withdraw()
-                self._drop_checkpoints()
+            self._end(lambda job: transition(job, JobState.CANCELLED))
         elif reason is StopReason.DEADLINE:
             limit = self._job.spec.timeout_s
             self.fail(DeadlineExceeded(f"it ran longer than {limit} s", remedy="raise timeout_s, then retry"))
@@ -98,6 +71,13 @@ class Ending:
             self._requeue()
         else:
             log.warning("lease lost; another attempt may run", extra={"job": self._job.id})
+
+    def _end(self, change: Callable[[Job], Job]) -> Job | None:
+        """Write how the attempt ended, and follow up a job's end; None if it may not write any more."""
+        job = self._record.end(change)
+        if job is not None:
+            self._context.outcome.follow_up(job.id)
+        return job
 
     def _requeue(self, *, pause_s: float = 0.0) -> None:
         """Give the job back: another attempt goes on from its checkpoints, at once or after a pause."""
@@ -109,22 +89,8 @@ class Ending:
 
         if pause_s > 0:
             self._record.to_the_end(lambda: self._context.store.postpone(self._job.id, pause_s))
-        job = self._record.end(given_back)
+        job = self._end(given_back)
         self._context.store.release(self._job.id, self._job.attempt)
         # After a pause a janitor queues it.
         if job is not None and job.state is JobState.QUEUED and pause_s == 0:
             self._context.queue.enqueue(job)
-
-    def _withdraw(self) -> None:
-        """A job without a result shows no artifact, also if it failed between two formats."""
-        try:
-            withdraw(self._context.objects, self._job)
-        except Unavailable as fault:
-            log.warning("left to the collection of garbage: %s", fault.message, extra={"job": self._job.id})
-
-    def _drop_checkpoints(self) -> None:
-        try:
-            self._context.objects.delete_prefix(checkpoint_prefix(self._job.id))
-        except Unavailable as fault:
-            # The job has ended well; what is left costs space only.
-            log.warning("checkpoints not removed: %s", fault.message, extra={"job": self._job.id})

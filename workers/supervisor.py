@@ -69,7 +69,6 @@ def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
                 Attempt(context, job, watch).run()
         finally:
             context.store.release(job_id, attempt)
-            context.turns.give_late(job.tenant)
             log.info("attempt is over")
 
 
@@ -81,7 +80,6 @@ class Attempt:
         self._job = job
         self._watch = watch
         self._work_folder = context.settings.scratch_dir / f"{job.id}-{job.attempt}"
-        self._fingerprint: str | None = None
         self._record = AttemptRecord(context.store, job, watch)
         self._ending = Ending(context, self._record)
         self._stages = Stages(context.tally, context.tracer, job, self._record.to_the_end)
@@ -98,7 +96,7 @@ class Attempt:
         try:
             self._make_work_folder()
             made = self._execute()
-            self._ending.succeed(made, self._fingerprint)
+            self._ending.succeed(made)
             self._stages.leave()
         except Stopped as stop:
             self._ending.stop(stop.reason)
@@ -147,7 +145,9 @@ class Attempt:
         contents = Contents(
             model=model.digest, calibration=texts.calibration_digest, evaluation=texts.evaluation_digest
         )
-        known = self._fingerprint = fingerprint(self._job.spec, contents)
+        known = fingerprint(self._job.spec, contents)
+        # Recorded, as whoever follows up the job's end needs it: another process, if this one dies.
+        self._record.update(lambda job: job.model_copy(update={"contents": known}))
         if self._job.spec.force:
             return None
         made = self._record.through_outages(lambda: self._context.reuse.find(self._job.tenant, known))

@@ -26,6 +26,7 @@ from app.api.schemas import ArtifactList, ArtifactView
 from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.errors import Conflict, InvalidRequest, Unavailable
 from app.core.storage.artifact_store import file_key
+from app.core.storage.published import discard
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 
@@ -78,9 +79,9 @@ def read_artifact(
 @router.delete("/{artifact_id}", status_code=204)
 def delete_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsWriter) -> None:
     """Remove an artifact and its files. A deployment that serves it must go first."""
-    require_unused(services, services.artifacts.get(principal.tenant, artifact_id).id)
-    services.artifacts.delete(principal.tenant, artifact_id)
-    services.limits.remove_artifact(principal.tenant, artifact_id)
+    manifest = services.artifacts.get(principal.tenant, artifact_id)
+    require_unused(services, manifest.id)
+    discard(services.objects, services.limits, manifest)
 
 
 def require_unused(services: Services, artifact_id: str) -> None:

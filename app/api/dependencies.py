@@ -26,6 +26,7 @@ from app.core.idempotency import IdempotencyKeys
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
+from app.core.outcome import Outcome
 from app.core.outgoing.webhooks import DeliveryStore, WebhookSecrets
 from app.core.security import KeyStore, Principal, Scope
 from app.core.settings import Settings
@@ -66,6 +67,7 @@ class Services:
     tally: Tally
     stamps: StampReader
     turns: Turns
+    outcome: Outcome
     metrics: Metrics
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from app.api.dependencies import Services
 from app.api.deployments import require_engine
-from app.core.deployments.job_deployment import deploy_result
 from app.core.errors import NotFound
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress
@@ -118,9 +117,7 @@ def record_job(services: Services, checked: CheckedSubmission, job: Job) -> Crea
         if made is None:
             queue_job(services, job, limits.running_jobs)
         else:
-            told = deploy_result(services.deployments, job, made.artifacts)
-            if told is not None:
-                services.jobs.append_event(job.id, *told)
+            services.outcome.follow_up(job.id)
         return Creation(job, is_new=True)
     return Creation(services.jobs.get(job.tenant, job.id), is_new=False)
 

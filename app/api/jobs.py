@@ -170,9 +170,7 @@ def cancel_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> J
     """Stop a job: at once if it waits (200), else within seconds (202, state `cancelling`)."""
     services.jobs.get(principal.tenant, job_id)
     job = services.jobs.update(job_id, cancel_requested)
-    if job.state is JobState.CANCELLED:
-        services.queue.remove(job)
-        services.turns.give_late(job.tenant)
+    services.outcome.follow_up(job.id)
     return answer(job, status=202 if job.state is JobState.CANCELLING else 200)
 
 
@@ -199,6 +197,7 @@ def retry(
 @router.delete("/{job_id}", status_code=204)
 def delete_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> None:
     """Remove a job that has ended, with its events, report and checkpoints. Its artifacts stay."""
+    services.outcome.settle(services.jobs.get(principal.tenant, job_id).id)
     job = services.jobs.delete(principal.tenant, job_id)
     services.idempotency.spend(job.id)
     services.objects.delete(report_key(job.id))

@@ -13,7 +13,8 @@ from app.core.errors import NotFound
 from app.core.job import Job
 from app.core.job_store import JobEvent
 
-# A change whose announcement was lost is still seen after this time.
+# A change whose announcement was lost is still seen after this time. A stream waits no longer for the events that
+# follow from a job's end: an absent storage holds them up.
 RECHECK_S = 5.0
 HEARTBEAT_S = 15.0
 STREAM_STEP = 200
@@ -50,13 +51,14 @@ async def wait_for_change(changed: asyncio.Event, limit_s: float) -> bool:
 async def event_stream(services: Services, tenant: str, job_id: str, after: str | None) -> AsyncIterator[str]:
     """The job's events as server-sent events, until the job has ended and all were sent."""
     yield "retry: 2000\n\n"
-    idle_s = 0.0
+    idle_s, is_late = 0.0, False
     with services.changes.watch(job_id) as changed:
         while True:
             changed.clear()
             try:
-                # The job first: an event before its end is then among those that are read.
+                # The job first: an event before its end, or of it, is then among those that are read.
                 job = await run_in_threadpool(services.jobs.get, tenant, job_id)
+                is_settled = job.is_terminal and await run_in_threadpool(services.jobs.is_settled, job_id)
             except NotFound:  # deleted while it was followed
                 return
             events = await run_in_threadpool(services.jobs.events, job_id, after, STREAM_STEP)
@@ -65,11 +67,12 @@ async def event_stream(services: Services, tenant: str, job_id: str, after: str 
                 after = event.id
             if len(events) == STREAM_STEP:
                 continue
-            if job.is_terminal or services.changes.is_closing:
+            if is_settled or is_late or services.changes.is_closing:
                 return
             idle_s = 0.0 if events else idle_s
             if not await wait_for_change(changed, RECHECK_S):
                 idle_s += RECHECK_S
+                is_late = job.is_terminal
             if idle_s >= HEARTBEAT_S:
                 yield ": still here\n\n"
                 idle_s = 0.0

@@ -12,7 +12,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from app.core.job_scripts import CHANGES
+from app.core.job_keys import CHANGES
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Finds jobs whose worker or queue entry was lost, and sets them right.
+"""Finds jobs whose worker or queue entry was lost, or whose end nobody followed up, and sets them right.
 
 Each API process runs one. They need no agreement: every step is a compare-and-set on the record, and of
 several that try the same one wins.
@@ -13,30 +13,32 @@ from dataclasses import dataclass, field
 
 from redis.exceptions import RedisError
 
-from app.core.deployments.deployment_store import DeploymentStore
-from app.core.deployments.job_deployment import deploy_result
 from app.core.errors import Conflict, NibbleError, NotFound, RecordUnreadable, WorkerLost
 from app.core.job import Job, JobState, transition
 from app.core.job_changes import failed, overdue, requeued, stale
 from app.core.job_queue import JobQueue, Place, entry_id
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
-from app.core.storage.published import published_before, withdraw
+from app.core.outcome import Outcome
+from app.core.storage.published import published_before
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[str], None]
-STEPS = ("requeued", "failed", "cancelled", "succeeded", "enqueued")
+STEPS = ("requeued", "failed", "cancelled", "succeeded", "enqueued", "settled")
 
 
 @dataclass
 class Janitor:
-    """One pass looks at every job that has not ended. `on_step` hears the name of each step taken."""
+    """One pass looks at every job that has not ended, and at ends that were not followed up.
+
+    `on_step` hears the name of each step taken.
+    """
 
     store: JobStore
     queue: JobQueue
     objects: ObjectStore
-    deployments: DeploymentStore
+    outcome: Outcome
     max_attempts: int = field(kw_only=True)
     on_step: OnStep = field(default=lambda step: None, kw_only=True)
     _moving: set[str] = field(default_factory=set, init=False)  # entries in no queue at the last pass
@@ -54,6 +56,13 @@ class Janitor:
             if self._check_entry(job) is Place.MOVING:
                 moving.add(entry_id(job))
         self._moving = moving
+        self._follow_up()
+
+    def _follow_up(self) -> None:
+        for job_id in self.store.unsettled():
+            if self.outcome.follow_up(job_id):
+                log.info("what follows from the end of job %s is done", job_id)
+                self.on_step("settled")
 
     def _jobs(self, state: JobState) -> list[Job]:
         jobs = []
@@ -79,22 +88,19 @@ class Janitor:
             )
 
     def _go_on_without_worker(self, seen: Job) -> None:
-        # A worker that died after its commit point has succeeded: only deployment and record lack that.
+        # A worker that died after its commit point has succeeded: only the record lacks that.
         made = published_before(self.objects, seen)
-        told = deploy_result(self.deployments, seen, made) if made is not None else None
         job = self.store.update(seen.id, lambda job: self._without_worker(job, seen, made))
         step = "requeued" if job.state is JobState.QUEUED else str(job.state)
         message = f"worker {seen.worker} stopped renewing its lease in attempt {seen.attempt}; {step}"
         self._report(step, message, seen)
-        if told is not None:
-            self.store.append_event(seen.id, *told)
         self.store.append_event(
             seen.id, "note", {"code": WorkerLost.code, "message": message, "attempt": seen.attempt}
         )
         if job.state is JobState.QUEUED:
             self.queue.enqueue(job)
-        elif job.state is not JobState.SUCCEEDED:
-            withdraw(self.objects, job)
+        else:
+            self.outcome.follow_up(job.id)
 
     def _without_worker(self, job: Job, seen: Job, made: tuple[str, ...] | None) -> Job:
         """What becomes of a job whose worker is gone. Conflict if it is not the one that was seen."""
@@ -126,8 +132,8 @@ class Janitor:
             log.info("job %s changed while it was looked at: %s", seen.id, fault)
             return True
         if job.state is JobState.FAILED:
-            self.queue.remove(seen)
             self._report("failed", "it waited too long for a worker", seen)
+            self.outcome.follow_up(job.id)
         return True
 
     def _check_entry(self, job: Job) -> Place:

@@ -90,11 +90,22 @@ class Job(Kept):
     request_id: str | None = None  # of the request that made it, for the logs
     traceparent: str | None = None  # the span of that request
     fingerprint: str | None = None  # of its contents, as far as submission could see
+    contents: str | None = None  # the same of the files themselves, once a worker has read them
     reused_from: str | None = None  # the job that has made its artifacts
 
     @property
     def is_terminal(self) -> bool:
         return self.state in TERMINAL
+
+    @property
+    def has_no_result(self) -> bool:
+        """True once it has ended without artifacts, so that none of it may be visible."""
+        return self.is_terminal and self.state is not JobState.SUCCEEDED
+
+    @property
+    def may_need_checkpoints(self) -> bool:
+        """True if an attempt may go on from its layers: of a failed job that of a retry."""
+        return self.state not in (JobState.SUCCEEDED, JobState.CANCELLED)
 
 
 def transition(job: Job, to: JobState, **changes: object) -> Job:

@@ -1,15 +1,15 @@
 """The changes of a job's keys that must happen in one step, as scripts that Redis runs.
 
 The delivery of a webhook is recorded together with the change that it tells of: neither is ever lost.
+So is the note that a job has ended: what follows from that is done, even if the process dies (outcome).
 """
 
 from __future__ import annotations
 
+from app.core.job_keys import CHANGES, ENDED, LINES
 from app.core.stamps import STAMP
 
 FAILURES = "nibble:tally:failures"
-CHANGES = "nibble:changes"
-LINES = "nibble:lines"
 MAX_EVENTS = 10_000
 DELIVERIES_KEPT_S = 30 * 24 * 3600
 
@@ -43,6 +43,8 @@ if ARGV[5] == '1' then
   else
     redis.call('SADD', KEYS[7], ARGV[1])
   end
+else
+  redis.call('SADD', '{ENDED}', ARGV[1])
 end
 redis.call('HSET', KEYS[1], 'record', ARGV[2], 'spec', ARGV[3], 'version', 1)
 redis.call('ZADD', KEYS[2], 0, ARGV[1])
@@ -70,6 +72,7 @@ stamp(KEYS[6])
 redis.call('SREM', KEYS[2], ARGV[1])
 redis.call('SADD', KEYS[3], ARGV[1])
 if ARGV[6] ~= '1' then
+  redis.call('SADD', '{ENDED}', ARGV[1])
   redis.call('SREM', KEYS[5], ARGV[1])
   redis.call('SREM', KEYS[7], ARGV[1])
   redis.call('ZREM', KEYS[8], ARGV[1])
@@ -84,9 +87,10 @@ return 1
 """
 
 # KEYS: job, tenant index, state set, events, lease, the stamp of the tenant's jobs.
-# ARGV: id, expected version.
+# ARGV: id, expected version. -1 while what follows from the job's end is not done.
 DELETE = f"""
 {STAMP}
+if redis.call('SISMEMBER', '{ENDED}', ARGV[1]) == 1 then return -1 end
 if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
 redis.call('DEL', KEYS[1], KEYS[4], KEYS[5])
 redis.call('ZREM', KEYS[2], ARGV[1])
@@ -96,8 +100,15 @@ redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return 1
 """
 
-# KEYS: job, events. ARGV: id, kind, payload, attempt or ''. An event of a deleted job would never be removed.
-# With an attempt, only the one that executes the job may speak: -1 for any other.
+# KEYS: ended jobs. ARGV: id. Announced, as whoever follows the job waits for the events that come of its end.
+SETTLE = f"""
+if redis.call('SREM', KEYS[1], ARGV[1]) == 1 then redis.call('PUBLISH', '{CHANGES}', ARGV[1]) end
+return 1
+"""
+
+# KEYS: job, events. ARGV: id, kind, payload, attempt or '', field of the job or ''.
+# An event of a deleted job would never be removed. With an attempt, only the one that executes the job may
+# speak: -1 for any other. With a field, the event is added only while the job lacks it: '' otherwise.
 APPEND = f"""
 local record = redis.call('HGET', KEYS[1], 'record')
 if not record then return false end
@@ -107,6 +118,7 @@ if ARGV[4] ~= '' then
     return -1
   end
 end
+if ARGV[5] ~= '' and redis.call('HSETNX', KEYS[1], ARGV[5], 1) == 0 then return '' end
 local id = redis.call('XADD', KEYS[2], 'MAXLEN', '~', {MAX_EVENTS}, '*', 'kind', ARGV[2], 'payload', ARGV[3])
 redis.call('PUBLISH', '{CHANGES}', ARGV[1])
 return id

@@ -1,17 +1,4 @@
-"""Job records in Redis: every change is a compare-and-set on the record's version.
-
-nibble:job:<id>          hash: record (JSON without the spec), spec (JSON, never rewritten), version, change
-nibble:jobs:<tenant>     sorted set of ids, score 0: ULIDs sort by time
-nibble:state:<state>     set of ids, for the janitor and the metrics
-nibble:active:<tenant>   set of ids of jobs that have not ended, for the quota
-nibble:turns:<tenant>    set of ids of jobs that are queued or run (turns)
-nibble:line:<tenant>     sorted set of ids of jobs that wait for a turn, by priority
-nibble:lines             set of tenants one of whose jobs has waited in line
-nibble:events:<id>       stream of events, capped
-nibble:postponed:<id>    there while a job waits after a fault, before it is queued again
-nibble:lease:<id>        the attempt that a worker executes, with an expiry
-nibble:changes           channel: the id of each job that changed
-"""
+"""Job records in Redis: every change is a compare-and-set on the record's version."""
 
 from __future__ import annotations
 
@@ -36,11 +23,24 @@ from app.core.errors import (
 from app.core.ids import is_id
 from app.core.job import TRANSITIONS, Job, JobState
 from app.core.job_changes import claimed, is_executing, stale
+from app.core.job_keys import (
+    ENDED,
+    LINES,
+    events_key,
+    job_key,
+    lease_key,
+    line_key,
+    postponed_key,
+    state_key,
+    tenant_key,
+    tenant_keys,
+    turns_key,
+)
 from app.core.job_record import announcement, decode, encode, state_payload
-from app.core.job_scripts import APPEND, CREATE, DELETE, LINES, NEXT_TURN, RELEASE, RENEW, SWAP
+from app.core.job_scripts import APPEND, CREATE, DELETE, NEXT_TURN, RELEASE, RENEW, SETTLE, SWAP
 from app.core.outgoing.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
 from app.core.specs import Frozen
-from app.core.stamps import JOB_PREFIX, jobs_stamp
+from app.core.stamps import jobs_stamp
 
 log = logging.getLogger(__name__)
 
@@ -81,52 +81,12 @@ class JobPage(Frozen):
     has_more: bool
 
 
-def job_key(job_id: str) -> str:
-    return f"{JOB_PREFIX}{job_id}"
-
-
-def tenant_key(tenant: str) -> str:
-    return f"nibble:jobs:{tenant}"
-
-
-def state_key(state: JobState) -> str:
-    return f"nibble:state:{state}"
-
-
-def active_key(tenant: str) -> str:
-    return f"nibble:active:{tenant}"
-
-
-def turns_key(tenant: str) -> str:
-    return f"nibble:turns:{tenant}"
-
-
-def line_key(tenant: str) -> str:
-    return f"nibble:line:{tenant}"
-
-
-def tenant_keys(tenant: str) -> list[str]:
-    return [active_key(tenant), jobs_stamp(tenant), turns_key(tenant), line_key(tenant)]
-
-
-def events_key(job_id: str) -> str:
-    return f"nibble:events:{job_id}"
-
-
-def lease_key(job_id: str) -> str:
-    return f"nibble:lease:{job_id}"
-
-
 def missing(job_id: str) -> NotFound:
     return NotFound(
         f"there is no job {job_id[:64]}",
         code="job_not_found",
         remedy="`nibble jobs` and GET /v1/jobs list yours; deleted ones and other tenants' are not shown",
     )
-
-
-def postponed_key(job_id: str) -> str:
-    return f"nibble:postponed:{job_id}"
 
 
 def delivery_keys(message: Delivery | None) -> list[str]:
@@ -158,6 +118,7 @@ class JobStore:
         self._create = self._redis.register_script(CREATE)
         self._swap = self._redis.register_script(SWAP)
         self._delete = self._redis.register_script(DELETE)
+        self._settle = self._redis.register_script(SETTLE)
         self._append = self._redis.register_script(APPEND)
         self._next_turn = self._redis.register_script(NEXT_TURN)
         self._renew = self._redis.register_script(RENEW)
@@ -281,7 +242,10 @@ class JobStore:
             after = ids[-1].decode()
 
     def delete(self, tenant: str, job_id: str) -> Job:
-        """Remove a job that has ended, with its events; Conflict while it lives."""
+        """Remove a job that has ended, with its events.
+
+        Conflict while it lives, and until what follows from its end is done, which its record alone tells.
+        """
         job, version = self.read_for(tenant, job_id)
         if not job.is_terminal:
             raise Conflict(
@@ -291,8 +255,25 @@ class JobStore:
             )
         keys = [job_key(job_id), tenant_key(tenant), state_key(job.state)]
         keys = [*keys, events_key(job_id), lease_key(job_id), jobs_stamp(tenant)]
-        self._delete(keys=keys, args=[job_id, version])
+        if self._delete(keys=keys, args=[job_id, version]) == -1:
+            raise Conflict(
+                f"job {job_id} has ended just now, and what follows from that is not done yet",
+                code="job_not_settled",
+                remedy="try again in a moment",
+            )
         return job
+
+    def unsettled(self) -> list[str]:
+        """The ids of jobs that have ended while what follows from it is not done, oldest first."""
+        return sorted(job_id.decode() for job_id in self._redis.smembers(ENDED))
+
+    def is_settled(self, job_id: str) -> bool:
+        """False from the moment of a job's end until what follows from it is done."""
+        return not self._redis.sismember(ENDED, job_id)
+
+    def settle(self, job_id: str) -> None:
+        """Note that what follows from the job's end is done, and wake those who wait for that."""
+        self._settle(keys=[ENDED], args=[job_id])
 
     def in_state(self, *states: JobState) -> list[str]:
         """The ids of all tenants' jobs in one of the states at this moment, oldest first."""
@@ -319,13 +300,23 @@ class JobStore:
         """Add to the job's history and return the event's id. With `attempt`, as in `update`."""
         event_id = self._append(
             keys=[job_key(job_id), events_key(job_id)],
-            args=[job_id, kind, json.dumps(payload), "" if attempt is None else attempt],
+            args=[job_id, kind, json.dumps(payload), "" if attempt is None else attempt, ""],
         )
         if event_id is None:
             raise missing(job_id)
         if event_id == -1:
             raise stale(self.load(job_id), attempt or 0)
         return str(event_id.decode())
+
+    def append_once(self, job_id: str, name: str, kind: str, payload: dict[str, Any]) -> None:
+        """Add an event to the job's history, unless one was added under this name before."""
+        keys = [job_key(job_id), events_key(job_id)]
+        if self._append(keys=keys, args=[job_id, kind, json.dumps(payload), "", f"once:{name}"]) is None:
+            raise missing(job_id)
+
+    def has_appended(self, job_id: str, name: str) -> bool:
+        """True if `append_once` has added the event of this name."""
+        return bool(self._redis.hexists(job_key(job_id), f"once:{name}"))
 
     def events(self, job_id: str, after: str | None = None, limit: int = 100) -> list[JobEvent]:
         """Events after the id `after`, oldest first."""

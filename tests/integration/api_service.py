@@ -14,23 +14,39 @@ import httpx
 import uvicorn
 from redis import Redis
 
+from app.core.access.limits import TenantLimits
+from app.core.access.turns import Turns
 from app.core.artifact import ArtifactFile, ArtifactManifest
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.ids import artifact_id
+from app.core.janitor import Janitor
 from app.core.job import Job, JobState, transition
 from app.core.job_queue import JobQueue
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
+from app.core.outcome import Outcome
 from app.core.redis_server import connect
 from app.core.security import KeyStore, Scope, new_key
 from app.core.settings import Settings
+from app.core.specs import FormatName
 from app.core.storage.artifact_store import file_key
 from app.core.storage.keys import manifest_key
+from app.core.storage.reuse import ReuseIndex
 from app.main import create_app
 from app.server import PatientProtocol
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = (EXAMPLES / "wikitext-llama-6m").as_uri()
 ADMIN_KEY = "test-admin-key-of-this-service"
+
+
+def outcome_over(redis: Redis, objects: ObjectStore, settings: Settings) -> Outcome:
+    """What follows from ends, over these stores."""
+    store, limits = JobStore(redis), TenantLimits(redis, settings)
+    queue = JobQueue(redis, limit=settings.queue_limit)
+    turns = Turns(store, queue, lambda tenant: limits.of(tenant).running_jobs)
+    parts = (DeploymentStore(redis), ReuseIndex(redis, objects), limits)
+    return Outcome(store, queue, turns, objects, *parts)
 
 
 class Service:
@@ -43,6 +59,8 @@ class Service:
         self.store = JobStore(redis)
         self.queue = JobQueue(redis, limit=settings.queue_limit)
         self.objects = ObjectStore(settings.object_store_url)
+        self.outcome = outcome_over(redis, self.objects, settings)
+        self.janitor = Janitor(self.store, self.queue, self.objects, self.outcome, max_attempts=3)
         self.client = self.client_with(ADMIN_KEY)
 
     def client_with(self, key: str | None) -> httpx.Client:
@@ -66,20 +84,28 @@ class Service:
     def end(self, job_id: str, state: JobState = JobState.SUCCEEDED, **changes: object) -> Job:
         """What a worker does, without the work."""
         self.claim(job_id)
-        return self.store.update(job_id, lambda job: transition(job, state, **changes), attempt=1)
+        ended = self.store.update(job_id, lambda job: transition(job, state, **changes), attempt=1)
+        assert self.outcome.follow_up(job_id)
+        return ended
 
-    def publish(self, job_id: str, files: dict[str, bytes], tenant: str = "default") -> ArtifactManifest:
+    def publish(
+        self,
+        job_id: str,
+        files: dict[str, bytes],
+        tenant: str = "default",
+        format_name: FormatName = "awq",
+    ) -> ArtifactManifest:
         """An artifact of the job with these files."""
         job = self.store.load(job_id)
         manifest = ArtifactManifest(
-            id=artifact_id(job_id, 0, "awq"),
+            id=artifact_id(job_id, 0, format_name),
             tenant=tenant,
             job=job_id,
             created_at=job.created_at,
             model=job.spec.model,
             model_digest="0" * 64,
             recipe=job.spec.recipes[0],
-            format="awq",
+            format=format_name,
             prefix="attempt-1",
             files=tuple(
                 ArtifactFile(path=path, size=len(content), sha256=sha256(content).hexdigest())

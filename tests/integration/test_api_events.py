@@ -35,7 +35,9 @@ def test_events_come_in_pages(service: Service) -> None:
 
 
 def test_a_stream_follows_a_job_to_its_end(service: Service) -> None:
-    job_id = service.submit()["id"]
+    """What follows from the end is part of it: a deployment, told after the end."""
+    job_id = service.submit(deploy={"name": "served"}, formats=["awq"])["id"]
+    artifact = service.publish(job_id, {"config.json": b"{}"}).id
     answers: list[httpx.Response] = []
     follower = threading.Thread(
         target=lambda: answers.append(service.client.get(f"/v1/jobs/{job_id}/events", headers=STREAM))
@@ -43,12 +45,27 @@ def test_a_stream_follows_a_job_to_its_end(service: Service) -> None:
     follower.start()
     service.claim(job_id)
     service.store.append_event(job_id, "note", {"code": "fallback"})
-    service.store.update(job_id, lambda job: transition(job, JobState.SUCCEEDED), attempt=1)
+    service.store.update(
+        job_id, lambda job: transition(job, JobState.SUCCEEDED, artifacts=(artifact,)), attempt=1
+    )
+    assert service.outcome.follow_up(job_id)
     follower.join()
     events = streamed(answers[0])
     assert answers[0].headers["content-type"].startswith("text/event-stream")
-    assert [event["event"] for event in events] == ["state", "state", "note", "state"]
-    assert json.loads(events[-1]["data"])["payload"]["state"] == "succeeded"
+    assert [event["event"] for event in events] == ["state", "state", "note", "state", "deployed"]
+    assert json.loads(events[-2]["data"])["payload"]["state"] == "succeeded"
+    assert json.loads(events[-1]["data"])["payload"]["artifact"] == artifact
+
+
+def test_a_stream_does_not_wait_for_ever_for_what_follows_from_the_end(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.api.waiting.RECHECK_S", 0.05)
+    job_id = service.submit()["id"]
+    service.store.update(job_id, lambda job: transition(job, JobState.CANCELLED))
+    events = streamed(service.client.get(f"/v1/jobs/{job_id}/events", headers=STREAM))
+    assert [json.loads(event["data"])["payload"]["state"] for event in events] == ["queued", "cancelled"]
+    assert not service.store.is_settled(job_id)
 
 
 def test_a_stream_resumes_after_the_last_event(service: Service) -> None:

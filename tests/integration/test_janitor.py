@@ -14,8 +14,10 @@ from app.core.job_changes import cancel_requested
 from app.core.job_queue import JobQueue, Place
 from app.core.job_store import JobStore
 from app.core.object_store import ObjectStore
+from app.core.settings import Settings
 from app.core.specs import JobSpec
 from app.core.storage.keys import manifest_key, report_key
+from tests.integration.api_service import outcome_over
 
 
 class House:
@@ -31,7 +33,8 @@ class House:
         self.janitor = self.new_janitor()
 
     def new_janitor(self) -> Janitor:
-        parts = (self.store, self.queue, self.objects, self.deployments)
+        outcome = outcome_over(self.redis, self.objects, Settings())
+        parts = (self.store, self.queue, self.objects, outcome)
         return Janitor(*parts, max_attempts=2, on_step=self.steps.append)
 
     def submit(self, **fields: object) -> Job:
@@ -150,7 +153,22 @@ def test_a_published_job_without_worker_succeeds_and_is_deployed(house: House) -
     assert (found.state, found.artifacts, house.steps) == (JobState.SUCCEEDED, (art_id,), ["succeeded"])
     (live,) = house.deployments.all()
     assert (live.deployment.job, live.spec.artifact, live.spec.name) == (job.id, art_id, "chat")
-    assert [event.kind for event in house.store.events(job.id)][-2:] == ["deployed", "note"]
+    assert [event.kind for event in house.store.events(job.id)][-2:] == ["note", "deployed"]
+
+
+def test_ends_that_nobody_followed_up_are_settled(house: House) -> None:
+    """One that only a newer version can read is left to that, and holds up no other."""
+    newer, cancelled = house.submit(), house.submit()
+    for job in (newer, cancelled):
+        house.store.update(job.id, cancel_requested)
+    spec = house.redis.hget(f"nibble:job:{newer.id}", "spec")
+    house.redis.hset(f"nibble:job:{newer.id}", "spec", '{"model": "org/name", "pruning": 0.5}')
+    house.janitor.sweep()
+    assert (house.steps, house.store.unsettled()) == (["settled"], [newer.id])
+    assert house.queue.place(cancelled) is Place.GONE
+    house.redis.hset(f"nibble:job:{newer.id}", "spec", spec or b"")
+    house.janitor.sweep()
+    assert (house.steps, house.store.unsettled()) == (["settled"] * 2, [])
 
 
 def test_a_job_that_ended_meanwhile_keeps_its_end(house: House) -> None:

@@ -10,7 +10,7 @@ from redis import Redis
 from app.core.errors import Conflict, MalformedRequest, NotFound, RecordUnreadable
 from app.core.ids import new_id
 from app.core.job import Job, JobState, Progress, Stage, transition
-from app.core.job_scripts import CHANGES
+from app.core.job_keys import CHANGES
 from app.core.job_store import JobFilter, JobStore
 from app.core.specs import JobSpec
 
@@ -217,10 +217,39 @@ def test_events_are_read_on_from_an_id(store: JobStore) -> None:
 def test_a_deleted_job_takes_no_events(store: JobStore, redis: Redis) -> None:
     job = stored(store)
     store.update(job.id, lambda job: transition(job, JobState.CANCELLED))
+    store.settle(job.id)
     store.delete("t", job.id)
     with pytest.raises(NotFound):
         store.append_event(job.id, "note", {})
+    with pytest.raises(NotFound):
+        store.append_once(job.id, "first", "note", {})
     assert redis.keys() == [b"nibble:stamp:jobs:t"]
+
+
+def test_a_job_is_unsettled_from_its_end_on(store: JobStore) -> None:
+    """And can't be deleted so: only its record tells what is to follow."""
+    job, ended = stored(store), new_job().model_copy(update={"state": JobState.SUCCEEDED})
+    assert store.is_settled(job.id)
+    assert store.create(ended)  # with an answer that was there before
+    store.update(job.id, lambda job: transition(job, JobState.CANCELLED))
+    assert store.unsettled() == sorted([job.id, ended.id])
+    with pytest.raises(Conflict) as refusal:
+        store.delete("t", job.id)
+    assert refusal.value.code == "job_not_settled"
+    store.settle(job.id)
+    store.delete("t", job.id)
+    assert store.unsettled() == [ended.id]
+
+
+def test_an_event_is_added_once_under_a_name(store: JobStore) -> None:
+    job = stored(store)
+    assert not store.has_appended(job.id, "first")
+    for n in (1, 2):
+        store.append_once(job.id, "first", "note", {"n": n})
+    store.append_once(job.id, "second", "note", {"n": 3})
+    assert store.has_appended(job.id, "first")
+    assert [event.payload.get("n") for event in store.events(job.id)] == [None, 1, 3]
+    assert store.load(job.id) == job
 
 
 def test_a_living_job_is_not_deleted(store: JobStore) -> None:

@@ -18,6 +18,7 @@ from pydantic import Field
 from redis import Redis
 
 from app.core.errors import QuotaExceeded, RateLimited
+from app.core.job_keys import active_key
 from app.core.settings import Settings
 from app.core.specs import Frozen
 
@@ -104,7 +105,7 @@ class TenantLimits:
         return sum(int(size) for size in self._redis.hvals(usage_key(tenant)))
 
     def active_jobs(self, tenant: str) -> int:
-        return int(self._redis.scard(f"nibble:active:{tenant}"))
+        return int(self._redis.scard(active_key(tenant)))
 
     def add_artifact(self, tenant: str, artifact_id: str, size: int) -> None:
         self._redis.hset(usage_key(tenant), artifact_id, size)

@@ -1,16 +1,14 @@
 """Turns: which of a tenant's jobs are queued, if the tenant may run so many at a time and no more.
 
 A job that waits in line is in no queue, so it holds up nobody else's. It gets its turn when one of the
-tenant's jobs ends. Whoever wrote that end gives the turn; if it died before it could, the sweep of an API
-process does. The scripts that record and end jobs keep count of turns and lines (job_scripts).
+tenant's jobs ends, as part of what follows from the end (outcome), or in a sweep once limits are raised. The
+scripts that record and end jobs keep count of turns and lines (job_scripts).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-
-from redis.exceptions import RedisError
 
 from app.core.errors import NotFound, RecordUnreadable
 from app.core.job import JobState
@@ -39,13 +37,6 @@ class Turns:
                 continue
             if job.state is JobState.QUEUED:
                 self._queue.enqueue(job)
-
-    def give_late(self, tenant: str) -> None:
-        """As `give`, after a change that stands even if Redis has gone meanwhile."""
-        try:
-            self.give(tenant)
-        except RedisError as fault:
-            log.warning("turns of %s are left to the next sweep: %s", tenant, fault)
 
     def sweep(self) -> None:
         """Give the turns that nobody gave."""

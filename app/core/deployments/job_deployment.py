@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from app.core.deployments.deployment import DeploymentSpec
@@ -12,9 +11,7 @@ from app.core.ids import deployment_id
 from app.core.job import Job
 
 
-def deploy_result(
-    deployments: DeploymentStore, job: Job, artifacts: Sequence[str]
-) -> tuple[str, dict[str, Any]] | None:
+def deploy_result(deployments: DeploymentStore, job: Job) -> tuple[str, dict[str, Any]] | None:
     """Deploy the job's first artifact, if it is asked for; kind and payload of the event that tells of it.
 
     A job whose deployment is refused has succeeded all the same.
@@ -22,7 +19,9 @@ def deploy_result(
     options = job.spec.deploy
     if options is None:
         return None
-    spec = DeploymentSpec(artifact=artifacts[0], **options.model_dump())
+    if not job.artifacts:
+        return "note", {"code": "nothing_to_deploy", "message": "not deployed: the job has published nothing"}
+    spec = DeploymentSpec(artifact=job.artifacts[0], **options.model_dump())
     try:
         # The id follows from the job: a later attempt makes no second deployment.
         made = deployments.create(job.tenant, spec, deployment_id=deployment_id(job.id), job=job.id)

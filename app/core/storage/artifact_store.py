@@ -14,7 +14,7 @@ from app.core.errors import MalformedRequest, NotFound, RecordUnreadable
 from app.core.ids import is_id
 from app.core.object_store import ObjectStore
 from app.core.specs import Frozen
-from app.core.storage.keys import ARTIFACTS, manifest_key
+from app.core.storage.keys import ARTIFACTS
 from app.core.storage.published import read_manifest
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def named_file(manifest: ArtifactManifest, path: str) -> tuple[ArtifactManifest,
 
 
 class ArtifactStore:
-    """Reads and removes artifacts. Publishing them is the worker's."""
+    """Reads artifacts. Publishing them is the worker's."""
 
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects
@@ -88,12 +88,6 @@ class ArtifactStore:
             if len(found) > limit:
                 break
         return ArtifactPage(manifests=tuple(found[:limit]), has_more=len(found) > limit)
-
-    def delete(self, tenant: str, artifact_id: str) -> None:
-        """Remove an artifact: the manifest first, so that no half of it is ever listed."""
-        self.get(tenant, artifact_id)
-        self._objects.delete(manifest_key(artifact_id))
-        self._objects.delete_prefix(artifact_folder(artifact_id))
 
     def _newest_first(self, after: str | None) -> Iterator[ArtifactManifest]:
         for artifact_id in reversed(self._objects.list_folders(ARTIFACTS)):

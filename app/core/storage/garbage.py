@@ -21,7 +21,7 @@ from app.core.object_store import ObjectStore
 from app.core.settings import Settings
 from app.core.specs import Frozen
 from app.core.storage.keys import ARTIFACTS, CHECKPOINTS, checkpoint_prefix, report_key
-from app.core.storage.published import ID_TIME, read_manifest
+from app.core.storage.published import ID_TIME, count_stored, discard, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +64,29 @@ class GarbageCollector:
         return found
 
     def _remove(self, found: Garbage) -> None:
-        for folder in (*found.checkpoints, *found.artifacts):
+        for folder in found.checkpoints:
             self._objects.delete_prefix(folder)
+        for folder in found.artifacts:
+            self._remove_artifact(folder)
         for job_id in found.jobs:
             try:
                 job = self._store.load(job_id)
                 self._store.delete(job.tenant, job_id)
-            except (NotFound, Conflict, RecordUnreadable):  # somebody else was faster
+            except (NotFound, Conflict, RecordUnreadable):  # deleted already, or not settled yet
                 continue
             self._objects.delete(report_key(job_id))
             self._objects.delete_prefix(checkpoint_prefix(job_id))
         if found.count:
             log.info("removed %d folders and records that nothing refers to", found.count)
+
+    def _remove_artifact(self, folder: str) -> None:
+        """Remove a folder of artifacts; a whole one with its manifest first."""
+        art_id = folder.removeprefix(f"{ARTIFACTS}/")
+        manifest = read_manifest(self._objects, art_id) if is_id("art", art_id) else None
+        if manifest is not None:
+            discard(self._objects, self._limits, manifest)
+        else:
+            self._objects.delete_prefix(folder)
 
     def _find(self, job_id: str) -> Job | None:
         """The job, if there is one. Raises RecordUnreadable for one of another version."""
@@ -88,7 +99,7 @@ class GarbageCollector:
         for job_id in self._objects.list_folders(CHECKPOINTS):
             with left_alone():
                 job = self._find(job_id)
-                if job is None or (job.is_terminal and not waits_for_retry(job, now)):
+                if job is None or not needs_checkpoints(job, now):
                     yield checkpoint_prefix(job_id)
 
     def _orphans(self) -> Iterator[str]:
@@ -102,19 +113,19 @@ class GarbageCollector:
 
     def _of_no_use(self, art_id: str, *, may_be_worked_on: bool) -> Iterator[str]:
         manifest = read_manifest(self._objects, art_id)
-        if manifest is not None:
-            self._limits.add_artifact(manifest.tenant, art_id, manifest.size)
-            if self._is_void(manifest):
+        if manifest is None:
+            if not may_be_worked_on:
                 yield f"{ARTIFACTS}/{art_id}"
-            elif not may_be_worked_on:
-                yield from self._other_attempts(manifest)
-        elif not may_be_worked_on:
-            yield f"{ARTIFACTS}/{art_id}"
-
-    def _is_void(self, manifest: ArtifactManifest) -> bool:
-        """True for what a failed or cancelled job made visible. Artifacts of deleted jobs stay."""
+            return
         job = self._find(manifest.job)
-        return job is not None and job.state in (JobState.FAILED, JobState.CANCELLED)
+        if job is not None and job.has_no_result:
+            yield f"{ARTIFACTS}/{art_id}"
+            return
+        # Artifacts of deleted jobs stay; those of a job that goes on are counted when it has succeeded.
+        if job is None or job.is_terminal:
+            count_stored(self._objects, self._limits, manifest)
+        if not may_be_worked_on:
+            yield from self._other_attempts(manifest)
 
     def _other_attempts(self, manifest: ArtifactManifest) -> Iterator[str]:
         for prefix in self._objects.list_folders(f"{ARTIFACTS}/{manifest.id}"):
@@ -141,9 +152,6 @@ def left_alone() -> Iterator[None]:
         log.warning("left alone: %s", fault.message)
 
 
-def waits_for_retry(job: Job, now: datetime) -> bool:
-    return (
-        job.state is JobState.FAILED
-        and job.finished_at is not None
-        and now - job.finished_at < CHECKPOINTS_KEPT
-    )
+def needs_checkpoints(job: Job, now: datetime) -> bool:
+    is_old = job.finished_at is not None and now - job.finished_at >= CHECKPOINTS_KEPT
+    return job.may_need_checkpoints and not is_old

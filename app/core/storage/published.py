@@ -6,6 +6,7 @@ import logging
 
 from pydantic import ValidationError
 
+from app.core.access.limits import TenantLimits
 from app.core.artifact import ArtifactManifest
 from app.core.errors import NotFound, RecordUnreadable
 from app.core.ids import artifact_id
@@ -55,7 +56,25 @@ def published_before(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
     return ids if ids and whole else None
 
 
-def withdraw(objects: ObjectStore, job: Job) -> list[str]:
+def count_stored(objects: ObjectStore, limits: TenantLimits, manifest: ArtifactManifest) -> None:
+    """Count the artifact's bytes for its tenant, unless it is being removed."""
+    limits.add_artifact(manifest.tenant, manifest.id, manifest.size)
+    if objects.head(manifest_key(manifest.id)) is None:
+        limits.remove_artifact(manifest.tenant, manifest.id)
+
+
+def discard(objects: ObjectStore, limits: TenantLimits, manifest: ArtifactManifest) -> None:
+    """Remove an artifact: the manifest before the files, so that no half of it is ever listed.
+
+    Its bytes are taken off before, as this process may die here, and after, as others may have counted them.
+    """
+    limits.remove_artifact(manifest.tenant, manifest.id)
+    objects.delete(manifest_key(manifest.id))
+    limits.remove_artifact(manifest.tenant, manifest.id)
+    objects.delete_prefix(f"{ARTIFACTS}/{manifest.id}")
+
+
+def withdraw(objects: ObjectStore, limits: TenantLimits, job: Job) -> list[str]:
     """Remove the artifacts of a job that has ended without a result; their ids.
 
     An attempt that dies between the manifests of two formats has made one of them visible.
@@ -68,7 +87,6 @@ def withdraw(objects: ObjectStore, job: Job) -> list[str]:
             log.warning("not withdrawn with %s: %s", job.id, fault.message)
             continue
         if manifest is not None and manifest.job == job.id:
-            objects.delete(manifest_key(art_id))
-            objects.delete_prefix(f"{ARTIFACTS}/{art_id}")
+            discard(objects, limits, manifest)
             withdrawn.append(art_id)
     return withdrawn
