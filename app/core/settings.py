@@ -45,6 +45,7 @@ Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeVali
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
 Folder = Annotated[Path, AfterValidator(absolute)]
 Folders = Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(split_folders)]
+OptionalPort = Annotated[Annotated[int, Field(ge=1, le=65535)] | None, BeforeValidator(empty_is_none)]
 OptionalUrl = Annotated[str | None, BeforeValidator(empty_is_none)]
 
 
@@ -56,9 +57,11 @@ class Settings(BaseSettings):
     state_dir: Folder = Field(default_factory=default_state_dir, validate_default=True)
     host: str = "127.0.0.1"
     port: int = Field(default=8420, ge=0, le=65535)
+    probe_port: OptionalPort = None
     allowed_hosts: Names = ()
     # No repr: the URL may hold a password.
     redis_url: OptionalUrl = Field(default=None, repr=False)
+    redis_server: str = "auto"
     storage_url: OptionalUrl = None
     model_roots: Folders = ()
     outgoing_networks: Networks = ()

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from redis import Redis
 
-from app.core.redis_server import connect, embedded_binary, wait_for_redis
+from app.core.redis_programs import embedded_binary
+from app.core.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from app.core.specs import Recipe
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from app.commands.checks.check import Check, Status
-from app.core.errors import Unavailable
+from app.core.errors import NibbleError
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -28,7 +27,7 @@ def check_redis(settings: Settings) -> list[Check]:
 
     url = settings.redis_url or own_url(settings)
     if url is None:
-        return [check_program()]
+        return [check_program(settings)]
     try:
         with Redis.from_url(url, socket_connect_timeout=3, socket_timeout=3) as redis:
             facts: dict[str, Any] = redis.info()
@@ -50,18 +49,15 @@ def own_url(settings: Settings) -> str | None:
     return url if path.is_socket() and answers(url) else None
 
 
-def check_program() -> Check:
-    from app.core.redis_server import find_server
+def check_program(settings: Settings) -> Check:
+    """The server that would be started over the state folder, by the rule by which it is started."""
+    from app.core.redis_programs import find_program
 
     try:
-        path, kind, _ = find_server()
-    except Unavailable as fault:
+        program, why = find_program(settings.redis_server, settings.state_dir / "redis")
+    except NibbleError as fault:
         return Check("redis", "problem", fault.message, fault.remedy)
-    if not os.access(path, os.X_OK):
-        return Check(
-            "redis", "problem", f"{path} can't be executed", "install it anew, or set NIBBLE_REDIS_URL"
-        )
-    return Check("redis", "ok", f"{path} will be started ({kind})")
+    return Check("redis", "ok", f"{program} will be started: {why}")
 
 
 def check_version(facts: dict[str, Any]) -> Check:
