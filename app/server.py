@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
+import time
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -15,9 +19,11 @@ from app.core.errors import NibbleError
 from app.core.settings import Settings
 from app.core.telemetry.logs import set_up_logs
 from app.main import create_app
+from app.probes import ProbeThread, probe_socket
 
 GRACE_S = 5  # for requests that are being answered when the end comes
 HEAD_LIMIT_S = 15.0
+ACCEPTED_AT_ONCE = 32  # new connections, for each turn of the loop
 TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -66,11 +72,55 @@ class PatientProtocol(H11Protocol):
 
 
 class ApiServer(uvicorn.Server):
-    """Ends long polls and event streams at once when it is told to stop: their callers ask again."""
+    """Takes many new connections at a turn, answers probes beside them, and ends waiting requests at once.
 
-    def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+    Callers of long polls and event streams ask again.
+    """
+
+    def __init__(self, app: FastAPI, config: uvicorn.Config, probes: socket.socket | None = None) -> None:
         super().__init__(config)
         self._app = app
+        self._turn_at = time.monotonic()
+        self._probes = ProbeThread(probes, app, self.silent_s) if probes is not None else None
+
+    def silent_s(self) -> float:
+        """Seconds since the loop of the requests last took its turn."""
+        return time.monotonic() - self._turn_at
+
+    async def on_tick(self, counter: int) -> bool:
+        self._turn_at = time.monotonic()
+        return await super().on_tick(counter)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await self._listen_wider()
+        if self._probes is not None:
+            self._probes.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._probes is not None:
+            await asyncio.to_thread(self._probes.stop)
+        await super().shutdown(sockets)
+
+    async def _listen_wider(self) -> None:
+        """Listen with further descriptors of each socket.
+
+        libuv (1.45 and later, below uvloop) accepts one connection for each descriptor and turn of the loop.
+        A turn is as long as all requests that came meanwhile, so that behind many busy connections a new one
+        waited until they were gone.
+        """
+        loop = asyncio.get_running_loop()
+        protocol = partial(PatientProtocol, self.config, self.server_state, self.lifespan.state)
+        for listener in [each for server in self.servers for each in server.sockets]:
+            for _ in range(ACCEPTED_AT_ONCE - 1):
+                again = socket.socket(fileno=os.dup(listener.fileno()))
+                server = await loop.create_server(protocol, sock=again, backlog=self.config.backlog)
+                self.servers.append(server)
+
+    @property
+    def refusal(self) -> NibbleError | None:
+        """Why the service could not start, where its operator can change it."""
+        return getattr(self._app.state, "refusal", None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         services: Services | None = getattr(self._app.state, "services", None)
@@ -79,9 +129,8 @@ class ApiServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises NibbleError if the service can't start."""
-    set_up_logs(settings)
+def api_server(settings: Settings) -> ApiServer:
+    """The service, ready to run. Raises Unavailable if NIBBLE_PROBE_PORT is taken."""
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -92,17 +141,18 @@ def serve(settings: Settings) -> None:
         access_log=False,
         timeout_graceful_shutdown=GRACE_S,
     )
+    return ApiServer(app, config, probe_socket(settings))
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises NibbleError if the service can't start."""
+    set_up_logs(settings)
+    server = api_server(settings)
     logging.getLogger("uvicorn.error").addFilter(
-        lambda record: refusal_of(app) is None or not record.getMessage().startswith("Traceback")
+        lambda record: server.refusal is None or not record.getMessage().startswith("Traceback")
     )
     try:
-        ApiServer(app, config).run()
+        server.run()
     finally:
-        refusal = refusal_of(app)
-        if refusal is not None:
-            raise refusal from None  # in place of uvicorn's exit code
-
-
-def refusal_of(app: FastAPI) -> NibbleError | None:
-    """Why the service could not start, where its operator can change it."""
-    return getattr(app.state, "refusal", None)
+        if server.refusal is not None:
+            raise server.refusal from None  # in place of uvicorn's exit code

@@ -18,10 +18,10 @@ RUN pip install --no-cache-dir --no-deps .
 COPY docker/entrypoint.sh /usr/local/bin/nibble-entrypoint
 
 USER 10001
-ENV NIBBLE_STATE_DIR=/var/lib/nibble NIBBLE_HOST=0.0.0.0 NIBBLE_PORT=8420 PYTHONUNBUFFERED=1
+ENV NIBBLE_STATE_DIR=/var/lib/nibble NIBBLE_HOST=0.0.0.0 NIBBLE_PORT=8420 NIBBLE_PROBE_PORT=8421 PYTHONUNBUFFERED=1
 VOLUME /var/lib/nibble
-EXPOSE 8420
-HEALTHCHECK --interval=10s --timeout=3s --start-period=15s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8420/readyz', timeout=2)"]
+EXPOSE 8420 8421
+HEALTHCHECK --interval=15s --timeout=12s --start-period=15s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8421/readyz', timeout=8)"]
 ENTRYPOINT ["nibble-entrypoint"]
 CMD ["api"]

@@ -30,6 +30,6 @@ USER 10001
 # Compiled kernels and the device's profile lie in ~/.cache: with HOME on the volume they outlive the container.
 ENV NIBBLE_STATE_DIR=/var/lib/nibble HOME=/var/lib/nibble PYTHONUNBUFFERED=1
 VOLUME /var/lib/nibble
-HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["nibble-entrypoint", "worker", "--check"]
+HEALTHCHECK --interval=60s --timeout=20s --start-period=60s CMD ["nibble-entrypoint", "worker", "--check"]
 ENTRYPOINT ["nibble-entrypoint"]
 CMD ["worker"]

@@ -22,8 +22,9 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @router.get("/healthz")
-def health() -> dict[str, str]:
+async def health() -> dict[str, str]:
     """The process answers."""
+    # In the loop: a thread of the pool would come after all requests that wait for one.
     return {"status": "ok"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,33 @@ def test_compose_gives_secrets_as_files_only() -> None:
 def test_manifests_follow_the_schemas_of_kubernetes(path: Path) -> None:
     found = run(TOOLS / "kubernetes-validate", "--strict", path)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_probes_have_their_own_port_and_time_to_be_answered() -> None:
+    """Kubernetes' default of one second ends pods that are only busy."""
+    documents = yaml.safe_load_all((DOCKER / "kubernetes" / "api.yaml").read_text())
+    pod = next(each for each in documents if each["kind"] == "Deployment")["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    assert environment["NIBBLE_PROBE_PORT"] == str(ports["probes"])
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(ports["probes"])
+    probes = {name: probe for name, probe in container.items() if name.endswith("Probe")}
+    assert probes.keys() == {"startupProbe", "readinessProbe", "livenessProbe"}
+    for probe in probes.values():
+        assert probe["httpGet"]["port"] == "probes"
+        assert probe["timeoutSeconds"] >= 5
+
+
+def test_health_checks_of_images_fit_their_ports_and_limits() -> None:
+    image = (DOCKER / "api.Dockerfile").read_text()
+    (port,) = re.findall(r"NIBBLE_PROBE_PORT=(\d+)", image)
+    (outer,) = re.findall(r"HEALTHCHECK .*--timeout=(\d+)s", image)
+    (asked, inner) = re.findall(r"http://127.0.0.1:(\d+)/readyz', timeout=(\d+)", image)[0]
+    assert asked == port
+    assert 5 <= int(inner) < int(outer)
+    prometheus = yaml.safe_load((DOCKER / "monitoring" / "prometheus.yml").read_text())
+    assert prometheus["scrape_configs"][0]["static_configs"][0]["targets"] == [f"api:{port}"]
 
 
 def test_every_manifest_is_in_the_kustomization() -> None:

@@ -1,6 +1,6 @@
 """A thousand dashboards that poll with entity tags: latency, processor time and memory of the API.
 
-python -m tests.benchmarks.polling [--minutes 10] [--rate 500] [--clients 1000]
+python -m tests.benchmarks.polling [--minutes 10] [--rate 500] [--clients 1000] [--flood 200 1000]
 
 Open loop: request n is due at n / rate whether or not its predecessors were answered, and its latency counts
 from that moment, so an API that halts is charged for everything that would have been asked meanwhile
@@ -8,6 +8,7 @@ from that moment, so an API that halts is charged for everything that would have
 shows one page for a while, then another: the tenant's jobs, one of its running jobs, the workers, the
 deployments. Meanwhile a writer does what workers do: progress every second of the jobs of three in ten
 tenants, jobs that end and begin, heartbeats. Valkey, API, writer and clients are processes of their own.
+Then floods of kept connections ask without a pause, and new ones come beside them (`polling_newcomers`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from app.core.security import KeyStore, Scope, new_key
 from app.core.settings import Settings
 from app.core.specs import JobSpec
 from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from tests.benchmarks import polling_newcomers
 from tests.benchmarks.polling_clients import WARM_UP_S
 from tests.benchmarks.service import free_port, is_ready
 
@@ -54,6 +56,7 @@ BEAT_S = 10.0
 REPLICA_BEAT_S = 2.0
 TURNOVER_S = 15.0  # how often a job of a tenant ends and another one begins
 LEASE_S = 600.0
+FLOOD_S = 12.0
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 
@@ -158,11 +161,12 @@ class Api:
     """`nibble api` as a process."""
 
     def __init__(self, folder: Path, redis_url: str) -> None:
-        self.port = free_port()
+        self.port, self.probe_port = free_port(), free_port()
         environment = {
             **os.environ,
             "NIBBLE_STATE_DIR": str(folder / "state"),
             "NIBBLE_PORT": str(self.port),
+            "NIBBLE_PROBE_PORT": str(self.probe_port),
             "NIBBLE_REDIS_URL": redis_url,
             "NIBBLE_BOOTSTRAP_API_KEY": "nib_benchmark_" + "0" * 32,
         }
@@ -221,11 +225,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         with subprocess.Popen(
             command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as generator:
-            found = watch(api, generator, plan)
+            report(arguments, watch(api, generator, plan))
+        for connections in arguments.flood:
+            polling_newcomers.report(api.port, api.probe_port, clients[0], connections, FLOOD_S)
         writer.stop()
         api.stop()
         redis.close()
-    report(arguments, found)
 
 
 def watch(api: Api, generator: subprocess.Popen[str], plan: dict[str, Any]) -> dict[str, Any]:
@@ -281,6 +286,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--rate", type=float, default=500.0)
     parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--flood", type=int, nargs="*", default=[200, 1000], metavar="CONNECTIONS")
     with tempfile.TemporaryDirectory() as folder:
         measure(parser.parse_args(), Path(folder))
 

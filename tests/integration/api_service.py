@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from redis import Redis
 
 from app.core.access.limits import TenantLimits
@@ -32,8 +31,7 @@ from app.core.specs import FormatName
 from app.core.storage.artifact_store import file_key
 from app.core.storage.keys import manifest_key
 from app.core.storage.reuse import ReuseIndex
-from app.main import create_app
-from app.server import PatientProtocol
+from app.server import api_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = (EXAMPLES / "wikitext-llama-6m").as_uri()
@@ -121,15 +119,8 @@ class Service:
 @contextmanager
 def running_service(settings: Settings) -> Iterator[Service]:
     """The API on a free port until the block ends."""
-    config = uvicorn.Config(
-        create_app(settings),
-        http=PatientProtocol,
-        port=0,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=2,
-    )
-    server = uvicorn.Server(config)
+    server = api_server(settings.model_copy(update={"port": 0}))
+    server.config.timeout_graceful_shutdown = 2
     thread = threading.Thread(target=server.run, name="api")
     thread.start()
     try:
