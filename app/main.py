@@ -33,8 +33,8 @@ from app.api.dependencies import Services
 from app.api.description import describe
 from app.api.gateway import Gateway
 from app.api.key_cache import KeyCache
-from app.api.metrics import Metrics
 from app.api.methods import HeadAsGet
+from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
 from app.api.polled import PolledAnswers

@@ -13,8 +13,8 @@ from app.core.errors import NotFound
 from app.core.job import Job
 from app.core.job_store import JobEvent
 
-# A change whose announcement was lost is still seen after this time. A stream waits no longer for the events that
-# follow from a job's end: an absent storage holds them up.
+# A change whose announcement was lost is still seen after this time. A stream waits no longer for the events
+# that follow from a job's end: an absent storage holds them up.
 RECHECK_S = 5.0
 HEARTBEAT_S = 15.0
 STREAM_STEP = 200
