@@ -66,7 +66,11 @@ class Ending:
             self._end(lambda job: transition(job, JobState.CANCELLED))
         elif reason is StopReason.DEADLINE:
             limit = self._job.spec.timeout_s
-            self.fail(DeadlineExceeded(f"it ran longer than {limit} s", remedy="raise timeout_s, then retry"))
+            remedy = (
+                "submit it again with a larger timeout_s (nibble submit --timeout); a retry keeps its limit, "
+                "but goes on after the last finished layer"
+            )
+            self.fail(DeadlineExceeded(f"it ran longer than {limit} s", remedy=remedy))
         elif reason is StopReason.SHUTDOWN:
             self._requeue()
         else:

@@ -50,6 +50,8 @@ def submit(
     *,
     labels: submission.Labels = None,
     idempotency_key: submission.IdempotencyKey = None,
+    timeout: submission.Timeout = None,
+    queue_timeout: submission.QueueTimeout = None,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for the job's end.")] = False,
     as_json: AsJson = False,
     url: Url = None,
@@ -58,6 +60,7 @@ def submit(
 ) -> None:
     """Hand a job to the service."""
     body = submission.job_body(model, options, submission.split_labels(labels))
+    body |= submission.given({"timeout_s": timeout, "queue_timeout_s": queue_timeout})
     with connect(url, api_key) as client:
         job = client.submit(body, idempotency_key=idempotency_key)
         if watch:

@@ -44,36 +44,17 @@ REMEDIES = {
 OF_A_SERVICE = frozenset({"deploy", "force", "labels", "priority", "queue_timeout_s", "timeout_s", "webhook"})
 
 
+@submission.takes_job_options
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a reference as for submit.")],
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be new or empty.")],
-    method: submission.Method = None,
-    bits: submission.Bits = None,
-    group_size: submission.GroupSize = None,
-    symmetric: submission.Symmetric = None,
-    rounding: submission.Rounding = None,
-    max_ratio: submission.MaxRatio = None,
-    formats: submission.Formats = None,
-    num_samples: submission.NumSamples = None,
-    sequence_length: submission.SequenceLength = None,
-    dataset: submission.Dataset = None,
-    eval_samples: submission.EvalSamples = None,
-    spec: submission.SpecFile = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     as_json: AsJson = False,
+    options: submission.JobOptions,
 ) -> None:
     """Quantize a model here and now, without a service."""
-    body = submission.job_body(
-        model,
-        spec,
-        formats=formats,
-        sections=submission.sections(
-            method=method, bits=bits, group_size=group_size, symmetric=symmetric, rounding=rounding,
-            max_ratio=max_ratio, num_samples=num_samples, sequence_length=sequence_length,
-            dataset=submission.text_reference(dataset), eval_samples=eval_samples,
-        ),
-    )  # fmt: skip
+    body = submission.job_body(model, options)
     refuse_missing_engine()
     refuse_used_folder(out)
     out = out.absolute()

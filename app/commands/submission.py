@@ -24,6 +24,12 @@ IdempotencyKey = Annotated[
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
 ]
+Timeout = Annotated[
+    int | None, typer.Option(help="Seconds that it may run; 14400 unless told.", show_default=False)
+]
+QueueTimeout = Annotated[
+    int | None, typer.Option(help="Seconds that it may wait for a worker.", show_default=False)
+]
 
 
 def option(text: str, *names: str, values: tuple[str, ...] = ()) -> Any:
@@ -204,7 +210,8 @@ def text_reference(dataset: str | None) -> str | None:
         raise InvalidRequest(
             f"there is no file {dataset}",
             code="text_source_invalid",
-            remedy="give a file that ends in .jsonl, .json, .csv or .txt, or builtin:wikitext2, hf:…, s3://… or file://…",
+            remedy="give a file that ends in .jsonl, .json, .csv or .txt, or builtin:wikitext2, hf:…, s3://… "
+            "or file://…",
             param="calibration.dataset",
         )
     return Path(file).resolve().as_uri()

@@ -43,7 +43,8 @@ def overdue(job: Job) -> Job:
         DeadlineExceeded(
             f"it waited longer than {job.spec.queue_timeout_s} s for a worker",
             code="queue_deadline_exceeded",
-            remedy="raise queue_timeout_s, or have workers started; GET /v1/workers lists those that live",
+            remedy="submit it again with a larger queue_timeout_s (nibble submit --queue-timeout), or have "
+            "workers started; GET /v1/workers lists those that live",
         ),
     )
 

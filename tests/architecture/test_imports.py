@@ -31,7 +31,7 @@ ENGINE_MAY_IMPORT = frozenset(
     for name in (
         "artifact", "child.assignment", "errors", "job", "planning.architectures", "planning.format_limits",
         "planning.plan", "report", "sources.json_file", "sources.local_model", "sources.model_headers",
-        "sources.safetensors_header", "specs",
+        "sources.safetensors_header", "sources.text_content", "sources.text_shapes", "specs", "system_faults",
     )
 )  # fmt: skip
 ENGINE_PARTS = ("quantization", "modeling", "formats", "texts")

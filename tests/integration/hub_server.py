@@ -34,6 +34,7 @@ class HubServer(ThreadingHTTPServer):
         self.refusals = 0  # so many of the next file answers are 503
         self.redirect: str | None = None  # where files are said to lie
         self.damaged: str | None = None  # the last byte of this file is changed on its way
+        self.answers: dict[str, tuple[int, bytes, dict[str, str]]] = {}  # to paths that hold the key
 
     @property
     def url(self) -> str:
@@ -65,7 +66,10 @@ class HubRequests(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
-        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        forced = next((answer for part, answer in self.server.answers.items() if part in path), None)
+        if forced is not None:
+            self.answer(*forced)
+        elif self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif match := API.fullmatch(path):
             self.answer_api(match)

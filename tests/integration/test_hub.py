@@ -78,6 +78,7 @@ def test_a_branch_is_pinned_to_its_commit(hub: HubServer, probe: Probe, files: d
 def test_headers_are_read_without_the_weights(hub: HubServer, probe: Probe, files: dict[str, bytes]) -> None:
     hub.push("org/name", files)
     probe("inspect", "org/name")
+    assert all("/api/models/org/name/" in each or "/org/name/resolve/" in each for each in hub.requests)
     weights = [request for request in hub.requests if "safetensors" in request]
     assert [request.partition("bytes=")[2] for request in weights] == ["0-65535"]
 
@@ -159,3 +160,107 @@ def test_a_redirect_into_the_inner_network_is_not_followed(
     assert probe("inspect", "org/name")["code"] in ("destination_refused", "unavailable")
     hub.redirect = f"http://localhost:{hub.server_port}/x"  # loopback by another name than the operator's
     assert probe("inspect", "org/name")["code"] == "destination_refused"
+
+
+LISTING, FILE = "/api/", "/resolve/"
+GATED = "Access to model org/name is restricted and you are not in the authorized list."
+# What the hub answers: the place, the status and what it says of the cause; our code, what our message must
+# hold, and what the remedy must hold without and with a token.
+REFUSALS: list[tuple[int, dict[str, str], str, str, str, str]] = [
+    (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED}, "model_gated", GATED,
+     "accept its terms at", "let the account of HF_TOKEN accept"),
+    (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED}, "model_gated", GATED,
+     "accept its terms at", "let the account of HF_TOKEN accept"),
+    (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "model_forbidden",
+     "Invalid credentials", "renew HF_TOKEN", "renew HF_TOKEN"),
+    (401, {"X-Error-Code": "RepoNotFound"}, "model_not_found", "does not exist, or is private",
+     "set HF_TOKEN", "account of HF_TOKEN"),
+    (401, {}, "model_not_found", "status 401", "set HF_TOKEN", "account of HF_TOKEN"),
+    (403, {"X-Error-Message": "Access to this resource is disabled."}, "model_forbidden",
+     "Access to this resource is disabled.", "HF_TOKEN", "the permission to read"),
+    (404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, "model_not_found",
+     "Repository not found", "check the id", "check the id"),
+    (404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id: main"}, "model_not_found",
+     "does not exist in this revision", "branch, tag or commit", "branch, tag or commit"),
+    (404, {"X-Error-Code": "EntryNotFound"}, "model_not_found", "lacks the file", "files of", "files of"),
+    (404, {}, "model_not_found", "status 404", "check the id", "check the id"),
+    (400, {"X-Error-Message": "Bad revision"}, "model_not_found", "Bad revision", "check id", "check id"),
+    (429, {"X-Error-Message": "Too many requests"}, "unavailable", "Too many requests",
+     "with HF_TOKEN", "with HF_TOKEN"),
+    (500, {}, "unavailable", "500", "try again later", "try again later"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [LISTING, FILE])
+@pytest.mark.parametrize("token", [None, "hf_test"])
+def test_each_refusal_of_the_hub_has_its_reason_and_a_remedy(
+    hub: HubServer, tmp_path: Path, files: dict[str, bytes], place: str, token: str | None, repository: Path
+) -> None:
+    """In one process: the answers change while it asks."""
+    hub.push("org/name", files)
+    program = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from app.core.errors import NibbleError\n"
+        "from tests.integration.hub_probe import look\n"
+        "for line in sys.stdin:\n"
+        "    try: look('inspect', 'org/name', Path('.')); said = {}\n"
+        "    except NibbleError as e: said = {'code': e.code, 'message': e.message, 'remedy': e.remedy}\n"
+        "    print(json.dumps(said), flush=True)\n"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    environment |= {} if token is None else {"HF_TOKEN": token}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, cwd=repository, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for status, headers, code, reason, without, with_token in REFUSALS:
+            if place == FILE and status in (429, 500):  # those are tried again, for seconds
+                continue
+            hub.answers = {place: (status, b"", headers)}
+            process.stdin.write("ask\n")
+            process.stdin.flush()
+            said = json.loads(process.stdout.readline())
+            assert said["code"] == code
+            assert reason in said["message"]
+            assert (without if token is None else with_token) in said["remedy"]
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("body", [b"<html>Please log in</html>", b"[]", b'{"sha": "main"}', b""])
+def test_what_is_no_hub_is_told_in_words(hub: HubServer, probe: Probe, body: bytes) -> None:
+    hub.answers = {LISTING: (200, body, {"Content-Type": "text/html; charset=utf-8"})}
+    answer = probe("inspect", "org/name")
+    assert answer["code"] == "unavailable"
+    assert "does not answer for org/name as a hub does (text/html)" in answer["message"]
+    assert "pydantic" not in answer["message"]
+    assert "\n" not in answer["message"]
+    assert "HF_ENDPOINT" in answer["remedy"]
+
+
+def test_a_hub_that_is_away_is_named_with_what_to_check(probe: Probe) -> None:
+    answer = probe("inspect", "org/name", HF_ENDPOINT="http://hub.invalid")
+    assert answer["code"] == "unavailable"
+    assert "http://hub.invalid" in answer["message"]
+    assert "HF_ENDPOINT" in answer["remedy"]
+    assert "file:///" in answer["remedy"]
+
+
+@pytest.mark.parametrize(("action", "reference"), [("inspect", "org/name"), ("text", "hf:org/texts/a.jsonl")])
+def test_an_offline_hub_is_not_asked(hub: HubServer, probe: Probe, action: str, reference: str) -> None:
+    answer = probe(action, reference, HF_HUB_OFFLINE="1")
+    assert answer["code"] == ("hub_offline" if action == "inspect" else "text_source_invalid")
+    assert "HF_HUB_OFFLINE" in answer["message"]
+    assert "file:///" in answer["remedy"]
+    assert hub.requests == []
+
+
+def test_a_gated_dataset_has_the_same_remedy(hub: HubServer, probe: Probe) -> None:
+    hub.push("org/texts", {"a.jsonl": b'{"text": "x"}'}, kind="datasets")
+    hub.answers = {LISTING: (403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED})}
+    answer = probe("text", "hf:org/texts/a.jsonl")
+    assert answer["code"] == "text_source_invalid"
+    assert GATED in answer["message"]
+    assert f"accept its terms at {hub.url}/datasets/org/texts" in answer["remedy"]

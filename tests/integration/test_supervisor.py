@@ -207,6 +207,7 @@ def test_a_job_ends_at_its_deadline(workshop: Workshop) -> None:
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error.code == "deadline_exceeded"
+    assert "nibble submit --timeout" in job.error.remedy
 
 
 def test_a_stopping_worker_gives_its_job_back_and_the_next_attempt_resumes(workshop: Workshop) -> None:

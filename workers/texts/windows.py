@@ -6,6 +6,7 @@ document is dropped for its length, and no window is padded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from app.core.errors import TextRefused
 from app.core.sources.text_shapes import Document
 from app.core.specs import CalibrationSpec, EvaluationSpec, TextSpec
+from app.core.system_faults import system_number
 from workers.texts.chat_template import ChatTemplate, RefusedByTemplate, chat_template
 from workers.texts.documents import read_documents
 
@@ -47,6 +49,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = tokenizer.chat_template or processor_template(folder)
         return tokenizer
     except Exception as fault:  # the tokenizers library raises nothing more precise
+        if system_number(fault) not in (None, errno.ENOENT):
+            raise  # the host's fault: the tokenizer may be right
         told = " ".join(str(fault).split())
         raise TextRefused(
             f"the model's tokenizer can't be loaded: {told}", code="tokenizer_invalid",

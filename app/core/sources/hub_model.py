@@ -16,8 +16,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-from app.core.errors import ModelRefused, Unavailable
+from app.core.errors import ModelRefused, Unavailable, field_fault, field_path
 from app.core.outgoing.guard import IpNetwork, OutgoingGuard, guarded_client, origin_of
+from app.core.sources.hub_answers import Asked, check_answer
 
 TRIES = 5
 MAX_REDIRECTS = 5
@@ -38,6 +39,7 @@ class HubModel:
     ) -> None:
         self.repository = repository
         self.kind = kind
+        refuse_offline(repository)
         self._client = hub_client(networks)
         self.commit, self._sizes, self._sha256 = read_listing(self._client, repository, revision, kind)
         self.name = f"hf:{repository}@{self.commit}"
@@ -103,8 +105,7 @@ class HubModel:
         with self._client.stream("GET", url, headers=range_headers(start, end)) as response:
             if response.status_code in {429, 500, 502, 503, 504}:
                 raise Retryable(f"status {response.status_code}")
-            if response.status_code not in {200, 206}:
-                raise refuse_access(self.repository, self.commit, f"{url} answers {response.status_code}")
+            check_answer(response, asked_of(self._client, self.repository, self.commit, self.kind))
             commit = response.headers.get("X-Repo-Commit")
             if commit is not None and commit != self.commit:
                 raise Unavailable(f"{url} answers for commit {commit}, not {self.commit}")
@@ -150,13 +151,16 @@ class Listing(BaseModel):
 
 def hub_client(networks: Sequence[IpNetwork]) -> httpx.Client:
     # Imported here: the library costs a quarter second, and most jobs' models are no hub models.
-    from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_DISABLE_IMPLICIT_TOKEN
 
+    # Not the library's own headers: to write them it asks the hub for a list of agents, past the guard.
+    token = None if HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    headers = {"User-Agent": "nibble", **({} if token is None else {"Authorization": f"Bearer {token}"})}
     # The endpoint is the operator's choice. What it redirects to is not, and passes the guard hop by hop.
     guard = OutgoingGuard(networks, trusted=[origin_of(httpx.URL(ENDPOINT))])
     return guarded_client(
-        guard, headers=build_hf_headers(), timeout=30, follow_redirects=True, max_redirects=MAX_REDIRECTS
+        guard, headers=headers, timeout=30, follow_redirects=True, max_redirects=MAX_REDIRECTS
     )
 
 
@@ -173,17 +177,20 @@ def read_listing(
             body = limited_body(answer)
     except (httpx.HTTPError, httpx.InvalidURL) as fault:
         raise Unavailable(
-            f"the hub does not answer for {repository}: {fault}", remedy="try again later"
+            f"the hub at {ENDPOINT} does not answer for {repository}: {fault}",
+            remedy="check the network, DNS and HF_ENDPOINT (proxies of the environment are not used), "
+            "or give a folder: file:///…",
         ) from fault
-    if answer.status_code in (400, 401, 403, 404):
-        raise refuse_access(repository, revision, "not found, private or gated")
-    if answer.status_code != 200:
-        raise Unavailable(f"the hub answers {answer.status_code} for {repository}", remedy="try again later")
+    check_answer(answer, asked_of(client, repository, revision, kind))
     try:
         listing = Listing.model_validate_json(body)
     except ValidationError as fault:
+        first = fault.errors()[0]
+        kind_of_body = answer.headers.get("Content-Type", "").partition(";")[0] or "no type"
         raise Unavailable(
-            f"the hub's description of {repository}@{revision or 'main'} can't be read: {fault}"
+            f"{ENDPOINT} does not answer for {repository} as a hub does ({kind_of_body}): "
+            f"{field_path(first['loc'])}: {field_fault(first)}".replace(": : ", ": "),
+            remedy="check HF_ENDPOINT, and that no login page or proxy answers in its place",
         ) from fault
     sizes = {entry.rfilename: entry.size for entry in listing.siblings if entry.size is not None}
     stated = {entry.rfilename: entry.lfs.sha256 for entry in listing.siblings if entry.lfs is not None}
@@ -199,10 +206,25 @@ def limited_body(answer: httpx.Response) -> bytes:
     return bytes(body)
 
 
-def refuse_access(repository: str, revision: str | None, why: str) -> ModelRefused:
-    return ModelRefused(
-        f"hf:{repository}@{revision or 'main'} cannot be read: {why}",
-        code="model_not_found",
-        remedy="check id and revision; for a private or gated model the operator sets HF_TOKEN",
-        param="model",
+def asked_of(client: httpx.Client, repository: str, revision: str | None, kind: RepoKind) -> Asked:
+    from huggingface_hub.constants import ENDPOINT
+
+    folder = "" if kind == "model" else f"{kind}s/"
+    return Asked(
+        name=f"hf:{repository}@{revision or 'main'}",
+        page=f"{ENDPOINT}/{folder}{repository}",
+        has_token="authorization" in client.headers,
     )
+
+
+def refuse_offline(repository: str) -> None:
+    """Raises ModelRefused where the operator has forbidden the hub, as huggingface_hub understands it."""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise ModelRefused(
+            f"hf:{repository} is not read: HF_HUB_OFFLINE forbids the hub",
+            code="hub_offline",
+            remedy="give a folder (file:///…), or let the operator unset HF_HUB_OFFLINE",
+            param="model",
+        )

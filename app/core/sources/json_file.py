@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from app.core.errors import ModelRefused
+from app.core.sources.git_lfs import refuse_pointer
 from app.core.specs import Frozen
 
 # What transformers takes for the address of code, or for leave to run it.
@@ -50,6 +51,7 @@ def read_json(files: ReadableFiles, path: str, sizes: Mapping[str, int], limit: 
 
 def parse_json(path: str, content: bytes) -> JsonFile:
     """Raises ModelRefused for what is not a JSON object."""
+    refuse_pointer(path, content)
     code: dict[str, None] = {}
 
     def without_code(node: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from app.core.errors import ModelRefused
 from app.core.sources.file_choice import INDEX, FileChoice, choose_files, is_code
+from app.core.sources.git_lfs import MAX_POINTER_BYTES, refuse_pointer
 from app.core.sources.json_file import ReadableFiles, read_json, refused
 from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
 from app.core.specs import Frozen
@@ -20,6 +21,7 @@ from app.core.specs import Frozen
 MAX_JSON_BYTES = 4 * 1024**2
 MAX_ALL_HEADERS = 200 * 1024**2
 FIRST_READ = 64 * 1024
+SMALL = ("config.json", "_map.json", "added_tokens.json", ".jinja")  # side files that are small by nature
 
 
 class ModelHeaders(Frozen):
@@ -53,6 +55,7 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
     refuse_tokenizer_code(files, sizes)
     choice = choose_files(files)
     refuse_other_weights(config.value, choice)
+    refuse_pointers(files, choice)
     tensors = merge(read_headers(files, choice.weights, sizes))
     check_index(choice.index, tensors)
     code = tuple(f"{key} in config.json" for key in config.code)
@@ -64,6 +67,14 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
         code=(*code, *sorted(filter(is_code, sizes))),
         notes=(*code_note(config.value, code), *choice.notes),
     )
+
+
+def refuse_pointers(files: ReadableFiles, choice: FileChoice) -> None:
+    """Refuse a tokenizer that is only a git-lfs pointer. Weights and configs are met when they are read."""
+    for path in choice.side_files:
+        size = choice.files[path]
+        if size < MAX_POINTER_BYTES and not path.endswith(SMALL):
+            refuse_pointer(path, files.read(path, 0, size))
 
 
 def code_note(config: dict[str, Any], code: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from app.core.errors import ModelRefused
+from app.core.sources.git_lfs import refuse_pointer
 from app.core.specs import Frozen
 
 MAX_NUMBER = 2**63
@@ -45,7 +46,8 @@ def refuse(file: str, why: str) -> ModelRefused:
 
 
 def header_length(file: str, first_bytes: bytes, file_size: int) -> int:
-    """The length of the JSON header. `first_bytes` are the file's first eight."""
+    """The length of the JSON header. `first_bytes` are the file's first eight, or more."""
+    refuse_pointer(file, first_bytes)
     if file_size < 8 or len(first_bytes) < 8:
         raise refuse(file, f"{file_size} bytes are too few for a header")
     length = int.from_bytes(first_bytes[:8], "little")

@@ -25,6 +25,10 @@ from app.core.sources.text_content import (
 )
 
 HERE = ("builtin:", "inline")
+# Refusals of a model's files that say the same of a text's, with the right remedy.
+SAID = frozenset(
+    {"hub_offline", "model_forbidden", "model_gated", "model_path_forbidden", "model_unreadable"}
+)
 FORMS = (
     "write builtin:wikitext2, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
     "file:///folder/file.jsonl, or put the texts into the request"
@@ -61,8 +65,7 @@ def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence
         files, path = locate(reference, model_roots, networks)
         size = files.list().get(path)
     except ModelRefused as fault:
-        about_access = fault.code in ("model_path_forbidden", "model_forbidden", "model_unreadable")
-        raise refuse_text(reference, fault.message, fault.remedy if about_access else FORMS) from fault
+        raise refuse_text(reference, fault.message, fault.remedy if fault.code in SAID else FORMS) from fault
     if size is None:
         raise refuse_text(reference, "the file does not exist")
     if size == 0:

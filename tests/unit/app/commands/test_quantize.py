@@ -8,9 +8,21 @@ import pytest
 from app.cli import main
 from app.commands import quantize
 from app.core.child.assignment import REPORT, Finished, OutputFolder
-from app.core.errors import InvalidRequest, JobFault, NibbleError, TargetMissed, TextRefused
+from app.core.child.job_child import exit_fault, protocol_fault
+from app.core.errors import (
+    DeviceFault,
+    InvalidRequest,
+    JobFault,
+    NibbleError,
+    OutOfMemory,
+    TargetMissed,
+    TextRefused,
+    WorkerDisk,
+)
+from app.core.job import Problem
 from app.core.settings import Settings
 from app.core.specs import CalibrationSpec, JobSpec
+from app.core.system_faults import STATE_FOLDER
 
 
 def finished_in(work: Path, labels: list[str], *outputs: tuple[int, str]) -> Finished:
@@ -162,3 +174,29 @@ def test_a_folder_that_is_none_is_told_as_that(tmp_path: Path, capsys: pytest.Ca
         errors = refused(capsys, str(tmp_path / model), "-o", str(tmp_path / "out"))
         assert said in errors
         assert "config.json" in errors
+
+
+FAULTS = [
+    *(exit_fault(code, oom_killed=oom) for code, oom in ((-9, True), (-9, False), (-11, False), (3, False))),
+    protocol_fault("a line that is no message"),
+    JobFault("RuntimeError: x", code="internal", remedy="please report it with the job's events"),
+    WorkerDisk("the disk is full", remedy=f"free space in {STATE_FOLDER}"),
+    DeviceFault("cuda:0 failed", remedy="look at the worker's host"),
+    JobFault("no such backend", code="kernel_backend_absent", remedy="set it on the worker"),
+    OutOfMemory("cpu ran out of memory", remedy="a device with more memory"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.code)
+def test_remedies_are_of_this_terminal(
+    tmp_path: Path, fault: JobFault, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are no events, workers, retries or settings of a service here."""
+    told = quantize.of_terminal(Problem.of(fault), tmp_path / "out" / ".nibble-work", "the traceback")
+    assert (told.code, told.message) == (fault.code, fault.message)
+    assert told.remedy
+    for word in ("event", "worker", "retry", "STATE_DIR"):
+        assert word not in told.remedy
+    assert ("the traceback" in capsys.readouterr().err) == ("above" in told.remedy)
+    if fault.code == "worker_disk":
+        assert told.remedy == f"free space in {tmp_path / 'out'}"

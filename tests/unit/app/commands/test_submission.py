@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from app.commands import submission
+from app.cli import main
+from app.commands import jobs, submission
 from app.core.errors import InvalidRequest
 
 
@@ -94,6 +98,21 @@ def test_a_command_takes_the_options_of_a_job() -> None:
     app.command()(command)
     CliRunner().invoke(app, ["a/b", "--loud", "--bits", "3", "--format", "awq", "--asymmetric"])
     assert seen == [("a/b", True, submission.JobOptions(bits=3, formats=["awq"], symmetric=False))]
+
+
+def test_limits_of_time_can_be_raised_where_a_job_is_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remedies of jobs that met them name these options."""
+    sent: list[dict[str, Any]] = []
+
+    @contextmanager
+    def service(*_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(submit=lambda body, **_: sent.append(body))
+
+    monkeypatch.setattr(jobs, "connect", service)
+    monkeypatch.setattr(jobs, "show_job", lambda *_: None)
+    with pytest.raises(SystemExit):
+        main(["submit", "a/b", "--timeout", "90", "--queue-timeout", "7"])
+    assert sent == [{"model": "a/b", "timeout_s": 90, "queue_timeout_s": 7}]
 
 
 def test_each_option_has_its_place_in_the_body() -> None:

@@ -249,6 +249,22 @@ def test_an_unknown_bundled_text_is_refused_with_the_list(tokenizer: PreTrainedT
     assert "builtin:wikitext2" in refusal.value.remedy
 
 
+def test_a_tokenizer_that_the_host_can_not_read_is_no_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library hides the number in the words of an error of its own."""
+    bare_tokenizer(tmp_path)
+    fault = Exception("Too many open files (os error 24)")
+
+    def refused(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("workers.texts.windows.AutoTokenizer.from_pretrained", refused)
+    with pytest.raises(Exception, match="Too many open files") as raised:
+        load_tokenizer(tmp_path)
+    assert raised.value is fault
+
+
 WITHOUT_ITS_TOKENS = (
     '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}'
 )
