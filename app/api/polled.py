@@ -26,10 +26,10 @@ from app.core.access.limits import limits_key
 from app.core.access.login import session_key
 from app.core.errors import Unauthenticated
 from app.core.ids import is_id
-from app.core.job_keys import job_key
+from app.core.job_keys import DEPLOYMENTS, WORKERS, job_key, jobs_stamp
 from app.core.security import USE_STEP_S, ApiKey, key_id, recognised, record_key
 from app.core.security import Scope as KeyScope
-from app.core.stamps import DEPLOYMENTS, WORKERS, Values, jobs_stamp
+from app.core.stamps import Values
 
 MAX_BYTES = 16 * 1024**2
 MAX_CALLERS = 8192

@@ -1,4 +1,4 @@
-"""The names under which Redis holds jobs.
+"""The names under which Redis holds jobs, and of stamps.
 
 nibble:job:<id>          hash: record (JSON without the spec), spec (JSON, never rewritten), version, change,
                          once:<name> of each event that is appended once
@@ -13,16 +13,27 @@ nibble:events:<id>       stream of events, capped
 nibble:postponed:<id>    there while a job waits after a fault, before it is queued again
 nibble:lease:<id>        the attempt that a worker executes, with an expiry
 nibble:changes           channel: the id of each job that changed
+
+Stamps (app/core/stamps.py) change with every change of what they stand for:
+nibble:stamp:jobs:<tenant>    the tenant's jobs: one was recorded, changed or deleted
+nibble:stamp:deployments      any deployment or replica
+nibble:stamp:workers          any worker
 """
 
 from __future__ import annotations
 
 from app.core.job import JobState
-from app.core.stamps import JOB_PREFIX, jobs_stamp
 
+JOB_PREFIX = "nibble:job:"
+DEPLOYMENTS = "nibble:stamp:deployments"
+WORKERS = "nibble:stamp:workers"
 CHANGES = "nibble:changes"
 ENDED = "nibble:ended"
 LINES = "nibble:lines"
+
+
+def jobs_stamp(tenant: str) -> str:
+    return f"nibble:stamp:jobs:{tenant}"
 
 
 def job_key(job_id: str) -> str:

@@ -28,6 +28,7 @@ from app.core.job_keys import (
     LINES,
     events_key,
     job_key,
+    jobs_stamp,
     lease_key,
     line_key,
     postponed_key,
@@ -40,7 +41,6 @@ from app.core.job_record import announcement, decode, encode, state_payload
 from app.core.job_scripts import APPEND, CREATE, DELETE, NEXT_TURN, RELEASE, RENEW, SETTLE, SWAP
 from app.core.outgoing.webhooks import DUE, Delivery, deliveries_key, delivery_key, message_of
 from app.core.specs import Frozen
-from app.core.stamps import jobs_stamp
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,6 @@
 """Stamps: small values in Redis, each of which changes with every change of what it stands for.
 
-nibble:stamp:jobs:<tenant>    the tenant's jobs: one was recorded, changed or deleted
-nibble:stamp:deployments      any deployment or replica
-nibble:stamp:workers          any worker
-nibble:job:<id>               of a job its `version`
-
+A job's stamp is its `version`.
 What was computed after its stamps were read stays true for as long as they are the same. They are times of
 Redis, not counters, so that a Redis that has lost its contents does not come to an old value again.
 """
@@ -19,9 +15,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-JOB_PREFIX = "nibble:job:"
-DEPLOYMENTS = "nibble:stamp:deployments"
-WORKERS = "nibble:stamp:workers"
+from app.core.job_keys import JOB_PREFIX
+
 KEPT_S = 3600  # far longer than any answer is kept, so that its absence is a change, too
 LIMIT_S = 1.0  # then the route asks, with more patience
 
@@ -46,10 +41,6 @@ return found
 """
 
 Values = tuple[bytes | None, ...]
-
-
-def jobs_stamp(tenant: str) -> str:
-    return f"nibble:stamp:jobs:{tenant}"
 
 
 class StampReader:

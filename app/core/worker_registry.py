@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from redis import Redis
 
+from app.core.job_keys import WORKERS
 from app.core.planning.device_profile import DeviceProfile
 from app.core.specs import Kept
-from app.core.stamps import KEPT_S, WORKERS
+from app.core.stamps import KEPT_S
 
 NAMES = "nibble:workers"
 

@@ -22,7 +22,8 @@ from app.core.deployments.deployment import Deployment, DeploymentSpec, Goal, Li
 from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.ids import is_id, new_id
 from app.core.job import Problem
-from app.core.stamps import DEPLOYMENTS, STAMP
+from app.core.job_keys import DEPLOYMENTS
+from app.core.stamps import STAMP
 
 CHANGES = "nibble:deployment-changes"
 ALL = "nibble:deployments"
