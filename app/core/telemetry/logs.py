@@ -105,7 +105,7 @@ def indented(text: str) -> str:
 def log_warnings() -> None:
     """Have warnings of libraries be lines of the log. For the main of a process that runs models.
 
-    None is raised as an error, whatever PYTHONWARNINGS says: a service that runs is not ended by a deprecation.
+    None is raised as an error, whatever PYTHONWARNINGS says: a deprecation ends no service that runs.
     """
     logging.captureWarnings(True)
     warnings.resetwarnings()
