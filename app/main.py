@@ -39,33 +39,33 @@ from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
 from app.api.polled import PolledAnswers
 from app.api.routing import RoutingTable
-from app.core.access.audit import AuditLog
+from app.core.access.api_keys import ApiKey, KeyStore, bootstrap_key
+from app.core.access.audit_log import AuditLog
+from app.core.access.idempotency import IdempotencyKeys
 from app.core.access.limits import TenantLimits
 from app.core.access.links import LinkSigner
 from app.core.access.login import LoginLinks
-from app.core.access.turns import Turns
-from app.core.changes import ChangeListener
+from app.core.changes.change_listener import ChangeListener
+from app.core.changes.stamps import StampReader
 from app.core.deployments.deployment_store import DeploymentStore
 from app.core.errors import NibbleError
-from app.core.idempotency import IdempotencyKeys
-from app.core.janitor import Janitor, Repeated
-from app.core.job_queue import JobQueue
-from app.core.job_store import JobStore
-from app.core.object_store import ObjectStore
-from app.core.outcome import Outcome
-from app.core.outgoing.guard import OutgoingGuard
+from app.core.jobs.job_queue import JobQueue
+from app.core.jobs.job_store import JobStore
+from app.core.jobs.outcome import Outcome
+from app.core.jobs.turns import Turns
+from app.core.jobs.worker_registry import WorkerRegistry
+from app.core.outgoing.address_guard import OutgoingGuard
+from app.core.outgoing.webhook_messages import DeliveryStore, WebhookSecrets
 from app.core.outgoing.webhook_sender import WebhookSender, WebhookThread
-from app.core.outgoing.webhooks import DeliveryStore, WebhookSecrets
-from app.core.redis_server import connect, resolve_redis, wait_for_redis
-from app.core.security import ApiKey, KeyStore, bootstrap_key
+from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings, make_folder
-from app.core.stamps import StampReader
 from app.core.storage.artifact_store import ArtifactStore
-from app.core.storage.garbage import GarbageCollector
+from app.core.storage.object_store import ObjectStore
 from app.core.storage.reuse import ReuseIndex, package_version
 from app.core.telemetry.tally import Tally
 from app.core.telemetry.tracing import Tracer
-from app.core.worker_registry import WorkerRegistry
+from app.core.upkeep.garbage import GarbageCollector
+from app.core.upkeep.janitor import Janitor, Repeated
 
 # Looked through in this order: the route where every millisecond counts is the first.
 ROUTES = (

@@ -16,20 +16,20 @@ from redis import Redis
 from app.core.access.limits import TenantLimits
 from app.core.child.job_child import CHILD_MODULE
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.job_queue import JobQueue
-from app.core.job_store import JobStore
-from app.core.object_store import ObjectStore
+from app.core.jobs.job_queue import JobQueue
+from app.core.jobs.job_store import JobStore
+from app.core.jobs.worker_registry import WorkerRecord
 from app.core.planning.host_devices import DEVICE, gpu_names
-from app.core.redis_server import connect, resolve_redis, wait_for_redis
+from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings, make_folder
+from app.core.storage.object_store import ObjectStore
 from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.logs import refusals_logged, set_up_logs
 from app.core.telemetry.tally import Tally
 from app.core.telemetry.tracing import Tracer
-from app.core.worker_registry import WorkerRecord
-from workers.context import WorkerContext
+from workers.attempts.context import WorkerContext
+from workers.attempts.leftovers import Leftovers
 from workers.devices.kept_profile import kept_profile
-from workers.leftovers import Leftovers
 from workers.queue_worker import QueueWorker
 from workers.tasks import open_context
 

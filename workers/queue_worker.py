@@ -21,11 +21,11 @@ from rq.worker import Worker
 
 from app.core.child.start import die_with_parent
 from app.core.errors import JobFault, NibbleError
-from app.core.job_queue import QUEUE_NAMES, RUN_JOB_TASK, SERIALIZER
-from app.core.job_store import JobStore
-from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from app.core.jobs.job_queue import QUEUE_NAMES, RUN_JOB_TASK, SERIALIZER
+from app.core.jobs.job_store import JobStore
+from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
+from workers.attempts.leftovers import Leftovers
 from workers.devices.device_memory import device_memory
-from workers.leftovers import Leftovers
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 
-from workers.context import WorkerContext
-from workers.supervisor import run_attempt
+from workers.attempts.attempt import run_attempt
+from workers.attempts.context import WorkerContext
 
 # The queue calls `run_job` by name with what travelled as JSON; all else comes from the worker's main, which
 # sets a function, not a context: connections must be made in the process that uses them, after the fork.

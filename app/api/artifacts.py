@@ -23,8 +23,8 @@ from app.api.preconditions import (
     tagged_answer,
 )
 from app.api.schemas import ArtifactList, ArtifactView
-from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.errors import Conflict, InvalidRequest, Unavailable
+from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.storage.artifact_store import file_key
 from app.core.storage.published import discard
 

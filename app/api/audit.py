@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.dependencies import SAFE_METHODS, Admin, Services, ServicesParam
 from app.api.events import checked_event_id
 from app.api.methods import LOGIN
-from app.core.access.audit import AuditEntry
-from app.core.security import Principal
+from app.core.access.api_keys import Principal
+from app.core.access.audit_log import AuditEntry
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/audit", tags=["audit"])

@@ -14,28 +14,28 @@ from app.api.gateway import Gateway
 from app.api.key_cache import KeyCache
 from app.api.metrics import Metrics
 from app.api.routing import RoutingTable
-from app.core.access.audit import AuditLog
+from app.core.access.api_keys import KeyStore, Principal, Scope
+from app.core.access.audit_log import AuditLog
+from app.core.access.idempotency import IdempotencyKeys
 from app.core.access.limits import TenantLimits
 from app.core.access.links import LinkSigner
 from app.core.access.login import LoginLinks
-from app.core.access.turns import Turns
-from app.core.changes import ChangeListener
+from app.core.changes.change_listener import ChangeListener
+from app.core.changes.stamps import StampReader
 from app.core.deployments.deployment_store import DeploymentStore
 from app.core.errors import Forbidden, Unauthenticated
-from app.core.idempotency import IdempotencyKeys
-from app.core.job_queue import JobQueue
-from app.core.job_store import JobStore
-from app.core.object_store import ObjectStore
-from app.core.outcome import Outcome
-from app.core.outgoing.webhooks import DeliveryStore, WebhookSecrets
-from app.core.security import KeyStore, Principal, Scope
+from app.core.jobs.job_queue import JobQueue
+from app.core.jobs.job_store import JobStore
+from app.core.jobs.outcome import Outcome
+from app.core.jobs.turns import Turns
+from app.core.jobs.worker_registry import WorkerRegistry
+from app.core.outgoing.webhook_messages import DeliveryStore, WebhookSecrets
 from app.core.settings import Settings
-from app.core.stamps import StampReader
 from app.core.storage.artifact_store import ArtifactStore
-from app.core.storage.garbage import GarbageCollector
+from app.core.storage.object_store import ObjectStore
 from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.tally import Tally
-from app.core.worker_registry import WorkerRegistry
+from app.core.upkeep.garbage import GarbageCollector
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from app.api.schemas import DeploymentList, DeploymentView
 from app.core.deployments.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployments.deployment_store import removed
 from app.core.errors import InvalidRequest, MalformedRequest, NotFound, Unavailable
-from app.core.ids import is_id, new_id
-from app.core.specs import DeploymentOptions
+from app.core.records.ids import is_id, new_id
+from app.core.records.specs import DeploymentOptions
 
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from app.api.errors import PROBLEM_TYPE, ProblemDocument, is_inference
 from app.core.error_answers import STATUS
-from app.core.ids import ARTIFACT_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTERN
+from app.core.records.ids import ARTIFACT_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTERN
 
 PROBLEMS = sorted({*STATUS.values(), 413} - {500})
 OPEN_PROBLEMS = (403, 422, 503)  # of routes that need no key

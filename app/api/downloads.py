@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from app.api.artifacts import FILE_RESPONSES, ConditionsParam, sent_file
 from app.api.dependencies import ArtifactsReader, ServicesParam
-from app.core.specs import Frozen
+from app.core.records.specs import Frozen
 from app.core.storage.artifact_store import file_key
 
 router = APIRouter(prefix="/v1", tags=["artifacts"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.dependencies import JobsReader, Services, ServicesParam
-from app.core.estimate import Estimate, estimate
+from app.core.jobs.estimate import Estimate, estimate
+from app.core.jobs.submission import check_submission
 from app.core.planning.device_profile import DeviceKind, DeviceProfile
-from app.core.specs import JobSpec
-from app.core.submission import check_submission
+from app.core.records.specs import JobSpec
 
 router = APIRouter(prefix="/v1/estimates", tags=["jobs"])
 

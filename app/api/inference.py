@@ -11,8 +11,8 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import Services, authenticated, bearer, services_of
 from app.api.gateway import unknown_model
+from app.core.access.api_keys import Principal, Scope
 from app.core.deployments.deployment import DeploymentState, LiveDeployment
-from app.core.security import Principal, Scope
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 

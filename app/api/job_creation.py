@@ -8,11 +8,11 @@ from typing import NamedTuple
 from app.api.dependencies import Services
 from app.api.deployments import require_engine
 from app.core.errors import NotFound
-from app.core.ids import new_id
-from app.core.job import Job, JobState, Progress
-from app.core.specs import JobSpec
+from app.core.jobs.submission import CheckedSubmission, check_submission
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState, Progress
+from app.core.records.specs import JobSpec
 from app.core.storage.reuse import Made
-from app.core.submission import CheckedSubmission, check_submission
 from app.core.telemetry.logs import bound_id
 
 

@@ -21,13 +21,13 @@ from app.api.preconditions import (
 )
 from app.api.schemas import JobList, JobView
 from app.api.waiting import wait_for_job
+from app.core.access.api_keys import Scope
 from app.core.errors import Conflict, MalformedRequest, NotFound
-from app.core.job import Job, JobState
-from app.core.job_changes import cancel_requested
-from app.core.job_store import JobFilter
-from app.core.security import Scope
-from app.core.specs import JobSpec
-from app.core.storage.keys import checkpoint_prefix, report_key
+from app.core.jobs.job_store import JobFilter
+from app.core.records.job import Job, JobState
+from app.core.records.job_changes import cancel_requested
+from app.core.records.specs import JobSpec
+from app.core.storage.storage_keys import checkpoint_prefix, report_key
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 

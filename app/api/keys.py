@@ -10,9 +10,9 @@ from pydantic import BaseModel, Field
 
 from app.api.dependencies import Admin, Services, ServicesParam
 from app.api.preconditions import IdempotencyKey
+from app.core.access.api_keys import ApiKey, Principal, Scope, TenantName, key_id, new_key
 from app.core.errors import Forbidden
-from app.core.security import ApiKey, Principal, Scope, TenantName, key_id, new_key
-from app.core.specs import Frozen
+from app.core.records.specs import Frozen
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
 

@@ -14,7 +14,7 @@ from app.api.dependencies import Services, ServicesParam
 from app.api.metrics import Occupancy
 from app.core.deployments.deployment import DeploymentState, ReplicaState
 from app.core.errors import Unavailable
-from app.core.job import JobState
+from app.core.records.job import JobState
 
 router = APIRouter(tags=["operations"])
 

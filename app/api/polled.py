@@ -22,14 +22,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.dependencies import SESSION_COOKIE, Services
 from app.api.preconditions import matches_tag
+from app.core.access.api_keys import USE_STEP_S, ApiKey, key_id, recognised, record_key
+from app.core.access.api_keys import Scope as KeyScope
 from app.core.access.limits import limits_key
 from app.core.access.login import session_key
+from app.core.changes.stamps import Values
 from app.core.errors import Unauthenticated
-from app.core.ids import is_id
-from app.core.job_keys import DEPLOYMENTS, WORKERS, job_key, jobs_stamp
-from app.core.security import USE_STEP_S, ApiKey, key_id, recognised, record_key
-from app.core.security import Scope as KeyScope
-from app.core.stamps import Values
+from app.core.records.ids import is_id
+from app.core.records.job_keys import DEPLOYMENTS, WORKERS, job_key, jobs_stamp
 
 MAX_BYTES = 16 * 1024**2
 MAX_CALLERS = 8192

@@ -8,13 +8,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
-from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.deployments.deployment import DeploymentState, LiveDeployment, ReplicaState
-from app.core.job import Job, JobState, Problem, Progress, Stage
-from app.core.job_store import JobEvent, JobPage
-from app.core.specs import Engine, FormatName, JobSpec, Recipe, VllmOptions
+from app.core.jobs.job_store import JobEvent, JobPage
+from app.core.jobs.worker_registry import WorkerRecord
+from app.core.records.artifact import ArtifactFile, ArtifactManifest
+from app.core.records.job import Job, JobState, Problem, Progress, Stage
+from app.core.records.specs import Engine, FormatName, JobSpec, Recipe, VllmOptions
 from app.core.storage.artifact_store import ArtifactPage
-from app.core.worker_registry import WorkerRecord
 
 
 class JobView(BaseModel):

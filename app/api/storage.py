@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
 from app.api.dependencies import Operator, ServicesParam
-from app.core.storage.garbage import Garbage
+from app.core.upkeep.garbage import Garbage
 
 router = APIRouter(prefix="/v1/gc", tags=["storage"])
 

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel
 
 from app.api.dependencies import Admin, Operator, Services, ServicesParam
+from app.core.access.api_keys import Scope, TenantName
 from app.core.access.limits import Limits
 from app.core.errors import NotFound
-from app.core.security import Scope, TenantName
 
 router = APIRouter(prefix="/v1/tenants", tags=["tenants"])
 Tenant = Annotated[TenantName, Path()]

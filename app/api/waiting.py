@@ -10,8 +10,8 @@ from starlette.concurrency import run_in_threadpool
 from app.api.dependencies import Services
 from app.api.schemas import EventView
 from app.core.errors import NotFound
-from app.core.job import Job
-from app.core.job_store import JobEvent
+from app.core.jobs.job_store import JobEvent
+from app.core.records.job import Job
 
 # A change whose announcement was lost is still seen after this time. A stream waits no longer for the events
 # that follow from a job's end: an absent storage holds them up.

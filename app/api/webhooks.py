@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from app.api.dependencies import Admin, JobsReader, JobsWriter, ServicesParam
-from app.core.outgoing.webhooks import Delivery, WebhookTry
+from app.core.outgoing.webhook_messages import Delivery, WebhookTry
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 

@@ -7,9 +7,9 @@ from typing import Self
 
 import httpx
 
+from app.client.calls import Operations
 from app.client.connection import AsyncConnection, Connection, options
 from app.client.exchange import Exchange
-from app.client.operations import Operations
 from app.client.retries import Retries
 
 

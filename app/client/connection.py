@@ -16,7 +16,7 @@ import httpx
 
 from app.client import effects
 from app.client.effects import Call, Emit, Flow, ItemT, ResultT, Stream, emitted
-from app.client.routes import is_loopback
+from app.client.paths import is_loopback
 
 FAULTS = (httpx.TransportError, OSError)  # a flow hears of these, and decides
 

@@ -20,7 +20,7 @@ from app.client.errors import (
     unreachable,
 )
 from app.client.exchange import Exchange, parse
-from app.client.routes import deployment_route, job_route
+from app.client.paths import deployment_route, job_route
 from app.client.server_sent import Messages
 from app.client.views import DeploymentAnswer, EventAnswer, JobAnswer
 from app.core.errors import NotFound

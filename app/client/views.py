@@ -8,7 +8,7 @@ from typing import Any, Generic, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.client.errors import JobEnded
-from app.core.job import TERMINAL, Problem, Progress
+from app.core.records.job import TERMINAL, Problem, Progress
 
 
 class ServiceAnswer(BaseModel):

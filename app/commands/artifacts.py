@@ -11,7 +11,7 @@ from rich.markup import escape
 from app.commands.progress import progress_view
 from app.commands.show import print_page, show_artifact, show_artifacts
 from app.commands.terminal import After, ApiKey, AsJson, Limit, Url, connect, print_json, stderr, stdout
-from app.core.job import Progress
+from app.core.records.job import Progress
 
 ArtifactId = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from app.commands.job_options import given
 from app.commands.show import print_page
-from app.commands.submission import given
 from app.commands.terminal import (
     After,
     ApiKey,

@@ -22,7 +22,7 @@ from app.commands.checks.host import (
     check_state,
 )
 from app.commands.checks.redis_checks import check_redis
-from app.commands.checks.storage import check_storage
+from app.commands.checks.storage_checks import check_storage
 from app.commands.terminal import AsJson, ExitCode, print_json, read_settings, stdout
 from app.core.errors import InvalidRequest
 

@@ -8,8 +8,8 @@ from redis.exceptions import RedisError
 
 from app.commands.terminal import read_settings
 from app.core.errors import Unavailable
-from app.core.redis_server import connect
-from app.core.worker_registry import WorkerRegistry
+from app.core.jobs.worker_registry import WorkerRegistry
+from app.core.redis.redis_server import connect
 
 
 def check_worker() -> None:

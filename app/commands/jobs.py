@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.commands import submission
+from app.commands import job_options
 from app.commands.progress import progress_view
 from app.commands.show import (
     print_page,
@@ -30,7 +30,7 @@ from app.commands.terminal import (
     stderr,
     stdout,
 )
-from app.core.job import JobState
+from app.core.records.job import JobState
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,23 +44,23 @@ ModelName = Annotated[
 ]
 
 
-@submission.takes_job_options
+@job_options.takes_job_options
 def submit(
     model: ModelName = None,
     *,
-    labels: submission.Labels = None,
-    idempotency_key: submission.IdempotencyKey = None,
-    timeout: submission.Timeout = None,
-    queue_timeout: submission.QueueTimeout = None,
+    labels: job_options.Labels = None,
+    idempotency_key: job_options.IdempotencyKey = None,
+    timeout: job_options.Timeout = None,
+    queue_timeout: job_options.QueueTimeout = None,
     watch: Annotated[bool, typer.Option("--watch", help="Wait for the job's end.")] = False,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
-    options: submission.JobOptions,
+    options: job_options.JobOptions,
 ) -> None:
     """Hand a job to the service."""
-    body = submission.job_body(model, options, submission.split_labels(labels))
-    body |= submission.given({"timeout_s": timeout, "queue_timeout_s": queue_timeout})
+    body = job_options.job_body(model, options, job_options.split_labels(labels))
+    body |= job_options.given({"timeout_s": timeout, "queue_timeout_s": queue_timeout})
     with connect(url, api_key) as client:
         job = client.submit(body, idempotency_key=idempotency_key)
         if watch:
@@ -174,17 +174,17 @@ def report(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: 
         show_report(stdout(), document)
 
 
-@submission.takes_job_options
+@job_options.takes_job_options
 def estimate(
     model: ModelName = None,
     *,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
-    options: submission.JobOptions,
+    options: job_options.JobOptions,
 ) -> None:
     """Say what a job would take and do, without running it."""
-    body = submission.job_body(model, options)
+    body = job_options.job_body(model, options)
     with connect(url, api_key) as client:
         document = client.estimate(body)
     if as_json:

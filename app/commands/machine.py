@@ -22,7 +22,7 @@ from app.core.errors import Conflict, NibbleError, Unavailable
 from app.core.planning.host_devices import gpu_names
 
 if TYPE_CHECKING:
-    from app.core.redis_server import RedisServer
+    from app.core.redis.redis_server import RedisServer
     from app.core.settings import Settings
 
 POLL_S = 0.1
@@ -122,7 +122,7 @@ class Machine:
 
     def run(self) -> ExitCode:
         """Run until a signal or the death of a member that can't be replaced."""
-        from app.core.redis_server import resolve_redis
+        from app.core.redis.redis_server import resolve_redis
         from app.core.settings import make_folder
 
         self.refuse_taken_port()
@@ -176,8 +176,8 @@ class Machine:
 
     def await_ready(self, redis: RedisServer, members: Sequence[Member]) -> None:
         """Return once the API takes jobs and every worker waits for one."""
-        from app.core.redis_server import connect
-        from app.core.worker_registry import WorkerRegistry
+        from app.core.jobs.worker_registry import WorkerRegistry
+        from app.core.redis.redis_server import connect
 
         url = local_url(self.settings)
         registry = WorkerRegistry(connect(redis.url))
@@ -254,7 +254,7 @@ def exit_text(code: int) -> str:
 
 def worker_command(name: str, device: str) -> tuple[str, ...]:
     """One process does jobs, another one serves: a machine does both at once."""
-    module = "workers.deployments.supervisor" if name.startswith("serve") else "workers.main"
+    module = "workers.replicas.replica_supervisor" if name.startswith("serve") else "workers.main"
     return (module, "--device", device, "--name", registered_name(name))
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from app.commands.terminal import human_seconds
-from app.core.job import Progress
+from app.core.records.job import Progress
 
 LINE_STEP = 0.1  # a line in a pipe for each tenth of the job
 

@@ -14,14 +14,14 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
-from app.commands import submission
+from app.commands import job_options
 from app.commands.checks.devices import chosen_device
 from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout
 from app.core.errors import InvalidRequest, JobFault, field_fault, field_path
-from app.core.job import Problem, Progress
-from app.core.specs import JobSpec, TextSpec
+from app.core.records.job import Problem, Progress
+from app.core.records.specs import JobSpec, TextSpec
 from app.core.system_faults import STATE_FOLDER
 
 if TYPE_CHECKING:
@@ -44,17 +44,17 @@ REMEDIES = {
 OF_A_SERVICE = frozenset({"deploy", "force", "labels", "priority", "queue_timeout_s", "timeout_s", "webhook"})
 
 
-@submission.takes_job_options
+@job_options.takes_job_options
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a reference as for submit.")],
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be new or empty.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     as_json: AsJson = False,
-    options: submission.JobOptions,
+    options: job_options.JobOptions,
 ) -> None:
     """Quantize a model here and now, without a service."""
-    body = submission.job_body(model, options)
+    body = job_options.job_body(model, options)
     refuse_missing_engine()
     refuse_used_folder(out)
     out = out.absolute()
@@ -134,8 +134,8 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
 def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     """Check the job as the service would, fetch what lies elsewhere, and write down the assignment."""
     from app.core.child.assignment import CHECKPOINTS, Assignment
+    from app.core.jobs.submission import check_submission
     from app.core.sources.model_source import LocalModel, inspect_model, model_digest, open_model
-    from app.core.submission import check_submission
 
     # Who runs this may read what they may read: also files that are links, as in the hub's cache.
     settings = read_settings().model_copy(update={"model_roots": (Path("/"),)})

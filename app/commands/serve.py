@@ -18,7 +18,7 @@ class Queue(StrEnum):
     SERVE = "serve"
 
 
-WORKER_MODULES = {Queue.JOBS: "workers.main", Queue.SERVE: "workers.deployments.supervisor"}
+WORKER_MODULES = {Queue.JOBS: "workers.main", Queue.SERVE: "workers.replicas.replica_supervisor"}
 
 
 def api(*, as_json: AsJson = False) -> None:

@@ -134,7 +134,7 @@ def show_artifact(console: Console, artifact: ArtifactAnswer) -> None:
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    from app.core.specs import Recipe
+    from app.core.records.specs import Recipe
 
     return Recipe.model_validate(recipe).label if recipe else ""
 

@@ -122,7 +122,7 @@ def read_settings() -> Settings:
 def connect(url: str | None, api_key: str | None) -> NibbleClient:
     """A client of the named service, or of the one on this machine."""
     from app.client import NibbleClient, Retries
-    from app.client.routes import is_loopback
+    from app.client.paths import is_loopback
 
     settings = read_settings()
     url = url or local_url(settings)
@@ -151,7 +151,7 @@ def local_url(settings: Settings) -> str:
 
 
 def api_key_file(settings: Settings) -> Path:
-    from app.core.security import KEY_FILE
+    from app.core.access.api_keys import KEY_FILE
 
     return settings.state_dir / KEY_FILE
 

@@ -102,7 +102,7 @@ def test_every_manifest_is_in_the_kustomization() -> None:
 
 
 def test_the_autoscaler_reads_the_queues_that_exist() -> None:
-    from app.core.job_queue import QUEUE_NAMES
+    from app.core.jobs.job_queue import QUEUE_NAMES
 
     documents = yaml.safe_load_all((DOCKER / "kubernetes" / "autoscaling.yaml").read_text())
     scaled = next(each for each in documents if each["kind"] == "ScaledObject")

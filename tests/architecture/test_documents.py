@@ -1,4 +1,4 @@
-"""Documents that a reader trusts: the README's tree and its commands."""
+"""Documents that a reader trusts: the tree of modules, the README's commands."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ CODE_FOLDERS = ("app", "workers", "kernels")
 
 
 def tree_block(repository: Path) -> list[str]:
-    readme = (repository / "README.md").read_text()
-    block = readme.partition("<!-- tree -->\n```text\n")[2].partition("\n```")[0]
-    assert block, "README.md lacks its tree"
+    page = (repository / "docs" / "architecture.md").read_text()
+    block = page.partition("<!-- tree -->\n```text\n")[2].partition("\n```")[0]
+    assert block, "docs/architecture.md lacks its tree"
     return block.splitlines()
 
 

@@ -29,9 +29,10 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 ENGINE_MAY_IMPORT = frozenset(
     f"app.core.{name}"
     for name in (
-        "artifact", "child.assignment", "errors", "job", "planning.architectures", "planning.format_limits",
-        "planning.plan", "report", "sources.json_file", "sources.local_model", "sources.model_headers",
-        "sources.safetensors_header", "sources.text_content", "sources.text_shapes", "specs", "system_faults",
+        "child.assignment", "errors", "jobs.report", "planning.architectures", "planning.format_limits",
+        "planning.loaders", "planning.plan", "records.artifact", "records.job", "records.specs",
+        "sources.json_file", "sources.local_model", "sources.model_headers", "sources.safetensors_header",
+        "sources.text_content", "sources.text_shapes", "system_faults",
     )
 )  # fmt: skip
 ENGINE_PARTS = ("quantization", "modeling", "formats", "texts")

@@ -25,12 +25,12 @@ from typing import Any
 import httpx
 from playwright.sync_api import Browser, CDPSession, Page, sync_playwright
 
-from app.core.ids import new_id
-from app.core.job import Job, JobState, Progress, Stage, transition
-from app.core.job_store import JobStore
-from app.core.redis_server import connect, resolve_redis
+from app.core.jobs.job_store import JobStore
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState, Progress, Stage, transition
+from app.core.records.specs import JobSpec
+from app.core.redis.redis_server import connect, resolve_redis
 from app.core.settings import Settings
-from app.core.specs import JobSpec
 from tests.e2e.history import fill
 
 REPOSITORY = Path(__file__).resolve().parents[2]

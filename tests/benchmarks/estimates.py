@@ -57,7 +57,7 @@ def measured_profile(options: argparse.Namespace) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "workers.devices.device_profile",
+        "workers.devices.profile_measurement",
         "--device",
         options.device,
         "--folder",

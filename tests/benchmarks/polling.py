@@ -30,17 +30,17 @@ from typing import Any
 import httpx
 import psutil
 
+from app.core.access.api_keys import KeyStore, Scope, new_key
 from app.core.access.login import LoginLinks
 from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.ids import new_id
-from app.core.job import Job, JobState, Progress, transition
-from app.core.job_store import JobStore
-from app.core.redis_server import connect, resolve_redis
-from app.core.security import KeyStore, Scope, new_key
+from app.core.jobs.job_store import JobStore
+from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState, Progress, transition
+from app.core.records.specs import JobSpec
+from app.core.redis.redis_server import connect, resolve_redis
 from app.core.settings import Settings
-from app.core.specs import JobSpec
-from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from tests.benchmarks import polling_newcomers
 from tests.benchmarks.polling_clients import WARM_UP_S
 from tests.benchmarks.service import free_port, is_ready

@@ -115,7 +115,7 @@ def run_peer(windows: Path, options: argparse.Namespace) -> float:
 
 def calibration_tokens() -> list[list[int]]:
     sys.path.insert(0, str(REPOSITORY))
-    from app.core.specs import CalibrationSpec
+    from app.core.records.specs import CalibrationSpec
     from workers.texts.windows import calibration_windows, load_tokenizer
 
     windows = calibration_windows(CalibrationSpec(), load_tokenizer(MODEL), None)
@@ -125,7 +125,7 @@ def calibration_tokens() -> list[list[int]]:
 
 def evaluation_tokens(windows: int) -> list[list[int]]:
     sys.path.insert(0, str(REPOSITORY))
-    from app.core.specs import EvaluationSpec
+    from app.core.records.specs import EvaluationSpec
     from workers.texts.windows import evaluation_windows, load_tokenizer
 
     text = evaluation_windows(EvaluationSpec(num_samples=windows), 512, load_tokenizer(MODEL), None)
@@ -136,7 +136,7 @@ def evaluation_tokens(windows: int) -> list[list[int]]:
 def unused_text(samples: int, windows: int) -> str:
     """Text of so many windows that calibration with so many samples does not draw."""
     sys.path.insert(0, str(REPOSITORY))
-    from app.core.specs import CalibrationSpec
+    from app.core.records.specs import CalibrationSpec
     from workers.texts.windows import calibration_windows, load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)

@@ -30,10 +30,10 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 from random_model import SHAPES, write_model  # noqa: E402
 
 from app.core.child.assignment import Assignment  # noqa: E402
+from workers.child.heap import return_freed_memory  # noqa: E402
+from workers.child.pipeline import Pipeline  # noqa: E402
 from workers.modeling.prefetch import WeightPrefetch, layer_reads  # noqa: E402
 from workers.quantization import layer, rounding  # noqa: E402
-from workers.run.heap import return_freed_memory  # noqa: E402
-from workers.run.pipeline import Pipeline  # noqa: E402
 
 MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
 

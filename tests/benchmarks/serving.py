@@ -33,12 +33,12 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from app.core.artifact import ArtifactFile, ArtifactManifest  # noqa: E402
-from app.core.ids import artifact_id, new_id  # noqa: E402
-from app.core.object_store import ObjectStore  # noqa: E402
-from app.core.specs import Recipe  # noqa: E402
+from app.core.records.artifact import ArtifactFile, ArtifactManifest  # noqa: E402
+from app.core.records.ids import artifact_id, new_id  # noqa: E402
+from app.core.records.specs import Recipe  # noqa: E402
 from app.core.storage.artifact_store import file_key  # noqa: E402
-from app.core.storage.keys import manifest_key  # noqa: E402
+from app.core.storage.object_store import ObjectStore  # noqa: E402
+from app.core.storage.storage_keys import manifest_key  # noqa: E402
 
 KEY = "benchmark-key-" + "0" * 32
 NAME = "model"
@@ -46,7 +46,7 @@ WORDS = "the history of the city and its people in the early years of the centur
 START_LIMIT_S = 180
 WARM_UP = 20
 STAND_IN = ("tests.integration.stand_in_serving_worker", "bench")
-REAL = ("workers.deployments.supervisor", "--device", "cpu")
+REAL = ("workers.replicas.replica_supervisor", "--device", "cpu")
 
 
 @dataclass

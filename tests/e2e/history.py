@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from app.core.ids import new_id
-from app.core.job import Job, JobState, Problem, transition
-from app.core.job_store import JobStore
-from app.core.specs import JobSpec
+from app.core.jobs.job_store import JobStore
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState, Problem, transition
+from app.core.records.specs import JobSpec
 
 
 def fill(store: JobStore, count: int) -> None:

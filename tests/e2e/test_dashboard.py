@@ -15,10 +15,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
 
-from app.core.job_store import JobStore
-from app.core.redis_server import connect, resolve_redis
+from app.core.jobs.job_store import JobStore
+from app.core.records.specs import JobSpec
+from app.core.redis.redis_server import connect, resolve_redis
 from app.core.settings import Settings
-from app.core.specs import JobSpec
 from tests.e2e.history import ended, fill, record
 from tests.e2e.installed import Service, running_service
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.core.job import TERMINAL, TRANSITIONS, Job, JobState
-from app.core.job_store import JobEvent
+from app.core.jobs.job_store import JobEvent
+from app.core.records.job import TERMINAL, TRANSITIONS, Job, JobState
 
 # What only the attempt that executes the job may say.
 OF_ATTEMPTS = ("stage", "checkpoint", "resumed", "failure", "retry")

@@ -16,9 +16,9 @@ import httpx
 import psutil
 from rq import Queue
 
-from app.core.job import TERMINAL
-from app.core.job_queue import RUN_JOB_TASK, queue_name
-from app.core.worker_registry import WorkerRegistry
+from app.core.jobs.job_queue import RUN_JOB_TASK, queue_name
+from app.core.jobs.worker_registry import WorkerRegistry
+from app.core.records.job import TERMINAL
 from tests.faults.proxy import KINDS
 from tests.faults.world import LEASE_S, Process, World
 from tests.integration.api_service import MODEL

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from redis import Redis
 
-from app.core.redis_programs import embedded_binary
-from app.core.redis_server import connect, wait_for_redis
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.integration.workshop import REPOSITORY
@@ -110,7 +110,7 @@ def test_a_full_disk_of_the_storage_is_an_error_and_leaves_no_object(tmp_path: P
 import json, resource, sys
 from pathlib import Path
 from app.core.errors import Unavailable
-from app.core.object_store import ObjectStore
+from app.core.storage.object_store import ObjectStore
 objects = ObjectStore(Path(sys.argv[1]).as_uri())
 objects.put("a/kept", b"x")
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from app.core.ids import new_id
-from app.core.job import Job, JobState
-from app.core.job_store import JobEvent
-from app.core.specs import JobSpec
+from app.core.jobs.job_store import JobEvent
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState
+from app.core.records.specs import JobSpec
 from tests.faults.history import violations
 
 Line = tuple[str, dict[str, Any]]

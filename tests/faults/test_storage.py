@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from app.core.errors import Unavailable
-from app.core.object_store import ObjectStore
+from app.core.storage.object_store import ObjectStore
 from tests.faults.proxy import FaultProxy
 from tests.servers import running
 

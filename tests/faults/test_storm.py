@@ -12,20 +12,20 @@ from contextlib import closing
 from pathlib import Path
 
 from app.core.access.limits import TenantLimits
-from app.core.ids import artifact_id
-from app.core.job import Job, JobState
-from app.core.object_store import ObjectStore
+from app.core.records.ids import artifact_id
+from app.core.records.job import Job, JobState
 from app.core.settings import Settings
+from app.core.sources.fetching import ModelCache
 from app.core.storage.artifact_store import file_key
-from app.core.storage.garbage import GarbageCollector
+from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
+from app.core.upkeep.garbage import GarbageCollector
 from tests.faults.history import violations
 from tests.faults.storm import Storm
 from tests.faults.world import World, running_world
 from tests.integration.api_service import EXAMPLES, MODEL
 from tests.integration.workshop import processes_with
 from tests.waiting import wait_until
-from workers.fetching import ModelCache
 
 FAULTS = int(os.environ.get("FAULTS", "10"))
 SEED = int(os.environ.get("SEED", "1"))

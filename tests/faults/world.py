@@ -19,10 +19,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from app.core.errors import Unavailable
-from app.core.job_store import JobStore
-from app.core.object_store import ObjectStore
-from app.core.redis_programs import embedded_binary
-from app.core.redis_server import connect
+from app.core.jobs.job_store import JobStore
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect
+from app.core.storage.object_store import ObjectStore
 from tests.faults.proxy import FaultProxy
 from tests.faults.redis_proxy import RedisProxy, redis_proxy
 from tests.integration.api_service import ADMIN_KEY

@@ -13,24 +13,24 @@ from typing import Any
 import httpx
 from redis import Redis
 
+from app.core.access.api_keys import KeyStore, Scope, new_key
 from app.core.access.limits import TenantLimits
-from app.core.access.turns import Turns
-from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.ids import artifact_id
-from app.core.janitor import Janitor
-from app.core.job import Job, JobState, transition
-from app.core.job_queue import JobQueue
-from app.core.job_store import JobStore
-from app.core.object_store import ObjectStore
-from app.core.outcome import Outcome
-from app.core.redis_server import connect
-from app.core.security import KeyStore, Scope, new_key
+from app.core.jobs.job_queue import JobQueue
+from app.core.jobs.job_store import JobStore
+from app.core.jobs.outcome import Outcome
+from app.core.jobs.turns import Turns
+from app.core.records.artifact import ArtifactFile, ArtifactManifest
+from app.core.records.ids import artifact_id
+from app.core.records.job import Job, JobState, transition
+from app.core.records.specs import FormatName
+from app.core.redis.redis_server import connect
 from app.core.settings import Settings
-from app.core.specs import FormatName
 from app.core.storage.artifact_store import file_key
-from app.core.storage.keys import manifest_key
+from app.core.storage.object_store import ObjectStore
 from app.core.storage.reuse import ReuseIndex
+from app.core.storage.storage_keys import manifest_key
+from app.core.upkeep.janitor import Janitor
 from app.server import api_server
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

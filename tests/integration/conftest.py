@@ -13,10 +13,10 @@ import httpx
 import pytest
 from redis import Redis
 
-from app.core.redis_programs import embedded_binary
-from app.core.redis_server import connect, wait_for_redis
+from app.core.records.specs import Recipe
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
-from app.core.specs import Recipe
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 from tests.integration.inference_process import InferenceProcess, inference_server
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from app.core.errors import NibbleError
 from app.core.settings import Settings
+from app.core.sources.fetching import ModelCache
 from app.core.sources.model_source import inspect_model, open_model
 from app.core.sources.text_source import open_text
-from workers.fetching import ModelCache
 
 
 def nothing(_: int) -> None:

@@ -104,7 +104,7 @@ class Floor:
             **environment,
         }
         stand_in = ["tests.integration.stand_in_serving_worker", name, device]
-        own = ["workers.deployments.supervisor", "--name", name, "--device", device]
+        own = ["workers.replicas.replica_supervisor", "--name", name, "--device", device]
         command = [sys.executable, "-m", *(own if real else stand_in)]
         with (
             (settings.state_dir / f"{name}.log").open("ab") as log,

@@ -25,8 +25,8 @@ from app.core.child.assignment import (
     Progressed,
     StageStarted,
 )
-from app.core.job import Problem, Stage
-from workers.progress import ProgressPipe
+from app.core.records.job import Problem, Stage
+from workers.child.progress_pipe import ProgressPipe
 
 
 def meet(fault: str, pipe: ProgressPipe, work_folder: Path) -> None:

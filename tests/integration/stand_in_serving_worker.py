@@ -8,7 +8,7 @@ import sys
 import threading
 
 from app.core.settings import Settings
-from workers.deployments.supervisor import describe, serve
+from workers.replicas.replica_supervisor import describe, serve
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO", format="%(asctime)s %(name)s %(message)s")

@@ -7,11 +7,11 @@ import httpx
 import pytest
 
 from app.core.access.links import LinkSigner
-from app.core.artifact import ArtifactManifest
-from app.core.ids import new_id
+from app.core.records.artifact import ArtifactManifest
+from app.core.records.ids import new_id
 from app.core.settings import Settings
 from app.core.storage.artifact_store import file_key
-from app.core.storage.keys import manifest_key
+from app.core.storage.storage_keys import manifest_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 
 WEIGHTS = bytes(range(256)) * 50_000  # more than one chunk of a stream

@@ -6,7 +6,7 @@ import threading
 import httpx
 import pytest
 
-from app.core.job import JobState, transition
+from app.core.records.job import JobState, transition
 from tests.integration.api_service import Service
 
 STREAM = {"Accept": "text/event-stream"}

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from app.core.errors import JobFault
-from app.core.job import JobState, Problem, Progress
-from app.core.job_queue import Place
+from app.core.jobs.job_queue import Place
+from app.core.records.job import JobState, Problem, Progress
 from tests.integration.api_service import MODEL, Service
 from tests.waiting import wait_until
 

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from app.api.keys import KeyRequest
-from app.core.idempotency import IdempotencyKeys
-from app.core.security import Scope, digest, key_id
+from app.core.access.api_keys import Scope, digest, key_id
+from app.core.access.idempotency import IdempotencyKeys
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from app.core.access.api_keys import Scope, key_id
 from app.core.access.limits import Limits
-from app.core.access.turns import Turns
-from app.core.ids import new_id
-from app.core.janitor import Janitor
-from app.core.job import JobState, transition
-from app.core.job_queue import Place
-from app.core.security import Scope, key_id
+from app.core.jobs.job_queue import Place
+from app.core.jobs.turns import Turns
+from app.core.records.ids import new_id
+from app.core.records.job import JobState, transition
 from app.core.storage.reuse import Made, ReuseIndex
+from app.core.upkeep.janitor import Janitor
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
+from app.core.access.api_keys import Scope, key_id
 from app.core.deployments.deployment import DeploymentSpec
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.ids import new_id
-from app.core.janitor import STEPS
-from app.core.job import JobState, Problem
+from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
 from app.core.planning.device_profile import NOMINAL
-from app.core.redis_server import resolve_redis
-from app.core.security import Scope, key_id
+from app.core.records.ids import new_id
+from app.core.records.job import JobState, Problem
+from app.core.redis.redis_server import resolve_redis
 from app.core.settings import Settings
 from app.core.telemetry.tally import Tally
-from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from app.core.upkeep.janitor import STEPS
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.waiting import wait_until
 

@@ -17,15 +17,15 @@ from redis import Redis
 from rq import Queue
 
 from app.cli import main
+from app.core.access.api_keys import Scope
+from app.core.access.idempotency import IdempotencyKeys
 from app.core.deployments.deployment import DeploymentSpec
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.idempotency import IdempotencyKeys
-from app.core.ids import new_id
-from app.core.job import Job, JobState
-from app.core.job_queue import QUEUE_NAMES, SERIALIZER, JobQueue
-from app.core.job_store import JobStore
-from app.core.security import Scope
-from app.core.specs import JobSpec
+from app.core.jobs.job_queue import QUEUE_NAMES, SERIALIZER, JobQueue
+from app.core.jobs.job_store import JobStore
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState
+from app.core.records.specs import JobSpec
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from app.core.errors import RecipeUnsupported
-from app.core.specs import Recipe, SearchSpec
+from app.core.records.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, some_tokens, tiny_spec
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint

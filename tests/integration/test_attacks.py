@@ -34,18 +34,18 @@ from rq.exceptions import DeserializationError
 
 import app.server
 from app.api import middleware
+from app.core.access.api_keys import KeyStore, new_key
 from app.core.access.links import LinkSigner
-from app.core.ids import new_id
-from app.core.job import Job
-from app.core.job_changes import cancel_requested
-from app.core.job_queue import RUN_JOB_TASK, SERIALIZER
-from app.core.job_store import JobStore
-from app.core.outgoing.guard import OutgoingGuard
+from app.core.jobs.job_queue import RUN_JOB_TASK, SERIALIZER
+from app.core.jobs.job_store import JobStore
+from app.core.outgoing.address_guard import OutgoingGuard
+from app.core.outgoing.webhook_messages import DeliveryStore, WebhookSecrets
 from app.core.outgoing.webhook_sender import WebhookSender
-from app.core.outgoing.webhooks import DeliveryStore, WebhookSecrets
-from app.core.redis_server import connect
-from app.core.security import KeyStore, new_key
-from app.core.specs import JobSpec, WebhookSpec
+from app.core.records.ids import new_id
+from app.core.records.job import Job
+from app.core.records.job_changes import cancel_requested
+from app.core.records.specs import JobSpec, WebhookSpec
+from app.core.redis.redis_server import connect
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop
 from tests.waiting import wait_until

@@ -29,11 +29,11 @@ from app.client import (
     ServiceUnreachable,
     WaitTimedOut,
 )
+from app.client.calls import Operations
 from app.client.connection import returns, yields
-from app.client.operations import Operations
-from app.core.job import JobState
+from app.core.records.job import JobState
+from app.core.records.specs import JobSpec
 from app.core.settings import Settings
-from app.core.specs import JobSpec
 from app.core.storage.artifact_store import file_key
 from tests.faults.proxy import FaultProxy
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service

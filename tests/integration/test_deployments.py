@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from app.core.security import Scope
+from app.core.access.api_keys import Scope
 from tests.integration.api_service import ADMIN_KEY, Service
 from tests.integration.serving_floor import Floor
 from tests.waiting import wait_until

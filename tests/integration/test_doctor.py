@@ -15,9 +15,9 @@ from redis import Redis
 from app.commands.checks.check import Check
 from app.commands.checks.host import check_port
 from app.commands.checks.redis_checks import check_clock, check_redis, check_version
-from app.commands.checks.storage import check_storage
-from app.core.redis_programs import embedded_binary
-from app.core.redis_server import connect, resolve_redis, wait_for_redis
+from app.commands.checks.storage_checks import check_storage
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import Service
 from tests.integration.cutting_proxy import CuttingProxy

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from app.core.specs import Override, Recipe, SearchSpec
+from app.core.records.specs import Override, Recipe, SearchSpec
 from kernels.layouts import packed_words
 from tests.tiny_models import (
     MODEL_TYPES,
@@ -29,9 +29,9 @@ from tests.tiny_models import (
     some_tokens,
     tiny_spec,
 )
+from workers.child.__main__ import pipeline
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
-from workers.run import pipeline
 
 SEARCH = SearchSpec(grid_points=4)
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from app.core.child.assignment import OUTPUT, Noted, ProgressMessage, StageStarted
 from app.core.errors import ModelRefused, NibbleError, TargetMissed
-from app.core.job import Stage
-from app.core.report import Report
-from app.core.specs import CalibrationSpec, EvaluationSpec, Recipe, TargetSpec
+from app.core.jobs.report import Report
+from app.core.records.job import Stage
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, Recipe, TargetSpec
 from kernels import fallbacks
 from tests.tiny_models import EngineRun, assignment, some_text, tiny_model, tiny_spec
-from workers.run.job_run import JobRun
+from workers.child.job_run import JobRun
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -9,12 +9,12 @@ import pytest
 from redis import Redis
 
 from app.core.access.limits import TenantLimits
-from app.core.ids import artifact_id, new_id
-from app.core.job import Job, JobState
-from app.core.job_changes import cancel_requested
-from app.core.storage.garbage import GarbageCollector
-from app.core.storage.keys import checkpoint_prefix, manifest_key, report_key
+from app.core.records.ids import artifact_id, new_id
+from app.core.records.job import Job, JobState
+from app.core.records.job_changes import cancel_requested
 from app.core.storage.published import withdraw
+from app.core.storage.storage_keys import checkpoint_prefix, manifest_key, report_key
+from app.core.upkeep.garbage import GarbageCollector
 from tests.integration.api_service import Service
 from tests.integration.workshop import Workshop
 

@@ -24,12 +24,12 @@ from typer.main import get_command
 
 from app.cli import build
 from app.core.deployments.deployment import DeploymentSpec
-from app.core.job import JobState
-from app.core.outgoing.webhooks import new_secret, signature
-from app.core.redis_programs import embedded_binary
-from app.core.redis_server import connect, wait_for_redis
+from app.core.outgoing.webhook_messages import new_secret, signature
+from app.core.records.job import JobState
+from app.core.records.specs import JobSpec, Recipe
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
-from app.core.specs import JobSpec, Recipe
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.waiting import wait_until
 

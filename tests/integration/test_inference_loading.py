@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.core.errors import ModelRefused
 from app.core.planning.format_limits import Scheme
-from app.core.specs import Recipe
+from app.core.records.specs import Recipe
 from tests.inference import Served, dequantized, generated, greedy, prompts_of_text
 from tests.integration.inference_process import REPOSITORY, environment
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec

@@ -7,16 +7,16 @@ import pytest
 from redis import Redis
 
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.ids import artifact_id, new_id
-from app.core.janitor import Janitor, Repeated
-from app.core.job import Job, JobState, transition
-from app.core.job_changes import cancel_requested
-from app.core.job_queue import JobQueue, Place
-from app.core.job_store import JobStore
-from app.core.object_store import ObjectStore
+from app.core.jobs.job_queue import JobQueue, Place
+from app.core.jobs.job_store import JobStore
+from app.core.records.ids import artifact_id, new_id
+from app.core.records.job import Job, JobState, transition
+from app.core.records.job_changes import cancel_requested
+from app.core.records.specs import JobSpec
 from app.core.settings import Settings
-from app.core.specs import JobSpec
-from app.core.storage.keys import manifest_key, report_key
+from app.core.storage.object_store import ObjectStore
+from app.core.storage.storage_keys import manifest_key, report_key
+from app.core.upkeep.janitor import Janitor, Repeated
 from tests.integration.api_service import outcome_over
 
 

@@ -10,10 +10,10 @@ from rq.job import Job as Entry
 from rq.job import JobStatus
 
 from app.core.errors import QueueFull
-from app.core.ids import new_id
-from app.core.job import Job
-from app.core.job_queue import RUN_JOB_TASK, JobQueue, Place, entry_id
-from app.core.specs import JobSpec
+from app.core.jobs.job_queue import RUN_JOB_TASK, JobQueue, Place, entry_id
+from app.core.records.ids import new_id
+from app.core.records.job import Job
+from app.core.records.specs import JobSpec
 
 
 @pytest.fixture

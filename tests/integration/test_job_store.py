@@ -8,11 +8,11 @@ import pytest
 from redis import Redis
 
 from app.core.errors import Conflict, MalformedRequest, NotFound, RecordUnreadable
-from app.core.ids import new_id
-from app.core.job import Job, JobState, Progress, Stage, transition
-from app.core.job_keys import CHANGES
-from app.core.job_store import JobFilter, JobStore
-from app.core.specs import JobSpec
+from app.core.jobs.job_store import JobFilter, JobStore
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState, Progress, Stage, transition
+from app.core.records.job_keys import CHANGES
+from app.core.records.specs import JobSpec
 
 
 @pytest.fixture

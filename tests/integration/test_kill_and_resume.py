@@ -24,8 +24,8 @@ from app.core.child.assignment import (
     ProgressMessage,
     progress_messages,
 )
-from app.core.report import Report
-from app.core.specs import JobSpec, Recipe, SearchSpec
+from app.core.jobs.report import Report
+from app.core.records.specs import JobSpec, Recipe, SearchSpec
 from tests.tiny_models import assignment, tiny_model, tiny_spec
 
 LAYERS, MIDDLE = 4, 1

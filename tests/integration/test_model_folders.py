@@ -16,14 +16,14 @@ from torch import Tensor
 
 from app.core.child.assignment import Noted
 from app.core.errors import ModelRefused
+from app.core.jobs.submission import check_submission
+from app.core.records.specs import Recipe
 from app.core.settings import Settings
+from app.core.sources.fetching import ModelCache
 from app.core.sources.file_choice import INDEX, SINGLE
-from app.core.specs import Recipe
-from app.core.submission import check_submission
 from tests.inference import Served, greedy
 from tests.tiny_models import DEEPSEEK, EngineRun, assignment, random_model, save_model, tiny_model, tiny_spec
-from workers.fetching import ModelCache
-from workers.run.job_run import JobRun
+from workers.child.job_run import JobRun
 from workers.texts.windows import load_tokenizer
 
 RECIPE = Recipe(method="rtn", group_size=32, symmetric=True)

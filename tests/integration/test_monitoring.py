@@ -19,9 +19,9 @@ from promql_parser import MatchOp, VectorSelector
 
 from app.core.deployments.deployment import DeploymentSpec
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.job import JobState, Problem
+from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
+from app.core.records.job import JobState, Problem
 from app.core.telemetry.tally import Tally
-from app.core.worker_registry import WorkerRecord, WorkerRegistry
 from tests.integration.api_service import Service
 
 MONITORING = Path(__file__).parents[2] / "docker" / "monitoring"

@@ -6,9 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.core import object_store
 from app.core.errors import InvalidRequest, NotFound, Unavailable
-from app.core.object_store import ObjectStore
+from app.core.storage import object_store
+from app.core.storage.object_store import ObjectStore
 
 
 @pytest.fixture(params=["file", "memory", "s3"])

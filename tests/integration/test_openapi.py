@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from app.core.artifact import ArtifactFile, ArtifactManifest
-from app.core.ids import artifact_id
-from app.core.object_store import ObjectStore
-from app.core.specs import Recipe
+from app.core.records.artifact import ArtifactFile, ArtifactManifest
+from app.core.records.ids import artifact_id
+from app.core.records.specs import Recipe
 from app.core.storage.artifact_store import file_key
-from app.core.storage.keys import manifest_key
+from app.core.storage.object_store import ObjectStore
+from app.core.storage.storage_keys import manifest_key
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL
 from tests.integration.hub_server import hub_server
 

@@ -10,25 +10,25 @@ from typing import Any
 
 import pytest
 
+from app.core.access.api_keys import KeyStore, Scope
 from app.core.access.limits import TenantLimits
-from app.core.ids import artifact_id
-from app.core.job import Job, JobState, transition
-from app.core.job_changes import cancel_requested
-from app.core.job_keys import ENDED, events_key, lease_key
-from app.core.job_queue import Place
-from app.core.outcome import Outcome
-from app.core.outgoing.webhooks import DeliveryStore
-from app.core.security import KeyStore, Scope
+from app.core.jobs.job_queue import Place
+from app.core.jobs.outcome import Outcome
+from app.core.outgoing.webhook_messages import DeliveryStore
+from app.core.records.ids import artifact_id
+from app.core.records.job import Job, JobState, transition
+from app.core.records.job_changes import cancel_requested
+from app.core.records.job_keys import ENDED, events_key, lease_key
 from app.core.settings import Settings
-from app.core.storage.garbage import GarbageCollector
-from app.core.storage.keys import FOLDERS, checkpoint_prefix
 from app.core.storage.reuse import ReuseIndex
+from app.core.storage.storage_keys import FOLDERS, checkpoint_prefix
+from app.core.upkeep.garbage import GarbageCollector
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 from tests.integration.workshop import Workshop
 from tests.waiting import wait_until
-from workers.attempt_record import AttemptRecord
-from workers.endings import Ending
-from workers.watch import StopReason, Watch
+from workers.attempts.attempt_record import AttemptRecord
+from workers.attempts.ending import Ending
+from workers.attempts.watch import StopReason, Watch
 
 FORMATS = ["awq", "compressed-tensors"]
 WEBHOOK = {"url": "http://127.0.0.1:9/", "events": ["job.succeeded", "job.failed", "job.cancelled"]}

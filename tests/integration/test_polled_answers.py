@@ -11,13 +11,13 @@ import pytest
 from redis import Redis
 
 from app.api import polled
+from app.core.access.api_keys import Scope
+from app.core.changes.stamps import StampReader
 from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.ids import new_id
-from app.core.job import Progress
-from app.core.security import Scope
-from app.core.stamps import StampReader
-from app.core.worker_registry import WorkerRecord, WorkerRegistry
+from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
+from app.core.records.ids import new_id
+from app.core.records.job import Progress
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 
 LISTS = ("/v1/jobs", "/v1/jobs?view=brief&limit=5", "/v1/workers", "/v1/deployments")

@@ -17,7 +17,7 @@ import pytest
 
 from app import probes
 from app.core.errors import Unavailable
-from app.core.redis_server import resolve_redis
+from app.core.redis.redis_server import resolve_redis
 from app.core.settings import Settings
 from app.server import ApiServer, api_server
 from tests.integration.api_service import ADMIN_KEY

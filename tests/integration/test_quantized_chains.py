@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.specs import JobSpec, Recipe, SearchSpec
+from app.core.records.specs import JobSpec, Recipe, SearchSpec
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder

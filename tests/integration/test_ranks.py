@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from app.core.child.assignment import Noted
-from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from tests.tiny_models import (
     OTHER_MODELS,
     TEXTS,
@@ -23,10 +23,10 @@ from tests.tiny_models import (
     tiny_model,
     tiny_spec,
 )
+from workers.child.pipeline import Pipeline
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.paired_pass import PairedStatistics
 from workers.quantization.reduction import ALONE, Ranks
-from workers.run.pipeline import Pipeline
 from workers.texts.windows import Windows
 
 SAMPLES, LENGTH = 40, 256  # more than one batch
@@ -151,7 +151,7 @@ def test_a_process_that_fails_ends_the_job_child() -> None:
     """Without its sums nothing can be finished, and waiting for them would last for ever."""
     program = (
         "import subprocess, sys, time\n"
-        "from workers.run.ranks import end_with\n"
+        "from workers.child.ranks import end_with\n"
         "end_with(subprocess.Popen([sys.executable, '-c', 'raise SystemExit(3)']), 1)\n"
         "time.sleep(60)\n"
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from app.core.job import JobState
-from app.core.redis_programs import embedded_binary
-from app.core.redis_server import connect, wait_for_redis
+from app.core.records.job import JobState
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, running_service
 from tests.integration.workshop import Workshop

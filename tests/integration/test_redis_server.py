@@ -16,7 +16,7 @@ import pytest
 from app.commands.checks.redis_checks import check_redis
 from app.core import redis_programs, redis_server
 from app.core.errors import Unavailable
-from app.core.redis_server import connect, resolve_redis, wait_for_redis
+from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings
 from tests.waiting import wait_until
 
@@ -35,7 +35,7 @@ needs_redis = pytest.mark.skipif(REDIS is None, reason="no redis-server 7.0 is o
 
 OWNER = """
 import sys, time
-from app.core.redis_server import resolve_redis
+from app.core.redis.redis_server import resolve_redis
 from app.core.settings import Settings
 server = resolve_redis(Settings())
 print(server.pid, flush=True)

@@ -22,11 +22,11 @@ from redis.retry import Retry
 
 from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
 from app.core.deployments.deployment_store import DeploymentStore, failed
-from app.core.ids import new_id
-from app.core.job import Problem
-from app.core.job_queue import QUEUE_NAMES
-from app.core.redis_programs import embedded_binary
-from app.core.redis_server import connect, wait_for_redis
+from app.core.jobs.job_queue import QUEUE_NAMES
+from app.core.records.ids import new_id
+from app.core.records.job import Problem
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, running_service
 from tests.integration.workshop import Workshop

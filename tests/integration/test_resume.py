@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from app.core.job import Job, JobState
-from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from app.core.records.job import Job, JobState
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from tests.integration.workshop import Workshop, processes_with
 from tests.tiny_models import some_text
 from tests.waiting import wait_until

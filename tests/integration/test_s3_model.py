@@ -9,11 +9,11 @@ import obstore
 import pytest
 
 from app.core.errors import ModelRefused
-from app.core.object_store import open_bucket
 from app.core.settings import Settings
+from app.core.sources.fetching import ModelCache, file_sha256
 from app.core.sources.model_source import inspect_model, model_digest, open_model
 from app.core.sources.text_source import open_text
-from workers.fetching import ModelCache, file_sha256
+from app.core.storage.object_store import open_bucket
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from app.core.errors import Forbidden, InvalidRequest, Unauthenticated
-from app.core.security import (
+from app.core.access.api_keys import (
     KEY,
     KEY_FILE,
     KeyStore,
@@ -19,6 +18,7 @@ from app.core.security import (
     key_id,
     new_key,
 )
+from app.core.errors import Forbidden, InvalidRequest, Unauthenticated
 from app.core.settings import Settings
 
 

@@ -14,23 +14,23 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.core.errors import JobFault
-from app.core.ids import artifact_id
-from app.core.job import Job, JobState, Progress
-from app.core.job_changes import cancel_requested, requeued
-from app.core.job_queue import Place
-from app.core.job_store import JobStore
-from app.core.specs import DeploymentOptions, JobSpec
-from app.core.storage.keys import checkpoint_prefix, manifest_key, report_key
+from app.core.jobs.job_queue import Place
+from app.core.jobs.job_store import JobStore
+from app.core.records.ids import artifact_id
+from app.core.records.job import Job, JobState, Progress
+from app.core.records.job_changes import cancel_requested, requeued
+from app.core.records.specs import DeploymentOptions, JobSpec
 from app.core.storage.published import published_before
 from app.core.storage.reuse import ReuseIndex
+from app.core.storage.storage_keys import checkpoint_prefix, manifest_key, report_key
 from app.core.telemetry.logs import ids_of
 from app.core.telemetry.tally import Tally
 from tests.integration.workshop import MODEL, Workshop
 from tests.waiting import wait_until
-from workers.attempt_record import AttemptRecord
-from workers.endings import Ending
-from workers.supervisor import run_attempt
-from workers.watch import StopReason, Watch
+from workers.attempts.attempt import run_attempt
+from workers.attempts.attempt_record import AttemptRecord
+from workers.attempts.ending import Ending
+from workers.attempts.watch import StopReason, Watch
 
 
 @pytest.fixture
@@ -72,10 +72,10 @@ def test_lines_of_an_attempt_carry_request_job_and_attempt(
     told: list[dict[str, str]] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(ids_of(record))  # type: ignore[method-assign]
-    logging.getLogger("workers.supervisor").addHandler(handler)
-    with caplog.at_level(logging.INFO, "workers.supervisor"):
+    logging.getLogger("workers.attempts.attempt").addHandler(handler)
+    with caplog.at_level(logging.INFO, "workers.attempts.attempt"):
         workshop.run(job)
-    logging.getLogger("workers.supervisor").removeHandler(handler)
+    logging.getLogger("workers.attempts.attempt").removeHandler(handler)
     assert told[0] == told[-1] == {"request": "req-7", "job": job.id, "attempt": "1"}
     assert set(Tally(workshop.redis).stages()) == {"fetching", "calibrating", "publishing"}
 

@@ -10,10 +10,10 @@ import pytest
 
 from app.core.child.assignment import REPORT, Noted, Stage, StageStarted
 from app.core.errors import TargetMissed
-from app.core.report import Report
-from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec, TargetSpec
+from app.core.jobs.report import Report
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec, TargetSpec
 from tests.tiny_models import EngineRun, assignment, tiny_model, tiny_spec
-from workers.run.job_run import JobRun
+from workers.child.job_run import JobRun
 
 PLAIN = Recipe(method="rtn", bits=3, search=SearchSpec(budget=12))
 QUICK = Recipe(group_size=32, bits=2, method="gptq", search=SearchSpec(clip=False))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from app.core.specs import CalibrationSpec, Recipe, SearchSpec
+from app.core.records.specs import CalibrationSpec, Recipe, SearchSpec
 from tests.tiny_models import EngineRun, random_model, save_model, some_text, tiny_spec
 
 SEARCH = SearchSpec(grid_points=3, epochs=4)

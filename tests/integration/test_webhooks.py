@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from app.core.ids import new_id
-from app.core.job import Job, JobState, transition
-from app.core.job_store import JobStore
-from app.core.outgoing.guard import OutgoingGuard
+from app.core.jobs.job_store import JobStore
+from app.core.outgoing.address_guard import OutgoingGuard
+from app.core.outgoing.webhook_messages import DUE, DeliveryStore, WebhookSecrets, delivery_key
 from app.core.outgoing.webhook_sender import WebhookSender
-from app.core.outgoing.webhooks import DUE, DeliveryStore, WebhookSecrets, delivery_key
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState, transition
+from app.core.records.specs import JobSpec
 from app.core.settings import Settings
-from app.core.specs import JobSpec
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.servers import running
 from tests.waiting import wait_until

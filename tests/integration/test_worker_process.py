@@ -15,12 +15,12 @@ from redis import Redis
 from rq import Queue
 from rq.exceptions import StopRequested
 
-from app.core.job import Job, JobState, transition
-from app.core.job_changes import requeued
-from app.core.worker_registry import WorkerRegistry
+from app.core.jobs.worker_registry import WorkerRegistry
+from app.core.records.job import Job, JobState, transition
+from app.core.records.job_changes import requeued
 from tests.integration.workshop import REPOSITORY, Workshop, processes_with
 from tests.waiting import wait_until
-from workers.leftovers import Leftovers
+from workers.attempts.leftovers import Leftovers
 from workers.main import describe_worker
 from workers.queue_worker import QueueWorker
 

@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,22 +14,22 @@ from pathlib import Path
 from redis import Redis
 
 from app.core.access.limits import TenantLimits
-from app.core.artifact import ArtifactManifest
 from app.core.deployments.deployment_store import DeploymentStore
-from app.core.ids import artifact_id, new_id
-from app.core.janitor import Janitor
-from app.core.job import Job
-from app.core.job_queue import JobQueue
-from app.core.job_store import JobStore
-from app.core.object_store import ObjectStore
+from app.core.jobs.job_queue import JobQueue
+from app.core.jobs.job_store import JobStore
+from app.core.records.artifact import ArtifactManifest
+from app.core.records.ids import artifact_id, new_id
+from app.core.records.job import Job
+from app.core.records.specs import FormatName, JobSpec
 from app.core.settings import Settings
-from app.core.specs import FormatName, JobSpec
+from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
 from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.tally import Tally
 from app.core.telemetry.tracing import Tracer
-from workers.context import WorkerContext
-from workers.supervisor import run_attempt
+from app.core.upkeep.janitor import Janitor
+from workers.attempts.attempt import run_attempt
+from workers.attempts.context import WorkerContext
 
 STAND_IN = "tests.integration.stand_in_child"
 REPOSITORY = Path(__file__).parents[2]

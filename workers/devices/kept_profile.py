@@ -30,7 +30,7 @@ def kept_profile(device: str, device_name: str, folder: Path) -> DeviceProfile |
     command = [
         sys.executable,
         "-m",
-        "workers.devices.device_profile",
+        "workers.devices.profile_measurement",
         "--device",
         device,
         "--folder",

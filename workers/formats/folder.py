@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.core.errors import VerificationFailed
 from app.core.planning.plan import CandidatePlan, Plan
-from app.core.specs import FormatName
+from app.core.records.specs import FormatName
 from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.shards import ShardWriter, TensorPlan
 from workers.modeling.checkpoint import DTYPES, Checkpoint

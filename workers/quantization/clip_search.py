@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.core.planning.format_limits import Scheme
 from kernels.search.losses import quick_row_losses
-from kernels.search.operators import clip_visit
+from kernels.search.search_operators import clip_visit
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
 
 # The share of a group's weights that a range may leave out, by bits, before the bounds are moved one by one.

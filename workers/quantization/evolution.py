@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import differential_evolution
 from torch import Tensor
 
-from app.core.specs import SearchSpec
+from app.core.records.specs import SearchSpec
 from workers.quantization.clip_search import search_clip
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.scale_search import (

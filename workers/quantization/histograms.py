@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from app.core.report import WeightHistogram
+from app.core.jobs.report import WeightHistogram
 
 BINS = 48
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from app.core.jobs.report import LearningReport, LinearReport
 from app.core.planning.architectures import Architecture, ScaleGroup
 from app.core.planning.format_limits import FLOAT16_FORMATS, Scheme
-from app.core.report import LearningReport, LinearReport
-from app.core.specs import FormatName, Recipe
+from app.core.records.specs import FormatName, Recipe
 from kernels.search import losses
-from kernels.search.operators import clip_backend
+from kernels.search.search_operators import clip_backend
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.evolution import evolve_scales
 from workers.quantization.folding import Heads, fold_of, fold_scales

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from app.core.jobs.report import LearningReport
 from app.core.planning.architectures import Architecture
-from app.core.report import LearningReport
 from kernels.search.grids import stored_scale
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.folding import Heads, fold_of, fold_scales

@@ -11,7 +11,7 @@ from torch import Tensor
 from app.core.errors import RecipeUnsupported
 from app.core.planning.format_limits import Scheme
 from app.core.planning.plan import set_names
-from app.core.specs import Recipe
+from app.core.records.specs import Recipe
 from kernels.search import losses
 from kernels.search.grids import LARGEST_SCALE
 from workers.modeling.quantized_weight import QuantizedWeight

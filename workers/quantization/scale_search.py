@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from app.core.planning.format_limits import Scheme
-from app.core.specs import SearchSpec
+from app.core.records.specs import SearchSpec
 from kernels.search.losses import has_matrix_units, quick_dtype, row_losses
-from kernels.search.operators import rounding_errors
+from kernels.search.search_operators import rounding_errors
 from workers.quantization.grid import grouped_view
 from workers.quantization.input_statistics import InputStatistics
 

@@ -27,15 +27,17 @@ import psutil
 import torch
 
 from app.core.errors import NibbleError, OutOfMemory
+from app.core.system_faults import STATE_FOLDER, system_fault
+from app.core.telemetry.logs import log_warnings
 from workers.devices.selection import select_device
 from workers.leaving import leave
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits
+from workers.serving.http_server import listen, serve
 from workers.serving.loading import LoadedModel, LoadRequest, load_model
-from workers.serving.metrics import Metrics
 from workers.serving.routes import create_app
 from workers.serving.served_model import ServedModel
-from workers.serving.server import listen, serve
+from workers.serving.server_metrics import Metrics
 from workers.serving.tokenization import Tokenization
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -147,6 +149,7 @@ def main() -> int:
     """0 after an orderly end; 1 if the artifact can't be served."""
     options = parse_arguments(None)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    log_warnings()
     pipe = ReadyPipe(options.ready_fd)
     try:
         with listen(options.host, options.port) as bound:
@@ -158,7 +161,8 @@ def main() -> int:
         return failed(pipe, OutOfMemory(f"{options.device} ran out of memory: {error}", remedy=remedy))
     except Exception as error:  # noqa: BLE001  # the process's boundary: its starter must hear what happened
         traceback.print_exc()
-        return failed(pipe, NibbleError(f"{type(error).__name__}: {error}", remedy="see the server's log"))
+        own = NibbleError(f"{type(error).__name__}: {error}", remedy="see the server's log")
+        return failed(pipe, system_fault(error, STATE_FOLDER) or own)
     return 0
 
 

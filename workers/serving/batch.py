@@ -86,5 +86,5 @@ class Batch:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name under which the model's forward takes its cache: transformers 5.24 renamed it in most classes."""
+    """The name of the argument that takes a cache: transformers 5.24 renamed it in most classes."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

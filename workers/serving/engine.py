@@ -20,9 +20,9 @@ from app.core.errors import InvalidRequest, NibbleError, QueueFull, Unavailable
 from workers.devices.selection import select_device
 from workers.serving.batch import Batch, Prefill
 from workers.serving.detokenizer import Decoder, Detokenizer, Stopped
-from workers.serving.metrics import Metrics
 from workers.serving.requests import Choice, FinishReason, Generation, Piece, Sequence
 from workers.serving.sampling import choose
+from workers.serving.server_metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from app.core.error_answers import InferenceAnswer, inference_answer, inference_refusal
 from app.core.errors import BodyTooLarge, InvalidRequest, MalformedRequest, NibbleError, field_fault
-from workers.serving import chat, completions
+from workers.serving import chat_answers, completions
 from workers.serving.answers import DONE, Reply, event
 from workers.serving.protocol import Body, ChatRequest, CompletionRequest
 from workers.serving.served_model import Prompts, ServedModel, unknown_fields
@@ -74,8 +74,8 @@ class InferenceRoutes:
         prompts = await asyncio.to_thread(self.served.chat_prompts, request)
         reply = begin(self.served, request, prompts, "chatcmpl", "chat.completion")
         if request.stream:
-            return await streamed(http, reply, chat.stream(reply, request))
-        return json_response(await unless_gone(http, reply, chat.respond(reply, request)))
+            return await streamed(http, reply, chat_answers.stream(reply, request))
+        return json_response(await unless_gone(http, reply, chat_answers.respond(reply, request)))
 
     async def text_completions(self, http: Request) -> Response:
         request = await parse(http, CompletionRequest)

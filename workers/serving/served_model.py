@@ -13,9 +13,9 @@ from app.core.errors import InvalidRequest, NotFound
 from workers.serving.engine import Engine, News
 from workers.serving.generation_settings import sampling_defaults
 from workers.serving.grammar import Grammars, Matcher
-from workers.serving.metrics import Metrics
 from workers.serving.protocol import Body, ChatRequest, CompletionRequest, NamedTool
 from workers.serving.requests import Generation, Piece, Sampling, Stopping
+from workers.serving.server_metrics import Metrics
 from workers.serving.tokenization import Tokenization
 from workers.texts.chat_template import RefusedByTemplate
 

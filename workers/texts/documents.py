@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from app.core.errors import TextRefused
+from app.core.records.specs import TextSpec
 from app.core.sources.text_content import documents_of
 from app.core.sources.text_shapes import Document
-from app.core.specs import TextSpec
 
 BUILTIN = ("wikitext2",)
 

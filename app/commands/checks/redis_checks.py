@@ -42,7 +42,7 @@ def check_redis(settings: Settings) -> list[Check]:
 
 def own_url(settings: Settings) -> str | None:
     """The address of this machine's own server, if it runs."""
-    from app.core.redis_server import answers, socket_path
+    from app.core.redis.redis_server import answers, socket_path
 
     path = socket_path(settings.state_dir / "redis")
     url = f"unix://{path}"
@@ -51,7 +51,7 @@ def own_url(settings: Settings) -> str | None:
 
 def check_program(settings: Settings) -> Check:
     """The server that would be started over the state folder, by the rule by which it is started."""
-    from app.core.redis_programs import find_program
+    from app.core.redis.redis_programs import find_program
 
     try:
         program, why = find_program(settings.redis_server, settings.state_dir / "redis")

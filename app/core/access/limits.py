@@ -18,9 +18,9 @@ from pydantic import Field
 from redis import Redis
 
 from app.core.errors import QuotaExceeded, RateLimited
-from app.core.job_keys import active_key
+from app.core.records.job_keys import active_key
+from app.core.records.specs import Frozen
 from app.core.settings import Settings
-from app.core.specs import Frozen
 
 REREAD_S = 2.0  # how long a process goes by the limits that it has read
 

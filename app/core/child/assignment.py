@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from app.core.job import Problem, Stage
 from app.core.planning.device_profile import DeviceProfile
-from app.core.specs import FormatName, Frozen, JobSpec, Recipe
+from app.core.records.job import Problem, Stage
+from app.core.records.specs import FormatName, Frozen, JobSpec, Recipe
 
 
 class Assignment(Frozen):

@@ -11,10 +11,10 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
 
-from app.core.forms import Form
-from app.core.ids import ARTIFACT_ID_PATTERN
-from app.core.job import Problem
-from app.core.specs import DeploymentOptions, Frozen, Kept
+from app.core.records.forms import Form
+from app.core.records.ids import ARTIFACT_ID_PATTERN
+from app.core.records.job import Problem
+from app.core.records.specs import DeploymentOptions, Frozen, Kept
 
 ArtifactId = Annotated[
     str,

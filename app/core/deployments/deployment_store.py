@@ -18,12 +18,12 @@ from typing import Any
 
 from redis import Redis
 
+from app.core.changes.stamps import STAMP
 from app.core.deployments.deployment import Deployment, DeploymentSpec, Goal, LiveDeployment, Replica
 from app.core.errors import Conflict, NotFound, RecordUnreadable
-from app.core.ids import is_id, new_id
-from app.core.job import Problem
-from app.core.job_keys import DEPLOYMENTS
-from app.core.stamps import STAMP
+from app.core.records.ids import is_id, new_id
+from app.core.records.job import Problem
+from app.core.records.job_keys import DEPLOYMENTS
 
 CHANGES = "nibble:deployment-changes"
 ALL = "nibble:deployments"

@@ -7,8 +7,8 @@ from typing import Any
 from app.core.deployments.deployment import DeploymentSpec
 from app.core.deployments.deployment_store import DeploymentStore
 from app.core.errors import Conflict
-from app.core.ids import deployment_id
-from app.core.job import Job
+from app.core.records.ids import deployment_id
+from app.core.records.job import Job
 
 
 def deploy_result(deployments: DeploymentStore, job: Job) -> tuple[str, dict[str, Any]] | None:

@@ -18,8 +18,8 @@ import httpx
 from redis.exceptions import RedisError
 
 from app.core.errors import NibbleError
-from app.core.outgoing.guard import OutgoingGuard, guarded_client
-from app.core.outgoing.webhooks import Delivery, DeliveryStore, WebhookSecrets, WebhookTry, signature
+from app.core.outgoing.address_guard import OutgoingGuard, guarded_client
+from app.core.outgoing.webhook_messages import Delivery, DeliveryStore, WebhookSecrets, WebhookTry, signature
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from app.core.specs import Kept
+from app.core.records.specs import Kept
 
 DeviceKind = Literal["cpu", "cuda"]
 # Steps of the engine that are measured as they are. `scales` counts every candidate of a weight once.

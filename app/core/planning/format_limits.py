@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from app.core.specs import FormatName, Frozen
+from app.core.records.specs import FormatName, Frozen
 
 
 class Scheme(Frozen):

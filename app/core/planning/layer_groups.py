@@ -9,7 +9,7 @@ from functools import cache
 from typing import Literal
 
 from app.core.errors import ModelRefused
-from app.core.specs import Frozen
+from app.core.records.specs import Frozen
 
 SmoothKind = Literal["norm", "offset norm", "linear"]
 SmoothRows = Literal["all", "last", "last of each head"]

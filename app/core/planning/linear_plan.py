@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.core.errors import RecipeUnsupported
 from app.core.planning.format_limits import Scheme
-from app.core.specs import Frozen, Recipe, matches
+from app.core.records.specs import Frozen, Recipe, matches
 
 GROUP_SIZES = (128, 64, 32)
 

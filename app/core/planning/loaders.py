@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from app.core.planning.architectures import Architecture
 from app.core.planning.format_limits import Scheme, common_scheme
 from app.core.planning.linear_plan import LinearPlan
-from app.core.specs import FormatName
+from app.core.records.specs import FormatName
 
 RENAMED = ("gpt_neox", "mixtral", "phi3")  # transformers' modules have other names than the checkpoints
 EVERYWHERE = (4, 8)  # bits that all servers read

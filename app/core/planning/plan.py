@@ -20,8 +20,8 @@ from app.core.planning.weights import (
     refuse_without_head,
     weight_dtype,
 )
+from app.core.records.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
-from app.core.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
 
 TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multiplied
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
+from app.core.records.specs import Frozen
 from app.core.sources.json_file import ReadableFiles, read_json, refused
-from app.core.specs import Frozen
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

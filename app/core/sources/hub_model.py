@@ -17,7 +17,7 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from app.core.errors import ModelRefused, Unavailable, field_fault, field_path
-from app.core.outgoing.guard import IpNetwork, OutgoingGuard, guarded_client, origin_of
+from app.core.outgoing.address_guard import IpNetwork, OutgoingGuard, guarded_client, origin_of
 from app.core.sources.hub_answers import Asked, check_answer
 
 TRIES = 5

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from app.core.errors import ModelRefused
+from app.core.records.specs import Frozen
 from app.core.sources.git_lfs import refuse_pointer
-from app.core.specs import Frozen
 
 # What transformers takes for the address of code, or for leave to run it.
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from app.core.errors import ModelRefused
+from app.core.records.specs import Frozen
 from app.core.sources.file_choice import INDEX, FileChoice, choose_files, is_code
 from app.core.sources.git_lfs import MAX_POINTER_BYTES, refuse_pointer
 from app.core.sources.json_file import ReadableFiles, read_json, refused
 from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
-from app.core.specs import Frozen
 
 MAX_JSON_BYTES = 4 * 1024**2
 MAX_ALL_HEADERS = 200 * 1024**2

@@ -16,12 +16,12 @@ from obstore import exceptions as store_errors
 from obstore.store import S3Store
 
 from app.core.errors import ModelRefused, NibbleError, Unavailable
-from app.core.object_store import open_bucket
-from app.core.outgoing.guard import IpNetwork
+from app.core.outgoing.address_guard import IpNetwork
 from app.core.sources.hub_model import HubModel
 from app.core.sources.local_model import LocalModel, refuse_crowd
 from app.core.sources.model_headers import ModelHeaders, inspect_model, model_digest
 from app.core.sources.model_reference import ModelReference, parse_model_reference
+from app.core.storage.object_store import open_bucket
 
 __all__ = [
     "HubModel",

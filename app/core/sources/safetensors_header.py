@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 from app.core.errors import ModelRefused
+from app.core.records.specs import Frozen
 from app.core.sources.git_lfs import refuse_pointer
-from app.core.specs import Frozen
 
 MAX_NUMBER = 2**63
 MAX_HEADER_BYTES = 100 * 1024**2

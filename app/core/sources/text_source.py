@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from app.core.errors import ModelRefused, TextRefused
-from app.core.object_store import open_bucket
-from app.core.outgoing.guard import IpNetwork
+from app.core.outgoing.address_guard import IpNetwork
 from app.core.sources.model_reference import parse_model_reference
 from app.core.sources.model_source import HubModel, LocalModel, ModelFiles, S3Model
 from app.core.sources.text_content import (
@@ -23,6 +22,7 @@ from app.core.sources.text_content import (
     check_head,
     text_suffix,
 )
+from app.core.storage.object_store import open_bucket
 
 HERE = ("builtin:", "inline")
 # Refusals of a model's files that say the same of a text's, with the right remedy.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from app.core.artifact import ArtifactFile, ArtifactManifest
 from app.core.errors import MalformedRequest, NotFound, RecordUnreadable
-from app.core.ids import is_id
-from app.core.object_store import ObjectStore
-from app.core.specs import Frozen
-from app.core.storage.keys import ARTIFACTS
+from app.core.records.artifact import ArtifactFile, ArtifactManifest
+from app.core.records.ids import is_id
+from app.core.records.specs import Frozen
+from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
+from app.core.storage.storage_keys import ARTIFACTS
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ import logging
 from pydantic import ValidationError
 
 from app.core.access.limits import TenantLimits
-from app.core.artifact import ArtifactManifest
 from app.core.errors import NotFound, RecordUnreadable
-from app.core.ids import artifact_id
-from app.core.job import Job
-from app.core.object_store import ObjectStore
-from app.core.specs import Kept
-from app.core.storage.keys import ARTIFACTS, manifest_key, report_key
+from app.core.records.artifact import ArtifactManifest
+from app.core.records.ids import artifact_id
+from app.core.records.job import Job
+from app.core.records.specs import Kept
+from app.core.storage.object_store import ObjectStore
+from app.core.storage.storage_keys import ARTIFACTS, manifest_key, report_key
 
 log = logging.getLogger(__name__)
 

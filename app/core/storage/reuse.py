@@ -17,9 +17,9 @@ from typing import Any
 from redis import Redis
 
 from app.core.errors import NotFound
-from app.core.object_store import ObjectStore
-from app.core.specs import Frozen, JobSpec, Kept, TextSpec
-from app.core.storage.keys import manifest_key, report_key
+from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
+from app.core.storage.object_store import ObjectStore
+from app.core.storage.storage_keys import manifest_key, report_key
 
 KEPT_S = 90 * 24 * 3600
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from redis import Redis
 
-from app.core.job_scripts import FAILURES
+from app.core.jobs.job_scripts import FAILURES
 
 STAGES = "nibble:tally:stages"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from app.core.specs import Frozen
+from app.core.records.specs import Frozen
 
 log = logging.getLogger(__name__)
 

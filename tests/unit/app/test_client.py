@@ -24,7 +24,7 @@ from app.client import (
     TooMany,
     Unavailable,
 )
-from app.client.routes import is_loopback
+from app.client.paths import is_loopback
 from app.client.server_sent import Message, Messages
 from app.client.views import Page
 from app.core import errors

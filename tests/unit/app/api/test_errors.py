@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from app.api.errors import MANAGED, field_problems, is_inference, problem
 from app.core import errors
 from app.core.error_answers import STATUS, status_of
+from app.core.records.specs import JobSpec
 from app.core.settings import Settings
-from app.core.specs import JobSpec
 from app.main import create_app
 
 

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from app.commands.progress import progress_view
-from app.core.job import Progress
+from app.core.records.job import Progress
 
 
 def test_a_pipe_gets_a_line_for_each_stage_and_each_tenth() -> None:

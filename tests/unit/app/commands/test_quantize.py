@@ -19,9 +19,9 @@ from app.core.errors import (
     TextRefused,
     WorkerDisk,
 )
-from app.core.job import Problem
+from app.core.records.job import Problem
+from app.core.records.specs import CalibrationSpec, JobSpec
 from app.core.settings import Settings
-from app.core.specs import CalibrationSpec, JobSpec
 from app.core.system_faults import STATE_FOLDER
 
 

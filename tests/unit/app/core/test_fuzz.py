@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from safetensors import deserialize
 
 from app.core.errors import ModelRefused, NibbleError
-from app.core.patterns import check_pattern
 from app.core.planning.plan import plan_job
+from app.core.records.patterns import check_pattern
+from app.core.records.specs import JobSpec
 from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
-from app.core.specs import JobSpec
 
 # `make fuzz` sets FUZZ, the number of examples, and then looks elsewhere each time.
 EXAMPLES = os.environ.get("FUZZ")

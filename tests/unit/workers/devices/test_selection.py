@@ -17,15 +17,15 @@ import torch
 
 from app.core.errors import DeviceFault, NibbleError, OutOfMemory
 from tests.tiny_models import assignment, random_model, save_model, tiny_spec
+from workers.child.calibration_rank import run as run_rank
+from workers.child.pipeline import Pipeline
+from workers.child.ranks import RankAssignment, SharedWork
 from workers.devices import device_profile
 from workers.devices.selection import select_device
-from workers.run.calibration_rank import run as run_rank
-from workers.run.pipeline import Pipeline
-from workers.run.ranks import RankAssignment, SharedWork
 from workers.serving.__main__ import ReadyPipe, parse_arguments, run
 from workers.serving.engine import Engine, Limits
 from workers.serving.loading import LoadRequest, load_model
-from workers.serving.metrics import Metrics
+from workers.serving.server_metrics import Metrics
 
 CALL = re.compile(r"torch\.cuda\.(\w+)")
 SELECTING = {"init", "set_device"}

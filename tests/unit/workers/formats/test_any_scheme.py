@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.planning.plan import Plan, plan_job
-from app.core.specs import FormatName, JobSpec, Recipe
+from app.core.records.specs import FormatName, JobSpec, Recipe
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
 from tests.unit.workers.formats.loaders import awq_transformers, ct_library, gptq_server
 from tests.unit.workers.formats.test_layouts_of_formats import random_weight

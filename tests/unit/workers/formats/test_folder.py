@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from app.core.errors import NibbleError, VerificationFailed
+from app.core.records.specs import Override, Recipe
 from app.core.sources.safetensors_header import TensorHeader
-from app.core.specs import Override, Recipe
 from tests.tiny_models import TOKENIZER, EngineRun, random_model, save_model, tiny_spec
+from workers.child.layer_checkpoints import LayerCheckpoints
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 from workers.quantization.layer import LayerResult
-from workers.run.layer_checkpoints import LayerCheckpoints
 
 FORMATS = ("awq", "compressed-tensors", "gptq")
 RECIPE = Recipe(group_size=32, ignore=("lm_head", r"re:.*layers\.1\.mlp\.down_proj"))

@@ -6,7 +6,7 @@ import re
 
 from app.core.planning.format_limits import Scheme
 from app.core.planning.plan import CandidatePlan, LinearPlan
-from app.core.specs import Recipe
+from app.core.records.specs import Recipe
 from workers.formats.gptq import quantization_config
 
 FOUR = Scheme(bits=4, group_size=128, symmetric=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.core.planning.format_limits import Scheme, packed_bytes
-from app.core.specs import FormatName
+from app.core.records.specs import FormatName
 from workers.formats import awq, compressed_tensors, gptq
 from workers.formats.folder import FORMATS
 from workers.modeling.quantized_weight import QuantizedWeight

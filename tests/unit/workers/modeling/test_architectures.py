@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from app.core.planning.architectures import ARCHITECTURES, architecture_of
 from app.core.planning.format_limits import Scheme
-from app.core.specs import Recipe, SearchSpec
+from app.core.records.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder

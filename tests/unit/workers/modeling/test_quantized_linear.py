@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.core.planning.format_limits import Scheme
-from app.core.specs import FormatName
+from app.core.records.specs import FormatName
 from kernels.layouts import packed_words
 from tests.unit.kernels.weights import random_weight
 from workers.formats.folder import FORMATS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from app.core.planning.format_limits import Scheme
-from app.core.specs import SearchSpec
+from app.core.records.specs import SearchSpec
 from workers.quantization.evolution import Objective, clipped_loss, evolve_scales, unclipped_loss
 from workers.quantization.input_statistics import InputCollector, InputStatistics
 from workers.quantization.scale_search import Fold, ScaledLinear, search_scales

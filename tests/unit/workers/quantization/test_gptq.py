@@ -8,7 +8,7 @@ from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
 from app.core.planning.format_limits import Scheme
-from app.core.specs import Recipe
+from app.core.records.specs import Recipe
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization import gptq
 from workers.quantization.gptq import best_scales, fitted_scales, inverse_factor, round_gptq

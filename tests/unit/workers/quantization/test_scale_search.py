@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.core.planning.format_limits import Scheme
-from app.core.specs import SearchSpec
+from app.core.records.specs import SearchSpec
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputCollector, InputStatistics
 from workers.quantization.scale_search import (

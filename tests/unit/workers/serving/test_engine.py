@@ -20,10 +20,10 @@ from app.core.errors import QueueFull, Unavailable
 from tests.inference import Served, greedy, sampled
 from tests.tiny_models import random_model, save_model
 from tests.waiting import until
+from workers.serving.http_server import listen, serve
 from workers.serving.protocol import ChatRequest
 from workers.serving.requests import Generation
 from workers.serving.routes import create_app
-from workers.serving.server import listen, serve
 from workers.texts.chat_template import ChatTemplate
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": True}

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from app.core.errors import InvalidRequest, ModelRefused, TextRefused
-from app.core.specs import CalibrationSpec
+from app.core.records.specs import CalibrationSpec
 from tests.inference import Served
 from tests.tiny_models import TOKENIZER, random_model, save_model
 from workers.serving.protocol import ChatRequest

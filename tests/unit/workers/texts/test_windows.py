@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import TextRefused
-from app.core.specs import CalibrationSpec, EvaluationSpec
+from app.core.records.specs import CalibrationSpec, EvaluationSpec
 from tests.tiny_models import TOKENIZER
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 

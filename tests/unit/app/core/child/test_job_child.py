@@ -24,7 +24,7 @@ from app.core.child.job_child import (
     parse_message,
 )
 from app.core.errors import JobFault, OutOfMemory
-from app.core.specs import JobSpec
+from app.core.records.specs import JobSpec
 
 Start = Callable[[str], JobChild]
 

@@ -14,8 +14,8 @@ from app.core.deployments.deployment import (
     Replica,
     ReplicaState,
 )
-from app.core.ids import new_id
-from app.core.job import Problem
+from app.core.records.ids import new_id
+from app.core.records.job import Problem
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

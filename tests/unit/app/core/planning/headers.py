@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from app.core.planning.plan import Plan, plan_job
+from app.core.records.specs import JobSpec
 from app.core.sources.safetensors_header import TensorHeader
-from app.core.specs import JobSpec
 
 CONFIG: dict[str, object] = {
     "model_type": "llama",

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from app.core.job import Stage
 from app.core.planning import cost_model
 from app.core.planning.cost_model import Prediction, predict
 from app.core.planning.device_profile import NOMINAL, DeviceProfile
 from app.core.planning.plan import plan_job
+from app.core.records.job import Stage
+from app.core.records.specs import JobSpec
 from app.core.sources.model_source import inspect_model, open_model
-from app.core.specs import JobSpec
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
+from workers.child.__main__ import pipeline
 from workers.quantization import evaluation, input_statistics, paired_pass, scale_search
-from workers.run import pipeline
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.core.planning.plan import Plan, plan_job
-from app.core.specs import Override, Recipe
+from app.core.records.specs import Override, Recipe
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 from tests.unit.app.core.planning.headers import WEIGHTS_PER_LAYER, asked, planned
 from workers.modeling.checkpoint import Checkpoint

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from app.core.errors import TextRefused
+from app.core.jobs.submission import pinned_text
+from app.core.records.specs import CalibrationSpec
 from app.core.settings import Settings
 from app.core.sources.git_lfs import POINTER
 from app.core.sources.text_content import (
@@ -25,8 +27,6 @@ from app.core.sources.text_content import (
 )
 from app.core.sources.text_shapes import SHAPES, Document
 from app.core.sources.text_source import open_text
-from app.core.specs import CalibrationSpec
-from app.core.submission import pinned_text
 
 TEXT = 'Straße, "quoted",\u2028\nand a second line \U0001f600'
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

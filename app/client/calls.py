@@ -1,0 +1,316 @@
+"""Everything that the service can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import httpx
+from pydantic import BaseModel
+
+from app.client import views
+from app.client.connection import returns, yields
+from app.client.effects import Call, Emit, Flow, Send, Stream
+from app.client.exchange import Exchange
+from app.client.following import (
+    Chunk,
+    OnWait,
+    chat_chunks,
+    deployment_changes,
+    deployment_gone,
+    ended_job,
+    ignore_seconds,
+    job_changes,
+    job_events,
+)
+from app.client.paths import artifact_route, deployment_route, given, job_route, route
+from app.client.resumed_download import OnBytes, artifact_files, ignore_bytes
+from app.core.errors import NotFound
+
+PAGE = 100  # the most that a page holds
+READY_LIMIT_S = 5.0
+
+Body = BaseModel | Mapping[str, Any]
+JobLike = views.JobAnswer | str
+ItemT = TypeVar("ItemT")
+PageOf = Callable[[str | None], Flow[views.Page[ItemT]]]
+
+
+def plain(body: Body) -> dict[str, Any]:
+    if isinstance(body, BaseModel):
+        return body.model_dump(mode="json", exclude_unset=True)
+    return dict(body)
+
+
+def id_of(job: JobLike) -> str:
+    return job.id if isinstance(job, views.JobAnswer) else job
+
+
+def keyed(idempotency_key: str | None) -> dict[str, str]:
+    """A POST with this header makes one thing, however often it is sent."""
+    return {"Idempotency-Key": idempotency_key or str(uuid4())}
+
+
+class Operations:
+    """What a client of either kind can ask. Each method is one flow; the client decides how to wait."""
+
+    exchange: Exchange
+
+    # Jobs
+
+    @returns
+    def submit(self, body: Body, *, idempotency_key: str | None = None) -> Flow[views.JobAnswer]:
+        """Hand over a job: a `JobSpec`, or the body as plain data. Sent again, it still makes one job."""
+        call = Call("POST", "/v1/jobs", json=plain(body), headers=keyed(idempotency_key))
+        return self.exchange.read(views.JobAnswer, call)
+
+    @returns
+    def job(self, job: JobLike) -> Flow[views.JobAnswer]:
+        return self.exchange.read(views.JobAnswer, Call("GET", job_route(id_of(job))))
+
+    @returns
+    def jobs(
+        self, *, state: str | None = None, label: str | None = None, limit: int = 20, after: str | None = None
+    ) -> Flow[views.JobPage]:
+        """A page of jobs, newest first."""
+        params = given({"state": state, "label": label, "limit": limit, "after": after})
+        return self.exchange.read(views.JobPage, Call("GET", "/v1/jobs", params=params))
+
+    @yields
+    def each_job(self, *, state: str | None = None, label: str | None = None) -> Stream[views.JobAnswer]:
+        """Every job, newest first."""
+        return each(lambda after: Operations.jobs(self, state=state, label=label, limit=PAGE, after=after))
+
+    @returns
+    def cancel(self, job: JobLike) -> Flow[views.JobAnswer]:
+        # Cancelling twice is cancelling once.
+        return self.exchange.read(
+            views.JobAnswer, Call("POST", job_route(id_of(job), "cancel"), repeatable=True)
+        )
+
+    @returns
+    def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> Flow[views.JobAnswer]:
+        """A new job with the spec of one that has ended."""
+        headers = keyed(idempotency_key)
+        return self.exchange.read(
+            views.JobAnswer, Call("POST", job_route(id_of(job), "retry"), headers=headers)
+        )
+
+    @returns
+    def delete_job(self, job: JobLike) -> Flow[None]:
+        return self.exchange.done(Call("DELETE", job_route(id_of(job))))
+
+    @returns
+    def event_page(
+        self, job: JobLike, *, after: str | None = None, limit: int = 100
+    ) -> Flow[views.EventPage]:
+        params = given({"after": after, "limit": limit})
+        return self.exchange.read(
+            views.EventPage, Call("GET", job_route(id_of(job), "events"), params=params)
+        )
+
+    @returns
+    def report(self, job: JobLike) -> Flow[dict[str, Any]]:
+        return self.exchange.document(Call("GET", job_route(id_of(job), "report")))
+
+    @returns
+    def estimate(self, body: Body) -> Flow[dict[str, Any]]:
+        call = Call("POST", "/v1/estimates", json=plain(body), repeatable=True)
+        return self.exchange.document(call)
+
+    @yields
+    def follow(self, job: JobLike) -> Stream[views.JobAnswer]:
+        """The job now and after each change, until it has ended."""
+        return job_changes(self.exchange, id_of(job))
+
+    @returns
+    def wait_for(self, job: JobLike, timeout: float | None = None) -> Flow[views.JobAnswer]:
+        """The job once it has ended, however it ended. Raises WaitTimedOut after `timeout` seconds."""
+        return ended_job(self.exchange, id_of(job), timeout_s=timeout)
+
+    @yields
+    def events(self, job: JobLike, *, after: str | None = None) -> Stream[views.EventAnswer]:
+        """Events as they happen, until the job has ended. A broken connection is taken up where it broke."""
+        return job_events(self.exchange, id_of(job), after)
+
+    @returns
+    def webhook_deliveries(self, job: JobLike) -> Flow[views.DeliveryPage]:
+        return self.exchange.read(
+            views.DeliveryPage, Call("GET", job_route(id_of(job), "webhook-deliveries"))
+        )
+
+    @returns
+    def redeliver(self, job: JobLike, delivery_id: str) -> Flow[views.DeliveryAnswer]:
+        where = job_route(id_of(job), "webhook-deliveries", delivery_id, "redeliver")
+        return self.exchange.read(views.DeliveryAnswer, Call("POST", where))
+
+    # Artifacts
+
+    @returns
+    def artifact(self, artifact_id: str) -> Flow[views.ArtifactAnswer]:
+        return self.exchange.read(views.ArtifactAnswer, Call("GET", artifact_route(artifact_id)))
+
+    @returns
+    def artifacts(self, *, limit: int = 20, after: str | None = None) -> Flow[views.ArtifactPage]:
+        """A page of artifacts, newest first."""
+        params = given({"limit": limit, "after": after})
+        return self.exchange.read(views.ArtifactPage, Call("GET", "/v1/artifacts", params=params))
+
+    @yields
+    def each_artifact(self) -> Stream[views.ArtifactAnswer]:
+        return each(lambda after: Operations.artifacts(self, limit=PAGE, after=after))
+
+    @returns
+    def delete_artifact(self, artifact_id: str) -> Flow[None]:
+        return self.exchange.done(Call("DELETE", artifact_route(artifact_id)))
+
+    @returns
+    def link(self, artifact_id: str, path: str, *, expires_in_s: int = 3600) -> Flow[views.LinkAnswer]:
+        """A link that reads one file without a key."""
+        body = {"path": path, "expires_in_s": expires_in_s}
+        call = Call("POST", artifact_route(artifact_id, "links"), json=body, repeatable=True)
+        return self.exchange.read(views.LinkAnswer, call)
+
+    @returns
+    def download(
+        self, artifact_id: str, folder: Path, *, on_bytes: OnBytes = ignore_bytes
+    ) -> Flow[views.ArtifactAnswer]:
+        """Write an artifact's files under `folder`; each appears there only after its SHA-256 was checked.
+
+        What an earlier download left is continued, and what is there already is not sent again.
+        """
+        artifact = yield from Operations.artifact(self, artifact_id)
+        yield from artifact_files(self.exchange, artifact, folder, on_bytes)
+        return artifact
+
+    # Deployments
+
+    @returns
+    def deploy(self, body: Body, *, idempotency_key: str | None = None) -> Flow[views.DeploymentAnswer]:
+        call = Call("POST", "/v1/deployments", json=plain(body), headers=keyed(idempotency_key))
+        return self.exchange.read(views.DeploymentAnswer, call)
+
+    @returns
+    def deployment(self, deployment_id: str) -> Flow[views.DeploymentAnswer]:
+        return self.exchange.read(views.DeploymentAnswer, Call("GET", deployment_route(deployment_id)))
+
+    @returns
+    def deployments(self, *, limit: int = 20, after: str | None = None) -> Flow[views.DeploymentPage]:
+        """A page of deployments, newest first."""
+        params = given({"limit": limit, "after": after})
+        return self.exchange.read(views.DeploymentPage, Call("GET", "/v1/deployments", params=params))
+
+    @yields
+    def each_deployment(self) -> Stream[views.DeploymentAnswer]:
+        return each(lambda after: Operations.deployments(self, limit=PAGE, after=after))
+
+    @returns
+    def deployment_named(self, name: str) -> Flow[views.DeploymentAnswer]:
+        """The deployment of that name or id that is not on its way out. Raises NotFound."""
+        after: str | None = None
+        while True:
+            page = yield from Operations.deployments(self, limit=PAGE, after=after)
+            for each_one in page.items:
+                if name in (each_one.name, each_one.id) and each_one.state != "draining":
+                    return each_one
+            if page.next is None:
+                raise NotFound(
+                    f"there is no deployment {name!r}",
+                    code="deployment_not_found",
+                    remedy="`nibble deployments` lists them",
+                )
+            after = page.next
+
+    @returns
+    def delete_deployment(self, deployment_id: str, *, wait: bool = False) -> Flow[None]:
+        """Take no more requests, finish those that run, then stop. With `wait`, until that has happened."""
+        yield from self.exchange.done(Call("DELETE", deployment_route(deployment_id)))
+        if wait:
+            yield from deployment_gone(self.exchange, deployment_id)
+
+    @yields
+    def follow_deployment(self, deployment_id: str) -> Stream[views.DeploymentAnswer]:
+        """The deployment now and after each change, without end."""
+        return deployment_changes(self.exchange, deployment_id)
+
+    @yields
+    def chat(self, body: Mapping[str, Any], *, on_wait: OnWait = ignore_seconds) -> Stream[Chunk]:
+        """The chunks of a streamed answer; a model that loads is waited for."""
+        return chat_chunks(self.exchange, body, on_wait)
+
+    # The service itself
+
+    @returns
+    def workers(self) -> Flow[views.WorkerPage]:
+        return self.exchange.read(views.WorkerPage, Call("GET", "/v1/workers"))
+
+    @returns
+    def ready(self) -> Flow[bool]:
+        """True once the service takes jobs; False while it starts or lacks Redis or storage."""
+        try:
+            answer = yield Send(Call("GET", "/readyz", read_timeout_s=READY_LIMIT_S))
+        except httpx.TransportError:
+            return False
+        return bool(answer.is_success)
+
+    @returns
+    def login_link(self) -> Flow[views.LoginLinkAnswer]:
+        return self.exchange.read(views.LoginLinkAnswer, Call("POST", "/v1/login-links", repeatable=True))
+
+    @returns
+    def collect_garbage(self, *, dry_run: bool = False) -> Flow[views.GarbageAnswer]:
+        params = {"dry_run": str(dry_run).lower()}
+        call = Call("POST", "/v1/gc", params=params, repeatable=True)
+        return self.exchange.read(views.GarbageAnswer, call)
+
+    @returns
+    def audit(self, *, limit: int = 100, after: str | None = None) -> Flow[views.AuditPage]:
+        params = given({"limit": limit, "after": after})
+        return self.exchange.read(views.AuditPage, Call("GET", "/v1/audit", params=params))
+
+    # Access. A key is shown once: if that answer was lost, the repetition is refused by name of the key.
+
+    @returns
+    def create_key(self, body: Mapping[str, Any]) -> Flow[views.NewKeyAnswer]:
+        return self.exchange.read(
+            views.NewKeyAnswer, Call("POST", "/v1/keys", json=dict(body), headers=keyed(None))
+        )
+
+    @returns
+    def keys(self, *, tenant: str | None = None) -> Flow[views.KeyPage]:
+        return self.exchange.read(views.KeyPage, Call("GET", "/v1/keys", params=given({"tenant": tenant})))
+
+    @returns
+    def revoke_key(self, key_id: str) -> Flow[None]:
+        return self.exchange.done(Call("DELETE", route("keys", key_id)))
+
+    @returns
+    def tenant_limits(self, tenant: str) -> Flow[views.LimitsAnswer]:
+        return self.exchange.read(views.LimitsAnswer, Call("GET", route("tenants", tenant, "limits")))
+
+    @returns
+    def set_tenant_limits(self, tenant: str, limits: Mapping[str, int]) -> Flow[views.LimitsAnswer]:
+        call = Call("PUT", route("tenants", tenant, "limits"), json=dict(limits))
+        return self.exchange.read(views.LimitsAnswer, call)
+
+    @returns
+    def webhook_secret(self) -> Flow[views.SecretAnswer]:
+        return self.exchange.read(views.SecretAnswer, Call("GET", "/v1/webhook-secret"))
+
+    @returns
+    def rotate_webhook_secret(self) -> Flow[views.SecretAnswer]:
+        return self.exchange.read(views.SecretAnswer, Call("POST", "/v1/webhook-secret/rotate"))
+
+
+def each(page_after: PageOf[ItemT]) -> Stream[ItemT]:
+    """Every item of a list, page by page."""
+    after: str | None = None
+    while True:
+        page = yield from page_after(after)
+        for item in page.items:
+            yield Emit(item)
+        if page.next is None:
+            return
+        after = page.next

@@ -1,0 +1,225 @@
+"""The body of a job, put together from a file and from options."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from app.commands.terminal import among
+from app.core.errors import InvalidRequest
+from app.core.records.specs import FormatName, Method
+
+IdempotencyKey = Annotated[
+    str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
+]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
+]
+Timeout = Annotated[
+    int | None, typer.Option(help="Seconds that it may run; 14400 unless told.", show_default=False)
+]
+QueueTimeout = Annotated[
+    int | None, typer.Option(help="Seconds that it may wait for a worker.", show_default=False)
+]
+
+
+def option(text: str, *names: str, values: tuple[str, ...] = ()) -> Any:
+    """An option without a default of its own: the body of the job has it."""
+    return typer.Option(
+        *names, help=text, show_default=False, autocompletion=among(*values) if values else None
+    )
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What `submit`, `estimate` and `quantize` take alike."""
+
+    method: Annotated[
+        str | None, option("rtn, awq (unless told), gptq or omniquant.", values=get_args(Method))
+    ] = None
+    bits: Annotated[int | None, option("2, 3, 4 (unless told) or 8.")] = None
+    group_size: Annotated[int | None, option("32, 64, 128 (unless told), or -1 for whole rows.")] = None
+    symmetric: Annotated[
+        bool | None,
+        option(
+            "The integer grid; asymmetric unless told.",
+            "--symmetric/--asymmetric",
+        ),
+    ] = None
+    rounding: Annotated[
+        str | None, option("nearest, or gptq (slower and better).", values=("nearest", "gptq"))
+    ] = None
+    max_ratio: Annotated[
+        float | None,
+        option(
+            "A target: 1.01 allows one percent more perplexity; recipes are tried until one meets it.",
+            "--max-perplexity-ratio",
+        ),
+    ] = None
+    formats: Annotated[
+        list[str] | None,
+        option(
+            "awq, gptq or compressed-tensors (unless told); may be repeated.",
+            "--format",
+            values=get_args(FormatName),
+        ),
+    ] = None
+    num_samples: Annotated[int | None, option("Calibration windows.")] = None
+    sequence_length: Annotated[int | None, option("Tokens of a window.")] = None
+    dataset: Annotated[
+        str | None, option("Calibration text: builtin:…, hf:…, s3://…, file://… or a file.")
+    ] = None
+    eval_samples: Annotated[int | None, option("Evaluation windows.")] = None
+    spec: Annotated[
+        Path | None,
+        option(
+            "JSON file with a whole job body, - for standard input; options change it.",
+            "--spec",
+        ),
+    ] = None
+
+
+Command = Callable[..., None]
+
+
+def takes_job_options(command: Command) -> Command:
+    """Give a command whose last parameter is `options` each of JobOptions as an option of its own."""
+    shared = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters_of(JobOptions)]
+    own = [parameter for parameter in parameters_of(command) if parameter.name != "options"]
+
+    @wraps(command)
+    def expanded(*arguments: object, **named: Any) -> None:
+        options = JobOptions(**{each.name: named.pop(each.name) for each in shared})
+        command(*arguments, **named, options=options)
+
+    first = [each for each in own if each.kind is not Parameter.KEYWORD_ONLY]
+    last = [each for each in own if each.kind is Parameter.KEYWORD_ONLY]
+    del expanded.__wrapped__  # typer would read the parameters of the command itself
+    expanded.__signature__ = Signature([*first, *shared, *last])  # type: ignore[attr-defined]  # inspect reads it
+    expanded.__annotations__ = {each.name: each.annotation for each in [*own, *shared]}
+    return expanded
+
+
+def parameters_of(function: Callable[..., object]) -> list[Parameter]:
+    return list(signature(function, eval_str=True).parameters.values())
+
+
+# Section and field of a job's body that an option sets.
+PLACES = {
+    "method": ("recipe", "method"),
+    "bits": ("recipe", "bits"),
+    "group_size": ("recipe", "group_size"),
+    "symmetric": ("recipe", "symmetric"),
+    "rounding": ("recipe", "rounding"),
+    "max_ratio": ("target", "max_perplexity_ratio"),
+    "num_samples": ("calibration", "num_samples"),
+    "sequence_length": ("calibration", "sequence_length"),
+    "dataset": ("calibration", "dataset"),
+    "eval_samples": ("evaluation", "num_samples"),
+}
+
+
+def read_spec(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text()
+        body = json.loads(text)
+    except (OSError, ValueError) as fault:
+        raise typer.BadParameter(f"{path}: {fault}", param_hint="--spec") from fault
+    if not isinstance(body, dict):
+        raise typer.BadParameter(f"{path} holds no JSON object", param_hint="--spec")
+    return body
+
+
+def job_body(
+    model: str | None, options: JobOptions, labels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The file's body, changed by the options that were given. They can't change a list of recipes."""
+    body = read_spec(options.spec)
+    if model is not None:
+        body["model"] = model_reference(model)
+    if "model" not in body:
+        raise typer.BadParameter("name a model, or give a file with one", param_hint="MODEL")
+    if options.formats:
+        body["formats"] = options.formats
+    for section, changes in {**sections(options), "labels": labels or {}}.items():
+        held = body.get(section)
+        if changes and held is not None and not isinstance(held, dict):
+            raise typer.BadParameter(
+                f"options can't change the {section} of the file: it is no object", param_hint="--spec"
+            )
+        if changes:
+            body[section] = {**(held or {}), **changes}
+    return body
+
+
+def sections(options: JobOptions) -> dict[str, dict[str, Any]]:
+    """The options that were given, by the sections and fields that they set."""
+    placed: dict[str, dict[str, Any]] = {}
+    for name, (section, field) in PLACES.items():
+        value = text_reference(options.dataset) if name == "dataset" else getattr(options, name)
+        if value is not None:
+            placed.setdefault(section, {})[field] = value
+    return placed
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def model_reference(model: str) -> str:
+    """A folder becomes a `file://` reference; anything else is the service's to understand.
+
+    Raises InvalidRequest for what can only be meant as a folder, but is none: also `examples/typo`, where
+    there is a folder `examples`.
+    """
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder):
+        return Path(folder).resolve().as_uri()
+    is_file = os.path.isfile(folder)
+    is_path = model.startswith(("/", "./", "../", "~")) or (
+        ":" not in model and os.path.dirname(model) != "" and os.path.isdir(os.path.dirname(model))
+    )
+    if is_file or is_path:
+        raise InvalidRequest(
+            f"{model} is a file" if is_file else f"there is no folder {model}",
+            code="model_not_found",
+            remedy="give the folder that holds config.json and the safetensors files, or a reference such as "
+            "hf:org/name",
+            param="model",
+        )
+    return model
+
+
+def text_reference(dataset: str | None) -> str | None:
+    """A file becomes a `file://` reference. Raises InvalidRequest for one that does not exist."""
+    if dataset is None or ":" in dataset:
+        return dataset
+    file = os.path.expanduser(dataset)
+    if not os.path.isfile(file):
+        raise InvalidRequest(
+            f"there is no file {dataset}",
+            code="text_source_invalid",
+            remedy="give a file that ends in .jsonl, .json, .csv or .txt, or builtin:wikitext2, hf:…, s3://… "
+            "or file://…",
+            param="calibration.dataset",
+        )
+    return Path(file).resolve().as_uri()
+
+
+def split_labels(labels: list[str] | None) -> dict[str, str]:
+    pairs = [label.partition("=") for label in labels or ()]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise typer.BadParameter(f"{key!r} lacks a value; write it as key=value", param_hint="--label")
+    return {key: value for key, _, value in pairs}

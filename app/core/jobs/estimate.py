@@ -1,0 +1,106 @@
+"""What a job would take and do, for callers: the cost model's figures beside the plan's decisions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from app.core.jobs.submission import CheckedSubmission
+from app.core.planning.cost_model import predict
+from app.core.planning.device_profile import NOMINAL, DeviceKind, DeviceProfile
+from app.core.planning.plan import CandidatePlan
+from app.core.records.job import Stage
+from app.core.records.specs import FormatName, Frozen
+
+
+class LinearEstimate(Frozen):
+    """One linear: its width, or the reason why it keeps its precision."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int | None
+    group_size: int | None
+    reason: str | None
+
+
+class CandidateEstimate(Frozen):
+    """One recipe: what is done to each linear, and the size of each format."""
+
+    recipe_index: int
+    label: str
+    bits_per_weight: float
+    time_s: float  # of this recipe alone
+    output_bytes: dict[FormatName, int]
+    linears: tuple[LinearEstimate, ...]
+
+
+class Estimate(Frozen):
+    """The figures of a job. Times are rough; sizes of outputs are exact but for their metadata."""
+
+    object: Literal["estimate"] = "estimate"
+    model: str
+    architecture: str
+    parameters: int
+    layers: int
+    device: DeviceKind
+    basis: str  # measured by a living worker, or nominal
+    time_s: float
+    stages: dict[Stage, float]
+    ram_bytes: int
+    vram_bytes: int
+    disk_bytes: int
+    download_bytes: int
+    output_bytes: int
+    notes: tuple[str, ...]
+    candidates: tuple[CandidateEstimate, ...]
+
+
+def estimate(
+    checked: CheckedSubmission, device: DeviceKind, profile: DeviceProfile | None = None
+) -> Estimate:
+    """On a device of this kind, with the rates of `profile` if one was measured."""
+    plan, spec = checked.plan, checked.spec
+    prediction = predict(plan, spec, profile or NOMINAL[device])
+    output = sum(prediction.output_bytes)
+    return Estimate(
+        model=spec.model,
+        architecture=plan.architecture.model_type,
+        parameters=plan.parameters,
+        layers=plan.num_layers,
+        device=device,
+        basis=prediction.basis,
+        time_s=round(prediction.total_seconds, 1),
+        stages={stage: round(spent, 2) for stage, spent in prediction.seconds.items()},
+        ram_bytes=prediction.ram_bytes,
+        vram_bytes=prediction.vram_bytes,
+        # Outputs lie in the work folder and in storage.
+        disk_bytes=checked.download_bytes + prediction.disk_bytes + output,
+        download_bytes=checked.download_bytes,
+        output_bytes=output,
+        notes=plan.notes,
+        candidates=tuple(
+            candidate_estimate(candidate, sum(own.values()))
+            for candidate, own in zip(plan.candidates, prediction.candidate_seconds, strict=True)
+        ),
+    )
+
+
+def candidate_estimate(candidate: CandidatePlan, time_s: float) -> CandidateEstimate:
+    return CandidateEstimate(
+        recipe_index=candidate.recipe_index,
+        label=candidate.label,
+        bits_per_weight=candidate.bits_per_weight,
+        time_s=round(time_s, 2),
+        output_bytes=candidate.output_bytes,
+        linears=tuple(
+            LinearEstimate(
+                name=linear.name,
+                out_features=linear.out_features,
+                in_features=linear.in_features,
+                bits=linear.scheme.bits if linear.scheme is not None else None,
+                group_size=linear.scheme.group_size if linear.scheme is not None else None,
+                reason=linear.reason,
+            )
+            for linear in candidate.linears
+        ),
+    )

@@ -1,0 +1,389 @@
+"""Job records in Redis: every change is a compare-and-set on the record's version."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import Field
+from redis import Redis
+
+from app.core.errors import (
+    Conflict,
+    MalformedRequest,
+    NibbleError,
+    NotFound,
+    QuotaExceeded,
+    RecordUnreadable,
+)
+from app.core.jobs.job_encoding import announcement, decode, encode, state_payload
+from app.core.jobs.job_scripts import APPEND, CREATE, DELETE, NEXT_TURN, RELEASE, RENEW, SETTLE, SWAP
+from app.core.outgoing.webhook_messages import DUE, Delivery, deliveries_key, delivery_key, message_of
+from app.core.records.ids import is_id
+from app.core.records.job import TRANSITIONS, Job, JobState
+from app.core.records.job_changes import claimed, is_executing, stale
+from app.core.records.job_keys import (
+    ENDED,
+    LINES,
+    events_key,
+    job_key,
+    jobs_stamp,
+    lease_key,
+    line_key,
+    postponed_key,
+    state_key,
+    tenant_key,
+    tenant_keys,
+    turns_key,
+)
+from app.core.records.specs import Frozen
+
+log = logging.getLogger(__name__)
+
+MAX_COLLISIONS = 50
+PAGE_STEP = 200
+RANKS = {"high": 0, "normal": 1, "low": 2}  # in line; of the same rank the older one is first
+
+
+class JobEvent(Frozen):
+    """One line of a job's history. Ids are Redis stream ids, so they order events and name their time."""
+
+    id: str
+    created_at: datetime
+    kind: str
+    payload: dict[str, Any]
+
+
+class JobFilter(Frozen):
+    """Which jobs a page shows: newest first, older than the id `after`."""
+
+    state: JobState | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    limit: int = 20
+    after: str | None = None
+
+    @property
+    def is_selective(self) -> bool:
+        return self.state is not None or bool(self.labels)
+
+    def matches(self, job: Job) -> bool:
+        if self.state is not None and job.state is not self.state:
+            return False
+        return all(job.spec.labels.get(key) == value for key, value in self.labels.items())
+
+
+class JobPage(Frozen):
+    jobs: tuple[Job, ...]
+    has_more: bool
+
+
+def missing(job_id: str) -> NotFound:
+    return NotFound(
+        f"there is no job {job_id[:64]}",
+        code="job_not_found",
+        remedy="`nibble jobs` and GET /v1/jobs list yours; deleted ones and other tenants' are not shown",
+    )
+
+
+def delivery_keys(message: Delivery | None) -> list[str]:
+    """For the scripts; without a message they touch none of these."""
+    known, job_id = (message.id, message.job) if message is not None else ("none", "none")
+    return [delivery_key(known), deliveries_key(job_id), DUE]
+
+
+def delivery_arguments(message: Delivery | None) -> list[str]:
+    return ["", ""] if message is None else [message.id, message.model_dump_json()]
+
+
+def check_change(before: Job, after: Job) -> None:
+    """Refuse what the table of transitions does not allow, whatever way the change was made."""
+    allowed = after.state is before.state or after.state in TRANSITIONS[before.state]
+    if before.is_terminal or not allowed:
+        raise Conflict(
+            f"job {before.id} is {before.state} and cannot be changed to {after.state}",
+            code="invalid_transition",
+            remedy="read the job again: its state has changed since you looked",
+        )
+
+
+class JobStore:
+    """The one way to job records, for the API, the workers and the janitor."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
+        self._create = self._redis.register_script(CREATE)
+        self._swap = self._redis.register_script(SWAP)
+        self._delete = self._redis.register_script(DELETE)
+        self._settle = self._redis.register_script(SETTLE)
+        self._append = self._redis.register_script(APPEND)
+        self._next_turn = self._redis.register_script(NEXT_TURN)
+        self._renew = self._redis.register_script(RENEW)
+        self._release = self._redis.register_script(RELEASE)
+
+    def create(self, job: Job, *, most_active: int = 0, most_turns: int = 0) -> bool:
+        """Record a new job; False if its id exists already.
+
+        Raises QuotaExceeded if the tenant has `most_active` jobs that have not ended; 0 is no limit. Beyond
+        `most_turns` jobs that may be queued, it waits in line.
+        """
+        keys = [job_key(job.id), tenant_key(job.tenant), state_key(job.state), events_key(job.id)]
+        arguments = [job.id, encode(job), job.spec.model_dump_json(), state_payload(job)]
+        message = message_of(None, job)
+        limits: list[Any] = [int(not job.is_terminal), most_active, most_turns, RANKS[job.spec.priority]]
+        created = self._create(
+            keys=[*keys, *tenant_keys(job.tenant), *delivery_keys(message)],
+            args=[*arguments, *limits, job.tenant, *delivery_arguments(message)],
+        )
+        if created < 0:
+            raise QuotaExceeded(
+                f"the tenant {job.tenant} has {most_active} jobs that have not ended, which is its limit",
+                code="job_quota_exceeded",
+                remedy="wait until jobs end, cancel some, or let the operator raise the limit",
+            )
+        return bool(created)
+
+    def read(self, job_id: str) -> tuple[Job, int]:
+        """The job and the version of its record."""
+        if not is_id("job", job_id):
+            raise missing(job_id)
+        record, spec, version = self._redis.hmget(job_key(job_id), "record", "spec", "version")
+        if record is None:
+            raise missing(job_id)
+        return decode(record, spec), int(version)
+
+    def load(self, job_id: str) -> Job:
+        return self.read(job_id)[0]
+
+    def read_for(self, tenant: str, job_id: str) -> tuple[Job, int]:
+        """As `read`; NotFound also for a job of another tenant."""
+        job, version = self.read(job_id)
+        if job.tenant != tenant:
+            raise missing(job_id)
+        return job, version
+
+    def get(self, tenant: str, job_id: str) -> Job:
+        return self.read_for(tenant, job_id)[0]
+
+    def version(self, job_id: str) -> int:
+        """The record's version, which grows with each change; 0 if there is no such job."""
+        return int(self._redis.hget(job_key(job_id), "version") or 0)
+
+    def update(self, job_id: str, change: Callable[[Job], Job], attempt: int | None = None) -> Job:
+        """Apply `change` to the record, again from the start if another writer was faster.
+
+        With `attempt`, only the attempt that executes the job may write: Conflict `stale_attempt` otherwise.
+        A change of state or stage is also appended to the events.
+        """
+        for _ in range(MAX_COLLISIONS):
+            before, version = self.read(job_id)
+            if attempt is not None and not is_executing(before, attempt):
+                raise stale(before, attempt)
+            after = change(before)
+            if after == before:
+                return before
+            check_change(before, after)
+            kind, payload = announcement(before, after)
+            message = message_of(before, after)
+            keys = [job_key(job_id), state_key(before.state), state_key(after.state), events_key(job_id)]
+            active = "0" if after.is_terminal else "1"
+            failure = after.error.code if after.state is JobState.FAILED and after.error is not None else ""
+            arguments = [job_id, str(version), encode(after), kind, payload, active, failure]
+            arguments = [*arguments, secrets.token_hex(8)]
+            if self._swap(
+                keys=[*keys, *tenant_keys(after.tenant), *delivery_keys(message)],
+                args=[*arguments, *delivery_arguments(message)],
+            ):
+                return after
+        raise Conflict(
+            f"job {job_id} was changed {MAX_COLLISIONS} times while it was to be written",
+            code="contended",
+            remedy="try again",
+        )
+
+    def page(self, tenant: str, wanted: JobFilter) -> JobPage:
+        """A page of the tenant's jobs, newest first."""
+        found: list[Job] = []
+        for job in self._newest_first(tenant, wanted):
+            if wanted.matches(job):
+                found.append(job)
+            if len(found) > wanted.limit:
+                break
+        return JobPage(jobs=tuple(found[: wanted.limit]), has_more=len(found) > wanted.limit)
+
+    def _newest_first(self, tenant: str, wanted: JobFilter) -> Iterator[Job]:
+        after = wanted.after
+        step = PAGE_STEP if wanted.is_selective else wanted.limit + 1
+        if after is not None and not is_id("job", after):
+            raise MalformedRequest(
+                f"{after[:64]!r} is not a cursor",
+                code="invalid_cursor",
+                remedy="pass the `next` of the page before",
+                param="after",
+            )
+        while True:
+            upper = "+" if after is None else f"({after}"
+            ids = self._redis.zrevrangebylex(tenant_key(tenant), upper, "-", start=0, num=step)
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hmget(job_key(job_id.decode()), "record", "spec")
+            for record, spec in pipe.execute():
+                if record is None:  # deleted between the two reads
+                    continue
+                try:
+                    yield decode(record, spec)
+                except RecordUnreadable as fault:
+                    log.warning("left out of a list: %s", fault.message)
+            if len(ids) < step:
+                return
+            after = ids[-1].decode()
+
+    def delete(self, tenant: str, job_id: str) -> Job:
+        """Remove a job that has ended, with its events.
+
+        Conflict while it lives, and until what follows from its end is done, which its record alone tells.
+        """
+        job, version = self.read_for(tenant, job_id)
+        if not job.is_terminal:
+            raise Conflict(
+                f"job {job_id} is {job.state}; only jobs that have ended can be deleted",
+                code="job_not_finished",
+                remedy="cancel it first and wait until it has stopped",
+            )
+        keys = [job_key(job_id), tenant_key(tenant), state_key(job.state)]
+        keys = [*keys, events_key(job_id), lease_key(job_id), jobs_stamp(tenant)]
+        if self._delete(keys=keys, args=[job_id, version]) == -1:
+            raise Conflict(
+                f"job {job_id} has ended just now, and what follows from that is not done yet",
+                code="job_not_settled",
+                remedy="try again in a moment",
+            )
+        return job
+
+    def unsettled(self) -> list[str]:
+        """The ids of jobs that have ended while what follows from it is not done, oldest first."""
+        return sorted(job_id.decode() for job_id in self._redis.smembers(ENDED))
+
+    def is_settled(self, job_id: str) -> bool:
+        """False from the moment of a job's end until what follows from it is done."""
+        return not self._redis.sismember(ENDED, job_id)
+
+    def settle(self, job_id: str) -> None:
+        """Note that what follows from the job's end is done, and wake those who wait for that."""
+        self._settle(keys=[ENDED], args=[job_id])
+
+    def in_state(self, *states: JobState) -> list[str]:
+        """The ids of all tenants' jobs in one of the states at this moment, oldest first."""
+        return sorted(
+            job_id.decode() for job_id in self._redis.sunion([state_key(state) for state in states])
+        )
+
+    def age_s(self, job_id: str) -> float:
+        """Seconds since the job was recorded, by the clock of Redis: those of hosts may jump."""
+        first = self._redis.xrange(events_key(job_id), count=1)
+        seconds, microseconds = self._redis.time()
+        created_s = int(first[0][0].partition(b"-")[0]) / 1000 if first else seconds
+        return float(seconds + microseconds / 1e6 - created_s)
+
+    def counts(self) -> dict[JobState, int]:
+        pipe = self._redis.pipeline(transaction=False)
+        for state in JobState:
+            pipe.scard(state_key(state))
+        return dict(zip(JobState, pipe.execute(), strict=True))
+
+    def append_event(
+        self, job_id: str, kind: str, payload: dict[str, Any], attempt: int | None = None
+    ) -> str:
+        """Add to the job's history and return the event's id. With `attempt`, as in `update`."""
+        event_id = self._append(
+            keys=[job_key(job_id), events_key(job_id)],
+            args=[job_id, kind, json.dumps(payload), "" if attempt is None else attempt, ""],
+        )
+        if event_id is None:
+            raise missing(job_id)
+        if event_id == -1:
+            raise stale(self.load(job_id), attempt or 0)
+        return str(event_id.decode())
+
+    def append_once(self, job_id: str, name: str, kind: str, payload: dict[str, Any]) -> None:
+        """Add an event to the job's history, unless one was added under this name before."""
+        keys = [job_key(job_id), events_key(job_id)]
+        if self._append(keys=keys, args=[job_id, kind, json.dumps(payload), "", f"once:{name}"]) is None:
+            raise missing(job_id)
+
+    def has_appended(self, job_id: str, name: str) -> bool:
+        """True if `append_once` has added the event of this name."""
+        return bool(self._redis.hexists(job_key(job_id), f"once:{name}"))
+
+    def events(self, job_id: str, after: str | None = None, limit: int = 100) -> list[JobEvent]:
+        """Events after the id `after`, oldest first."""
+        entries = self._redis.xrange(
+            events_key(job_id), "-" if after is None else f"({after}", "+", count=limit
+        )
+        return [
+            JobEvent(
+                id=event_id.decode(),
+                created_at=datetime.fromtimestamp(int(event_id.partition(b"-")[0]) / 1000, UTC),
+                kind=fields[b"kind"].decode(),
+                payload=json.loads(fields[b"payload"]),
+            )
+            for event_id, fields in entries
+        ]
+
+    def claim(self, job_id: str, attempt: int, *, worker: str, lease_s: float) -> Job:
+        """Take the lease and start `attempt`. Conflict if the job is not waiting for just this attempt.
+
+        The lease comes first: a running job without one counts as lost.
+        """
+        if not self.acquire(job_id, attempt, lease_s):
+            raise Conflict(
+                f"another worker holds the lease of job {job_id}",
+                code="lease_held",
+                remedy="nothing: the job is being executed",
+            )
+        try:
+            return self.update(job_id, lambda job: claimed(job, attempt, worker))
+        except NibbleError:
+            self.release(job_id, attempt)
+            raise
+
+    def is_in_line(self, job: Job) -> bool:
+        """True if the job waits for other jobs of its tenant, in no queue."""
+        return self._redis.zscore(line_key(job.tenant), job.id) is not None
+
+    def next_turn(self, tenant: str, most: int) -> str | None:
+        """Give the first job in line its turn; None if nobody waits, or `most` (0: any number) have one."""
+        first = self._next_turn(keys=[turns_key(tenant), line_key(tenant)], args=[most])
+        return first.decode() if first is not None else None
+
+    def turns_taken(self, tenant: str) -> int:
+        return int(self._redis.scard(turns_key(tenant)))
+
+    def tenants_with_lines(self) -> list[str]:
+        """The tenants one of whose jobs has ever waited in line."""
+        return sorted(tenant.decode() for tenant in self._redis.smembers(LINES))
+
+    def postpone(self, job_id: str, seconds: float) -> None:
+        """Have no janitor queue the job for some seconds, by the clock of Redis."""
+        self._redis.set(postponed_key(job_id), 1, px=max(1, int(seconds * 1000)))
+
+    def is_postponed(self, job_id: str) -> bool:
+        return bool(self._redis.exists(postponed_key(job_id)))
+
+    def acquire(self, job_id: str, attempt: int, lease_s: float) -> bool:
+        """Take the lease for `lease_s` seconds; False if it is held."""
+        return bool(self._redis.set(lease_key(job_id), attempt, nx=True, px=int(lease_s * 1000)))
+
+    def renew(self, job_id: str, attempt: int, lease_s: float) -> bool:
+        """Hold the lease for `lease_s` more seconds; False if it was lost: stop the attempt then."""
+        return bool(self._renew(keys=[lease_key(job_id)], args=[attempt, int(lease_s * 1000)]))
+
+    def holds(self, job_id: str, attempt: int) -> bool:
+        """True while the lease of `attempt` is alive."""
+        return bool(self._redis.get(lease_key(job_id)) == str(attempt).encode())
+
+    def release(self, job_id: str, attempt: int) -> bool:
+        return bool(self._release(keys=[lease_key(job_id)], args=[attempt]))

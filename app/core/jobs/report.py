@@ -1,0 +1,131 @@
+"""The quality report of a job: what was decided per linear, and what it cost and gained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from app.core.planning.cost_model import Prediction
+from app.core.records.specs import FormatName, Frozen, Recipe
+
+
+class LinearReport(Frozen):
+    """One linear. Losses are `tr(E H E^T)`: the expected squared error of its output, summed over rows."""
+
+    linear: str
+    bits: int | None  # None: kept in the model's precision
+    group_size: int | None = None
+    reason: str | None = None  # why it was kept, has no scales or another group size
+    ratio: float | None = None  # exponent of the activations; with weight_ratio 0, 0 is the identity
+    weight_ratio: float | None = None  # exponent of the weights: 0, or 1 - ratio with duo scaling
+    scale_spread: float | None = None  # s_max / s_min
+    loss_rounding: float | None = None  # of plain rounding, without scales and clip
+    loss_unclipped: float | None = None  # with scales
+    loss_clipped: float | None = None  # with scales and clip, nearest integers
+    loss: float | None = None  # as rounded
+    energy: float | None = None  # mean square of the output itself, summed over rows, in the losses' unit
+    clip_gain: float | None = None  # 1 - loss_clipped / loss_unclipped
+    clip_low: float | None = (
+        None  # smallest weight that a group holds, median over groups, in the model's units
+    )
+    clip_high: float | None = None  # and the largest
+    clip_floor: float | None = None  # smallest share of a range tried at first, by percentiles of the weights
+    damping: float | None = None  # GPTQ: share of the mean diagonal added to H
+    backend: str | None = None  # what computed the clip search: a kernel of ours, or torch
+
+
+class LearningReport(Frozen):
+    """What OmniQuant learned of a layer: mean squared differences of its output from the original's."""
+
+    windows: int  # of calibration text, on the quantized chain, that it learned from
+    judged_on: int = 0  # windows that the losses are of: others, or the same if the text had no more
+    steps: int
+    loss_start: float  # as the search and the rounding left it
+    loss: float  # of the best epoch; never above the start
+
+
+class LayerReport(Frozen):
+    """One decoder layer of one candidate."""
+
+    layer: int
+    seconds: float
+    equivalence_error: float  # relative output error of the scaled, unrounded layer
+    learning: LearningReport | None = None
+    linears: tuple[LinearReport, ...]
+
+
+class CandidateReport(Frozen):
+    """One recipe: quality on the evaluation text, size, decisions."""
+
+    recipe_index: int
+    label: str
+    recipe: Recipe
+    inputs: str  # the chain whose outputs its layers were calibrated on
+    perplexity: float
+    perplexity_ratio: float  # quantized / original
+    kl: float  # mean KL(original || quantized) per token, nats
+    bytes: dict[FormatName, int]  # of the safetensors files
+    bits_per_weight: float
+    meets_target: bool | None = None  # None: no target was given
+    gain_over_rounding: float | None = None  # share of plain rounding's relative output error that is gone
+    seconds: dict[str, float]  # of this candidate alone: searching, packing, verifying
+    layers: tuple[LayerReport, ...]
+
+
+class TryReport(Frozen):
+    """One candidate on the way to the target."""
+
+    rung: str
+    reason: str  # the figures that led to it
+    recipe_index: int
+    label: str
+    recipe: Recipe
+    perplexity_ratio: float
+    kl: float
+    bytes: dict[FormatName, int]
+    bits_per_weight: float
+    seconds: float  # of this candidate alone
+    meets_target: bool
+
+
+class WeightHistogram(Frozen):
+    """Of one linear's original weights: equal bins between `low` and `high`."""
+
+    linear: str
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    percentiles: dict[str, float]
+
+
+class OriginalReport(Frozen):
+    perplexity: float
+    bytes: int
+
+
+class Report(Frozen):
+    """Everything that is known about the outcome of a job."""
+
+    version: int = 1
+    model: str
+    model_digest: str
+    calibration_digest: str
+    recipe_digests: tuple[str, ...]
+    calibration: dict[str, Any]  # samples used and available, sequence length, chain
+    evaluation: dict[str, Any]
+    original: OriginalReport
+    candidates: tuple[CandidateReport, ...]
+    published: tuple[int, ...] = ()  # recipe_index of each candidate that is an artifact
+    tries: tuple[TryReport, ...] = ()  # with a target: every candidate, in order
+    histograms: tuple[WeightHistogram, ...] = ()
+    prediction: Prediction | None = None  # made before the run, of the recipes as asked
+    stages: dict[str, float] = Field(description="wall seconds per stage")
+    cpu_seconds: dict[str, float] = Field(
+        default={}, description="processor seconds per stage, of all threads"
+    )
+    resumed_at_layer: int = 0
+    peak_rss_bytes: int
+    peak_vram_bytes: int | None
+    environment: dict[str, Any]
+    notes: tuple[str, ...] = ()

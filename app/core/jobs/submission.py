@@ -1,0 +1,158 @@
+"""What is checked before a job is recorded: its model, its recipe and its texts, all without a weight.
+
+One function for `POST /v1/jobs` and `POST /v1/estimates`, so that what is estimated is what is accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import unquote, urlsplit
+
+import httpx
+
+from app.core.errors import ModelRefused, TextRefused
+from app.core.outgoing.address_guard import DestinationRefused, OutgoingGuard
+from app.core.planning.plan import Plan, plan_job
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
+from app.core.settings import Settings
+from app.core.sources.model_headers import ModelHeaders, with_code
+from app.core.sources.model_reference import parse_model_reference
+from app.core.sources.model_source import HubModel, inspect_model, open_model
+from app.core.sources.text_source import check_text, is_remote, open_text
+from app.core.storage.reuse import Contents, fingerprint, text_key
+from app.core.storage.storage_keys import FOLDERS
+
+BUILTIN_TEXTS = ("builtin:wikitext2",)
+ADDED_TOKENS = 4  # at most, to a text, for its beginning and end
+
+TextSpecT = TypeVar("TextSpecT", CalibrationSpec, EvaluationSpec)
+
+
+class CheckedSubmission(Frozen):
+    """A job that may be recorded: `spec` names one commit of each hub repository."""
+
+    spec: JobSpec
+    plan: Plan
+    download_bytes: int
+    fingerprint: str
+
+
+def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
+    """Look at the model's headers and the texts' existence.
+
+    Raises ModelRefused, RecipeUnsupported or TextRefused, or Unavailable if a source does not answer.
+    """
+    if spec.webhook is not None:
+        check_webhook(spec.webhook.url, settings)
+    refuse_own_storage(spec.model, settings, param="model")
+    files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
+    headers = inspect_model(files)
+    plan = planned(spec, headers)
+    calibration, calibration_key = pinned_text(spec.calibration, settings, param="calibration")
+    evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")
+    # Other sources have no versions to name: their reference stays as it was written.
+    model = files.name if isinstance(files, HubModel) else spec.model
+    pinned = {"calibration": calibration, "evaluation": evaluation, "model": model}
+    contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
+    require_length(spec.calibration, spec.calibration.sequence_length, param="calibration.texts")
+    require_length(spec.evaluation, spec.calibration.sequence_length, param="evaluation.texts")
+    return CheckedSubmission(
+        spec=spec.model_copy(update=pinned),
+        plan=plan,
+        download_bytes=sum(headers.files.values()),
+        fingerprint=fingerprint(spec, contents),
+    )
+
+
+def planned(spec: JobSpec, headers: ModelHeaders) -> Plan:
+    """The plan, with what was noted about the model's files."""
+    try:
+        plan = plan_job(spec, headers.config, headers.tensors)
+    except ModelRefused as fault:
+        raise with_code(fault, headers.code) from fault
+    return plan.model_copy(update={"notes": (*headers.notes, *plan.notes)})
+
+
+def refuse_own_storage(reference: str, settings: Settings, *, param: str) -> None:
+    """Refuse what lies in the service's own storage: it is some tenant's, and is read by its id alone."""
+    try:
+        place = parse_model_reference(reference)
+    except ModelRefused:  # whoever opens it says why
+        return
+    storage = urlsplit(settings.object_store_url)
+    if place.scheme != storage.scheme:
+        return
+    if place.scheme == "s3":
+        root = f"{storage.netloc}{storage.path.rstrip('/')}"
+        own = any(f"{place.bucket}/{place.path}/".startswith(f"{root}/{folder}/") for folder in FOLDERS)
+    else:
+        own = Path(os.path.realpath(place.path)).is_relative_to(os.path.realpath(unquote(storage.path)))
+    if own:
+        raise ModelRefused(
+            f"{reference[:200]} lies in the service's own storage",
+            code="model_path_forbidden",
+            remedy="name a model or text of your own; artifacts are read with GET /v1/artifacts",
+            param=param,
+        )
+
+
+def check_webhook(url: str, settings: Settings) -> None:
+    """Refuse a URL to which no webhook could be sent, while its owner still listens."""
+    try:
+        OutgoingGuard(settings.outgoing_networks).address(httpx.URL(url))
+    except DestinationRefused as fault:
+        fault.param = "webhook.url"
+        raise
+    except (httpx.ConnectError, httpx.InvalidURL) as fault:
+        raise DestinationRefused(
+            f"the webhook's URL can't be used: {fault}", remedy="correct the URL", param="webhook.url"
+        ) from fault
+
+
+def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[TextSpecT, str]:
+    """The spec with a hub dataset at its commit, and a key of the text's content.
+
+    Raises TextRefused if its source does not exist.
+    """
+    if not is_remote(spec.source):
+        if spec.texts is None and spec.source not in BUILTIN_TEXTS:
+            raise TextRefused(
+                f"there is no bundled dataset {spec.source!r}",
+                code="dataset_unknown",
+                remedy=f"use {', '.join(BUILTIN_TEXTS)}, an hf:, s3:// or file:// file, or inline texts",
+                param=f"{param}.dataset",
+            )
+        return spec, text_key(spec)
+    refuse_own_storage(spec.source, settings, param=f"{param}.dataset")
+    try:
+        text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
+        check_text(text)
+    except TextRefused as fault:
+        fault.param = fault.param or f"{param}.dataset"
+        raise
+    key = f"{text.files.content_key()}/{text.path}"
+    if not isinstance(text.files, HubModel):
+        return spec, key
+    pinned = f"hf:{text.files.repository}/{text.path}@{text.files.commit}"
+    return spec.model_copy(update={"dataset": pinned}), key
+
+
+def require_length(spec: TextSpec, sequence_length: int, *, param: str) -> None:
+    """Refuse inline texts that can't fill the windows: a token covers at least a byte.
+
+    What passes here can still be too short once tokenized. How much a chat template adds is not known here.
+    """
+    if spec.texts is None:
+        return
+    size = sum(len(text.strip().encode()) for text in spec.texts)
+    most_tokens = math.inf if spec.chat_template else size + ADDED_TOKENS * len(spec.texts)
+    if size == 0 or most_tokens < spec.num_samples * sequence_length:
+        raise TextRefused(
+            f"{size} bytes of text are too few for {spec.num_samples} windows of {sequence_length} tokens",
+            code="text_too_short",
+            remedy="send more text, or lower num_samples or calibration.sequence_length",
+            param=param,
+        )

@@ -1,0 +1,70 @@
+"""The workers that live, as they say themselves with each heartbeat.
+
+nibble:worker:<name>    the worker's record as JSON, with an expiry
+nibble:workers          sorted set of names by the time at which they count as dead
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import datetime
+from typing import Any, Literal
+
+from redis import Redis
+
+from app.core.changes.stamps import KEPT_S
+from app.core.planning.device_profile import DeviceProfile
+from app.core.records.job_keys import WORKERS
+from app.core.records.specs import Kept
+
+NAMES = "nibble:workers"
+
+
+class WorkerRecord(Kept):
+    """One worker: where it runs and what it does."""
+
+    name: str
+    host: str
+    pid: int
+    device: str  # cpu, cuda:0
+    device_name: str = ""
+    profile: DeviceProfile | None = None
+    queue: Literal["jobs", "serve"] = "jobs"
+    engines: tuple[str, ...] = ()  # that a worker of the queue `serve` can run
+    servers: int = 0  # that it runs
+    memory_bytes: int | None = None  # in use on its device; without a GPU the host's
+    memory_total: int | None = None
+    job: str | None = None
+    tenant: str | None = None  # the job's
+    started_at: datetime
+    heartbeat_at: datetime
+
+
+class WorkerRegistry:
+    def __init__(self, redis: Redis) -> None:
+        self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
+
+    def beat(self, record: WorkerRecord, *, ttl_s: float) -> None:
+        """Say that the worker lives, for `ttl_s` seconds."""
+        now, _ = self._redis.time()  # the hosts' clocks may differ
+        pipe = self._redis.pipeline()
+        pipe.set(f"nibble:worker:{record.name}", record.model_dump_json(), px=int(ttl_s * 1000))
+        pipe.zadd(NAMES, {record.name: now + ttl_s})
+        pipe.zremrangebyscore(NAMES, "-inf", now - 60)
+        pipe.set(WORKERS, secrets.token_hex(8), ex=KEPT_S)
+        pipe.execute()
+
+    def remove(self, name: str) -> None:
+        """Forget a worker that ends in good order."""
+        pipe = self._redis.pipeline()
+        pipe.delete(f"nibble:worker:{name}")
+        pipe.zrem(NAMES, name)
+        pipe.set(WORKERS, secrets.token_hex(8), ex=KEPT_S)
+        pipe.execute()
+
+    def living(self) -> list[WorkerRecord]:
+        """The workers whose last heartbeat has not expired, by name."""
+        names = [name.decode() for name in self._redis.zrange(NAMES, 0, -1)]
+        records = self._redis.mget([f"nibble:worker:{name}" for name in names]) if names else []
+        found = [WorkerRecord.of_record(record) for record in records if record is not None]
+        return sorted(filter(None, found), key=lambda worker: worker.name)

@@ -1,0 +1,37 @@
+"""The manifest of a published artifact: the single record whose creation makes it exist."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import Field
+
+from app.core.records.specs import FormatName, Kept, Recipe
+
+
+class ArtifactFile(Kept):
+    path: str  # relative, `/` as separator
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class ArtifactManifest(Kept):
+    """What `artifacts/<id>/manifest.json` holds. Files lie under `artifacts/<id>/<prefix>/`."""
+
+    version: int = 1
+    id: str
+    tenant: str
+    job: str
+    created_at: datetime
+    model: str
+    model_digest: str
+    recipe: Recipe
+    format: FormatName
+    prefix: str
+    summary: dict[str, Any] = Field(default_factory=dict)
+    files: tuple[ArtifactFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)

@@ -1,0 +1,124 @@
+"""The job record and the one table of its state changes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from pydantic import ConfigDict, Field
+
+from app.core.errors import Conflict, NibbleError
+from app.core.records.specs import JobSpec, Kept
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"  # recorded, waiting for a worker
+    RUNNING = "running"  # a worker holds its lease
+    CANCELLING = "cancelling"  # its worker was asked to stop
+    SUCCEEDED = "succeeded"  # its artifacts are published
+    FAILED = "failed"  # it ended with an error
+    CANCELLED = "cancelled"  # its owner stopped it
+
+
+TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    # Back to queued: its worker was lost, and another attempt is allowed.
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
+    # Succeeded: the commit point was passed before the request to stop arrived.
+    JobState.CANCELLING: frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED}),
+    **{state: frozenset() for state in TERMINAL},
+}
+
+
+class Stage(StrEnum):
+    FETCHING = "fetching"
+    CALIBRATING = "calibrating"
+    SEARCHING = "searching"
+    PACKING = "packing"
+    VERIFYING = "verifying"
+    EVALUATING = "evaluating"
+    PUBLISHING = "publishing"
+
+
+class Progress(Kept):
+    """How far the whole job is: `fraction` in 0..1 never goes back within an attempt."""
+
+    fraction: float = Field(default=0.0, ge=0, le=1)
+    layer: int | None = None  # finished decoder layers
+    layers: int | None = None
+    eta_s: float | None = None  # seconds to the end, once enough was seen to tell
+
+    def completed(self) -> Progress:
+        """That of a job that has succeeded: all layers, if it came to know how many there are."""
+        return Progress(fraction=1.0, layer=self.layers, layers=self.layers)
+
+
+class Problem(Kept):
+    """Why a job ended without a result."""
+
+    code: str
+    message: str
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, error: NibbleError) -> Problem:
+        return cls(code=error.code, message=error.message, remedy=error.remedy)
+
+
+class Job(Kept):
+    """The record of a job, as kept in Redis. `attempt` counts executions and fences stale ones."""
+
+    # Each change writes the whole record: what a newer version has noted in it must survive that.
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    tenant: str
+    spec: JobSpec
+    state: JobState = JobState.QUEUED
+    stage: Stage | None = None
+    progress: Progress = Progress()
+    attempt: int = 0
+    worker: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    error: Problem | None = None
+    artifacts: tuple[str, ...] = ()
+    retry_of: str | None = None
+    request_id: str | None = None  # of the request that made it, for the logs
+    traceparent: str | None = None  # the span of that request
+    fingerprint: str | None = None  # of its contents, as far as submission could see
+    contents: str | None = None  # the same of the files themselves, once a worker has read them
+    reused_from: str | None = None  # the job that has made its artifacts
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in TERMINAL
+
+    @property
+    def has_no_result(self) -> bool:
+        """True once it has ended without artifacts, so that none of it may be visible."""
+        return self.is_terminal and self.state is not JobState.SUCCEEDED
+
+    @property
+    def may_need_checkpoints(self) -> bool:
+        """True if an attempt may go on from its layers: of a failed job that of a retry."""
+        return self.state not in (JobState.SUCCEEDED, JobState.CANCELLED)
+
+
+def transition(job: Job, to: JobState, **changes: object) -> Job:
+    """The job in state `to` with `changes` applied.
+
+    Raises Conflict if the table does not allow the step.
+    """
+    if to not in TRANSITIONS[job.state]:
+        raise Conflict(
+            f"job {job.id} is {job.state} and cannot become {to}",
+            code="invalid_transition",
+            remedy="read the job again: its state has changed since you looked",
+        )
+    if to in TERMINAL:
+        changes.setdefault("finished_at", datetime.now(UTC))
+    return job.model_copy(update={"state": to, **changes})

@@ -1,0 +1,312 @@
+"""What a caller asks for: the body of a job, frozen and checked.
+
+Only `model` is required. Unknown fields are refused. Whether a model can hold the recipe is decided in
+`app.core.planning.plan`, which needs the model's headers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from app.core.errors import field_path
+from app.core.records.forms import Form
+from app.core.records.patterns import check_pattern
+
+log = logging.getLogger(__name__)
+
+FormatName = Literal["awq", "compressed-tensors", "gptq"]
+Method = Literal["rtn", "awq", "gptq", "omniquant"]
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Literal[32, 64, 128, -1]
+Engine = Literal["auto", "transformers", "vllm"]
+
+LabelKey = Annotated[
+    str,
+    Form(
+        r"^[a-z0-9][a-z0-9._/-]{0,62}$",
+        "a label's key: at most 63 lower-case letters, digits and . _ / -, the first a letter or a digit",
+    ),
+]
+LabelValue = Annotated[str, StringConstraints(max_length=128)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
+
+
+class Frozen(BaseModel):
+    """Base of all wire records: immutable, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Kept(BaseModel):
+    """Base of records that one version writes and another reads: fields of a newer one are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    @classmethod
+    def of_record(cls, record: bytes) -> Self | None:
+        """What is kept; None, with a line in the log, if only another version can read it."""
+        try:
+            return cls.model_validate_json(record)
+        except ValidationError as fault:
+            where = field_path(fault.errors()[0]["loc"])
+            log.warning("a %s is left to another version of the service: %s", cls.__name__, where)
+            return None
+
+
+class SearchSpec(Frozen):
+    """How AWQ and OmniQuant look for scales and clip bounds."""
+
+    strategy: Literal["grid", "evolutionary"] = "grid"
+    grid_points: int = Field(default=20, ge=2, le=200)
+    duo_scaling: Literal["both"] | bool = "both"
+    clip: bool = True
+    epochs: int = Field(default=12, ge=1, le=200)  # of OmniQuant
+    budget: int = Field(default=96, ge=12, le=10000)  # evaluations of the evolutionary search, per group
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)  # of the evolutionary search
+
+
+class Override(Frozen):
+    """Another width for the linears whose name matches: an exact name, or `re:` and a pattern."""
+
+    match: str = Field(min_length=1, max_length=256)
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+
+    @field_validator("match")
+    @classmethod
+    def pattern_compiles(cls, match: str) -> str:
+        if match.startswith("re:"):
+            check_pattern(match[3:])
+        return match
+
+    def matches(self, name: str) -> bool:
+        return matches(self.match, name)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """True if the module `name` is meant by `pattern`: exact, its last part, or `re:` and a full match."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)
+
+
+class Recipe(Frozen):
+    """One way to quantize: method, integer grid, search."""
+
+    method: Method = "awq"
+    bits: Bits = 4
+    group_size: GroupSize = 128
+    symmetric: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    ignore: tuple[str, ...] = ("lm_head",)
+    indivisible: Literal["refuse", "nearest", "skip"] = "refuse"  # of in_features by group_size
+    search: SearchSpec = SearchSpec()
+    overrides: tuple[Override, ...] = Field(default=(), max_length=64)
+
+    @field_validator("ignore")
+    @classmethod
+    def ignore_compiles(cls, ignore: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in ignore:
+            Override(match=pattern)
+        return ignore
+
+    @model_validator(mode="after")
+    def rounding_fits_method(self) -> Recipe:
+        if self.method == "rtn" and self.rounding == "gptq":
+            raise ValueError("method rtn rounds to nearest; use method gptq for GPTQ rounding without scales")
+        return self
+
+    @property
+    def rounds_with_gptq(self) -> bool:
+        """Method gptq is GPTQ rounding without scales; awq and omniquant may ask for it."""
+        return self.method == "gptq" or self.rounding == "gptq"
+
+    @property
+    def inputs(self) -> Literal["full-precision chain", "quantized chain"]:
+        """Whose outputs a layer is calibrated on: the original's layers before it, or the quantized ones."""
+        return "quantized chain" if self.has_own_chain else "full-precision chain"
+
+    @property
+    def has_own_chain(self) -> bool:
+        """Calibrated on its own errors, so that it shares its inputs with no other recipe."""
+        return self.rounds_with_gptq or self.method == "omniquant"
+
+    @property
+    def searches_scales(self) -> bool:
+        """OmniQuant starts to learn from AWQ's scales."""
+        return self.method in ("awq", "omniquant")
+
+    @property
+    def searches_clip(self) -> bool:
+        return self.method != "rtn" and self.search.clip
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: `awq w4 g128`, `awq+gptq w3 g64 sym`."""
+        method = f"{self.method}+gptq" if self.searches_scales and self.rounding == "gptq" else self.method
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{method} w{self.bits} {group}{' sym' if self.symmetric else ''}"
+
+
+class TextSpec(Frozen):
+    """Where text comes from: a named dataset, or `texts` in the request itself."""
+
+    dataset: str | None = Field(default=None, max_length=1024)
+    texts: tuple[Text, ...] | None = Field(default=None, min_length=1, max_length=4096)
+    chat_template: bool = False
+    num_samples: int = Field(default=128, ge=1, le=65536)
+
+    @model_validator(mode="after")
+    def one_source(self) -> TextSpec:
+        if self.dataset is not None and self.texts is not None:
+            raise ValueError("give either `dataset` or `texts`, not both")
+        return self
+
+    @property
+    def source(self) -> str:
+        """The dataset reference; `inline` when the texts are in the request."""
+        return "inline" if self.texts is not None else self.dataset or "builtin:wikitext2"
+
+
+class CalibrationSpec(TextSpec):
+    """Calibration windows: `num_samples` of `sequence_length` tokens, drawn with `seed`."""
+
+    sequence_length: int = Field(default=512, ge=8, le=131072)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+
+
+class EvaluationSpec(TextSpec):
+    """Held-out windows, taken from the start; their length is the calibration's `sequence_length`."""
+
+    num_samples: int = Field(default=64, ge=1, le=65536)
+
+
+class TargetSpec(Frozen):
+    """The worst quality that may be published, relative to the original model."""
+
+    max_perplexity_ratio: float | None = Field(default=None, gt=0, le=1000)
+    max_kl: float | None = Field(default=None, gt=0, le=100)  # nats per token
+    on_miss: Literal["fail", "publish"] = "fail"
+
+    @model_validator(mode="after")
+    def has_a_limit(self) -> TargetSpec:
+        if self.max_perplexity_ratio is None and self.max_kl is None:
+            raise ValueError("give `max_perplexity_ratio`, `max_kl`, or both")
+        return self
+
+    def excess(self, perplexity_ratio: float, kl: float) -> float:
+        """How far the figures are from the target: it is met up to 1."""
+        parts = [
+            figure / limit
+            for figure, limit in ((perplexity_ratio, self.max_perplexity_ratio), (kl, self.max_kl))
+            if limit is not None
+        ]
+        return math.inf if any(math.isnan(part) for part in parts) else max(parts)
+
+    @property
+    def wanted(self) -> str:
+        """The limits in words."""
+        ratio = f"at most {self.max_perplexity_ratio} times" if self.max_perplexity_ratio is not None else ""
+        kl = f"a KL of at most {self.max_kl}" if self.max_kl is not None else ""
+        return " and ".join(filter(None, (ratio, kl)))
+
+
+WebhookEvent = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled"]
+
+
+class WebhookSpec(Frozen):
+    """Where the service tells of a job's changes."""
+
+    url: Annotated[str, Form(r"^https?://.+$", "a URL that begins with https:// or http://")] = Field(
+        max_length=2048
+    )
+    events: tuple[WebhookEvent, ...] = Field(
+        default=("job.succeeded", "job.failed", "job.cancelled"), min_length=1, max_length=4
+    )
+
+
+DeploymentName = Annotated[
+    str,
+    Form(
+        r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$",
+        "a deployment's name: at most 96 letters, digits and . _ : -, the first a letter or a digit",
+    ),
+]
+
+
+class VllmOptions(Frozen):
+    """Options that are passed on to `vllm serve`; those that are absent are vLLM's to choose."""
+
+    tensor_parallel_size: int | None = Field(default=None, ge=1, le=64)
+    pipeline_parallel_size: int | None = Field(default=None, ge=1, le=64)
+    distributed_executor_backend: Literal["mp", "ray"] | None = None  # ray: over several hosts
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] | None = None
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] | None = None
+    enforce_eager: bool = False
+    enable_prefix_caching: bool | None = None
+
+
+class DeploymentOptions(Frozen):
+    """How an artifact is served: under which name, by which engine, by how many servers."""
+
+    name: DeploymentName  # `model` of OpenAI requests
+    engine: Engine = "auto"
+    idle_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # None: never unloaded
+    replicas: int = Field(default=1, ge=1, le=16)
+    vllm: VllmOptions | None = None
+
+    @model_validator(mode="after")
+    def options_fit_engine(self) -> DeploymentOptions:
+        if self.vllm is not None and self.engine != "vllm":
+            raise ValueError('options of vllm need "engine": "vllm"')
+        return self
+
+
+class JobSpec(Frozen):
+    """The body of `POST /v1/jobs`."""
+
+    model: str = Field(min_length=1, max_length=1024)
+    recipe: Recipe | Annotated[tuple[Recipe, ...], Field(min_length=1, max_length=16)] = Recipe()
+    calibration: CalibrationSpec = CalibrationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    target: TargetSpec | None = None
+    formats: tuple[FormatName, ...] = Field(default=("compressed-tensors",), min_length=1)
+    priority: Literal["high", "normal", "low"] = "normal"
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=32)
+    timeout_s: int = Field(default=14400, ge=1, le=7 * 24 * 3600)
+    queue_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # waiting for its first start
+    force: bool = False  # compute also what was computed before
+    webhook: WebhookSpec | None = None
+    deploy: DeploymentOptions | None = None  # serve the first artifact once the job has succeeded
+
+    @field_validator("formats")
+    @classmethod
+    def formats_differ(cls, formats: tuple[FormatName, ...]) -> tuple[FormatName, ...]:
+        if len(set(formats)) != len(formats):
+            raise ValueError("each format may be named once")
+        return formats
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
+
+    def recipe_field(self, index: int) -> str:
+        """Where in the body a recipe was written: `recipe`, or its place in the list."""
+        return f"recipe.{index}" if isinstance(self.recipe, tuple) else "recipe"

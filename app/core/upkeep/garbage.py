@@ -1,0 +1,157 @@
+"""Removes from object storage what nothing refers to, and records that are older than they are kept.
+
+Nothing that a living attempt could still need is touched: what lies in storage is listed first, who lives is
+read after it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+from app.core.access.limits import TenantLimits
+from app.core.errors import Conflict, NotFound, RecordUnreadable
+from app.core.jobs.job_store import JobStore
+from app.core.records.artifact import ArtifactManifest
+from app.core.records.ids import is_id
+from app.core.records.job import TERMINAL, Job, JobState
+from app.core.records.specs import Frozen
+from app.core.settings import Settings
+from app.core.storage.object_store import ObjectStore
+from app.core.storage.published import ID_TIME, count_stored, discard, read_manifest
+from app.core.storage.storage_keys import ARTIFACTS, CHECKPOINTS, checkpoint_prefix, report_key
+
+log = logging.getLogger(__name__)
+
+# A failed job's checkpoints wait so long for a retry.
+CHECKPOINTS_KEPT = timedelta(days=7)
+ACTIVE = (JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING)
+
+
+class Garbage(Frozen):
+    """Folders of storage, and records of jobs, that were or would be removed."""
+
+    checkpoints: tuple[str, ...]
+    artifacts: tuple[str, ...]
+    jobs: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.checkpoints) + len(self.artifacts) + len(self.jobs)
+
+
+class GarbageCollector:
+    def __init__(
+        self, store: JobStore, objects: ObjectStore, limits: TenantLimits, settings: Settings
+    ) -> None:
+        self._store = store
+        self._objects = objects
+        self._limits = limits
+        self._kept = timedelta(days=settings.retention_days) if settings.retention_days else None
+
+    def collect(self, *, dry_run: bool = False) -> Garbage:
+        """Find what is of no use and, unless it's a dry run, remove it."""
+        now = datetime.now(UTC)
+        found = Garbage(
+            checkpoints=tuple(self._stale_checkpoints(now)),
+            artifacts=tuple(self._orphans()),
+            jobs=tuple(job.id for job in self._old_jobs(now)),
+        )
+        if not dry_run:
+            self._remove(found)
+        return found
+
+    def _remove(self, found: Garbage) -> None:
+        for folder in found.checkpoints:
+            self._objects.delete_prefix(folder)
+        for folder in found.artifacts:
+            self._remove_artifact(folder)
+        for job_id in found.jobs:
+            try:
+                job = self._store.load(job_id)
+                self._store.delete(job.tenant, job_id)
+            except (NotFound, Conflict, RecordUnreadable):  # deleted already, or not settled yet
+                continue
+            self._objects.delete(report_key(job_id))
+            self._objects.delete_prefix(checkpoint_prefix(job_id))
+        if found.count:
+            log.info("removed %d folders and records that nothing refers to", found.count)
+
+    def _remove_artifact(self, folder: str) -> None:
+        """Remove a folder of artifacts; a whole one with its manifest first."""
+        art_id = folder.removeprefix(f"{ARTIFACTS}/")
+        manifest = read_manifest(self._objects, art_id) if is_id("art", art_id) else None
+        if manifest is not None:
+            discard(self._objects, self._limits, manifest)
+        else:
+            self._objects.delete_prefix(folder)
+
+    def _find(self, job_id: str) -> Job | None:
+        """The job, if there is one. Raises RecordUnreadable for one of another version."""
+        try:
+            return self._store.load(job_id)
+        except NotFound:
+            return None
+
+    def _stale_checkpoints(self, now: datetime) -> Iterator[str]:
+        for job_id in self._objects.list_folders(CHECKPOINTS):
+            with left_alone():
+                job = self._find(job_id)
+                if job is None or not needs_checkpoints(job, now):
+                    yield checkpoint_prefix(job_id)
+
+    def _orphans(self) -> Iterator[str]:
+        """Folders of files without a manifest, and of artifacts whose job ended without a result."""
+        listed = [known for known in self._objects.list_folders(ARTIFACTS) if is_id("art", known)]
+        # At one moment: a job that goes from state to state meanwhile is not to be missed.
+        times = {job_id[ID_TIME] for job_id in self._store.in_state(*ACTIVE)}
+        for art_id in listed:
+            with left_alone():
+                yield from self._of_no_use(art_id, may_be_worked_on=art_id[ID_TIME] in times)
+
+    def _of_no_use(self, art_id: str, *, may_be_worked_on: bool) -> Iterator[str]:
+        manifest = read_manifest(self._objects, art_id)
+        if manifest is None:
+            if not may_be_worked_on:
+                yield f"{ARTIFACTS}/{art_id}"
+            return
+        job = self._find(manifest.job)
+        if job is not None and job.has_no_result:
+            yield f"{ARTIFACTS}/{art_id}"
+            return
+        # Artifacts of deleted jobs stay; those of a job that goes on are counted when it has succeeded.
+        if job is None or job.is_terminal:
+            count_stored(self._objects, self._limits, manifest)
+        if not may_be_worked_on:
+            yield from self._other_attempts(manifest)
+
+    def _other_attempts(self, manifest: ArtifactManifest) -> Iterator[str]:
+        for prefix in self._objects.list_folders(f"{ARTIFACTS}/{manifest.id}"):
+            if prefix != manifest.prefix:
+                yield f"{ARTIFACTS}/{manifest.id}/{prefix}"
+
+    def _old_jobs(self, now: datetime) -> Iterator[Job]:
+        if self._kept is None:
+            return
+        for state in TERMINAL:
+            for job_id in self._store.in_state(state):
+                with left_alone():
+                    job = self._find(job_id)
+                    if job is not None and job.finished_at is not None and job.finished_at < now - self._kept:
+                        yield job
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """What can't be read is not known to be of no use, and holds up nothing else."""
+    try:
+        yield
+    except RecordUnreadable as fault:
+        log.warning("left alone: %s", fault.message)
+
+
+def needs_checkpoints(job: Job, now: datetime) -> bool:
+    is_old = job.finished_at is not None and now - job.finished_at >= CHECKPOINTS_KEPT
+    return job.may_need_checkpoints and not is_old

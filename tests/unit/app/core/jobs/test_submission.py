@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.core.errors import InvalidRequest, ModelRefused, RecipeUnsupported, TextRefused
+from app.core.jobs.estimate import estimate
+from app.core.jobs.submission import check_submission, refuse_own_storage
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe
+from app.core.settings import Settings
+
+
+@pytest.fixture
+def settings(example_model: Path, tmp_path: Path) -> Settings:
+    return Settings(state_dir=tmp_path, model_roots=(example_model.parent, tmp_path))
+
+
+def test_the_bundled_model_is_accepted_as_written(settings: Settings, example_model: Path) -> None:
+    checked = check_submission(JobSpec(model=example_model.as_uri()), settings)
+    assert checked.spec.model == example_model.as_uri()
+    assert checked.plan.num_layers == 6
+    assert checked.download_bytes > (example_model / "model.safetensors").stat().st_size
+
+
+def test_an_estimate_names_every_linear(settings: Settings, example_model: Path) -> None:
+    spec = JobSpec(model=example_model.as_uri(), formats=("awq", "compressed-tensors"))
+    found = estimate(check_submission(spec, settings), "cpu")
+    assert found.layers == 6
+    assert len(found.candidates[0].linears) == 6 * 7
+    assert found.output_bytes == sum(found.candidates[0].output_bytes.values())
+    assert found.vram_bytes == 0
+
+
+def test_a_gpu_is_faster_and_takes_its_own_memory(settings: Settings, example_model: Path) -> None:
+    checked = check_submission(JobSpec(model=example_model.as_uri()), settings)
+    assert estimate(checked, "cuda").time_s < estimate(checked, "cpu").time_s
+    assert estimate(checked, "cuda").vram_bytes > 0
+
+
+def test_a_folder_outside_the_roots_is_refused(tmp_path: Path, example_model: Path) -> None:
+    with pytest.raises(ModelRefused):
+        check_submission(JobSpec(model=example_model.as_uri()), Settings(state_dir=tmp_path))
+
+
+def test_a_recipe_that_the_format_cannot_hold_is_refused(settings: Settings, example_model: Path) -> None:
+    spec = JobSpec(model=example_model.as_uri(), recipe=Recipe(bits=3), formats=("awq",))
+    with pytest.raises(RecipeUnsupported) as refusal:
+        check_submission(spec, settings)
+    assert refusal.value.remedy
+
+
+def refused_texts(calibration: CalibrationSpec, settings: Settings, model: Path) -> InvalidRequest:
+    with pytest.raises(TextRefused) as refusal:
+        check_submission(JobSpec(model=model.as_uri(), calibration=calibration), settings)
+    return refusal.value
+
+
+def test_an_unknown_bundled_dataset_is_refused(settings: Settings, example_model: Path) -> None:
+    refusal = refused_texts(CalibrationSpec(dataset="builtin:nothing"), settings, example_model)
+    assert (refusal.code, refusal.param) == ("dataset_unknown", "calibration.dataset")
+
+
+@pytest.mark.parametrize("texts", [("  \n ",), ("too short",), ("x" * 65_000,)])
+def test_texts_that_fill_no_window_are_refused(
+    settings: Settings, example_model: Path, texts: tuple[str, ...]
+) -> None:
+    refusal = refused_texts(CalibrationSpec(texts=texts), settings, example_model)
+    assert (refusal.code, refusal.param) == ("text_too_short", "calibration.texts")
+
+
+def test_what_a_chat_template_adds_is_not_known_at_submission(
+    settings: Settings, example_model: Path
+) -> None:
+    calibration = CalibrationSpec(texts=("hello",) * 100, chat_template=True)
+    spec = JobSpec(model=example_model.as_uri(), calibration=calibration)
+    assert check_submission(spec, settings).spec.calibration == calibration
+
+
+def test_an_empty_text_file_is_refused(settings: Settings, example_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    empty = CalibrationSpec(dataset=(tmp_path / "empty.jsonl").as_uri())
+    assert "the file is empty" in refused_texts(empty, settings, example_model).message
+
+
+def test_a_missing_text_file_is_refused(settings: Settings, example_model: Path, tmp_path: Path) -> None:
+    missing = CalibrationSpec(dataset=(tmp_path / "none.jsonl").as_uri())
+    assert refused_texts(missing, settings, example_model).param == "calibration.dataset"
+
+
+def test_a_text_file_under_a_root_is_accepted(
+    settings: Settings, example_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "hello"}\n')
+    reference = (tmp_path / "texts.jsonl").as_uri()
+    spec = JobSpec(model=example_model.as_uri(), evaluation=EvaluationSpec(dataset=reference))
+    assert check_submission(spec, settings).spec.evaluation.dataset == reference
+
+
+def test_what_lies_in_the_services_own_storage_is_no_source(settings: Settings, example_model: Path) -> None:
+    """Another tenant's files, by the storage's address instead of their id."""
+    inside = settings.state_dir / "storage" / "artifacts" / "art_x" / "attempt-1"
+    inside.mkdir(parents=True)
+    (inside / "merges.txt").write_text("words " * 100_000)
+    link = settings.state_dir / "models"
+    link.symlink_to(inside)
+    bucket = settings.model_copy(update={"storage_url": "s3://bucket/nibble/"})
+    for place, where in (
+        (inside.as_uri(), settings),
+        (link.as_uri(), settings),
+        ("s3://bucket/nibble/artifacts/art_x/attempt-1", bucket),
+        ("s3://bucket/nibble/checkpoints", bucket),
+    ):
+        with pytest.raises(ModelRefused, match="own storage") as refusal:
+            check_submission(JobSpec(model=place), where)
+        assert (refusal.value.code, refusal.value.param) == ("model_path_forbidden", "model")
+        text = CalibrationSpec(dataset=f"{place}/merges.txt")
+        with pytest.raises(ModelRefused, match="own storage") as refusal:
+            check_submission(JobSpec(model=example_model.as_uri(), calibration=text), where)
+        assert refusal.value.param == "calibration.dataset"
+    for other in ("s3://bucket/nibble/models/x", "s3://other/nibble/artifacts/x", "s3://bucket/artifacts/x"):
+        refuse_own_storage(other, bucket, param="model")

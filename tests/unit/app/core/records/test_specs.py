@@ -1,0 +1,63 @@
+"""The job's body: what a recipe may combine, what it is called, what a target may ask for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from app.core.records.specs import JobSpec, Recipe, TargetSpec
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "gptq", "clip"),
+    [
+        ({"method": "rtn"}, "rtn w4 g128", False, False),
+        ({}, "awq w4 g128", False, True),
+        ({"rounding": "gptq", "bits": 3}, "awq+gptq w3 g128", True, True),
+        ({"method": "gptq", "group_size": -1, "symmetric": True}, "gptq w4 channel sym", True, True),
+        ({"method": "gptq", "search": {"clip": False}}, "gptq w4 g128", True, False),
+    ],
+)
+def test_a_recipe_says_how_it_rounds(changes: dict[str, object], label: str, gptq: bool, clip: bool) -> None:
+    recipe = Recipe.model_validate(changes)
+    assert (recipe.label, recipe.rounds_with_gptq, recipe.searches_clip) == (label, gptq, clip)
+
+
+def test_plain_rounding_is_not_gptq_rounding() -> None:
+    with pytest.raises(ValidationError, match="use method gptq"):
+        Recipe.model_validate({"method": "rtn", "rounding": "gptq"})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {},
+        {"on_miss": "publish"},
+        {"max_perplexity_ratio": 0},
+        {"max_kl": -0.1},
+        {"max_kl": 0.1, "on_miss": "retry"},
+        {"max_kl": 0.1, "max_bits": 4},
+    ],
+)
+def test_a_target_without_a_usable_limit_is_refused(target: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="target"):
+        JobSpec.model_validate({"model": "org/name", "target": target})
+
+
+def test_both_limits_must_hold() -> None:
+    target = TargetSpec(max_perplexity_ratio=1.1, max_kl=0.02)
+    assert target.excess(1.1, 0.02) == pytest.approx(1)
+    assert target.excess(1.0, 0.04) == pytest.approx(2)
+    assert target.excess(2.2, 0.01) == pytest.approx(2)
+    assert target.wanted == "at most 1.1 times and a KL of at most 0.02"
+
+
+def test_one_limit_leaves_the_other_free() -> None:
+    assert TargetSpec(max_kl=0.5).excess(1000.0, 0.25) == pytest.approx(0.5)
+    assert TargetSpec(max_perplexity_ratio=1.0).excess(0.5, 99.0) == pytest.approx(0.5)
+
+
+def test_broken_figures_never_meet_a_target() -> None:
+    assert TargetSpec(max_kl=1.0).excess(1.0, math.nan) == math.inf

@@ -1,0 +1,46 @@
+"""What the attempts of one worker share."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from app.core.access.limits import TenantLimits
+from app.core.child.job_child import CHILD_MODULE
+from app.core.deployments.deployment_store import DeploymentStore
+from app.core.jobs.job_queue import JobQueue
+from app.core.jobs.job_store import JobStore
+from app.core.jobs.outcome import Outcome
+from app.core.jobs.turns import Turns
+from app.core.planning.device_profile import DeviceProfile
+from app.core.settings import Settings
+from app.core.storage.object_store import ObjectStore
+from app.core.storage.reuse import ReuseIndex
+from app.core.telemetry.tally import Tally
+from app.core.telemetry.tracing import Tracer
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What a worker's attempts share."""
+
+    settings: Settings
+    store: JobStore
+    queue: JobQueue
+    objects: ObjectStore
+    deployments: DeploymentStore
+    name: str
+    device: str
+    shutdown: threading.Event
+    reuse: ReuseIndex
+    limits: TenantLimits
+    tally: Tally
+    tracer: Tracer
+    profile: DeviceProfile | None = None
+    child_module: str = CHILD_MODULE
+
+    @property
+    def outcome(self) -> Outcome:
+        turns = Turns(self.store, self.queue, lambda tenant: self.limits.of(tenant).running_jobs)
+        parts = (self.store, self.queue, turns, self.objects, self.deployments, self.reuse, self.limits)
+        return Outcome(*parts)

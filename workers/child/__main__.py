@@ -1,0 +1,126 @@
+"""The job child: reads an assignment from stdin, runs the engine, reports over a pipe.
+
+It holds no secret and no connection. Its last message is `finished` or `failed`; if neither arrives, it
+was killed, and its supervisor says by whom.
+"""
+
+from __future__ import annotations
+
+import gc
+
+if __name__ == "__main__":
+    # What is imported stays: to look through it for garbage again and again takes a fifth of the start.
+    gc.disable()
+
+import argparse
+import errno
+import os
+import re
+import sys
+import traceback
+
+import torch
+
+from app.core.child.assignment import REPORT, Assignment, Failed, Noted
+from app.core.child.confinement import NETWORK
+from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory
+from app.core.records.job import Problem
+from app.core.system_faults import STATE_FOLDER, system_fault, system_number
+from app.core.telemetry.logs import log_warnings
+from kernels.backend import Backend, backends_of
+from kernels.cuda.driver import DriverError
+from workers.child.heap import return_freed_memory
+from workers.child.job_run import JobRun
+from workers.child.progress_pipe import ProgressPipe
+from workers.leaving import leave
+
+DEVICE_ERROR = re.compile(r"\b(CUDA|CUDA driver|NCCL) error\b|\bCU(BLAS|DNN|SOLVER)_STATUS_|\bcudaError")
+MEMORY_ERROR = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)
+
+
+def run(assignment: Assignment, pipe: ProgressPipe) -> int:
+    """The exit code: 0 after `finished`, 1 after `failed`."""
+    try:
+        if assignment.threads is not None:
+            torch.set_num_threads(assignment.threads)
+        if os.environ.get(NETWORK) == "on":
+            pipe.send(Noted(code="network_on", message="this host lets no process leave its network"))
+        names = [backend.name for backend in chosen_backends(assignment)]
+        pipe.send(Noted(code="kernel_backend", message=f"kernels: the first that can of {', '.join(names)}"))
+        pipe.send(JobRun(assignment, pipe.send).run())
+    except NibbleError as error:
+        pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
+    except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record
+        traceback.print_exc()
+        pipe.send(Failed(error=Problem.of(fault_of(assignment, error))))
+    else:
+        return 0
+    return 1
+
+
+def written_report(assignment: Assignment) -> str | None:
+    """The report on what was tried, if the run came that far."""
+    path = assignment.work_folder / REPORT
+    return REPORT if path.exists() else None
+
+
+def chosen_backends(assignment: Assignment) -> tuple[Backend, ...]:
+    """The backends that the operator allows. Raises JobFault if there is none of that name."""
+    try:
+        return backends_of(torch.device(assignment.device).type, assignment.kernel_backend)
+    except ValueError as fault:
+        raise JobFault(
+            str(fault), code="kernel_backend_absent", remedy="set NIBBLE_KERNEL_BACKEND to auto on the worker"
+        ) from fault
+
+
+def fault_of(assignment: Assignment, error: Exception) -> JobFault:
+    """What ended the run: the host's memory or files, the device, or a fault of ours."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or system_number(error) == errno.ENOMEM:
+        return out_of_memory(assignment, error)
+    return system_fault(error, STATE_FOLDER) or device_fault(assignment, error) or own_fault(error)
+
+
+def own_fault(error: Exception) -> JobFault:
+    return JobFault(
+        f"{type(error).__name__}: {error}", code="internal",
+        remedy="this is a fault of Nibble: please report it with the job's events",
+    )  # fmt: skip
+
+
+def device_fault(assignment: Assignment, error: Exception) -> JobFault | None:
+    """What an error of the device means; None if it isn't one.
+
+    The driver names them, PyTorch passes the name on in its message, also for its own libraries.
+    """
+    text = str(error)
+    if not isinstance(error, torch.AcceleratorError | DriverError) and not DEVICE_ERROR.search(text):
+        return None
+    if MEMORY_ERROR.search(text):
+        return out_of_memory(assignment, error)
+    return DeviceFault(
+        f"{assignment.device} failed: {text.partition(chr(10))[0]}",
+        remedy="look for Xid lines in the kernel log of the worker's host; the next attempt starts afresh",
+    )
+
+
+def out_of_memory(assignment: Assignment, error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        f"{assignment.device} ran out of memory: {error}",
+        remedy="use fewer or shorter calibration samples, or a device with more memory",
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--progress-fd", type=int, required=True)
+    pipe = ProgressPipe(parser.parse_args().progress_fd)
+    gc.freeze()
+    gc.enable()
+    return_freed_memory()
+    log_warnings()
+    return run(Assignment.model_validate_json(sys.stdin.read()), pipe)
+
+
+if __name__ == "__main__":
+    leave(main())

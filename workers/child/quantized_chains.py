@@ -1,0 +1,120 @@
+"""Calibration on a recipe's own errors: inputs that the quantized predecessors of a layer give.
+
+GPTQ spreads a column's error over the next ones for given inputs. With the inputs of the quantized chain
+it also makes up for what earlier layers lost. Such a recipe can't share its statistics: it costs several
+forward passes. `awq` with plain rounding stays on the full-precision chain that all others share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from app.core.planning.plan import CandidatePlan
+from workers.child.layer_checkpoints import LayerCheckpoints
+from workers.quantization.layer import LayerResult, OwnChain
+from workers.quantization.omniquant import Lesson
+from workers.quantization.paired_pass import PairedPass, PairedStatistics
+
+
+class QuantizedChains:
+    """One pair of passes for each recipe that asks for it, before layer 0 at first.
+
+    `timed` gives the context in which the forward passes of a recipe are counted.
+    """
+
+    def __init__(
+        self,
+        candidates: Iterable[CandidatePlan],
+        start: Callable[[], PairedPass],
+        timed: Callable[[int], AbstractContextManager[None]],
+    ) -> None:
+        self.timed = timed
+        self.passes = {
+            candidate.recipe_index: start() for candidate in candidates if candidate.recipe.has_own_chain
+        }
+
+    def catch_up(self, layer: int, checkpoints: LayerCheckpoints) -> None:
+        """Bring every pass before `layer`, through the layers that are finished."""
+        for recipe, chain in self.passes.items():
+            with self.timed(recipe):
+                while chain.layer < layer:
+                    original = chain.decoder.layer_weights(chain.layer)
+                    result = checkpoints.load_layer(recipe, chain.layer)
+                    chain.advance(original, result.weights(original))
+
+    def view(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> OwnChain | None:
+        """The present layer on the candidate's own chain; None if it has none."""
+        chain = self.passes.get(candidate.recipe_index)
+        if chain is None:
+            return None
+
+        def observe(
+            groups: Sequence[int], own: dict[str, Tensor], scales: Sequence[Tensor | None]
+        ) -> list[PairedStatistics]:
+            with self.timed(candidate.recipe_index):
+                hand_out_weights(chain, own)
+                hand_out_scales(chain, groups, original, scales)
+                return chain.observe(groups, original, own, scales)
+
+        def lesson() -> Lesson:
+            with self.timed(candidate.recipe_index):
+                return chain.lesson(original)
+
+        return OwnChain(observe, lesson)
+
+    def advance(self, candidate: CandidatePlan, original: dict[str, Tensor], result: LayerResult) -> None:
+        """Pass the candidate's chain through the layer as it was quantized."""
+        chain = self.passes.get(candidate.recipe_index)
+        if chain is not None:
+            with self.timed(candidate.recipe_index):
+                own = result.weights(original)
+                hand_out_weights(chain, own)
+                chain.advance(original, own)
+
+    def follow(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> None:
+        """What a rank beside the first does while that one solves a layer and goes on behind it."""
+        chain = self.passes[candidate.recipe_index]
+        architecture = chain.decoder.architecture.at(chain.layer)
+        for stage in architecture.stages:
+            own = hand_out_weights(chain, original)
+            chain.observe(stage, original, own, hand_out_scales(chain, stage, original))
+        if candidate.recipe.method == "omniquant":
+            chain.lesson(original)
+        chain.advance(original, hand_out_weights(chain, original))
+
+
+def hand_out_weights(chain: PairedPass, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's weights of the first rank, as every rank computes with them; others name their shapes."""
+    if chain.ranks.size == 1:
+        return weights
+    decoder = chain.decoder
+    shared = {
+        name: weights[name].to(decoder.device, decoder.dtype, copy=True).contiguous()
+        for name in sorted(weights)
+    }
+    chain.ranks.hand_out(list(shared.values()))
+    return shared
+
+
+def hand_out_scales(
+    chain: PairedPass,
+    groups: Sequence[int],
+    original: dict[str, Tensor],
+    scales: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """What divides the groups' inputs in the first rank's copy of the layer, one where nothing does."""
+    if chain.ranks.size == 1:
+        return list(scales or ())
+    architecture = chain.decoder.architecture.at(chain.layer)
+    shared = []
+    for place, index in enumerate(groups):
+        weight = original[architecture.groups[index].balance_layers[0] + ".weight"]
+        ones = torch.ones(weight.shape[1], device=chain.decoder.device)
+        factor = None if scales is None else scales[place]
+        shared.append(ones if factor is None else factor.to(ones).contiguous())
+    chain.ranks.hand_out(shared)
+    return list(shared)

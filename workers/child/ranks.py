@@ -1,0 +1,126 @@
+"""Several devices of one host on one job: each passes a share of the calibration batches through the models.
+
+Rank 0 is the job child; it searches, rounds and writes. The others follow it layer by layer: with their
+batches through the original model, of which they may run ahead, and through the quantized copy of each
+recipe that has one, for which they wait for its weights. torch.distributed adds up and hands out.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from app.core.child.assignment import Assignment
+from app.core.planning.plan import CandidatePlan
+from app.core.records.specs import Frozen
+from workers.quantization.reduction import ALONE, Ranks
+
+PATIENCE = timedelta(hours=1)  # a rank waits while the first one searches
+MODULE = "workers.child.calibration_rank"
+
+
+class SharedWork(Frozen):
+    """What all ranks do: layers from `start` to before `stop`."""
+
+    start: int
+    stop: int
+    calibrates: bool = True  # passes the batches through the original model for statistics
+    candidates: tuple[CandidatePlan, ...] = ()  # those with a chain of their own, in order
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.calibrates or self.candidates)
+
+
+class RankAssignment(Frozen):
+    """What a further device's process is told."""
+
+    assignment: Assignment
+    work: SharedWork
+    rank: int
+    size: int
+    rendezvous: Path
+
+
+@contextmanager
+def joined(rank: int, size: int, rendezvous: Path, device: torch.device) -> Iterator[Ranks]:
+    """Be one of the ranks that meet at the file `rendezvous`, with a device that is selected."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=PATIENCE
+    )
+    try:
+        yield Ranks(rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def devices_of(assignment: Assignment, num_batches: int) -> tuple[str, ...]:
+    """Those that have at least one batch each; the first is the job child's."""
+    return (assignment.device, *assignment.calibration_devices)[: max(1, num_batches)]
+
+
+@contextmanager
+def started(assignment: Assignment, work: SharedWork, num_batches: int) -> Iterator[Ranks]:
+    """The ranks of a job, with a process for each further device.
+
+    A process that fails ends this one: no sum would ever be whole.
+    """
+    devices = devices_of(assignment, num_batches)
+    if len(devices) == 1 or work.is_empty:
+        yield ALONE
+        return
+    with tempfile.TemporaryDirectory(dir=assignment.work_folder) as folder:
+        rendezvous = Path(folder) / "rendezvous"
+        others = [
+            start_rank(
+                RankAssignment(
+                    assignment=assignment.model_copy(update={"device": device}),
+                    work=work,
+                    rank=rank,
+                    size=len(devices),
+                    rendezvous=rendezvous,
+                )
+            )
+            for rank, device in enumerate(devices)
+            if rank
+        ]
+        try:
+            with joined(0, len(devices), rendezvous, torch.device(assignment.device)) as ranks:
+                yield ranks
+            for process in others:
+                process.wait()
+        finally:
+            for process in others:
+                process.kill()
+                process.wait()
+
+
+def start_rank(part: RankAssignment) -> subprocess.Popen[str]:
+    """The process dies with this one."""
+    command = [sys.executable, "-m", "app.core.child.start", str(os.getpid()), MODULE]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    process.stdin.write(part.model_dump_json())
+    process.stdin.close()
+    threading.Thread(target=end_with, args=(process, part.rank), daemon=True).start()
+    return process
+
+
+def end_with(process: subprocess.Popen[str], rank: int) -> None:
+    """End this process if the other one fails by itself."""
+    code = process.wait()
+    if code > 0:
+        sys.stderr.write(f"calibration rank {rank} ended with exit code {code}\n")
+        sys.stderr.flush()
+        os._exit(1)

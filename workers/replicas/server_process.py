@@ -1,0 +1,297 @@
+"""The process of one inference server: its command line, how it says that it is ready, its load, its end.
+
+Engine `transformers` is our own server, which reports over a pipe. Engine `vllm` is an installed vLLM, which
+is ready when its /health answers. Start a server from a thread that outlives it: the kernel ends the one with
+the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import httpx
+
+from app.core.child.job_child import child_environment, count_oom_kills
+from app.core.errors import NibbleError
+from app.core.records.specs import VllmOptions
+
+log = logging.getLogger(__name__)
+
+SERVER_MODULE = "workers.serving"
+TAIL_LINES = 40
+PROBE_LIMIT_S = 5.0
+POLL_S = 0.1
+# What vLLM reads besides what every child may see.
+VLLM_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "RAY_", "TORCH_", "TRITON_")
+VLLM_KEY = "VLLM_API_KEY"  # with it vLLM would refuse the gateway, which has checked the caller's own key
+LOAD = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
+
+
+class ServerRefused(NibbleError):
+    """The server said that it can't serve this artifact: starting it again would change nothing."""
+
+    code = "server_refused"
+
+
+class ServerEnded(NibbleError):
+    """The server ended by itself."""
+
+    code = "server_crashed"
+
+
+class ServerLoad(NamedTuple):
+    running: int
+    waiting: int
+
+
+class Launch(NamedTuple):
+    """What a server is started with."""
+
+    folder: Path  # the artifact's files
+    work_folder: Path  # for temporary files
+    name: str
+    host: str
+    device: str
+    kernel_backend: str
+    drain_s: float
+    vllm: VllmOptions | None
+    module: str = SERVER_MODULE
+
+
+class ServerProcess:
+    """A running server. As a context manager it leaves no process behind."""
+
+    def __init__(
+        self, command: Sequence[str], environment: dict[str, str], *, fds: tuple[int, ...] = ()
+    ) -> None:
+        self.url: str | None = None
+        self._tail: list[str] = []
+        self._oom_kills = count_oom_kills()
+        self._http = httpx.Client(timeout=PROBE_LIMIT_S, trust_env=False)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "app.core.child.start", str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            pass_fds=fds,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._copy_lines, name="server output", daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_ready(self) -> bool:
+        """True once it answers at `url`. Raises ServerRefused if it says that it never will."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise ServerEnded if the process is gone."""
+        code = self._process.poll()
+        if code is not None:
+            self._reader.join(timeout=2)
+            raise ServerEnded(
+                self.cause(code), remedy="read the worker's log; its last lines: " + self.tail()
+            )
+
+    def cause(self, code: int) -> str:
+        if code == -signal.SIGKILL and count_oom_kills() > self._oom_kills:
+            return "the inference server was killed because memory ran out"
+        return "the inference server ended with " + (f"exit code {code}" if code >= 0 else f"signal {-code}")
+
+    def tail(self) -> str:
+        return " | ".join(self._tail[-5:])[-1000:] or "none"
+
+    def load(self) -> ServerLoad:
+        """Its running and waiting requests. Raises httpx.TransportError if it does not answer."""
+        counts = {"running": 0.0, "waiting": 0.0}
+        for kind, value in LOAD.findall(self._http.get(f"{self.url}/metrics").text):
+            counts[kind] += float(value)
+        return ServerLoad(int(counts["running"]), int(counts["waiting"]))
+
+    def max_model_len(self) -> int | None:
+        """The longest sequence it takes, as it says itself."""
+        try:
+            models: Any = self._http.get(f"{self.url}/v1/models").json()
+            return int(models["data"][0]["max_model_len"])
+        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
+            return None
+
+    def stop(self, limit_s: float) -> None:
+        """SIGTERM, so that it finishes what it has begun; SIGKILL for its group after `limit_s`."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + limit_s
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(timeout=2)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._http.close()
+
+    def _copy_lines(self) -> None:
+        assert self._process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed while it was read
+            for line in self._process.stdout:
+                log.info("server %d: %s", self.pid, line.rstrip())
+                self._tail = [*self._tail[1 - TAIL_LINES :], line.strip()]
+
+
+class OwnServer(ServerProcess):
+    """`python -m workers.serving`: the engine `transformers`."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._host = launch.host
+        self._buffered = b""
+        self._reports, reports_end = os.pipe()
+        os.set_blocking(self._reports, False)
+        command = [
+            *(launch.module, "--artifact", str(launch.folder), "--name", launch.name),
+            *("--host", launch.host, "--port", "0", "--device", launch.device),
+            *("--kernel-backend", launch.kernel_backend, "--drain-s", str(launch.drain_s)),
+            *("--ready-fd", str(reports_end)),
+        ]
+        try:
+            super().__init__(command, child_environment(os.environ, launch.work_folder), fds=(reports_end,))
+        finally:
+            os.close(reports_end)
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            self._buffered += os.read(self._reports, 1 << 16)
+        *lines, self._buffered = self._buffered.split(b"\n")
+        for line in lines:
+            self._hear(line)
+        return self.url is not None
+
+    def _hear(self, line: bytes) -> None:
+        try:
+            report: Any = json.loads(line)
+            kind = report["kind"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("server %d: %r is no report", self.pid, line[:200])
+            return
+        if kind == "failed":
+            raise ServerRefused(
+                str(report.get("message", "the server can't serve this artifact")),
+                code=str(report.get("code", ServerRefused.code)),
+                remedy=str(report.get("remedy", "")),
+            )
+        log.info("server %d: %s", self.pid, line.decode(errors="replace")[:2000])
+        if kind == "ready":
+            self.url = f"http://{self._host}:{int(report['port'])}"
+
+    def close(self) -> None:
+        super().close()
+        if self._reports >= 0:
+            os.close(self._reports)
+            self._reports = -1
+
+
+class VllmServer(ServerProcess):
+    """`vllm serve`, for many GPUs or hosts."""
+
+    def __init__(self, launch: Launch) -> None:
+        program = vllm_program()
+        if program is None:
+            raise vllm_missing()
+        port = free_port(launch.host)
+        self._address = f"http://{launch.host}:{port}"
+        command = [
+            *("app.core.child.parent_guard", program, "serve", str(launch.folder)),
+            *("--served-model-name", launch.name, "--host", launch.host, "--port", str(port)),
+            *vllm_arguments(launch.vllm or VllmOptions()),
+        ]
+        super().__init__(command, vllm_environment(launch))
+
+    def is_ready(self) -> bool:
+        try:
+            if self._http.get(f"{self._address}/health").status_code == httpx.codes.OK:
+                self.url = self._address
+        except httpx.TransportError:
+            return False
+        return self.url is not None
+
+
+def start_server(engine: str, launch: Launch) -> ServerProcess:
+    return VllmServer(launch) if engine == "vllm" else OwnServer(launch)
+
+
+def vllm_program() -> str | None:
+    """The `vllm` command: beside this interpreter, or on PATH; None if it is not installed."""
+    beside = Path(sys.executable).with_name("vllm")
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm")
+
+
+def vllm_missing() -> ServerRefused:
+    return ServerRefused(
+        "vllm is not installed on this worker",
+        code="vllm_not_installed",
+        remedy="install vllm beside the worker, or deploy with engine transformers",
+    )
+
+
+def vllm_arguments(options: VllmOptions) -> list[str]:
+    """The options as vLLM writes them. The names are those of the record, so none can be made up."""
+    arguments = []
+    for name, value in options.model_dump(exclude_none=True).items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            arguments.append(flag)
+        elif value is False and name == "enable_prefix_caching":
+            arguments.append("--no-enable-prefix-caching")
+        elif value is not False:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def vllm_environment(launch: Launch) -> dict[str, str]:
+    """As every child's, with vLLM's own variables, and the GPUs from this worker's on."""
+    options = launch.vllm or VllmOptions()
+    environment = child_environment(os.environ, launch.work_folder)
+    environment |= {name: value for name, value in os.environ.items() if name.startswith(VLLM_PREFIXES)}
+    environment.pop(VLLM_KEY, None)
+    count = (options.tensor_parallel_size or 1) * (options.pipeline_parallel_size or 1)
+    if launch.device.startswith("cuda:") and options.distributed_executor_backend != "ray" and count == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = launch.device.removeprefix("cuda:")
+    return environment
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
