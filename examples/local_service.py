@@ -17,8 +17,8 @@ from rich.markup import escape
 
 from app.client import NibbleClient
 from app.commands.terminal import ExitCode, console_on, report_error
+from app.core.access.api_keys import KEY_FILE
 from app.core.errors import NibbleError
-from app.core.security import KEY_FILE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"

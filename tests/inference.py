@@ -13,16 +13,16 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from app.core.planning.format_limits import Scheme
-from app.core.specs import FormatName
+from app.core.records.specs import FormatName
 from tests.tiny_models import TEXTS, TOKENIZER
 from workers.formats.folder import FORMATS
 from workers.modeling.checkpoint import Checkpoint
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits
 from workers.serving.loading import LoadRequest, load_model
-from workers.serving.metrics import Metrics
 from workers.serving.requests import Generation, Piece, Sampling, Stopping
 from workers.serving.served_model import ServedModel
+from workers.serving.server_metrics import Metrics
 from workers.serving.tokenization import Tokenization
 
 LIMITS = {

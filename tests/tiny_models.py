@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from app.core.child.assignment import Assignment, Finished, ProgressMessage
-from app.core.report import Report
-from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
-from workers.run.job_run import JobRun
+from app.core.jobs.report import Report
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from workers.child.job_run import JobRun
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
 TEXTS = TOKENIZER.parent.parent / "workers" / "texts" / "builtin" / "wikitext2"

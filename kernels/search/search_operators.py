@@ -2,7 +2,7 @@
 
 Their bodies are PyTorch's operators. Where they can be compiled they are a fused kernel each, on NVIDIA GPUs
 (kernels/search/cuda.py) and on CPUs (kernels/search/cpu.py), but for whole rows as groups of the clip step.
-kernels/search/reference.py is the slow truth.
+kernels/search/search_reference.py is the slow truth.
 """
 
 from __future__ import annotations

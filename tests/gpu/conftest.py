@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.search.operators import search_backend
+from kernels.search.search_operators import search_backend
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.core.specs import Recipe, SearchSpec
+from app.core.records.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.core.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from tests.tiny_models import EngineRun, some_text
-from workers.run.layer_checkpoints import LayerCheckpoints
+from workers.child.layer_checkpoints import LayerCheckpoints
 
 FORMATS = ("awq", "compressed-tensors")
 

@@ -26,7 +26,7 @@ def run(*command: str) -> str:
 
 
 def test_the_device_is_measured(tmp_path: Path) -> None:
-    module = ("-m", "workers.devices.device_profile", "--device", "cuda:0", "--folder", str(tmp_path))
+    module = ("-m", "workers.devices.profile_measurement", "--device", "cuda:0", "--folder", str(tmp_path))
     profile = DeviceProfile.model_validate_json(run(sys.executable, *module).splitlines()[-1])
     assert profile.device == "cuda"
     assert min(profile.matmul.values()) > 0

@@ -17,7 +17,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.core.specs import Recipe
+from app.core.records.specs import Recipe
 from tests.integration.inference_process import InferenceProcess, inference_server, start
 from tests.tiny_models import EngineRun, tiny_spec
 

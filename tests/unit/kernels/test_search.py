@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from kernels.search import reference
 from kernels.search.grids import GridRule
-from kernels.search.operators import clip_step, rounding_errors
+from kernels.search.search_operators import clip_step, rounding_errors
 
 RULES = [
     GridRule(bits, symmetric, dtype)

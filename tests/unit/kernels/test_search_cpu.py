@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kernels import fallbacks
 from kernels.cpu.native_library import SEARCH, NotCompiled, built
-from kernels.search import cpu, reference
+from kernels.search import cpu
 from kernels.search.grids import GridRule
 from kernels.search.losses import add_row_dots, quick_row_losses, row_losses
-from kernels.search.operators import clip_step, clip_visit, rounding_errors, search_backend
+from kernels.search.search_operators import clip_step, clip_visit, rounding_errors, search_backend
+from tests.clip_judge import UNITS, Judge
 
 RULES = [
     GridRule(bits, symmetric, dtype)
@@ -79,8 +80,8 @@ def test_rounding_errors_are_those_of_pytorch_to_the_bit(
 
 @pytest.mark.parametrize("rule", RULES, ids=named)
 @pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("name", ["cpu-amx", "cpu-vectors"])
-def test_a_step_finds_what_the_reference_finds(
+@pytest.mark.parametrize("name", ["torch", "cpu-amx", "cpu-vectors"])
+def test_a_step_chooses_the_best_within_rounding(
     rule: GridRule, size: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, name)
@@ -88,17 +89,30 @@ def test_a_step_finds_what_the_reference_finds(
     others = 0.05 * torch.randn(35, size)
     error, ranges = torch.full_like(weight, torch.nan), torch.ones(4, 35)
     ranges[2:] = torch.nan
-    # On tiles a near tie may go the other way, which costs nothing unless another list starts from there.
-    side = SIDE if name == "cpu-vectors" else ()
-    clip_step(weight, block, others, error, ranges, JOINT, side, rule.bits, rule.symmetric, rule.dtype)
-    rows = slice(30, 35)  # of both panels: the reference is slow
-    start = torch.ones(2, 5)
-    _, losses = reference.clip_step(weight[rows], block, others[rows], start, JOINT, side, rule)
-    own = error[rows].double()
-    quadratic = ((own @ block.double()) * own).sum(dim=1)
-    missed = quadratic + 2 * (own * others[rows].double()).sum(dim=1) - losses
-    assert bool((missed.abs() <= 1e-3 * quadratic).all())
+    clip_step(weight, block, others, error, ranges, JOINT, SIDE, rule.bits, rule.symmetric, rule.dtype)
+    judge = Judge(weight, block, others, rule, UNITS["bfloat16" if name == "cpu-amx" else "float32"])
+    assert bool(judge.right(torch.ones(2, 35), ranges[:2], JOINT, SIDE).all())
     assert torch.equal(error, rule.nearest(weight, ranges[2, :, None], ranges[3, :, None]) - weight)
+
+
+@pytest.mark.parametrize("fault", ["others are not seen", "H is its diagonal", "a stale block"])
+@pytest.mark.parametrize("rule", RULES[:4], ids=named)
+def test_a_wrong_step_is_noticed(rule: GridRule, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge must not pass a step that computes something else, in any dtype's rounding."""
+    use(monkeypatch, "torch")
+    weight, block = weights(100, 64)
+    others = 0.5 * torch.randn(100, 64)
+    stale = torch.cat([torch.zeros(8, 64), block[8:]])  # as if read before it was written
+    seen = {
+        "others are not seen": (block, torch.zeros_like(others)),
+        "H is its diagonal": (torch.diag(block.diagonal()), others),
+        "a stale block": (stale, others),
+    }[fault]
+    error, ranges = torch.empty_like(weight), torch.ones(4, 100)
+    clip_step(weight, *seen, error, ranges, JOINT, SIDE, rule.bits, rule.symmetric, rule.dtype)
+    for unit in UNITS.values():
+        right = Judge(weight, block, others, rule, unit).right(torch.ones(2, 100), ranges[:2], JOINT, SIDE)
+        assert int((~right).sum()) >= 5
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)
