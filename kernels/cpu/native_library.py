@@ -6,17 +6,15 @@ A library's name is a digest of all that goes into it: sources, flags, compiler 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from torch import Tensor
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
@@ -151,7 +149,7 @@ def compiled(folder: Path, *, tiles: bool, sources: Sources = LINEAR) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{Path(sources.source).stem}-{library_key(compiler, flags, sources)}.so"
-        with locked(path.with_suffix(".lock")):
+        with FileLock(path.with_suffix(".lock"), fallback_to_soft=False):
             if not path.exists():
                 part = path.with_suffix(f".{os.getpid()}.part")
                 run_compiler([compiler, *flags, str(SOURCES / sources.source), "-o", str(part)])
@@ -180,14 +178,6 @@ def run_compiler(command: list[str]) -> None:
     if result.returncode:
         first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:200])
         raise NotCompiled(f"{command[0]} failed with {result.returncode}: {first}")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file, among threads and processes."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def typed(library: ctypes.CDLL, *, tiles: bool) -> ctypes.CDLL:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+
+from filelock import FileLock
 
 from kernels.cuda.compiler import ARCHITECTURES, SOURCES, Compiled, CompileError, Compiler, find_compiler
 
@@ -52,7 +52,7 @@ class CubinCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         cubin = self.folder / f"{path.stem}-{architecture}-{key}.cubin"
         report = cubin.with_suffix(".txt")
-        with locked(cubin.with_suffix(".lock")):
+        with FileLock(cubin.with_suffix(".lock"), fallback_to_soft=False):
             if not cubin.exists():
                 compiled = self.compiler.compile(path, architecture, words)
                 write(report, compiled.report.encode())
@@ -87,14 +87,6 @@ def write(path: Path, content: bytes) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_bytes(content)
     part.replace(path)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file, among threads and processes."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def spilled_bytes(report: str) -> int:
