@@ -29,7 +29,7 @@ from tests.tiny_models import (
     some_tokens,
     tiny_spec,
 )
-from workers.child.__main__ import pipeline
+from workers.child import pipeline
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 

@@ -14,7 +14,7 @@ from app.core.records.job import Stage
 from app.core.records.specs import JobSpec
 from app.core.sources.model_source import inspect_model, open_model
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
-from workers.child.__main__ import pipeline
+from workers.child import pipeline
 from workers.quantization import evaluation, input_statistics, paired_pass, scale_search
 
 

@@ -152,7 +152,7 @@ def table(rows: list[dict[str, Any]], delimiter: str) -> str:
 @pytest.mark.parametrize("suffix", FORMS)
 def test_every_shape_in_every_form(suffix: str, row: dict[str, Any], document: Document) -> None:
     content = FORMS[suffix]([row, row]).encode()
-    for name, packed in ((f"train{suffix}", content), (f"train{suffix}.GZ", gzip.compress(content))):
+    for name, packed in ((f"train{suffix}", content), (f"train{suffix}.GZ", gzip.compress(content, mtime=0))):
         assert list(documents_of(name, packed)) == [document, document]
         check_head(name, packed, is_whole=True)
 
@@ -239,7 +239,7 @@ def test_a_line_that_is_not_read_is_named_with_what_it_lacks(row: object, senten
         lambda: list(documents_of("a.jsonl", content)),
         lambda: check_head("a.jsonl", content, is_whole=True),
         lambda: check_head("a.jsonl", content, is_whole=False),
-        lambda: check_head("a.jsonl.gz", gzip.compress(content), is_whole=True),
+        lambda: check_head("a.jsonl.gz", gzip.compress(content, mtime=0), is_whole=True),
     ):
         with pytest.raises(TextRefused, match=r"a\.jsonl(\.gz)?, line 3: " + re.escape(sentence)) as refusal:
             read()
@@ -261,7 +261,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("a.jsonl", GOOD.encode() + "\xdf\n".encode("latin-1"), "a.jsonl, line 3: not UTF-8 text"),
     ("a.txt", "x".encode("utf-16") + b"\0", "a.txt, line 1: not UTF-16 text"),
     ("a.txt", b"text\nmore\0\n", "a.txt, line 2: a NUL character"),
-    ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "a.jsonl.gz is not a whole gzip file"),
+    ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], "a.jsonl.gz is not a whole gzip file"),
     ("a.jsonl", POINTER + b"v1\noid sha256:00\nsize 5\n", "a.jsonl is a git-lfs pointer"),
 ]  # fmt: skip
 
@@ -279,7 +279,7 @@ def test_a_file_that_is_not_read_says_why(name: str, content: bytes, sentence: s
 def test_the_beginning_of_a_good_file_is_accepted_wherever_it_is_cut(name: str, encoding: str) -> None:
     row = json.dumps({"text": "ß" * 50}, ensure_ascii=False) + "\n"
     content = (f"text\n{row}" if name == "a.csv" else row * 40).encode(encoding)
-    content = gzip.compress(content) if name.endswith(".gz") else content
+    content = gzip.compress(content, mtime=0) if name.endswith(".gz") else content
     for size in range(max(20, len(content) // 2), len(content), 7):
         check_head(name, content[:size], is_whole=False)
 
@@ -287,8 +287,8 @@ def test_the_beginning_of_a_good_file_is_accepted_wherever_it_is_cut(name: str, 
 def test_a_packed_file_has_a_most_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.core.sources.text_content.MAX_TEXT_BYTES", 1000)
     with pytest.raises(TextRefused, match="holds more than 1000 bytes"):
-        list(documents_of("a.txt.gz", gzip.compress(b"x" * 1001)))
-    assert list(documents_of("a.txt.gz", gzip.compress(b"x" * 1000))) == [Document(text="x" * 1000)]
+        list(documents_of("a.txt.gz", gzip.compress(b"x" * 1001, mtime=0)))
+    assert list(documents_of("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0))) == [Document(text="x" * 1000)]
 
 
 @pytest.mark.parametrize("suffix", [suffix + packing for suffix in SUFFIXES for packing in ("", PACKED)])
