@@ -27,7 +27,7 @@ PYTEST_WORKERS ?= 3
 # the order of testpaths, long ones first, so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install chat demo test latest lock lint format types imports unit integration faults fuzz guards e2e bench clean
+.PHONY: help install chat demo test latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
 
 help:
 	@sed -n '3,9s/^# \{0,1\}//p' Makefile
@@ -94,6 +94,10 @@ guards: $(STAMP)
 
 e2e: $(STAMP)
 	$(BIN)/pytest tests/e2e
+
+# On a host with a GPU; names its devices and versions first.
+gpu: $(STAMP)
+	$(BIN)/pytest tests/gpu
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/quantize.py

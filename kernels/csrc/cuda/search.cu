@@ -296,6 +296,7 @@ __device__ void clip_step(const float* weight, long weight_stride, const float* 
       }
     }
   }
+  __syncwarp();  // four lanes have read a row's ranges; one of them writes
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const long at = row + 8 * half;

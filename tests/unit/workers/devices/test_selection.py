@@ -20,7 +20,7 @@ from tests.tiny_models import assignment, random_model, save_model, tiny_spec
 from workers.child.calibration_rank import run as run_rank
 from workers.child.pipeline import Pipeline
 from workers.child.ranks import RankAssignment, SharedWork
-from workers.devices import device_profile
+from workers.devices import profile_measurement
 from workers.devices.selection import select_device
 from workers.serving.__main__ import ReadyPipe, parse_arguments, run
 from workers.serving.engine import Engine, Limits
@@ -108,9 +108,9 @@ def calibrate(folder: Path, work: Path) -> None:
 
 def profile(_: Path, work: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["device_profile", "--device", GPU, "--folder", str(work)])
-        patch.setattr(device_profile, "measure", lambda device, _: device_profile.wait_for(device))
-        device_profile.main()
+        patch.setattr(sys, "argv", ["profile_measurement", "--device", GPU, "--folder", str(work)])
+        patch.setattr(profile_measurement, "measure", lambda device, _: profile_measurement.wait_for(device))
+        profile_measurement.main()
 
 
 @pytest.mark.parametrize("entry", [serve, load, quantize, calibrate, profile])
