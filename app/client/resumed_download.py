@@ -15,6 +15,7 @@ from app.client.errors import DownloadCorrupt, unreachable
 from app.client.exchange import Exchange
 from app.client.paths import file_route
 from app.client.views import ArtifactAnswer, FileAnswer
+from app.core.sources.file_digest import file_sha256
 
 PIECE_BYTES = 256 * 1024
 BREAKS = 8  # in a row, with not a byte between them
@@ -143,10 +144,7 @@ class Part:
 
 
 def is_whole(place: Path, file: FileAnswer) -> bool:
-    if not place.is_file() or place.stat().st_size != file.size:
-        return False
-    with place.open("rb") as kept:
-        return hashlib.file_digest(kept, "sha256").hexdigest() == file.sha256
+    return place.is_file() and place.stat().st_size == file.size and file_sha256(place) == file.sha256
 
 
 def safe_path(path: str) -> PurePosixPath:

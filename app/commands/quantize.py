@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import signal
@@ -22,6 +21,7 @@ from app.commands.terminal import AsJson, print_json, read_settings, stderr, std
 from app.core.errors import InvalidRequest, JobFault, field_fault, field_path
 from app.core.records.job import Problem, Progress
 from app.core.records.specs import JobSpec, TextSpec
+from app.core.sources.file_digest import file_sha256
 from app.core.system_faults import STATE_FOLDER
 
 if TYPE_CHECKING:
@@ -167,11 +167,6 @@ def fetch(files: ModelFiles, wanted: dict[str, int], folder: Path) -> None:
     for path in wanted:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         files.download(path, folder / path, on_bytes=lambda _: None)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_file(text: TextSpec, settings: Settings, dest: Path) -> Path | None:

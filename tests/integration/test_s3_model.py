@@ -10,7 +10,8 @@ import pytest
 
 from app.core.errors import ModelRefused
 from app.core.settings import Settings
-from app.core.sources.fetching import ModelCache, file_sha256
+from app.core.sources.fetching import ModelCache
+from app.core.sources.file_digest import file_sha256
 from app.core.sources.model_source import inspect_model, model_digest, open_model
 from app.core.sources.text_source import open_text
 from app.core.storage.object_store import open_bucket
@@ -37,7 +38,7 @@ def test_an_s3_model_is_inspected_and_fetched(bucket: str, example_model: Path, 
     assert headers == local
     with ModelCache(tmp_path / "cache", Settings()) as cache:
         model = cache.fetch(bucket, nothing)
-    hashes = {name: file_sha256(example_model / name, nothing) for name in local.files}
+    hashes = {name: file_sha256(example_model / name) for name in local.files}
     assert model.digest == model_digest(hashes)
     assert {path.name for path in model.folder.iterdir()} == set(local.files)
 

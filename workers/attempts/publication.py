@@ -6,7 +6,6 @@ other removes its files.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +17,12 @@ from app.core.errors import JobFault, NibbleError, Unavailable
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job
+from app.core.sources.file_digest import file_sha256
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
 from app.core.storage.storage_keys import manifest_key, report_key
 
 log = logging.getLogger(__name__)
-
-PIECE = 1 << 22
 
 
 class Publication:
@@ -76,7 +74,7 @@ class Publication:
             check()
             name = path.relative_to(folder).as_posix()
             # Hashed from the local file: a wrong upload then differs from its manifest.
-            files.append(ArtifactFile(path=name, size=path.stat().st_size, sha256=sha256(path, check)))
+            files.append(ArtifactFile(path=name, size=path.stat().st_size, sha256=file_sha256(path, check)))
             self._objects.put(f"artifacts/{art_id}/{self._prefix}/{name}", path)
         if not files:
             raise JobFault(f"the output folder {output.folder} is empty", code="child_protocol")
@@ -127,12 +125,3 @@ def inside(folder: Path, relative: str) -> Path:
             f"the job's process names {relative!r}, which is not in its folder", code="child_protocol"
         )
     return path
-
-
-def sha256(path: Path, check: Callable[[], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            check()
-    return digest.hexdigest()

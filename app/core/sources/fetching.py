@@ -19,11 +19,11 @@ from pydantic import ValidationError
 
 from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.settings import Settings
+from app.core.sources.file_digest import file_sha256
 from app.core.sources.model_source import LocalModel, ModelFiles, inspect_model, model_digest, open_model
 from app.core.sources.text_source import is_remote, open_text
 from app.core.storage.reuse import text_key
 
-PIECE = 1 << 22
 IN_USE = ".use"
 PARTIAL = ".partial"
 OnBytes = Callable[[int], None]  # hears of every piece, and may raise to stop
@@ -100,7 +100,7 @@ class ModelCache:
                 return Digests.model_validate_json(kept.read_bytes()).sha256
             except ValidationError:
                 kept.unlink()
-        sha256 = {path: file_sha256(folder / path, on_bytes) for path in sorted(sizes)}
+        sha256 = {path: file_sha256(folder / path, lambda: on_bytes(0)) for path in sorted(sizes)}
         part = kept.with_suffix(".part")
         part.write_text(Digests(sha256=sha256).model_dump_json())
         part.replace(kept)
@@ -205,22 +205,8 @@ def fetch_texts(spec: JobSpec, settings: Settings, folder: Path, on_bytes: OnByt
 def text_digest(spec: TextSpec, file: Path | None, on_bytes: OnBytes) -> str:
     """What identifies the text of a spec: its content, or the name of a bundled set."""
     if file is not None:
-        return file_sha256(file, on_bytes)
+        return file_sha256(file, lambda: on_bytes(0))
     return text_key(spec)
-
-
-def file_sha256(path: Path, on_bytes: OnBytes) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for piece in pieces(file):
-            digest.update(piece)
-            on_bytes(0)
-    return digest.hexdigest()
-
-
-def pieces(file: IO[bytes]) -> Iterator[bytes]:
-    while piece := file.read(PIECE):
-        yield piece
 
 
 @contextmanager
