@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from kernels.search import reference
+from kernels.search import search_reference as reference
 from kernels.search.grids import GridRule
 from kernels.search.search_operators import clip_step, rounding_errors
 
