@@ -1,15 +1,20 @@
-"""What every test gets: a clean environment, and the `gpu` marker from the folder."""
+"""What every test gets: a clean environment, the `gpu` marker from the folder, and a Valkey if it asks."""
 
 from __future__ import annotations
 
 import gc
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
+
+from app.core.redis.redis_programs import embedded_binary
+from app.core.redis.redis_server import connect, wait_for_redis
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
@@ -65,3 +70,37 @@ def repository() -> Path:
 def example_model(repository: Path) -> Path:
     """The bundled model."""
     return repository / "examples" / "wikitext-llama-6m"
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Valkey process that this test process started."""
+    binary = embedded_binary()
+    assert binary is not None, "install the extra [embedded]"
+    folder = tmp_path_factory.mktemp("valkey")
+    path = folder / "s"
+    command = [binary, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        url = f"unix://{path}"
+        client = connect(url)
+        wait_for_redis(client)
+        client.close()
+        yield url
+        process.terminate()
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> Iterator[str]:
+    """An empty Valkey."""
+    client: Redis = connect(redis_server)
+    client.flushall()
+    yield redis_server
+    client.flushall()
+    client.close()
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    client = connect(redis_url)
+    yield client
+    client.close()

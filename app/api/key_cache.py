@@ -17,7 +17,8 @@ from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
 from app.core.access.api_keys import USE_STEP_S, ApiKey, KeyStore, Principal, key_id, record_key
-from app.core.access.limits import TenantLimits, limits_key
+from app.core.access.limits import TenantLimits
+from app.core.changes.redis_keys import limits_key
 from app.core.changes.stamps import StampReader, Values
 
 OFFLINE_S = 300.0  # while Redis does not answer, known keys stay good for so long

@@ -24,12 +24,17 @@ from app.api.dependencies import SESSION_COOKIE, Services
 from app.api.preconditions import matches_tag
 from app.core.access.api_keys import USE_STEP_S, ApiKey, key_id, recognised, record_key
 from app.core.access.api_keys import Scope as KeyScope
-from app.core.access.limits import limits_key
-from app.core.access.login import session_key
+from app.core.changes.redis_keys import (
+    DEPLOYMENTS_STAMP,
+    WORKERS_STAMP,
+    job_key,
+    jobs_stamp,
+    limits_key,
+    session_key,
+)
 from app.core.changes.stamps import Values
 from app.core.errors import Unauthenticated
 from app.core.records.ids import is_id
-from app.core.records.job_keys import DEPLOYMENTS, WORKERS, job_key, jobs_stamp
 
 MAX_BYTES = 16 * 1024**2
 MAX_CALLERS = 8192
@@ -61,9 +66,9 @@ class Question(NamedTuple):
 
     def stamps(self, tenant: str) -> tuple[str, ...]:
         if self.kind == "workers":
-            return (WORKERS,)
+            return (WORKERS_STAMP,)
         if self.kind == "deployments":
-            return (DEPLOYMENTS, WORKERS)
+            return (DEPLOYMENTS_STAMP, WORKERS_STAMP)
         return (job_key(self.resource),) if self.resource is not None else (jobs_stamp(tenant),)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
+from app.core.changes.redis_keys import DEPLOYMENT_CHANGES
 from app.core.deployments.deployment import Deployment, Goal, LiveDeployment
-from app.core.deployments.deployment_store import CHANGES, DeploymentStore
+from app.core.deployments.deployment_store import DeploymentStore
 from app.core.errors import NibbleError
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class RoutingTable(threading.Thread):
 
     def _follow(self) -> None:
         with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
-            channel.subscribe(CHANGES)
+            channel.subscribe(DEPLOYMENT_CHANGES)
             while not self._stopped.is_set():
                 self._pass()
                 channel.get_message(timeout=REFRESH_S)

@@ -14,12 +14,8 @@ import httpx
 from redis import Redis
 
 from app.core.access.api_keys import KeyStore, Scope, new_key
-from app.core.access.limits import TenantLimits
-from app.core.deployments.deployment_store import DeploymentStore
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
-from app.core.jobs.outcome import Outcome
-from app.core.jobs.turns import Turns
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job, JobState, transition
@@ -28,23 +24,14 @@ from app.core.redis.redis_server import connect
 from app.core.settings import Settings
 from app.core.storage.artifact_store import file_key
 from app.core.storage.object_store import ObjectStore
-from app.core.storage.reuse import ReuseIndex
 from app.core.storage.storage_keys import manifest_key
 from app.core.upkeep.janitor import Janitor
 from app.server import api_server
+from tests.outcomes import outcome_over
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = (EXAMPLES / "wikitext-llama-6m").as_uri()
 ADMIN_KEY = "test-admin-key-of-this-service"
-
-
-def outcome_over(redis: Redis, objects: ObjectStore, settings: Settings) -> Outcome:
-    """What follows from ends, over these stores."""
-    store, limits = JobStore(redis), TenantLimits(redis, settings)
-    queue = JobQueue(redis, limit=settings.queue_limit)
-    turns = Turns(store, queue, lambda tenant: limits.of(tenant).running_jobs)
-    parts = (DeploymentStore(redis), ReuseIndex(redis, objects), limits)
-    return Outcome(store, queue, turns, objects, *parts)
 
 
 class Service:

@@ -1,4 +1,4 @@
-"""Real parts for integration tests: a Valkey process and an S3 server process."""
+"""Real parts for integration tests: an S3 server process, the service, servers of models."""
 
 from __future__ import annotations
 
@@ -11,49 +11,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from redis import Redis
 
 from app.core.records.specs import Recipe
-from app.core.redis.redis_programs import embedded_binary
-from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 from tests.integration.inference_process import InferenceProcess, inference_server
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
-
-
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a Valkey process that this test process started."""
-    binary = embedded_binary()
-    assert binary is not None, "install the extra [embedded]"
-    folder = tmp_path_factory.mktemp("valkey")
-    path = folder / "s"
-    command = [binary, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        url = f"unix://{path}"
-        client = connect(url)
-        wait_for_redis(client)
-        client.close()
-        yield url
-        process.terminate()
-
-
-@pytest.fixture
-def redis_url(redis_server: str) -> Iterator[str]:
-    """An empty Valkey."""
-    client: Redis = connect(redis_server)
-    client.flushall()
-    yield redis_server
-    client.flushall()
-    client.close()
-
-
-@pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
-    client = connect(redis_url)
-    yield client
-    client.close()
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ import pytest
 
 from app.core.access.api_keys import KeyStore, Scope
 from app.core.access.limits import TenantLimits
+from app.core.changes.redis_keys import ENDED, events_key, lease_key
 from app.core.jobs.job_queue import Place
 from app.core.jobs.outcome import Outcome
 from app.core.outgoing.webhook_messages import DeliveryStore
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job, JobState, transition
 from app.core.records.job_changes import cancel_requested
-from app.core.records.job_keys import ENDED, events_key, lease_key
 from app.core.settings import Settings
 from app.core.storage.reuse import ReuseIndex
 from app.core.storage.storage_keys import FOLDERS, checkpoint_prefix

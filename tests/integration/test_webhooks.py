@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from app.core.changes.redis_keys import DUE, delivery_key
 from app.core.jobs.job_store import JobStore
 from app.core.outgoing.address_guard import OutgoingGuard
-from app.core.outgoing.webhook_messages import DUE, DeliveryStore, WebhookSecrets, delivery_key
+from app.core.outgoing.webhook_messages import DeliveryStore, WebhookSecrets
 from app.core.outgoing.webhook_sender import WebhookSender
 from app.core.records.ids import new_id
 from app.core.records.job import Job, JobState, transition

@@ -1,8 +1,5 @@
 """Idempotency keys: the same key and request lead to the same job, deployment or API key.
 
-    nibble:idempotency:<tenant>:<digest of the key>    {body, job}, for a day
-    nibble:idempotency-spent:<id>                      what a key stood for was deleted, for a day
-
 The id of what is made is fixed together with the key, before it exists. A request that died half-way is so
 completed by its repetition, and of fifty parallel ones just one creates the record. What was deleted since is
 not made again: what is named after its id may live on.
@@ -10,11 +7,11 @@ not made again: what is named after its id may live on.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from redis import Redis
 
+from app.core.changes.redis_keys import digest, idempotency_key, spent_key
 from app.core.errors import Conflict, InvalidRequest, MalformedRequest
 from app.core.records.specs import Kept
 
@@ -33,51 +30,45 @@ class IdempotencyKeys:
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
 
-    def find(self, tenant: str, key: str, request: str) -> str | None:
-        """The id that this key stands for; None for a new key. `request` tells what is asked for.
+    def find(self, tenant: str, key: str | None, request: str) -> str | None:
+        """The id that this key stands for; None for a new key, or for none. `request` says what is asked for.
 
         Raises MalformedRequest for an unusable key, InvalidRequest if the key was used for something else,
         Conflict if what it made is deleted.
         """
-        found = self._redis.get(redis_key(tenant, key))
-        if found is None:
+        record = self._redis.get(checked_key(tenant, key)) if key is not None else None
+        if record is None:
             return None
-        made = matching(Claim.model_validate_json(found), request)
-        if self._redis.exists(spent_key(made)):
+        claimed_id = matching(Claim.model_validate_json(record), request)
+        if self._redis.exists(spent_key(claimed_id)):
             raise Conflict(
-                f"this Idempotency-Key has made {made}, which was deleted since",
+                f"this Idempotency-Key has made {claimed_id}, which was deleted since",
                 code="idempotency_key_spent",
                 remedy="use a new key to make another one",
             )
-        return made
+        return claimed_id
 
-    def claim(self, tenant: str, key: str, request: str, fresh: str) -> str:
-        """The id that this key stands for from now on: `fresh`, if the key is new."""
+    def claim(self, tenant: str, key: str | None, request: str, fresh: str) -> str:
+        """The id that this key stands for from now on: `fresh`, if the key is new or there is none."""
+        if key is None:
+            return fresh
         mine = Claim(body=digest(request), job=fresh)
-        is_first = self._redis.set(redis_key(tenant, key), mine.model_dump_json(), nx=True, ex=KEPT_S)
+        is_first = self._redis.set(checked_key(tenant, key), mine.model_dump_json(), nx=True, ex=KEPT_S)
         return fresh if is_first else self.find(tenant, key, request) or fresh
 
-    def spend(self, made: str) -> None:
+    def spend(self, claimed_id: str) -> None:
         """Have no key make this again: it is deleted."""
-        self._redis.set(spent_key(made), 1, ex=KEPT_S)
+        self._redis.set(spent_key(claimed_id), 1, ex=KEPT_S)
 
 
-def digest(request: str) -> str:
-    return hashlib.sha256(request.encode()).hexdigest()
-
-
-def spent_key(made: str) -> str:
-    return f"nibble:idempotency-spent:{made}"
-
-
-def redis_key(tenant: str, key: str) -> str:
+def checked_key(tenant: str, key: str) -> str:
     if not 1 <= len(key) <= MAX_LENGTH or not key.isascii() or not key.isprintable():
         raise MalformedRequest(
             f"Idempotency-Key has {len(key)} characters; 1 to {MAX_LENGTH} printable ones are allowed",
             code="idempotency_key_invalid",
             remedy="use a UUID",
         )
-    return f"nibble:idempotency:{tenant}:{hashlib.sha256(key.encode()).hexdigest()}"
+    return idempotency_key(tenant, key)
 
 
 def matching(first: Claim, request: str) -> str:

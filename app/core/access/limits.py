@@ -1,9 +1,5 @@
 """What a tenant may use, and what it uses.
 
-nibble:limits:<tenant>    the operator's limits for one tenant, as JSON; else those of the settings hold
-nibble:usage:<tenant>     hash: bytes by artifact
-nibble:rate:<tenant>      when the next request would be in time (generic cell rate algorithm)
-
 0 is no limit. The limit of active jobs is kept by the script that creates a job, that of running ones by
 turns (turns.py).
 """
@@ -17,24 +13,29 @@ from typing import Any
 from pydantic import Field
 from redis import Redis
 
+from app.core.changes.atomic_changes import NOW, Script
+from app.core.changes.redis_keys import active_key, limits_key, rate_key, usage_key
 from app.core.errors import QuotaExceeded, RateLimited
-from app.core.records.job_keys import active_key
 from app.core.records.specs import Frozen
 from app.core.settings import Settings
 
 REREAD_S = 2.0  # how long a process goes by the limits that it has read
 
-# KEYS: rate. ARGV: seconds for each request, seconds of burst. Gives the seconds to wait as text, or 0.
-ADMIT = """
-local now = redis.call('TIME')
-now = now[1] + now[2] / 1000000
-local due = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), now)
-local wait = due + ARGV[1] - now - ARGV[2]
+# Gives the seconds to wait as text, or 0.
+ADMIT = Script(
+    keys=("rate",),
+    args=("seconds_each", "burst_seconds"),
+    body=f"""
+{NOW}
+local time = now()
+local due = math.max(tonumber(redis.call('GET', rate) or '0'), time)
+local wait = due + seconds_each - time - burst_seconds
 if wait > 0 then return tostring(wait) end
-due = due + ARGV[1]
-redis.call('SET', KEYS[1], string.format('%.6f', due), 'PX', math.ceil((due - now) * 1000))
+due = due + seconds_each
+redis.call('SET', rate, string.format('%.6f', due), 'PX', math.ceil((due - time) * 1000))
 return '0'
-"""
+""",
+)
 
 
 class Limits(Frozen):
@@ -51,7 +52,7 @@ class TenantLimits:
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
-        self._admit = self._redis.register_script(ADMIT)
+        self._admit = ADMIT.on(redis)
         self._read: dict[str, tuple[float, Limits]] = {}
         self._defaults = Limits(
             active_jobs=settings.tenant_jobs,
@@ -61,9 +62,9 @@ class TenantLimits:
         )
 
     def of(self, tenant: str) -> Limits:
-        known = self._read.get(tenant)
-        if known is not None and time.monotonic() - known[0] < REREAD_S:
-            return known[1]
+        last = self._read.get(tenant)
+        if last is not None and time.monotonic() - last[0] < REREAD_S:
+            return last[1]
         limits = self.parsed(self._redis.get(limits_key(tenant)))
         self._read[tenant] = (time.monotonic(), limits)
         return limits
@@ -82,7 +83,9 @@ class TenantLimits:
         if rate == 0:
             return
         seconds = 60.0 / rate
-        wait = float(self._admit(keys=[f"nibble:rate:{tenant}"], args=[seconds, max(10.0, seconds)]))
+        wait = float(
+            self._admit(rate=rate_key(tenant), seconds_each=seconds, burst_seconds=max(10.0, seconds))
+        )
         if wait > 0:
             raise RateLimited(
                 f"the tenant {tenant} may send {rate} requests per minute",
@@ -112,11 +115,3 @@ class TenantLimits:
 
     def remove_artifact(self, tenant: str, artifact_id: str) -> None:
         self._redis.hdel(usage_key(tenant), artifact_id)
-
-
-def limits_key(tenant: str) -> str:
-    return f"nibble:limits:{tenant}"
-
-
-def usage_key(tenant: str) -> str:
-    return f"nibble:usage:{tenant}"

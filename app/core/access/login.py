@@ -1,50 +1,50 @@
 """Sessions of browsers: a link that works once becomes a cookie that stands for an API key.
 
-nibble:login:<digest of the code>        id of the key, for ten minutes, until the link is opened
-nibble:login-used:<digest of the code>   the same, from then on until the link is opened again
-nibble:session:<digest of the cookie>    id of the key, for twelve hours
-
 The key itself is never in a link or a cookie, and a revoked key ends its sessions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from typing import Any
 
 from redis import Redis
 
+from app.core.changes.atomic_changes import Script
+from app.core.changes.redis_keys import login_key, login_used_key, session_key
 from app.core.errors import Unauthenticated
 
 LINK_S = 600
 SESSION_S = 12 * 3600
 
-# KEYS: login, login-used. ARGV: seconds. Gives whose link it is or was ('' if nobody's), and 1 if it opens a
-# session. Only the first repetition is known as one: who found a link can't fill the audit log with it.
-OPEN = """
-local key_id = redis.call('GETDEL', KEYS[1])
-if not key_id then return {redis.call('GETDEL', KEYS[2]) or '', 0} end
-redis.call('SET', KEYS[2], key_id, 'EX', ARGV[1])
+# Gives whose link it is or was ('' if nobody's), and 1 if it opens a session. Only the first repetition
+# counts as one: who found a link can't fill the audit log with it.
+OPEN = Script(
+    keys=("login", "login_used"),
+    args=("seconds",),
+    body="""
+local key_id = redis.call('GETDEL', login)
+if not key_id then return {redis.call('GETDEL', login_used) or '', 0} end
+redis.call('SET', login_used, key_id, 'EX', seconds)
 return {key_id, 1}
-"""
+""",
+)
 
 
 class LoginLinks:
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
-        self._open = self._redis.register_script(OPEN)
+        self._open = OPEN.on(redis)
 
     def new_code(self, key_id: str) -> str:
         """A code that opens one session for the holder of the key."""
         code = secrets.token_urlsafe(32)
-        self._redis.set(f"nibble:login:{digest(code)}", key_id, ex=LINK_S)
+        self._redis.set(login_key(code), key_id, ex=LINK_S)
         return code
 
     def use(self, code: str) -> tuple[str | None, bool]:
         """The id of the key whose code this is, if known, and whether it opens a session: it does once."""
-        names = [f"nibble:login:{digest(code)}", f"nibble:login-used:{digest(code)}"]
-        key_id, is_first = self._open(keys=names, args=[LINK_S])
+        key_id, is_first = self._open(login=login_key(code), login_used=login_used_key(code), seconds=LINK_S)
         return key_id.decode() or None, bool(is_first)
 
     def open_session(self, key_id: str) -> str:
@@ -66,11 +66,3 @@ class LoginLinks:
 
     def close_session(self, session: str) -> None:
         self._redis.delete(session_key(session))
-
-
-def session_key(session: str) -> str:
-    return f"nibble:session:{digest(session)}"
-
-
-def digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from app.core.records.job_keys import CHANGES
+from app.core.changes.redis_keys import JOB_CHANGES
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ChangeListener(threading.Thread):
 
     def _listen(self) -> None:
         with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
-            channel.subscribe(CHANGES)
+            channel.subscribe(JOB_CHANGES)
             self._post(None)  # what changed before this moment was not heard
             while not self._stopped.is_set():
                 message = channel.get_message(timeout=POLL_S)

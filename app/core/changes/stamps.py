@@ -8,14 +8,14 @@ Redis, not counters, so that a Redis that has lost its contents does not come to
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from app.core.records.job_keys import JOB_PREFIX
+from app.core.changes.atomic_changes import Script
+from app.core.changes.redis_keys import JOB_PREFIX
 
 KEPT_S = 3600  # far longer than any answer is kept, so that its absence is a change, too
 LIMIT_S = 1.0  # then the route asks, with more patience
@@ -28,17 +28,20 @@ local function stamp(key)
 end
 """
 
-READ = f"""
-local found = {{}}
-for i, key in ipairs(KEYS) do
+READ = Script(
+    more_keys="stamps",
+    body=f"""
+local values = {{}}
+for i, key in ipairs(stamps) do
   if string.sub(key, 1, {len(JOB_PREFIX)}) == '{JOB_PREFIX}' then
-    found[i] = redis.call('HGET', key, 'version')
+    values[i] = redis.call('HGET', key, 'version')
   else
-    found[i] = redis.call('GET', key)
+    values[i] = redis.call('GET', key)
   end
 end
-return found
-"""
+return values
+""",
+)
 
 Values = tuple[bytes | None, ...]
 
@@ -53,7 +56,7 @@ class StampReader:
         self._redis: AsyncRedis = AsyncRedis.from_url(
             url, socket_timeout=LIMIT_S, socket_connect_timeout=LIMIT_S, retry=Retry(NoBackoff(), 1)
         )
-        self._script: Any = self._redis.register_script(READ)
+        self._script = READ.on(self._redis)
         self._asked: list[tuple[tuple[str, ...], asyncio.Future[Values]]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -68,21 +71,21 @@ class StampReader:
     async def _run(self) -> None:
         while self._asked:
             asked, self._asked = self._asked, []
-            names = list({name: None for wanted, _ in asked for name in wanted})
+            distinct = list({name: None for names, _ in asked for name in names})
             fault = RedisError("the read was given up")
-            found: dict[str, bytes | None] | None = None
+            values: dict[str, bytes | None] | None = None
             try:
-                found = dict(zip(names, await self._script(keys=names), strict=True))
-            except RedisError as met:
-                fault = met
+                values = dict(zip(distinct, await self._script(stamps=distinct), strict=True))
+            except RedisError as failure:
+                fault = failure
             finally:
-                for wanted, answer in asked:
+                for names, answer in asked:
                     if answer.done():  # its caller has left
                         continue
-                    if found is None:
+                    if values is None:
                         answer.set_exception(fault)
                     else:
-                        answer.set_result(tuple(found[name] for name in wanted))
+                        answer.set_result(tuple(values[name] for name in names))
 
     async def close(self) -> None:
         if self._task is not None:

@@ -1,12 +1,5 @@
 """Deployment records and the slots of their replicas, in Redis.
 
-nibble:deployment:<id>              hash: record (JSON), version
-nibble:deployments                  set of ids
-nibble:deployment-names:<tenant>    hash from name to id
-nibble:replica:<deployment>:<slot>  the replica that holds the slot, as JSON, with an expiry
-nibble:deployment-used:<id>         exists while the last request is younger than the idle timeout
-nibble:deployment-changes           channel: the id of each deployment that changed
-
 Whoever claims a slot first serves it until the claim expires: two servers never share one.
 """
 
@@ -18,95 +11,103 @@ from typing import Any
 
 from redis import Redis
 
+from app.core.changes.atomic_changes import Script, versioned_update
+from app.core.changes.redis_keys import (
+    DEPLOYMENT_CHANGES,
+    DEPLOYMENTS,
+    DEPLOYMENTS_STAMP,
+    deployment_key,
+    deployment_names_key,
+    deployment_used_key,
+    slot_key,
+)
 from app.core.changes.stamps import STAMP
 from app.core.deployments.deployment import Deployment, DeploymentSpec, Goal, LiveDeployment, Replica
 from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.records.ids import is_id, new_id
 from app.core.records.job import Problem
-from app.core.records.job_keys import DEPLOYMENTS
 
-CHANGES = "nibble:deployment-changes"
-ALL = "nibble:deployments"
-MAX_COLLISIONS = 50
-
-# KEYS: deployment, names, all. ARGV: id, record, name. Gives the id that holds the name.
-CREATE = f"""
+# Gives the id that holds the name.
+CREATE = Script(
+    keys=("deployment", "names", "all"),
+    args=("id", "record", "name"),
+    body=f"""
 {STAMP}
-local holder = redis.call('HGET', KEYS[2], ARGV[3])
+local holder = redis.call('HGET', names, name)
 if holder then return holder end
-if redis.call('EXISTS', KEYS[1]) == 1 then return ARGV[1] end
-redis.call('HSET', KEYS[1], 'record', ARGV[2], 'version', 1)
-redis.call('HSET', KEYS[2], ARGV[3], ARGV[1])
-redis.call('SADD', KEYS[3], ARGV[1])
-stamp('{DEPLOYMENTS}')
-redis.call('PUBLISH', '{CHANGES}', ARGV[1])
-return ARGV[1]
-"""
+if redis.call('EXISTS', deployment) == 1 then return id end
+redis.call('HSET', deployment, 'record', record, 'version', 1)
+redis.call('HSET', names, name, id)
+redis.call('SADD', all, id)
+stamp('{DEPLOYMENTS_STAMP}')
+redis.call('PUBLISH', '{DEPLOYMENT_CHANGES}', id)
+return id
+""",
+)
 
-# KEYS: deployment, names. ARGV: id, expected version, record, a name that becomes free or ''.
-SWAP = f"""
+SWAP = Script(
+    keys=("deployment", "names"),
+    args=("id", "version", "record", "free_name"),  # '' for none
+    body=f"""
 {STAMP}
-if redis.call('HGET', KEYS[1], 'version') ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], 'record', ARGV[3])
-redis.call('HINCRBY', KEYS[1], 'version', 1)
-stamp('{DEPLOYMENTS}')
-if ARGV[4] ~= '' and redis.call('HGET', KEYS[2], ARGV[4]) == ARGV[1] then
-  redis.call('HDEL', KEYS[2], ARGV[4])
+if redis.call('HGET', deployment, 'version') ~= version then return 0 end
+redis.call('HSET', deployment, 'record', record)
+redis.call('HINCRBY', deployment, 'version', 1)
+stamp('{DEPLOYMENTS_STAMP}')
+if free_name ~= '' and redis.call('HGET', names, free_name) == id then
+  redis.call('HDEL', names, free_name)
 end
-redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+redis.call('PUBLISH', '{DEPLOYMENT_CHANGES}', id)
 return 1
-"""
+""",
+)
 
-# KEYS: deployment, used, all, then each slot. ARGV: id. Does nothing while a slot is held.
-FORGET = f"""
+# Does nothing while a slot is held.
+FORGET = Script(
+    keys=("deployment", "used", "all"),
+    more_keys="slots",
+    args=("id",),
+    body=f"""
 {STAMP}
-for i = 4, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 then return 0 end
+for _, slot in ipairs(slots) do
+  if redis.call('EXISTS', slot) == 1 then return 0 end
 end
-redis.call('DEL', KEYS[1], KEYS[2])
-redis.call('SREM', KEYS[3], ARGV[1])
-stamp('{DEPLOYMENTS}')
-redis.call('PUBLISH', '{CHANGES}', ARGV[1])
+redis.call('DEL', deployment, used)
+redis.call('SREM', all, id)
+stamp('{DEPLOYMENTS_STAMP}')
+redis.call('PUBLISH', '{DEPLOYMENT_CHANGES}', id)
 return 1
-"""
+""",
+)
 
-# KEYS: slot. ARGV: owner, record, milliseconds, deployment, 1 to announce. Takes a free slot, too.
-BEAT = f"""
+# Takes a free slot, too.
+BEAT = Script(
+    keys=("slot",),
+    args=("owner", "record", "milliseconds", "deployment", "announce"),
+    body=f"""
 {STAMP}
-local held = redis.call('GET', KEYS[1])
-if held and cjson.decode(held).owner ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-if held ~= ARGV[2] then stamp('{DEPLOYMENTS}') end
-if not held or ARGV[5] == '1' then redis.call('PUBLISH', '{CHANGES}', ARGV[4]) end
+local present = redis.call('GET', slot)
+if present and cjson.decode(present).owner ~= owner then return 0 end
+redis.call('SET', slot, record, 'PX', milliseconds)
+if present ~= record then stamp('{DEPLOYMENTS_STAMP}') end
+if not present or announce == '1' then redis.call('PUBLISH', '{DEPLOYMENT_CHANGES}', deployment) end
 return 1
-"""
+""",
+)
 
-# KEYS: slot. ARGV: owner, deployment.
-RELEASE = f"""
+RELEASE = Script(
+    keys=("slot",),
+    args=("owner", "deployment"),
+    body=f"""
 {STAMP}
-local held = redis.call('GET', KEYS[1])
-if not held or cjson.decode(held).owner ~= ARGV[1] then return 0 end
-redis.call('DEL', KEYS[1])
-stamp('{DEPLOYMENTS}')
-redis.call('PUBLISH', '{CHANGES}', ARGV[2])
+local present = redis.call('GET', slot)
+if not present or cjson.decode(present).owner ~= owner then return 0 end
+redis.call('DEL', slot)
+stamp('{DEPLOYMENTS_STAMP}')
+redis.call('PUBLISH', '{DEPLOYMENT_CHANGES}', deployment)
 return 1
-"""
-
-
-def deployment_key(deployment_id: str) -> str:
-    return f"nibble:deployment:{deployment_id}"
-
-
-def names_key(tenant: str) -> str:
-    return f"nibble:deployment-names:{tenant}"
-
-
-def used_key(deployment_id: str) -> str:
-    return f"nibble:deployment-used:{deployment_id}"
-
-
-def slot_key(deployment_id: str, slot: int) -> str:
-    return f"nibble:replica:{deployment_id}:{slot}"
+""",
+)
 
 
 def slot_keys(deployment: Deployment) -> list[str]:
@@ -135,11 +136,8 @@ class DeploymentStore:
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
-        self._create = self._redis.register_script(CREATE)
-        self._swap = self._redis.register_script(SWAP)
-        self._forget = self._redis.register_script(FORGET)
-        self._beat = self._redis.register_script(BEAT)
-        self._release = self._redis.register_script(RELEASE)
+        self._create, self._swap, self._forget = CREATE.on(redis), SWAP.on(redis), FORGET.on(redis)
+        self._beat, self._release = BEAT.on(redis), RELEASE.on(redis)
 
     def create(
         self, tenant: str, spec: DeploymentSpec, *, deployment_id: str | None = None, job: str | None = None
@@ -155,9 +153,13 @@ class DeploymentStore:
             created_at=datetime.now(UTC),
             job=job,
         )
-        keys = [deployment_key(deployment.id), names_key(tenant), ALL]
         holder = self._create(
-            keys=keys, args=[deployment.id, deployment.model_dump_json(), spec.name]
+            deployment=deployment_key(deployment.id),
+            names=deployment_names_key(tenant),
+            all=DEPLOYMENTS,
+            id=deployment.id,
+            record=deployment.model_dump_json(),
+            name=spec.name,
         ).decode()
         if holder != deployment.id:
             raise name_taken(spec.name, holder)
@@ -165,7 +167,7 @@ class DeploymentStore:
 
     def require_free(self, tenant: str, name: str) -> None:
         """Raise Conflict if the tenant has the name in use."""
-        holder = self._redis.hget(names_key(tenant), name)
+        holder = self._redis.hget(deployment_names_key(tenant), name)
         if holder is not None:
             raise name_taken(name, holder.decode())
 
@@ -181,65 +183,70 @@ class DeploymentStore:
 
     def all(self) -> list[LiveDeployment]:
         """Every tenant's deployments, newest first."""
-        ids = sorted((member.decode() for member in self._redis.smembers(ALL)), reverse=True)
+        ids = sorted((member.decode() for member in self._redis.smembers(DEPLOYMENTS)), reverse=True)
         pipe = self._redis.pipeline(transaction=False)
         for deployment_id in ids:
             pipe.hget(deployment_key(deployment_id), "record")
-        found = [Deployment.of_record(record) for record in pipe.execute() if record is not None]
-        return self._with_replicas([deployment for deployment in found if deployment is not None])
+        deployments = [Deployment.of_record(record) for record in pipe.execute() if record is not None]
+        return self._with_replicas([deployment for deployment in deployments if deployment is not None])
 
     def update(self, deployment_id: str, change: Callable[[Deployment], Deployment]) -> Deployment:
         """Apply `change` to the record, again from the start if another writer was faster."""
-        for _ in range(MAX_COLLISIONS):
-            before, version = self._read(deployment_id)
-            after = change(before)
-            if after == before:
-                return before
-            free = before.spec.name if after.goal is Goal.REMOVE else ""
-            keys = [deployment_key(deployment_id), names_key(before.tenant)]
-            if self._swap(keys=keys, args=[deployment_id, version, after.model_dump_json(), free]):
-                return after
-        raise Conflict(
-            f"deployment {deployment_id} was changed {MAX_COLLISIONS} times while it was to be written",
-            code="contended",
-            remedy="try again",
+
+        def swap(before: Deployment, after: Deployment, version: int) -> bool:
+            written = self._swap(
+                deployment=deployment_key(deployment_id),
+                names=deployment_names_key(before.tenant),
+                id=deployment_id,
+                version=version,
+                record=after.model_dump_json(),
+                free_name=before.spec.name if after.goal is Goal.REMOVE else None,
+            )
+            return bool(written)
+
+        return versioned_update(
+            f"deployment {deployment_id}", lambda: self._read(deployment_id), change, swap
         )
 
     def forget(self, deployment: Deployment) -> bool:
         """Remove the record, unless a server still runs."""
-        keys = [deployment_key(deployment.id), used_key(deployment.id), ALL, *slot_keys(deployment)]
-        return bool(self._forget(keys=keys, args=[deployment.id]))
+        forgotten = self._forget(
+            deployment=deployment_key(deployment.id),
+            used=deployment_used_key(deployment.id),
+            all=DEPLOYMENTS,
+            slots=slot_keys(deployment),
+            id=deployment.id,
+        )
+        return bool(forgotten)
 
     def beat(self, replica: Replica, *, ttl_s: float, announce: bool = False) -> bool:
         """Hold the replica's slot for `ttl_s` more seconds; False if another worker holds it."""
         return bool(
             self._beat(
-                keys=[slot_key(replica.deployment, replica.slot)],
-                args=[
-                    replica.owner,
-                    replica.model_dump_json(),
-                    int(ttl_s * 1000),
-                    replica.deployment,
-                    int(announce),
-                ],
+                slot=slot_key(replica.deployment, replica.slot),
+                owner=replica.owner,
+                record=replica.model_dump_json(),
+                milliseconds=int(ttl_s * 1000),
+                deployment=replica.deployment,
+                announce=int(announce),
             )
         )
 
     def release(self, replica: Replica) -> bool:
-        keys = [slot_key(replica.deployment, replica.slot)]
-        return bool(self._release(keys=keys, args=[replica.owner, replica.deployment]))
+        slot = slot_key(replica.deployment, replica.slot)
+        return bool(self._release(slot=slot, owner=replica.owner, deployment=replica.deployment))
 
     def touch(self, deployments: Iterable[Deployment]) -> None:
         """Say that the deployments were used just now."""
         pipe = self._redis.pipeline(transaction=False)
         for deployment in deployments:
             if deployment.spec.idle_timeout_s is not None:
-                pipe.set(used_key(deployment.id), 1, ex=deployment.spec.idle_timeout_s)
+                pipe.set(deployment_used_key(deployment.id), 1, ex=deployment.spec.idle_timeout_s)
         pipe.execute()
 
     def was_used(self, deployment: Deployment) -> bool:
         """True if the last request is younger than the idle timeout."""
-        return bool(self._redis.exists(used_key(deployment.id)))
+        return bool(self._redis.exists(deployment_used_key(deployment.id)))
 
     def _read(self, deployment_id: str) -> tuple[Deployment, int]:
         if not is_id("dep", deployment_id):
@@ -258,13 +265,13 @@ class DeploymentStore:
     def _with_replicas(self, deployments: list[Deployment]) -> list[LiveDeployment]:
         keys = [key for deployment in deployments for key in slot_keys(deployment)]
         records = iter(self._redis.mget(keys) if keys else [])
-        found = []
+        live = []
         for deployment in deployments:
             slots = [next(records) for _ in range(deployment.spec.replicas)]
             replicas = [Replica.of_record(record) for record in slots if record is not None]
-            known = tuple(replica for replica in replicas if replica is not None)
-            found.append(LiveDeployment(deployment=deployment, replicas=known))
-        return found
+            readable = tuple(replica for replica in replicas if replica is not None)
+            live.append(LiveDeployment(deployment=deployment, replicas=readable))
+        return live
 
 
 def awakened(deployment: Deployment) -> Deployment:

@@ -12,6 +12,24 @@ from typing import Any
 from pydantic import Field
 from redis import Redis
 
+from app.core.changes.atomic_changes import versioned_update
+from app.core.changes.redis_keys import (
+    DUE,
+    ENDED,
+    LINES,
+    active_key,
+    deliveries_key,
+    delivery_key,
+    events_key,
+    job_key,
+    jobs_key,
+    jobs_stamp,
+    lease_key,
+    line_key,
+    postponed_key,
+    state_key,
+    turns_key,
+)
 from app.core.errors import (
     Conflict,
     MalformedRequest,
@@ -22,29 +40,14 @@ from app.core.errors import (
 )
 from app.core.jobs.job_encoding import announcement, decode, encode, state_payload
 from app.core.jobs.job_scripts import APPEND, CREATE, DELETE, NEXT_TURN, RELEASE, RENEW, SETTLE, SWAP
-from app.core.outgoing.webhook_messages import DUE, Delivery, deliveries_key, delivery_key, message_of
+from app.core.outgoing.webhook_messages import message_of
 from app.core.records.ids import is_id
 from app.core.records.job import TRANSITIONS, Job, JobState
 from app.core.records.job_changes import claimed, is_executing, stale
-from app.core.records.job_keys import (
-    ENDED,
-    LINES,
-    events_key,
-    job_key,
-    jobs_stamp,
-    lease_key,
-    line_key,
-    postponed_key,
-    state_key,
-    tenant_key,
-    tenant_keys,
-    turns_key,
-)
 from app.core.records.specs import Frozen
 
 log = logging.getLogger(__name__)
 
-MAX_COLLISIONS = 50
 PAGE_STEP = 200
 RANKS = {"high": 0, "normal": 1, "low": 2}  # in line; of the same rank the older one is first
 
@@ -89,14 +92,29 @@ def missing(job_id: str) -> NotFound:
     )
 
 
-def delivery_keys(message: Delivery | None) -> list[str]:
-    """For the scripts; without a message they touch none of these."""
-    known, job_id = (message.id, message.job) if message is not None else ("none", "none")
-    return [delivery_key(known), deliveries_key(job_id), DUE]
+def job_keys(job: Job) -> dict[str, str]:
+    """For JOB_KEYS of the scripts."""
+    return {
+        "job": job_key(job.id),
+        "state": state_key(job.state),
+        "events": events_key(job.id),
+        "active_jobs": active_key(job.tenant),
+        "turns": turns_key(job.tenant),
+        "line": line_key(job.tenant),
+        "jobs_stamp": jobs_stamp(job.tenant),
+    }
 
 
-def delivery_arguments(message: Delivery | None) -> list[str]:
-    return ["", ""] if message is None else [message.id, message.model_dump_json()]
+def delivery_of(before: Job | None, after: Job) -> dict[str, str | None]:
+    """For DELIVERY_KEYS and DELIVERY_ARGS of the scripts, which touch none of the keys without a message."""
+    message = message_of(before, after)
+    return {
+        "delivery": delivery_key(message.id if message else "none"),
+        "deliveries": deliveries_key(after.id),
+        "due": DUE,
+        "message_id": message.id if message else None,
+        "message": message.model_dump_json() if message else None,
+    }
 
 
 def check_change(before: Job, after: Job) -> None:
@@ -115,14 +133,9 @@ class JobStore:
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
-        self._create = self._redis.register_script(CREATE)
-        self._swap = self._redis.register_script(SWAP)
-        self._delete = self._redis.register_script(DELETE)
-        self._settle = self._redis.register_script(SETTLE)
-        self._append = self._redis.register_script(APPEND)
-        self._next_turn = self._redis.register_script(NEXT_TURN)
-        self._renew = self._redis.register_script(RENEW)
-        self._release = self._redis.register_script(RELEASE)
+        self._create, self._swap, self._delete = CREATE.on(redis), SWAP.on(redis), DELETE.on(redis)
+        self._settle, self._append = SETTLE.on(redis), APPEND.on(redis)
+        self._next_turn, self._renew, self._release = NEXT_TURN.on(redis), RENEW.on(redis), RELEASE.on(redis)
 
     def create(self, job: Job, *, most_active: int = 0, most_turns: int = 0) -> bool:
         """Record a new job; False if its id exists already.
@@ -130,13 +143,19 @@ class JobStore:
         Raises QuotaExceeded if the tenant has `most_active` jobs that have not ended; 0 is no limit. Beyond
         `most_turns` jobs that may be queued, it waits in line.
         """
-        keys = [job_key(job.id), tenant_key(job.tenant), state_key(job.state), events_key(job.id)]
-        arguments = [job.id, encode(job), job.spec.model_dump_json(), state_payload(job)]
-        message = message_of(None, job)
-        limits: list[Any] = [int(not job.is_terminal), most_active, most_turns, RANKS[job.spec.priority]]
         created = self._create(
-            keys=[*keys, *tenant_keys(job.tenant), *delivery_keys(message)],
-            args=[*arguments, *limits, job.tenant, *delivery_arguments(message)],
+            **job_keys(job),
+            **delivery_of(None, job),
+            tenant_jobs=jobs_key(job.tenant),
+            id=job.id,
+            tenant=job.tenant,
+            record=encode(job),
+            spec=job.spec.model_dump_json(),
+            payload=state_payload(job),
+            is_active=int(not job.is_terminal),
+            most_active=most_active,
+            most_turns=most_turns,
+            rank=RANKS[job.spec.priority],
         )
         if created < 0:
             raise QuotaExceeded(
@@ -178,45 +197,49 @@ class JobStore:
         With `attempt`, only the attempt that executes the job may write: Conflict `stale_attempt` otherwise.
         A change of state or stage is also appended to the events.
         """
-        for _ in range(MAX_COLLISIONS):
-            before, version = self.read(job_id)
-            if attempt is not None and not is_executing(before, attempt):
-                raise stale(before, attempt)
-            after = change(before)
-            if after == before:
-                return before
-            check_change(before, after)
-            kind, payload = announcement(before, after)
-            message = message_of(before, after)
-            keys = [job_key(job_id), state_key(before.state), state_key(after.state), events_key(job_id)]
-            active = "0" if after.is_terminal else "1"
-            failure = after.error.code if after.state is JobState.FAILED and after.error is not None else ""
-            arguments = [job_id, str(version), encode(after), kind, payload, active, failure]
-            arguments = [*arguments, secrets.token_hex(8)]
-            if self._swap(
-                keys=[*keys, *tenant_keys(after.tenant), *delivery_keys(message)],
-                args=[*arguments, *delivery_arguments(message)],
-            ):
-                return after
-        raise Conflict(
-            f"job {job_id} was changed {MAX_COLLISIONS} times while it was to be written",
-            code="contended",
-            remedy="try again",
+
+        def read() -> tuple[Job, int]:
+            job, version = self.read(job_id)
+            if attempt is not None and not is_executing(job, attempt):
+                raise stale(job, attempt)
+            return job, version
+
+        return versioned_update(f"job {job_id}", read, change, self._write)
+
+    def _write(self, before: Job, after: Job, version: int) -> bool:
+        """Write the change unless the record has another version by now."""
+        check_change(before, after)
+        kind, payload = announcement(before, after)
+        failure = after.error.code if after.state is JobState.FAILED and after.error is not None else None
+        return bool(
+            self._swap(
+                **job_keys(after),
+                **delivery_of(before, after),
+                state_before=state_key(before.state),
+                id=after.id,
+                version=version,
+                record=encode(after),
+                change=secrets.token_hex(8),
+                kind=kind,
+                payload=payload,
+                is_active=int(not after.is_terminal),
+                failure=failure,
+            )
         )
 
-    def page(self, tenant: str, wanted: JobFilter) -> JobPage:
+    def page(self, tenant: str, selection: JobFilter) -> JobPage:
         """A page of the tenant's jobs, newest first."""
-        found: list[Job] = []
-        for job in self._newest_first(tenant, wanted):
-            if wanted.matches(job):
-                found.append(job)
-            if len(found) > wanted.limit:
+        jobs: list[Job] = []
+        for job in self._newest_first(tenant, selection):
+            if selection.matches(job):
+                jobs.append(job)
+            if len(jobs) > selection.limit:
                 break
-        return JobPage(jobs=tuple(found[: wanted.limit]), has_more=len(found) > wanted.limit)
+        return JobPage(jobs=tuple(jobs[: selection.limit]), has_more=len(jobs) > selection.limit)
 
-    def _newest_first(self, tenant: str, wanted: JobFilter) -> Iterator[Job]:
-        after = wanted.after
-        step = PAGE_STEP if wanted.is_selective else wanted.limit + 1
+    def _newest_first(self, tenant: str, selection: JobFilter) -> Iterator[Job]:
+        after = selection.after
+        step = PAGE_STEP if selection.is_selective else selection.limit + 1
         if after is not None and not is_id("job", after):
             raise MalformedRequest(
                 f"{after[:64]!r} is not a cursor",
@@ -226,7 +249,7 @@ class JobStore:
             )
         while True:
             upper = "+" if after is None else f"({after}"
-            ids = self._redis.zrevrangebylex(tenant_key(tenant), upper, "-", start=0, num=step)
+            ids = self._redis.zrevrangebylex(jobs_key(tenant), upper, "-", start=0, num=step)
             pipe = self._redis.pipeline(transaction=False)
             for job_id in ids:
                 pipe.hmget(job_key(job_id.decode()), "record", "spec")
@@ -253,9 +276,17 @@ class JobStore:
                 code="job_not_finished",
                 remedy="cancel it first and wait until it has stopped",
             )
-        keys = [job_key(job_id), tenant_key(tenant), state_key(job.state)]
-        keys = [*keys, events_key(job_id), lease_key(job_id), jobs_stamp(tenant)]
-        if self._delete(keys=keys, args=[job_id, version]) == -1:
+        deleted = self._delete(
+            job=job_key(job_id),
+            state=state_key(job.state),
+            events=events_key(job_id),
+            lease=lease_key(job_id),
+            tenant_jobs=jobs_key(tenant),
+            jobs_stamp=jobs_stamp(tenant),
+            id=job_id,
+            version=version,
+        )
+        if deleted == -1:
             raise Conflict(
                 f"job {job_id} has ended just now, and what follows from that is not done yet",
                 code="job_not_settled",
@@ -273,7 +304,7 @@ class JobStore:
 
     def settle(self, job_id: str) -> None:
         """Note that what follows from the job's end is done, and wake those who wait for that."""
-        self._settle(keys=[ENDED], args=[job_id])
+        self._settle(id=job_id)
 
     def in_state(self, *states: JobState) -> list[str]:
         """The ids of all tenants' jobs in one of the states at this moment, oldest first."""
@@ -298,21 +329,36 @@ class JobStore:
         self, job_id: str, kind: str, payload: dict[str, Any], attempt: int | None = None
     ) -> str:
         """Add to the job's history and return the event's id. With `attempt`, as in `update`."""
-        event_id = self._append(
-            keys=[job_key(job_id), events_key(job_id)],
-            args=[job_id, kind, json.dumps(payload), "" if attempt is None else attempt, ""],
-        )
-        if event_id is None:
-            raise missing(job_id)
+        event_id = self._add_event(job_id, kind, payload, attempt=attempt)
         if event_id == -1:
             raise stale(self.load(job_id), attempt or 0)
         return str(event_id.decode())
 
     def append_once(self, job_id: str, name: str, kind: str, payload: dict[str, Any]) -> None:
         """Add an event to the job's history, unless one was added under this name before."""
-        keys = [job_key(job_id), events_key(job_id)]
-        if self._append(keys=keys, args=[job_id, kind, json.dumps(payload), "", f"once:{name}"]) is None:
+        self._add_event(job_id, kind, payload, once=f"once:{name}")
+
+    def _add_event(
+        self,
+        job_id: str,
+        kind: str,
+        payload: dict[str, Any],
+        attempt: int | None = None,
+        once: str | None = None,
+    ) -> Any:
+        """What the script APPEND gives; NotFound if there is no such job."""
+        event_id = self._append(
+            job=job_key(job_id),
+            events=events_key(job_id),
+            id=job_id,
+            kind=kind,
+            payload=json.dumps(payload),
+            attempt=attempt,
+            once=once,
+        )
+        if event_id is None:
             raise missing(job_id)
+        return event_id
 
     def has_appended(self, job_id: str, name: str) -> bool:
         """True if `append_once` has added the event of this name."""
@@ -356,7 +402,7 @@ class JobStore:
 
     def next_turn(self, tenant: str, most: int) -> str | None:
         """Give the first job in line its turn; None if nobody waits, or `most` (0: any number) have one."""
-        first = self._next_turn(keys=[turns_key(tenant), line_key(tenant)], args=[most])
+        first = self._next_turn(turns=turns_key(tenant), line=line_key(tenant), most=most)
         return first.decode() if first is not None else None
 
     def turns_taken(self, tenant: str) -> int:
@@ -379,11 +425,11 @@ class JobStore:
 
     def renew(self, job_id: str, attempt: int, lease_s: float) -> bool:
         """Hold the lease for `lease_s` more seconds; False if it was lost: stop the attempt then."""
-        return bool(self._renew(keys=[lease_key(job_id)], args=[attempt, int(lease_s * 1000)]))
+        return bool(self._renew(lease=lease_key(job_id), attempt=attempt, milliseconds=int(lease_s * 1000)))
 
     def holds(self, job_id: str, attempt: int) -> bool:
         """True while the lease of `attempt` is alive."""
         return bool(self._redis.get(lease_key(job_id)) == str(attempt).encode())
 
     def release(self, job_id: str, attempt: int) -> bool:
-        return bool(self._release(keys=[lease_key(job_id)], args=[attempt]))
+        return bool(self._release(lease=lease_key(job_id), attempt=attempt))

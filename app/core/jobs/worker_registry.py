@@ -1,8 +1,4 @@
-"""The workers that live, as they say themselves with each heartbeat.
-
-nibble:worker:<name>    the worker's record as JSON, with an expiry
-nibble:workers          sorted set of names by the time at which they count as dead
-"""
+"""The workers that live, as they say themselves with each heartbeat."""
 
 from __future__ import annotations
 
@@ -12,12 +8,10 @@ from typing import Any, Literal
 
 from redis import Redis
 
+from app.core.changes.redis_keys import WORKERS, WORKERS_STAMP, worker_key
 from app.core.changes.stamps import KEPT_S
 from app.core.planning.device_profile import DeviceProfile
-from app.core.records.job_keys import WORKERS
 from app.core.records.specs import Kept
-
-NAMES = "nibble:workers"
 
 
 class WorkerRecord(Kept):
@@ -48,23 +42,23 @@ class WorkerRegistry:
         """Say that the worker lives, for `ttl_s` seconds."""
         now, _ = self._redis.time()  # the hosts' clocks may differ
         pipe = self._redis.pipeline()
-        pipe.set(f"nibble:worker:{record.name}", record.model_dump_json(), px=int(ttl_s * 1000))
-        pipe.zadd(NAMES, {record.name: now + ttl_s})
-        pipe.zremrangebyscore(NAMES, "-inf", now - 60)
-        pipe.set(WORKERS, secrets.token_hex(8), ex=KEPT_S)
+        pipe.set(worker_key(record.name), record.model_dump_json(), px=int(ttl_s * 1000))
+        pipe.zadd(WORKERS, {record.name: now + ttl_s})
+        pipe.zremrangebyscore(WORKERS, "-inf", now - 60)
+        pipe.set(WORKERS_STAMP, secrets.token_hex(8), ex=KEPT_S)
         pipe.execute()
 
     def remove(self, name: str) -> None:
         """Forget a worker that ends in good order."""
         pipe = self._redis.pipeline()
-        pipe.delete(f"nibble:worker:{name}")
-        pipe.zrem(NAMES, name)
-        pipe.set(WORKERS, secrets.token_hex(8), ex=KEPT_S)
+        pipe.delete(worker_key(name))
+        pipe.zrem(WORKERS, name)
+        pipe.set(WORKERS_STAMP, secrets.token_hex(8), ex=KEPT_S)
         pipe.execute()
 
     def living(self) -> list[WorkerRecord]:
         """The workers whose last heartbeat has not expired, by name."""
-        names = [name.decode() for name in self._redis.zrange(NAMES, 0, -1)]
-        records = self._redis.mget([f"nibble:worker:{name}" for name in names]) if names else []
+        names = [name.decode() for name in self._redis.zrange(WORKERS, 0, -1)]
+        records = self._redis.mget([worker_key(name) for name in names]) if names else []
         found = [WorkerRecord.of_record(record) for record in records if record is not None]
         return sorted(filter(None, found), key=lambda worker: worker.name)

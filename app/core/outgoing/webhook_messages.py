@@ -1,10 +1,5 @@
 """Signed messages about jobs, after the Standard Webhooks specification (standardwebhooks.com).
 
-nibble:delivery:<id>              one message with what became of it, as JSON
-nibble:deliveries:<job>           sorted set of a job's messages
-nibble:webhooks:due               sorted set of messages by the time of their next try
-nibble:webhook-secret:<tenant>    hash: current, previous
-
 A message keeps its id over all tries, so that a receiver can tell a repetition. While a secret is being
 replaced, messages carry a signature of each.
 """
@@ -22,11 +17,12 @@ from typing import Any, Literal
 from redis import Redis
 from ulid import ULID
 
+from app.core.changes.atomic_changes import NOW, Script
+from app.core.changes.redis_keys import DUE, deliveries_key, delivery_key, webhook_secret_key
 from app.core.errors import NotFound
 from app.core.records.job import Job, JobState
 from app.core.records.specs import Kept
 
-DUE = "nibble:webhooks:due"
 PREFIX = "whsec_"
 # A secret that was replaced signs for this long beside its successor.
 ROTATION_S = 24 * 3600
@@ -62,12 +58,12 @@ def message_type(state: JobState) -> str:
 
 def message_of(before: Job | None, after: Job) -> Delivery | None:
     """The message that a change of a job calls for, if its owner wants it."""
-    wanted = after.spec.webhook
-    if wanted is None or (before is not None and before.state is after.state):
+    webhook = after.spec.webhook
+    if webhook is None or (before is not None and before.state is after.state):
         return None
     kind = message_type(after.state)
     # A second attempt is no second start.
-    if kind not in wanted.events or (after.state is JobState.RUNNING and after.attempt > 1):
+    if kind not in webhook.events or (after.state is JobState.RUNNING and after.attempt > 1):
         return None
     now = datetime.now(UTC)
     body = {"type": kind, "timestamp": now.isoformat().replace("+00:00", "Z"), "data": job_fields(after)}
@@ -76,7 +72,7 @@ def message_of(before: Job | None, after: Job) -> Delivery | None:
         job=after.id,
         tenant=after.tenant,
         type=kind,
-        url=wanted.url,
+        url=webhook.url,
         body=json.dumps(body, separators=(",", ":")),
         created_at=now,
     )
@@ -84,11 +80,11 @@ def message_of(before: Job | None, after: Job) -> Delivery | None:
 
 def job_fields(job: Job) -> dict[str, Any]:
     """What a message tells of a job: enough to go on, the rest is behind the API."""
-    told = job.model_dump(
+    fields = job.model_dump(
         mode="json",
         include={"id", "state", "attempt", "created_at", "started_at", "finished_at", "error", "artifacts"},
     )
-    return {**told, "labels": job.spec.labels, "model": job.spec.model, "link": f"/v1/jobs/{job.id}"}
+    return {**fields, "labels": job.spec.labels, "model": job.spec.model, "link": f"/v1/jobs/{job.id}"}
 
 
 def signature(secret: str, message_id: str, timestamp: int, body: str) -> str:
@@ -106,7 +102,7 @@ class WebhookSecrets:
 
     def of(self, tenant: str) -> list[str]:
         """The tenant's secrets, the current one first; made at first use."""
-        name = f"nibble:webhook-secret:{tenant}"
+        name = webhook_secret_key(tenant)
         self._redis.hsetnx(name, "current", new_secret())
         current = self._redis.hget(name, "current")
         previous = self._redis.get(f"{name}:previous")
@@ -114,7 +110,7 @@ class WebhookSecrets:
 
     def rotate(self, tenant: str) -> str:
         """A new secret. The one before signs on for a day, so that receivers can change over."""
-        name, fresh = f"nibble:webhook-secret:{tenant}", new_secret()
+        name, fresh = webhook_secret_key(tenant), new_secret()
         before = self.of(tenant)[0]
         pipe = self._redis.pipeline()
         pipe.set(f"{name}:previous", before, ex=ROTATION_S)
@@ -127,30 +123,36 @@ def new_secret() -> str:
     return PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
-# KEYS: deliveries due. ARGV: seconds for which nobody else takes the message.
-TAKE = """
-local now = redis.call('TIME')
-now = now[1] + now[2] / 1000000
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, 1)
-if #due == 0 then return false end
-redis.call('ZADD', KEYS[1], now + ARGV[1], due[1])
-return due[1]
-"""
+TAKE = Script(
+    keys=("due",),
+    args=("hold_s",),  # for so long nobody else takes the message
+    body=f"""
+{NOW}
+local time = now()
+local first = redis.call('ZRANGEBYSCORE', due, '-inf', time, 'LIMIT', 0, 1)[1]
+if not first then return false end
+redis.call('ZADD', due, time + hold_s, first)
+return first
+""",
+)
 
-# KEYS: delivery, deliveries due. ARGV: id, delivery, seconds until the next try or ''.
-WRITE = """
-if redis.call('SET', KEYS[1], ARGV[2], 'XX', 'KEEPTTL') == false then
-  redis.call('ZREM', KEYS[2], ARGV[1])
+WRITE = Script(
+    keys=("delivery", "due"),
+    args=("id", "message", "again_in_s"),  # '' for no further try
+    body=f"""
+{NOW}
+if redis.call('SET', delivery, message, 'XX', 'KEEPTTL') == false then
+  redis.call('ZREM', due, id)
   return 0
 end
-if ARGV[3] == '' then
-  redis.call('ZREM', KEYS[2], ARGV[1])
+if again_in_s == '' then
+  redis.call('ZREM', due, id)
 else
-  local now = redis.call('TIME')
-  redis.call('ZADD', KEYS[2], now[1] + now[2] / 1000000 + ARGV[3], ARGV[1])
+  redis.call('ZADD', due, now() + again_in_s, id)
 end
 return 1
-"""
+""",
+)
 
 
 class DeliveryStore:
@@ -158,32 +160,34 @@ class DeliveryStore:
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
-        self._take = self._redis.register_script(TAKE)
-        self._write = self._redis.register_script(WRITE)
+        self._take, self._write = TAKE.on(redis), WRITE.on(redis)
 
     def take(self, *, hold_s: float) -> Delivery | None:
         """A message that is due, which nobody else takes for `hold_s` seconds; None if there is none."""
-        taken = self._take(keys=[DUE], args=[hold_s])
+        taken = self._take(due=DUE, hold_s=hold_s)
         if taken is None:
             return None
-        found = self._redis.get(delivery_key(taken.decode()))
-        if found is None:  # older than what is kept
+        record = self._redis.get(delivery_key(taken.decode()))
+        if record is None:  # older than what is kept
             self._redis.zrem(DUE, taken)
             return None
-        return Delivery.of_record(found)  # of another version: it stays due, for that one
+        return Delivery.of_record(record)  # of another version: it stays due, for that one
 
     def write(self, delivery: Delivery, *, again_in_s: float | None) -> None:
         """Record a try, and when the next one is due."""
         self._write(
-            keys=[delivery_key(delivery.id), DUE],
-            args=[delivery.id, delivery.model_dump_json(), "" if again_in_s is None else again_in_s],
+            delivery=delivery_key(delivery.id),
+            due=DUE,
+            id=delivery.id,
+            message=delivery.model_dump_json(),
+            again_in_s=again_in_s,
         )
 
     def list(self, job_id: str) -> list[Delivery]:
         """A job's messages, oldest first."""
         ids = self._redis.zrange(deliveries_key(job_id), 0, MAX_LISTED - 1)
-        found = self._redis.mget([delivery_key(known.decode()) for known in ids]) if ids else []
-        deliveries = [Delivery.of_record(record) for record in found if record is not None]
+        records = self._redis.mget([delivery_key(each.decode()) for each in ids]) if ids else []
+        deliveries = [Delivery.of_record(record) for record in records if record is not None]
         return [delivery for delivery in deliveries if delivery is not None]
 
     def redeliver(self, job_id: str, delivery_id: str) -> Delivery:
@@ -198,11 +202,3 @@ class DeliveryStore:
             code="delivery_not_found",
             remedy="list them with GET /v1/jobs/{id}/webhook-deliveries",
         )
-
-
-def delivery_key(delivery_id: str) -> str:
-    return f"nibble:delivery:{delivery_id}"
-
-
-def deliveries_key(job_id: str) -> str:
-    return f"nibble:deliveries:{job_id}"

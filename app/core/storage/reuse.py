@@ -1,7 +1,5 @@
 """The same model, texts and recipe lead to the artifact that was made before.
 
-nibble:made:<tenant>:<fingerprint>    {job, artifacts}, for 90 days
-
 A fingerprint names contents. Two are kept for each job: one that submission can compute without reading a
 weight (commits, entity tags, sizes and times), and one of the SHA-256 digests that the worker computes. The
 first saves the wait in the queue; the second holds also for a copy of the model in another place.
@@ -16,6 +14,7 @@ from typing import Any
 
 from redis import Redis
 
+from app.core.changes.redis_keys import result_key
 from app.core.errors import NotFound
 from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.storage.object_store import ObjectStore
@@ -76,17 +75,17 @@ class ReuseIndex:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
         self._objects = objects
 
-    def find(self, tenant: str, known: str) -> Made | None:
+    def find(self, tenant: str, contents: str) -> Made | None:
         """What was made and is still there, whole."""
-        found = self._redis.get(made_key(tenant, known))
-        if found is None:
+        record = self._redis.get(result_key(tenant, contents))
+        if record is None:
             return None
-        made = Made.model_validate_json(found)
+        made = Made.model_validate_json(record)
         is_whole = all(self._objects.head(manifest_key(artifact)) is not None for artifact in made.artifacts)
         return made if is_whole and made.artifacts else None
 
-    def note(self, tenant: str, known: str, made: Made) -> None:
-        self._redis.set(made_key(tenant, known), made.model_dump_json(), ex=KEPT_S)
+    def note(self, tenant: str, contents: str, made: Made) -> None:
+        self._redis.set(result_key(tenant, contents), made.model_dump_json(), ex=KEPT_S)
 
     def copy_report(self, made: Made, job_id: str) -> None:
         """Give the job the report of the one whose artifacts it shares, if that is still there."""
@@ -94,7 +93,3 @@ class ReuseIndex:
             self._objects.put(report_key(job_id), self._objects.get(report_key(made.job)))
         except NotFound:
             return
-
-
-def made_key(tenant: str, known: str) -> str:
-    return f"nibble:made:{tenant}:{known}"

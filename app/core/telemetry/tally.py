@@ -1,8 +1,4 @@
-"""Counts that workers make and every API process shows.
-
-nibble:tally:stages      hash: `<stage>:count` and `<stage>:seconds`
-nibble:tally:failures    hash: failed jobs by code
-"""
+"""Counts that workers make and every API process shows."""
 
 from __future__ import annotations
 
@@ -10,9 +6,7 @@ from typing import Any, NamedTuple
 
 from redis import Redis
 
-from app.core.jobs.job_scripts import FAILURES
-
-STAGES = "nibble:tally:stages"
+from app.core.changes.redis_keys import FAILURES, STAGES
 
 
 class StageTotal(NamedTuple):

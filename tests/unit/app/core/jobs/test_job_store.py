@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 import pytest
 from redis import Redis
 
+from app.core.changes.redis_keys import JOB_CHANGES
 from app.core.errors import Conflict, MalformedRequest, NotFound, RecordUnreadable
 from app.core.jobs.job_store import JobFilter, JobStore
 from app.core.records.ids import new_id
 from app.core.records.job import Job, JobState, Progress, Stage, transition
-from app.core.records.job_keys import CHANGES
 from app.core.records.specs import JobSpec
 
 
@@ -107,7 +107,7 @@ def test_another_tenants_job_is_not_found(store: JobStore) -> None:
 def test_each_change_raises_the_version_and_is_announced(store: JobStore, redis: Redis) -> None:
     job = stored(store)
     channel = redis.pubsub(ignore_subscribe_messages=True)
-    channel.subscribe(CHANGES)
+    channel.subscribe(JOB_CHANGES)
     channel.get_message(timeout=5)
     store.update(job.id, lambda job: transition(job, JobState.CANCELLED))
     message = channel.get_message(timeout=5)

@@ -17,7 +17,7 @@ from app.core.settings import Settings
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.storage_keys import manifest_key, report_key
 from app.core.upkeep.janitor import Janitor, Repeated
-from tests.integration.api_service import outcome_over
+from tests.outcomes import outcome_over
 
 
 class House:

@@ -1,0 +1,92 @@
+"""The names under which Redis holds everything but the queue, whose names are RQ's (`rq:`).
+
+`named("job")` builds `nibble:job:<id>`: the owner of what is held comes last, as an id, a tenant or a digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+
+
+def named(kind: str) -> Callable[[str], str]:
+    """Builds the names of this kind, each from its owner."""
+    prefix = f"nibble:{kind}:"
+    return lambda owner: prefix + owner
+
+
+def named_by_digest(kind: str) -> Callable[[str], str]:
+    """As `named`, for owners that are secret: their SHA-256 is in the name."""
+    return lambda secret: f"nibble:{kind}:{digest(secret)}"
+
+
+def digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
+
+
+# Jobs.
+JOB_PREFIX = "nibble:job:"
+JOB_CHANGES = "nibble:changes"  # channel: the id of each job that changed
+ENDED = "nibble:ended"  # set of ids of jobs that have ended while what follows from it is not done (outcome)
+LINES = "nibble:lines"  # set of tenants one of whose jobs has waited in line
+# Hash: record (JSON without the spec), spec (JSON, never rewritten), version, change, once:<name> of each
+# event that is appended once.
+job_key = named("job")
+jobs_key = named("jobs")  # by tenant: sorted set of ids, score 0, as ULIDs sort by time
+state_key = named("state")  # by state: set of ids, for the janitor and the metrics
+active_key = named("active")  # by tenant: set of ids of jobs that have not ended, for the quota
+turns_key = named("turns")  # by tenant: set of ids of jobs that are queued or run (turns)
+line_key = named("line")  # by tenant: sorted set of ids of jobs that wait for a turn, by priority
+events_key = named("events")  # by job: stream of events, capped
+postponed_key = named("postponed")  # by job: there while it waits after a fault, before it is queued again
+lease_key = named("lease")  # by job: the attempt that a worker executes, with an expiry
+
+
+def result_key(tenant: str, fingerprint: str) -> str:
+    """{job, artifacts}, for 90 days."""
+    return f"nibble:made:{tenant}:{fingerprint}"
+
+
+# Stamps, each of which changes with every change of what it stands for (app/core/changes/stamps.py).
+DEPLOYMENTS_STAMP = "nibble:stamp:deployments"  # any deployment or replica
+WORKERS_STAMP = "nibble:stamp:workers"  # any worker
+jobs_stamp = named("stamp:jobs")  # by tenant: one of its jobs was recorded, changed or deleted
+
+# Deployments.
+DEPLOYMENTS = "nibble:deployments"  # set of ids
+DEPLOYMENT_CHANGES = "nibble:deployment-changes"  # channel: the id of each deployment that changed
+deployment_key = named("deployment")  # hash: record (JSON), version
+deployment_names_key = named("deployment-names")  # by tenant: hash from name to id
+deployment_used_key = named("deployment-used")  # there while it was used within its idle timeout
+
+
+def slot_key(deployment_id: str, slot: int) -> str:
+    """The replica that holds the slot, as JSON, with an expiry."""
+    return f"nibble:replica:{deployment_id}:{slot}"
+
+
+# Workers, and what they count.
+WORKERS = "nibble:workers"  # sorted set of names by the time at which they count as dead
+STAGES = "nibble:tally:stages"  # hash: `<stage>:count` and `<stage>:seconds`
+FAILURES = "nibble:tally:failures"  # hash: failed jobs by code
+worker_key = named("worker")  # by name: the worker's record as JSON, with an expiry
+
+# Webhooks.
+DUE = "nibble:webhooks:due"  # sorted set of messages by the time of their next try
+delivery_key = named("delivery")  # by message: it and what became of it, as JSON
+deliveries_key = named("deliveries")  # by job: sorted set of its messages
+webhook_secret_key = named("webhook-secret")  # by tenant: hash: current; with `:previous`, the one before
+
+# Tenants and callers.
+limits_key = named("limits")  # by tenant: the operator's limits, as JSON; else those of the settings hold
+usage_key = named("usage")  # by tenant: hash: bytes by artifact
+rate_key = named("rate")  # by tenant: when the next request would be in time (generic cell rate algorithm)
+login_key = named_by_digest("login")  # by code: id of the API key, until the link is opened
+login_used_key = named_by_digest("login-used")  # the same, from then on until the link is opened again
+session_key = named_by_digest("session")  # by cookie: id of the API key, for twelve hours
+spent_key = named("idempotency-spent")  # by id: what an idempotency key stood for was deleted, for a day
+
+
+def idempotency_key(tenant: str, key: str) -> str:
+    """{body, job} of the first request with this key, for a day."""
+    return f"nibble:idempotency:{tenant}:{digest(key)}"
