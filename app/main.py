@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI
-from redis import Redis
 
 from app.api import (
     artifacts,
@@ -29,42 +27,21 @@ from app.api import (
     workers,
 )
 from app.api.audit import AuditTrail
-from app.api.dependencies import Services
 from app.api.description import describe
-from app.api.gateway import Gateway
-from app.api.key_cache import KeyCache
 from app.api.methods import HeadAsGet
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
 from app.api.polled import PolledAnswers
-from app.api.routing import RoutingTable
-from app.core.access.api_keys import ApiKey, KeyStore, bootstrap_key
-from app.core.access.audit_log import AuditLog
-from app.core.access.idempotency import IdempotencyKeys
-from app.core.access.limits import TenantLimits
-from app.core.access.links import LinkSigner
-from app.core.access.login import LoginLinks
-from app.core.changes.change_listener import ChangeListener
-from app.core.changes.stamps import StampReader
-from app.core.deployments.deployment_store import DeploymentStore
+from app.api.services import Services
+from app.core.access.api_keys import ApiKey, bootstrap_key
 from app.core.errors import NibbleError
-from app.core.jobs.job_queue import JobQueue
-from app.core.jobs.job_store import JobStore
-from app.core.jobs.outcome import Outcome
-from app.core.jobs.turns import Turns
-from app.core.jobs.worker_registry import WorkerRegistry
 from app.core.outgoing.address_guard import OutgoingGuard
-from app.core.outgoing.webhook_messages import DeliveryStore, WebhookSecrets
 from app.core.outgoing.webhook_sender import WebhookSender, WebhookThread
 from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings, make_folder
-from app.core.storage.artifact_store import ArtifactStore
-from app.core.storage.object_store import ObjectStore
-from app.core.storage.reuse import ReuseIndex, package_version
-from app.core.telemetry.tally import Tally
+from app.core.storage.reuse import package_version
 from app.core.telemetry.tracing import Tracer
-from app.core.upkeep.garbage import GarbageCollector
 from app.core.upkeep.janitor import Janitor, Repeated
 
 # Looked through in this order: the route where every millisecond counts is the first.
@@ -107,7 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     describe(app)
     app.add_middleware(AuditTrail)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(PolledAnswers)
+    app.add_middleware(PolledAnswers, routes=[route for module in ROUTES for route in module.router.routes])
     app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestRecord, metrics=metrics, tracer=tracer)
@@ -121,53 +98,11 @@ def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Ser
     redis = connect(server.url)
     stack.callback(redis.close)
     wait_for_redis(redis)
-    services = connected(settings, redis, metrics, StampReader(server.url))
+    services = Services(settings, redis, server.url, metrics)
     first_key = bootstrap_key(settings, services.keys)
     metrics.observe_occupancy(lambda: operations.occupancy(services))
     start_threads(services, first_key, stack)
     return services
-
-
-def connected(settings: Settings, redis: Redis, metrics: Metrics, stamps: StampReader) -> Services:
-    """All stores over one Redis and one object storage."""
-    objects, keys, deployments = (
-        ObjectStore(settings.object_store_url),
-        KeyStore(redis),
-        DeploymentStore(redis),
-    )
-    routes = RoutingTable(redis, deployments)
-    records, limits = JobStore(redis), TenantLimits(redis, settings)
-    queue, reuse = JobQueue(redis, limit=settings.queue_limit), ReuseIndex(redis, objects)
-    turns = Turns(records, queue, lambda tenant: limits.of(tenant).running_jobs)
-    return Services(
-        settings=settings,
-        redis=redis,
-        jobs=records,
-        queue=queue,
-        turns=turns,
-        outcome=Outcome(records, queue, turns, objects, deployments, reuse, limits),
-        idempotency=IdempotencyKeys(redis),
-        objects=objects,
-        artifacts=ArtifactStore(objects),
-        keys=keys,
-        limits=limits,
-        garbage=GarbageCollector(records, objects, limits, settings),
-        audit=AuditLog(redis),
-        reuse=reuse,
-        logins=LoginLinks(redis),
-        deliveries=DeliveryStore(redis),
-        webhook_secrets=WebhookSecrets(redis),
-        workers=WorkerRegistry(redis),
-        changes=ChangeListener(redis, asyncio.get_running_loop()),
-        deployments=deployments,
-        routes=routes,
-        callers=KeyCache(keys, limits, stamps, lambda: routes.is_offline),
-        gateway=Gateway(routes, deployments, settings, metrics),
-        links=LinkSigner(redis),
-        tally=Tally(redis),
-        stamps=stamps,
-        metrics=metrics,
-    )
 
 
 def start_threads(services: Services, first_key: ApiKey, stack: ExitStack) -> None:

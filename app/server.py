@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.api.dependencies import Services
+from app.api.services import Services
 from app.core.errors import NibbleError
 from app.core.settings import Settings
 from app.core.telemetry.logs import set_up_logs

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel
 
-from app.api.dependencies import ArtifactsReader, ArtifactsWriter, Services, ServicesParam
+from app.api.dependencies import ArtifactsReader, ArtifactsWriter, ServicesParam
 from app.api.errors import problem
 from app.api.preconditions import (
     UNCHANGED,
@@ -23,6 +23,7 @@ from app.api.preconditions import (
     tagged_answer,
 )
 from app.api.schemas import ArtifactList, ArtifactView
+from app.api.services import Services
 from app.core.errors import Conflict, InvalidRequest, Unavailable
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.storage.artifact_store import file_key

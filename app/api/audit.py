@@ -11,9 +11,11 @@ from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.dependencies import SAFE_METHODS, Admin, Services, ServicesParam
+from app.api.callers import SAFE_METHODS
+from app.api.dependencies import Admin, ServicesParam
 from app.api.events import checked_event_id
 from app.api.methods import LOGIN
+from app.api.services import Services
 from app.core.access.api_keys import Principal
 from app.core.access.audit_log import AuditEntry
 

@@ -8,9 +8,12 @@ import httpx
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
-from app.api.dependencies import DeploymentsReader, DeploymentsWriter, Services, ServicesParam
+from app.api.dependencies import DeploymentsReader, DeploymentsWriter, ServicesParam
+from app.api.polled import polled
 from app.api.preconditions import UNCHANGED, IdempotencyKey, IfNoneMatch, tagged_answer
 from app.api.schemas import DeploymentList, DeploymentView
+from app.api.services import Services
+from app.core.changes.redis_keys import DEPLOYMENTS_STAMP, WORKERS_STAMP
 from app.core.deployments.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployments.deployment_store import removed
 from app.core.errors import InvalidRequest, MalformedRequest, NotFound, Unavailable
@@ -20,6 +23,7 @@ from app.core.records.specs import DeploymentOptions
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
 
 METRICS_LIMIT_S = 5.0
+STAMPS_LAST_S = 1.0  # then a replica that died may be missing
 POLL_AFTER = {"starting": "1", "draining": "1"}
 
 
@@ -33,20 +37,15 @@ def create_deployment(
     """Record a deployment; a worker with the queue `serve` starts its servers."""
     services.artifacts.get(principal.tenant, spec.artifact)
     require_engine(services, spec)
-    made_id = claimed_id(services, principal.tenant, spec, idempotency_key)
-    deployment = services.deployments.create(principal.tenant, spec, deployment_id=made_id)
+    request = f"deploy {spec.model_dump_json()}"
+    fresh_id = services.idempotency.claim(principal.tenant, idempotency_key, request, new_id("dep"))
+    deployment = services.deployments.create(principal.tenant, spec, deployment_id=fresh_id)
     services.routes.refresh()
     return answer(services, services.deployments.get(principal.tenant, deployment.id), status=202)
 
 
-def claimed_id(services: Services, tenant: str, spec: DeploymentSpec, key: str | None) -> str | None:
-    """The id that the key stands for; None without a key."""
-    if key is None:
-        return None
-    return services.idempotency.claim(tenant, key, f"deploy {spec.model_dump_json()}", new_id("dep"))
-
-
 @router.get("", response_model=DeploymentList, responses=UNCHANGED)
+@polled(STAMPS_LAST_S, lambda tenant: (DEPLOYMENTS_STAMP, WORKERS_STAMP))
 def list_deployments(
     services: ServicesParam,
     principal: DeploymentsReader,
@@ -72,6 +71,7 @@ def list_deployments(
 
 
 @router.get("/{deployment_id}", response_model=DeploymentView, responses=UNCHANGED)
+@polled(STAMPS_LAST_S, lambda tenant, deployment_id: (DEPLOYMENTS_STAMP, WORKERS_STAMP))
 def read_deployment(
     deployment_id: str,
     services: ServicesParam,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.api.dependencies import JobsReader, Services, ServicesParam
+from app.api.dependencies import JobsReader, ServicesParam
+from app.api.services import Services
 from app.core.jobs.estimate import Estimate, estimate
 from app.core.jobs.submission import check_submission
 from app.core.planning.device_profile import DeviceKind, DeviceProfile

@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.api.dependencies import JobsReader, Services, ServicesParam
+from app.api.dependencies import JobsReader, ServicesParam
 from app.api.schemas import EventList, EventView
+from app.api.services import Services
 from app.api.waiting import event_stream
 from app.core.errors import MalformedRequest
 

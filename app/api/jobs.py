@@ -9,8 +9,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.api.dependencies import JobsReader, JobsWriter, Services, ServicesParam
-from app.api.job_creation import Creation, create_job, retry_job
+from app.api.dependencies import JobsReader, JobsWriter, ServicesParam
+from app.api.job_creation import Creation, create_job
+from app.api.polled import polled
 from app.api.preconditions import (
     UNCHANGED,
     IdempotencyKey,
@@ -20,8 +21,10 @@ from app.api.preconditions import (
     tagged_answer,
 )
 from app.api.schemas import JobList, JobView
+from app.api.services import Services
 from app.api.waiting import wait_for_job
 from app.core.access.api_keys import Scope
+from app.core.changes.redis_keys import job_key, jobs_stamp
 from app.core.errors import Conflict, MalformedRequest, NotFound
 from app.core.jobs.job_store import JobFilter
 from app.core.records.job import Job, JobState
@@ -31,6 +34,7 @@ from app.core.storage.storage_keys import checkpoint_prefix, report_key
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+STAMPS_LAST_S = 30.0
 # When to look again, in seconds.
 POLL_AFTER = {JobState.QUEUED: 5, JobState.RUNNING: 2, JobState.CANCELLING: 1}
 
@@ -94,6 +98,7 @@ class JobQuery(BaseModel):
 
 
 @router.get("", response_model=JobList, responses=UNCHANGED)
+@polled(STAMPS_LAST_S, lambda tenant: (jobs_stamp(tenant),))
 def list_jobs(
     services: ServicesParam,
     principal: JobsReader,
@@ -121,6 +126,7 @@ def parsed_labels(labels: list[str]) -> dict[str, str]:
 
 
 @router.get("/{job_id}", response_model=JobView, responses=UNCHANGED)
+@polled(STAMPS_LAST_S, lambda tenant, job_id: (job_key(job_id),))
 async def read_job(
     job_id: str,
     services: ServicesParam,
@@ -189,7 +195,7 @@ def retry(
             code="job_not_finished",
             remedy="wait for its end, or cancel it",
         )
-    created = retry_job(services, job, idempotency_key=idempotency_key)
+    created = create_job(services, job.tenant, job.spec, idempotency_key=idempotency_key, retry_of=job.id)
     status = 202 if created.is_new else 200
     return answer(created.job, status=status, headers={"Location": f"/v1/jobs/{created.job.id}"})
 

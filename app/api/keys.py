@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from app.api.dependencies import Admin, Services, ServicesParam
+from app.api.dependencies import Admin, ServicesParam
 from app.api.preconditions import IdempotencyKey
 from app.core.access.api_keys import ApiKey, Principal, Scope, TenantName, key_id, new_key
 from app.core.errors import Forbidden
@@ -87,7 +87,8 @@ def create_key(
         principal.require(Scope.OPERATOR)
     reachable_tenant(principal, body.tenant)
     lasts = body.expires_in_s
-    key = fresh_key(services, principal.tenant, body, idempotency_key)
+    request = f"key {body.model_dump_json()}"
+    key = new_key(services.idempotency.claim(principal.tenant, idempotency_key, request, key_id(new_key())))
     record = services.keys.register(
         key,
         tenant=body.tenant or principal.tenant,
@@ -96,15 +97,6 @@ def create_key(
         expires_at=datetime.now(UTC) + timedelta(seconds=lasts) if lasts is not None else None,
     )
     return NewKeyView.of(record).model_copy(update={"key": key})
-
-
-def fresh_key(services: Services, tenant: str, body: KeyRequest, idempotency_key: str | None) -> str:
-    """A new key, under the id that the idempotency key stands for."""
-    key = new_key()
-    if idempotency_key is None:
-        return key
-    request = f"key {body.model_dump_json()}"
-    return new_key(services.idempotency.claim(tenant, idempotency_key, request, key_id(key)))
 
 
 @router.get("")

@@ -10,8 +10,9 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from redis.exceptions import RedisError
 
-from app.api.dependencies import Services, ServicesParam
+from app.api.dependencies import ServicesParam
 from app.api.metrics import Occupancy
+from app.api.services import Services
 from app.core.deployments.deployment import DeploymentState, ReplicaState
 from app.core.errors import Unavailable
 from app.core.records.job import JobState

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.dependencies import SAFE_METHODS
+from app.api.callers import SAFE_METHODS
 from app.api.errors import error_response
 from app.core.errors import Forbidden
 

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel
 
-from app.api.dependencies import SESSION_COOKIE, Caller, ServicesParam
+from app.api.callers import SESSION_COOKIE, session_of
+from app.api.dependencies import Anyone, ServicesParam
 from app.core.access.login import LINK_S, SESSION_S
 from app.core.errors import Unauthenticated
 
@@ -23,7 +24,7 @@ class LoginLink(BaseModel):
 
 
 @router.post("/v1/login-links", status_code=201)
-def create_login_link(services: ServicesParam, principal: Caller) -> LoginLink:
+def create_login_link(services: ServicesParam, principal: Anyone) -> LoginLink:
     """A link that opens one session with the rights of the key that asks for it."""
     code = services.logins.new_code(principal.key_id)
     return LoginLink(path=f"/login?code={code}", expires_at=datetime.now(UTC) + timedelta(seconds=LINK_S))
@@ -61,9 +62,9 @@ def log_in(
 
 
 @router.post("/v1/logout", status_code=204)
-def log_out(request: Request, services: ServicesParam, principal: Caller) -> Response:
+def log_out(request: Request, services: ServicesParam, principal: Anyone) -> Response:
     """End the session of the cookie, if there is one."""
-    session = request.cookies.get(SESSION_COOKIE)
+    session = session_of(request.scope)
     if session is not None:
         services.logins.close_session(session)
     answer = Response(status_code=204)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path
 from pydantic import BaseModel
 
-from app.api.dependencies import Admin, Operator, Services, ServicesParam
+from app.api.dependencies import Admin, Operator, ServicesParam
+from app.api.services import Services
 from app.core.access.api_keys import Scope, TenantName
 from app.core.access.limits import Limits
 from app.core.errors import NotFound

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 
 from starlette.concurrency import run_in_threadpool
 
-from app.api.dependencies import Services
 from app.api.schemas import EventView
+from app.api.services import Services
 from app.core.errors import NotFound
 from app.core.jobs.job_store import JobEvent
 from app.core.records.job import Job

@@ -6,13 +6,16 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from app.api.dependencies import JobsReader, ServicesParam
+from app.api.polled import polled
 from app.api.preconditions import UNCHANGED, IfNoneMatch, tagged_answer
 from app.api.schemas import WorkerList, WorkerView
+from app.core.changes.redis_keys import WORKERS_STAMP
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 
 @router.get("", response_model=WorkerList, responses=UNCHANGED)
+@polled(2.0, lambda tenant: (WORKERS_STAMP,))  # then a worker that died may be missing
 def list_workers(
     services: ServicesParam, principal: JobsReader, if_none_match: IfNoneMatch = None
 ) -> Response:

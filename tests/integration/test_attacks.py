@@ -35,6 +35,8 @@ from rq.exceptions import DeserializationError
 import app.server
 from app.api import middleware
 from app.core.access.api_keys import KeyStore, new_key
+from app.core.access.authentication import Authenticator, Credential
+from app.core.access.limits import TenantLimits
 from app.core.access.links import LinkSigner
 from app.core.jobs.job_queue import RUN_JOB_TASK, SERIALIZER
 from app.core.jobs.job_store import JobStore
@@ -46,6 +48,7 @@ from app.core.records.job import Job
 from app.core.records.job_changes import cancel_requested
 from app.core.records.specs import JobSpec, WebhookSpec
 from app.core.redis.redis_server import connect
+from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop
 from tests.waiting import wait_until
@@ -131,7 +134,9 @@ def test_ids_never_become_paths(service: Service) -> None:
             assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_secrets_are_compared_in_constant_time(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_compared_in_constant_time(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A comparison that ends at the first difference tells how much of a guess was right."""
     compared: list[tuple[object, object]] = []
     real = hmac.compare_digest
@@ -143,7 +148,8 @@ def test_secrets_are_compared_in_constant_time(redis: Redis, monkeypatch: pytest
     monkeypatch.setattr("hmac.compare_digest", noted)
     key = new_key()
     KeyStore(redis).register(key, tenant="t", scopes=frozenset())
-    KeyStore(redis).authenticate(key)
+    authenticator = Authenticator(redis, KeyStore(redis), TenantLimits(redis, Settings(state_dir=tmp_path)))
+    authenticator.holder(Credential.of_key(key))
     digest = hashlib.sha256(key.encode()).hexdigest()
     assert compared == [(digest, digest)]
     signer = LinkSigner(redis)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from redis import Redis
 
-from app.api import polled
+from app.api.workers import list_workers
 from app.core.access.api_keys import Scope
 from app.core.changes.stamps import StampReader
 from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
@@ -108,7 +108,8 @@ def test_workers_and_deployments_are_seen_at_once(service: Service) -> None:
 def test_what_vanishes_without_a_word_is_missed_soon(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(polled.KEPT_S, "workers", 0.2)
+    marks = vars(list_workers)
+    monkeypatch.setitem(marks, "polled", marks["polled"]._replace(lasts_s=0.2))
     WorkerRegistry(service.redis).beat(worker("a"), ttl_s=30)
     workers = Dashboard(service.client, "/v1/workers")
     service.redis.delete("nibble:worker:a")  # as its expiry does

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,12 @@ from app.core.access.api_keys import (
     key_id,
     new_key,
 )
+from app.core.access.authentication import Authenticator, Credential
+from app.core.access.limits import TenantLimits
 from app.core.errors import Forbidden, InvalidRequest, Unauthenticated
 from app.core.settings import Settings
+
+Authenticate = Callable[[str], Principal]
 
 
 @pytest.fixture
@@ -27,12 +32,19 @@ def keys(redis: Redis) -> KeyStore:
     return KeyStore(redis)
 
 
-def test_a_registered_key_is_recognised_and_not_kept(keys: KeyStore, redis: Redis) -> None:
+@pytest.fixture
+def authenticate(redis: Redis, keys: KeyStore, tmp_path: Path) -> Authenticate:
+    limits = TenantLimits(redis, Settings(state_dir=tmp_path))
+    authenticator = Authenticator(redis, keys, limits)
+    return lambda key: authenticator.holder(Credential.of_key(key)).principal
+
+
+def test_a_registered_key_is_recognised_and_not_kept(
+    keys: KeyStore, redis: Redis, authenticate: Authenticate
+) -> None:
     key = new_key()
     keys.register(key, tenant="t", scopes=frozenset({Scope.JOBS_READ}))
-    assert keys.authenticate(key) == Principal(
-        key_id=key_id(key), tenant="t", scopes=frozenset({Scope.JOBS_READ})
-    )
+    assert authenticate(key) == Principal(key_id=key_id(key), tenant="t", scopes=frozenset({Scope.JOBS_READ}))
     secret = key.rpartition("_")[2]
     kept = [redis.get(name) for name in redis.scan_iter(_type="STRING")]
     assert kept
@@ -46,19 +58,19 @@ def test_keys_have_256_random_bits() -> None:
 
 
 @pytest.mark.parametrize("other", ["", "nib_", "nib_0000000000000000_" + "0" * 64, "Bearer x"])
-def test_other_keys_are_refused(keys: KeyStore, other: str) -> None:
+def test_other_keys_are_refused(keys: KeyStore, other: str, authenticate: Authenticate) -> None:
     keys.register(new_key(), tenant="t", scopes=frozenset())
     with pytest.raises(Unauthenticated):
-        keys.authenticate(other)
+        authenticate(other)
 
 
-def test_the_right_id_with_a_wrong_secret_is_refused(keys: KeyStore) -> None:
+def test_the_right_id_with_a_wrong_secret_is_refused(keys: KeyStore, authenticate: Authenticate) -> None:
     key = new_key()
     keys.register(key, tenant="t", scopes=frozenset())
     forged = key.rpartition("_")[0] + "_" + new_key().rpartition("_")[2]
     assert key_id(forged) == key_id(key)
     with pytest.raises(Unauthenticated):
-        keys.authenticate(forged)
+        authenticate(forged)
 
 
 def test_admin_implies_the_scopes_of_a_tenant_and_no_other_does() -> None:
@@ -72,9 +84,9 @@ def test_admin_implies_the_scopes_of_a_tenant_and_no_other_does() -> None:
         reader.require(Scope.JOBS_WRITE)
 
 
-def test_the_operators_key_is_admin(keys: KeyStore, tmp_path: Path) -> None:
+def test_the_operators_key_is_admin(keys: KeyStore, tmp_path: Path, authenticate: Authenticate) -> None:
     bootstrap_key(Settings(state_dir=tmp_path, bootstrap_api_key="x" * 24), keys)
-    assert keys.authenticate("x" * 24).allows(Scope.ADMIN)
+    assert authenticate("x" * 24).allows(Scope.ADMIN)
     assert not (tmp_path / KEY_FILE).exists()
 
 
@@ -85,20 +97,26 @@ def test_a_weak_bootstrap_key_is_refused(keys: KeyStore, tmp_path: Path, key: st
     assert key not in refusal.value.message
 
 
-def test_a_key_is_made_once_and_kept_privately(keys: KeyStore, redis: Redis, tmp_path: Path) -> None:
+def test_a_key_is_made_once_and_kept_privately(
+    keys: KeyStore, redis: Redis, tmp_path: Path, authenticate: Authenticate
+) -> None:
     settings = Settings(state_dir=tmp_path)
     bootstrap_key(settings, keys)
     key = (tmp_path / KEY_FILE).read_text().strip()
     assert stat.S_IMODE((tmp_path / KEY_FILE).stat().st_mode) == 0o600
     redis.flushall()
     bootstrap_key(settings, keys)
-    assert keys.authenticate(key).tenant == "default"
+    assert authenticate(key).tenant == "default"
     assert [path.name for path in tmp_path.iterdir()] == [KEY_FILE]
 
 
 @pytest.mark.parametrize("given", ["x" * 24, None])
 def test_a_revoked_first_key_does_not_come_back_with_a_restart(
-    keys: KeyStore, tmp_path: Path, given: str | None, caplog: pytest.LogCaptureFixture
+    keys: KeyStore,
+    tmp_path: Path,
+    given: str | None,
+    caplog: pytest.LogCaptureFixture,
+    authenticate: Authenticate,
 ) -> None:
     settings = Settings(state_dir=tmp_path, bootstrap_api_key=given)
     bootstrap_key(settings, keys)
@@ -106,7 +124,7 @@ def test_a_revoked_first_key_does_not_come_back_with_a_restart(
     keys.revoke(key_id(key), tenant=None)
     keys.restore(bootstrap_key(settings, keys))
     with pytest.raises(Unauthenticated):
-        keys.authenticate(key)
+        authenticate(key)
     assert "was revoked" in caplog.text
     assert key not in caplog.text
 

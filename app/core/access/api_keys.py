@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import math
 import os
 import re
 import secrets
@@ -65,6 +66,11 @@ class ApiKey(Kept):
     created_at: datetime
     expires_at: datetime | None = None
     last_used_at: datetime | None = None  # filled when keys are listed
+
+    @property
+    def expires_at_s(self) -> float:
+        """By time.time(); infinite for a key that does not expire."""
+        return self.expires_at.timestamp() if self.expires_at is not None else math.inf
 
     @property
     def has_expired(self) -> bool:
@@ -144,16 +150,20 @@ class KeyStore:
         self._redis.sadd(KEYS, record.id)
         return bool(self._redis.set(record_key(record.id), record.model_dump_json(), nx=only_new))
 
-    def authenticate(self, key: str) -> Principal:
-        """Whose key this is. Raises Unauthenticated for an unknown, revoked or expired one."""
-        return self._principal(recognised(key, self._redis.get(record_key(key_id(key)))))
-
     def holder(self, known_id: str) -> Principal:
-        """Who holds the key with this id: for a session that was opened with the key itself."""
-        record = self._read(known_id)
-        if record is None:
-            raise unknown_key()
-        return self._principal(record)
+        """Who holds the key with this id: for a login link that was made with the key itself."""
+        return self.admitted(parsed_record(self._redis.get(record_key(known_id))))
+
+    def admitted(self, record: ApiKey) -> Principal:
+        """Who holds the key, which is in use now. Raises Unauthenticated for an expired one."""
+        if record.has_expired:
+            raise Unauthenticated(
+                f"the API key {record.id} has expired",
+                code="api_key_expired",
+                remedy="ask the operator for a new key (nibble keys create)",
+            )
+        self._note_use(record.id)
+        return Principal(key_id=record.id, tenant=record.tenant, scopes=record.scopes)
 
     def list(self, tenant: str | None) -> list[ApiKey]:
         """The keys of a tenant, or of all tenants, oldest first."""
@@ -197,26 +207,23 @@ class KeyStore:
         found = self._redis.get(record_key(known_id))
         return ApiKey.model_validate_json(found) if found is not None else None
 
-    def _principal(self, record: ApiKey) -> Principal:
-        if record.has_expired:
-            raise Unauthenticated(
-                f"the API key {record.id} has expired",
-                code="api_key_expired",
-                remedy="ask the operator for a new key (nibble keys create)",
-            )
-        self.note_use(record.id)
-        return Principal(key_id=record.id, tenant=record.tenant, scopes=record.scopes)
-
-    def note_use(self, known_id: str) -> None:
+    def _note_use(self, known_id: str) -> None:
         """Write down that the key is used, to the minute."""
         if time.monotonic() - self._noted.get(known_id, -USE_STEP_S) >= USE_STEP_S:
             self._noted[known_id] = time.monotonic()
             self._redis.set(use_key(known_id), time.time())
 
 
-def recognised(key: str, kept: bytes | None) -> ApiKey:
-    """The record `kept` under the key's id, if it is the key's. Raises Unauthenticated if not."""
-    record = ApiKey.model_validate_json(kept) if kept is not None else None
+def parsed_record(stored: bytes | None) -> ApiKey:
+    """The record of a key. Raises Unauthenticated if there is none."""
+    if stored is None:
+        raise unknown_key()
+    return ApiKey.model_validate_json(stored)
+
+
+def recognised(key: str, stored: bytes | None) -> ApiKey:
+    """The record `stored` under the key's id, if it is the key's. Raises Unauthenticated if not."""
+    record = ApiKey.model_validate_json(stored) if stored is not None else None
     # Compared also when there is no record, so that the time tells nothing about ids.
     if not hmac.compare_digest(digest(key), record.sha256 if record is not None else "-" * 64):
         raise unknown_key()

@@ -53,16 +53,16 @@ class LoginLinks:
         self._redis.set(session_key(session), key_id, ex=SESSION_S)
         return session
 
-    def key_id_of(self, session: str) -> str:
-        """The id of the key that a session stands for."""
-        key_id = self._redis.get(session_key(session))
-        if key_id is None:
-            raise Unauthenticated(
-                "the session is not known or has ended",
-                code="session_unknown",
-                remedy="log in again with a link from `nibble login`",
-            )
-        return str(key_id.decode())
-
     def close_session(self, session: str) -> None:
         self._redis.delete(session_key(session))
+
+
+def session_holder(stored: bytes | None) -> str:
+    """The id of the key that a session stands for, from what Redis holds of the session."""
+    if stored is None:
+        raise Unauthenticated(
+            "the session is not known or has ended",
+            code="session_unknown",
+            remedy="log in again with a link from `nibble login`",
+        )
+    return stored.decode()

@@ -1,0 +1,142 @@
+"""Who calls: the authenticator of all routes, of answers that are kept, and of inference.
+
+A caller is remembered while the records of key, session and limits stay the same. Each request reads them, in
+the one round trip that all requests of the moment share, so a revoked key is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from redis.exceptions import RedisError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import cookie_parser
+from starlette.types import Scope
+
+from app.api.least_recent import LeastRecent
+from app.core.access.api_keys import USE_STEP_S, Principal
+from app.core.access.authentication import Authenticator, Credential, Holder
+from app.core.access.limits import TenantLimits
+from app.core.changes.stamps import StampReader, Values
+from app.core.errors import Forbidden, Unauthenticated
+
+OFFLINE_S = 300.0  # while Redis does not answer, callers of inference stay known for so long
+MAX_CALLERS = 8192
+SESSION_COOKIE = "nibble_session"
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+StampsOf = Callable[[str], tuple[str, ...]]  # the names of stamps, from the caller's tenant
+
+
+def no_stamps(tenant: str) -> tuple[str, ...]:
+    return ()
+
+
+class Callers:
+    """Remembers who calls. `is_offline` says that Redis did not answer the last time."""
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        limits: TenantLimits,
+        stamps: StampReader,
+        is_offline: Callable[[], bool],
+    ) -> None:
+        self._authenticator = authenticator
+        self._limits = limits
+        self._stamps = stamps
+        self._is_offline = is_offline
+        self._holders: LeastRecent[bytes, Holder] = LeastRecent(MAX_CALLERS)
+
+    async def of(self, scope: Scope, *, outlasts_redis: bool = False) -> Principal:
+        """Who calls. The request is counted against the tenant's rate, once.
+
+        With `outlasts_redis` remembered callers go on, uncounted, while Redis does not answer. Raises
+        Unauthenticated, Forbidden for a session's change without an origin, RateLimited, RedisError.
+        """
+        principal = cast("Principal | None", scope["state"].get("principal"))
+        if principal is None:
+            principal, _ = await self.with_stamps(scope, no_stamps, outlasts_redis=outlasts_redis)
+        return principal
+
+    async def with_stamps(
+        self, scope: Scope, stamps_of: StampsOf, *, outlasts_redis: bool = False
+    ) -> tuple[Principal, Values]:
+        """As `of`, with the present values of the stamps."""
+        holder, values = await self._current(credential_of(scope), stamps_of, outlasts_redis=outlasts_redis)
+        if holder.is_limited and values is not None:
+            await run_in_threadpool(self._limits.count_request, holder.principal.tenant)
+        scope["state"]["principal"] = holder.principal  # for the audit log, and whoever asks again
+        return holder.principal, values or ()
+
+    async def _current(
+        self, credential: Credential, stamps_of: StampsOf, *, outlasts_redis: bool
+    ) -> tuple[Holder, Values | None]:
+        """Who holds the credential now, and the stamps; without them (None) Redis did not answer."""
+        holder = self._holders.get(credential.digest)
+        may_last = outlasts_redis and holder is not None and holder.is_good_for(OFFLINE_S)
+        if holder is not None and may_last and self._is_offline():
+            return holder, None
+        try:
+            return await self._checked(credential, holder, stamps_of, is_patient=not may_last)
+        except RedisError:
+            holder = self._holders.get(credential.digest)  # none if it was found to have changed
+            if holder is None or not may_last:
+                raise
+            return holder, None
+
+    async def _checked(
+        self, credential: Credential, holder: Holder | None, stamps_of: StampsOf, *, is_patient: bool
+    ) -> tuple[Holder, Values]:
+        """The holder if nothing has changed, else the one that Redis names now. Raises RedisError."""
+        if holder is not None:
+            try:
+                values = await self._stamps.read((*holder.names, *stamps_of(holder.principal.tenant)))
+            except RedisError:
+                if not is_patient:
+                    raise
+            else:
+                count = len(holder.names)
+                is_same = values[:count] == holder.values
+                if is_same and holder.is_good_for(USE_STEP_S):
+                    return holder, values[count:]
+                if not is_same:
+                    self._holders.drop(credential.digest)
+        # Once a minute also without a change: that notes the key's use. By the client that tries again.
+        holder = await run_in_threadpool(self._authenticator.holder, credential)
+        self._holders.put(credential.digest, holder)
+        stamps = stamps_of(holder.principal.tenant)
+        return holder, await self._stamps.read(stamps) if stamps else ()
+
+
+def credential_of(scope: Scope) -> Credential:
+    """The API key in the header, else the cookie of a browser's session."""
+    headers = dict(reversed(scope["headers"]))  # of a repeated one the first counts
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return Credential.of_key(key.strip())
+    session = session_of(scope)
+    if session is None:
+        raise Unauthenticated(
+            "the request carries no API key",
+            code="api_key_missing",
+            remedy="send `Authorization: Bearer <key>`",
+        )
+    # A browser sends the cookie by itself, and names the origin with every change.
+    if scope["method"] not in SAFE_METHODS and b"origin" not in headers:
+        raise Forbidden(
+            "a change with a session's cookie must name its origin",
+            code="origin_missing",
+            remedy="send the header Origin, or use an API key",
+        )
+    return Credential.of_session(session)
+
+
+def session_of(scope: Scope) -> str | None:
+    """The session in the request's cookies; of several the last counts."""
+    cookies: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        if name == b"cookie":
+            cookies |= cookie_parser(value.decode("latin-1"))
+    return cookies.get(SESSION_COOKIE)
