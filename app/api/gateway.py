@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -21,11 +21,11 @@ import httpx
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive
 
 from app.api.metrics import Metrics
-from app.api.relay import ClientGone, RelayedEvents, Upstream
+from app.api.relay import RelayedEvents, Upstream
 from app.api.routing import RoutingTable
+from app.core.changes.departure import CallerGone, disconnected, unless_gone
 from app.core.deployments.deployment import DeploymentState, LiveDeployment, Replica, ReplicaState
 from app.core.deployments.deployment_store import DeploymentStore, awakened
 from app.core.errors import MalformedRequest, NibbleError, NotFound, QueueFull, Unavailable
@@ -87,8 +87,8 @@ class Gateway:
         inquiry = Inquiry(live, request.url.path, body, headers)
         gone = asyncio.create_task(disconnected(request.receive))
         try:
-            upstream = await self._unless(gone, self._begin(inquiry))
-        except ClientGone:
+            upstream = await unless_gone(gone, self._begin(inquiry))
+        except CallerGone:
             release(499)
             return Response(status_code=499)
         except BaseException as fault:
@@ -137,16 +137,6 @@ class Gateway:
             self._metrics.inference_ends(live.id, status)
 
         return release
-
-    async def _unless(self, gone: asyncio.Task[None], begin: Coroutine[None, None, Upstream]) -> Upstream:
-        """The server's first bytes, unless the caller leaves before them."""
-        asking = asyncio.create_task(begin)
-        await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if asking.done():
-            return asking.result()
-        asking.cancel()
-        await asyncio.wait({asking})
-        raise ClientGone
 
     async def _begin(self, inquiry: Inquiry) -> Upstream:
         """The beginning of an answer, from a second replica if the first one is dead or full."""
@@ -230,12 +220,6 @@ def model_of(body: bytes) -> str:
             param="model",
         )
     return model
-
-
-async def disconnected(receive: Receive) -> None:
-    """Return when the caller has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def unknown_model(name: str) -> NotFound:

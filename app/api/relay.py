@@ -23,10 +23,6 @@ LOST = Unavailable(
 LOST_EVENTS = f"data: {json.dumps(inference_answer(LOST).body)}\n\ndata: [DONE]\n\n".encode()
 
 
-class ClientGone(Exception):
-    """The caller left before the answer began."""
-
-
 class Upstream:
     """A server's answer of which the first bytes have come."""
 

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from app.core.changes.departure import CallerGone, disconnected, unless_gone
 from app.core.error_answers import InferenceAnswer, inference_answer, inference_refusal
 from app.core.errors import BodyTooLarge, InvalidRequest, MalformedRequest, NibbleError, field_fault
 from workers.serving import chat_answers, completions
@@ -75,7 +76,7 @@ class InferenceRoutes:
         reply = begin(self.served, request, prompts, "chatcmpl", "chat.completion")
         if request.stream:
             return await streamed(http, reply, chat_answers.stream(reply, request))
-        return json_response(await unless_gone(http, reply, chat_answers.respond(reply, request)))
+        return json_response(await awaited(http, reply, chat_answers.respond(reply, request)))
 
     async def text_completions(self, http: Request) -> Response:
         request = await parse(http, CompletionRequest)
@@ -84,7 +85,7 @@ class InferenceRoutes:
         reply = begin(self.served, request, prompts, "cmpl", completions.OBJECT)
         if request.stream:
             return await streamed(http, reply, completions.stream(reply, request))
-        return json_response(await unless_gone(http, reply, completions.respond(reply, request)))
+        return json_response(await awaited(http, reply, completions.respond(reply, request)))
 
     async def models(self, _http: Request) -> Response:
         return json_response({"object": "list", "data": [model_entry(self.served, self.created)]})
@@ -162,36 +163,21 @@ def begin(served: ServedModel, request: Body, prompts: Prompts, prefix: str, kin
     return Reply(served, request, served.start(request, prompts), prefix, kind)
 
 
-class CallerGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
-async def unless_gone(http: Request, reply: Reply, work: Awaitable[T]) -> T:
-    """What `work` gives; if the caller goes first, what runs for it is cancelled."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(disconnected(http))
+async def awaited(http: Request, reply: Reply, work: Awaitable[T]) -> T:
+    """The result of `work`. If it fails or the caller leaves first, what runs for the reply is cancelled."""
+    gone = asyncio.create_task(disconnected(http.receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return await task
+        return await unless_gone(gone, work)
     except BaseException:
         reply.answer.cancel()
         raise
     finally:
         gone.cancel()
-        task.cancel()
-    reply.answer.cancel()
-    raise CallerGone
-
-
-async def disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def streamed(http: Request, reply: Reply, frames: AsyncIterator[bytes]) -> Response:
     """A stream whose first frame is there: what fails before it is an ordinary error."""
-    first = await unless_gone(http, reply, anext(frames))
+    first = await awaited(http, reply, anext(frames))
     return StreamingResponse(guarded(reply, first, frames), media_type=EVENT_STREAM, headers=STREAM_HEADERS)
 
 
