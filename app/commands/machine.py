@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,6 +15,7 @@ from rich.markup import escape
 from app.client import NibbleClient
 from app.commands.checks.host import PORT_REMEDY, is_nibble, port_fault
 from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, print_json, stdout
+from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.errors import Conflict, NibbleError, Unavailable
 from app.core.planning.host_devices import gpu_names
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 START_LIMIT_S = 330.0  # a worker measures its device at its first start, which takes a busy host minutes
 STOP_GRACE_S = 15.0
-READER_LIMIT_S = 2.0
 MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; more means that it can't run here
 RESTART_WINDOW_S = 60.0
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
@@ -58,53 +55,31 @@ class Member:
     def __init__(self, name: str, module: str, *arguments: str, voice: Voice) -> None:
         self.name = name
         self.voice = voice
-        # child.start: the process dies with this one, even when this one is killed.
-        self.command = [sys.executable, "-m", "app.core.child.start", str(os.getpid()), module, *arguments]
+        self.words = [module, *arguments]
         self.starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
-        self.process: subprocess.Popen[str] | None = None
-        self.reader: threading.Thread | None = None
+        self.process: OwnedProcess | None = None
 
     def start(self, environment: dict[str, str]) -> None:
+        """Start it, also once more after it has ended."""
+        if self.process is not None:
+            self.process.close()
         self.starts.append(time.monotonic())
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-            # Ctrl-C reaches this process alone, which then stops the members in order.
-            start_new_session=True,
+        self.process = OwnedProcess(
+            self.words, environment=environment, on_line=lambda line: self.voice.say(self.name, line)
         )
-        self.reader = threading.Thread(target=self.copy_lines, args=(self.process,), daemon=True)
-        self.reader.start()
-
-    def copy_lines(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                self.voice.say(self.name, line.rstrip())
 
     def exit_code(self) -> int | None:
         """The code it ended with; None while it runs."""
-        return None if self.process is None else self.process.poll()
+        return None if self.process is None else self.process.exit_code()
 
     def crashes_in_a_row(self) -> bool:
         return crashes_in_a_row(self.starts)
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL for the whole session; its last lines are printed."""
-        if self.process is None or self.reader is None:
-            return
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-        self.reader.join(READER_LIMIT_S)  # a process that it left behind could hold the pipe open
+        """End it; its last lines are printed."""
+        if self.process is not None:
+            self.process.stop(STOP_GRACE_S)
+            self.process.close()
 
 
 def crashes_in_a_row(starts: Sequence[float]) -> bool:
@@ -232,7 +207,7 @@ class Machine:
                 continue
             if worker.crashes_in_a_row():
                 refuse_ended(worker)
-            self.say(f"{worker.name} ended with {exit_text(code)}; starting it again")
+            self.say(f"{worker.name} ended with {exit_words(code)}; starting it again")
             worker.start(environment)
 
     def say(self, line: str, *, style: str = "", **facts: str) -> None:
@@ -243,13 +218,9 @@ def refuse_ended(member: Member) -> None:
     code = member.exit_code()
     if code is not None:
         raise Unavailable(
-            f"{member.name} ended with {exit_text(code)}",
+            f"{member.name} ended with {exit_words(code)}",
             remedy="read its lines above; `nibble doctor` checks this machine",
         )
-
-
-def exit_text(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 
 def worker_command(name: str, device: str) -> tuple[str, ...]:

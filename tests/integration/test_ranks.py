@@ -147,14 +147,20 @@ def test_one_batch_needs_no_other_process(tmp_path: Path) -> None:
     assert "the text has 1 calibration batches: 2 devices stay idle" in run.report.notes
 
 
-def test_a_process_that_fails_ends_the_job_child() -> None:
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [("raise SystemExit(3)", "exit code 3"), ("import os; os.kill(os.getpid(), 9)", "signal 9 (Killed)")],
+)
+def test_a_process_that_fails_ends_the_job_child(end: str, words: str) -> None:
     """Without its sums nothing can be finished, and waiting for them would last for ever."""
     program = (
-        "import subprocess, sys, time\n"
-        "from workers.child.ranks import end_with\n"
-        "end_with(subprocess.Popen([sys.executable, '-c', 'raise SystemExit(3)']), 1)\n"
+        "import sys, time\n"
+        "from app.core.child.owned_process import OwnedProcess\n"
+        "from workers.child.ranks import end_with, write_line\n"
+        f"words = ['--program', sys.executable, '-c', 'print(\"its last line\", flush=True); {end}']\n"
+        "end_with(OwnedProcess(words, on_line=write_line), 1)\n"
         "time.sleep(60)\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert "calibration rank 1 ended with exit code 3" in ended.stderr
+    assert ended.stderr.endswith(f"its last line\ncalibration rank 1 ended with {words}\n")

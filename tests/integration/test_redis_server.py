@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from app.commands.checks.redis_checks import check_redis
-from app.core import redis_programs, redis_server
 from app.core.errors import Unavailable
+from app.core.redis import redis_programs, redis_server
 from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings
 from tests.waiting import wait_until

@@ -197,7 +197,7 @@ class Attempt:
         """
         grace_s = self._context.settings.cancel_grace_s
         with JobChild(assignment, module=self._context.child_module) as child:
-            self._watch.call_on_stop(lambda: child.terminate(grace_s))
+            self._watch.call_on_stop(lambda: child.stop(grace_s))
             try:
                 for message in child.messages():
                     if isinstance(message, Finished):

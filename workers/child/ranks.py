@@ -8,7 +8,6 @@ recipe that has one, for which they wait for its weights. torch.distributed adds
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from app.core.child.assignment import Assignment
+from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.planning.plan import CandidatePlan
 from app.core.records.specs import Frozen
 from workers.quantization.reduction import ALONE, Ranks
@@ -102,25 +102,24 @@ def started(assignment: Assignment, work: SharedWork, num_batches: int) -> Itera
                 process.wait()
         finally:
             for process in others:
-                process.kill()
-                process.wait()
+                process.close()
 
 
-def start_rank(part: RankAssignment) -> subprocess.Popen[str]:
-    """The process dies with this one."""
-    command = [sys.executable, "-m", "app.core.child.start", str(os.getpid()), MODULE]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    process.stdin.write(part.model_dump_json())
-    process.stdin.close()
-    threading.Thread(target=end_with, args=(process, part.rank), daemon=True).start()
+def start_rank(rank: RankAssignment) -> OwnedProcess:
+    process = OwnedProcess([MODULE], stdin=rank.model_dump_json().encode(), on_line=write_line)
+    threading.Thread(target=end_with, args=(process, rank.rank), daemon=True).start()
     return process
 
 
-def end_with(process: subprocess.Popen[str], rank: int) -> None:
+def end_with(process: OwnedProcess, rank: int) -> None:
     """End this process if the other one fails by itself."""
     code = process.wait()
-    if code > 0:
-        sys.stderr.write(f"calibration rank {rank} ended with exit code {code}\n")
-        sys.stderr.flush()
+    if code and not process.is_closing:
+        process.close()  # its last lines come first
+        write_line(f"calibration rank {rank} ended with {exit_words(code)}")
         os._exit(1)
+
+
+def write_line(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -32,11 +32,12 @@ from workers.devices.device_memory import device_memory
 from workers.main import describe_worker, device_name, resolve_device, worker_name
 from workers.replicas.artifact_cache import ArtifactCache
 from workers.replicas.replica import ReplicaKeeper, ServingContext
-from workers.replicas.server_process import POLL_S, SERVER_MODULE, vllm_program
+from workers.replicas.server_process import SERVER_MODULE, vllm_program
 
 log = logging.getLogger(__name__)
 
 PASS_S = 0.4
+POLL_S = 0.1  # while servers end
 REPLICA_TTL_S = 10.0
 REGISTRY_S = 5.0
 REGISTRY_TTL_S = 20.0

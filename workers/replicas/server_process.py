@@ -1,8 +1,7 @@
 """The process of one inference server: its command line, how it says that it is ready, its load, its end.
 
 Engine `transformers` is our own server, which reports over a pipe. Engine `vllm` is an installed vLLM, which
-is ready when its /health answers. Start a server from a thread that outlives it: the kernel ends the one with
-the other.
+is ready when its /health answers.
 """
 
 from __future__ import annotations
@@ -13,29 +12,23 @@ import logging
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import httpx
 
-from app.core.child.job_child import child_environment, count_oom_kills
+from app.core.child.confinement import child_environment
+from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.errors import NibbleError
 from app.core.records.specs import VllmOptions
 
 log = logging.getLogger(__name__)
 
 SERVER_MODULE = "workers.serving"
-TAIL_LINES = 40
 PROBE_LIMIT_S = 5.0
-POLL_S = 0.1
 # What vLLM reads besides what every child may see.
 VLLM_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "RAY_", "TORCH_", "TRITON_")
 VLLM_KEY = "VLLM_API_KEY"  # with it vLLM would refuse the gateway, which has checked the caller's own key
@@ -73,41 +66,15 @@ class Launch(NamedTuple):
     module: str = SERVER_MODULE
 
 
-class ServerProcess:
-    """A running server. As a context manager it leaves no process behind."""
+class ServerProcess(OwnedProcess):
+    """A running server."""
 
     def __init__(
-        self, command: Sequence[str], environment: dict[str, str], *, fds: tuple[int, ...] = ()
+        self, words: Sequence[str], environment: dict[str, str], *, fds: tuple[int, ...] = ()
     ) -> None:
         self.url: str | None = None
-        self._tail: list[str] = []
-        self._oom_kills = count_oom_kills()
         self._http = httpx.Client(timeout=PROBE_LIMIT_S, trust_env=False)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "app.core.child.start", str(os.getpid()), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-            pass_fds=fds,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._copy_lines, name="server output", daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        super().__init__(words, environment=environment, fds=fds, on_line=self._log_line)
 
     def is_ready(self) -> bool:
         """True once it answers at `url`. Raises ServerRefused if it says that it never will."""
@@ -115,20 +82,16 @@ class ServerProcess:
 
     def check(self) -> None:
         """Raise ServerEnded if the process is gone."""
-        code = self._process.poll()
+        code = self.exit_code()
         if code is not None:
-            self._reader.join(timeout=2)
-            raise ServerEnded(
-                self.cause(code), remedy="read the worker's log; its last lines: " + self.tail()
-            )
+            self.close()  # its last lines are read
+            last = " | ".join(line.strip() for line in self.output_tail().splitlines()[-5:])[-1000:] or "none"
+            raise ServerEnded(self.cause(code), remedy=f"read the worker's log; its last lines: {last}")
 
     def cause(self, code: int) -> str:
-        if code == -signal.SIGKILL and count_oom_kills() > self._oom_kills:
+        if self.memory_ran_out():
             return "the inference server was killed because memory ran out"
-        return "the inference server ended with " + (f"exit code {code}" if code >= 0 else f"signal {-code}")
-
-    def tail(self) -> str:
-        return " | ".join(self._tail[-5:])[-1000:] or "none"
+        return f"the inference server ended with {exit_words(code)}"
 
     def load(self) -> ServerLoad:
         """Its running and waiting requests. Raises httpx.TransportError if it does not answer."""
@@ -145,29 +108,12 @@ class ServerProcess:
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
             return None
 
-    def stop(self, limit_s: float) -> None:
-        """SIGTERM, so that it finishes what it has begun; SIGKILL for its group after `limit_s`."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + limit_s
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-        self._reader.join(timeout=2)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        super().close()
         self._http.close()
 
-    def _copy_lines(self) -> None:
-        assert self._process.stdout is not None
-        with contextlib.suppress(ValueError):  # closed while it was read
-            for line in self._process.stdout:
-                log.info("server %d: %s", self.pid, line.rstrip())
-                self._tail = [*self._tail[1 - TAIL_LINES :], line.strip()]
+    def _log_line(self, line: str) -> None:
+        log.info("server %d: %s", self.pid, line)
 
 
 class OwnServer(ServerProcess):
@@ -178,14 +124,14 @@ class OwnServer(ServerProcess):
         self._buffered = b""
         self._reports, reports_end = os.pipe()
         os.set_blocking(self._reports, False)
-        command = [
+        words = [
             *(launch.module, "--artifact", str(launch.folder), "--name", launch.name),
             *("--host", launch.host, "--port", "0", "--device", launch.device),
             *("--kernel-backend", launch.kernel_backend, "--drain-s", str(launch.drain_s)),
             *("--ready-fd", str(reports_end)),
         ]
         try:
-            super().__init__(command, child_environment(os.environ, launch.work_folder), fds=(reports_end,))
+            super().__init__(words, child_environment(os.environ, launch.work_folder), fds=(reports_end,))
         finally:
             os.close(reports_end)
 
@@ -230,12 +176,12 @@ class VllmServer(ServerProcess):
             raise vllm_missing()
         port = free_port(launch.host)
         self._address = f"http://{launch.host}:{port}"
-        command = [
+        words = [
             *("app.core.child.parent_guard", program, "serve", str(launch.folder)),
             *("--served-model-name", launch.name, "--host", launch.host, "--port", str(port)),
             *vllm_arguments(launch.vllm or VllmOptions()),
         ]
-        super().__init__(command, vllm_environment(launch))
+        super().__init__(words, vllm_environment(launch))
 
     def is_ready(self) -> bool:
         try:

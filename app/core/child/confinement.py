@@ -1,4 +1,4 @@
-"""What a process that works on strangers' files gives up before it begins: network, privileges, core files.
+"""What a process that works on strangers' files does without: keys, network, privileges, core files.
 
 No network: the process moves into a network namespace of its own, in which only loopback exists. Where the
 kernel forbids that, it goes on with a network, and says so.
@@ -13,6 +13,7 @@ import os
 import resource
 import socket
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 PR_SET_NO_NEW_PRIVS = 38
@@ -22,6 +23,21 @@ SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
 MAX_FILE_BYTES = 256 * 1024**3
 NETWORK = "NIBBLE_CHILD_NETWORK"  # tells the child's module: on or off
+PASSED_ON = frozenset({"PATH", "HOME", "LANG", "LD_LIBRARY_PATH"})
+PASSED_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "GOMP_", "KMP_", "MKL_", "PYTHON")
+
+
+def child_environment(environment: Mapping[str, str], work_folder: Path) -> dict[str, str]:
+    """What the child may see of the environment: no keys, no addresses.
+
+    Its threads sleep while they wait for each other, unless the environment says otherwise.
+    """
+    passed = {
+        name: value
+        for name, value in environment.items()
+        if name in PASSED_ON or name.startswith(PASSED_PREFIXES)
+    }
+    return {"OMP_WAIT_POLICY": "passive", **passed, "TMPDIR": str(work_folder), "HF_HUB_OFFLINE": "1"}
 
 
 def confine() -> bool:

@@ -8,13 +8,12 @@ them all: when its parent dies it kills the group. SIGTERM from a living parent 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 
-from app.core.child.start import PR_SET_PDEATHSIG, die_with_parent
+from app.core.child.start import die_with_parent
 
 
 def main() -> int:
@@ -28,9 +27,7 @@ def main() -> int:
             program.send_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, on_term)
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        return 143
+    die_with_parent(parent, signal.SIGTERM)
     # One thread and nothing loaded: code before the exec is safe here.
     program = subprocess.Popen(sys.argv[1:], preexec_fn=lambda: die_with_parent(own))
     code = program.wait()

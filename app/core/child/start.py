@@ -1,6 +1,7 @@
-"""First code of a job child: tie its life to its parent's, then become the module that does the work.
+"""First code of a process of ours: tie its life to its parent's, then become what does the work.
 
-    python -m app.core.child.start [--confined] PARENT_PID MODULE [ARGUMENT ...]
+    python -m app.core.child.start PARENT_PID [--confined] MODULE [ARGUMENT ...]
+    python -m app.core.child.start PARENT_PID --program PROGRAM [ARGUMENT ...]
 
 Without the tie, a supervisor that is killed leaves a child that computes for hours for nobody. It is made
 before any heavy import, so that there is no window in which the child could be orphaned.
@@ -19,27 +20,36 @@ from app.core.child.confinement import confine
 PR_SET_PDEATHSIG = 1
 ORPHANED = 143
 CONFINED = "--confined"
+PROGRAM = "--program"
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies; leave at once if it is dead already."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent dies; leave at once if it is dead already.
+
+    Only Linux has such a call. Elsewhere an orphan lives on.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     # The parent may have died before the call: then this process has another parent by now.
     if os.getppid() != parent_pid:
         os._exit(ORPHANED)
 
 
 def main() -> None:
-    is_confined = sys.argv[1] == CONFINED
-    parent, module, *arguments = sys.argv[2 if is_confined else 1 :]
-    die_with_parent(int(parent))
-    if is_confined:
+    parent, words = int(sys.argv[1]), sys.argv[2:]
+    if words[0] == PROGRAM:
+        # With time to write its files: such a program, Redis say, keeps more than what we can compute again.
+        die_with_parent(parent, signal.SIGTERM)
+        os.execv(words[1], words[1:])  # noqa: S606  # not a shell's line: one program, its words apart
+    die_with_parent(parent)
+    if words[0] == CONFINED:
+        del words[0]
         confine()
-        die_with_parent(int(parent))  # a change of namespaces may have cleared it
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+        die_with_parent(parent)  # a change of namespaces may have cleared it
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

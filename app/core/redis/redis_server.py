@@ -6,18 +6,13 @@ with the process that started it. A lock file lets one process start it; the oth
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import logging
 import os
-import signal
 import stat
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Literal, Self
 
@@ -26,6 +21,8 @@ from redis import exceptions as redis_errors
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
+from app.core.child.owned_process import OwnedProcess
+from app.core.child.start import PROGRAM
 from app.core.errors import InvalidRequest, Unavailable
 from app.core.redis.redis_programs import find_program, note_writer
 from app.core.settings import Settings
@@ -36,7 +33,6 @@ MAX_MEMORY = "1gb"
 START_LIMIT_S = 60.0  # reading a large append-only file takes its time
 STOP_LIMIT_S = 10.0
 MAX_SOCKET_PATH = 100  # sockaddr_un holds 108 bytes on Linux and 104 on macOS
-PR_SET_PDEATHSIG = 1
 
 # How it was found: NIBBLE_REDIS_URL, a program of PATH, the embedded one, or another process that runs it.
 Kind = Literal["url", "server", "embedded", "shared"]
@@ -65,9 +61,7 @@ def connect(url: str, *, timeout_s: float | None = 5.0) -> Redis:
 class RedisServer:
     """A Redis in use. As a context manager it stops what it started, and nothing else."""
 
-    def __init__(
-        self, url: str, kind: Kind, reason: str, *, process: subprocess.Popen[bytes] | None = None
-    ) -> None:
+    def __init__(self, url: str, kind: Kind, reason: str, *, process: OwnedProcess | None = None) -> None:
         self.url = url
         self.kind: Kind = kind
         self.reason = reason
@@ -87,23 +81,19 @@ class RedisServer:
     @property
     def is_alive(self) -> bool:
         """False if the server that this process started has ended."""
-        return self._process is None or self._process.poll() is None
+        return self._process is None or not self._process.has_ended()
 
     def restart(self, settings: Settings) -> None:
         """Start the server again after it has ended: same folder, same address."""
+        self.stop()
         again = own_server(settings)
         self.kind, self._process = again.kind, again._process
 
     def stop(self) -> None:
         """End the server that this process started: it writes its file and goes."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            self._process.stop(STOP_LIMIT_S)
+            self._process.close()
 
 
 def resolve_redis(settings: Settings) -> RedisServer:
@@ -133,7 +123,7 @@ def own_server(settings: Settings) -> RedisServer:
             refuse_late(deadline, folder)
         program, why = find_program(settings.redis_server, folder)
         socket.unlink(missing_ok=True)
-        process = start_server(program.path, folder, socket, lock)
+        process = start_redis(program.path, folder, socket, lock)
     server = RedisServer(url, program.kind, f"{program}: {why}", process=process)
     try:
         while not answers(url):
@@ -194,41 +184,16 @@ def socket_path(folder: Path) -> Path:
     return short / "redis.sock"
 
 
-def start_server(binary: str, folder: Path, socket: Path, lock: IO[bytes]) -> subprocess.Popen[bytes]:
-    """The server as a child. It inherits the lock, which so lasts exactly as long as the server."""
-    command = [
-        binary,
+def start_redis(binary: str, folder: Path, socket: Path, lock: IO[bytes]) -> OwnedProcess:
+    """The server as a process of ours. It inherits the lock, which so lasts exactly as long as the server."""
+    words = [
+        *(PROGRAM, binary),
         *("--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
         *("--dir", str(folder), "--logfile", str(folder / "server.log")),
         *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
         *("--maxmemory", MAX_MEMORY, "--maxmemory-policy", "noeviction", "--protected-mode", "yes"),
     ]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=(lock.fileno(),),
-        # Its own session: an interrupt at the terminal must reach the service first.
-        start_new_session=True,
-        preexec_fn=die_with_parent(),
-    )
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """What a child runs first to be killed with its parent (Linux); None where there is no such call."""
-    if sys.platform != "linux":
-        return None
-    # Loaded before the fork: after it, nothing may take a lock.
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def arm() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arm
+    return OwnedProcess(words, fds=(lock.fileno(),))
 
 
 def last_line(path: Path) -> str:

@@ -13,16 +13,9 @@ from pathlib import Path
 import pytest
 
 from app.core.child.assignment import Assignment, Progressed
-from app.core.child.confinement import MAX_FILE_BYTES
-from app.core.child.job_child import (
-    MAX_LINE_BYTES,
-    TAIL_BYTES,
-    JobChild,
-    child_environment,
-    count_oom_kills,
-    exit_fault,
-    parse_message,
-)
+from app.core.child.confinement import MAX_FILE_BYTES, child_environment
+from app.core.child.job_child import MAX_LINE_BYTES, JobChild, exit_fault, parse_message
+from app.core.child.owned_process import TAIL_LENGTH, count_oom_kills
 from app.core.errors import JobFault, OutOfMemory
 from app.core.records.specs import JobSpec
 
@@ -74,7 +67,7 @@ def test_only_the_end_of_a_long_output_is_kept(start: Start) -> None:
         list(child.messages())
         child.wait_fault(10)
         tail = child.output_tail()
-    assert len(tail) == TAIL_BYTES
+    assert len(tail) == TAIL_LENGTH
     assert tail.endswith("the end\n")
 
 
@@ -105,7 +98,7 @@ def test_a_child_that_is_just_being_collected_has_ended(start: Start) -> None:
         assert child.has_ended()
 
 
-def test_terminate_lets_a_child_end_itself(start: Start) -> None:
+def test_stop_lets_a_child_end_itself(start: Start) -> None:
     program = """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.write(fd, b'{"kind": "progress", "fraction": 0}\\n')
@@ -113,11 +106,11 @@ def test_terminate_lets_a_child_end_itself(start: Start) -> None:
     """
     with start(program) as child:
         next(child.messages())
-        child.terminate(10)
+        child.stop(10)
         assert "143" in child.wait_fault(10).message
 
 
-def test_terminate_kills_a_deaf_child_and_its_children(start: Start) -> None:
+def test_stop_kills_a_deaf_child_and_its_children(start: Start) -> None:
     program = """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.fork() > 0:
@@ -127,7 +120,7 @@ def test_terminate_kills_a_deaf_child_and_its_children(start: Start) -> None:
     with start(program) as child:
         group = child.pid
         next(child.messages())
-        child.terminate(0.1)
+        child.stop(0.1)
         assert "signal 9" in child.wait_fault(10).message
     assert_group_ends(group)
 
@@ -144,7 +137,7 @@ def assert_group_ends(group: int) -> None:
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    """The parent is killed; what it started through `child_start` must go too."""
+    """The parent is killed; what it started through `start` must go too."""
     program = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(20); print('outlived')"
     (tmp_path / "sleeper.py").write_text(program)
     parent_program = (
