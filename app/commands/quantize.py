@@ -20,14 +20,11 @@ from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout
 from app.core.errors import InvalidRequest, JobFault, field_fault, field_path
 from app.core.records.job import Problem, Progress
-from app.core.records.specs import JobSpec, TextSpec
-from app.core.sources.file_digest import file_sha256
+from app.core.records.specs import JobSpec
 from app.core.system_faults import STATE_FOLDER
 
 if TYPE_CHECKING:
     from app.core.child.assignment import Assignment, Finished, OutputFolder
-    from app.core.settings import Settings
-    from app.core.sources.model_source import ModelFiles
 
 CHILD_GRACE_S = 10.0
 # What to do about a fault of the job's process, where no service has events, workers or retries.
@@ -135,27 +132,24 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     """Check the job as the service would, fetch what lies elsewhere, and write down the assignment."""
     from app.core.child.assignment import CHECKPOINTS, Assignment
     from app.core.jobs.submission import check_submission
-    from app.core.sources.model_source import LocalModel, inspect_model, model_digest, open_model
+    from app.core.sources.fetching import ModelCache, fetch_texts
 
     # Who runs this may read what they may read: also files that are links, as in the hub's cache.
     settings = read_settings().model_copy(update={"model_roots": (Path("/"),)})
     device = chosen_device(device)
     spec = check_submission(spec, settings).spec
-    files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
-    headers, folder = inspect_model(files), work / "model"
-    if isinstance(files, LocalModel):
-        folder = files.folder
-    else:
-        fetch(files, headers.files, folder)
+    with ModelCache(work / "model", settings) as cache:
+        model = cache.fetch(spec.model, no_news)
+    texts = fetch_texts(spec, settings, work, no_news, in_place=True)
     (work / CHECKPOINTS).mkdir()
     return Assignment(
         spec=spec,
-        model_folder=folder,
-        model_name=files.name,
-        model_digest=model_digest({path: file_sha256(folder / path) for path in headers.files}),
-        model_notes=headers.notes,
-        calibration_file=text_file(spec.calibration, settings, work / "calibration"),
-        evaluation_file=text_file(spec.evaluation, settings, work / "evaluation"),
+        model_folder=model.folder,
+        model_name=model.name,
+        model_digest=model.digest,
+        model_notes=model.notes,
+        calibration_file=texts.calibration,
+        evaluation_file=texts.evaluation,
         work_folder=work,
         device=device,
         calibration_devices=settings.calibration_devices,
@@ -163,25 +157,8 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     )
 
 
-def fetch(files: ModelFiles, wanted: dict[str, int], folder: Path) -> None:
-    for path in wanted:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        files.download(path, folder / path, on_bytes=lambda _: None)
-
-
-def text_file(text: TextSpec, settings: Settings, dest: Path) -> Path | None:
-    """The file of a text, fetched to `dest` with its suffix if it lies elsewhere; None if it needs none."""
-    from app.core.sources.model_source import LocalModel
-    from app.core.sources.text_source import is_remote, open_text
-
-    if not is_remote(text.source):
-        return None
-    found = open_text(text.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
-    if isinstance(found.files, LocalModel):
-        return found.files.folder / found.path
-    target = dest.with_name(dest.name + found.suffix)
-    found.files.download(found.path, target, on_bytes=lambda _: None)
-    return target
+def no_news(count: int) -> None:
+    """What is fetched isn't counted here."""
 
 
 def supervise(assignment: Assignment, view: ProgressView) -> Finished:

@@ -101,10 +101,8 @@ class ReplicaKeeper(threading.Thread):
         """Fetch, then start the server again and again. Raises what no further start can heal."""
         while True:
             try:
-                artifact = self.deployment.spec.artifact
-                folder = self._fetch()
-                with self._context.cache.in_use(artifact):
-                    self._serve(self._launch(folder, work_folder))
+                with self._context.cache.in_use(self.deployment.spec.artifact):
+                    self._serve(self._launch(self._fetch(), work_folder))
             except (NotFound, InvalidRequest, ServerRefused):
                 raise
             except NibbleError as fault:

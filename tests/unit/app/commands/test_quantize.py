@@ -22,6 +22,7 @@ from app.core.errors import (
 from app.core.records.job import Problem
 from app.core.records.specs import CalibrationSpec, JobSpec
 from app.core.settings import Settings
+from app.core.sources.fetching import fetch_texts
 from app.core.system_faults import STATE_FOLDER
 
 
@@ -116,7 +117,8 @@ def test_a_folder_without_a_model_is_refused_before_any_work(tmp_path: Path) -> 
 
 def calibrated_on(dataset: str | None, folder: Path) -> Path | None:
     settings = Settings(state_dir=folder, model_roots=(Path("/"),))
-    return quantize.text_file(CalibrationSpec(dataset=dataset), settings, folder / "calibration")
+    spec = JobSpec(model="org/name", calibration=CalibrationSpec(dataset=dataset))
+    return fetch_texts(spec, settings, folder, quantize.no_news, in_place=True).calibration
 
 
 def test_text_files(tmp_path: Path) -> None:

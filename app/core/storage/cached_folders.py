@@ -1,0 +1,127 @@
+"""Downloaded folders that the processes of a host share: each appears whole, and stays while it is used.
+
+NAME/          all files are there
+NAME.partial/  what an unfinished download has
+NAME.lock      held by who downloads NAME
+NAME.use       held together by all who use NAME; its time is that of the last use
+
+The kernel frees a lock when its process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+USE = ".use"
+PARTIAL = ".partial"
+WAIT_S = 0.2
+
+Check = Callable[[], None]  # called often; may raise to stop
+
+
+class CachedFolders:
+    """Folders below `root`, of at most `most_bytes` in all, where that is not 0."""
+
+    def __init__(self, root: Path, most_bytes: int = 0) -> None:
+        self.root = root
+        self._most_bytes = most_bytes
+
+    @contextmanager
+    def locked(self, name: str, check: Check) -> Iterator[None]:
+        """Be the only one on this host who downloads the folder; `check` is called while another one does."""
+        with self._lock_file(f"{name}.lock") as lock:
+            while not try_lock(lock):
+                check()
+                time.sleep(WAIT_S)
+            yield
+
+    @contextmanager
+    def in_use(self, name: str) -> Iterator[None]:
+        """Keep the folder from being removed, by any process, while the block runs."""
+        with self._lock_file(f"{name}{USE}") as use:
+            fcntl.flock(use, fcntl.LOCK_SH)
+            os.utime(use.fileno())
+            yield
+
+    def fill(self, name: str, sizes: Mapping[str, int], download: Callable[[str, Path], None]) -> Path:
+        """The folder with these files; `download` gets a path of them and the file to write.
+
+        Files of the right size are kept, also those of an earlier try. Call it under `locked`.
+        """
+        folder = self.root / name
+        with self.in_use(name):
+            stage = folder if folder.exists() else self.root / f"{name}{PARTIAL}"
+            if stage != folder:
+                self.make_room(sum(sizes.values()))
+            for path, size in sorted(sizes.items()):
+                file = stage / path
+                if file.is_file() and file.stat().st_size == size:
+                    continue
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = file.with_name(f"{file.name}.part")
+                download(path, part)
+                part.replace(file)
+            if stage != folder:
+                stage.rename(folder)
+        return folder
+
+    def make_room(self, needed: int) -> list[str]:
+        """Remove what was used least recently until `needed` more bytes fit; its names.
+
+        What somebody uses stays, and what does not fit is downloaded all the same: the limit bounds what is
+        kept, not what is worked on.
+        """
+        sizes = {path: folder_bytes(path) for path in self.root.iterdir() if path.is_dir()}
+        removed: list[str] = []
+        for path in sorted(sizes, key=self._last_use):
+            if not self._most_bytes or sum(sizes.values()) + needed <= self._most_bytes:
+                break
+            if self.remove(path.name):
+                del sizes[path]
+                removed.append(path.name)
+        return removed
+
+    def remove(self, name: str) -> bool:
+        """Remove a folder, or NAME.partial, unless somebody uses it; True if it is gone."""
+        folder = self.root / name
+        if not folder.exists():
+            return False
+        with self._use(folder).open("a") as use:
+            if not try_lock(use):
+                return False
+            gone = folder.with_name(f"{name}.removed")
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)  # at once: a half removed folder must not be taken for a whole one
+            shutil.rmtree(gone, ignore_errors=True)
+        return True
+
+    def _lock_file(self, name: str) -> IO[str]:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return (self.root / name).open("a")
+
+    def _use(self, folder: Path) -> Path:
+        return folder.with_name(folder.name.removesuffix(PARTIAL) + USE)
+
+    def _last_use(self, folder: Path) -> float:
+        use = self._use(folder)
+        return use.stat().st_mtime if use.exists() else 0.0
+
+
+def try_lock(file: IO[str]) -> bool:
+    """True if this process now holds the file alone."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
