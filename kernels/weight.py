@@ -1,4 +1,4 @@
-"""The one canonical packed weight: what checkpoints become, and what backends repack when they load."""
+"""The canonical weight of a quantized linear: what files hold in their layouts, and backends in theirs."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ class PackedWeight:
     def packed_bytes(self) -> int:
         tensors = [self.qweight, self.scale, *([] if self.zero is None else [self.zero])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def equals(self, other: PackedWeight) -> bool:
+        """True if both hold the same numbers, whatever the dtype of their scales."""
+        if self.zero is None or other.zero is None:
+            same_zeros = self.zero is other.zero
+        else:
+            same_zeros = torch.equal(self.zero, other.zero)
+        return (
+            same_zeros
+            and (self.bits, self.in_features) == (other.bits, other.in_features)
+            and torch.equal(self.qweight, other.qweight)
+            and torch.equal(self.scale.float(), other.scale.float())
+        )
 
     def to(self, device: torch.device) -> PackedWeight:
         zero = None if self.zero is None else self.zero.to(device)

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from app.core.planning.format_limits import Scheme
-from app.core.records.specs import FormatName
+from app.core.formats.file_format import Scheme
+from app.core.formats.registry import FORMATS, FormatName
+from kernels import reference
 from tests.tiny_models import TEXTS, TOKENIZER
-from workers.formats.folder import FORMATS
+from workers.formats.packing import packing_of
 from workers.modeling.checkpoint import Checkpoint
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits
@@ -104,16 +105,19 @@ def prompts_of_text(count: int) -> list[list[int]]:
 
 def dequantized(folder: Path, format_name: FormatName, target: Path) -> PreTrainedModel:
     """An artifact of 4 bits in groups of 32, as a plain model in float32 that transformers reads itself."""
-    checkpoint, layout = Checkpoint(folder), FORMATS[format_name]
+    checkpoint, suffixes = Checkpoint(folder), FORMATS[format_name].suffixes
+    entry = checkpoint.config["quantization_config"]
     scheme = Scheme(bits=4, group_size=32, symmetric=format_name != "awq")
     tensors: dict[str, torch.Tensor] = {}
     for name in checkpoint.tensors:
         linear, _, suffix = name.rpartition(".")
-        if suffix == layout.SUFFIXES[0]:
-            names = {each: f"{linear}.{each}" for each in layout.SUFFIXES}
+        if suffix == suffixes[0]:
+            names = {each: f"{linear}.{each}" for each in suffixes}
             parts = {each: checkpoint.tensor(n) for each, n in names.items() if n in checkpoint.tensors}
-            tensors[f"{linear}.weight"] = layout.weight(parts, scheme).dequantize()
-        elif suffix not in layout.SUFFIXES:
+            tensors[f"{linear}.weight"] = reference.dequantize(
+                packing_of(format_name).unpack_linear(parts, entry, scheme)
+            ).float()
+        elif suffix not in suffixes:
             tensors[name] = checkpoint.tensor(name).float()
     target.mkdir()
     save_file(tensors, target / "model.safetensors", {"format": "pt"})

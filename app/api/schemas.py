@@ -9,11 +9,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel
 
 from app.core.deployments.deployment import DeploymentState, LiveDeployment, ReplicaState
+from app.core.formats.registry import FormatName
 from app.core.jobs.job_store import JobEvent, JobPage
 from app.core.jobs.worker_registry import WorkerRecord
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.records.job import Job, JobState, Problem, Progress, Stage
-from app.core.records.specs import Engine, FormatName, JobSpec, Recipe, VllmOptions
+from app.core.records.specs import Engine, JobSpec, Recipe, VllmOptions
 from app.core.storage.artifact_store import ArtifactPage
 
 

@@ -16,7 +16,8 @@ import typer
 
 from app.commands.terminal import among
 from app.core.errors import InvalidRequest
-from app.core.records.specs import FormatName, Method
+from app.core.formats.registry import FormatName
+from app.core.records.specs import Method
 
 IdempotencyKey = Annotated[
     str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
@@ -68,7 +69,7 @@ class JobOptions:
     formats: Annotated[
         list[str] | None,
         option(
-            "awq, gptq or compressed-tensors (unless told); may be repeated.",
+            f"{', '.join(get_args(FormatName))}; may be repeated; compressed-tensors unless set.",
             "--format",
             values=get_args(FormatName),
         ),

@@ -29,8 +29,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 ENGINE_MAY_IMPORT = frozenset(
     f"app.core.{name}"
     for name in (
-        "child.assignment", "errors", "jobs.report", "planning.architectures", "planning.format_limits",
-        "planning.loaders", "planning.plan", "records.artifact", "records.job", "records.specs",
+        "child.assignment", "errors", "formats.awq", "formats.file_format", "formats.registry", "jobs.report",
+        "planning.architectures", "planning.plan", "records.artifact", "records.job", "records.specs",
         "sources.json_file", "sources.local_model", "sources.model_headers", "sources.safetensors_header",
         "sources.text_content", "sources.text_shapes", "system_faults",
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
-from workers.formats import awq, compressed_tensors, gptq
+from app.core.formats.file_format import Scheme
+from workers.formats import awq_packing, compressed_tensors_packing, gptq_packing
 from workers.modeling.quantized_weight import QuantizedWeight
 
 FROZEN = Path(__file__).with_name("packed.json")
@@ -51,15 +51,15 @@ def packed() -> dict[str, dict[str, dict[str, object]]]:
     two = golden_weight(Scheme(bits=2, group_size=32, symmetric=False))
     eight = golden_weight(Scheme(bits=8, group_size=-1, symmetric=False))
     cases = {
-        "awq w4 g32": awq.tensors(four, torch.bfloat16),
-        "compressed-tensors w4 g32": compressed_tensors.tensors(four, torch.bfloat16),
-        "compressed-tensors w3 g32 sym": compressed_tensors.tensors(three, torch.bfloat16),
-        "compressed-tensors w2 g32": compressed_tensors.tensors(two, torch.bfloat16),
-        "compressed-tensors w8 channel": compressed_tensors.tensors(eight, torch.bfloat16),
+        "awq w4 g32": awq_packing.pack_linear(four, torch.bfloat16),
+        "compressed-tensors w4 g32": compressed_tensors_packing.pack_linear(four, torch.bfloat16),
+        "compressed-tensors w3 g32 sym": compressed_tensors_packing.pack_linear(three, torch.bfloat16),
+        "compressed-tensors w2 g32": compressed_tensors_packing.pack_linear(two, torch.bfloat16),
+        "compressed-tensors w8 channel": compressed_tensors_packing.pack_linear(eight, torch.bfloat16),
     }
     for bits in (2, 3, 4, 8):
         weight = golden_weight(Scheme(bits=bits, group_size=32, symmetric=True), 32)
-        cases[f"gptq w{bits} g32 sym"] = gptq.tensors(weight, torch.bfloat16)
+        cases[f"gptq w{bits} g32 sym"] = gptq_packing.pack_linear(weight, torch.bfloat16)
     return {case: {name: entry(value) for name, value in tensors.items()} for case, tensors in cases.items()}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from kernels.search.cuda import runs_on
 from kernels.search.grids import GridRule
 from kernels.search.losses import row_losses

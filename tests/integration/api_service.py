@@ -14,12 +14,12 @@ import httpx
 from redis import Redis
 
 from app.core.access.api_keys import KeyStore, Scope, new_key
+from app.core.formats.registry import FormatName
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job, JobState, transition
-from app.core.records.specs import FormatName
 from app.core.redis.redis_server import connect
 from app.core.settings import Settings
 from app.core.storage.artifact_store import file_key

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.core.records.specs import FormatName
+from app.core.formats.registry import FormatName
 from tests.inference import Served, dequantized, generated, greedy, prompts_of_text
 
 PROMPTS, NEW_TOKENS = 20, 24

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.core.errors import ModelRefused
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
+from app.core.formats.registry import FORMATS
 from app.core.records.specs import Recipe
 from tests.inference import Served, dequantized, generated, greedy, prompts_of_text
 from tests.integration.inference_process import REPOSITORY, environment
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
-from workers.formats import compressed_tensors
+from workers.modeling.checkpoint import DTYPES
 from workers.serving.loading import LoadRequest, load_model
 
 MEASURE = """
@@ -48,11 +49,11 @@ def write_large(folder: Path) -> Path:
     tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            shapes = compressed_tensors.shapes(
-                module.out_features, module.in_features, SCHEME, torch.bfloat16
+            table = FORMATS["compressed-tensors"].tensors(
+                module.out_features, module.in_features, SCHEME, "BF16"
             )
-            for suffix, (shape, dtype) in shapes.items():
-                tensors[f"{name}.{suffix}"] = filled(suffix, shape, dtype, module)
+            for suffix, (shape, dtype) in table.items():
+                tensors[f"{name}.{suffix}"] = filled(suffix, shape, DTYPES[dtype], module)
     for name, parameter in model.state_dict().items():
         if name.removesuffix(".weight") + ".weight_packed" not in tensors:
             tensors[name] = torch.ones(parameter.shape, dtype=torch.bfloat16)

@@ -15,12 +15,13 @@ from redis import Redis
 
 from app.core.access.limits import TenantLimits
 from app.core.deployments.deployment_store import DeploymentStore
+from app.core.formats.registry import FormatName
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
 from app.core.records.artifact import ArtifactManifest
 from app.core.records.ids import artifact_id, new_id
 from app.core.records.job import Job
-from app.core.records.specs import FormatName, JobSpec
+from app.core.records.specs import JobSpec
 from app.core.settings import Settings
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest

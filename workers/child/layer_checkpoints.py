@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from app.core.child.assignment import Checkpointed
+from app.core.formats.file_format import Scheme
 from app.core.jobs.report import LayerReport
-from app.core.planning.format_limits import Scheme
 from workers.child.stamped_files import is_stamped, read_stamped, write_stamped
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.layer import LayerResult

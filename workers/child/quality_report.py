@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from app.core.formats.registry import FormatName
 from app.core.jobs.report import CandidateReport, LayerReport
 from app.core.planning.plan import CandidatePlan
-from app.core.records.specs import FormatName, TargetSpec, TextSpec
+from app.core.records.specs import TargetSpec, TextSpec
 from kernels.search.search_operators import search_backend
 from workers.child.account import Account
 from workers.formats.folder import FormatFolder

@@ -17,9 +17,9 @@ from typing import get_args
 
 import torch
 
+from app.core.formats.file_format import Scheme
 from app.core.planning.cost_model import FINALISTS, SAMPLED_ROWS, evaluations
 from app.core.planning.device_profile import DeviceProfile, SearchStep
-from app.core.planning.format_limits import Scheme
 from app.core.records.specs import Recipe, SearchSpec
 from workers.devices.selection import select_device
 from workers.leaving import leave

@@ -1,1 +1,1 @@
-"""File formats: canonical quantized weights to the tensors that loaders read, and back."""
+"""File formats as app/core/formats describes them: weights to tensors, and back."""

@@ -5,24 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from app.core.errors import VerificationFailed
+from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.plan import CandidatePlan, Plan
-from app.core.records.specs import FormatName
-from workers.formats import awq, compressed_tensors, gptq
+from kernels.operators import dequantize
+from kernels.weight import PackedWeight
+from workers.formats.packing import packing_of
 from workers.formats.shards import ShardWriter, TensorPlan
 from workers.modeling.checkpoint import DTYPES, Checkpoint
-from workers.modeling.quantized_weight import QuantizedWeight
 from workers.modeling.side_files import to_json, write_side_files
 from workers.quantization.layer import LayerResult
 
-FORMATS: dict[FormatName, ModuleType] = {
-    "awq": awq, "compressed-tensors": compressed_tensors, "gptq": gptq
-}  # fmt: skip
 OF_THE_ORIGINAL = ("transformers_weights",)  # keys of config.json that name files which are not copied
 DISK_REMEDY = "check the disk, then retry the job; if it happens again, report it"
 
@@ -38,7 +35,8 @@ class FormatFolder:
         self, folder: Path, name: FormatName, source: Checkpoint, plan: Plan, candidate: CandidatePlan
     ) -> None:
         self.folder, self.name, self.source, self.plan = folder, name, source, plan
-        self.candidate, self.layout = candidate, FORMATS[name]
+        self.candidate, self.format, self.packing = candidate, FORMATS[name], packing_of(name)
+        self.entry = self.format.entry(candidate.modules)
         self.dtype = getattr(torch, plan.dtype)
         self.prefixes = [plan.architecture.layer_prefix(layer) for layer in range(plan.num_layers)]
         self.writer: ShardWriter | None = None
@@ -73,11 +71,10 @@ class FormatFolder:
         self.writer.close()
 
     def write_side_files(self) -> None:
-        entry = self.layout.quantization_config(self.candidate)
         config = {key: value for key, value in self.source.config.items() if key not in OF_THE_ORIGINAL}
-        write_side_files(self.source, self.folder, {**config, "quantization_config": entry})
-        if self.layout.CONFIG_FILE is not None:
-            (self.folder / self.layout.CONFIG_FILE).write_bytes(to_json(entry))
+        write_side_files(self.source, self.folder, {**config, "quantization_config": self.entry})
+        if self.format.config_file is not None:
+            (self.folder / self.format.config_file).write_bytes(to_json(self.entry))
 
     def linear_of(self, tensor: str) -> str | None:
         """The quantized linear whose weight `tensor` is."""
@@ -86,20 +83,24 @@ class FormatFolder:
 
     def tensor_plans(self, name: str) -> list[TensorPlan]:
         """What takes the place of a tensor of the original."""
-        linear = self.linear_of(name)
+        linear, header = self.linear_of(name), self.source.tensors[name]
         if linear is None:
-            header = self.source.tensors[name]
             return [TensorPlan(name, header.shape, DTYPES[header.dtype])]
         plan = self.schemes[linear]
-        shapes = self.layout.shapes(plan.out_features, plan.in_features, plan.scheme, self.dtype)
-        return [TensorPlan(f"{linear}.{suffix}", shape, dtype) for suffix, (shape, dtype) in shapes.items()]
+        assert plan.scheme is not None
+        tensors = self.format.tensors(plan.out_features, plan.in_features, plan.scheme, header.dtype)
+        return [
+            TensorPlan(f"{linear}.{suffix}", tensor.shape, DTYPES[tensor.dtype])
+            for suffix, tensor in tensors.items()
+        ]
 
     def write_layer(self, prefix: str, result: LayerResult) -> None:
         assert self.writer is not None
         for name in self.source.names(prefix):
             linear, local = self.linear_of(name), name.removeprefix(prefix)
             if linear is not None:
-                tensors = self.layout.tensors(result.quantized[linear.removeprefix(prefix)], self.dtype)
+                weight = result.quantized[linear.removeprefix(prefix)]
+                tensors = self.packing.pack_linear(weight, self.dtype)
                 for suffix, values in tensors.items():
                     self.writer.write(f"{linear}.{suffix}", values)
             elif local in result.dense:
@@ -110,22 +111,24 @@ class FormatFolder:
 
     def read_layer(
         self, written: Checkpoint, layer: int
-    ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    ) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
         prefix = self.prefixes[layer]
-        tensors = written.layer_tensors(prefix, self.source.unused)
-        stored = {name: value.to(self.device) for name, value in tensors.items()}
+        stored = {
+            name: value.to(self.device)
+            for name, value in written.layer_tensors(prefix, self.source.unused).items()
+        }
         quantized = {}
         for full, plan in self.schemes.items():
             if full.startswith(prefix):
                 name = full.removeprefix(prefix)
-                parts = {
+                tensors = {
                     suffix: stored.pop(f"{name}.{suffix}")
-                    for suffix in self.layout.SUFFIXES
+                    for suffix in self.format.suffixes
                     if f"{name}.{suffix}" in stored
                 }
                 try:
-                    quantized[name] = self.layout.weight(parts, plan.scheme)
+                    quantized[name] = self.packing.unpack_linear(tensors, self.entry, plan.scheme)
                 except ValueError as fault:
                     raise VerificationFailed(f"{full}: {fault}", remedy=DISK_REMEDY) from fault
         return quantized, stored
@@ -133,7 +136,14 @@ class FormatFolder:
     def read_weights(self, written: Checkpoint, layer: int) -> dict[str, Tensor]:
         """The layer as a loader would compute with it: linears dequantized."""
         quantized, dense = self.read_layer(written, layer)
-        return {**dense, **{f"{name}.weight": weight.dequantize() for name, weight in quantized.items()}}
+        linears = {
+            f"{name}.weight": dequantize(
+                weight.qweight, weight.scale, weight.zero, weight.bits, weight.group_size, weight.in_features,
+                torch.float32,
+            )
+            for name, weight in quantized.items()
+        }  # fmt: skip
+        return {**dense, **linears}
 
     def verify(self, load_layer: LoadLayer) -> None:
         """Read the files back and compare them with what was computed.
@@ -144,7 +154,11 @@ class FormatFolder:
         for layer in range(self.plan.num_layers):
             result = load_layer(layer)
             quantized, dense = self.read_layer(written, layer)
-            wrong = [name for name, weight in quantized.items() if not weight.equals(result.quantized[name])]
+            wrong = [
+                name
+                for name, weight in quantized.items()
+                if not weight.equals(result.quantized[name].packed())
+            ]
             wrong += [
                 name for name, values in result.dense.items() if not torch.equal(dense[name].float(), values)
             ]

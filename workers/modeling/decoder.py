@@ -80,12 +80,9 @@ class Decoder:
     ) -> None:
         self.checkpoint, self.architecture = checkpoint, architecture
         self.device, self.dtype = device, dtype
-        self.model = empty_model(checkpoint.config, architecture.attention, dtype)
+        self.model = empty_model(checkpoint.config, architecture, dtype)
         self.model.requires_grad_(requires_grad=False)
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
-        if architecture.experts is not None:
-            for layer in self.layers:
-                split_experts(layer, architecture.experts)
         restore_buffers(self.model, device)
 
     @property
@@ -138,12 +135,14 @@ class Decoder:
 
     def stored(self, name: str) -> Tensor:
         """A tensor of the checkpoint by transformers' name."""
-        return self.checkpoint.tensor(self.found(name))
+        return self.checkpoint.tensor(self.stored_name(name))
 
-    def found(self, name: str) -> str:
-        """The checkpoint's name of a tensor outside the layers; a tied head may read the embedding."""
-        names = self.architecture.head_names
-        candidates = names if name == names[0] else (name, self.architecture.stored_name(name))
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a tensor; a tied head may read the embedding."""
+        names, stored = self.architecture.head_names, self.architecture.checkpoint_name(name)
+        if name.startswith(self.architecture.layers + "."):
+            return stored
+        candidates = names if name == names[0] else (name, stored)
         return next((each for each in candidates if each in self.checkpoint.tensors), name)
 
     def layer_weights(self, index: int, *, pinned: bool = False) -> dict[str, Tensor]:
@@ -188,18 +187,24 @@ class Decoder:
         return getattr(self.model.get_submodule(parent), name, None)
 
 
-def empty_model(raw: dict[str, Any], attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config.json, without weights. Raises ModelRefused if its values make none."""
+def empty_model(raw: dict[str, Any], architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config.json, without weights and with experts as linears.
+
+    Raises ModelRefused if the config's values give none.
+    """
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                text_config(raw), dtype=dtype, attn_implementation=attention
+                text_config(raw), dtype=dtype, attn_implementation=architecture.attention
             )
     except Exception as fault:  # a config is code of transformers, which raises what it likes
         raise ModelRefused(
             f"config.json gives no model: {type(fault).__name__}: {fault}",
             code="config_invalid", remedy="restore the model's original config.json",
         ) from fault  # fmt: skip
+    if architecture.experts is not None:
+        for layer in model.get_submodule(architecture.layers):
+            split_experts(layer, architecture.experts)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The one canonical result of quantizing a linear; every file format is a packing of it."""
+"""A quantized linear with its integers unpacked, as the search makes it and formats pack it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
+from kernels.operators import pack
+from kernels.weight import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,18 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         return self.q.shape[0], self.q.shape[1]
 
+    def packed(self) -> PackedWeight:
+        """The canonical weight. Raises ValueError for a symmetric grid with other zero points."""
+        bits, zero = self.scheme.bits, self.zero.contiguous()
+        if self.scheme.symmetric and not bool((zero == 2 ** (bits - 1)).all()):
+            raise ValueError(f"a symmetric grid of {bits} bits has zero points other than {2 ** (bits - 1)}")
+        return PackedWeight(
+            pack(self.q.contiguous(), bits), self.scale.contiguous(), None if self.scheme.symmetric else zero,
+            bits, self.scheme.group_size, self.shape[1],
+        )  # fmt: skip
+
     def to(self, device: torch.device) -> QuantizedWeight:
-        q, scale, zero = (part.to(device) for part in (self.q, self.scale, self.zero))
+        q, scale, zero = (tensor.to(device) for tensor in (self.q, self.scale, self.zero))
         return QuantizedWeight(q, scale, zero, self.scheme)
 
     def dequantize(self) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from app.core.errors import ModelRefused
-from app.core.planning.plan import layer_number
 from workers.modeling.checkpoint import DTYPES, Checkpoint, all_finite, read_into
 from workers.modeling.decoder import Decoder
 
@@ -23,7 +22,7 @@ def refuse_misfits(decoder: Decoder) -> list[str]:
     """
     stored, used = decoder.checkpoint.tensors, set()
     for name, value in decoder.model.state_dict().items():
-        found = stored_name(decoder, name)
+        found = decoder.stored_name(name)
         wanted = list(value.shape)
         used.add(found)
         if found not in stored:
@@ -39,7 +38,7 @@ def refuse_misfits(decoder: Decoder) -> list[str]:
             )  # fmt: skip
     unused = [name for name in stored if name not in used]
     linears = [n for n, module in decoder.model.named_modules() if isinstance(module, nn.Linear)]
-    named = {stored_name(decoder, f"{name}.weight").removesuffix(".weight") for name in linears}
+    named = {decoder.stored_name(f"{name}.weight").removesuffix(".weight") for name in linears}
     part = next(parts_of(unused, named), None)
     if part is not None:
         raise ModelRefused(
@@ -58,15 +57,6 @@ def parts_of(tensors: Iterable[str], modules: Container[str]) -> Iterator[str]:
 def some(tensors: Sequence[str]) -> str:
     """Tensors in words: the first, and how many more."""
     return tensors[0] + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")
-
-
-def stored_name(decoder: Decoder, name: str) -> str:
-    """The checkpoint's name of a parameter."""
-    layer = layer_number(decoder.architecture, name)
-    if layer is None:
-        return decoder.found(name)
-    prefix = decoder.architecture.layer_prefix(layer)
-    return prefix + decoder.architecture.stored_name(name.removeprefix(prefix))
 
 
 def refuse_broken_weights(checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from kernels.search.losses import quick_row_losses
 from kernels.search.search_operators import clip_visit
 from workers.quantization.grid import Grid, grouped_view, min_max_grid

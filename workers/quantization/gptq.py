@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from kernels.search.grids import stored_scale
 from kernels.search.losses import row_losses
 from workers.modeling.quantized_weight import QuantizedWeight

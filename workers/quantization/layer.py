@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from app.core.formats.file_format import Scheme
+from app.core.formats.registry import FORMATS, FormatName
 from app.core.jobs.report import LearningReport, LinearReport
 from app.core.planning.architectures import Architecture, ScaleGroup
-from app.core.planning.format_limits import FLOAT16_FORMATS, Scheme
-from app.core.records.specs import FormatName, Recipe
+from app.core.records.specs import Recipe
 from kernels.search import losses
 from kernels.search.search_operators import clip_backend
 from workers.modeling.quantized_weight import QuantizedWeight
@@ -64,7 +65,7 @@ class LayerTask:
     @property
     def in_float16(self) -> bool:
         """True if the files may be run in float16."""
-        return self.dtype == torch.float16 or any(name in FLOAT16_FORMATS for name in self.formats)
+        return self.dtype == torch.float16 or any(FORMATS[name].scale_dtype == "F16" for name in self.formats)
 
     def refuse_overflow(self, linear: FoldedLinear) -> None:
         """Raises RecipeUnsupported for weights that the files can't hold."""

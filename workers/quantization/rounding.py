@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from app.core.planning.plan import set_names
 from app.core.records.specs import Recipe
 from kernels.search import losses

@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from app.core.errors import ModelRefused
-from app.core.planning.architectures import Architecture, architecture_of
+from app.core.formats.registry import FORMATS, FormatName
+from app.core.planning.architectures import architecture_of
 from kernels.weight import PackedWeight
 from workers.devices.selection import select_device
+from workers.formats.packing import packing_of
 from workers.modeling.checkpoint import Checkpoint
-from workers.modeling.decoder import restore_buffers, text_config
-from workers.modeling.experts import split_experts
+from workers.modeling.decoder import empty_model, restore_buffers
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
 from workers.modeling.soundness import parts_of, some
 from workers.serving.heap import returned_at_once
-from workers.serving.packed_weights import READERS, check_config
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class Loader:
         self.checkpoint = Checkpoint(request.folder)
         self.config = {**self.checkpoint.config}
         self.quantization = self.config.pop("quantization_config", None) or {}
-        self.method = check_config(self.quantization) if self.quantization else None
+        self.format_name = format_of(self.quantization) if self.quantization else None
         self.architecture = architecture_of(self.config)
         self.dtype = request.dtype or model_dtype(self.config, self.device)
         self.used: set[str] = set()
@@ -81,8 +80,9 @@ class Loader:
         model = empty_model(self.config, self.architecture, self.dtype)
         restore_buffers(model, self.device)  # before weights: it initializes whole modules
         for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
-            if self.is_packed(self.stored_name(name)):
-                model.set_submodule(name, self.packed_linear(self.stored_name(name), linear))
+            stored = self.architecture.checkpoint_name(name)
+            if self.is_packed(stored):
+                model.set_submodule(name, self.packed_linear(stored, linear))
         self.fill(model)
         self.refuse_leftovers(model)
         for kernel, count in self.kernels.items():
@@ -90,28 +90,21 @@ class Loader:
         peak = peak_bytes(self.device, before)
         return LoadedModel(model, self.config, self.dtype, dict(self.kernels), self.packed_bytes, peak)
 
-    def stored_name(self, name: str) -> str:
-        """The name in the checkpoint of a parameter or module of transformers."""
-        layers = self.architecture.layers + "."
-        if not name.startswith(layers):
-            return self.architecture.stored_name(name)
-        number, _, local = name.removeprefix(layers).partition(".")
-        return f"{layers}{number}.{self.architecture.stored_name(local)}"
-
     def is_packed(self, stored: str) -> bool:
-        return self.method is not None and f"{stored}.{READERS[self.method][0]}" in self.checkpoint.tensors
+        if self.format_name is None:
+            return False
+        return f"{stored}.{FORMATS[self.format_name].suffixes[0]}" in self.checkpoint.tensors
 
     def packed_linear(self, stored: str, linear: nn.Linear) -> QuantizedLinear:
         """A linear from its packed tensors, on the device in the layout of its kernel."""
-        assert self.method is not None
-        _, suffixes, read = READERS[self.method]
-        names = {suffix: f"{stored}.{suffix}" for suffix in suffixes}
+        assert self.format_name is not None
+        names = {suffix: f"{stored}.{suffix}" for suffix in FORMATS[self.format_name].suffixes}
         present = {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
-        weight = read(
-            stored,
-            {suffix: self.checkpoint.tensor(name) for suffix, name in present.items()},
-            self.quantization,
-        )
+        tensors = {suffix: self.checkpoint.tensor(name) for suffix, name in present.items()}
+        try:
+            weight = packing_of(self.format_name).unpack_linear(tensors, self.quantization)
+        except ValueError as fault:
+            raise refused(stored, str(fault)) from fault
         if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
             raise ModelRefused(
                 f"{stored} is {weight.out_features} x {weight.in_features} in the files, and "
@@ -145,7 +138,7 @@ class Loader:
         for name, empty in list(model.state_dict().items()):
             if empty.device.type != "meta":
                 continue
-            stored = self.stored_name(name)
+            stored = self.architecture.checkpoint_name(name)
             if stored not in self.checkpoint.tensors and name == head and self.architecture.tied:
                 continue  # tied: shared with the embedding below
             if stored not in self.checkpoint.tensors:
@@ -173,7 +166,8 @@ class Loader:
         """
         left = [name for name in self.checkpoint.tensors if name not in self.used]
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)]
-        part = next(parts_of(left, {self.stored_name(name + ".")[:-1] for name in linears}), None)
+        modules = {self.architecture.checkpoint_name(name + ".")[:-1] for name in linears}
+        part = next(parts_of(left, modules), None)
         if part is not None:
             raise ModelRefused(
                 f"no module of {self.architecture.class_name} takes the tensor {part}",
@@ -192,15 +186,24 @@ def load_model(request: LoadRequest) -> LoadedModel:
         return Loader(request).load()
 
 
-def empty_model(config: dict[str, Any], architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            text_config(config), dtype=dtype, attn_implementation=architecture.attention
-        ).eval()
-    if architecture.experts is not None:
-        for layer in model.get_submodule(architecture.layers):
-            split_experts(layer, architecture.experts)
-    return model
+def format_of(entry: dict[str, Any]) -> FormatName:
+    """The format of files with this entry of config.json. Raises ModelRefused for what can't be read."""
+    method, what = entry.get("quant_method"), "the artifact"
+    name = next((name for name in FORMATS if name == method), None)
+    if name is None:
+        raise refused(what, f"quant_method {method!r} is not one of {', '.join(sorted(FORMATS))}")
+    why = FORMATS[name].unreadable(entry)
+    if why is not None:
+        raise refused(what, why)
+    return name
+
+
+def refused(what: str, why: str) -> ModelRefused:
+    return ModelRefused(
+        f"{what}: {why}",
+        code="artifact_unsupported",
+        remedy=f"quantize the model again in one of the formats {', '.join(FORMATS)}",
+    )
 
 
 def model_dtype(config: dict[str, Any], device: torch.device) -> torch.dtype:

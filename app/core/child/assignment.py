@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from app.core.formats.registry import FormatName
 from app.core.planning.device_profile import DeviceProfile
 from app.core.records.job import Problem, Stage
-from app.core.records.specs import FormatName, Frozen, JobSpec, Recipe
+from app.core.records.specs import Frozen, JobSpec, Recipe
 
 
 class Assignment(Frozen):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from app.core.formats.registry import FormatName
 from app.core.jobs.submission import CheckedSubmission
 from app.core.planning.cost_model import predict
 from app.core.planning.device_profile import NOMINAL, DeviceKind, DeviceProfile
 from app.core.planning.plan import CandidatePlan
 from app.core.records.job import Stage
-from app.core.records.specs import FormatName, Frozen
+from app.core.records.specs import Frozen
 
 
 class LinearEstimate(Frozen):

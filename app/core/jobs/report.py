@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
+from app.core.formats.registry import FormatName
 from app.core.planning.cost_model import Prediction
-from app.core.records.specs import FormatName, Frozen, Recipe
+from app.core.records.specs import Frozen, Recipe
 
 
 class LinearReport(Frozen):

@@ -7,8 +7,7 @@ engine's own code was measured at, everything else in bytes that pass through me
 from __future__ import annotations
 
 from app.core.planning.device_profile import DeviceProfile, SearchStep
-from app.core.planning.linear_plan import LinearPlan
-from app.core.planning.plan import CandidatePlan, Plan
+from app.core.planning.plan import CandidatePlan, LinearPlan, Plan
 from app.core.records.job import Stage
 from app.core.records.specs import Frozen, JobSpec, Recipe
 

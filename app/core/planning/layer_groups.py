@@ -178,6 +178,14 @@ class Architecture(Frozen):
                 return stored + name.removeprefix(inside)
         return name
 
+    def checkpoint_name(self, name: str) -> str:
+        """The same of a name in the whole model: within a decoder layer, by its name there."""
+        layers = self.layers + "."
+        if not name.startswith(layers):
+            return self.stored_name(name)
+        number, _, local = name.removeprefix(layers).partition(".")
+        return f"{layers}{number}.{self.stored_name(local)}"
+
     def module_name(self, name: str) -> str:
         """The name in transformers of a module of a checkpoint."""
         for inside, stored in self.stored_names:

@@ -1,7 +1,8 @@
 """What a job will do to each linear, decided from headers alone.
 
 One function answers the submission (refuse early), the estimate (say what would happen) and the engine
-(do it), so the three can't disagree.
+(do it), so the three can't disagree. In this order below: the job, its notes, the weights that it needs,
+one recipe, the scheme and the groups of each linear, the sets that servers fuse, the formats.
 """
 
 from __future__ import annotations
@@ -10,20 +11,32 @@ import math
 from collections.abc import Iterator
 
 from app.core.errors import ModelRefused, RecipeUnsupported
+from app.core.formats.file_format import ModuleSchemes, Scheme
+from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
-from app.core.planning.format_limits import Scheme, format_refusal, packed_bytes, shape_refusal
-from app.core.planning.linear_plan import LinearPlan, fit_groups, plan_linear, refuse_indivisible
-from app.core.planning.loaders import loader_notes
-from app.core.planning.weights import (
-    linear_shapes,
-    refuse_quantized,
-    refuse_without_head,
-    weight_dtype,
-)
-from app.core.records.specs import FormatName, Frozen, JobSpec, Recipe, SearchSpec, matches
+from app.core.records.specs import Frozen, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
 TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multiplied
+GROUP_SIZES = (128, 64, 32)
+# Of `quantization_config.quant_method`: what makers of models publish originals in.
+PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
+WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class LinearPlan(Frozen):
+    """One linear: its scheme, or None with the reason why it keeps its precision."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme | None
+    reason: str | None = None
+    fitted: bool = False  # the asked-for groups did not divide in_features
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
 
 
 class CandidatePlan(Frozen):
@@ -38,9 +51,9 @@ class CandidatePlan(Frozen):
     bits_per_weight: float  # over the quantized linears, scales and zero points included
 
     @property
-    def kept(self) -> tuple[str, ...]:
-        """The modules that loaders must not take for quantized linears."""
-        return (*(linear.name for linear in self.linears if linear.scheme is None), *self.full_precision)
+    def modules(self) -> ModuleSchemes:
+        """The candidate as formats see it."""
+        return ModuleSchemes({linear.name: linear.scheme for linear in self.linears}, self.full_precision)
 
 
 class Plan(Frozen):
@@ -95,13 +108,13 @@ def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, ob
     length, longest = spec.calibration.sequence_length, config.get("max_position_embeddings")
     if not isinstance(longest, int) or length <= longest:
         return
-    told = f"windows of {length} tokens are longer than the model's max_position_embeddings of {longest}"
+    message = f"windows of {length} tokens are longer than the model's max_position_embeddings of {longest}"
     if architecture.learned_positions:
         raise RecipeUnsupported(
-            told, code="sequence_too_long", remedy=f"lower calibration.sequence_length to {longest}",
+            message, code="sequence_too_long", remedy=f"lower calibration.sequence_length to {longest}",
             param="calibration.sequence_length",
         )  # fmt: skip
-    yield f"{told}: perplexities say little"
+    yield f"{message}: perplexities say little"
 
 
 def plan_notes(
@@ -119,7 +132,7 @@ def plan_notes(
         if fitted:
             yield f"recipe {index}: {len(fitted)} linears get other groups or none, the first: {fitted[0]}"
         for name in spec.formats:
-            for note in loader_notes(name, candidate.linears, architecture):
+            for note in FORMATS[name].loader_notes(candidate.modules, architecture.model_type):
                 yield f"recipe {index}: {note}"
 
 
@@ -144,8 +157,8 @@ def unmatched(candidate: CandidatePlan, architecture: Architecture) -> Iterator[
     patterns = [("ignore", pattern) for pattern in candidate.recipe.ignore]
     patterns += [("overrides", override.match) for override in candidate.recipe.overrides]
     for field, pattern in patterns:
-        known = [*names, *outside] if field == "ignore" else names
-        if not any(matches(pattern, name) for name in known):
+        meant = [*names, *outside] if field == "ignore" else names
+        if not any(matches(pattern, name) for name in meant):
             yield f"`{field}` names {pattern!r}, which matches no linear of the model"
 
 
@@ -180,6 +193,70 @@ def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str
     return max(sizes.values())
 
 
+def refuse_quantized(config: dict[str, object]) -> None:
+    """Raises ModelRefused for weights that are no plain numbers, by their entry in config.json."""
+    entry = config.get("quantization_config")
+    if entry is None:
+        return
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    remedy = "convert it to bfloat16 first"
+    if method not in PUBLISHED_METHODS:
+        remedy = f"submit the original model; if this is it, {remedy}"
+    raise ModelRefused(
+        "the model is quantized already" + (f", with quant_method {method!r}" if method else ""),
+        code="already_quantized", remedy=remedy, param="model",
+    )  # fmt: skip
+
+
+def linear_shapes(
+    architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]
+) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear by full name, in the order of data."""
+    shapes = {}
+    for layer in range(num_layers):
+        for linear in architecture.at(layer).linears:
+            name = architecture.layer_prefix(layer) + linear
+            tensor = tensors.get(name + ".weight")
+            if tensor is None or not is_matrix(tensor):
+                state = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
+                raise ModelRefused(
+                    f"{name}.weight is {state}; expected a matrix of {', '.join(sorted(WEIGHT_DTYPES))}",
+                    code="weights_missing" if tensor is None else "weights_unsupported",
+                    remedy="check that all shards are there and that config.json belongs to them",
+                    param="model",
+                )
+            shapes[name] = (tensor.shape[0], tensor.shape[1])
+    return shapes
+
+
+def refuse_without_head(architecture: Architecture, tensors: dict[str, TensorHeader]) -> None:
+    """Raises ModelRefused unless the head has weights of its own or config.json gives it the embedding's."""
+    if not architecture.tied and not any(name in tensors for name in architecture.head_names):
+        raise ModelRefused(
+            f"{' or '.join(architecture.head_names)} is missing, and config.json does not give the head the "
+            f"embedding (tie_word_embeddings is false, the default of {architecture.model_type} if absent)",
+            code="weights_missing",
+            remedy="check that all shards are there; if the model was trained with one matrix for both, set "
+            "tie_word_embeddings to true in config.json",
+            param="model",
+        )
+
+
+def is_matrix(tensor: TensorHeader) -> bool:
+    """True for weights of at least one row and column, in a dtype that is quantized."""
+    return len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in WEIGHT_DTYPES
+
+
+def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHeader]) -> str:
+    dtypes = {tensors[name + ".weight"].dtype for name in shapes}
+    if len(dtypes) > 1:
+        raise ModelRefused(
+            f"the linears have several dtypes: {', '.join(sorted(dtypes))}",
+            code="weights_unsupported", remedy="save the model in one dtype", param="model",
+        )  # fmt: skip
+    return WEIGHT_DTYPES[dtypes.pop()]
+
+
 def plan_candidate(
     spec: JobSpec,
     index: int,
@@ -197,8 +274,8 @@ def plan_candidate(
             "the recipe ignores every linear of the model", code="nothing_to_quantize",
             remedy="shorten `ignore`", param=f"{spec.recipe_field(index)}.ignore",
         )  # fmt: skip
-    kept = sum(t.size for name, t in tensors.items() if name.removesuffix(".weight") not in shapes)
-    kept += sum(
+    unquantized = sum(t.size for name, t in tensors.items() if name.removesuffix(".weight") not in shapes)
+    unquantized += sum(
         linear.parameters * DTYPE_BITS[tensors[linear.name + ".weight"].dtype] // 8
         for linear in linears
         if linear.scheme is None
@@ -214,8 +291,8 @@ def plan_candidate(
         label=f"{recipe.label} mixed {bits_per_weight:.2f}" if len(schemes) > 1 else recipe.label,
         recipe=recipe,
         linears=linears,
-        full_precision=kept_modules(architecture, linears, tensors),
-        output_bytes={name: kept + size for name, size in packed.items()},
+        full_precision=full_precision_modules(architecture, linears, tensors),
+        output_bytes={name: unquantized + size for name, size in packed.items()},
         bits_per_weight=bits_per_weight,
     )
 
@@ -235,7 +312,7 @@ def plan_linears(
     return fit_groups(recipe, linears, list(fused_sets(architecture, linears)))
 
 
-def kept_modules(
+def full_precision_modules(
     architecture: Architecture, linears: tuple[LinearPlan, ...], tensors: dict[str, TensorHeader]
 ) -> tuple[str, ...]:
     """The head by all of its names, and every matrix of the files that no recipe quantizes: routers,
@@ -251,19 +328,73 @@ def kept_modules(
     return tuple(dict.fromkeys((*head, *others)))
 
 
-def layer_number(architecture: Architecture, name: str) -> int | None:
-    """The decoder layer that a tensor belongs to."""
-    number = name.removeprefix(architecture.layers + ".").partition(".")[0]
-    return int(number) if name.startswith(architecture.layers + ".") and number.isdecimal() else None
+def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:
+    scheme, reason = None, None
+    ignored = next((pattern for pattern in recipe.ignore if matches(pattern, name)), None)
+    if ignored is not None:
+        reason = f"ignored by {ignored!r}"
+    else:
+        bits, group_size = recipe.bits, recipe.group_size
+        for override in recipe.overrides:
+            if override.matches(name):
+                bits = override.bits or bits
+                group_size = override.group_size or group_size
+        scheme = Scheme(bits=bits, group_size=group_size, symmetric=recipe.symmetric)
+    return LinearPlan(name=name, out_features=shape[0], in_features=shape[1], scheme=scheme, reason=reason)
 
 
-def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
-    """Bytes of a linear in the format if it is quantized; `dtype` is that of its weight."""
-    if linear.scheme is None:
-        return 0
-    return packed_bytes(
-        name, linear.scheme, linear.out_features, linear.in_features, weight_bits=DTYPE_BITS[dtype]
-    )
+def divides(group_size: int, linear: LinearPlan) -> bool:
+    """True if the linear's groups are whole: loaders index scales by in_features // group_size."""
+    return group_size == -1 or linear.in_features % group_size == 0
+
+
+def misfit(linear: LinearPlan) -> str:
+    assert linear.scheme is not None
+    return f"in_features={linear.in_features} is not a multiple of group_size={linear.scheme.group_size}"
+
+
+def refuse_indivisible(field: str, linears: tuple[LinearPlan, ...]) -> None:
+    """Every group must be whole: loaders index scales by in_features // group_size."""
+    for linear in linears:
+        if linear.scheme is not None and not divides(linear.scheme.group_size, linear):
+            fitting = [size for size in GROUP_SIZES if linear.in_features % size == 0]
+            remedy = (
+                f"use group_size {fitting[0]}"
+                if fitting
+                else f"use group_size -1, or add {linear.name.split('.')[-1]!r} to `ignore`"
+            )
+            raise RecipeUnsupported(
+                f"{linear.name}: {misfit(linear)}", code="group_size_indivisible",
+                remedy=f"{remedy}, or set `indivisible` to nearest or skip",
+                param=f"{field}.group_size",
+            )  # fmt: skip
+
+
+def fit_groups(
+    recipe: Recipe, linears: tuple[LinearPlan, ...], fused: list[tuple[str, ...]]
+) -> tuple[LinearPlan, ...]:
+    """Other groups for linears that theirs do not divide: the nearest smaller ones that do, or none.
+
+    A set that servers fuse takes the same for all of its members.
+    """
+    fitted = {linear.name: linear for linear in linears}
+    alone = fitted.keys() - {name for names in fused for name in names}
+    for names in [*fused, *((name,) for name in alone)]:
+        members = [fitted[name] for name in names]
+        scheme = members[0].scheme
+        wrong = next((m for m in members if m.scheme and not divides(m.scheme.group_size, m)), None)
+        if scheme is None or wrong is None:
+            continue
+        sizes = [size for size in GROUP_SIZES if size < scheme.group_size] * (recipe.indivisible == "nearest")
+        size = next((size for size in sizes if all(divides(size, member) for member in members)), None)
+        changed = None if size is None else scheme.model_copy(update={"group_size": size})
+        outcome = "kept" if size is None else f"group_size {size}"
+        reason = f"{outcome}: {misfit(wrong)}" + ("" if wrong.name in names[:1] else f" of {wrong.name}")
+        for member in members:
+            fitted[member.name] = member.model_copy(
+                update={"scheme": changed, "reason": reason, "fitted": True}
+            )
+    return tuple(fitted[linear.name] for linear in linears)
 
 
 def refuse_split_sets(field: str, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:
@@ -304,6 +435,20 @@ def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ..
     return prefix, architecture.at(layer).fused_set(name.removeprefix(prefix))
 
 
+def layer_number(architecture: Architecture, name: str) -> int | None:
+    """The decoder layer that a tensor belongs to."""
+    number = name.removeprefix(architecture.layers + ".").partition(".")[0]
+    return int(number) if name.startswith(architecture.layers + ".") and number.isdecimal() else None
+
+
+def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
+    """Bytes of a linear in the format if it is quantized, bias excluded; `dtype` is that of its weight."""
+    if linear.scheme is None:
+        return 0
+    tensors = FORMATS[name].tensors(linear.out_features, linear.in_features, linear.scheme, dtype)
+    return sum(math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8 for tensor in tensors.values())
+
+
 def refuse_format(
     index: int,
     name: FormatName,
@@ -311,7 +456,7 @@ def refuse_format(
     linears: tuple[LinearPlan, ...],
     schemes: set[Scheme],
 ) -> None:
-    refusal = format_refusal(name, schemes)
+    refusal = FORMATS[name].refusal(schemes)
     if refusal is not None:
         raise RecipeUnsupported(
             f"recipe {index} ({recipe.label}): the format {name} {refusal.why}",
@@ -319,7 +464,7 @@ def refuse_format(
             param="formats",
         )  # fmt: skip
     for linear in linears:
-        why = linear.scheme and shape_refusal(name, linear.out_features, linear.in_features)
+        why = linear.scheme and FORMATS[name].shape_refusal(linear.out_features, linear.in_features)
         if why:
             raise RecipeUnsupported(
                 f"{linear.name}: {why}, which the format {name} needs",

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from app.core.records.specs import FormatName, Kept, Recipe
+from app.core.formats.registry import FormatName
+from app.core.records.specs import Kept, Recipe
 
 
 class ArtifactFile(Kept):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ulid import ULID
 
-from app.core.records.specs import FormatName
+from app.core.formats.registry import FormatName
 
 Kind = Literal["job", "art", "dep"]
 ULID_PATTERN = r"[0-7][0-9A-HJKMNP-TV-Z]{25}"

@@ -22,12 +22,12 @@ from pydantic import (
 )
 
 from app.core.errors import field_path
+from app.core.formats.registry import FormatName
 from app.core.records.forms import Form
 from app.core.records.patterns import check_pattern
 
 log = logging.getLogger(__name__)
 
-FormatName = Literal["awq", "compressed-tensors", "gptq"]
 Method = Literal["rtn", "awq", "gptq", "omniquant"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, -1]

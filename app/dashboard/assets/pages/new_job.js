@@ -97,11 +97,22 @@ function RecipeFields({ form, set, error }) {
   </div>`;
 }
 
+/** The formats that this service writes, as its own description lists them. */
+function useFormats() {
+  const [names, setNames] = useState([]);
+  useEffect(() => {
+    const listed = ({ value }) => setNames(value.components.schemas.JobSpec.properties.formats.items.enum);
+    read("/openapi.json").then(listed, () => {});
+  }, []);
+  return names;
+}
+
 function Formats({ form, set, error }) {
+  const names = [...new Set([...useFormats(), ...form.formats])];
   const toggle = (name) => (event) =>
     set("formats")(event.target.checked ? [...form.formats, name] : form.formats.filter((each) => each !== name));
   return html`<fieldset><legend>Formats</legend>
-    ${["compressed-tensors", "awq", "gptq"].map((name) => html`<label class="tick" key=${name}>
+    ${names.map((name) => html`<label class="tick" key=${name}>
       <input type="checkbox" checked=${form.formats.includes(name)} onChange=${toggle(name)} /> ${name}</label>`)}
     ${messagesFor(error, "formats").map((message) => html`<small class="bad" key=${message}>${message}</small>`)}
   </fieldset>`;

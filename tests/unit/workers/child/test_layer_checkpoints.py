@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from app.core.child.assignment import Checkpointed
-from app.core.jobs.report import LayerReport, LinearReport
-from app.core.planning.format_limits import Scheme
 from workers.child.layer_checkpoints import LayerCheckpoints, resume_layer
 from workers.child.stamped_files import identity_digest
+
+from app.core.child.assignment import Checkpointed
+from app.core.formats.file_format import Scheme
+from app.core.jobs.report import LayerReport, LinearReport
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.layer import LayerResult
 

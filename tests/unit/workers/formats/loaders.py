@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils import match_name
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 
 Entry = dict[str, Any]
 Fused = Mapping[str, tuple[str, ...]]

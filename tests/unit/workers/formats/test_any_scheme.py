@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.core.formats.registry import FormatName
 from app.core.planning.plan import Plan, plan_job
-from app.core.records.specs import FormatName, JobSpec, Recipe
+from app.core.records.specs import JobSpec, Recipe
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
 from tests.unit.workers.formats.loaders import awq_transformers, ct_library, gptq_server
 from tests.unit.workers.formats.test_layouts_of_formats import random_weight

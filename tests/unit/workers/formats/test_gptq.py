@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import re
 
-from app.core.planning.format_limits import Scheme
-from app.core.planning.plan import CandidatePlan, LinearPlan
-from app.core.records.specs import Recipe
-from workers.formats.gptq import quantization_config
+from app.core.formats.file_format import ModuleSchemes, Scheme
+from app.core.formats.registry import FORMATS
 
 FOUR = Scheme(bits=4, group_size=128, symmetric=True)
 EIGHT = Scheme(bits=8, group_size=64, symmetric=True)
 HEADS = ("lm_head", "embed_out")
 ROUTERS = ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
 EXPERTS = [f"mlp.experts.{number}.{name}" for number in range(3) for name in ("gate_proj", "down_proj")]
-
-
-def candidate(schemes: dict[str, Scheme | None], full_precision: tuple[str, ...]) -> CandidatePlan:
-    return CandidatePlan(
-        recipe_index=0,
-        label="",
-        recipe=Recipe(symmetric=True),
-        linears=tuple(
-            LinearPlan(name=name, out_features=128, in_features=128, scheme=scheme)
-            for name, scheme in schemes.items()
-        ),
-        full_precision=full_precision,
-        output_bytes={},
-        bits_per_weight=4.0,
-    )
 
 
 def rule(entry: dict[str, object], name: str) -> str | None:
@@ -38,13 +21,13 @@ def rule(entry: dict[str, object], name: str) -> str | None:
 
 
 def test_one_scheme_needs_no_rules() -> None:
-    entry = quantization_config(candidate({"model.layers.0.mlp.down_proj": FOUR}, ("lm_head",)))
+    entry = FORMATS["gptq"].entry(ModuleSchemes({"model.layers.0.mlp.down_proj": FOUR}, ("lm_head",)))
     assert "dynamic" not in entry
 
 
 def test_routers_and_heads_of_other_names_keep_their_precision() -> None:
     schemes = dict.fromkeys(("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.experts.0.gate_proj"), FOUR)
-    entry = quantization_config(candidate(schemes, (*HEADS, *ROUTERS)))
+    entry = FORMATS["gptq"].entry(ModuleSchemes(schemes, (*HEADS, *ROUTERS)))
     assert entry["dynamic"] == {r"-:^embed_out$": {}, r"-:^model\.layers\.\d+\.mlp\.gate$": {}}
     for name in (*schemes, "model.layers.0.mlp.gate_up_proj", "model.layers.1.mlp.experts", "lm_head"):
         assert rule(entry, name) is None
@@ -56,7 +39,7 @@ def test_experts_of_one_layer_have_one_rule_each_and_one_together() -> None:
         for layer in range(3)
         for name in EXPERTS
     }
-    entry = quantization_config(candidate(schemes, ()))
+    entry = FORMATS["gptq"].entry(ModuleSchemes(schemes, ()))
     assert (entry["bits"], entry["group_size"]) == (4, 128)
     assert list(entry["dynamic"]) == [
         r"+:^model\.layers\.1\.mlp\.experts\.\d+\.(gate_proj|down_proj)$",
@@ -68,6 +51,6 @@ def test_experts_of_one_layer_have_one_rule_each_and_one_together() -> None:
 
 def test_the_scheme_of_most_linears_is_the_base() -> None:
     schemes = dict.fromkeys(("a.0.x", "a.1.x", "a.2.x"), EIGHT) | {"a.3.x": FOUR}
-    entry = quantization_config(candidate(schemes, ()))
+    entry = FORMATS["gptq"].entry(ModuleSchemes(schemes, ()))
     assert (entry["bits"], entry["group_size"]) == (8, 64)
     assert rule(entry, "a.3.x") == "+:{'bits': 4, 'group_size': 128}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -13,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme, packed_bytes
-from app.core.records.specs import FormatName
-from workers.formats import awq, compressed_tensors, gptq
-from workers.formats.folder import FORMATS
+from app.core.formats.file_format import Scheme
+from app.core.formats.registry import FORMATS, FormatName
+from app.core.planning.plan import LinearPlan, linear_bytes
+from workers.formats import awq_packing, compressed_tensors_packing, gptq_packing
+from workers.formats.packing import packing_of
+from workers.modeling.checkpoint import DTYPES
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.rounding import round_nearest
@@ -61,30 +61,37 @@ def gptq_weights(draw: st.DrawFn) -> QuantizedWeight:
     return random_weight(scheme, 32 * draw(st.integers(1, 2)), columns, draw(st.integers(0, 10**6)))
 
 
-def check_round_trip(layout: ModuleType, weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    stored = layout.tensors(weight, dtype)
-    assert layout.weight(stored, weight.scheme).equals(weight)
-    shapes = layout.shapes(*weight.shape, weight.scheme, dtype)
-    assert {name: (tuple(value.shape), value.dtype) for name, value in stored.items()} == shapes
-    assert set(stored) <= set(layout.SUFFIXES)
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def check_round_trip(name: FormatName, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    described, packing = FORMATS[name], packing_of(name)
+    stored = packing.pack_linear(weight, dtype)
+    assert packing.unpack_linear(stored, {}, weight.scheme).equals(weight.packed())
+    if weight.shape[1] >= 32:  # below, several widths may take as many words
+        assert packing.unpack_linear(stored, {}).equals(weight.packed())
+    table = described.tensors(*weight.shape, weight.scheme, NAMES[dtype])
+    assert {key: (tuple(value.shape), NAMES[value.dtype]) for key, value in stored.items()} == table
+    assert described.suffixes[0] in stored
+    assert set(stored) <= set(described.suffixes)
 
 
 @given(packed_weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 @settings(max_examples=80, deadline=None)
 def test_compressed_tensors_come_back(weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    check_round_trip(compressed_tensors, weight, dtype)
+    check_round_trip("compressed-tensors", weight, dtype)
 
 
 @given(awq_weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 @settings(max_examples=40, deadline=None)
 def test_awq_comes_back(weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    check_round_trip(awq, weight, dtype)
+    check_round_trip("awq", weight, dtype)
 
 
 @given(gptq_weights(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 @settings(max_examples=40, deadline=None)
 def test_gptq_comes_back(weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    check_round_trip(gptq, weight, dtype)
+    check_round_trip("gptq", weight, dtype)
 
 
 def field(words: list[int], index: int, bits: int) -> int:
@@ -109,16 +116,16 @@ def weight_of_gptq(stored: dict[str, Tensor], bits: int) -> list[list[float]]:
 @given(gptq_weights())
 @settings(max_examples=8, deadline=None)
 def test_an_obvious_reader_of_gptq_reads_the_same_weight(weight: QuantizedWeight) -> None:
-    stored = gptq.tensors(weight, torch.bfloat16)
+    stored = gptq_packing.pack_linear(weight, torch.bfloat16)
     assert weight_of_gptq(stored, weight.scheme.bits) == weight.dequantize().T.tolist()
 
 
 def test_gptq_channels_out_of_order_are_refused() -> None:
     scheme = Scheme(bits=4, group_size=32, symmetric=True)
-    stored = gptq.tensors(random_weight(scheme, 32, 64, 0), torch.float16)
+    stored = gptq_packing.pack_linear(random_weight(scheme, 32, 64, 0), torch.float16)
     stored["g_idx"] = stored["g_idx"].flip(0)
-    with pytest.raises(ValueError, match="consecutive groups"):
-        gptq.weight(stored, scheme)
+    with pytest.raises(ValueError, match="grouped out of order"):
+        gptq_packing.unpack_linear(stored, {}, scheme)
 
 
 @given(packed_weights())
@@ -131,7 +138,7 @@ def test_compressed_tensors_own_code_reads_the_same_weight(weight: QuantizedWeig
         group_size=None if weight.scheme.group_size == -1 else weight.scheme.group_size,
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format="pack-quantized")
-    stored = compressed_tensors.tensors(weight, torch.float32)
+    stored = compressed_tensors_packing.pack_linear(weight, torch.float32)
     read = PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
     assert torch.equal(read.float(), weight.dequantize())
 
@@ -139,7 +146,7 @@ def test_compressed_tensors_own_code_reads_the_same_weight(weight: QuantizedWeig
 @given(awq_weights())
 @settings(max_examples=40, deadline=None)
 def test_an_independent_reader_of_awq_reads_the_same_integers(weight: QuantizedWeight) -> None:
-    stored = awq.tensors(weight, torch.bfloat16)
+    stored = awq_packing.pack_linear(weight, torch.bfloat16)
     q, scale, zero = AutoAWQConverter(group_size=weight.scheme.group_size)._convert_gemm_module(
         stored["qweight"], stored["scales"], stored["qzeros"]
     )
@@ -164,8 +171,9 @@ def test_planned_bytes_are_the_tensors_bytes(
     if symmetric:
         names.append("gptq")
     for name in names:
-        written = sum(value.nbytes for value in FORMATS[name].tensors(weight, dtype).values())
-        assert packed_bytes(name, scheme, 64, 96, weight_bits=8 * dtype.itemsize) == written
+        written = sum(value.nbytes for value in packing_of(name).pack_linear(weight, dtype).values())
+        linear = LinearPlan(name="linear", out_features=64, in_features=96, scheme=scheme)
+        assert linear_bytes(name, linear, NAMES[dtype]) == written
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -178,5 +186,6 @@ def test_weights_of_any_magnitude_are_stored_as_they_were_rounded(
     for name, symmetric in (("awq", False), ("gptq", True), ("compressed-tensors", False)):
         scheme = Scheme(bits=4, group_size=64, symmetric=symmetric)
         rounded = round_nearest(weight, min_max_grid(grouped_view(weight, scheme), scheme, dtype), scheme)
-        layout = FORMATS[name]  # type: ignore[index]
-        assert layout.weight(layout.tensors(rounded, dtype), scheme).equals(rounded)
+        packing = packing_of(name)  # type: ignore[arg-type]
+        stored = packing.pack_linear(rounded, dtype)
+        assert packing.unpack_linear(stored, {}, scheme).equals(rounded.packed())

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from app.core.formats.file_format import Scheme
+from app.core.formats.registry import FORMATS
 from app.core.planning.architectures import ARCHITECTURES, architecture_of
-from app.core.planning.format_limits import Scheme
 from app.core.planning.plan import CandidatePlan, plan_job
 from app.core.sources.safetensors_header import TensorHeader
 from tests.unit.app.core.planning.headers import asked, header
@@ -19,7 +20,6 @@ from tests.unit.workers.formats.loaders import (
     ct_server,
     gptq_server,
 )
-from workers.formats import awq, compressed_tensors, gptq
 
 LAYERS = 12  # numbers of one and of two digits: one must not match in another
 EXPERTS = {"num_local_experts": 3, "num_experts": 3, "n_routed_experts": 3, "first_k_dense_replace": 1}
@@ -103,7 +103,7 @@ def expert_sets(schemes: dict[str, Scheme | None]) -> dict[str, Scheme | None]:
 @pytest.mark.parametrize(("model_type", "recipe"), [case for case in CASES if "wide" not in case[1]])
 def test_awq(model_type: str, recipe: str) -> None:
     planned = candidate(model_type, "awq", recipe)
-    entry = awq.quantization_config(planned)
+    entry = FORMATS["awq"].entry(planned.modules)
     schemes = schemes_of(planned, model(model_type)[1])
     experts = expert_sets(schemes)
     for name, scheme in {**wholes(schemes, VLLM), **experts}.items():
@@ -118,7 +118,7 @@ def test_awq(model_type: str, recipe: str) -> None:
 @EVERY
 def test_gptq(model_type: str, recipe: str) -> None:
     planned = candidate(model_type, "gptq", recipe)
-    entry = gptq.quantization_config(planned)
+    entry = FORMATS["gptq"].entry(planned.modules)
     schemes = schemes_of(planned, model(model_type)[1])
     asked_by = {**schemes, **wholes(schemes, VLLM), **wholes(schemes, SGLANG), **expert_sets(schemes)}
     for name, scheme in asked_by.items():
@@ -128,7 +128,7 @@ def test_gptq(model_type: str, recipe: str) -> None:
 @EVERY
 def test_compressed_tensors(model_type: str, recipe: str) -> None:
     planned = candidate(model_type, "compressed-tensors", recipe)
-    entry = compressed_tensors.quantization_config(planned)
+    entry = FORMATS["compressed-tensors"].entry(planned.modules)
     schemes = schemes_of(planned, model(model_type)[1])
     for fused, suffix in ((VLLM, False), (SGLANG, True)):
         for name, scheme in wholes(schemes, fused).items():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from app.core.formats.file_format import Scheme
 from app.core.planning.architectures import ARCHITECTURES, architecture_of
-from app.core.planning.format_limits import Scheme
 from app.core.records.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.core.planning.format_limits import Scheme
-from app.core.records.specs import FormatName
+from app.core.formats.file_format import Scheme
+from app.core.formats.registry import FormatName
 from kernels.layouts import packed_words
 from tests.unit.kernels.weights import random_weight
-from workers.formats.folder import FORMATS
+from workers.formats.packing import packing_of
 from workers.modeling.quantized_linear import quantized_linear
 from workers.modeling.quantized_weight import QuantizedWeight
-from workers.serving.packed_weights import READERS
 
 CPU = torch.device("cpu")
 
@@ -41,7 +40,8 @@ def random_quantized(scheme: Scheme, out_features: int = 64, in_features: int = 
 )
 def test_every_format_becomes_a_linear(name: FormatName, scheme: Scheme) -> None:
     weight = random_quantized(scheme)
-    packed = READERS[name][2](name, FORMATS[name].tensors(weight, torch.float16), {})
+    packing = packing_of(name)
+    packed = packing.unpack_linear(packing.pack_linear(weight, torch.float16), {})
     assert (packed.zero is None) == scheme.symmetric
     bias = torch.randn(64)
     linear = quantized_linear(packed, dtype=torch.float32, device=CPU, bias=bias, requested="torch")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from workers.quantization.clip_search import LOWEST, joint_factors, search_clip, smallest_factor
 from workers.quantization.grid import Grid, fit_grid, grouped_view, min_max_grid
 

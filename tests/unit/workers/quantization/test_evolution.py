@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from app.core.records.specs import SearchSpec
 from workers.quantization.evolution import Objective, clipped_loss, evolve_scales, unclipped_loss
 from workers.quantization.input_statistics import InputCollector, InputStatistics

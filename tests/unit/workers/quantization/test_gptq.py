@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from app.core.records.specs import Recipe
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization import gptq

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from kernels.search.grids import stored_scale
 from workers.quantization.grid import grouped_view, min_max_grid
 

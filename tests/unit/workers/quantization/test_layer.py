@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
+from app.core.formats.file_format import Scheme
 from app.core.planning.architectures import architecture_of
-from app.core.planning.format_limits import Scheme
 from app.core.records.specs import Recipe, SearchSpec
 from kernels.search.search_operators import clip_backend, search_backend
 from tests.tiny_models import MODEL_TYPES, plant_outliers, random_model, save_model, some_tokens

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from app.core.planning.format_limits import Scheme
+from app.core.formats.file_format import Scheme
 from app.core.records.specs import SearchSpec
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputCollector, InputStatistics

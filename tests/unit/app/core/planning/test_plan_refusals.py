@@ -8,8 +8,7 @@ import pytest
 
 from app.core.errors import ModelRefused, NibbleError, RecipeUnsupported
 from app.core.planning.architectures import ARCHITECTURES
-from app.core.planning.plan import plan_job, window_notes
-from app.core.planning.weights import refuse_without_head
+from app.core.planning.plan import plan_job, refuse_without_head, window_notes
 from app.core.records.specs import CalibrationSpec, JobSpec
 from app.core.sources.safetensors_header import TensorHeader
 from tests.unit.app.core.planning.headers import CONFIG, asked, header, planned, tensors

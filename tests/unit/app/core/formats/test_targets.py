@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.formats.targets import compact_patterns, exact, matched
+from app.core.formats.targets import compact_patterns, exact, matched
 
 DENSE = [f"model.layers.{layer}.{name}" for layer in range(12) for name in (
     "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj",

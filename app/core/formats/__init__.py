@@ -1,0 +1,1 @@
+"""Each file format described once: what it holds, its tensors, its entry of config.json. No torch here."""

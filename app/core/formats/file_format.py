@@ -1,0 +1,126 @@
+"""What a file format has to say of itself, and the integer grids that it says it of.
+
+The plan, the estimate, the writer, the reader and the inference server ask the description of a format;
+`workers/formats` packs and unpacks its tensors. The notes on loaders were read in the sources of vLLM 0.33.0
+(`auto_gptq.py`, `compressed_tensors_wNa16.py` and the kernels that it chooses from), SGLang 0.5.23
+(`compressed_tensors_wNa16.py`, `gptq.py`) and transformers 5.24.0 (`quantizers`, `integrations`).
+compressed-tensors 0.17, 0.18 and 0.20 and GPTQModel 7.7.0 were run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+WORD_BITS = 32
+EVERYWHERE = (4, 8)  # bits that all servers read
+
+
+class Scheme(BaseModel, frozen=True, extra="forbid"):
+    """The integer grid of one linear. `group_size` -1 is one group per output channel."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def groups(self, in_features: int) -> int:
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+class FormatRefusal(NamedTuple):
+    """Why a format can't hold a model, and the nearest recipe that it holds."""
+
+    why: str
+    nearest: str
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in the files: its shape, and its dtype as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ModuleSchemes:
+    """A model as formats see it: the scheme of every linear, None for one that keeps its precision."""
+
+    linears: Mapping[str, Scheme | None]  # by the checkpoint's names, in the order of data
+    full_precision: tuple[str, ...] = ()  # modules beside them that no recipe quantizes
+
+    @property
+    def distinct(self) -> tuple[Scheme, ...]:
+        return tuple(dict.fromkeys(scheme for scheme in self.linears.values() if scheme is not None))
+
+    @property
+    def common(self) -> Scheme:
+        """The scheme that most of the linears have; at least one must have any."""
+        counts = Counter(scheme for scheme in self.linears.values() if scheme is not None)
+        return counts.most_common(1)[0][0]
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """The modules that loaders must not take for quantized linears."""
+        return (*(name for name, scheme in self.linears.items() if scheme is None), *self.full_precision)
+
+    @property
+    def of_experts(self) -> set[Scheme | None]:
+        return {scheme for name, scheme in self.linears.items() if ".experts." in name}
+
+    @property
+    def narrow(self) -> str:
+        """In words: the bits that not all servers read; empty if they read all of them."""
+        return " and ".join(map(str, sorted({scheme.bits for scheme in self.distinct} - set(EVERYWHERE))))
+
+
+class FileFormat(ABC):
+    """A format of quantized models. Where it says nothing else it holds every scheme and every shape."""
+
+    suffixes: tuple[str, ...]  # of all tensors that a linear may have; the first marks a quantized one
+    multiples: tuple[int, int] = (
+        1,
+        1,
+    )  # of out_features and in_features: formats that pad nothing pack whole words
+    scale_dtype: Literal["F16"] | None = None  # None: the model's
+    config_file: str | None = None  # a further file with the entry of config.json
+
+    @abstractmethod
+    def tensors(
+        self, out_features: int, in_features: int, scheme: Scheme, dtype: str
+    ) -> dict[str, StoredTensor]:
+        """The tensors of a linear by suffix, bias excluded; `dtype` is the original weight's."""
+
+    @abstractmethod
+    def entry(self, modules: ModuleSchemes) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+
+    def refusal(self, schemes: set[Scheme]) -> FormatRefusal | None:
+        """Why the format can't hold a model of these schemes, or None."""
+        return None
+
+    def shape_refusal(self, out_features: int, in_features: int) -> str | None:
+        """Why the format can't hold a linear of this shape, or None."""
+        for name, size, multiple in zip(
+            ("out_features", "in_features"), (out_features, in_features), self.multiples, strict=True
+        ):
+            if size % multiple:
+                return f"{name}={size} is not a multiple of {multiple}"
+        return None
+
+    def loader_notes(self, modules: ModuleSchemes, model_type: str) -> Iterator[str]:
+        """What of the files not every loader opens."""
+        yield from ()
+
+    def unreadable(self, entry: Mapping[str, Any]) -> str | None:
+        """Why the inference server can't compute from files with this entry of config.json, or None."""
+        return None
+
+
+def words(values: int, bits: int) -> int:
+    """int32 words for `values` integers packed densely."""
+    return -(-values * bits // WORD_BITS)
