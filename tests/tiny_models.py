@@ -13,7 +13,11 @@ from transformers.utils.logging import disable_progress_bar
 from app.core.child.assignment import Assignment, Finished, ProgressMessage
 from app.core.jobs.report import Report
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
-from workers.child.job_run import JobRun
+from app.core.sources.fetching import text_digest
+from workers.child.job_run import run_job
+from workers.child.layer_files import LayerCheckpoints
+from workers.child.stage_clock import StageClock
+from workers.child.work import JobTexts, Work, read_texts, with_checked_shapes
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
 TEXTS = TOKENIZER.parent.parent / "workers" / "texts" / "builtin" / "wikitext2"
@@ -116,19 +120,28 @@ def tiny_spec(recipe: Recipe | tuple[Recipe, ...] | None = None, **changes: obje
 
 
 def assignment(spec: JobSpec, model: Path, work: Path, **changes: object) -> Assignment:
+    text = text_digest(spec.calibration, changes.get("calibration_file"), lambda _: None)  # type: ignore[arg-type]
     body = {"spec": spec, "model_folder": model, "model_name": "tiny", "model_digest": "0" * 64}
-    return Assignment.model_validate({**body, "work_folder": work, **changes})
+    return Assignment.model_validate({**body, "calibration_digest": text, "work_folder": work, **changes})
 
 
 class EngineRun:
-    """A pipeline that ran to its end: its messages, its report, its folders."""
+    """A job that ran to its end: what it worked on, its messages, its report, its folders."""
 
     def __init__(self, spec: JobSpec, model: Path, work: Path, **changes: object) -> None:
         self.messages: list[ProgressMessage] = []
         self.work = work
-        job = JobRun(assignment(spec, model, work, **changes), self.messages.append)
-        self.pipeline = job.pipeline
-        self.finished: Finished = job.run()
+        job = assignment(spec, model, work, **changes)
+        self.finished: Finished = run_job(job, self.messages.append)
+        unread = Work.open(job)
+        self.clock = StageClock(lambda _: None, unread.device, unread.plan.num_layers)
+        self.opened = with_checked_shapes(unread, self.clock)
+
+    def texts(self) -> JobTexts:
+        return read_texts(self.opened)
+
+    def checkpoints(self) -> LayerCheckpoints:
+        return self.opened.checkpoints(self.clock)
 
     @property
     def report(self) -> Report:

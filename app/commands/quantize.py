@@ -148,6 +148,7 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
         model_name=model.name,
         model_digest=model.digest,
         model_notes=model.notes,
+        calibration_digest=texts.calibration_digest,
         calibration_file=texts.calibration,
         evaluation_file=texts.evaluation,
         work_folder=work,

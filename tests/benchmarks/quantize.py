@@ -37,6 +37,7 @@ def run_child(spec: dict[str, Any], model: Path, options: argparse.Namespace) ->
             "model_folder": str(model),
             "model_name": model.name,
             "model_digest": "0" * 64,
+            "calibration_digest": "0" * 64,
             "work_folder": folder,
             "device": options.device,
             "threads": options.threads,

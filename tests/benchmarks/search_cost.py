@@ -30,10 +30,18 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 from random_model import SHAPES, write_model  # noqa: E402
 
 from app.core.child.assignment import Assignment  # noqa: E402
-from workers.child.heap import return_freed_memory  # noqa: E402
-from workers.child.pipeline import Pipeline  # noqa: E402
+from workers.child.candidate_files import CandidateFiles  # noqa: E402
+from workers.child.layer_loop import calibrate_layer  # noqa: E402
+from workers.child.layer_solver import LayerSolver  # noqa: E402
+from workers.child.layer_writer import LayerWriter  # noqa: E402
+from workers.child.quantized_chains import QuantizedChains  # noqa: E402
+from workers.child.stage_clock import StageClock  # noqa: E402
+from workers.child.work import Work, read_texts  # noqa: E402
 from workers.modeling.prefetch import WeightPrefetch, layer_reads  # noqa: E402
+from workers.process import return_freed_memory  # noqa: E402
 from workers.quantization import layer, rounding  # noqa: E402
+from workers.quantization.calibration import CalibrationPass  # noqa: E402
+from workers.quantization.reduction import ALONE  # noqa: E402
 
 MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
 
@@ -65,35 +73,34 @@ def measure(model: Path, samples: int, work: Path) -> dict[str, float]:
     """Seconds of each part of a job, and of the bare pass."""
     return_freed_memory()  # as the job child does
     spec = {"model": "file:///benchmark", "calibration": {"num_samples": samples}}
-    pipeline = Pipeline(
+    job = Work.open(
         Assignment.model_validate(
             {
                 "spec": spec, "model_folder": model, "model_name": model.name, "model_digest": "0" * 64,
-                "work_folder": work,
+                "calibration_digest": "0" * 64, "work_folder": work,
             }
-        ),
-        lambda message: None,
+        )
     )  # fmt: skip
-    calibration, _ = pipeline.read_texts()
-    checkpoints = pipeline.open_checkpoints(calibration)
+    stages = StageClock(lambda message: None, job.device, job.plan.num_layers)
+    batches = job.batches(read_texts(job).calibration)
+    files = CandidateFiles.of(job, job.plan.candidates[0], job.checkpoints(stages))
     clock = Clock()
     clock.watch(layer, "search_scales", "scale search")
     clock.watch(rounding, "search_clip", "clip search")
-    bare = pipeline.start_pass(calibration, checkpoints, 0)
-    run = pipeline.start_pass(calibration, checkpoints, 0)
-    weights = WeightPrefetch(run.decoder.device, layer_reads(run.decoder, range(pipeline.plan.num_layers)))
-    candidate = pipeline.plan.candidates[0]
-    chains = pipeline.start_chains((candidate,), run.decoder, calibration)
-    with pipeline.writer:
-        for index in range(pipeline.plan.num_layers):
+    bare, run = (CalibrationPass(job.decoder(), batches) for _ in range(2))
+    weights = WeightPrefetch(job.device, layer_reads(run.decoder, range(job.plan.num_layers)))
+    chains = QuantizedChains((files.candidate,), run.decoder, batches, ALONE, stages)
+    with LayerWriter(job.device) as writer:
+        solver = LayerSolver(job, run, chains, writer, stages)
+        for index in range(job.plan.num_layers):
             loaded = bare.decoder.layer_weights(index)
             with clock.counted("bare forward pass"):
                 bare.pass_through(loaded)
             del loaded  # the job itself reads no layer twice
             with clock.counted("calibrating"):
-                calibrated = pipeline.calibrate_next_layer(run, weights)
+                calibrated = calibrate_layer(job, run, weights, stages)
             with clock.counted("searching"):
-                pipeline.solve(candidate, calibrated, run, chains, checkpoints)
+                solver.solve(files, calibrated)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             parts = {name: round(value, 1) for name, value in clock.seconds.items()}
             print(index, parts, f"{peak:.2f} GiB", flush=True)

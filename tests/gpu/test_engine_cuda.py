@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from tests.tiny_models import EngineRun, some_text
-from workers.child.layer_checkpoints import LayerCheckpoints
 
 FORMATS = ("awq", "compressed-tensors")
 
@@ -47,9 +46,7 @@ def test_quality_is_that_of_the_cpu(
 
 
 def test_layers_wait_in_host_memory(on_cuda: EngineRun) -> None:
-    calibration, _ = on_cuda.pipeline.read_texts()
-    checkpoints: LayerCheckpoints = on_cuda.pipeline.open_checkpoints(calibration)
-    result = checkpoints.load_layer(0, 0)
+    result = on_cuda.checkpoints().load_layer(0, 0)
     assert len(result.quantized) == 7
     assert {weight.q.device.type for weight in result.quantized.values()} == {"cpu"}
     assert {value.device.type for value in result.dense.values()} == {"cpu"}
@@ -58,7 +55,7 @@ def test_layers_wait_in_host_memory(on_cuda: EngineRun) -> None:
 def test_the_artifact_opens_and_has_the_reported_quality(on_cuda: EngineRun) -> None:
     folder = on_cuda.folder("compressed-tensors")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    windows = on_cuda.pipeline.read_texts()[1].tokens
+    windows = on_cuda.texts().evaluation.tokens
     with torch.no_grad():
         losses = [model(window[None], labels=window[None]).loss.double() for window in windows]
     loaded = float(torch.stack(losses).mean().exp())

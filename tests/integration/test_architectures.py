@@ -31,7 +31,7 @@ def opened(folder: Path) -> PreTrainedModel:
 
 def dequantized(run: EngineRun, folder: Path) -> PreTrainedModel:
     """transformers' model of the original's files with the weights that our reader finds in the output."""
-    plan, source = run.pipeline.plan, run.pipeline.checkpoint
+    plan, source = run.opened.plan, run.opened.checkpoint
     written = FormatFolder(
         run.folder("compressed-tensors"), "compressed-tensors", source, plan, plan.candidates[0]
     )
@@ -59,13 +59,13 @@ def test_transformers_opens_what_was_evaluated(tmp_path: Path, name: str) -> Non
     tokens = some_tokens(2, 40)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, expected(tokens).logits, rtol=1e-5, atol=1e-5)
-        windows = run.pipeline.read_texts()[1].tokens
+        windows = run.texts().evaluation.tokens
         losses = [loaded(window[None], labels=window[None]).loss.double() for window in windows]
     report = run.report.candidates[0]
     assert float(torch.stack(losses).mean().exp()) == pytest.approx(report.perplexity, rel=1e-5)
     assert 0 < report.kl < 1
     linears = {entry.linear for layer in report.layers for entry in layer.linears if entry.bits == 4}
-    assert linears == {name for layer in (0, 1) for name in run.pipeline.plan.architecture.at(layer).linears}
+    assert linears == {name for layer in (0, 1) for name in run.opened.plan.architecture.at(layer).linears}
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -91,7 +91,7 @@ def test_routers_keep_their_precision_and_loaders_are_told(tmp_path: Path) -> No
     config = json.loads((run.folder("compressed-tensors") / "config.json").read_text())
     routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in (0, 1)]
     assert config["quantization_config"]["ignore"] == ["lm_head", *routers]
-    before = load_file(run.pipeline.checkpoint.folder / "model.safetensors")
+    before = load_file(run.opened.checkpoint.folder / "model.safetensors")
     after = load_file(run.folder("compressed-tensors") / "model.safetensors")
     for router in routers:
         scales = after[router + ".weight"] / before[router + ".weight"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from app.core.child import assignment
 from app.core.records.specs import Override, Recipe, SearchSpec
 from kernels.layouts import packed_words
 from tests.tiny_models import (
@@ -29,7 +30,6 @@ from tests.tiny_models import (
     some_tokens,
     tiny_spec,
 )
-from workers.child import pipeline
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 
@@ -81,9 +81,9 @@ def opened(folder: Path) -> PreTrainedModel:
 
 def dequantized_model(run: EngineRun, format_name: str) -> PreTrainedModel:
     """transformers' model of the original with the weights that our reader finds in the files."""
-    plan = run.pipeline.plan
+    plan = run.opened.plan
     folder = FormatFolder(
-        run.folder(format_name), format_name, run.pipeline.checkpoint, plan, plan.candidates[0]  # type: ignore[arg-type]
+        run.folder(format_name), format_name, run.opened.checkpoint, plan, plan.candidates[0]  # type: ignore[arg-type]
     )  # fmt: skip
     written = Checkpoint(folder.folder)
     state = {
@@ -91,7 +91,7 @@ def dequantized_model(run: EngineRun, format_name: str) -> PreTrainedModel:
         for layer in range(plan.num_layers)
         for name, value in folder.read_weights(written, layer).items()
     }
-    model = opened(run.pipeline.checkpoint.folder)
+    model = opened(run.opened.checkpoint.folder)
     assert not model.load_state_dict(state, strict=False).unexpected_keys
     return model
 
@@ -109,9 +109,9 @@ def test_transformers_opens_what_was_evaluated(tmp_path: Path, name: str) -> Non
     expected = dequantized_model(run, "compressed-tensors")
     assert_same_logits(loaded, expected)
     report = run.report
-    windows = run.pipeline.read_texts()[1].tokens
+    windows = run.texts().evaluation.tokens
     assert perplexity(loaded, windows) == pytest.approx(report.candidates[0].perplexity, rel=1e-5)
-    original = perplexity(opened(run.pipeline.checkpoint.folder), windows)
+    original = perplexity(opened(run.opened.checkpoint.folder), windows)
     assert original == pytest.approx(report.original.perplexity, rel=1e-5)
     ratio = report.candidates[0].perplexity / report.original.perplexity
     assert report.candidates[0].perplexity_ratio == pytest.approx(ratio)
@@ -251,7 +251,7 @@ def test_several_shards_are_one_model(tmp_path: Path) -> None:
     run = engine_run(tmp_path, "qwen2 w4 g32")
     whole = run.folder("compressed-tensors")
     sharded = EngineRun(
-        run.pipeline.spec, run.pipeline.checkpoint.folder, tmp_path / "again", shard_bytes=100_000
+        run.opened.spec, run.opened.checkpoint.folder, tmp_path / "again", shard_bytes=100_000
     ).folder("compressed-tensors")
     files = sorted(sharded.glob("*.safetensors"))
     assert len(files) > 2
@@ -292,7 +292,7 @@ def test_tokenizer_template_and_generation_are_in_the_folder(tmp_path: Path, for
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     run = engine_run(tmp_path, "qwen3 w4 g32 tied")
-    again = EngineRun(run.pipeline.spec, run.pipeline.checkpoint.folder, tmp_path / "again")
+    again = EngineRun(run.opened.spec, run.opened.checkpoint.folder, tmp_path / "again")
     files = [
         {file.name: file.read_bytes() for file in each.folder("compressed-tensors").iterdir()}
         for each in (run, again)
@@ -306,7 +306,7 @@ def test_a_run_resumes_after_its_finished_layers(tmp_path: Path, monkeypatch: py
     kept.mkdir(parents=True)
     first = "layer-00000-recipe-00.safetensors"
     (kept / first).write_bytes((run.work / "checkpoints" / first).read_bytes())
-    again = EngineRun(run.pipeline.spec, run.pipeline.checkpoint.folder, tmp_path / "resumed")
+    again = EngineRun(run.opened.spec, run.opened.checkpoint.folder, tmp_path / "resumed")
     assert again.report.resumed_at_layer == 1
     assert again.report.notes == ("1 of 2 layers were finished before",)
     assert again.report.histograms == run.report.histograms
@@ -316,8 +316,8 @@ def test_a_run_resumes_after_its_finished_layers(tmp_path: Path, monkeypatch: py
     assert [layer.linears for layer in again.report.candidates[0].layers] == [
         layer.linears for layer in run.report.candidates[0].layers
     ]
-    monkeypatch.setattr(pipeline, "version", lambda name: "0.0.0")  # layers of two versions are not mixed
-    anew = EngineRun(run.pipeline.spec, run.pipeline.checkpoint.folder, tmp_path / "resumed")
+    monkeypatch.setattr(assignment, "version", lambda name: "0.0.0")  # layers of two versions are not mixed
+    anew = EngineRun(run.opened.spec, run.opened.checkpoint.folder, tmp_path / "resumed")
     assert anew.report.resumed_at_layer == 0
 
 

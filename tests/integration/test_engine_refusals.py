@@ -18,7 +18,7 @@ from app.core.records.job import Stage
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, Recipe, TargetSpec
 from kernels import fallbacks
 from tests.tiny_models import EngineRun, assignment, some_text, tiny_model, tiny_spec
-from workers.child.job_run import JobRun
+from workers.child.job_run import run_job
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -111,7 +111,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def run(model: Path, work: Path, **changes: object) -> None:
-    JobRun(assignment(tiny_spec(**changes), model, work), lambda _: None).run()  # type: ignore[arg-type]
+    run_job(assignment(tiny_spec(**changes), model, work), lambda _: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("damage", "code"), BAD_MODELS.values(), ids=list(BAD_MODELS))
@@ -142,7 +142,7 @@ def test_broken_weights_are_found_before_the_work(tmp_path: Path) -> None:
     set_weight(UP, float("nan"))(model)
     said: list[ProgressMessage] = []
     with pytest.raises(ModelRefused, match="NaN or infinite"):
-        JobRun(assignment(tiny_spec(), model, tmp_path / "work"), said.append).run()
+        run_job(assignment(tiny_spec(), model, tmp_path / "work"), said.append)
     assert {message.stage for message in said if isinstance(message, StageStarted)} == {Stage.FETCHING}
 
 

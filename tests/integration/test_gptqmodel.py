@@ -33,8 +33,8 @@ def judged(folder: Path, model_type: str, changes: dict[str, object]) -> Path:
     model = save_model(random_model(model_type), folder / "model")
     run = EngineRun(tiny_spec(recipe(symmetric=True, **changes), formats=("gptq",)), model, folder / "work")
     shutil.copytree(run.folder("gptq"), folder / "files")
-    plan = run.pipeline.plan
-    written = FormatFolder(run.folder("gptq"), "gptq", run.pipeline.checkpoint, plan, plan.candidates[0])
+    plan = run.opened.plan
+    written = FormatFolder(run.folder("gptq"), "gptq", run.opened.checkpoint, plan, plan.candidates[0])
     checkpoint, expected = Checkpoint(written.folder), {}
     for layer in range(plan.num_layers):
         weights = written.read_weights(checkpoint, layer)

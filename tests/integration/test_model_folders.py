@@ -23,7 +23,7 @@ from app.core.sources.fetching import ModelCache
 from app.core.sources.file_choice import INDEX, SINGLE
 from tests.inference import Served, greedy
 from tests.tiny_models import DEEPSEEK, EngineRun, assignment, random_model, save_model, tiny_model, tiny_spec
-from workers.child.job_run import JobRun
+from workers.child.job_run import run_job
 from workers.texts.windows import load_tokenizer
 
 RECIPE = Recipe(method="rtn", group_size=32, symmetric=True)
@@ -271,5 +271,5 @@ def test_a_part_of_a_linear_that_the_config_does_not_ask_for_is_refused(
     shutil.copytree(plain, model)
     add(**{f"model.layers.0.self_attn.q_proj.{part}": torch.ones(64)})(model)
     with pytest.raises(ModelRefused, match=rf"q_proj\.{part} is a part of a linear") as refusal:
-        JobRun(assignment(tiny_spec(RECIPE), model, tmp_path / "work"), lambda _: None).run()
+        run_job(assignment(tiny_spec(RECIPE), model, tmp_path / "work"), lambda _: None)
     assert refusal.value.code == "weights_mismatch"

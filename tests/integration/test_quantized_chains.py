@@ -46,10 +46,10 @@ def test_a_layer_makes_up_for_what_its_quantized_predecessor_lost(model: Path, t
     job = spec(GPTQ)
     run = EngineRun(job, model, tmp_path / "work")
     checkpoint = Checkpoint(model)
-    decoder = Decoder(checkpoint, run.pipeline.plan.architecture, torch.device("cpu"), torch.float32)
+    decoder = Decoder(checkpoint, run.opened.plan.architecture, torch.device("cpu"), torch.float32)
     windows = calibration_windows(job.calibration, load_tokenizer(model), None)
-    chain = PairedPass(decoder, run.pipeline.batches(windows))
-    checkpoints = run.pipeline.open_checkpoints(windows)
+    chain = PairedPass(decoder, run.opened.batches(windows))
+    checkpoints = run.checkpoints()
     original = decoder.layer_weights(0)
     chain.advance(original, checkpoints.load_layer(0, 0).weights(original))
     original = {name: value.float() for name, value in decoder.layer_weights(1).items()}
@@ -62,7 +62,7 @@ def test_a_layer_makes_up_for_what_its_quantized_predecessor_lost(model: Path, t
     def loss(wanted: Tensor) -> float:
         """Of the stored weights, as the report names it."""
         error = stored - wanted
-        return float(((error @ seen.inputs.second_moment) * error).sum())
+        return float(((error @ seen.moment) * error).sum())
 
     assert entry.loss == pytest.approx(loss(seen.corrected(weight)), rel=1e-3)
     assert entry.loss != pytest.approx(loss(weight), rel=1e-3)

@@ -23,9 +23,11 @@ from tests.tiny_models import (
     tiny_model,
     tiny_spec,
 )
-from workers.child.pipeline import Pipeline
+from workers.child.quantized_chains import QuantizedChains
+from workers.child.ranks import SharedLayers, start_pass, started
+from workers.child.stage_clock import StageClock
+from workers.child.work import Work, read_texts
 from workers.quantization.input_statistics import InputStatistics
-from workers.quantization.paired_pass import PairedStatistics
 from workers.quantization.reduction import ALONE, Ranks
 from workers.texts.windows import Windows
 
@@ -43,17 +45,17 @@ def spec(recipe: Recipe, **changes: object) -> JobSpec:
 class Witness:
     """What calibration and a recipe's own chain give of every layer; the copy's weights are made up."""
 
-    def __init__(self, pipeline: Pipeline, calibration: Windows, ranks: Ranks) -> None:
-        candidate = pipeline.plan.candidates[0]
+    def __init__(self, work: Work, calibration: Windows, ranks: Ranks, clock: StageClock) -> None:
+        candidate = work.plan.candidates[0]
         self.inputs: list[InputStatistics] = []
-        self.pairs: list[PairedStatistics] = []
+        self.pairs: list[InputStatistics] = []
         self.lessons: list[Tensor] = []
-        run = pipeline.start_pass(calibration, pipeline.open_checkpoints(calibration), 0, ranks)
-        chains = pipeline.start_chains((candidate,), run.decoder, calibration, ranks)
+        run = start_pass(work, calibration, work.checkpoints(clock), 0, ranks)
+        chains = QuantizedChains((candidate,), run.decoder, work.batches(calibration), ranks, clock)
         chain = chains.passes[0]
-        for layer in range(pipeline.plan.num_layers):
+        for layer in range(work.plan.num_layers):
             original = {name: value.float() for name, value in run.decoder.layer_weights(layer).items()}
-            self.inputs += run.collect(original)[0]
+            self.inputs += run.collect(original).groups
             view = chains.view(candidate, original)
             assert view is not None
             own = {name: value * 0.97 for name, value in original.items()}
@@ -63,7 +65,7 @@ class Witness:
             lesson = view.lesson()
             self.lessons += [*lesson.inputs, *lesson.targets]
             chains.advance(candidate, original, Copied(own))  # type: ignore[arg-type]
-        assert chain.layer == pipeline.plan.num_layers
+        assert chain.layer == work.plan.num_layers
 
     def scales(self, decoder, layer: int, index: int) -> Tensor:  # type: ignore[no-untyped-def]
         group = decoder.architecture.at(layer).groups[index]
@@ -85,9 +87,9 @@ def assert_same_sums(found: InputStatistics, expected: InputStatistics) -> None:
     """Documented tolerance: float32 sums of the same terms in another order."""
     assert found.num_tokens == expected.num_tokens
     assert found.routed_tokens == expected.routed_tokens
-    scale = float(expected.second_moment.diagonal().mean())
+    scale = float(expected.moment.diagonal().mean())
     torch.testing.assert_close(found.abs_mean, expected.abs_mean, rtol=1e-5, atol=1e-5 * scale**0.5)
-    torch.testing.assert_close(found.second_moment, expected.second_moment, rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(found.moment, expected.moment, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])  # the first layer of the latter is dense
@@ -97,19 +99,20 @@ def test_two_processes_give_the_sums_of_one(name: str, tmp_path: Path) -> None:
     model = save_model(random_model(model_type, **changes), tmp_path / "model")
     given = assignment(spec(OMNIQUANT), model, tmp_path, threads=1, calibration_devices=["cpu"])
     messages: list[object] = []
-    pipeline = Pipeline(given, messages.append)
-    calibration, _ = pipeline.read_texts()
-    assert len(pipeline.batches(calibration)) == 2
-    alone = Witness(pipeline, calibration, ALONE)
-    layers, candidates = range(pipeline.plan.num_layers), pipeline.plan.candidates
-    with pipeline.ranks(calibration, layers, candidates) as ranks:
+    work = Work.open(given)
+    clock = StageClock(messages.append, work.device, work.plan.num_layers)
+    calibration = read_texts(work).calibration
+    assert len(work.batches(calibration)) == 2
+    alone = Witness(work, calibration, ALONE, clock)
+    layers = SharedLayers.of(range(work.plan.num_layers), work.plan.candidates)
+    with started(work, calibration, layers, clock) as ranks:
         assert ranks == Ranks(0, 2)
-        shared = Witness(pipeline, calibration, ranks)
+        shared = Witness(work, calibration, ranks, clock)
     assert len(shared.inputs) == len(alone.inputs)
     for found, expected in zip(shared.inputs, alone.inputs, strict=True):
         assert_same_sums(found, expected)
     for pair, wanted in zip(shared.pairs, alone.pairs, strict=True):
-        assert_same_sums(pair.inputs, wanted.inputs)
+        assert_same_sums(pair, wanted)
         for drift, other in (
             (pair.input_drift, wanted.input_drift),
             (pair.output_drift, wanted.output_drift),

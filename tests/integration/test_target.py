@@ -13,7 +13,7 @@ from app.core.errors import TargetMissed
 from app.core.jobs.report import Report
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec, TargetSpec
 from tests.tiny_models import EngineRun, assignment, tiny_model, tiny_spec
-from workers.child.job_run import JobRun
+from workers.child.job_run import run_job
 
 PLAIN = Recipe(method="rtn", bits=3, search=SearchSpec(budget=12))
 QUICK = Recipe(group_size=32, bits=2, method="gptq", search=SearchSpec(clip=False))
@@ -82,7 +82,7 @@ def test_a_target_out_of_reach_fails_with_every_try_in_the_report(tmp_path: Path
     model = tiny_model(tmp_path / "model")
     wanted = TargetSpec(max_perplexity_ratio=0.01, max_kl=1e-9)
     with pytest.raises(TargetMissed, match=r"at most 0\.01 times and a KL of at most 1e-09 was asked for"):
-        JobRun(assignment(tiny_target(wanted), model, tmp_path), lambda _: None).run()
+        run_job(assignment(tiny_target(wanted), model, tmp_path), lambda _: None)
     report = Report.model_validate_json((tmp_path / REPORT).read_text())
     assert report.published == ()
     assert len(report.tries) >= 3

@@ -40,7 +40,7 @@ from app.core.storage.reuse import Contents, Made, fingerprint
 from app.core.storage.storage_keys import report_key
 from app.core.telemetry.logs import log_ids
 from workers.attempts.attempt_record import AttemptRecord
-from workers.attempts.checkpoints import CheckpointMirror, checkpoint_key
+from workers.attempts.checkpoints import CheckpointMirror
 from workers.attempts.context import WorkerContext
 from workers.attempts.ending import Ending
 from workers.attempts.faults import disk_fault, reported
@@ -165,20 +165,13 @@ class Attempt:
     def _prepare(self, model: FetchedModel, texts: FetchedTexts) -> tuple[Assignment, CheckpointMirror]:
         """The checkpoints of earlier attempts in place, and the child's assignment."""
         settings, device = self._context.settings, self._context.device
-        key = checkpoint_key(self._job, model=model.digest, text=texts.calibration_digest, device=device)
-        mirror = CheckpointMirror(self._context.objects, self._job, key, self._work_folder)
-        restored = mirror.restore(self._watch.check)
-        for damaged in mirror.damaged:
-            note = f"the stored {damaged} differs from its SHA-256 and is computed again"
-            self._record.event("note", {"code": "checkpoint_damaged", "message": note})
-        if restored:
-            self._record.event("resumed", {"attempt": self._job.attempt, "checkpoints": restored})
         assignment = Assignment(
             spec=self._job.spec,
             model_folder=model.folder,
             model_name=model.name,
             model_digest=model.digest,
             model_notes=model.notes,
+            calibration_digest=texts.calibration_digest,
             calibration_file=texts.calibration,
             evaluation_file=texts.evaluation,
             work_folder=self._work_folder,
@@ -188,6 +181,14 @@ class Attempt:
             shard_bytes=settings.shard_bytes,
             profile=self._context.profile,
         )
+        identity = assignment.layers_identity(self._job.spec.recipes)
+        mirror = CheckpointMirror(self._context.objects, self._job, identity, self._work_folder)
+        restored = mirror.restore(self._watch.check)
+        for damaged in mirror.damaged:
+            note = f"the stored {damaged} differs from its SHA-256 and is computed again"
+            self._record.event("note", {"code": "checkpoint_damaged", "message": note})
+        if restored:
+            self._record.event("resumed", {"attempt": self._job.attempt, "checkpoints": restored})
         return assignment, mirror
 
     def _run_child(self, assignment: Assignment, mirror: CheckpointMirror) -> Finished:

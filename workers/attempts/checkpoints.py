@@ -7,7 +7,6 @@ without the other. One that differs from its digest is not used: the child compu
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,32 +17,18 @@ from app.core.records.job import Job
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.storage_keys import checkpoint_prefix
 
-VERSION = 2  # of what is stored
 DIGEST_BYTES = 32
 PIECE = 1 << 22
-
-
-def checkpoint_key(job: Job, *, model: str, text: str, device: str) -> str:
-    """What a checkpoint depends on: with another model, text, recipe or kind of device it is of no use."""
-    spec = job.spec
-    parts = [
-        VERSION,
-        model,
-        text,
-        device.partition(":")[0],
-        [recipe.model_dump(mode="json") for recipe in spec.recipes],
-        spec.calibration.model_dump(mode="json", exclude={"texts", "dataset"}),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class CheckpointMirror:
     """Keeps `work_folder/checkpoints` and the object store alike."""
 
-    def __init__(self, objects: ObjectStore, job: Job, key: str, work_folder: Path) -> None:
+    def __init__(self, objects: ObjectStore, job: Job, identity: str, work_folder: Path) -> None:
+        """`identity` names the work that the checkpoints belong to: those of other work are left alone."""
         self._objects = objects
-        self._prefix = f"{checkpoint_prefix(job.id)}/{key}"
-        self._older_prefix = f"{checkpoint_prefix(job.retry_of)}/{key}" if job.retry_of else None
+        self._prefix = f"{checkpoint_prefix(job.id)}/{identity}"
+        self._older_prefix = f"{checkpoint_prefix(job.retry_of)}/{identity}" if job.retry_of else None
         self._folder = work_folder / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self.damaged: list[str] = []  # keys that were stored, but differed from their digest

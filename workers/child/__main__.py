@@ -29,10 +29,9 @@ from app.core.system_faults import STATE_FOLDER, system_fault, system_number
 from app.core.telemetry.logs import log_warnings
 from kernels.backend import Backend, backends_of
 from kernels.cuda.driver import DriverError
-from workers.child.heap import return_freed_memory
-from workers.child.job_run import JobRun
+from workers.child.job_run import run_job
 from workers.child.progress_pipe import ProgressPipe
-from workers.leaving import leave
+from workers.process import leave, return_freed_memory
 
 DEVICE_ERROR = re.compile(r"\b(CUDA|CUDA driver|NCCL) error\b|\bCU(BLAS|DNN|SOLVER)_STATUS_|\bcudaError")
 MEMORY_ERROR = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)
@@ -47,7 +46,7 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
             pipe.send(Noted(code="network_on", message="this host lets no process leave its network"))
         names = [backend.name for backend in chosen_backends(assignment)]
         pipe.send(Noted(code="kernel_backend", message=f"kernels: the first that can of {', '.join(names)}"))
-        pipe.send(JobRun(assignment, pipe.send).run())
+        pipe.send(run_job(assignment, pipe.send))
     except NibbleError as error:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
     except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record

@@ -8,39 +8,40 @@ from contextlib import closing
 import torch
 
 from app.core.telemetry.logs import log_warnings
-from workers.child.pipeline import Pipeline
-from workers.child.ranks import RankAssignment, joined
+from workers.child.quantized_chains import QuantizedChains
+from workers.child.ranks import RankAssignment, joined, start_pass
+from workers.child.stage_clock import StageClock
+from workers.child.work import Work, read_texts
 from workers.modeling.prefetch import WeightPrefetch, layer_reads
 
 
-def run(part: RankAssignment) -> None:
-    assignment, work = part.assignment, part.work
-    pipeline = Pipeline(assignment, lambda message: None)
-    calibration, _ = pipeline.read_texts()
-    checkpoints = pipeline.open_checkpoints(calibration)
-    with joined(part.rank, part.size, part.rendezvous, torch.device(assignment.device)) as ranks:
-        decoder = pipeline.decoder()
+def run(rank: RankAssignment) -> None:
+    work, shared = Work.open(rank.assignment), rank.shared
+    clock = StageClock(lambda message: None, work.device, work.plan.num_layers)
+    calibration = read_texts(work).calibration
+    checkpoints = work.checkpoints(clock)
+    with joined(rank.rank, rank.size, rank.rendezvous, work.device) as ranks:
+        decoder = work.decoder()
         original = (
-            pipeline.start_pass(calibration, checkpoints, work.start, ranks) if work.calibrates else None
+            start_pass(work, calibration, checkpoints, shared.start, ranks) if shared.calibrates else None
         )
-        chains = pipeline.start_chains(work.candidates, decoder, calibration, ranks)
-        chains.catch_up(work.start, checkpoints)
-        layers = range(work.start, work.stop)
-        with closing(WeightPrefetch(decoder.device, layer_reads(decoder, layers))) as prefetch:
-            for _ in layers:
+        chains = QuantizedChains(shared.candidates, decoder, work.batches(calibration), ranks, clock)
+        chains.catch_up(shared.start, checkpoints)
+        with closing(WeightPrefetch(decoder.device, layer_reads(decoder, shared.layers))) as prefetch:
+            for _ in shared.layers:
                 weights = prefetch.take()
                 if original is not None:
                     original.collect(weights)
-                for candidate in work.candidates:
+                for candidate in shared.candidates:
                     chains.follow(candidate, weights)
 
 
 def main() -> None:
     log_warnings()
-    part = RankAssignment.model_validate_json(sys.stdin.read())
-    if part.assignment.threads is not None:
-        torch.set_num_threads(part.assignment.threads)
-    run(part)
+    rank = RankAssignment.model_validate_json(sys.stdin.read())
+    if rank.assignment.threads is not None:
+        torch.set_num_threads(rank.assignment.threads)
+    run(rank)
 
 
 if __name__ == "__main__":

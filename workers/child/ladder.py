@@ -232,8 +232,8 @@ def patterns(architecture: Architecture, numbers: list[str], members: tuple[str,
         return [pattern]
     if len(numbers) > 1:
         half = len(numbers) // 2
-        parts = [(numbers[:half], members), (numbers[half:], members)]
+        halves = [(numbers[:half], members), (numbers[half:], members)]
     else:
         half = max(1, len(members) // 2)
-        parts = [(numbers, members[:half]), (numbers, members[half:])]
-    return [found for part in parts for found in patterns(architecture, *part)]
+        halves = [(numbers, members[:half]), (numbers, members[half:])]
+    return [pattern for chosen in halves for pattern in patterns(architecture, *chosen)]

@@ -1,4 +1,4 @@
-"""The report's parts that are put together from what the engine returned."""
+"""The report of a run, put together from what its steps returned."""
 
 from __future__ import annotations
 
@@ -11,47 +11,105 @@ from typing import Any
 
 import torch
 
-from app.core.formats.registry import FormatName
-from app.core.jobs.report import CandidateReport, LayerReport
-from app.core.planning.plan import CandidatePlan
+from app.core.child.assignment import digest_of
+from app.core.jobs.report import CandidateReport, LayerReport, OriginalReport, Report, TryReport
+from app.core.planning.cost_model import predict
+from app.core.planning.device_profile import NOMINAL, DeviceKind
 from app.core.records.specs import TargetSpec, TextSpec
 from kernels.search.search_operators import search_backend
-from workers.child.account import Account
-from workers.formats.folder import FormatFolder
+from workers.child.judging import JudgedCandidate
+from workers.child.layer_loop import SolvedLayers
+from workers.child.stage_clock import StageClock
+from workers.child.work import JobTexts, Work
 from workers.quantization.evaluation import Quality
 from workers.texts.windows import Windows
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A candidate that was packed, read back and measured."""
+class RunResult:
+    """What the steps of a run came to."""
 
-    candidate: CandidatePlan
-    quality: Quality
-    folders: list[FormatFolder]
-    bytes: dict[FormatName, int]
-    layers: list[LayerReport]
+    solved: SolvedLayers
+    original: Quality
+    judged: list[JudgedCandidate]  # by recipe_index
+
+    def chosen(self, target: TargetSpec | None) -> list[JudgedCandidate]:
+        """What is published: all without a target; with one, the smallest candidate that meets it.
+
+        If none does, the best one if misses are published, else nothing.
+        """
+        if target is None:
+            return self.judged
+        met = [judged for judged in self.judged if judged.excess(target) <= 1]
+        if met:
+            return [min(met, key=lambda judged: sum(judged.bytes.values()))]
+        return [self.best(target)] if target.on_miss == "publish" else []
+
+    def best(self, target: TargetSpec) -> JudgedCandidate:
+        return min(self.judged, key=lambda judged: judged.excess(target))
+
+
+def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock) -> Report:
+    spec, target = work.spec, work.spec.target
+    kind: DeviceKind = "cuda" if work.device.type == "cuda" else "cpu"
+    return Report(
+        model=work.assignment.model_name,
+        model_digest=work.assignment.model_digest,
+        calibration_digest=texts.calibration.digest,
+        recipe_digests=tuple(digest_of(judged.candidate.recipe.model_dump()) for judged in result.judged),
+        calibration={**text_entry(spec.calibration, texts.calibration), "seed": spec.calibration.seed},
+        evaluation=text_entry(spec.evaluation, texts.evaluation),
+        original=OriginalReport(perplexity=result.original.perplexity, bytes=work.plan.model_bytes),
+        candidates=tuple(candidate_report(judged, target, clock) for judged in result.judged),
+        published=tuple(judged.candidate.recipe_index for judged in result.chosen(target)),
+        tries=() if target is None else tuple(try_report(judged, target, clock) for judged in result.judged),
+        histograms=tuple(result.solved.histograms),
+        prediction=predict(work.plan, spec, work.assignment.profile or NOMINAL[kind]),
+        stages=dict(clock.seconds),
+        cpu_seconds=dict(clock.cpu_seconds),
+        resumed_at_layer=result.solved.resumed_at,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_vram_bytes=torch.cuda.max_memory_allocated(work.device) if kind == "cuda" else None,
+        environment=environment(work),
+        notes=tuple(clock.notes),
+    )
 
 
 def candidate_report(
-    outcome: Outcome, original: Quality, target: TargetSpec | None, account: Account
+    judged: JudgedCandidate, target: TargetSpec | None, clock: StageClock
 ) -> CandidateReport:
-    candidate, quality = outcome.candidate, outcome.quality
-    ratio = quality.perplexity / original.perplexity
+    candidate, quality = judged.candidate, judged.quality
     return CandidateReport(
         recipe_index=candidate.recipe_index,
         label=candidate.label,
         inputs=candidate.recipe.inputs,
         recipe=candidate.recipe,
         perplexity=quality.perplexity,
-        perplexity_ratio=ratio,
+        perplexity_ratio=judged.perplexity_ratio,
         kl=quality.kl,
-        bytes=outcome.bytes,
+        bytes=judged.bytes,
         bits_per_weight=candidate.bits_per_weight,
-        meets_target=None if target is None else target.excess(ratio, quality.kl) <= 1,
-        gain_over_rounding=gain_over_rounding(outcome.layers),
-        seconds=dict(account.candidate_seconds[candidate.recipe_index]),
-        layers=tuple(outcome.layers),
+        meets_target=None if target is None else judged.excess(target) <= 1,
+        gain_over_rounding=gain_over_rounding(judged.layers),
+        seconds=dict(clock.candidate_seconds[candidate.recipe_index]),
+        layers=tuple(judged.layers),
+    )
+
+
+def try_report(judged: JudgedCandidate, target: TargetSpec, clock: StageClock) -> TryReport:
+    candidate = judged.candidate
+    return TryReport(
+        rung=judged.rung,
+        reason=judged.reason,
+        recipe_index=candidate.recipe_index,
+        label=candidate.label,
+        recipe=candidate.recipe,
+        perplexity_ratio=judged.perplexity_ratio,
+        kl=judged.quality.kl,
+        bytes=judged.bytes,
+        bits_per_weight=candidate.bits_per_weight,
+        seconds=sum(clock.candidate_seconds[candidate.recipe_index].values()),
+        meets_target=judged.excess(target) <= 1,
     )
 
 
@@ -78,25 +136,17 @@ def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:
     }
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_vram_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+def environment(work: Work) -> dict[str, Any]:
+    """What the run ran on, and with which versions."""
+    on_gpu = work.device.type == "cuda"
     return {
         "nibble": version("nibble"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "device": str(device),
-        "device_name": name,
+        "device": str(work.device),
+        "device_name": torch.cuda.get_device_name(work.device) if on_gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "search_backend": search_backend(device),
+        "compute_dtype": str(work.compute_dtype).removeprefix("torch."),
+        "search_backend": search_backend(work.device),
     }

@@ -7,35 +7,47 @@ forward passes. `awq` with plain rounding stays on the full-precision chain that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from app.core.planning.plan import CandidatePlan
-from workers.child.layer_checkpoints import LayerCheckpoints
+from app.core.records.job import Stage
+from workers.child.layer_files import LayerCheckpoints
+from workers.child.stage_clock import StageClock
+from workers.modeling.decoder import Decoder
+from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.layer import LayerResult, OwnChain
 from workers.quantization.omniquant import Lesson
-from workers.quantization.paired_pass import PairedPass, PairedStatistics
+from workers.quantization.paired_pass import PairedPass
+from workers.quantization.reduction import Ranks
 
 
 class QuantizedChains:
     """One pair of passes for each recipe that asks for it, before layer 0 at first.
 
-    `timed` gives the context in which the forward passes of a recipe are counted.
+    The forward passes of a recipe are counted as calibrating, whatever stage they run in.
     """
 
     def __init__(
         self,
         candidates: Iterable[CandidatePlan],
-        start: Callable[[], PairedPass],
-        timed: Callable[[int], AbstractContextManager[None]],
+        decoder: Decoder,
+        batches: list[Tensor],
+        ranks: Ranks,
+        clock: StageClock,
     ) -> None:
-        self.timed = timed
+        self.clock = clock
         self.passes = {
-            candidate.recipe_index: start() for candidate in candidates if candidate.recipe.has_own_chain
+            candidate.recipe_index: PairedPass(decoder, batches, ranks)
+            for candidate in candidates
+            if candidate.recipe.has_own_chain
         }
+
+    def timed(self, recipe: int) -> AbstractContextManager[None]:
+        return self.clock.counted(Stage.CALIBRATING, recipe)
 
     def catch_up(self, layer: int, checkpoints: LayerCheckpoints) -> None:
         """Bring every pass before `layer`, through the layers that are finished."""
@@ -54,7 +66,7 @@ class QuantizedChains:
 
         def observe(
             groups: Sequence[int], own: dict[str, Tensor], scales: Sequence[Tensor | None]
-        ) -> list[PairedStatistics]:
+        ) -> list[InputStatistics]:
             with self.timed(candidate.recipe_index):
                 hand_out_weights(chain, own)
                 hand_out_scales(chain, groups, original, scales)
@@ -111,10 +123,10 @@ def hand_out_scales(
         return list(scales or ())
     architecture = chain.decoder.architecture.at(chain.layer)
     shared = []
-    for place, index in enumerate(groups):
+    for position, index in enumerate(groups):
         weight = original[architecture.groups[index].balance_layers[0] + ".weight"]
         ones = torch.ones(weight.shape[1], device=chain.decoder.device)
-        factor = None if scales is None else scales[place]
+        factor = None if scales is None else scales[position]
         shared.append(ones if factor is None else factor.to(ones).contiguous())
     chain.ranks.hand_out(shared)
     return list(shared)

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,19 +23,36 @@ from app.core.child.assignment import Assignment
 from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.planning.plan import CandidatePlan
 from app.core.records.specs import Frozen
+from workers.child.layer_files import LayerCheckpoints
+from workers.child.stage_clock import StageClock
+from workers.child.work import Work
+from workers.quantization.calibration import CalibrationPass
 from workers.quantization.reduction import ALONE, Ranks
+from workers.texts.windows import Windows
 
 PATIENCE = timedelta(hours=1)  # a rank waits while the first one searches
 MODULE = "workers.child.calibration_rank"
 
 
-class SharedWork(Frozen):
-    """What all ranks do: layers from `start` to before `stop`."""
+class SharedLayers(Frozen):
+    """What all ranks do: pass their batches through layers from `start` to before `stop`."""
 
     start: int
     stop: int
-    calibrates: bool = True  # passes the batches through the original model for statistics
-    candidates: tuple[CandidatePlan, ...] = ()  # those with a chain of their own, in order
+    calibrates: bool = True  # through the original model, for statistics
+    candidates: tuple[CandidatePlan, ...] = ()  # through their own chains, in order
+
+    @classmethod
+    def of(
+        cls, layers: range, candidates: Iterable[CandidatePlan] = (), *, calibrates: bool = True
+    ) -> SharedLayers:
+        """With those of the candidates that have a chain of their own."""
+        chained = tuple(candidate for candidate in candidates if candidate.recipe.has_own_chain)
+        return cls(start=layers.start, stop=layers.stop, calibrates=calibrates, candidates=chained)
+
+    @property
+    def layers(self) -> range:
+        return range(self.start, self.stop)
 
     @property
     def is_empty(self) -> bool:
@@ -43,10 +60,10 @@ class SharedWork(Frozen):
 
 
 class RankAssignment(Frozen):
-    """What a further device's process is told."""
+    """What the process of a further device reads at its start."""
 
     assignment: Assignment
-    work: SharedWork
+    shared: SharedLayers
     rank: int
     size: int
     rendezvous: Path
@@ -71,13 +88,16 @@ def devices_of(assignment: Assignment, num_batches: int) -> tuple[str, ...]:
 
 
 @contextmanager
-def started(assignment: Assignment, work: SharedWork, num_batches: int) -> Iterator[Ranks]:
+def started(work: Work, calibration: Windows, shared: SharedLayers, clock: StageClock) -> Iterator[Ranks]:
     """The ranks of a job, with a process for each further device.
 
     A process that fails ends this one: no sum would ever be whole.
     """
-    devices = devices_of(assignment, num_batches)
-    if len(devices) == 1 or work.is_empty:
+    assignment = work.assignment
+    devices = devices_of(assignment, len(work.batches(calibration)))
+    if assignment.calibration_devices and not shared.is_empty:
+        note_devices(assignment, devices, shared, clock)
+    if len(devices) == 1 or shared.is_empty:
         yield ALONE
         return
     with tempfile.TemporaryDirectory(dir=assignment.work_folder) as folder:
@@ -86,7 +106,7 @@ def started(assignment: Assignment, work: SharedWork, num_batches: int) -> Itera
             start_rank(
                 RankAssignment(
                     assignment=assignment.model_copy(update={"device": device}),
-                    work=work,
+                    shared=shared,
                     rank=rank,
                     size=len(devices),
                     rendezvous=rendezvous,
@@ -103,6 +123,36 @@ def started(assignment: Assignment, work: SharedWork, num_batches: int) -> Itera
         finally:
             for process in others:
                 process.close()
+
+
+def note_devices(
+    assignment: Assignment, devices: tuple[str, ...], shared: SharedLayers, clock: StageClock
+) -> None:
+    """Say what the further devices do, and what they leave to the first one."""
+    if len(devices) > 1:
+        learns = any(candidate.recipe.method == "omniquant" for candidate in shared.candidates)
+        alone = "searches, rounds and learns" if learns else "searches and rounds"
+        clock.note(
+            "devices", f"{', '.join(devices)} share the calibration batches; {devices[0]} alone {alone}"
+        )
+    idle = 1 + len(assignment.calibration_devices) - len(devices)
+    if idle:
+        clock.note(
+            "devices_idle", f"the text has {len(devices)} calibration batches: {idle} devices stay idle"
+        )
+
+
+def start_pass(
+    work: Work, calibration: Windows, checkpoints: LayerCheckpoints, layer: int, ranks: Ranks = ALONE
+) -> CalibrationPass:
+    """A rank's pass, brought before `layer` from the hidden states that were saved nearest to it."""
+    run = CalibrationPass(work.decoder(), work.batches(calibration), ranks)
+    saved = checkpoints.latest_states(layer)
+    if saved is not None:
+        run.restore(*saved)
+    while run.layer < layer:
+        run.skip()
+    return run
 
 
 def start_rank(rank: RankAssignment) -> OwnedProcess:

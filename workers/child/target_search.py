@@ -4,172 +4,146 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-
-from app.core.child.assignment import CHECKPOINTS
 from app.core.errors import RecipeUnsupported
-from app.core.jobs.report import TryReport
-from app.core.planning.plan import CandidatePlan, plan_job
+from app.core.planning.architectures import Architecture
 from app.core.records.job import Stage
-from app.core.records.specs import Recipe
-from workers.child.ladder import AS_ASKED, Step, Try, next_step
-from workers.child.layer_checkpoints import LayerCheckpoints
-from workers.child.layer_solver import CalibratedLayer
-from workers.child.pipeline import Pipeline
-from workers.child.quality_report import Outcome
-from workers.child.statistics_store import StatisticsStore
+from app.core.records.specs import Recipe, TargetSpec
+from workers.child.candidate_files import CandidateFiles
+from workers.child.judging import JudgedCandidate, MeasuredOriginal, judge
+from workers.child.ladder import Step, Try, next_step
+from workers.child.layer_files import StatisticsStore
+from workers.child.layer_solver import CalibratedLayer, LayerSolver
+from workers.child.layer_writer import LayerWriter
+from workers.child.quantized_chains import QuantizedChains
+from workers.child.ranks import SharedLayers, start_pass, started
+from workers.child.stage_clock import StageClock
+from workers.child.work import JobTexts, Work
 from workers.modeling.decoder import Decoder
 from workers.quantization.calibration import CalibrationPass
-from workers.texts.windows import Windows
 
 
+@dataclass(frozen=True)
 class TargetSearch:
-    """Adds candidates to a pipeline whose recipes as asked have been judged."""
+    """Solves and judges further recipes of a job, from the statistics of its layers."""
 
-    def __init__(self, pipeline: Pipeline, calibration: Windows, evaluation: Windows) -> None:
-        self.pipeline, self.calibration, self.evaluation = pipeline, calibration, evaluation
-        self.statistics: StatisticsStore = pipeline.open_statistics(calibration)
-        self.rungs: dict[int, tuple[str, str]] = {}  # by recipe_index: rung, and why it was tried
+    work: Work
+    texts: JobTexts
+    original: MeasuredOriginal
+    statistics: StatisticsStore
+    clock: StageClock
 
-    def run(self) -> None:
-        pipeline = self.pipeline
-        while all(pipeline.excess(outcome) > 1 for outcome in pipeline.outcomes):
-            self.remove_losers()
-            step = next_step(self.tries(), pipeline.plan.architecture, self.refusal)
-            for reason in step.passed:
-                pipeline.account.note("rung_passed", reason)
-            if step.recipe is None:
-                pipeline.account.note("ladder_ended", "no rung of the ladder is left")
-                return
-            self.attempt(step, step.recipe)
+    def run(self, target: TargetSpec, asked: Sequence[JudgedCandidate]) -> list[JudgedCandidate]:
+        """Every candidate in the order in which it was tried, first those that were asked for.
 
-    def tries(self) -> list[Try]:
-        pipeline = self.pipeline
-        return [
-            Try(
-                rung=self.rungs.get(outcome.candidate.recipe_index, (AS_ASKED, ""))[0],
-                candidate=outcome.candidate,
-                kl=math.inf if math.isnan(outcome.quality.kl) else outcome.quality.kl,
-                errors=relative_errors(outcome, pipeline),
+        Of those that miss the target all but the best lose their output folders.
+        """
+        tries = list(asked)
+        while all(judged.excess(target) > 1 for judged in tries):
+            remove_losers(target, tries)
+            step = next_step(
+                [rated(judged, self.work.plan.architecture) for judged in tries],
+                self.work.plan.architecture,
+                self.refusal,
             )
-            for outcome in pipeline.outcomes
-        ]
+            for reason in step.passed:
+                self.clock.note("rung_passed", reason)
+            if step.recipe is None:
+                self.clock.note("ladder_ended", "no rung of the ladder is left")
+                break
+            tries.append(self.attempt(step, step.recipe, tries))
+        return tries
 
     def refusal(self, recipe: Recipe) -> str | None:
         """Why the model or a format can't hold the recipe, or None."""
         try:
-            self.planned(recipe)
+            self.work.candidate(recipe, 0)
         except RecipeUnsupported as fault:
             return fault.message
         return None
 
-    def planned(self, recipe: Recipe) -> CandidatePlan:
-        """The recipe as the pipeline's next candidate."""
-        pipeline = self.pipeline
-        spec = pipeline.spec.model_copy(update={"recipe": recipe})
-        plan = plan_job(spec, pipeline.checkpoint.config, pipeline.checkpoint.tensors)
-        return plan.candidates[0].model_copy(update={"recipe_index": len(pipeline.outcomes)})
-
-    def attempt(self, step: Step, recipe: Recipe) -> None:
-        """Solve, pack and judge one more recipe, from the statistics."""
-        pipeline, candidate = self.pipeline, self.planned(recipe)
-        index = candidate.recipe_index
-        figures = pipeline.figures(pipeline.outcomes[step.base])
+    def attempt(self, step: Step, recipe: Recipe, tries: Sequence[JudgedCandidate]) -> JudgedCandidate:
+        """Solve, pack and judge one more recipe."""
+        base, index = tries[step.base], len(tries)
         reason = (
-            f"recipe {step.base} has {figures['perplexity_ratio']:.4f} times the "
-            f"original's perplexity and a KL of {figures['kl']:.4f}"
+            f"recipe {step.base} has {base.perplexity_ratio:.4f} times the "
+            f"original's perplexity and a KL of {base.quality.kl:.4f}"
         )
-        self.rungs[index] = (step.rung, reason)
-        pipeline.account.note("ladder", f"{reason}; trying {step.rung} as recipe {index}")
-        pipeline.account.next_span()
-        identity = pipeline.identity(self.calibration, recipe=recipe.model_dump())
-        checkpoints = LayerCheckpoints(pipeline.assignment.work_folder / CHECKPOINTS, identity, pipeline.send)
-        self.solve_layers(candidate, checkpoints)
-        pipeline.judge((candidate,), checkpoints, self.evaluation)
+        self.clock.note("ladder", f"{reason}; trying {step.rung} as recipe {index}")
+        self.clock.next_span()
+        candidate = self.work.candidate(recipe, index)
+        files = CandidateFiles.of(self.work, candidate, self.work.checkpoints(self.clock, [recipe]))
+        self.solve_layers(files)
+        _, (judged,) = judge(self.work, self.texts.evaluation, [files], self.clock, self.original)
+        return replace(judged, rung=step.rung, reason=reason)
 
-    def solve_layers(self, candidate: CandidatePlan, checkpoints: LayerCheckpoints) -> None:
-        pipeline, index = self.pipeline, candidate.recipe_index
-        layers = range(pipeline.plan.num_layers)
-        waiting = [n for n in layers if not checkpoints.is_ours(checkpoints.layer_key(index, n))]
-        if not waiting:
+    def solve_layers(self, files: CandidateFiles) -> None:
+        """The candidate's layers from the first one that is missing: a chain goes through all after it."""
+        work, calibration, num_layers = self.work, self.texts.calibration, self.work.plan.num_layers
+        first = next((layer for layer in range(num_layers) if not files.is_done(layer)), num_layers)
+        if first == num_layers:
             return
-        # A chain of quantized layers goes through all after the first one that is missing.
-        rest = layers[waiting[0] :]
         self.restore_statistics()
-        decoder = pipeline.decoder()
-        window = CalibrationPass(decoder, [self.calibration.tokens[:1]])  # for the equivalence check
-        with pipeline.ranks(self.calibration, rest, (candidate,), calibrates=False) as ranks:
-            chains = pipeline.start_chains((candidate,), decoder, self.calibration, ranks)
-            chains.catch_up(rest.start, checkpoints)
-            for layer in rest:
-                pipeline.solve(candidate, self.calibrated(decoder, layer), window, chains, checkpoints)
-                pipeline.account.progress(0.6 * (layer + 1) / len(layers), layer + 1)
+        decoder = work.decoder()
+        window = CalibrationPass(decoder, [calibration.tokens[:1]])  # for the equivalence check
+        shared = SharedLayers.of(range(first, num_layers), [files.candidate], calibrates=False)
+        with started(work, calibration, shared, self.clock) as ranks, LayerWriter(work.device) as writer:
+            chains = QuantizedChains(
+                shared.candidates, decoder, work.batches(calibration), ranks, self.clock
+            )  # fmt: skip
+            chains.catch_up(first, files.checkpoints)
+            solver = LayerSolver(work, window, chains, writer, self.clock)
+            for layer in shared.layers:
+                solver.solve(files, self.calibrated(decoder, layer))
+                self.clock.progress(0.6 * (layer + 1) / num_layers, layer + 1)
+            with self.clock.counted(Stage.PACKING, files.candidate.recipe_index):
+                writer.finish()
 
     def calibrated(self, decoder: Decoder, layer: int) -> CalibratedLayer:
-        device = self.pipeline.device
-        weights = {
-            name: value.to(device, torch.float32) for name, value in decoder.layer_weights(layer).items()
-        }
-        return CalibratedLayer(layer, weights, self.statistics.load(layer).to(device))
+        weights = self.work.full_precision(decoder.layer_weights(layer))
+        return CalibratedLayer(layer, weights, self.statistics.load(layer).to(self.work.device))
 
     def restore_statistics(self) -> None:
         """Another calibration pass over what an earlier attempt took with it."""
-        pipeline = self.pipeline
-        missing = self.statistics.missing(pipeline.plan.num_layers)
+        work, calibration = self.work, self.texts.calibration
+        missing = self.statistics.missing(work.plan.num_layers)
         if not missing:
             return
-        pipeline.account.note(
+        self.clock.note(
             "statistics_lost",
             f"statistics of {len(missing)} layers are gone; another calibration pass makes them anew",
         )
-        checkpoints = pipeline.open_checkpoints(self.calibration)
-        layers = range(missing[0], missing[-1] + 1)
-        with pipeline.ranks(self.calibration, layers) as ranks:
-            run = pipeline.start_pass(self.calibration, checkpoints, missing[0], ranks)
-            with pipeline.account.stage(Stage.CALIBRATING):
-                for layer in layers:
-                    self.statistics.save(layer, pipeline.collect(run, run.decoder.layer_weights(layer)))
-
-    def remove_losers(self) -> None:
-        """Only the best try so far can still be published: the disk should not hold all of them."""
-        best = min(self.pipeline.outcomes, key=self.pipeline.excess)
-        for outcome in self.pipeline.outcomes:
-            if outcome is not best:
-                for folder in outcome.folders:
-                    shutil.rmtree(folder.folder, ignore_errors=True)
-
-    def report(self) -> tuple[TryReport, ...]:
-        """Every try with its figures, in the order in which they were made."""
-        account = self.pipeline.account
-        tries = []
-        for outcome in self.pipeline.outcomes:
-            candidate = outcome.candidate
-            rung, reason = self.rungs.get(candidate.recipe_index, (AS_ASKED, "the job's recipe"))
-            figures = self.pipeline.figures(outcome)
-            tries.append(
-                TryReport(
-                    rung=rung,
-                    reason=reason,
-                    recipe_index=candidate.recipe_index,
-                    label=candidate.label,
-                    recipe=candidate.recipe,
-                    perplexity_ratio=float(figures["perplexity_ratio"]),
-                    kl=outcome.quality.kl,
-                    bytes=outcome.bytes,
-                    bits_per_weight=candidate.bits_per_weight,
-                    seconds=sum(account.candidate_seconds[candidate.recipe_index].values()),
-                    meets_target=self.pipeline.excess(outcome) <= 1,
-                )
-            )
-        return tuple(tries)
+        shared = SharedLayers.of(range(missing[0], missing[-1] + 1))
+        with (
+            started(work, calibration, shared, self.clock) as ranks,
+            self.clock.stage(Stage.CALIBRATING),
+        ):
+            run = start_pass(work, calibration, work.checkpoints(self.clock), missing[0], ranks)
+            for layer in shared.layers:
+                self.statistics.save(layer, run.collect(run.decoder.layer_weights(layer)))
 
 
-def relative_errors(outcome: Outcome, pipeline: Pipeline) -> dict[str, float]:
-    """By full name: a linear's loss as a share of its output's mean square."""
-    return {
-        pipeline.plan.architecture.layer_prefix(layer.layer) + linear.linear: linear.loss / linear.energy
-        for layer in outcome.layers
-        for linear in layer.linears
-        if linear.loss is not None and linear.energy
-    }
+def remove_losers(target: TargetSpec, tries: Sequence[JudgedCandidate]) -> None:
+    """Only the best try so far can still be published: the disk should not hold all of them."""
+    best = min(tries, key=lambda judged: judged.excess(target))
+    for judged in tries:
+        if judged is not best:
+            for folder in judged.folders:
+                shutil.rmtree(folder.folder, ignore_errors=True)
+
+
+def rated(judged: JudgedCandidate, architecture: Architecture) -> Try:
+    """The candidate as the ladder looks at it: errors are losses as shares of outputs' mean squares."""
+    return Try(
+        rung=judged.rung,
+        candidate=judged.candidate,
+        kl=math.inf if math.isnan(judged.quality.kl) else judged.quality.kl,
+        errors={
+            architecture.layer_prefix(layer.layer) + linear.linear: linear.loss / linear.energy
+            for layer in judged.layers
+            for linear in layer.linears
+            if linear.loss is not None and linear.energy
+        },
+    )

@@ -15,7 +15,7 @@ import torch
 
 from kernels.cpu.native_library import COMPILERS, FLAGS, ROWS_NEED, processor
 from kernels.cuda.compiler import CompileError, architecture_for, find_compiler
-from workers.leaving import leave
+from workers.process import leave
 
 TRY_LIMIT_S = 60
 PROGRAM = "#include <omp.h>\n#include <immintrin.h>\nint threads() { return omp_get_max_threads(); }\n"

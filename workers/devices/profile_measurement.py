@@ -22,7 +22,7 @@ from app.core.planning.cost_model import FINALISTS, SAMPLED_ROWS, evaluations
 from app.core.planning.device_profile import DeviceProfile, SearchStep
 from app.core.records.specs import Recipe, SearchSpec
 from workers.devices.selection import select_device
-from workers.leaving import leave
+from workers.process import leave
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.rounding import FoldedLinear, round_linear
 from workers.quantization.scale_search import Fold, ScaledLinear, search_scales

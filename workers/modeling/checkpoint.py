@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ class Checkpoint:
         self.config: dict[str, Any] = headers.config
         self.tensors: dict[str, TensorHeader] = headers.tensors
         self.side_files = headers.side_files
-        self.unused: frozenset[str] = frozenset()  # tensors that the model of the config has no place for
+        self.unused: frozenset[str] = frozenset()  # tensors that the model of the config does not use
+
+    def without(self, unused: Iterable[str]) -> Checkpoint:
+        """The same checkpoint, with the tensors that the model of its config does not use."""
+        other = copy(self)
+        other.unused = frozenset(unused)
+        return other
 
     def names(self, prefix: str) -> list[str]:
         return [name for name in self.tensors if name.startswith(prefix)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.modeling.decoder import Decoder
-from workers.quantization.input_statistics import InputStatistics, collecting
+from workers.quantization.input_statistics import InputStatistics, LayerStatistics, collecting
 from workers.quantization.reduction import ALONE, Ranks
 
 STATES_SHARE = 0.1  # of a GPU's free memory
@@ -32,11 +32,11 @@ class CalibrationPass:
         self.on_host = exceeds_device(decoder, sum(batch.numel() for batch in batches))
         with torch.no_grad():
             # One window by itself, so that self-checks need not run a whole batch.
-            self.states, self.arguments = decoder.start([*batches, batches[0][:1]], self.kept)
+            self.states, self.arguments = decoder.start([*batches, batches[0][:1]], self.stowed)
             self.states.pop()
 
-    def kept(self, states: Tensor) -> Tensor:
-        """One batch's states where they wait."""
+    def stowed(self, states: Tensor) -> Tensor:
+        """One batch's states, moved to where they wait."""
         if not self.on_host:
             return states
         host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
@@ -45,7 +45,7 @@ class CalibrationPass:
     def restore(self, layer: int, states: list[Tensor]) -> None:
         """Go on before `layer` with the hidden states saved there."""
         self.layer = layer
-        self.states = [self.kept(batch.to(self.decoder.device)) for batch in self.ranks.share(states)]
+        self.states = [self.stowed(batch.to(self.decoder.device)) for batch in self.ranks.share(states)]
 
     def skip(self) -> None:
         """Advance by one layer of the original model without collecting."""
@@ -56,19 +56,16 @@ class CalibrationPass:
         """Advance by one layer that has these weights."""
         with self.decoder.layer(self.layer, weights) as module:
             for index, batch in enumerate(self.states):
-                self.states[index] = self.kept(self.advance(module, batch))
+                self.states[index] = self.stowed(self.advance(module, batch))
         self.layer += 1
 
-    def collect(self, weights: dict[str, Tensor]) -> tuple[list[InputStatistics], Tensor, Tensor]:
-        """Advance by one layer: its statistics per group, and one window's input and output.
-
-        Only the first rank gets statistics.
-        """
+    def collect(self, weights: dict[str, Tensor]) -> LayerStatistics:
+        """Advance by one layer, with its statistics; only the first rank gets those of groups."""
         device = self.decoder.device
-        probe = self.states[0][:1].to(device, copy=True)
-        statistics = self.observe(weights, advance=True)
+        before = self.states[0][:1].to(device, copy=True)
+        groups = self.observe(weights, advance=True)
         self.layer += 1
-        return statistics, probe, self.states[0][:1].to(device)
+        return LayerStatistics(groups, (before, self.states[0][:1].to(device)))
 
     @torch.no_grad()
     def observe(self, weights: dict[str, Tensor], *, advance: bool = False) -> list[InputStatistics]:
@@ -81,7 +78,7 @@ class CalibrationPass:
             for index, batch in enumerate(self.states):
                 output = self.advance(module, batch)
                 if advance:
-                    self.states[index] = self.kept(output)
+                    self.states[index] = self.stowed(output)
         if not self.ranks.is_first:
             return []
         prefix = self.decoder.architecture.layer_prefix(self.layer)

@@ -57,8 +57,8 @@ def smallest_factor(weight: Tensor, scheme: Scheme) -> float:
     sample = weight[:: max(1, weight.numel() // SAMPLED_WEIGHTS)]
     size = grouped_view(sample, scheme).abs().flatten(0, 1)
     inside = max(1, round((1 - OUTSIDE[scheme.bits]) * size.shape[1]))
-    kept = size.kthvalue(inside, dim=1).values / size.amax(dim=1).clamp(min=1e-30)
-    return float(kept.median())
+    shares = size.kthvalue(inside, dim=1).values / size.amax(dim=1).clamp(min=1e-30)
+    return float(shares.median())
 
 
 def joint_factors(smallest: float) -> tuple[float, ...]:

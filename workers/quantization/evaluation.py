@@ -70,12 +70,12 @@ def measure(head: nn.Module, batches: list[Tensor], states: list[list[Tensor]]) 
             targets = batch[row, 1:]
             num_tokens += targets.numel()
             for start in range(0, targets.numel(), CHUNK_TOKENS):
-                part = slice(start, start + CHUNK_TOKENS)
-                wanted = targets[part].to(states[0][index].device)
-                original = log_probabilities(head, states[0][index][row, :-1][part])
+                chunk = slice(start, start + CHUNK_TOKENS)
+                expected = targets[chunk].to(states[0][index].device)
+                original = log_probabilities(head, states[0][index][row, :-1][chunk])
                 for model, own in enumerate(states):
-                    mine = original if model == 0 else log_probabilities(head, own[index][row, :-1][part])
-                    loss[model] -= mine.gather(1, wanted[:, None]).sum(dtype=torch.float64).cpu()
+                    mine = original if model == 0 else log_probabilities(head, own[index][row, :-1][chunk])
+                    loss[model] -= mine.gather(1, expected[:, None]).sum(dtype=torch.float64).cpu()
                     if model:
                         terms = original.exp() * (original - mine)
                         divergence[model] += terms.sum(dtype=torch.float64).cpu()

@@ -54,7 +54,7 @@ class Objective:
     ) -> Objective:
         x_mean, w_mean = fold.shared(statistics.abs_mean), fold.shared(weight_means(linears))
         alive = (x_mean > 0) & (w_mean > 0)
-        moment = statistics.second_moment
+        moment = statistics.moment
         return cls(
             sampled(linears, SAMPLED_ROWS),
             torch.where(alive, x_mean, 1.0).log() * statistics.confidence,
@@ -93,15 +93,13 @@ def evolve_scales(
     """The better of `start` and what evolution finds from it, both judged as they will be rounded."""
     objective = Objective.of(linears, statistics, fold, clip=search.clip)
     best = evolved_candidate(objective, start, search)
-    found = fold.spread(objective.scales(float(best[0]), float(best[1])))
+    evolved = fold.spread(objective.scales(float(best[0]), float(best[1])))
     judged = clipped_loss if search.clip else unclipped_loss
-    before, after = (
-        judged(linears, scales, statistics.second_moment, fold) for scales in (start.scales, found)
-    )
+    before, after = (judged(linears, scales, statistics.moment, fold) for scales in (start.scales, evolved))
     if not after < before:
         return start
-    loss = unclipped_loss(linears, found, statistics.second_moment, fold)
-    return replace(start, scales=found, ratio=float(best[0]), weight_ratio=float(best[1]), loss=loss)
+    loss = unclipped_loss(linears, evolved, statistics.moment, fold)
+    return replace(start, scales=evolved, ratio=float(best[0]), weight_ratio=float(best[1]), loss=loss)
 
 
 def evolved_candidate(objective: Objective, start: ScaleChoice, search: SearchSpec) -> NDArray[np.float64]:

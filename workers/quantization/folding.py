@@ -28,14 +28,14 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class SmoothPart:
+class SmoothRows:
     """The entries of a smooth layer that take a group's scales."""
 
     rows: Tensor | slice
     head_shape: tuple[int, int, int] | None  # (kv heads, repeats, head_dim) where heads share scales
 
 
-def smooth_part(group: ScaleGroup, heads: Heads, rows: int, channels: int) -> SmoothPart:
+def smooth_rows(group: ScaleGroup, heads: Heads, rows: int, channels: int) -> SmoothRows:
     """Which of a smooth layer's `rows` feed the `channels` of the balance layers, and how often each."""
     head_dim = channels // heads.query
     count, head_shape = channels, None
@@ -44,15 +44,15 @@ def smooth_part(group: ScaleGroup, heads: Heads, rows: int, channels: int) -> Sm
         count = key_value * head_dim
         head_shape = (key_value, heads.query // key_value, head_dim)
     if group.smooth_rows == "all":
-        return SmoothPart(slice(None), head_shape)
+        return SmoothRows(slice(None), head_shape)
     if group.smooth_rows == "last":
-        return SmoothPart(slice(rows - count, rows), head_shape)
-    return SmoothPart(torch.arange(rows).view(heads.query, -1)[:, -head_dim:].flatten(), head_shape)
+        return SmoothRows(slice(rows - count, rows), head_shape)
+    return SmoothRows(torch.arange(rows).view(heads.query, -1)[:, -head_dim:].flatten(), head_shape)
 
 
-def part_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup) -> SmoothPart:
+def smooth_rows_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup) -> SmoothRows:
     smooth = weights[f"{group.smooth_layer}.weight"]
-    return smooth_part(group, heads, smooth.shape[0], weights[group.balance_layers[0] + ".weight"].shape[1])
+    return smooth_rows(group, heads, smooth.shape[0], weights[group.balance_layers[0] + ".weight"].shape[1])
 
 
 def offset_of(group: ScaleGroup) -> float:
@@ -62,9 +62,9 @@ def offset_of(group: ScaleGroup) -> float:
 
 def fold_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup, dtype: torch.dtype) -> Fold:
     """What the group's scales are folded into; dtype: of the stored weights."""
-    part, offset = part_of(weights, heads, group), offset_of(group)
-    smooth = weights[f"{group.smooth_layer}.weight"][part.rows] + offset
-    return Fold(smooth, group.smooth_kind != "linear", part.head_shape, dtype, offset)
+    absorbing, offset = smooth_rows_of(weights, heads, group), offset_of(group)
+    smooth = weights[f"{group.smooth_layer}.weight"][absorbing.rows] + offset
+    return Fold(smooth, group.smooth_kind != "linear", absorbing.head_shape, dtype, offset)
 
 
 def fold_scales(
@@ -75,10 +75,10 @@ def fold_scales(
     for group, choice in zip(groups, choices, strict=True):
         if choice is None:
             continue
-        part, offset = part_of(weights, heads, group), offset_of(group)
+        absorbing, offset = smooth_rows_of(weights, heads, group), offset_of(group)
         shared = choice.scales
-        if part.head_shape is not None:
-            shared = shared.view(part.head_shape)[:, 0].flatten()
+        if absorbing.head_shape is not None:
+            shared = shared.view(absorbing.head_shape)[:, 0].flatten()
         for name in group.balance_layers + group.compensated:
             folded[name + ".weight"] = folded[name + ".weight"] * choice.scales
         for name in (f"{group.smooth_layer}.weight", f"{group.smooth_layer}.bias"):
@@ -86,6 +86,6 @@ def fold_scales(
                 value = folded[name].clone()
                 added = offset if name.endswith(".weight") else 0.0
                 divisor = shared[:, None] if value.dim() == 2 else shared
-                value[part.rows] = (value[part.rows] + added) / divisor - added
+                value[absorbing.rows] = (value[absorbing.rows] + added) / divisor - added
                 folded[name] = value
     return folded

@@ -46,7 +46,7 @@ class ColumnGrid:
     def of(cls, grid: Grid, order: Tensor) -> ColumnGrid:
         """Of the columns in `order`."""
         group = order // (order.numel() // grid.scale.shape[1])
-        scale, zero = (part.squeeze(-1).T[group].contiguous() for part in (grid.scale, grid.zero))
+        scale, zero = (values.squeeze(-1).T[group].contiguous() for values in (grid.scale, grid.zero))
         return cls(scale, -zero, 2**grid.bits - 1 - zero)
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
@@ -71,48 +71,48 @@ def round_gptq(
 
     Raises RecipeUnsupported if H can't be made positive definite.
     """
-    problem = Problem.of(weight, moment)
-    best, least = problem.rounded(grids[0], scheme, dtype)
+    linear = OrderedLinear.of(weight, moment)
+    best, least = linear.rounded(grids[0], scheme, dtype)
     for grid in grids[1:]:
-        found, losses = problem.rounded(grid, scheme, dtype)
-        best, least = found.where(losses < least, best), torch.minimum(losses, least)
-    return GptqRounding(best, least, problem.damping)
+        rounded, losses = linear.rounded(grid, scheme, dtype)
+        best, least = rounded.where(losses < least, best), torch.minimum(losses, least)
+    return GptqRounding(best, least, linear.damping)
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A linear and its H, the columns in the order in which they are rounded."""
+class OrderedLinear:
+    """A linear and the second moment of its input, the columns in the order in which they are rounded."""
 
     weight: Tensor  # (rows, C), in the file's order
-    moment: Tensor
+    moment: Tensor  # (C, C), in the file's order
     order: Tensor
     values: Tensor  # (C, rows), in the order of rounding, as all below
-    hessian: Tensor
+    ordered_moment: Tensor  # with 1 on the diagonal where nothing was seen
     factor: Tensor
     damping: float
 
     @classmethod
-    def of(cls, weight: Tensor, moment: Tensor) -> Problem:
+    def of(cls, weight: Tensor, moment: Tensor) -> OrderedLinear:
         diagonal = moment.diagonal()
         order = diagonal.argsort(descending=True, stable=True)
         dead = (diagonal <= 0)[order]
-        hessian = moment[order][:, order].clone()
-        hessian.diagonal()[dead] = 1.0
+        ordered = moment[order][:, order].clone()
+        ordered.diagonal()[dead] = 1.0
         values = weight.T[order].contiguous()
         values[dead] = 0.0  # never read: any value will do, zero is the cheapest
-        return cls(weight, moment, order, values, hessian, *inverse_factor(hessian))
+        return cls(weight, moment, order, values, ordered, *inverse_factor(ordered))
 
     def rounded(self, grid: Grid, scheme: Scheme, dtype: torch.dtype) -> tuple[QuantizedWeight, Tensor]:
         """The integers on this grid, its scales fitted to them, and the loss per row."""
         columns = ColumnGrid.of(grid, self.order)
         rounded = spread_errors(self.values.clone(), columns, self.factor)
-        rounded = descend(self.values, rounded, columns, self.hessian)
+        rounded = descend(self.values, rounded, columns, self.ordered_moment)
         integers = integers_of(rounded, columns, self.order)
         for _ in range(REFITS):
             grid = fitted_scales(self.weight, integers, grid, self.moment, dtype)
             columns = ColumnGrid.of(grid, self.order)
             rounded = (integers.T[self.order] + columns.low) * columns.scale
-            rounded = descend(self.values, rounded, columns, self.hessian)
+            rounded = descend(self.values, rounded, columns, self.ordered_moment)
             integers = integers_of(rounded, columns, self.order)
         zero = grid.zero.squeeze(-1).to(torch.uint8)
         weights = QuantizedWeight(integers.to(torch.uint8), grid.scale.squeeze(-1), zero, scheme)
@@ -134,22 +134,22 @@ def fitted_scales(weight: Tensor, integers: Tensor, grid: Grid, moment: Tensor, 
     """
     rows, groups = grid.scale.shape[:2]
     scales = grid.scale.clone()
-    wanted = weight @ moment
+    products = weight @ moment
     chunk = max(1, FIT_VALUES // groups**2)
     for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        steps = integers[part].view(-1, groups, integers.shape[1] // groups) - grid.zero[part]
-        fitted = best_scales(steps, wanted[part].view_as(steps), moment)
-        ratio = fitted / grid.scale[part]
+        some = slice(start, min(start + chunk, rows))
+        steps = integers[some].view(-1, groups, integers.shape[1] // groups) - grid.zero[some]
+        fitted = best_scales(steps, products[some].view_as(steps), moment)
+        ratio = fitted / grid.scale[some]
         within = (ratio > FIT_RANGE[0]) & (ratio < FIT_RANGE[1])
-        fitted = stored_scale(torch.where(within, fitted, grid.scale[part]), dtype)
-        errors = [(steps * s).flatten(1) - weight[part] for s in (grid.scale[part], fitted)]
+        fitted = stored_scale(torch.where(within, fitted, grid.scale[some]), dtype)
+        errors = [(steps * s).flatten(1) - weight[some] for s in (grid.scale[some], fitted)]
         before, after = (((error @ moment) * error).sum(dim=1) for error in errors)
-        scales[part] = torch.where((after < before)[:, None, None], fitted, grid.scale[part])
+        scales[some] = torch.where((after < before)[:, None, None], fitted, grid.scale[some])
     return Grid(scales, grid.zero, grid.bits)
 
 
-def best_scales(steps: Tensor, wanted: Tensor, moment: Tensor) -> Tensor:
+def best_scales(steps: Tensor, products: Tensor, moment: Tensor) -> Tensor:
     """(rows, groups, 1): the solution of the normal equations; NaN or infinite where there is none."""
     rows, groups, size = steps.shape
     matrix = steps.new_empty(rows, groups, groups)
@@ -158,16 +158,16 @@ def best_scales(steps: Tensor, wanted: Tensor, moment: Tensor) -> Tensor:
         matrix[:, group] = (spread.view(rows, groups, size) * steps).sum(dim=2)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(dim=1, keepdim=True) + 1e-30  # groups of zeros have no scale
-    solution: Tensor = torch.linalg.solve_ex(matrix, (wanted * steps).sum(dim=2, keepdim=True))[0]
+    solution: Tensor = torch.linalg.solve_ex(matrix, (products * steps).sum(dim=2, keepdim=True))[0]
     return solution
 
 
-def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
+def inverse_factor(moment: Tensor) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the inverse of the damped H, and the damping that it took."""
     damping = DAMPING
-    mean = hessian.diagonal().mean()
+    mean = moment.diagonal().mean()
     while damping <= MAX_DAMPING:
-        damped = hessian.clone()
+        damped = moment.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
@@ -199,21 +199,21 @@ def spread_errors(values: Tensor, columns: ColumnGrid, factor: Tensor) -> Tensor
     return rounded
 
 
-def descend(values: Tensor, rounded: Tensor, columns: ColumnGrid, hessian: Tensor) -> Tensor:
+def descend(values: Tensor, rounded: Tensor, columns: ColumnGrid, moment: Tensor) -> Tensor:
     """Coordinate descent on `tr(E H E^T)`, E = rounded - values, over the grid points; all (C, rows)."""
-    gradient = hessian @ (rounded - values)
-    diagonal = hessian.diagonal().clamp(min=1e-30).tolist()
+    gradient = moment @ (rounded - values)
+    diagonal = moment.diagonal().clamp(min=1e-30).tolist()
     for _ in range(SWEEPS):
         for start in range(0, values.shape[0], BLOCK):
             stop = min(start + BLOCK, values.shape[0])
-            inner = hessian[start:stop, start:stop]
+            inner = moment[start:stop, start:stop]
             local, moved = gradient[start:stop].clone(), rounded[start:stop].clone()
             for index in range(stop - start):
                 column = start + index
-                wanted = torch.sub(moved[index], local[index], alpha=1 / diagonal[column])
-                step = columns.nearest(wanted, column).sub_(moved[index])
+                target = torch.sub(moved[index], local[index], alpha=1 / diagonal[column])
+                step = columns.nearest(target, column).sub_(moved[index])
                 local.addr_(inner[index], step)
                 moved[index].add_(step)
-            gradient.addmm_(hessian[:, start:stop], moved - rounded[start:stop])
+            gradient.addmm_(moment[:, start:stop], moved - rounded[start:stop])
             rounded[start:stop] = moved
     return rounded

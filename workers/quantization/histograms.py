@@ -18,8 +18,8 @@ def weight_histogram(name: str, weight: Tensor) -> WeightHistogram:
     flat = weight.flatten()
     low, high = (float(bound) for bound in flat.aminmax())
     counts = torch.zeros(BINS, dtype=torch.int64, device=flat.device)
-    for part in torch.split(flat, AT_ONCE):
-        counts += torch.histc(part, BINS, low, high).to(torch.int64)
+    for chunk in torch.split(flat, AT_ONCE):
+        counts += torch.histc(chunk, BINS, low, high).to(torch.int64)
     sample = flat[:: max(1, flat.numel() // SAMPLE)]
     levels = torch.quantile(sample, torch.tensor(PERCENTILES, device=sample.device) / 100)
     return WeightHistogram(

@@ -1,7 +1,8 @@
 """What calibration leaves behind of a layer's activations: all that search and rounding need.
 
-Per group of linears with one input x: the mean of |x| and the second moment H = mean of x x^T, float32.
-On a GPU the products take 16-bit inputs as they are and add up in float32, so nothing is lost but order.
+Per group of linears with one input x: the mean of |x| and the second moment H = mean of x x^T, float32, which
+is called `moment` wherever it goes. On a GPU the products take 16-bit inputs as they are and add up in
+float32, so nothing is lost but order.
 """
 
 from __future__ import annotations
@@ -18,18 +19,26 @@ from app.core.planning.architectures import Architecture, ScaleGroup
 from workers.quantization.reduction import ALONE, Ranks
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
+CORRECTION_DAMPING = 0.01  # of the mean diagonal, added to it
+FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded
 # Columns per block of the second moment; only blocks on and above the diagonal are computed.
 BLOCK = {"cpu": 256, "cuda": 1024}
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of one group's input with C channels."""
+    """Of one group's input with C channels.
+
+    In the quantized copy of a recipe that is calibrated on its own errors: of the input as the folded linears
+    read it, with what the copy lacks of the original.
+    """
 
     abs_mean: Tensor  # (C,) float32
-    second_moment: Tensor  # (C, C) float32, symmetric
+    moment: Tensor  # (C, C) float32, symmetric
     num_tokens: int
     routed_tokens: int | None = None  # of an expert: how many of them were routed to it
+    input_drift: Tensor | None = None  # (C, C): mean of (original input - own input) times own input
+    output_drift: Tensor | None = None  # (rows, C): mean of what the residual stream lacks times own input
 
     @property
     def confidence(self) -> float:
@@ -40,11 +49,45 @@ class InputStatistics:
         """Of the input as linears with these scales folded in read it."""
         if scales is None:
             return self
-        moment = self.second_moment / torch.outer(scales, scales)
-        return replace(self, abs_mean=self.abs_mean / scales, second_moment=moment)
+        moment = self.moment / torch.outer(scales, scales)
+        return replace(self, abs_mean=self.abs_mean / scales, moment=moment)
+
+    def corrected(self, weight: Tensor) -> Tensor:
+        """The weights (rows, C) that bring the output nearest to the original's; unchanged if none can.
+
+        The correction is the ridge regression of what is missing on the input, and shrinks where the tokens
+        are few for the number of channels.
+        """
+        if self.output_drift is not None:
+            drift = self.output_drift
+        elif self.input_drift is not None:
+            drift = weight @ self.input_drift
+        else:
+            return weight
+        damped = self.moment.clone()
+        damped.diagonal().add_(CORRECTION_DAMPING * damped.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed):
+            return weight
+        trust = self.num_tokens / (self.num_tokens + weight.shape[1])
+        corrected = weight + trust * torch.cholesky_solve(drift.T, lower).T
+        # Also false for what is not a number.
+        return corrected if bool(corrected.abs().amax() <= FLOAT16_LIMIT) else weight
 
     def to(self, device: torch.device) -> InputStatistics:
-        return replace(self, abs_mean=self.abs_mean.to(device), second_moment=self.second_moment.to(device))
+        return replace(self, abs_mean=self.abs_mean.to(device), moment=self.moment.to(device))
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a calibration pass leaves behind of a layer: per group, and one window for self-checks."""
+
+    groups: list[InputStatistics]
+    probe: tuple[Tensor, Tensor]  # the layer's input and output, (1, tokens, hidden)
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        groups = [group.to(device) for group in self.groups]
+        return LayerStatistics(groups, (self.probe[0].to(device), self.probe[1].to(device)))
 
 
 class InputCollector:

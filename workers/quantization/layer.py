@@ -26,7 +26,6 @@ from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.omniquant import Draft, Lesson, Teacher
-from workers.quantization.paired_pass import PairedStatistics
 from workers.quantization.rounding import (
     FoldedLinear,
     RoundedLinear,
@@ -37,7 +36,7 @@ from workers.quantization.rounding import (
 from workers.quantization.scale_search import ScaleChoice, ScaledLinear, search_scales
 
 # Groups, the layer's weights so far (scaled, some rounded), the scales by group -> what the groups see.
-Observe = Callable[[Sequence[int], dict[str, Tensor], Sequence[Tensor | None]], list[PairedStatistics]]
+Observe = Callable[[Sequence[int], dict[str, Tensor], Sequence[Tensor | None]], list[InputStatistics]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
                 if name in task.schemes:
                     plain = folded[name + ".weight"]
                     linears[name] = linear = FoldedLinear(
-                        name, seen.corrected(plain), seen.inputs.second_moment, task.schemes[name], plain
+                        name, seen.corrected(plain), seen.moment, task.schemes[name], plain
                     )
                     task.refuse_overflow(linear)
                     rounded = round_linear(linear, task.recipe, task.dtype)
@@ -119,7 +118,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
     result = LayerResult(quantized, stored_dense(task, folded), report)
     if task.chain is not None and task.recipe.method == "omniquant":
         scaled = tuple(choice is not None for choice in choices)
-        return taught(task, linears, folded, scaled, result)
+        return learned_layer(task, linears, folded, scaled, result)
     return result, folded
 
 
@@ -133,7 +132,7 @@ def stored_dense(task: LayerTask, folded: dict[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def taught(
+def learned_layer(
     task: LayerTask,
     linears: dict[str, FoldedLinear],
     folded: dict[str, Tensor],
@@ -143,19 +142,19 @@ def taught(
     """The layer after OmniQuant's lesson, and its folded but unrounded weights."""
     assert task.chain is not None
     groups = task.architecture.groups
-    wanted = {**folded, **{name + ".weight": linear.weight for name, linear in linears.items()}}
-    draft = Draft(task.architecture, task.heads, task.dtype, wanted, scaled, start.quantized)
+    aims = {**folded, **{name + ".weight": linear.weight for name, linear in linears.items()}}
+    draft = Draft(task.architecture, task.heads, task.dtype, aims, scaled, start.quantized)
     teacher = Teacher(draft, task.chain.lesson())
     learned = teacher.teach(task.recipe.search.epochs, fixed_integers=task.recipe.rounds_with_gptq)
     folded = fold_scales(folded, task.heads, groups, learned.scales)
-    wanted = fold_scales(wanted, task.heads, groups, learned.scales)
+    aims = fold_scales(aims, task.heads, groups, learned.scales)
     losses = {}
     for group, choice in zip(groups, learned.scales, strict=True):
         for name in (name for name in group.balance_layers if name in linears):
             moment = linears[name].moment
             if choice is not None:
                 moment = moment / torch.outer(choice.scales, choice.scales)
-            rows = row_losses(wanted[name + ".weight"], learned.quantized[name], moment)
+            rows = row_losses(aims[name + ".weight"], learned.quantized[name], moment)
             losses[name] = float(rows.sum())
     report = [entry.model_copy(update={"loss": losses[entry.linear]}) for entry in start.report]
     result = LayerResult(learned.quantized, stored_dense(task, folded), report, learned.report)
@@ -164,15 +163,12 @@ def taught(
 
 def observed(
     task: LayerTask, stage: Sequence[int], weights: dict[str, Tensor], choices: list[ScaleChoice | None]
-) -> list[PairedStatistics]:
+) -> list[InputStatistics]:
     """What the groups of a stage see: on their recipe's own chain, or as calibrated on the original."""
     scales = [None if choice is None else choice.scales for choice in (choices[index] for index in stage)]
     if task.chain is not None:
         return task.chain.observe(stage, weights, scales)
-    return [
-        PairedStatistics(task.statistics[index].scaled(factor))
-        for index, factor in zip(stage, scales, strict=True)
-    ]
+    return [task.statistics[index].scaled(factor) for index, factor in zip(stage, scales, strict=True)]
 
 
 def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
@@ -198,8 +194,8 @@ def unscaled_for(task: LayerTask, group: ScaleGroup) -> str | None:
     if group.unscaled is not None:
         return group.unscaled
     scaled = group.balance_layers + ((group.smooth_layer,) if group.smooth_kind == "linear" else ())
-    kept = [name for name in scaled if name not in task.schemes]
-    return f"no scales: {kept[0]} keeps its precision" if kept else None
+    unquantized = [name for name in scaled if name not in task.schemes]
+    return f"no scales: {unquantized[0]} keeps its precision" if unquantized else None
 
 
 def entry_of(
@@ -214,8 +210,7 @@ def entry_of(
     if task.recipe.searches_clip:
         width = linear.weight.shape[1] // linear.scheme.groups(linear.weight.shape[1])
         backend = clip_backend(linear.weight.device, width)
-    known = {"reason": reason, "energy": output_energy(linear), "backend": backend}
-    return entry.model_copy(update=known)
+    return entry.model_copy(update={"reason": reason, "energy": output_energy(linear), "backend": backend})
 
 
 def few_tokens(statistics: InputStatistics) -> str | None:
@@ -245,7 +240,7 @@ def output_energy(linear: FoldedLinear) -> float:
     return float(losses.quick_row_losses(linear.weight, linear.moment).sum())
 
 
-def held_range(choice: ScaleChoice | None, rounded: RoundedLinear) -> tuple[float, float]:
+def integer_range(choice: ScaleChoice | None, rounded: RoundedLinear) -> tuple[float, float]:
     """Medians over groups of the smallest and largest weight that the integers hold, in the model's units."""
     scale, zero = rounded.weight.scale, rounded.weight.zero.float()
     top = 2**rounded.weight.scheme.bits - 1
@@ -259,7 +254,7 @@ def linear_report(
     name: str, choice: ScaleChoice | None, loss_rounding: float, rounded: RoundedLinear
 ) -> LinearReport:
     unclipped, scheme = rounded.loss_unclipped, rounded.weight.scheme
-    low, high = held_range(choice, rounded)
+    low, high = integer_range(choice, rounded)
     return LinearReport(
         linear=name,
         bits=scheme.bits,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,45 +22,12 @@ from workers.modeling.decoder import Decoder, LayerArguments
 from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
 from workers.quantization.omniquant import Lesson
 from workers.quantization.reduction import ALONE, Ranks
-from workers.quantization.scale_search import FLOAT16_LIMIT
 
 LESSON_WINDOWS = 32  # of the calibration text, that a layer is taught with
 HELD_BACK = 5  # one of so many further parts of it judges what was learned
 STEP_WINDOWS = 4  # per step
-CORRECTION_DAMPING = 0.01  # of the mean diagonal, added to it
 
 Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class PairedStatistics:
-    """Of one group's input in the copy, with C channels, as the folded linears read it."""
-
-    inputs: InputStatistics
-    input_drift: Tensor | None = None  # (C, C): mean of (original input - own input) times own input
-    output_drift: Tensor | None = None  # (rows, C): mean of what the residual stream lacks times own input
-
-    def corrected(self, weight: Tensor) -> Tensor:
-        """The weights (rows, C) that bring the output nearest to the original's; unchanged if none can.
-
-        The correction is the ridge regression of what is missing on the input, and shrinks where the tokens
-        are few for the number of channels.
-        """
-        if self.output_drift is not None:
-            drift = self.output_drift
-        elif self.input_drift is not None:
-            drift = weight @ self.input_drift
-        else:
-            return weight
-        damped = self.inputs.second_moment.clone()
-        damped.diagonal().add_(CORRECTION_DAMPING * damped.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if bool(failed):
-            return weight
-        trust = self.inputs.num_tokens / (self.inputs.num_tokens + weight.shape[1])
-        corrected = weight + trust * torch.cholesky_solve(drift.T, lower).T
-        # Also false for what is not a number.
-        return corrected if bool(corrected.abs().amax() <= FLOAT16_LIMIT) else weight
 
 
 class PairedPass:
@@ -94,7 +61,7 @@ class PairedPass:
     @torch.no_grad()
     def observe(
         self, groups: Sequence[int], original: Weights, own: Weights, scales: Sequence[Tensor | None]
-    ) -> list[PairedStatistics]:
+    ) -> list[InputStatistics]:
         """The groups' statistics; `scales` per group: what divides their inputs in the copy."""
         architecture = self.decoder.architecture.at(self.layer)
         chosen = [architecture.groups[index] for index in groups]
@@ -107,10 +74,10 @@ class PairedPass:
         ):
             state = self.state_of(module, own)
             for mine, theirs in zip(self.own, self.original, strict=True):
-                wanted = seen.run(module, {}, theirs, self.called_with(theirs))
-                found = seen.run(module, state, mine, self.called_with(mine))
+                original_values = seen.run(module, {}, theirs, self.called_with(theirs))
+                own_values = seen.run(module, state, mine, self.called_with(mine))
                 for drift in watched:
-                    drift.add(wanted, found)
+                    drift.add(original_values, own_values)
         for drift in watched:
             drift.add_up(self.ranks)
         if not self.ranks.is_first:
@@ -118,7 +85,7 @@ class PairedPass:
         prefix = architecture.layer_prefix(self.layer)
         return [drift.result(prefix + drift.group.balance_layers[0]) for drift in watched]
 
-    def observe_experts(self, groups: Sequence[int], own: Weights) -> list[PairedStatistics]:
+    def observe_experts(self, groups: Sequence[int], own: Weights) -> list[InputStatistics]:
         """Routers send tokens elsewhere in the copy, so experts have no pairs: moments alone."""
         architecture = self.decoder.architecture.at(self.layer)
         with (
@@ -131,42 +98,39 @@ class PairedPass:
             return []
         prefix = architecture.layer_prefix(self.layer)
         names = [prefix + architecture.groups[index].balance_layers[0] for index in groups]
-        return [
-            PairedStatistics(collectors[index].result(name))
-            for index, name in zip(groups, names, strict=True)
-        ]
+        return [collectors[index].result(name) for index, name in zip(groups, names, strict=True)]
 
     @torch.no_grad()
     def lesson(self, original: Weights) -> Lesson:
         """What the present layer is taught with: states of the copy, outputs of the original."""
-        inputs, targets, places = list[Tensor](), list[Tensor](), self.lesson_places()
+        inputs, targets, sections = list[Tensor](), list[Tensor](), self.lesson_sections()
         with self.decoder.layer(self.layer, original) as module:
-            for batch, start in places:
+            for batch, start in sections:
                 owner = self.ranks.owner(batch)
                 if self.ranks.rank == owner:
-                    part, place = slice(start, start + self.size), batch // self.ranks.size
-                    mine, theirs = self.own[place][part].contiguous(), self.original[place][part]
-                    wanted = self.decoder.advance(module, theirs, self.called_with(theirs)).contiguous()
+                    windows, number = slice(start, start + self.size), batch // self.ranks.size
+                    mine, theirs = self.own[number][windows].contiguous(), self.original[number][windows]
+                    target = self.decoder.advance(module, theirs, self.called_with(theirs)).contiguous()
                 else:
                     mine = self.own[0].new_empty(self.size, *self.own[0].shape[1:])
-                    wanted = torch.empty_like(mine)
-                for value, found in ((mine, inputs), (wanted, targets)):
+                    target = torch.empty_like(mine)
+                for value, values in ((mine, inputs), (target, targets)):
                     self.ranks.bring(value, owner)
-                    found.append(value)
-        return Lesson(inputs, targets, held_back(len(places)), self.forward)
+                    values.append(value)
+        return Lesson(inputs, targets, held_back(len(sections)), self.forward)
 
-    def lesson_places(self) -> list[tuple[int, int]]:
+    def lesson_sections(self) -> list[tuple[int, int]]:
         """Batch and first window of each part of the lesson: the first windows of the text that fit.
 
         So many that LESSON_WINDOWS are learned from, beside those that are held back.
         """
-        places = [
+        sections = [
             (batch, start)
             for batch, windows in enumerate(self.windows)
             for start in range(0, windows - self.size + 1, self.size)
         ]
         learned = -(-LESSON_WINDOWS // self.size)
-        return places[: learned + held_back(learned * HELD_BACK // (HELD_BACK - 1))]
+        return sections[: learned + held_back(learned * HELD_BACK // (HELD_BACK - 1))]
 
     def forward(self, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
         """The present layer's output with these weights; gradients reach them."""
@@ -186,9 +150,9 @@ class PairedPass:
         }
 
 
-def held_back(parts: int) -> int:
+def held_back(count: int) -> int:
     """How many of a lesson's parts are not learned from: none if there is but one."""
-    return 0 if parts == 1 else max(1, parts // HELD_BACK)
+    return 0 if count == 1 else max(1, count // HELD_BACK)
 
 
 class Reached(Exception):
@@ -248,16 +212,16 @@ class Drift:
         self.collector = InputCollector()
         self.total: Tensor | None = None
 
-    def add(self, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    def add(self, original: dict[str, Tensor], copy: dict[str, Tensor]) -> None:
         """What one batch gave in the original and in the copy."""
-        own = found[self.group.source]
+        own = copy[self.group.source]
         self.collector.add(own)
         if self.group.joins is not None:
-            missing = wanted[self.group.joins] - found[self.group.joins]
+            missing = original[self.group.joins] - copy[self.group.joins]
         elif self.scales is not None:
-            missing = wanted[self.group.source] / self.scales - own
+            missing = original[self.group.source] / self.scales - own
         else:
-            missing = wanted[self.group.source] - own
+            missing = original[self.group.source] - own
         product = missing.T @ own
         self.total = product if self.total is None else self.total.add_(product)
 
@@ -267,10 +231,10 @@ class Drift:
         self.collector.add_up(ranks)
         ranks.add_up([self.total])
 
-    def result(self, name: str) -> PairedStatistics:
-        inputs = self.collector.result(name)
+    def result(self, name: str) -> InputStatistics:
+        statistics = self.collector.result(name)
         assert self.total is not None
-        mean = self.total / inputs.num_tokens
+        mean = self.total / statistics.num_tokens
         if self.group.joins is not None:
-            return PairedStatistics(inputs, output_drift=mean)
-        return PairedStatistics(inputs, input_drift=mean)
+            return replace(statistics, output_drift=mean)
+        return replace(statistics, input_drift=mean)

@@ -18,7 +18,7 @@ from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.clip_search import search_clip, smallest_factor
 from workers.quantization.gptq import round_gptq
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
-from workers.quantization.scale_search import FLOAT16_LIMIT
+from workers.quantization.input_statistics import FLOAT16_LIMIT
 
 # How far ranges are shrunk for GPTQ, as shares of what the clip search may cut off at most.
 SHRUNK = {2: (0.7, 1.0, 1.3), 3: (0.3, 0.5, 0.7), 4: (0.15, 0.3, 0.45), 8: (0.0,)}
@@ -88,14 +88,14 @@ def refuse_overflow(
     largest = float(linear.weight.abs().amax())
     if not largest > limit:  # also of what is not a number: the losses tell
         return
-    kept = f"let `ignore` match {set_names(fused)} of this layer"
+    ignoring = f"let `ignore` match {set_names(fused)} of this layer"
     if float(original.abs().amax()) <= limit:
-        why, remedy = "with their scales folded in", f"use method rtn or gptq, which fold none, or {kept}"
+        why, remedy = "with their scales folded in", f"use method rtn or gptq, which fold none, or {ignoring}"
     elif in_float16:
         why = "in files that are run in float16"
-        remedy = f"use a bfloat16 model and the format compressed-tensors alone, or {kept}"
+        remedy = f"use a bfloat16 model and the format compressed-tensors alone, or {ignoring}"
     else:
-        why, remedy = f"at {linear.scheme.bits} bits", f"use more bits, or {kept}"
+        why, remedy = f"at {linear.scheme.bits} bits", f"use more bits, or {ignoring}"
     raise RecipeUnsupported(
         f"{linear.name}: weights up to {largest:.3g} are beyond the limit of {limit:.3g} {why}",
         code="weights_overflow", remedy=remedy,

@@ -21,12 +21,11 @@ from app.core.records.specs import SearchSpec
 from kernels.search.losses import has_matrix_units, quick_dtype, row_losses
 from kernels.search.search_operators import rounding_errors
 from workers.quantization.grid import grouped_view
-from workers.quantization.input_statistics import InputStatistics
+from workers.quantization.input_statistics import FLOAT16_LIMIT, InputStatistics
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
 SAMPLED_ROWS = 512  # of a group's linears together, to rank candidates on
 FINALISTS = 4  # candidates that are compared on all rows, the identity among them
-FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded
 ERRORS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}  # values; bounds memory
 
 
@@ -135,14 +134,14 @@ class Candidates:
 
 def exponents(search: SearchSpec) -> list[tuple[float, float]]:
     """Exponents of both means on the grid, without the identity."""
-    found: list[tuple[float, float]] = []
+    pairs: list[tuple[float, float]] = []
     ratios = [step / search.grid_points for step in range(search.grid_points + 1)]
     if search.duo_scaling is not True:
-        found += [(ratio, 0.0) for ratio in ratios[1:]]
+        pairs += [(ratio, 0.0) for ratio in ratios[1:]]
     if search.duo_scaling is not False:
         # Ratio 1 is the same with and without the weights.
-        found += [(r, 1 - r) for r in (ratios if search.duo_scaling is True else ratios[:-1])]
-    return found
+        pairs += [(r, 1 - r) for r in (ratios if search.duo_scaling is True else ratios[:-1])]
+    return pairs
 
 
 def grid_scales(grid: list[tuple[float, float]], x_mean: Tensor, w_mean: Tensor) -> Tensor:
@@ -161,9 +160,9 @@ def candidates(
     grid = exponents(search)
     scales = fold.representable(grid_scales(grid, x_mean, w_mean) ** statistics.confidence)
     fitting = fold.fits(scales).tolist()
-    kept = [index for index, fits in enumerate(fitting) if fits]
-    spread = fold.spread(torch.cat([torch.ones_like(x_mean)[None], scales[kept]]))
-    return Candidates([(0.0, 0.0), *(grid[index] for index in kept)], spread)
+    usable = [index for index, fits in enumerate(fitting) if fits]
+    spread = fold.spread(torch.cat([torch.ones_like(x_mean)[None], scales[usable]]))
+    return Candidates([(0.0, 0.0), *(grid[index] for index in usable)], spread)
 
 
 def rounding_losses(
@@ -182,26 +181,26 @@ def rounding_losses(
     """
     limit = ERRORS_AT_ONCE[moment.device.type]
     total = torch.zeros(len(scales), device=moment.device)
-    for part in parts(linears, limit):
-        count = max(1, limit // sum(linear.weight.numel() for linear in part))
+    for batch in batches_of(linears, limit):
+        count = max(1, limit // sum(linear.weight.numel() for linear in batch))
         losses = []
         for some in torch.split(scales, count):
-            errors = [linear.rounding_errors(some, dtype, range_factor, moment.dtype) for linear in part]
+            errors = [linear.rounding_errors(some, dtype, range_factor, moment.dtype) for linear in batch]
             joined = torch.cat(errors, dim=1) if len(errors) > 1 else errors[0]
             losses.append(row_losses(joined.flatten(0, 1), moment).view(len(some), -1).sum(dim=1))
         total += torch.cat(losses)
     return total
 
 
-def parts(linears: list[ScaledLinear], limit: int) -> Iterator[list[ScaledLinear]]:
+def batches_of(linears: list[ScaledLinear], limit: int) -> Iterator[list[ScaledLinear]]:
     """Linears to be treated together, up to `limit` weights: one product for many small experts."""
-    part: list[ScaledLinear] = []
+    batch: list[ScaledLinear] = []
     for linear in linears:
-        if part and sum(each.weight.numel() for each in part) + linear.weight.numel() > limit:
-            yield part
-            part = []
-        part.append(linear)
-    yield part
+        if batch and sum(each.weight.numel() for each in batch) + linear.weight.numel() > limit:
+            yield batch
+            batch = []
+        batch.append(linear)
+    yield batch
 
 
 def ranking_dtype(device: torch.device) -> torch.dtype:
@@ -226,7 +225,7 @@ def search_scales(
 
     All candidates are ranked on a sample of rows; the best few and the identity are compared on all rows.
     """
-    tried, moment = candidates(linears, statistics, fold, search), statistics.second_moment
+    tried, moment = candidates(linears, statistics, fold, search), statistics.moment
     quick = moment.to(ranking_dtype(moment.device))
     finalists = rank(sampled(linears, SAMPLED_ROWS), tried, quick, fold)
     if quick_dtype(moment.device, len(moment)) != quick.dtype:

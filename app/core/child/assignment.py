@@ -6,6 +6,10 @@ protocol carries `nibble quantize`, where the terminal takes the supervisor's pl
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +29,7 @@ class Assignment(Frozen):
     model_name: str  # for people: model cards, the report
     model_digest: str  # sha256 over the model's files
     model_notes: tuple[str, ...] = ()  # what was left out of the model's folder, and why
+    calibration_digest: str  # of the calibration text's content
     calibration_file: Path | None = None  # fetched jsonl or text; None for builtin and inline
     evaluation_file: Path | None = None
     work_folder: Path  # checkpoints/ is restored before the start; output/ is made by the child
@@ -34,6 +39,19 @@ class Assignment(Frozen):
     threads: int | None = None  # CPU threads; None leaves torch's choice
     shard_bytes: int = 4 * 1024**3
     profile: DeviceProfile | None = None  # of the device, for the report's prediction
+
+    def layers_identity(self, recipes: Sequence[Recipe]) -> str:
+        """What layers that are finished for these recipes belong to; without recipes, their statistics.
+
+        With another model, text, recipe, kind of device or version of Nibble they are of no use.
+        """
+        calibration = self.spec.calibration.model_dump(exclude={"texts", "dataset"})
+        return digest_of(
+            [
+                LAYERS_VERSION, version("nibble"), self.model_digest, self.calibration_digest, calibration,
+                self.device.partition(":")[0], [recipe.model_dump() for recipe in recipes],
+            ]
+        )  # fmt: skip
 
 
 class StageStarted(Frozen):
@@ -93,6 +111,13 @@ ProgressMessage = Annotated[
 ]
 progress_messages: TypeAdapter[ProgressMessage] = TypeAdapter(ProgressMessage)
 
+
+def digest_of(value: object) -> str:
+    """SHA-256 of a value as JSON, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+LAYERS_VERSION = 3  # of the files that hold finished layers
 CHECKPOINTS = "checkpoints"
 OUTPUT = "output"
 REPORT = f"{OUTPUT}/report.json"

@@ -9,10 +9,10 @@ from app.core.child.assignment import CHECKPOINTS, Checkpointed
 from app.core.errors import Unavailable
 from app.core.records.ids import new_id
 from app.core.records.job import Job
-from app.core.records.specs import CalibrationSpec, JobSpec, Recipe
+from app.core.records.specs import JobSpec
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.storage_keys import checkpoint_prefix
-from workers.attempts.checkpoints import CheckpointMirror, checkpoint_key
+from workers.attempts.checkpoints import CheckpointMirror
 
 
 @pytest.fixture
@@ -109,22 +109,3 @@ def test_an_empty_checkpoint_is_one(objects: FlakyStore, job: Job, tmp_path: Pat
     mirror.put(Checkpointed(key="mark"))
     assert mirror_of(objects, job, tmp_path / "2").restore(nothing) == ["mark"]
     assert (tmp_path / "2" / CHECKPOINTS / "mark").read_bytes() == b""
-
-
-def test_the_key_depends_on_all_that_shapes_a_layer(job: Job) -> None:
-    def key(job: Job, model: str = "m", text: str = "t", device: str = "cpu") -> str:
-        return checkpoint_key(job, model=model, text=text, device=device)
-
-    def with_spec(**changes: object) -> Job:
-        return job.model_copy(update={"spec": job.spec.model_copy(update=changes)})
-
-    other = [
-        key(job, model="n"),
-        key(job, text="u"),
-        key(job, device="cuda:0"),
-        key(with_spec(recipe=Recipe(bits=3))),
-        key(with_spec(calibration=CalibrationSpec(seed=1))),
-    ]
-    assert len({key(job), *other}) == 6
-    assert key(job, device="cuda:0") == key(job, device="cuda:1")
-    assert key(with_spec(formats=("awq",), timeout_s=5, labels={"a": "b"})) == key(job)

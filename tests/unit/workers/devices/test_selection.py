@@ -17,9 +17,9 @@ import torch
 
 from app.core.errors import DeviceFault, NibbleError, OutOfMemory
 from tests.tiny_models import assignment, random_model, save_model, tiny_spec
-from workers.child.calibration_rank import run as run_rank
-from workers.child.pipeline import Pipeline
-from workers.child.ranks import RankAssignment, SharedWork
+from workers.child import calibration_rank
+from workers.child.job_run import run_job
+from workers.child.ranks import RankAssignment, SharedLayers
 from workers.devices import profile_measurement
 from workers.devices.selection import select_device
 from workers.serving.__main__ import ReadyPipe, parse_arguments, run
@@ -94,16 +94,16 @@ def load(folder: Path, _: Path) -> None:
 
 
 def quantize(folder: Path, work: Path) -> None:
-    Pipeline(assignment(tiny_spec(), folder, work, device=GPU), lambda message: None)
+    run_job(assignment(tiny_spec(), folder, work, device=GPU), lambda message: None)
 
 
 def calibrate(folder: Path, work: Path) -> None:
     job = assignment(tiny_spec(), folder, work, device=GPU)
-    run_rank(
-        RankAssignment(
-            assignment=job, work=SharedWork(start=0, stop=1), rank=1, size=2, rendezvous=work / "meet"
-        )
-    )
+    shared = SharedLayers(start=0, stop=1)
+    rank = RankAssignment(assignment=job, shared=shared, rank=1, size=2, rendezvous=work / "meet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_rank, "joined", torch.cuda.synchronize)  # NCCL asks CUDA, too
+        calibration_rank.run(rank)
 
 
 def profile(_: Path, work: Path) -> None:

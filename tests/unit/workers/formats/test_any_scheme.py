@@ -109,7 +109,7 @@ def test_every_architecture_in_every_format(tmp_path: Path, name: str) -> None:
         ignore = ("lm_head", r"re:.*_a_proj.*") if other == "gptq" else ("lm_head",)
         recipe = Recipe(method="rtn", group_size=32, symmetric=other == "gptq", ignore=ignore)
         run = EngineRun(tiny_spec(recipe, formats=(other, "compressed-tensors")), model, tmp_path / other)
-        plan, source = run.pipeline.plan, run.pipeline.checkpoint
+        plan, source = run.opened.plan, run.opened.checkpoint
         folders = [
             FormatFolder(run.folder(each), each, source, plan, plan.candidates[0])  # type: ignore[arg-type]
             for each in (other, "compressed-tensors")

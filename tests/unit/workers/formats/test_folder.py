@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from workers.child.layer_checkpoints import LayerCheckpoints
 
 from app.core.errors import NibbleError, VerificationFailed
 from app.core.records.specs import Override, Recipe
@@ -27,12 +26,9 @@ class Written:
     """An engine run's folder of one format, with what its layers should hold."""
 
     def __init__(self, run: EngineRun, name: str) -> None:
-        pipeline = run.pipeline
-        identity = pipeline.open_checkpoints(pipeline.read_texts()[0]).identity
-        self.checkpoints = LayerCheckpoints(run.work / "checkpoints", identity, lambda _: None)
-        self.folder = FormatFolder(
-            run.folder(name), name, pipeline.checkpoint, pipeline.plan, pipeline.plan.candidates[0]  # type: ignore[arg-type]
-        )  # fmt: skip
+        source, plan = run.opened.checkpoint, run.opened.plan
+        self.checkpoints = run.checkpoints()
+        self.folder = FormatFolder(run.folder(name), name, source, plan, plan.candidates[0])  # type: ignore[arg-type]
 
     def load_layer(self, layer: int) -> LayerResult:
         return self.checkpoints.load_layer(0, layer)
@@ -101,7 +97,7 @@ def test_a_missing_tensor_or_file_end_is_noticed(engine_run: EngineRun) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_not_quantized_is_copied_bit_for_bit(engine_run: EngineRun, name: str) -> None:
     folder = engine_run.folder(name)
-    before = load_file(engine_run.pipeline.checkpoint.folder / "model.safetensors")
+    before = load_file(engine_run.opened.checkpoint.folder / "model.safetensors")
     after = load_file(folder / "model.safetensors")
     kept = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     kept += ["model.layers.1.mlp.down_proj.weight"]
@@ -122,7 +118,7 @@ def test_the_folder_has_all_that_a_loader_needs(engine_run: EngineRun, name: str
         *(["quantize_config.json"] if name == "gptq" else []),
     }  # fmt: skip
     assert (folder / "tokenizer.json").read_bytes() == (TOKENIZER / "tokenizer.json").read_bytes()
-    source = engine_run.pipeline.checkpoint.folder
+    source = engine_run.opened.checkpoint.folder
     generation = "generation_config.json"
     assert (folder / generation).read_bytes() == (source / generation).read_bytes()
     config = json.loads((folder / "config.json").read_text())

@@ -41,7 +41,7 @@ def streamed_logits(decoder: Decoder) -> list[Tensor]:
 
 def layer_task(decoder: Decoder, run: CalibrationPass, layer: int) -> tuple[LayerTask, tuple[Tensor, Tensor]]:
     weights = {name: value.float() for name, value in decoder.layer_weights(layer).items()}
-    statistics, *probe = run.collect(weights)
+    statistics = run.collect(weights)
     architecture = decoder.architecture.at(layer)
     scheme = Scheme(bits=4, group_size=32, symmetric=False)
     task = LayerTask(
@@ -50,10 +50,10 @@ def layer_task(decoder: Decoder, run: CalibrationPass, layer: int) -> tuple[Laye
         schemes=dict.fromkeys(architecture.linears, scheme),
         heads=Heads.of(decoder.checkpoint.config),
         weights=weights,
-        statistics=statistics,
+        statistics=statistics.groups,
         dtype=torch.float32,
     )
-    return task, (probe[0], probe[1])
+    return task, statistics.probe
 
 
 def test_the_table_is_covered() -> None:

@@ -42,8 +42,8 @@ def test_it_is_never_behind_the_grid_it_starts_from(bits: int, seed: int, clip: 
     grid = search_scales(group, statistics, FOLD, spec(clip=clip))
     found = evolve_scales(group, statistics, FOLD, spec(seed=seed, clip=clip), grid)
     loss = clipped_loss if clip else unclipped_loss
-    before = loss(group, grid.scales, statistics.second_moment, FOLD)
-    after = loss(group, found.scales, statistics.second_moment, FOLD)
+    before = loss(group, grid.scales, statistics.moment, FOLD)
+    after = loss(group, found.scales, statistics.moment, FOLD)
     assert after <= before
 
 
@@ -51,8 +51,8 @@ def test_it_improves_on_a_coarse_grid() -> None:
     statistics, group = statistics_with_outliers(0), linears(3)
     grid = search_scales(group, statistics, FOLD, spec(grid_points=2))
     found = evolve_scales(group, statistics, FOLD, spec(grid_points=2, budget=96), grid)
-    before = clipped_loss(group, grid.scales, statistics.second_moment, FOLD)
-    assert clipped_loss(group, found.scales, statistics.second_moment, FOLD) < before
+    before = clipped_loss(group, grid.scales, statistics.moment, FOLD)
+    assert clipped_loss(group, found.scales, statistics.moment, FOLD) < before
 
 
 def test_a_seed_decides_the_outcome() -> None:

@@ -29,9 +29,7 @@ def test_sums_equal_numpy(lengths: list[int], channels: int, seed: int) -> None:
     rows = np.concatenate([batch.reshape(-1, channels).numpy() for batch in batches]).astype(np.float64)
     assert statistics.num_tokens == len(rows)
     np.testing.assert_allclose(statistics.abs_mean.numpy(), np.abs(rows).mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(
-        statistics.second_moment.numpy(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(statistics.moment.numpy(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [BLOCK - 1, BLOCK, 2 * BLOCK + 17])
@@ -40,7 +38,7 @@ def test_blocks_join_to_the_whole_matrix(channels: int) -> None:
     collector = InputCollector()
     collector.add(rows[:20])
     collector.add(rows[20:])
-    moment = collector.result("x").second_moment
+    moment = collector.result("x").moment
     assert torch.equal(moment, moment.T)
     expected = (rows.double().T @ rows.double() / 50).float()
     torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-5)
@@ -52,7 +50,7 @@ def test_half_precision_inputs_are_summed_in_float32() -> None:
     collector.add(rows)
     statistics = collector.result("x")
     assert statistics.abs_mean.tolist() == [3.0]
-    assert statistics.second_moment.tolist() == [[9.0]]
+    assert statistics.moment.tolist() == [[9.0]]
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])

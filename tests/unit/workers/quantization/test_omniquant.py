@@ -49,8 +49,8 @@ class LayerCase:
             dtype,
         )
         self.weights = {key: value.to(dtype).float() for key, value in decoder.layer_weights(0).items()}
-        self.statistics, *probe = self.run.collect(self.weights)
-        self.probe = (probe[0], probe[1])
+        collected = self.run.collect(self.weights)
+        self.statistics, self.probe = collected.groups, collected.probe
         self.heads = Heads.of(checkpoint.config)
 
     def task(self, **recipe: object) -> LayerTask:

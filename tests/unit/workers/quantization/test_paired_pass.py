@@ -14,7 +14,7 @@ from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization.folding import Heads, fold_scales
 from workers.quantization.input_statistics import InputStatistics
-from workers.quantization.paired_pass import PairedPass, PairedStatistics, watching
+from workers.quantization.paired_pass import PairedPass, watching
 from workers.quantization.scale_search import ScaleChoice
 
 MODELS = {"llama": ("llama", {}), "qwen2": ("qwen2", {}), **OTHER_MODELS}
@@ -129,14 +129,13 @@ def test_experts_have_moments_but_no_pairs(tmp_path: Path) -> None:
     stage = next(stage for stage in architecture.stages if architecture.groups[stage[0]].expert)
     assert len(stage) == 4
     for seen in run.observe(stage, weights, weights, [None] * 4):
-        assert seen.inputs.routed_tokens is not None
-        value = torch.randn(8, seen.inputs.second_moment.shape[0])
+        assert seen.routed_tokens is not None
+        value = torch.randn(8, seen.moment.shape[0])
         assert torch.equal(seen.corrected(value), value)
 
 
-def statistics(moment: Tensor, tokens: int, drift: Tensor) -> PairedStatistics:
-    inputs = InputStatistics(moment.diagonal().sqrt(), moment, tokens)
-    return PairedStatistics(inputs, output_drift=drift)
+def statistics(moment: Tensor, tokens: int, drift: Tensor) -> InputStatistics:
+    return InputStatistics(moment.diagonal().sqrt(), moment, tokens, output_drift=drift)
 
 
 def test_the_correction_shrinks_with_few_tokens_and_stays_away_without_any_signal() -> None:

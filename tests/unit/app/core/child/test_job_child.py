@@ -33,6 +33,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         model_folder=tmp_path,
         model_name="name",
         model_digest="0",
+        calibration_digest="0",
         work_folder=work_folder,
     )
 

@@ -14,7 +14,7 @@ from app.core.records.job import Stage
 from app.core.records.specs import JobSpec
 from app.core.sources.model_source import inspect_model, open_model
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
-from workers.child import pipeline
+from workers.child import work
 from workers.quantization import evaluation, input_statistics, paired_pass, scale_search
 
 
@@ -36,7 +36,7 @@ def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
     assert cost_model.MOMENT_BLOCK == input_statistics.BLOCK
     assert cost_model.FINALISTS == scale_search.FINALISTS
-    assert cost_model.BATCH_TOKENS == pipeline.BATCH_TOKENS
+    assert cost_model.BATCH_TOKENS == work.BATCH_TOKENS
     assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
 
 

@@ -202,7 +202,7 @@ def check_sizes(run: EngineRun) -> None:
         for file in (run.work / output.folder).glob("*.safetensors"):
             with file.open("rb") as opened:
                 written += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
-        candidate = run.pipeline.plan.candidates[output.recipe_index]
+        candidate = run.opened.plan.candidates[output.recipe_index]
         assert candidate.output_bytes[output.format] == written
 
 

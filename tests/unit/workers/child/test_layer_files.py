@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and what is broken or foreign is never used."""
+"""What is saved of layers comes back bit by bit, and what is broken or of other work is never used."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from workers.child.layer_checkpoints import LayerCheckpoints, resume_layer
-from workers.child.stamped_files import identity_digest
+from safetensors import SafetensorError
 
 from app.core.child.assignment import Checkpointed
 from app.core.formats.file_format import Scheme
 from app.core.jobs.report import LayerReport, LinearReport
+from workers.child.layer_files import LayerCheckpoints, StampedFolder, StatisticsStore, resume_layer
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.quantization.input_statistics import InputStatistics, LayerStatistics
 from workers.quantization.layer import LayerResult
 
 
@@ -53,7 +54,9 @@ def test_a_layer_comes_back(tmp_path: Path, *, symmetric: bool) -> None:
     opened(tmp_path).save_layer(1, saved, report(3))
     checkpoints = opened(tmp_path)
     loaded = checkpoints.load_layer(1, 3)
-    assert loaded.quantized["mlp.up_proj"].equals(saved.quantized["mlp.up_proj"])
+    first, second = loaded.quantized["mlp.up_proj"], saved.quantized["mlp.up_proj"]
+    assert first.scheme == second.scheme
+    assert first.packed().equals(second.packed())
     assert loaded.dense.keys() == saved.dense.keys()
     assert torch.equal(loaded.dense["input_layernorm.weight"], saved.dense["input_layernorm.weight"])
     assert checkpoints.layer_report(1, 3) == report(3)
@@ -112,13 +115,6 @@ def test_files_of_other_work_are_not_used(tmp_path: Path) -> None:
     assert resume_layer(first, 1, 1) == 0
 
 
-def test_identity_follows_every_part() -> None:
-    base = identity_digest(model="a", tokens="b", recipes=[{"bits": 4}])
-    assert base == identity_digest(recipes=[{"bits": 4}], tokens="b", model="a")
-    assert base != identity_digest(model="a", tokens="b", recipes=[{"bits": 3}])
-    assert base != identity_digest(model="a", tokens="c", recipes=[{"bits": 4}])
-
-
 def test_states_come_back_in_order_and_replace_older_ones(tmp_path: Path) -> None:
     notes = Notes()
     checkpoints = opened(tmp_path, notes=notes)
@@ -146,3 +142,60 @@ def test_states_that_were_found_are_replaced_by_the_next(tmp_path: Path) -> None
     assert again.latest_states(3) is not None
     again.save_states(4, [torch.ones(1)])
     assert [file.name for file in again.folder.iterdir()] == ["states-00004.safetensors"]
+
+
+def statistics(seed: int = 0) -> LayerStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    groups = [
+        InputStatistics(
+            torch.rand(size, generator=generator), torch.rand(size, size, generator=generator), 7, routed
+        )
+        for size, routed in ((4, None), (6, 3))
+    ]
+    return LayerStatistics(groups, (torch.rand(1, 3, 4, generator=generator), torch.rand(1, 3, 4)))
+
+
+def test_statistics_come_back(tmp_path: Path) -> None:
+    saved = statistics()
+    StatisticsStore(tmp_path / "statistics", "mine").save(2, saved)
+    loaded = StatisticsStore(tmp_path / "statistics", "mine").load(2)
+    for mine, theirs in zip(loaded.groups, saved.groups, strict=True):
+        assert torch.equal(mine.abs_mean, theirs.abs_mean)
+        assert torch.equal(mine.moment, theirs.moment)
+        assert (mine.num_tokens, mine.routed_tokens) == (theirs.num_tokens, theirs.routed_tokens)
+    assert all(torch.equal(*pair) for pair in zip(loaded.probe, saved.probe, strict=True))
+
+
+def test_statistics_that_are_absent_cut_or_foreign_are_missing(tmp_path: Path) -> None:
+    store = StatisticsStore(tmp_path, "mine")
+    assert store.missing(4) == [0, 1, 2, 3]
+    for layer in range(3):
+        store.save(layer, statistics(layer))
+    assert store.missing(4) == [3]
+    path = tmp_path / store.layer_key(1)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert store.missing(4) == [1, 3]
+    assert StatisticsStore(tmp_path, "other").missing(4) == [0, 1, 2, 3]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_was_cut_short_is_none_of_ours(tmp_path: Path) -> None:
+    folder, path = StampedFolder(tmp_path, "work"), tmp_path / "layer.safetensors"
+    folder.write(path.name, {"a": torch.zeros(100)})
+    assert folder.holds(path.name)
+    assert not StampedFolder(tmp_path, "other work").holds(path.name)
+    path.write_bytes(path.read_bytes()[:50])
+    assert not folder.holds(path.name)
+
+
+def test_a_file_that_the_system_does_not_open_is_not_taken_for_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise SafetensorError("Error: Too many open files (os error 24)")
+
+    folder = StampedFolder(tmp_path, "work")
+    folder.write("layer.safetensors", {"a": torch.zeros(100)})
+    monkeypatch.setattr("workers.child.layer_files.safe_open", refused)
+    with pytest.raises(SafetensorError, match="Too many open files"):
+        folder.holds("layer.safetensors")

@@ -1,4 +1,4 @@
-"""What a run says while it works, and the seconds that it counts."""
+"""The clock of a run: the seconds of its stages, and what it reports while they pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Spent(NamedTuple):
     cpu: float
 
 
-class Account:
-    """Stages, notes and progress of one run; each is told to the supervisor as it happens."""
+class StageClock:
+    """Counts the seconds of a run's stages, and sends stages, notes and progress to the supervisor."""
 
     def __init__(self, send: Send, device: torch.device, num_layers: int) -> None:
         self.send, self.device, self.num_layers = send, device, num_layers
@@ -34,7 +34,7 @@ class Account:
         self.inside: list[Spent] = []  # of each stage that runs: what the stages inside it took
         self.notes: list[str] = []
         self.started = time.monotonic()
-        self.span = (0.0, 1.0)  # of the whole job, that `progress` speaks of
+        self.span = (0.0, 1.0)  # what of the whole job `progress` measures
 
     def begin(self, *, open_ended: bool) -> None:
         """Leave room for further candidates if their number is unknown."""
@@ -53,7 +53,7 @@ class Account:
 
     @contextmanager
     def counted(self, stage: Stage, candidate: int | None = None) -> Iterator[None]:
-        """Count the seconds of a stage without a word; inside of another one they are not that one's."""
+        """Count a stage's seconds silently; nested seconds are not charged to the outer stage."""
         started = Spent(time.monotonic(), time.process_time())
         self.inside.append(Spent(0.0, 0.0))
         try:
@@ -71,9 +71,9 @@ class Account:
             if candidate is not None:
                 self.candidate_seconds[candidate][stage] += spent.wall - inner.wall
 
-    def progress(self, part: float, layer: int) -> None:
-        """`part` of the present span is done."""
-        fraction = self.span[0] + part * (self.span[1] - self.span[0])
+    def progress(self, share: float, layer: int) -> None:
+        """Report that this share of the present span is done."""
+        fraction = self.span[0] + share * (self.span[1] - self.span[0])
         spent = time.monotonic() - self.started
         self.send(
             Progressed(

@@ -1,0 +1,115 @@
+"""Layer after layer: calibrate it once, solve it for every recipe, write what was solved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from app.core.jobs.report import WeightHistogram
+from app.core.records.job import Stage
+from workers.child.candidate_files import CandidateFiles
+from workers.child.layer_files import StatisticsStore, resume_layer
+from workers.child.layer_solver import CalibratedLayer, LayerSolver
+from workers.child.layer_writer import LayerWriter
+from workers.child.quantized_chains import QuantizedChains
+from workers.child.ranks import SharedLayers, start_pass, started
+from workers.child.stage_clock import StageClock
+from workers.child.work import Work
+from workers.modeling.prefetch import WeightPrefetch, layer_reads
+from workers.quantization.calibration import CalibrationPass
+from workers.quantization.histograms import weight_histogram
+from workers.texts.windows import Windows
+
+STATES_INTERVAL_S = 20.0  # hidden states are large: losing up to this much forward time costs less
+
+
+@dataclass(frozen=True)
+class SolvedLayers:
+    """What the report says of the layers, beside what their checkpoints hold."""
+
+    resumed_at: int  # the first layer that an earlier attempt had not finished
+    histograms: list[WeightHistogram]
+
+
+def solve_layers(
+    work: Work,
+    calibration: Windows,
+    files: Sequence[CandidateFiles],
+    statistics: StatisticsStore | None,
+    clock: StageClock,
+) -> SolvedLayers:
+    """Calibrate and solve every layer that is not finished, for all candidates, which share checkpoints."""
+    num_layers, checkpoints = work.plan.num_layers, files[0].checkpoints
+    resumed_at = resume_layer(checkpoints, num_layers, len(files))
+    histograms: list[WeightHistogram] = []
+    if resumed_at:
+        clock.note("resumed", f"{resumed_at} of {num_layers} layers were finished before")
+        histograms = finished_histograms(work, resumed_at, clock)
+    if resumed_at == num_layers:
+        return SolvedLayers(resumed_at, histograms)
+    shared = SharedLayers.of(range(resumed_at, num_layers), [each.candidate for each in files])
+    with started(work, calibration, shared, clock) as ranks, LayerWriter(work.device) as writer:
+        with clock.stage(Stage.CALIBRATING):
+            run = start_pass(work, calibration, checkpoints, resumed_at, ranks)
+        chains = QuantizedChains(
+            shared.candidates, run.decoder, work.batches(calibration), ranks, clock
+        )  # fmt: skip
+        chains.catch_up(resumed_at, checkpoints)
+        solver = LayerSolver(work, run, chains, writer, clock)
+        saved = time.monotonic()  # when the hidden states were
+        with closing(WeightPrefetch(work.device, layer_reads(run.decoder, shared.layers))) as weights:
+            for layer in shared.layers:
+                calibrated = calibrate_layer(work, run, weights, clock)
+                histograms += layer_histograms(work, layer, calibrated.weights)
+                if statistics is not None:
+                    statistics.save(layer, calibrated.statistics)
+                for one in files:
+                    solver.solve(one, calibrated)
+                # Of several ranks none has all states.
+                late = time.monotonic() - saved > STATES_INTERVAL_S
+                if late and ranks.size == 1 and run.layer < num_layers:
+                    writer.put(partial(checkpoints.save_states, run.layer, list(run.states)))
+                    saved = time.monotonic()
+                clock.progress(0.6 * (layer + 1) / num_layers, layer + 1)
+        with clock.counted(Stage.PACKING):
+            writer.finish()
+    return SolvedLayers(resumed_at, histograms)
+
+
+def calibrate_layer(
+    work: Work, run: CalibrationPass, prefetch: WeightPrefetch, clock: StageClock
+) -> CalibratedLayer:
+    """The next layer of the pass with its statistics."""
+    layer = run.layer
+    with clock.stage(Stage.CALIBRATING):
+        weights = prefetch.take()
+        statistics = run.collect(weights)
+    few = sum(group.confidence < 1 for group in statistics.groups)
+    if few:
+        experts = sum(group.routed_tokens is not None for group in statistics.groups)
+        clock.note("few_tokens", f"layer {layer}: {few} of {experts} experts saw too few calibration tokens")
+    return CalibratedLayer(layer, work.full_precision(weights), statistics)
+
+
+def layer_histograms(work: Work, layer: int, weights: dict[str, Tensor]) -> list[WeightHistogram]:
+    """Of the linears of a layer with these float32 weights."""
+    prefix = work.plan.architecture.layer_prefix(layer)
+    return [
+        weight_histogram(prefix + name, weights[name + ".weight"])
+        for name in work.plan.architecture.at(layer).linears
+    ]
+
+
+def finished_histograms(work: Work, resumed_at: int, clock: StageClock) -> list[WeightHistogram]:
+    """Those of the layers that an earlier attempt finished."""
+    histograms: list[WeightHistogram] = []
+    reads = layer_reads(work.decoder(), range(resumed_at))
+    with clock.stage(Stage.CALIBRATING), closing(WeightPrefetch(work.device, reads)) as weights:
+        for layer in range(resumed_at):
+            histograms += layer_histograms(work, layer, work.full_precision(weights.take()))
+    return histograms

@@ -1,0 +1,128 @@
+"""What a run works on, and what that work needs to begin: a checked model, texts, places for its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.core.child.assignment import CHECKPOINTS, Assignment
+from app.core.planning.plan import CandidatePlan, Plan, plan_job
+from app.core.records.specs import JobSpec, Recipe
+from workers.child.layer_files import LayerCheckpoints, StatisticsStore
+from workers.child.stage_clock import StageClock
+from workers.devices.selection import select_device
+from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.decoder import Decoder
+from workers.modeling.side_files import write_side_files
+from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits, some
+from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
+
+BATCH_TOKENS = 8192
+TOKENIZER, STATISTICS = "tokenizer", "statistics"  # folders of the work folder
+
+
+@dataclass(frozen=True)
+class Work:
+    """One assignment with its model opened, its plan made and its device selected."""
+
+    assignment: Assignment
+    checkpoint: Checkpoint
+    plan: Plan
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def open(cls, assignment: Assignment) -> Work:
+        """Raises ModelRefused or RecipeUnsupported for what can't be planned, DeviceFault for the device."""
+        device = select_device(assignment.device)
+        checkpoint = Checkpoint(assignment.model_folder)
+        plan = plan_job(assignment.spec, checkpoint.config, checkpoint.tensors)
+        compute_dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.dtype)
+        return cls(assignment, checkpoint, plan, device, compute_dtype)
+
+    @property
+    def spec(self) -> JobSpec:
+        return self.assignment.spec
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the checkpoint's weights."""
+        dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        return dtype
+
+    def decoder(self) -> Decoder:
+        """The model, without a layer's weights."""
+        return Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
+
+    def batches(self, windows: Windows) -> list[Tensor]:
+        return windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
+
+    def full_precision(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's weights as float32 on the device, where they are searched."""
+        return {name: value.to(self.device, torch.float32) for name, value in weights.items()}
+
+    def candidate(self, recipe: Recipe, index: int) -> CandidatePlan:
+        """A further recipe as a candidate. Raises RecipeUnsupported if the model can't hold it."""
+        spec = self.spec.model_copy(update={"recipe": recipe})
+        plan = plan_job(spec, self.checkpoint.config, self.checkpoint.tensors)
+        return plan.candidates[0].model_copy(update={"recipe_index": index})
+
+    def checkpoints(self, clock: StageClock, recipes: Sequence[Recipe] = ()) -> LayerCheckpoints:
+        """Where layers that are solved for these recipes go; by default for those of the job."""
+        identity = self.assignment.layers_identity(recipes or self.spec.recipes)
+        return LayerCheckpoints(self.assignment.work_folder / CHECKPOINTS, identity, clock.send)
+
+    def statistics(self) -> StatisticsStore:
+        return StatisticsStore(
+            self.assignment.work_folder / STATISTICS, self.assignment.layers_identity(recipes=())
+        )
+
+
+class JobTexts(NamedTuple):
+    """What a job calibrates on, and what its candidates are measured on."""
+
+    calibration: Windows
+    evaluation: Windows
+
+
+def read_texts(work: Work) -> JobTexts:
+    """Raises TextRefused, and ModelRefused for a tokenizer of another model."""
+    assignment, spec = work.assignment, work.spec
+    # As it will lie beside the artifact: no stray file and no code of the model's folder is seen.
+    folder = assignment.work_folder / TOKENIZER
+    write_side_files(work.checkpoint, folder, work.checkpoint.config)
+    tokenizer = load_tokenizer(folder)
+    calibration = calibration_windows(spec.calibration, tokenizer, assignment.calibration_file)
+    evaluation = evaluation_windows(
+        spec.evaluation, spec.calibration.sequence_length, tokenizer, assignment.evaluation_file
+    )
+    refuse_foreign_tokens(torch.cat([calibration.tokens, evaluation.tokens]), work.plan.vocab_size)
+    return JobTexts(calibration, evaluation)
+
+
+def with_checked_shapes(work: Work, clock: StageClock) -> Work:
+    """The same work, which knows the tensors that its model does not use.
+
+    Raises ModelRefused if the weights are not those of the config.
+    """
+    unused = refuse_misfits(work.decoder())
+    if unused:
+        clock.note(
+            "unused_tensors",
+            "by config.json no part of the model, copied as they are and not loaded by Nibble's server: "
+            + some(unused),
+        )
+    return replace(work, checkpoint=work.checkpoint.without(unused))
+
+
+def check_weights(work: Work) -> None:
+    """Refuse weights that would else be refused layers later. Raises ModelRefused.
+
+    A GPU comes to the last layer about as soon as its weights can be read twice.
+    """
+    if work.device.type == "cpu":
+        refuse_broken_weights(work.checkpoint)
