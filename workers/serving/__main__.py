@@ -30,7 +30,7 @@ from app.core.errors import NibbleError, OutOfMemory
 from app.core.system_faults import STATE_FOLDER, system_fault
 from app.core.telemetry.logs import log_warnings
 from workers.devices.selection import select_device
-from workers.leaving import leave
+from workers.process import leave
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits
 from workers.serving.http_server import listen, serve

@@ -22,12 +22,12 @@ from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import architecture_of
 from kernels.weight import PackedWeight
 from workers.devices.selection import select_device
-from workers.formats.packing import packing_of
+from workers.formats.packings import packing_of
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import empty_model, restore_buffers
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
 from workers.modeling.soundness import parts_of, some
-from workers.serving.heap import returned_at_once
+from workers.process import returned_at_once
 
 log = logging.getLogger(__name__)
 
