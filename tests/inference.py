@@ -16,7 +16,7 @@ from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from kernels import reference
 from tests.tiny_models import TEXTS, TOKENIZER
-from workers.formats.packing import packing_of
+from workers.formats.packings import packing_of
 from workers.modeling.checkpoint import Checkpoint
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, Limits

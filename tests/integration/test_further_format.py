@@ -49,7 +49,7 @@ class ByteRowsFormat(FileFormat):
 PACKING = """
 from kernels.operators import pack
 from kernels.weight import PackedWeight
-from workers.formats.packing import group_size_of
+from workers.formats.packings import group_size_of
 
 def pack_linear(weight, dtype):
     return {"bytes": weight.q, "scales": weight.scale.to(dtype), "zeros": weight.zero}

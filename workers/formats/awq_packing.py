@@ -10,7 +10,7 @@ from app.core.formats.file_format import Scheme
 from kernels.layouts import packed_words
 from kernels.operators import pack, unpack
 from kernels.weight import PackedWeight
-from workers.formats.packing import Entry, Stored, group_size_of
+from workers.formats.packings import Entry, Stored, group_size_of
 from workers.modeling.quantized_weight import QuantizedWeight
 
 SLICE_VALUES = 2 * 1024**2  # unpacked at a time; as int64 while they are packed

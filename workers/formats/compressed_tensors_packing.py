@@ -10,7 +10,7 @@ from kernels.checks import BITS
 from kernels.layouts import packed_words
 from kernels.operators import pack, unpack
 from kernels.weight import PackedWeight
-from workers.formats.packing import Entry, Stored, group_size_of
+from workers.formats.packings import Entry, Stored, group_size_of
 from workers.modeling.quantized_weight import QuantizedWeight
 
 

@@ -14,7 +14,7 @@ from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.plan import CandidatePlan, Plan
 from kernels.operators import dequantize
 from kernels.weight import PackedWeight
-from workers.formats.packing import packing_of
+from workers.formats.packings import packing_of
 from workers.formats.shards import ShardWriter, TensorPlan
 from workers.modeling.checkpoint import DTYPES, Checkpoint
 from workers.modeling.side_files import to_json, write_side_files

@@ -10,7 +10,7 @@ from kernels.checks import BITS
 from kernels.layouts import from_stored_zeros, packed_words, to_stored_zeros
 from kernels.operators import pack, unpack
 from kernels.weight import PackedWeight
-from workers.formats.packing import Entry, Stored, group_size_of
+from workers.formats.packings import Entry, Stored, group_size_of
 from workers.modeling.quantized_weight import QuantizedWeight
 
 
@@ -45,4 +45,6 @@ def unpack_linear(stored: Stored, entry: Entry, scheme: Scheme | None = None) ->
 
 
 def group_of_channels(in_features: int, groups: int, device: torch.device) -> Tensor:
-    return torch.arange(in_features, dtype=torch.int32, device=device) // (in_features // groups)
+    return torch.arange(in_features, dtype=torch.int32, device=device) // max(
+        1, in_features // max(1, groups)
+    )

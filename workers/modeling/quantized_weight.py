@@ -54,11 +54,3 @@ class QuantizedWeight:
         pairs = ((self.q, other.q), (self.scale, other.scale), (self.zero, other.zero))
         q, scale, zero = (torch.where(rows[:, None], own, theirs) for own, theirs in pairs)
         return QuantizedWeight(q, scale, zero, self.scheme)
-
-    def equals(self, other: QuantizedWeight) -> bool:
-        return (
-            self.scheme == other.scheme
-            and torch.equal(self.q, other.q)
-            and torch.equal(self.scale, other.scale)
-            and torch.equal(self.zero, other.zero)
-        )

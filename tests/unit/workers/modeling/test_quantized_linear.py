@@ -9,7 +9,7 @@ from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FormatName
 from kernels.layouts import packed_words
 from tests.unit.kernels.weights import random_weight
-from workers.formats.packing import packing_of
+from workers.formats.packings import packing_of
 from workers.modeling.quantized_linear import quantized_linear
 from workers.modeling.quantized_weight import QuantizedWeight
 
