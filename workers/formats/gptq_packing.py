@@ -45,6 +45,4 @@ def unpack_linear(stored: Stored, entry: Entry, scheme: Scheme | None = None) ->
 
 
 def group_of_channels(in_features: int, groups: int, device: torch.device) -> Tensor:
-    return torch.arange(in_features, dtype=torch.int32, device=device) // max(
-        1, in_features // max(1, groups)
-    )
+    return torch.arange(in_features, dtype=torch.int32, device=device) // (in_features // groups)
