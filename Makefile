@@ -3,6 +3,7 @@
 #   make chat     start the service, quantize the bundled model, serve it, and talk to it here and in the browser
 #   make demo     start the service, quantize the bundled model over HTTP, check the result, stop
 #   make test     lint, types, import rules and every test
+#   make quick    the same for what changed, with its unit tests alone, in under a minute
 #
 #   make latest   the tests against the newest versions that pyproject.toml admits
 #   make lock     record those versions in constraints.txt
@@ -27,10 +28,10 @@ PYTEST_WORKERS ?= 3
 # the order of testpaths, long ones first, so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install chat demo test latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
+.PHONY: help install chat demo test quick latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
 
 help:
-	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+	@sed -n '3,10s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -49,6 +50,10 @@ demo: $(STAMP)
 
 test: lint types imports $(STAMP)
 	$(PYTEST)
+
+# While one works: it needs no service but a Valkey of its own, and says how much time it took.
+quick: $(STAMP)
+	@$(BIN)/python -m tests.quick
 
 # An environment of its own, made anew each time: what the tests say of it is what a release will meet.
 latest:
