@@ -12,7 +12,7 @@ from app.core.jobs.submission import check_submission
 from app.core.records.ids import new_id
 from app.core.records.job import Job, JobState, Progress
 from app.core.records.specs import JobSpec
-from app.core.storage.reuse import Made
+from app.core.storage.reuse import JobResult
 from app.core.telemetry.logs import bound_id
 
 
@@ -69,7 +69,7 @@ def require_room(services: Services, tenant: str) -> None:
     services.limits.require_storage(tenant)
 
 
-def with_result(job: Job, result: Made) -> Job:
+def with_result(job: Job, result: JobResult) -> Job:
     return job.model_copy(
         update={
             "state": JobState.SUCCEEDED,
@@ -88,7 +88,7 @@ def check_deploy(services: Services, tenant: str, spec: JobSpec) -> None:
         require_engine(services, spec.deploy)
 
 
-def record_job(services: Services, job: Job, result: Made | None) -> Creation:
+def record_job(services: Services, job: Job, result: JobResult | None) -> Creation:
     """Record, then queue: if this process dies in between, a janitor queues the job.
 
     With the result of an earlier job nothing is queued: the job has succeeded as it is recorded.

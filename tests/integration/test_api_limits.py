@@ -15,7 +15,7 @@ from app.core.jobs.job_queue import Place
 from app.core.jobs.turns import Turns
 from app.core.records.ids import new_id
 from app.core.records.job import JobState, transition
-from app.core.storage.reuse import Made, ReuseIndex
+from app.core.storage.reuse import JobResult, ReuseIndex
 from app.core.upkeep.janitor import Janitor
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop
@@ -215,7 +215,7 @@ def made_job(service: Service) -> tuple[str, str]:
     service.objects.put(f"reports/{job_id}.json", b'{"version": 1}')
     known = service.store.load(job_id).fingerprint
     assert known is not None
-    made = Made(job=job_id, artifacts=(artifact.id,))
+    made = JobResult(job=job_id, artifacts=(artifact.id,))
     ReuseIndex(service.redis, service.objects).note("default", known, made)
     return job_id, artifact.id
 

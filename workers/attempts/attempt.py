@@ -36,7 +36,7 @@ from app.core.errors import (
 from app.core.records.job import Job, Progress, Stage
 from app.core.sources.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
 from app.core.storage.published import published_before
-from app.core.storage.reuse import Contents, Made, fingerprint
+from app.core.storage.reuse import Contents, JobResult, fingerprint
 from app.core.storage.storage_keys import report_key
 from app.core.telemetry.logs import log_ids
 from workers.attempts.attempt_record import AttemptRecord
@@ -95,8 +95,8 @@ class Attempt:
     def _run(self) -> None:
         try:
             self._make_work_folder()
-            made = self._execute()
-            self._ending.succeed(made)
+            result = self._execute()
+            self._ending.succeed(result)
             self._stages.leave()
         except Stopped as stop:
             self._ending.stop(stop.reason)
@@ -116,19 +116,19 @@ class Attempt:
             shutil.rmtree(self._work_folder.with_name(f"{self._job.id}-{older}"), ignore_errors=True)
         self._work_folder.mkdir(parents=True, mode=0o700)
 
-    def _execute(self) -> Made:
+    def _execute(self) -> JobResult:
         before = published_before(self._context.objects, self._job)
         if before is not None:
             self._record.event(
                 "note", {"code": "already_published", "message": "an earlier attempt had published"}
             )
-            return Made(job=self._job.id, artifacts=before)
+            return JobResult(job=self._job.id, artifacts=before)
         self._set_stage(Stage.FETCHING)
         model = self._fetch_model()
         texts = fetch_texts(self._job.spec, self._context.settings, self._work_folder, self._watch.on_bytes)
-        made = self._made_before(model, texts)
-        if made is not None:
-            return made
+        result = self._earlier_result(model, texts)
+        if result is not None:
+            return result
         assignment, mirror = self._prepare(model, texts)
         finished = self._run_child(assignment, mirror)
         self._set_stage(Stage.PUBLISHING)
@@ -138,9 +138,9 @@ class Attempt:
         artifacts = publication.publish(
             finished, check=self._watch.check, before_commit=self._record.check_lease
         )
-        return Made(job=self._job.id, artifacts=artifacts)
+        return JobResult(job=self._job.id, artifacts=artifacts)
 
-    def _made_before(self, model: FetchedModel, texts: FetchedTexts) -> Made | None:
+    def _earlier_result(self, model: FetchedModel, texts: FetchedTexts) -> JobResult | None:
         """What another job has made of the same contents, unless this one shall compute again."""
         contents = Contents(
             model=model.digest, calibration=texts.calibration_digest, evaluation=texts.evaluation_digest
@@ -150,12 +150,12 @@ class Attempt:
         self._record.update(lambda job: job.model_copy(update={"contents": known}))
         if self._job.spec.force:
             return None
-        made = self._record.through_outages(lambda: self._context.reuse.find(self._job.tenant, known))
-        if made is not None:
+        result = self._record.through_outages(lambda: self._context.reuse.find(self._job.tenant, known))
+        if result is not None:
             self._record.check_lease()
-            self._context.reuse.copy_report(made, self._job.id)
-            self._record.event("note", {"code": "reused", "message": f"{made.job} has made this before"})
-        return made
+            self._context.reuse.copy_report(result, self._job.id)
+            self._record.event("note", {"code": "reused", "message": f"{result.job} has made this before"})
+        return result
 
     def _fetch_model(self) -> FetchedModel:
         settings = self._context.settings

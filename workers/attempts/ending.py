@@ -11,7 +11,7 @@ from collections.abc import Callable
 from app.core.errors import DeadlineExceeded, NibbleError
 from app.core.records.job import Job, JobState, transition
 from app.core.records.job_changes import failed, requeued, stale
-from app.core.storage.reuse import Made
+from app.core.storage.reuse import JobResult
 from workers.attempts.attempt_record import AttemptRecord
 from workers.attempts.context import WorkerContext
 from workers.attempts.faults import pause_before_next
@@ -26,10 +26,10 @@ class Ending:
     def __init__(self, context: WorkerContext, record: AttemptRecord) -> None:
         self._context, self._record, self._job = context, record, record.job
 
-    def succeed(self, made: Made) -> None:
+    def succeed(self, result: JobResult) -> None:
         """Raises Stopped if the job is no longer this attempt's."""
-        reused_from = made.job if made.job != self._job.id else None
-        changes = {"artifacts": made.artifacts, "reused_from": reused_from}
+        reused_from = result.job if result.job != self._job.id else None
+        changes = {"artifacts": result.artifacts, "reused_from": reused_from}
         # The commit point is passed: a request to stop that arrives now comes too late.
         self._record.update(
             lambda job: transition(job, JobState.SUCCEEDED, progress=job.progress.completed(), **changes),

@@ -31,7 +31,7 @@ from app.core.jobs.turns import Turns
 from app.core.records.job import Job
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import count_stored, read_manifest, withdraw
-from app.core.storage.reuse import Made, ReuseIndex
+from app.core.storage.reuse import JobResult, ReuseIndex
 from app.core.storage.storage_keys import checkpoint_prefix
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,9 @@ class Outcome:
             self.jobs.append_once(job.id, DEPLOYMENT, *event)
 
     def _index(self, job: Job) -> None:
-        made = Made(job=job.reused_from or job.id, artifacts=job.artifacts)
+        result = JobResult(job=job.reused_from or job.id, artifacts=job.artifacts)
         for contents in filter(None, (job.fingerprint, job.contents)):
-            self.reuse.note(job.tenant, contents, made)
+            self.reuse.note(job.tenant, contents, result)
 
     def _count(self, job: Job) -> None:
         for artifact_id in job.artifacts:

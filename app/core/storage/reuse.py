@@ -31,7 +31,7 @@ class Contents(Frozen):
     evaluation: str
 
 
-class Made(Kept):
+class JobResult(Kept):
     """What a job with some fingerprint has made."""
 
     job: str
@@ -75,21 +75,23 @@ class ReuseIndex:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
         self._objects = objects
 
-    def find(self, tenant: str, contents: str) -> Made | None:
+    def find(self, tenant: str, contents: str) -> JobResult | None:
         """What was made and is still there, whole."""
         record = self._redis.get(result_key(tenant, contents))
         if record is None:
             return None
-        made = Made.model_validate_json(record)
-        is_whole = all(self._objects.head(manifest_key(artifact)) is not None for artifact in made.artifacts)
-        return made if is_whole and made.artifacts else None
+        result = JobResult.model_validate_json(record)
+        is_whole = all(
+            self._objects.head(manifest_key(artifact)) is not None for artifact in result.artifacts
+        )
+        return result if is_whole and result.artifacts else None
 
-    def note(self, tenant: str, contents: str, made: Made) -> None:
-        self._redis.set(result_key(tenant, contents), made.model_dump_json(), ex=KEPT_S)
+    def note(self, tenant: str, contents: str, result: JobResult) -> None:
+        self._redis.set(result_key(tenant, contents), result.model_dump_json(), ex=KEPT_S)
 
-    def copy_report(self, made: Made, job_id: str) -> None:
+    def copy_report(self, result: JobResult, job_id: str) -> None:
         """Give the job the report of the one whose artifacts it shares, if that is still there."""
         try:
-            self._objects.put(report_key(job_id), self._objects.get(report_key(made.job)))
+            self._objects.put(report_key(job_id), self._objects.get(report_key(result.job)))
         except NotFound:
             return

@@ -89,8 +89,8 @@ class Janitor:
 
     def _go_on_without_worker(self, seen: Job) -> None:
         # A worker that died after its commit point has succeeded: only the record lacks that.
-        made = published_before(self.objects, seen)
-        job = self.store.update(seen.id, lambda job: self._without_worker(job, seen, made))
+        published = published_before(self.objects, seen)
+        job = self.store.update(seen.id, lambda job: self._without_worker(job, seen, published))
         step = "requeued" if job.state is JobState.QUEUED else str(job.state)
         message = f"worker {seen.worker} stopped renewing its lease in attempt {seen.attempt}; {step}"
         self._report(step, message, seen)
@@ -102,12 +102,12 @@ class Janitor:
         else:
             self.outcome.follow_up(job.id)
 
-    def _without_worker(self, job: Job, seen: Job, made: tuple[str, ...] | None) -> Job:
+    def _without_worker(self, job: Job, seen: Job, published: tuple[str, ...] | None) -> Job:
         """What becomes of a job whose worker is gone. Conflict if it is not the one that was seen."""
         if job.attempt != seen.attempt or job.state is not seen.state:
             raise stale(job, seen.attempt)
-        if made is not None:
-            return transition(job, JobState.SUCCEEDED, artifacts=made, progress=job.progress.completed())
+        if published is not None:
+            return transition(job, JobState.SUCCEEDED, artifacts=published, progress=job.progress.completed())
         if job.state is JobState.CANCELLING:
             return transition(job, JobState.CANCELLED)
         if job.attempt < self.max_attempts:
