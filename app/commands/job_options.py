@@ -18,6 +18,7 @@ from app.commands.terminal import among
 from app.core.errors import InvalidRequest
 from app.core.formats.registry import FormatName
 from app.core.records.specs import Method
+from app.core.sources.json_file import json_fault
 
 IdempotencyKey = Annotated[
     str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
@@ -135,8 +136,10 @@ def read_spec(path: Path | None) -> dict[str, Any]:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
         body = json.loads(text)
-    except (OSError, ValueError) as fault:
+    except OSError as fault:
         raise typer.BadParameter(f"{path}: {fault}", param_hint="--spec") from fault
+    except (ValueError, RecursionError) as fault:
+        raise typer.BadParameter(f"{path}: {json_fault(fault)}", param_hint="--spec") from fault
     if not isinstance(body, dict):
         raise typer.BadParameter(f"{path} holds no JSON object", param_hint="--spec")
     return body

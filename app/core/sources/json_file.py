@@ -49,6 +49,14 @@ def read_json(files: ReadableFiles, path: str, sizes: Mapping[str, int], limit: 
     return parse_json(path, files.read(path, 0, sizes[path]))
 
 
+def json_fault(fault: ValueError | RecursionError) -> str:
+    """What is wrong with JSON that `json` does not read, without Python's advice to its programmers."""
+    if isinstance(fault, RecursionError):
+        return "nested too deeply"
+    why = str(fault)
+    return "a number has too many digits" if why.startswith("Exceeds the limit") else why
+
+
 def parse_json(path: str, content: bytes) -> JsonFile:
     """Raises ModelRefused for what is not a JSON object."""
     refuse_pointer(path, content)
@@ -62,7 +70,7 @@ def parse_json(path: str, content: bytes) -> JsonFile:
         value = json.loads(content, object_hook=without_code)
     except (ValueError, RecursionError) as fault:
         raise refused(
-            "model_config_invalid", f"{path} is not valid JSON: {fault}", f"repair {path}"
+            "model_config_invalid", f"{path} is not valid JSON: {json_fault(fault)}", f"repair {path}"
         ) from fault
     if not isinstance(value, dict):
         raise refused("model_config_invalid", f"{path} is not a JSON object", f"repair {path}")

@@ -21,7 +21,7 @@ from app.core.sources.safetensors_header import TensorHeader, header_length, par
 MAX_JSON_BYTES = 4 * 1024**2
 MAX_ALL_HEADERS = 200 * 1024**2
 FIRST_READ = 64 * 1024
-SMALL = ("config.json", "_map.json", "added_tokens.json", ".jinja")  # side files that are small by nature
+READERS = 8  # files that are read at a time: over a network each costs a round trip
 
 
 class ModelHeaders(Frozen):
@@ -70,11 +70,12 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
 
 
 def refuse_pointers(files: ReadableFiles, choice: FileChoice) -> None:
-    """Refuse a tokenizer that is only a git-lfs pointer. Weights and configs are met when they are read."""
-    for path in choice.side_files:
-        size = choice.files[path]
-        if size < MAX_POINTER_BYTES and not path.endswith(SMALL):
-            refuse_pointer(path, files.read(path, 0, size))
+    """Refuse side files that are only git-lfs pointers. Weights are met when their headers are read."""
+    small = [path for path in choice.side_files if choice.files[path] < MAX_POINTER_BYTES]
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = pool.map(lambda path: files.read(path, 0, choice.files[path]), small)
+        for path, content in zip(small, contents, strict=True):
+            refuse_pointer(path, content)
 
 
 def code_note(config: dict[str, Any], code: tuple[str, ...]) -> tuple[str, ...]:
@@ -129,8 +130,8 @@ def model_digest(hashes: Mapping[str, str]) -> str:
 def read_headers(
     files: ReadableFiles, weights: Sequence[str], sizes: Mapping[str, int]
 ) -> dict[str, dict[str, TensorHeader]]:
-    """The tensors of each file. Files are read eight at a time: over a network a shard costs a round trip."""
-    with ThreadPoolExecutor(max_workers=min(8, len(weights))) as pool:
+    """The tensors of each file."""
+    with ThreadPoolExecutor(READERS) as pool:
         firsts = list(pool.map(lambda path: files.read(path, 0, min(FIRST_READ, sizes[path])), weights))
         lengths = [
             header_length(path, first, sizes[path]) for path, first in zip(weights, firsts, strict=True)

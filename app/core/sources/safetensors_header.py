@@ -13,6 +13,7 @@ from typing import Any
 from app.core.errors import ModelRefused
 from app.core.records.specs import Frozen
 from app.core.sources.git_lfs import refuse_pointer
+from app.core.sources.json_file import json_fault
 
 MAX_NUMBER = 2**63
 MAX_HEADER_BYTES = 100 * 1024**2
@@ -73,7 +74,7 @@ def parse_header(file: str, header: bytes, file_size: int) -> dict[str, TensorHe
     try:
         entries = json.loads(header, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as fault:
-        raise refuse(file, f"the header is not valid JSON: {fault}") from fault
+        raise refuse(file, f"the header is not valid JSON: {json_fault(fault)}") from fault
     if not isinstance(entries, dict):
         raise refuse(file, "the header is not a JSON object")
     metadata = entries.get("__metadata__")

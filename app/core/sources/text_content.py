@@ -2,7 +2,7 @@
 
     .txt             one document
     .jsonl .ndjson   one JSON object a line
-    .json            an array of objects, or one object a line
+    .json            an array of objects, one object, or one object a line
     .csv .tsv        a header with the names of the fields, a row each
     .gz behind these
 
@@ -12,6 +12,7 @@ A row has one of the shapes of `app.core.sources.text_shapes`.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -23,15 +24,18 @@ from typing import Any
 
 from app.core.errors import TextRefused
 from app.core.sources.git_lfs import REMEDY, is_pointer
-from app.core.sources.text_shapes import SHAPES, Document, RowRefused, document_of
+from app.core.sources.json_file import json_fault
+from app.core.sources.text_shapes import FIELDS, SHAPES, Document, RowRefused, document_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 PACKED = ".gz"
 MAX_TEXT_BYTES = 1024**3
 HEAD_BYTES = 1024**2  # of a file are looked at before a job is accepted
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t,;"}  # the first where the header names no field by any of them
+SEPARATOR_LINE = re.compile(r"""["']?sep=(.)["']?\r?\n""", re.IGNORECASE)  # Excel's, before the header
 GZIP = b"\x1f\x8b"
-ARRAY = re.compile(r"\s*\[")
+NOT_BLANK = re.compile(r"\S")
+FIRST_LINE = re.compile(r"\s*(.*)")
 ROWS_REMEDY = "write rows such as " + " or ".join(shape.example for shape in SHAPES)
 
 
@@ -65,15 +69,18 @@ def check_head(name: str, head: bytes, *, is_whole: bool) -> None:
             raise broken_packing(name, fault) from fault
     # Of the other forms a part says nothing.
     text = decoded(name, head[: head.rfind(b"\n") + 1], of_part=True)
-    if text_form(name) == "rows" and not ARRAY.match(text):
+    if text_form(name) == "rows" and not is_one_value(name, text):
         for _ in documents_in(name, text[: text.rfind("\n") + 1]):
             pass
 
 
 def text_form(name: str) -> str:
     """How a file of this name is divided: text, table or rows."""
-    suffix = (text_suffix(name) or ".txt").removesuffix(PACKED)
-    return {".txt": "text", ".csv": "table", ".tsv": "table"}.get(suffix, "rows")
+    return {".txt": "text", ".csv": "table", ".tsv": "table"}.get(plain_suffix(name), "rows")
+
+
+def plain_suffix(name: str) -> str:
+    return (text_suffix(name) or ".txt").removesuffix(PACKED)
 
 
 def documents_in(name: str, text: str) -> Iterator[Document]:
@@ -91,8 +98,9 @@ def documents_in(name: str, text: str) -> Iterator[Document]:
 
 def json_rows(name: str, text: str) -> Iterator[tuple[str, Any]]:
     """Where each row is, and its value."""
-    if ARRAY.match(text):
-        rows = parsed(name, text)
+    if is_one_value(name, text):
+        value = parsed(name, text)
+        rows = value if isinstance(value, list) else [value]
         yield from ((f"entry {number}", row) for number, row in enumerate(rows, start=1))
         return
     # Of a StringIO, as JSON strings may hold other line separators, such as U+2028.
@@ -102,23 +110,41 @@ def json_rows(name: str, text: str) -> Iterator[tuple[str, Any]]:
             yield f"line {number}", parsed(f"{name}, line {number}", line)
 
 
+def is_one_value(name: str, text: str) -> bool:
+    """True for an array, and for an object over several lines in a .json file; else a line is a row."""
+    first = FIRST_LINE.match(text)
+    assert first is not None
+    is_array = first[1].startswith("[")
+    if is_array and not NOT_BLANK.search(text, first.end()):
+        return True  # not parsed here: it may be the whole file
+    try:
+        json.loads(first[1])
+    except json.JSONDecodeError as fault:
+        goes_on = fault.pos >= len(first[1].rstrip())
+        return is_array or (goes_on and plain_suffix(name) == ".json")
+    except (ValueError, RecursionError):
+        return is_array
+    return False
+
+
 def parsed(place: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as fault:
-        why = str(fault).replace("line 1 column", "column")
-    except RecursionError:
-        why = "nested too deeply"
+    except (ValueError, RecursionError) as fault:
+        why = json_fault(fault).replace("line 1 column", "column")
     raise refused(f"{place}: not valid JSON: {why}", "write one JSON object a line, or one array")
 
 
 def table_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, str | None]]]:
     """The rows of a table by the names in its header; a missing cell is None."""
     csv.field_size_limit(MAX_TEXT_BYTES)  # a cell may be a book
-    suffix = (text_suffix(name) or "").removesuffix(PACKED)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS[suffix], strict=True)
+    separator = SEPARATOR_LINE.match(text)
+    delimiter = separator[1] if separator else delimiter_of(name, text)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
+        if separator:
+            next(reader.reader)
         fields = [field.strip() for field in reader.fieldnames or ()]
         reader.fieldnames = fields
         line = reader.line_num + 1
@@ -131,7 +157,18 @@ def table_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, str | None
         raise refused(f"{name}, line {line}: not a row of a table: {fault}", QUOTING) from fault
 
 
-QUOTING = "put cells with commas, quotes or line breaks into double quotes, and double the quotes in them"
+def delimiter_of(name: str, text: str) -> str:
+    """The usual one of its ending, or another by which the header names a field that is read."""
+    usual = DELIMITERS[plain_suffix(name)]
+    for delimiter in usual:
+        with contextlib.suppress(csv.Error, StopIteration):
+            header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+            if FIELDS.intersection(field.strip() for field in header):
+                return delimiter
+    return usual[0]
+
+
+QUOTING = "put cells with separators, quotes or line breaks into double quotes, and double the quotes in them"
 
 
 def unpacked(name: str, content: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """What a row of a text dataset may look like: one table of shapes, and what each is read as.
 
-A row has the first shape whose fields it has; its other fields are passed over.
+A row has the first shape whose fields it has with content; its other fields are passed over.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from app.core.sources.json_file import json_fault
 
 Row = dict[str, Any]
 Turn = dict[str, Any]
@@ -39,7 +41,7 @@ class RowRefused(ValueError):
     """What a row lacks, or what is wrong with it."""
 
 
-class Shape(NamedTuple):
+class RowShape(NamedTuple):
     """`fields` are those that a row needs; `read` makes a document of it, or raises RowRefused."""
 
     fields: tuple[str, ...]
@@ -50,11 +52,16 @@ class Shape(NamedTuple):
 def document_of(row: object) -> Document:
     """Raises RowRefused for a row of no shape, saying what it lacks of the nearest one."""
     if not isinstance(row, dict):
-        raise RowRefused(f"{kind_of(row)} instead of an object")
+        is_conversation = isinstance(row, list) and row and is_turn(row[0])
+        kind = "a list of turns" if is_conversation else kind_of(row)
+        raise RowRefused(f"{kind} instead of an object{' with `messages`' if is_conversation else ''}")
     present = {field for field, value in row.items() if value is not None}
-    for shape in SHAPES:
-        if present.issuperset(shape.fields):
-            return shape.read(row)
+    fitting = [shape for shape in SHAPES if present.issuperset(shape.fields)]
+    if fitting:
+        filled = (shape for shape in fitting if any(map(has_content, map(row.get, shape.fields))))
+        return next(filled, fitting[0]).read(row)
+    if is_turn(row):
+        raise RowRefused("a turn alone instead of an object with `messages`")
     near = [shape for shape in SHAPES if not row.keys().isdisjoint(shape.fields)]
     if near:
         missing = next(field for field in near[0].fields if field not in present)
@@ -64,6 +71,14 @@ def document_of(row: object) -> Document:
         )
     named = ", ".join(f"`{str(field)[:40]}`" for field in list(row)[:6]) or "no fields"
     raise RowRefused(f"{named}, but none of the fields that are read")
+
+
+def has_content(value: object) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
+
+
+def is_turn(value: object) -> bool:
+    return isinstance(value, dict) and any(value.keys() >= set(names) for names in (OPENAI, SHAREGPT))
 
 
 def plain(row: Row) -> Document:
@@ -113,20 +128,21 @@ def question_and_answer(row: Row, question: str, answer: str) -> list[Turn]:
 OPENAI = ("role", "content")
 SHAREGPT = ("from", "value")
 SHAPES = (
-    Shape(("text",), '{"text": "…"}', plain),
-    Shape(
+    RowShape(("text",), '{"text": "…"}', plain),
+    RowShape(
         ("messages",),
         '{"messages": [{"role": "user", "content": "…"}, …]}',
         lambda row: conversation(row, "messages", OPENAI),
     ),
-    Shape(
+    RowShape(
         ("conversations",),
         '{"conversations": [{"from": "human", "value": "…"}, …]}',
         lambda row: conversation(row, "conversations", SHAREGPT),
     ),
-    Shape(("prompt", "completion"), '{"prompt": "…", "completion": "…"}', prompt_and_completion),
-    Shape(("instruction", "output"), '{"instruction": "…", "input": "…", "output": "…"}', instruction),
+    RowShape(("prompt", "completion"), '{"prompt": "…", "completion": "…"}', prompt_and_completion),
+    RowShape(("instruction", "output"), '{"instruction": "…", "input": "…", "output": "…"}', instruction),
 )
+FIELDS = frozenset(field for shape in SHAPES for field in shape.fields)
 
 
 def turn_of(number: int, turn: object, names: tuple[str, str]) -> Turn:
@@ -176,9 +192,17 @@ def check_parts(number: int, name: str, content: object) -> None:
     if not isinstance(content, list):
         raise RowRefused(f"`{name}` of turn {number} is {kind_of(content)} instead of text")
     for part in content:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = repr(part["type"]) if isinstance(part, dict) and "type" in part else kind_of(part)
-            raise RowRefused(f"turn {number} has a part that is {kind} instead of text; only text is read")
+        if not isinstance(part, dict):
+            raise RowRefused(
+                f"turn {number} has a part that is {kind_of(part)} instead of an object of `text`"
+            )
+        if not isinstance(part.get("text"), str):
+            kind = part.get("type", "text")
+            if kind != "text":
+                raise RowRefused(
+                    f"turn {number} has a part that is {kind!r} instead of text; only text is read"
+                )
+            raise RowRefused(f"turn {number} has a part whose `text` is {kind_of(part.get('text'))}")
 
 
 def tools_of(tools: object) -> list[dict[str, Any]] | None:
@@ -186,7 +210,7 @@ def tools_of(tools: object) -> list[dict[str, Any]] | None:
     try:
         found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
     except (ValueError, RecursionError) as fault:
-        raise RowRefused(f"`tools` is a text that is not valid JSON: {fault}") from fault
+        raise RowRefused(f"`tools` is a text that is not valid JSON: {json_fault(fault)}") from fault
     if found is None:
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):

@@ -14,7 +14,11 @@ from tests.tiny_models import TOKENIZER
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 26214400\n" % (b"4d" * 32)
 LARGE = ["model.safetensors", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"]
-SMALL = ["config.json", "tokenizer_config.json"]
+SMALL = [
+    *("config.json", "tokenizer_config.json", "generation_config.json", "added_tokens.json"),
+    *("special_tokens_map.json", "preprocessor_config.json", "chat_template.json", "chat_template.jinja"),
+    "additional_chat_templates/tool_use.jinja",
+]
 
 
 @pytest.fixture
@@ -24,6 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", [*LARGE, *SMALL])
 def test_a_pointer_in_place_of_a_file_is_named_with_what_to_do(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(POINTER)
     with pytest.raises(ModelRefused, match=f"{name} is a git-lfs pointer, not the file itself") as refusal:
         inspect_model(LocalModel(folder, [folder]))
@@ -33,7 +38,8 @@ def test_a_pointer_in_place_of_a_file_is_named_with_what_to_do(folder: Path, nam
 
 def test_small_files_that_are_no_pointers_are_accepted(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
-    assert "merges.txt" in inspect_model(LocalModel(folder, [folder])).files
+    (folder / "chat_template.jinja").write_text("")
+    assert {"merges.txt", "chat_template.jinja"} <= inspect_model(LocalModel(folder, [folder])).files.keys()
 
 
 def test_other_files_may_be_pointers(folder: Path) -> None:

@@ -18,6 +18,20 @@ def test_json_is_read_in_any_utf(encoding: str) -> None:
     assert not written.startswith(codecs.BOM_UTF8)
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"a": ' + b"1" * 6000 + b"}", "a number has too many digits"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ],
+)
+def test_what_is_wrong_is_said_without_advice_to_programmers(content: bytes, why: str) -> None:
+    with pytest.raises(ModelRefused) as refusal:
+        parse_json("x.json", content)
+    assert refusal.value.message == f"x.json is not valid JSON: {why}"
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 200_000, b'"text"'])
 def test_what_is_no_object_is_refused(content: bytes) -> None:
     with pytest.raises(ModelRefused, match=r"x\.json is not") as refusal:

@@ -44,6 +44,20 @@ ROWS: dict[str, tuple[dict[str, Any], Document]] = {
     "messages beside an empty text": (
         {"text": None, "messages": [USER, ASSISTANT]}, Document(messages=[USER, ASSISTANT]),
     ),
+    **{
+        f"messages beside {empty!r} as text": (
+            {"text": empty, "messages": [USER, ASSISTANT]}, Document(messages=[USER, ASSISTANT]),
+        )
+        for empty in ("", " \n")
+    },
+    "conversations beside empty messages": (
+        {"messages": [], "conversations": [USER, ASSISTANT]}, Document(messages=[USER, ASSISTANT]),
+    ),
+    "prompt beside an empty text": (
+        {"text": "", "prompt": TEXT, "completion": ""},
+        Document(text=TEXT, messages=[USER, {"role": "assistant", "content": ""}]),
+    ),
+    "an empty text alone": ({"text": ""}, Document(text="")),
     "content in parts": (
         {"messages": [{"role": "user", "content": PARTS}, ASSISTANT]},
         Document(messages=[{"role": "user", "content": PARTS}, ASSISTANT]),
@@ -137,6 +151,7 @@ FORMS = {
     ".ndjson": lambda rows: "\r\n\r\n".join(json.dumps(row) for row in rows),
     ".json": lambda rows: json.dumps(rows, indent=2),
     ".JSON": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    ".Json": lambda rows: json.dumps(rows) + "\n\n",
 }
 
 
@@ -154,7 +169,19 @@ def test_every_shape_in_every_form(suffix: str, row: dict[str, Any], document: D
     content = FORMS[suffix]([row, row]).encode()
     for name, packed in ((f"train{suffix}", content), (f"train{suffix}.GZ", gzip.compress(content, mtime=0))):
         assert list(documents_of(name, packed)) == [document, document]
-        check_head(name, packed, is_whole=True)
+        if not document.is_empty:
+            check_head(name, packed, is_whole=True)
+
+
+@pytest.mark.parametrize("indent", [None, 1, "\t"])
+@pytest.mark.parametrize(("row", "document"), ROWS.values(), ids=list(ROWS))
+def test_one_object_is_one_row_however_it_is_indented(
+    row: dict[str, Any], document: Document, indent: int | str | None
+) -> None:
+    content = json.dumps(row, indent=indent).encode("utf-8-sig")
+    assert list(documents_of("train.json", content)) == [document]
+    for size in range(1, len(content), 9):
+        check_head("train.json", content[:size], is_whole=False)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -177,6 +204,27 @@ def test_tables_hold_the_shapes_of_texts(suffix: str, delimiter: str, name: str)
     assert list(documents_of(f"train{suffix}", content)) == [document, document]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("name", ["text", "prompt and completion", "alpaca", "alpaca without input"])
+def test_tables_have_the_separator_that_their_header_shows(suffix: str, delimiter: str, name: str) -> None:
+    row, document = ROWS[name]
+    content = table([{"id": "1"} | row], delimiter)
+    assert list(documents_of(f"train{suffix}", content.encode())) == [document]
+
+
+@pytest.mark.parametrize("line", ["sep={}\r\n", '"sep={}"\r\n', "SEP={}\n"])
+@pytest.mark.parametrize("delimiter", [",", ";", "|", "\t"])
+def test_a_first_line_may_name_the_separator(line: str, delimiter: str) -> None:
+    """Excel writes and reads it."""
+    row, document = ROWS["alpaca"]
+    content = line.format(delimiter) + table([row, row], delimiter)
+    assert list(documents_of("train.csv", content.encode("utf-8-sig"))) == [document, document]
+    cut = (line.format(delimiter) + f"text{delimiter}label\nx{delimiter}1{delimiter}2\n").encode()
+    with pytest.raises(TextRefused, match="line 3: more cells than the header names"):
+        list(documents_of("train.csv", cut))
+
+
 def test_a_cell_may_be_a_book() -> None:
     assert list(documents_of("a.csv", f"text\n{'x' * 200_000}\n".encode())) == [Document(text="x" * 200_000)]
 
@@ -197,6 +245,12 @@ BROKEN: list[tuple[object, str]] = [
     (7, "a number instead of an object"),
     ({"txt": "x", "label": 1}, "`txt`, `label`, but none of the fields that are read"),
     ({}, "no fields, but none"),
+    ([USER, ASSISTANT], "a list of turns instead of an object with `messages`"),
+    ([{"from": "human", "value": "x"}], "a list of turns instead of an object with `messages`"),
+    (USER, "a turn alone instead of an object with `messages`"),
+    ('{"text": "x", "id": ' + "1" * 6000 + "}", "not valid JSON: a number has too many digits"),
+    ({"messages": [USER], "tools": '[{"a": ' + "1" * 6000 + "}]"},
+     "`tools` is a text that is not valid JSON: a number has too many digits"),
     ({"text": 5}, "`text` is a number instead of text"),
     ({"text": None}, "`text` is null"),
     ({"text": "half \ud800"}, "`text` holds half of a character"),
@@ -213,7 +267,12 @@ BROKEN: list[tuple[object, str]] = [
     ({"messages": [{"content": "x"}]}, "turn 1 lacks `role`"),
     ({"messages": [{"role": 1, "content": "x"}]}, "`role` of turn 1 is a number instead of text"),
     ({"messages": [{"role": "user", "content": {}}]}, "`content` of turn 1 is an object instead of text"),
-    ({"messages": [{"role": "user", "content": ["x"]}]}, "turn 1 has a part that is a text"),
+    ({"messages": [{"role": "user", "content": ["abc", "def"]}]},
+     "turn 1 has a part that is a text instead of an object of `text`"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "turn 1 has a part whose `text` is null"),
+    ({"messages": [{"role": "user", "content": [{"text": 5}]}]},
+     "turn 1 has a part whose `text` is a number"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
      "turn 1 has a part that is 'image_url' instead of text; only text is read"),
     ({"messages": [{"role": "user", "content": "half \ud800"}]}, "`messages` holds half of a character"),
@@ -252,7 +311,19 @@ def test_a_line_that_is_not_read_is_named_with_what_it_lacks(row: object, senten
 FILES: list[tuple[str, bytes, str]] = [
     ("a.json", b'[{"text": "x"}, {"txt": "y"}]', "a.json, entry 2: `txt`, but none of the fields"),
     ("a.json", b'[{"text": "x"},\n {"text": "y"}', "a.json: not valid JSON: Expecting ',' delimiter: line 2"),
+    ("a.json", json.dumps({"data": [{"text": "x"}]}, indent=1).encode(), "a.json, entry 1: `data`, but none"),
+    ("a.json", json.dumps({"data": [{"text": "x"}]}).encode(), "a.json, line 1: `data`, but none"),
+    ("a.json", b'{\n "text": "x"\n', "a.json: not valid JSON: Expecting ',' delimiter: line 3"),
+    ("a.json", b'{not json\n{"text": "x"}\n', "a.json, line 1: not valid JSON: Expecting property name"),
+    ("a.json", b'"text"\n', "a.json, line 1: a text instead of an object"),
     ("a.jsonl", b"[\n{}\n", "a.jsonl: not valid JSON"),
+    ("a.jsonl", json.dumps({"text": "x"}, indent=1).encode(), "a.jsonl, line 1: not valid JSON"),
+    ("a.jsonl", (json.dumps([USER, ASSISTANT]) + "\n").encode() * 2,
+     "a.jsonl, line 1: a list of turns instead of an object with `messages`"),
+    ("a.jsonl", json.dumps([USER, ASSISTANT]).encode(), "a.jsonl, entry 1: a turn alone instead of an"),
+    ("a.json", json.dumps([[USER, ASSISTANT]]).encode(), "a.json, entry 1: a list of turns instead of"),
+    ("a.csv", b"text;label\nx;1;2\n", "a.csv, line 2: more cells than the header names"),
+    ("a.csv", b"question;answer\nx;y\n", "a.csv, line 2: `question;answer`, but none of the fields"),
     ("a.csv", b'text,label\n"x\ny",1\n"x,2\n', "a.csv, line 4: not a row of a table"),
     ("a.csv", b"text\nx,2\n", "a.csv, line 2: more cells than the header names"),
     ("a.csv", b"prompt,completion\nx,y\nx\n", "a.csv, line 3: `completion` is null beside `prompt`"),
