@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.cpu.aten import AtenBackend
 from kernels.cpu.native import NativeBackend
 from kernels.cuda.backend import CudaBackend
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.torch_backend import TorchBackend
 from kernels.triton_backend.backend import TritonBackend
 from kernels.weight import PackedWeight
@@ -36,7 +36,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def can_implement(self, problem: Problem) -> str | None:
+    def can_implement(self, problem: LinearProduct) -> str | None:
         """Why it can't, or None."""
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Kernel:
@@ -76,7 +76,7 @@ def backends_of(device_type: str, requested: str = AUTO) -> tuple[Backend, ...]:
     return found
 
 
-def select_backend(problem: Problem, requested: str = AUTO) -> Selection:
+def select_backend(problem: LinearProduct, requested: str = AUTO) -> Selection:
     """The first backend that can compute `problem`, or the one of the name `requested`.
 
     Raises ValueError if the one that is asked for is unknown or can't.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.checks import check_input
 from kernels.operators import quantized_linear
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 
@@ -33,7 +33,7 @@ class TorchKernel:
 class TorchBackend:
     name = "torch"
 
-    def can_implement(self, problem: Problem) -> str | None:
+    def can_implement(self, problem: LinearProduct) -> str | None:
         """None: there is nothing that it can't."""
         return None
 

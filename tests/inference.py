@@ -19,11 +19,11 @@ from tests.tiny_models import TEXTS, TOKENIZER
 from workers.formats.packings import packing_of
 from workers.modeling.checkpoint import Checkpoint
 from workers.serving.batch import Batch
-from workers.serving.engine import Engine, Limits
+from workers.serving.engine import Engine, EngineLimits
 from workers.serving.loading import LoadRequest, load_model
-from workers.serving.requests import Generation, Piece, Sampling, Stopping
+from workers.serving.requests import Generation, Piece, Sampling, StopRules
 from workers.serving.served_model import ServedModel
-from workers.serving.server_metrics import Metrics
+from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
 
 LIMITS = {
@@ -36,9 +36,9 @@ class Served:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, **limits: int) -> None:
         self.loaded = load_model(LoadRequest(folder, torch.device("cpu"), dtype))
-        self.limits = Limits(**{**LIMITS, **limits})
+        self.limits = EngineLimits(**{**LIMITS, **limits})
         self.tokenization = Tokenization(folder, self.loaded.model.config.vocab_size)
-        self.metrics = Metrics("tiny")
+        self.metrics = ServerMetrics("tiny")
         batch = Batch(self.loaded.model, self.limits.max_cells)
         self.engine = Engine(
             batch, self.tokenization, self.limits, self.metrics, self.tokenization.end_tokens
@@ -85,7 +85,7 @@ def greedy(prompt: list[int], max_tokens: int, **stopping: Any) -> dict[str, Any
     return {
         "prompt": tuple(prompt),
         "sampling": Sampling(temperature=0),
-        "stopping": Stopping(max_tokens, ignore_eos=True, **stopping),
+        "stopping": StopRules(max_tokens, ignore_eos=True, **stopping),
     }
 
 

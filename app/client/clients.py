@@ -7,10 +7,10 @@ from typing import Self
 
 import httpx
 
-from app.client.calls import Operations
 from app.client.connection import AsyncConnection, Connection, options
 from app.client.exchange import Exchange
 from app.client.retries import Retries
+from app.client.service_calls import Operations
 
 
 class NibbleClient(Operations, Connection):

@@ -99,7 +99,7 @@ class Passage:
             case effects.Pause(seconds):
                 time.sleep(seconds)
                 return None
-            case effects.Work(task):
+            case effects.RunTask(task):
                 return task()
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class AsyncPassage:
                 return await self._answer.aread()
             case effects.Pause(seconds):
                 return await asyncio.sleep(seconds)
-            case effects.Work(task):
+            case effects.RunTask(task):
                 return await asyncio.to_thread(task)
 
     async def close(self) -> None:

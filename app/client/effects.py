@@ -64,7 +64,7 @@ class Pause:
 
 
 @dataclass(frozen=True)
-class Work:
+class RunTask:
     """Gives what `task` returns. It works on files: an event loop must not wait for it."""
 
     task: Callable[[], Any]
@@ -80,7 +80,7 @@ class Emit(Generic[ItemT_co]):
     item: ItemT_co
 
 
-Effect = Send | Open | Read | ReadAll | Pause | Work
+Effect = Send | Open | Read | ReadAll | Pause | RunTask
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
 

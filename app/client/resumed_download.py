@@ -10,7 +10,7 @@ from typing import IO
 
 import httpx
 
-from app.client.effects import Call, Flow, Open, Pause, Read, Work
+from app.client.effects import Call, Flow, Open, Pause, Read, RunTask
 from app.client.errors import DownloadCorrupt, unreachable
 from app.client.exchange import Exchange
 from app.client.paths import file_route
@@ -33,7 +33,7 @@ def artifact_files(
     """Every file under `folder`. Those that are there already and whole are not sent again."""
     places = [(file, folder / safe_path(file.path)) for file in artifact.files]
     for file, place in places:
-        if (yield Work(partial(is_whole, place, file))):
+        if (yield RunTask(partial(is_whole, place, file))):
             on_bytes(file.size)
         else:
             yield from one_file(exchange, artifact.id, file, place, on_bytes)
@@ -43,12 +43,12 @@ def one_file(
     exchange: Exchange, artifact_id: str, file: FileAnswer, place: Path, on_bytes: OnBytes
 ) -> Flow[None]:
     """A file, continued from the part that an earlier download left; once more from its start if wrong."""
-    part: Part = yield Work(partial(Part, place, on_bytes))
+    part: Part = yield RunTask(partial(Part, place, on_bytes))
     try:
         was_continued = part.size > 0
         yield from received(exchange, artifact_id, file, part)
         if was_continued and part.sha256 != file.sha256:
-            yield Work(part.restart)
+            yield RunTask(part.restart)
             yield from received(exchange, artifact_id, file, part)
         if part.sha256 != file.sha256:
             part.discard()
@@ -56,7 +56,7 @@ def one_file(
                 f"{file.path}: received SHA-256 {part.sha256}, expected {file.sha256}",
                 remedy="download it again; if it happens twice, the stored file is damaged",
             )
-        yield Work(part.publish)
+        yield RunTask(part.publish)
     finally:
         part.close()
 
@@ -69,11 +69,11 @@ def received(exchange: Exchange, artifact_id: str, file: FileAnswer, part: Part)
         call = Call("GET", file_route(artifact_id, file.path), headers=range_header(part.size))
         answer = yield from exchange.opened(Open(call, PIECE_BYTES))
         if part.size and answer.status_code != httpx.codes.PARTIAL_CONTENT:
-            yield Work(part.restart)  # the whole file comes
+            yield RunTask(part.restart)  # the whole file comes
             before = 0
         try:
             while (piece := (yield Read())) is not None:
-                yield Work(partial(part.write, piece))
+                yield RunTask(partial(part.write, piece))
         except httpx.TransportError as fault:
             breaks = breaks + 1 if part.size == before else 1
             if breaks >= BREAKS:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.checks import check_bias, check_input
 from kernels.layouts import unpack_rows
 from kernels.operators import dequantize
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 OPERATOR_GROUPS = (128, 64, 32)
@@ -121,7 +121,7 @@ class Int8Kernel:
 class AtenBackend:
     name = "aten"
 
-    def can_implement(self, problem: Problem) -> str | None:
+    def can_implement(self, problem: LinearProduct) -> str | None:
         """Why not, or None."""
         capability = torch.backends.cpu.get_cpu_capability()
         if capability not in VECTORISED:

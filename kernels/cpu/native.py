@@ -39,7 +39,7 @@ from kernels.cpu.blocked_layout import (
     to_blocks,
 )
 from kernels.cpu.native_library import BlockedStruct, NotCompiled, address, native_library
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 Product = Callable[..., int | None]  # of the library
@@ -290,7 +290,7 @@ class NativeBackend:
         self.tiles = tiles
         self.name = "amx" if tiles else "avx512"
 
-    def can_implement(self, problem: Problem) -> str | None:
+    def can_implement(self, problem: LinearProduct) -> str | None:
         """None, or why the library can't be had. The first call compiles it."""
         try:
             native_library(tiles=self.tiles)

@@ -12,7 +12,7 @@ from kernels.cuda.compiler import architecture_for, find_compiler
 from kernels.cuda.driver import DriverError, open_driver
 from kernels.cuda.layout import format_of
 from kernels.cuda.linear import CHANNEL_MULTIPLE, linear, load_kernels, make_records
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 
@@ -54,7 +54,7 @@ class CudaKernel:
 class CudaBackend:
     name = "cuda"
 
-    def can_implement(self, problem: Problem) -> str | None:
+    def can_implement(self, problem: LinearProduct) -> str | None:
         """Why it can't, or None."""
         if problem.device_type != "cuda":
             return f"it runs on NVIDIA GPUs, not on {problem.device_type}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cuda.driver import Function, Launch
+from kernels.cuda.driver import KernelFunction, KernelLaunch
 from kernels.cuda.layout import Format
 from kernels.cuda.library import Library
 from kernels.cuda.workspace import Workspace
@@ -21,8 +21,8 @@ Sizes = tuple[int, int, int]  # tokens, channels, rows
 class Prepared:
     """A plan with its kernel loaded: what a call needs."""
 
-    function: Function
-    launch: Launch
+    function: KernelFunction
+    launch: KernelLaunch
     partial_bytes: int
     counters: int
     token_box: int = 0  # tokens that the copy engine fetches at once, where it is told what x is

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cuda.calls import LinearKernel, Prepared, Sizes
-from kernels.cuda.driver import PROCESSORS, SHARED_BYTES_OF_BLOCK, Launch, open_driver
+from kernels.cuda.driver import PROCESSORS, SHARED_BYTES_OF_BLOCK, KernelLaunch, open_driver
 from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format
 
 SOURCE = "decode.cu"
@@ -26,7 +26,7 @@ ROUND = 8  # csrc/cuda/decode.cu: sums that go through shared memory at once
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecodeShape:
     """The template parameters of csrc/cuda/decode.cu."""
 
     row_tiles: int
@@ -109,14 +109,14 @@ def hopper(index: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """A shape, and how many blocks of it."""
 
-    shape: Shape
+    shape: DecodeShape
     blocks: int
 
 
-def strips_of(rows: int, shape: Shape) -> int:
+def strips_of(rows: int, shape: DecodeShape) -> int:
     tiles = -(-rows // TILE_ROWS)
     return -(-tiles // shape.strip_tiles)
 
@@ -143,7 +143,7 @@ CACHE_READ, STRIP_END, SHARED_STRIP, PART, RECORD = 0.5, 8.0, 30.0, 12.0, 1056
 SPLIT_LOSS = 1.08
 
 
-def fitted(shape: Shape, form: Format, device: Device) -> Shape | None:
+def fitted(shape: DecodeShape, form: Format, device: Device) -> DecodeShape | None:
     """`shape` with as many of its stages as fit in shared memory, at least two; None if they don't."""
     for stages in range(shape.stages, 1, -1):
         staged = replace(shape, stages=stages)
@@ -152,11 +152,11 @@ def fitted(shape: Shape, form: Format, device: Device) -> Shape | None:
     return None
 
 
-def shapes_for(tokens: int, form: Format, device: Device) -> Iterator[tuple[Shape, float]]:
+def shapes_for(tokens: int, form: Format, device: Device) -> Iterator[tuple[DecodeShape, float]]:
     tiles = token_tiles(tokens)
     held = int(tokens == 1)
     for row_tiles, row_warps, splits, stages, measured in SHAPES[0 if held else tiles]:
-        shape = Shape(row_tiles, tiles, row_warps, splits, stages, tiles > 4, held_tokens=held)
+        shape = DecodeShape(row_tiles, tiles, row_warps, splits, stages, tiles > 4, held_tokens=held)
         staged = fitted(shape, form, device)
         if staged is not None:
             yield staged, measured
@@ -172,7 +172,7 @@ def deals(strips: int, units: int, processors: int) -> Iterator[tuple[int, float
         yield strips // -(-strips // processors), 0.0
 
 
-def cost(shape: Shape, blocks: int, sharing: float, strips: int, units: int) -> float:
+def cost(shape: DecodeShape, blocks: int, sharing: float, strips: int, units: int) -> float:
     """Of the block with most to do, by the rule alone."""
     busiest = -(-strips * units // blocks)
     tokens = shape.tokens * UNIT_CHANNELS * 2 / RECORD * CACHE_READ
@@ -180,11 +180,11 @@ def cost(shape: Shape, blocks: int, sharing: float, strips: int, units: int) -> 
     return reading + -(-busiest // units) * STRIP_END + sharing
 
 
-def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> Plan:
+def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> DecodePlan:
     """The shape, and the way to deal, whose busiest block has the least to do."""
     units = -(-channels // UNIT_CHANNELS)
     plans = [
-        (cost(shape, blocks, sharing, strips_of(rows, shape), units) * measured, Plan(shape, blocks))
+        (cost(shape, blocks, sharing, strips_of(rows, shape), units) * measured, DecodePlan(shape, blocks))
         for shape, measured in shapes_for(tokens, form, device)
         for blocks, sharing in deals(strips_of(rows, shape), units, device.processors)
     ]
@@ -214,11 +214,13 @@ class DecodeKernel(LinearKernel):
         plan = make_plan(tokens, rows, channels, form, device_of(device))
         return self.prepare_plan(plan, rows, form, dtype, device)
 
-    def prepare_plan(self, plan: Plan, rows: int, form: Format, dtype: torch.dtype, device: int) -> Prepared:
+    def prepare_plan(
+        self, plan: DecodePlan, rows: int, form: Format, dtype: torch.dtype, device: int
+    ) -> Prepared:
         shape = plan.shape
         function = self.library.function(SOURCE, "decode", device, shape.defines(form, dtype))
         shared = lone_block(shape.shared_bytes(form), device_of(device))
-        launch = Launch((plan.blocks, 1, 1), (shape.warps * 32, 1, 1), shared, overlap=hopper(device))
+        launch = KernelLaunch((plan.blocks, 1, 1), (shape.warps * 32, 1, 1), shared, overlap=hopper(device))
         partial_bytes = plan.blocks * 2 * shape.row_warps * shape.sums * LANE_SUM_BYTES
         return Prepared(function, launch, partial_bytes, strips_of(rows, shape))
 

@@ -116,7 +116,7 @@ def open_driver() -> Driver:
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """How many blocks of how many threads, and each block's dynamic shared memory.
 
     `overlap`: the kernel may start before the previous one on its stream has ended; it must then execute
@@ -135,7 +135,7 @@ class Packed(threading.local):
     def __init__(self) -> None:
         self.values: list[CValue] = []
         self.pointers: ctypes.Array[ctypes.c_void_p] = (ctypes.c_void_p * 0)()
-        self.launch: Launch | None = None
+        self.launch: KernelLaunch | None = None
         self.config = LaunchConfig()
 
     def fill(self, arguments: Sequence[Argument]) -> None:
@@ -154,7 +154,7 @@ class Packed(threading.local):
                 self.values[index].value = argument
 
 
-class Function:
+class KernelFunction:
     """A kernel of a loaded module."""
 
     def __init__(self, driver: Driver, handle: ctypes.c_void_p, device: int) -> None:
@@ -165,7 +165,7 @@ class Function:
         self.overlap = Attribute(OVERLAP, 0, (ctypes.c_int * 16)(1))
         self.packed = Packed()
 
-    def __call__(self, launch: Launch, arguments: Sequence[Argument]) -> None:
+    def __call__(self, launch: KernelLaunch, arguments: Sequence[Argument]) -> None:
         """Adds the kernel to PyTorch's current stream: tensors go as pointers, integers as 32 bits, floats as
         float32, None as a null pointer, structures by value."""
         packed = self.packed
@@ -204,12 +204,12 @@ class Module:
         with self.driver.on(device):
             self.driver.call("cuModuleLoadData", ctypes.byref(self.handle), code)
 
-    def function(self, name: str) -> Function:
+    def function(self, name: str) -> KernelFunction:
         """The kernel declared extern "C" under `name`."""
         handle = ctypes.c_void_p()
         with self.driver.on(self.device):
             self.driver.call("cuModuleGetFunction", ctypes.byref(handle), self.handle, name.encode())
-        return Function(self.driver, handle, self.device)
+        return KernelFunction(self.driver, handle, self.device)
 
 
 def current_stream(device: int) -> int:

@@ -62,7 +62,7 @@ def format_of(weight: PackedWeight) -> Format:
 
 
 @dataclass(frozen=True)
-class Place:
+class FragmentPlace:
     """Where bits of one weight lie in a record."""
 
     word: int
@@ -71,7 +71,7 @@ class Place:
     width: int
 
 
-def places(bits: int, row: int, channel: int) -> list[Place]:
+def places(bits: int, row: int, channel: int) -> list[FragmentPlace]:
     """Where the bits of weight (row, channel) of a record lie."""
     half, in_half = divmod(channel, HALF_CHANNELS)
     step, in_step = divmod(in_half, STEP_CHANNELS)
@@ -80,14 +80,16 @@ def places(bits: int, row: int, channel: int) -> list[Place]:
     odd = channel % 2
     block = half * LANES + lane
     if bits == 4:
-        return [Place(block * 4 + step, 4 * pair + 16 * odd, 0, 4)]
+        return [FragmentPlace(block * 4 + step, 4 * pair + 16 * odd, 0, 4)]
     if bits == 8:
         word = 2 * step + pair // 2  # of the lane's eight, which two loads bring four at a time
-        return [Place(half * 256 + word // 4 * 128 + lane * 4 + word % 4, 16 * (pair % 2) + 8 * odd, 0, 8)]
-    low = Place(block * 2 + step // 2, 8 * (step % 2) + 2 * pair + 16 * odd, 0, 2)
+        return [
+            FragmentPlace(half * 256 + word // 4 * 128 + lane * 4 + word % 4, 16 * (pair % 2) + 8 * odd, 0, 8)
+        ]
+    low = FragmentPlace(block * 2 + step // 2, 8 * (step % 2) + 2 * pair + 16 * odd, 0, 2)
     if bits == 2:
         return [low]
-    return [low, Place(2 * LANES * 2 + block, THIRD_BIT[step][pair] + 16 * odd, 2, 1)]
+    return [low, FragmentPlace(2 * LANES * 2 + block, THIRD_BIT[step][pair] + 16 * odd, 2, 1)]
 
 
 @functools.cache

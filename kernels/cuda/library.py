@@ -10,7 +10,7 @@ import torch
 
 from kernels.cuda.compiler import architecture_for
 from kernels.cuda.cubin_cache import CubinCache
-from kernels.cuda.driver import Function, Module
+from kernels.cuda.driver import KernelFunction, Module
 
 Defines = Mapping[str, int | str]
 
@@ -20,11 +20,11 @@ class Library:
 
     def __init__(self, cache: CubinCache | None = None) -> None:
         self.cache = cache or CubinCache()
-        self.functions: dict[tuple[object, ...], Function] = {}
+        self.functions: dict[tuple[object, ...], KernelFunction] = {}
         self.modules: dict[tuple[object, ...], Module] = {}
         self.lock = threading.Lock()
 
-    def function(self, source: str, name: str, device: int, defines: Defines | None = None) -> Function:
+    def function(self, source: str, name: str, device: int, defines: Defines | None = None) -> KernelFunction:
         """The kernel `name` of `source`, compiled with `defines` for this device.
 
         Raises ValueError for a device that no machine code of ours runs on.

@@ -18,7 +18,7 @@ from kernels.checks import (
     check_shape,
 )
 from kernels.cuda.decode import MAX_TOKENS, DecodeKernel, format_defines, hopper
-from kernels.cuda.driver import Launch
+from kernels.cuda.driver import KernelLaunch
 from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format, format_of
 from kernels.cuda.library import shared_library
 from kernels.cuda.wide import WideKernel
@@ -71,7 +71,7 @@ def make_records(weight: PackedWeight) -> Tensor:
     )
     sizes = (weight.out_features, weight.in_features, weight.qweight.shape[1], weight.groups)
     function(
-        Launch((tiles, units, 1), (RECORD_THREADS, 1, 1)),
+        KernelLaunch((tiles, units, 1), (RECORD_THREADS, 1, 1)),
         (weight.qweight, weight.scale, weight.zero, records, *sizes, weight.channels_per_group),
     )
     return records
@@ -86,7 +86,8 @@ def dense(records: Tensor, rows: int, channels: int, form: Format, dtype: torch.
     )
     blocks = -(-tiles // RECORDS_PER_BLOCK)
     function(
-        Launch((blocks, units, 1), (RECORDS_PER_BLOCK * 32, 1, 1)), (records, output, rows, channels, tiles)
+        KernelLaunch((blocks, units, 1), (RECORDS_PER_BLOCK * 32, 1, 1)),
+        (records, output, rows, channels, tiles),
     )
     return output
 

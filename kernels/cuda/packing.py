@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import fallbacks, layouts
 from kernels.cuda.compiler import CompileError
 from kernels.cuda.decode import TYPE_CODES
-from kernels.cuda.driver import DriverError, Launch
+from kernels.cuda.driver import DriverError, KernelLaunch
 from kernels.cuda.library import shared_library
 
 SOURCE = "packing.cu"
@@ -84,7 +84,7 @@ def run(
     assert isinstance(arguments[0], Tensor)
     defines: dict[str, int | str] = {"BITS": bits, "ORDER": order_word(order)}
     function = shared_library().function(SOURCE, name, arguments[0].get_device(), defines)
-    function(Launch((-(-threads // THREADS), 1, 1), (THREADS, 1, 1)), arguments)
+    function(KernelLaunch((-(-threads // THREADS), 1, 1), (THREADS, 1, 1)), arguments)
 
 
 def dequantize(
@@ -97,5 +97,7 @@ def dequantize(
     function = shared_library().function(SOURCE, "dequantize", qweight.get_device(), defines)
     threads = rows * -(-in_features // DEQUANTIZED_AT_ONCE)
     sizes = rows, in_features, qweight.shape[1], groups, in_features // groups
-    function(Launch((-(-threads // THREADS), 1, 1), (THREADS, 1, 1)), (qweight, scale, zero, output, *sizes))
+    function(
+        KernelLaunch((-(-threads // THREADS), 1, 1), (THREADS, 1, 1)), (qweight, scale, zero, output, *sizes)
+    )
     return output

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.cuda.calls import LinearKernel, Prepared, Sizes
 from kernels.cuda.decode import Device, device_of, format_defines, lone_block
-from kernels.cuda.driver import Launch
+from kernels.cuda.driver import KernelLaunch
 from kernels.cuda.layout import TILE_ROWS, UNIT_CHANNELS, Format
 from kernels.cuda.tensor_map import TensorMap, describe
 
@@ -21,7 +21,7 @@ ALIGNMENT = 1024
 
 
 @dataclass(frozen=True)
-class Shape:
+class WideShape:
     """The template parameters of csrc/cuda/wide.cu."""
 
     row_blocks: int
@@ -60,24 +60,24 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WidePlan:
     """A shape, and how its tiles are dealt to blocks."""
 
-    shape: Shape
+    shape: WideShape
     blocks: int
     split: bool
 
 
 # Microseconds of a block for a unit of 128 channels, by shape, on an H100 (docs/benchmarks.md).
 UNIT_TIMES = {
-    Shape(1, 16): 0.47,
-    Shape(1, 32, 2): 0.49,
-    Shape(2, 32): 0.83,
-    Shape(1, 64): 0.58,
-    Shape(2, 64): 1.02,
-    Shape(1, 128): 0.85,
-    Shape(2, 128): 1.34,
-    Shape(1, 256): 1.44,
+    WideShape(1, 16): 0.47,
+    WideShape(1, 32, 2): 0.49,
+    WideShape(2, 32): 0.83,
+    WideShape(1, 64): 0.58,
+    WideShape(2, 64): 1.02,
+    WideShape(1, 128): 0.85,
+    WideShape(2, 128): 1.34,
+    WideShape(1, 256): 1.44,
 }
 # Of a part of a tile that blocks share, and of each KiB of its sums.
 SHARED_PART, SHARED_KIB = 0.5, 0.015
@@ -85,7 +85,7 @@ SPLIT_LOSS = 1.1  # blocks that split tiles read less of what others have just r
 MAX_STAGES = 8
 
 
-def fitted(shape: Shape, form: Format, device: Device) -> Shape | None:
+def fitted(shape: WideShape, form: Format, device: Device) -> WideShape | None:
     """`shape` with the most stages that fit in shared memory; None where two don't."""
     for stages in range(MAX_STAGES, 1, -1):
         staged = replace(shape, stages=stages)
@@ -94,7 +94,7 @@ def fitted(shape: Shape, form: Format, device: Device) -> Shape | None:
     return None
 
 
-def tiles_of(tokens: int, rows: int, shape: Shape) -> int:
+def tiles_of(tokens: int, rows: int, shape: WideShape) -> int:
     return -(-rows // shape.rows) * -(-tokens // shape.tokens)
 
 
@@ -118,18 +118,18 @@ def deals(tiles: int, units: int, processors: int) -> Iterator[Deal]:
         yield Deal(tiles * shares, True, -(-units // shares), 1, shares)
 
 
-def cost(shape: Shape, deal: Deal) -> float:
+def cost(shape: WideShape, deal: Deal) -> float:
     """Microseconds of the block with most to do."""
     part = SHARED_PART + SHARED_KIB * shape.rows * shape.tokens * 4 / 1024
     reading = deal.busiest * UNIT_TIMES[replace(shape, stages=0)] * (SPLIT_LOSS if deal.split else 1.0)
     return reading + deal.shared * deal.parts * part
 
 
-def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> Plan:
+def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> WidePlan:
     """The shape, and the way to deal, whose busiest block is done first."""
     units = -(-channels // UNIT_CHANNELS)
     plans = [
-        (cost(shape, deal), Plan(shape, deal.blocks, deal.split))
+        (cost(shape, deal), WidePlan(shape, deal.blocks, deal.split))
         for shape in filter(None, (fitted(shape, form, device) for shape in UNIT_TIMES))
         for deal in deals(tiles_of(tokens, rows, shape), units, device.processors)
     ]
@@ -148,7 +148,7 @@ class WideKernel(LinearKernel):
         shape = plan.shape
         function = self.library.function(SOURCE, "wide", device, shape.defines(form, dtype))
         shared = lone_block(shape.shared_bytes(form), device_of(device))
-        launch = Launch((plan.blocks, 1, 1), (shape.threads, 1, 1), shared, overlap=True)
+        launch = KernelLaunch((plan.blocks, 1, 1), (shape.threads, 1, 1), shared, overlap=True)
         partial_bytes = plan.blocks * 2 * shape.rows * shape.tokens * 4 if plan.split else 0
         counters = tiles_of(tokens, rows, shape)
         return Prepared(function, launch, partial_bytes, counters, shape.tokens, (int(plan.split),))

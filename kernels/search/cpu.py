@@ -117,7 +117,7 @@ def can_clip(group_size: int) -> bool:
     return group_size in GROUP_SIZES and library() is not None
 
 
-class ClipStep:
+class CpuClipStep:
     """The kernel with what stays the same from group to group."""
 
     def __init__(self, joint: Sequence[float], side: Sequence[float], rule: GridRule) -> None:

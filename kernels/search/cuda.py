@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import fallbacks
 from kernels.cuda.compiler import CompileError
-from kernels.cuda.driver import DriverError, Function, Launch
+from kernels.cuda.driver import DriverError, KernelFunction, KernelLaunch
 from kernels.cuda.library import shared_library
 from kernels.search.grids import GridRule
 
@@ -47,7 +47,7 @@ def fits(group_size: int, tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def function(name: str, tensor: Tensor) -> Function:
+def function(name: str, tensor: Tensor) -> KernelFunction:
     return shared_library().function(SOURCE, name, tensor.device.index or 0)
 
 
@@ -64,7 +64,7 @@ def rounding_errors(
     warps = len(scales) * rows * channels // group_size
     arguments = (weight, scales, errors, len(scales), rows, channels, range_factor)
     kernel = function(f"rounding_errors_{group_size}_{ERROR_NAMES[errors.dtype]}", weight)
-    kernel(Launch((-(-warps // 8), 1, 1), (256, 1, 1)), (*arguments, *rule_arguments(rule)))
+    kernel(KernelLaunch((-(-warps // 8), 1, 1), (256, 1, 1)), (*arguments, *rule_arguments(rule)))
 
 
 @functools.cache
@@ -80,10 +80,10 @@ def clip_step(
     rule: GridRule,
 ) -> None:
     """Fills error and ranges; `group`: weight, block, others and error."""
-    ClipStep(group[0].shape, ranges.device, joint, side, rule)(*group, ranges)
+    CudaClipStep(group[0].shape, ranges.device, joint, side, rule)(*group, ranges)
 
 
-class ClipStep:
+class CudaClipStep:
     """The kernel with what stays the same from group to group."""
 
     def __init__(
@@ -98,7 +98,7 @@ class ClipStep:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         warps = 4 if rows >= 4 * WARP_ROWS * multiprocessors else 2
         shared = 4 * size * (size + PAD) + warps * WARP_ROWS * size * 4
-        self.launch = Launch((-(-rows // (WARP_ROWS * warps)), 1, 1), (32 * warps, 1, 1), shared)
+        self.launch = KernelLaunch((-(-rows // (WARP_ROWS * warps)), 1, 1), (32 * warps, 1, 1), shared)
         self.kernel = shared_library().function(SOURCE, f"clip_step_{size}", device.index or 0)
         factors = factors_on(device, (*joint, *side))
         self.last = (factors, len(joint), len(side), rows, *rule_arguments(rule))
@@ -128,4 +128,4 @@ def add_row_dots(left: Tensor, right: Tensor, total: Tensor) -> None:
     rows, columns = left.shape
     kernel = function(f"row_dots_{ERROR_NAMES[left.dtype]}", left)
     arguments = (left, left.stride(0), right, right.stride(0), total, rows, columns)
-    kernel(Launch((-(-rows // 8), 1, 1), (256, 1, 1)), arguments)
+    kernel(KernelLaunch((-(-rows // 8), 1, 1), (256, 1, 1)), arguments)

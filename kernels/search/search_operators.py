@@ -160,9 +160,9 @@ def clip_step_of(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]:
     """What clip_step does to groups like this one, without its checks."""
     if weight.is_cuda and cuda.fits(weight.shape[1], (weight, block)) and cuda.runs_on(weight.get_device()):
-        return cuda.ClipStep(weight.shape, weight.device, joint, side, rule)
+        return cuda.CudaClipStep(weight.shape, weight.device, joint, side, rule)
     if weight.device.type == "cpu" and cpu.can_clip(weight.shape[1]):
-        return cpu.ClipStep(joint, side, rule)
+        return cpu.CpuClipStep(joint, side, rule)
     count = max(1, at_once(weight.device) // (weight.shape[1] * max(1, len(joint), len(side))))
 
     def step(weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.checks import check_bias, check_input
 from kernels.operators import quantized_linear
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class TritonKernel:
 class TritonBackend:
     name = "triton"
 
-    def can_implement(self, problem: Problem) -> str | None:
+    def can_implement(self, problem: LinearProduct) -> str | None:
         """Why it can't, or None."""
         if problem.device_type != "cuda":
             return f"it runs on GPUs, not on {problem.device_type}"
@@ -70,4 +70,4 @@ class TritonBackend:
 @functools.cache
 def linear_module() -> ModuleType:
     """Imported at first use: a machine without Triton has the other backends."""
-    return importlib.import_module("kernels.triton_backend.linear")
+    return importlib.import_module("kernels.triton_backend.linear_kernel")

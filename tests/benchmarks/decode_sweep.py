@@ -25,7 +25,7 @@ import kernels_cuda  # noqa: E402
 from kernels import layouts  # noqa: E402
 from kernels.cuda import decode  # noqa: E402
 from kernels.cuda.calls import Prepared  # noqa: E402
-from kernels.cuda.decode import DecodeKernel, Plan, deals, device_of, shapes_for, strips_of  # noqa: E402
+from kernels.cuda.decode import DecodeKernel, DecodePlan, deals, device_of, shapes_for, strips_of  # noqa: E402
 from kernels.cuda.layout import UNIT_CHANNELS, format_of  # noqa: E402
 from kernels.cuda.library import shared_library  # noqa: E402
 from kernels.cuda.linear import make_records  # noqa: E402
@@ -61,12 +61,12 @@ def measure(shape: str, tokens: int) -> None:
     for candidate, factor in shapes_for(tokens, form, device):
         strips = strips_of(rows, candidate)
         for blocks, sharing in deals(strips, units, device.processors):
-            prepared = kernel.prepare_plan(Plan(candidate, blocks), rows, form, x.dtype, 0)
+            prepared = kernel.prepare_plan(DecodePlan(candidate, blocks), rows, form, x.dtype, 0)
             error = (product(prepared, records, x) - expected).abs().max() / expected.abs().max()
             calls = [lambda x, p=prepared, held=held: product(p, held, x) for held in copies]
             seconds = statistics.median(kernels_cuda.time_calls(calls, x))
             cost = decode.cost(candidate, blocks, sharing, strips, units) * factor
-            mark = "chosen" if Plan(candidate, blocks) == chosen else ""
+            mark = "chosen" if DecodePlan(candidate, blocks) == chosen else ""
             parts = candidate.row_tiles, candidate.row_warps, candidate.splits, candidate.stages
             print(
                 f"| {shape} | {tokens} | {' '.join(map(str, parts))} | {blocks} | {seconds * 1e6:.2f} "

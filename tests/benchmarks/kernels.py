@@ -42,7 +42,7 @@ import kernels_cuda  # noqa: E402
 
 from kernels import layouts  # noqa: E402
 from kernels.backend import backends_of  # noqa: E402
-from kernels.problem import Problem  # noqa: E402
+from kernels.product import LinearProduct  # noqa: E402
 from kernels.weight import PackedWeight  # noqa: E402
 
 SHAPES = ("4096x4096", "4096x14336", "14336x4096", "8192x28672")
@@ -246,7 +246,7 @@ def dense_candidate(dense: Tensor, device: Device) -> Candidate:
 
 
 def our_candidates(weight: PackedWeight, device: Device, names: list[str] | None) -> list[Candidate]:
-    problem = Problem.of(weight, torch.bfloat16, device.torch_device)
+    problem = LinearProduct.of(weight, torch.bfloat16, device.torch_device)
     found = []
     for backend in backends_of(device.torch_device.type):
         if (names and backend.name not in names) or (not names and backend.name == "torch"):

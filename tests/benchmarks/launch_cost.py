@@ -45,8 +45,8 @@ class StubLibrary:
     def __init__(self, device: driver.Driver) -> None:
         self.device = device
 
-    def function(self, *_: object) -> driver.Function:
-        return driver.Function(self.device, ctypes.c_void_p(1), 0)
+    def function(self, *_: object) -> driver.KernelFunction:
+        return driver.KernelFunction(self.device, ctypes.c_void_p(1), 0)
 
 
 def microseconds(x: torch.Tensor, records: torch.Tensor, rows: int, form: Format) -> float:

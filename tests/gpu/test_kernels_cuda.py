@@ -20,7 +20,7 @@ from kernels.cuda.layout import make_records as described_records
 from kernels.cuda.library import shared_library
 from kernels.cuda.linear import dense, kernels, make_records
 from kernels.cuda.workspace import Workspace
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 from tests.unit.kernels.weights import random_weight
 
@@ -188,7 +188,7 @@ def test_the_operator_passes_opcheck(kernel: Any) -> None:
 
 def test_it_is_the_first_choice_on_this_gpu() -> None:
     weight, _ = weight_and_truth(200, 640, 4, 128, asymmetric=True, scale_dtype=torch.float16)
-    selection = select_backend(Problem.of(weight, torch.bfloat16, GPU))
+    selection = select_backend(LinearProduct.of(weight, torch.bfloat16, GPU))
     assert (selection.backend.name, selection.refusals) == ("cuda", ())
 
 

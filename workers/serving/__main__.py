@@ -32,12 +32,12 @@ from app.core.telemetry.logs import log_warnings
 from workers.devices.selection import select_device
 from workers.process import leave
 from workers.serving.batch import Batch
-from workers.serving.engine import Engine, Limits
+from workers.serving.engine import Engine, EngineLimits
 from workers.serving.http_server import listen, serve
 from workers.serving.loading import LoadedModel, LoadRequest, load_model
 from workers.serving.routes import create_app
 from workers.serving.served_model import ServedModel
-from workers.serving.server_metrics import Metrics
+from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -86,11 +86,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def limits_of(options: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> Limits:
+def limits_of(options: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> EngineLimits:
     longest = int(loaded.config.get("max_position_embeddings") or 2048)
     cells = options.cache_tokens or cache_cells(loaded, device)
     length = min(options.max_model_len or longest, longest, cells)
-    return Limits(
+    return EngineLimits(
         max_model_len=length,
         max_sequences=options.max_sequences,
         max_waiting=options.max_waiting,
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
     device = select_device(options.device)
     loaded = load_model(LoadRequest(options.artifact, device, DTYPES[options.dtype], options.kernel_backend))
     tokenization = Tokenization(options.artifact, int(loaded.model.config.vocab_size))
-    metrics = Metrics(options.name)
+    metrics = ServerMetrics(options.name)
     limits = limits_of(options, loaded, device)
     batch = Batch(loaded.model, limits.max_cells)
     engine = Engine(batch, tokenization, limits, metrics, tokenization.end_tokens)

@@ -13,7 +13,7 @@ CONTEXT_TOKENS = 4
 MAX_FRESH = 64
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """What a tokenizer must do."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
@@ -27,7 +27,7 @@ class Detokenizer:
     """
 
     def __init__(
-        self, decoder: Decoder, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self, decoder: TokenDecoder, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> None:
         self.decoder, self.skip_special_tokens = decoder, skip_special_tokens
         self.window = list(prompt[-CONTEXT_TOKENS:])
@@ -69,7 +69,7 @@ class Detokenizer:
 
 
 @dataclass(frozen=True)
-class Stopped:
+class StopMatch:
     """The text up to a stop string, and which it was."""
 
     text: str
@@ -83,7 +83,7 @@ class StopStrings:
         self.strings, self.include = tuple(strings), include
         self.held = ""
 
-    def add(self, text: str) -> str | Stopped:
+    def add(self, text: str) -> str | StopMatch:
         """Text that is safe to give away, or the end."""
         if not self.strings:
             return text
@@ -93,7 +93,7 @@ class StopStrings:
             at, string = min(found)
             end = at + len(string) if self.include else at
             before, self.held = self.held[:end], ""
-            return Stopped(before, string)
+            return StopMatch(before, string)
         keep = max(self.partial(string) for string in self.strings)
         given, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return given

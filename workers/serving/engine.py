@@ -19,10 +19,10 @@ from torch import Tensor
 from app.core.errors import InvalidRequest, NibbleError, QueueFull, Unavailable
 from workers.devices.selection import select_device
 from workers.serving.batch import Batch, Prefill
-from workers.serving.detokenizer import Decoder, Detokenizer, Stopped
+from workers.serving.detokenizer import Detokenizer, StopMatch, TokenDecoder
 from workers.serving.requests import Choice, FinishReason, Generation, Piece, Sequence
 from workers.serving.sampling import choose
-from workers.serving.server_metrics import Metrics
+from workers.serving.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ DRAINING = "the server is shutting down"
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What the engine takes on."""
 
     max_model_len: int  # tokens of a prompt and its answer
@@ -53,7 +53,12 @@ class Engine:
     """Runs until it is stopped or fails. All public methods may be called from any thread."""
 
     def __init__(
-        self, batch: Batch, decoder: Decoder, limits: Limits, metrics: Metrics, end_tokens: frozenset[int]
+        self,
+        batch: Batch,
+        decoder: TokenDecoder,
+        limits: EngineLimits,
+        metrics: ServerMetrics,
+        end_tokens: frozenset[int],
     ) -> None:
         self.batch, self.decoder, self.limits = batch, decoder, limits
         self.metrics, self.end_tokens = metrics, end_tokens
@@ -247,7 +252,7 @@ class Engine:
 
     def _append_text(self, sequence: Sequence, added: str, *, enough: bool) -> None:
         text = sequence.stops.add(added) if enough else added
-        if isinstance(text, Stopped):
+        if isinstance(text, StopMatch):
             self._finish(sequence, "stop", text=text.text, stop_reason=text.string, withheld=False)
         elif sequence.matcher is not None and sequence.matcher.complete:
             self._finish(sequence, "stop", text=text)
@@ -272,7 +277,7 @@ class Engine:
         """End a sequence, with the text that was withheld until now."""
         if withheld and reason != "error":
             rest = sequence.stops.add(sequence.detokenizer.rest())
-            if isinstance(rest, Stopped):  # completed by a character that was incomplete until now
+            if isinstance(rest, StopMatch):  # completed by a character that was incomplete until now
                 reason, stop_reason, text = "stop", rest.string, text + rest.text
             else:
                 text += rest + sequence.stops.rest()

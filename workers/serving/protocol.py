@@ -122,7 +122,7 @@ class Body(BaseModel):
         return self
 
 
-class Function(BaseModel):
+class ToolFunction(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = Field(min_length=1, max_length=256)
@@ -134,7 +134,7 @@ class Tool(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     type: Literal["function"]
-    function: Function
+    function: ToolFunction
 
 
 class NamedFunction(BaseModel):
@@ -164,7 +164,7 @@ class CalledFunction(BaseModel):
     arguments: str | dict[str, Any] | None = None
 
 
-class Call(BaseModel):
+class ToolCall(BaseModel):
     """A call that the model made earlier; OpenAI writes its arguments as JSON in a string."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -181,18 +181,18 @@ class Call(BaseModel):
         return self
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """A turn; roles and further keys are the chat template's affair."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     role: str = Field(min_length=1, max_length=64)
     content: str | Several[TextPart] | None = None
-    tool_calls: Several[Call] | None = None
+    tool_calls: Several[ToolCall] | None = None
 
 
 class ChatRequest(Body):
-    messages: Several[Message] = Field(min_length=1)
+    messages: Several[ChatMessage] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
     max_completion_tokens: Integer | None = Field(default=None, ge=1)

@@ -49,7 +49,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Stopping:
+class StopRules:
     """When a sequence ends."""
 
     max_tokens: int
@@ -94,7 +94,7 @@ class Generation:
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling
-    stopping: Stopping
+    stopping: StopRules
     deliver: Callable[[Piece], None]  # called by the engine's thread
     n: int = 1
     matcher: Matcher | None = None

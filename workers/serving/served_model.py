@@ -14,8 +14,8 @@ from workers.serving.engine import Engine, News
 from workers.serving.generation_settings import sampling_defaults
 from workers.serving.grammar import Grammars, Matcher
 from workers.serving.protocol import Body, ChatRequest, CompletionRequest, NamedTool
-from workers.serving.requests import Generation, Piece, Sampling, Stopping
-from workers.serving.server_metrics import Metrics
+from workers.serving.requests import Generation, Piece, Sampling, StopRules
+from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
 from workers.texts.chat_template import RefusedByTemplate
 
@@ -66,7 +66,7 @@ class Answer:
 class ServedModel:
     """An engine with its tokenizer, under a name."""
 
-    def __init__(self, name: str, engine: Engine, tokenization: Tokenization, metrics: Metrics) -> None:
+    def __init__(self, name: str, engine: Engine, tokenization: Tokenization, metrics: ServerMetrics) -> None:
         self.name, self.engine, self.tokenization, self.metrics = name, engine, tokenization, metrics
         self.max_model_len = engine.limits.max_model_len
         self._grammars: Grammars | None = None
@@ -203,10 +203,10 @@ class ServedModel:
             top_logprobs=prompts.top_logprobs,
         )
 
-    def stopping(self, request: Body, prompts: Prompts, length: int) -> Stopping:
+    def stopping(self, request: Body, prompts: Prompts, length: int) -> StopRules:
         room = self.max_model_len - length
         stop = self.defaults.get("stop", ()) if request.stop is None else request.stop
-        return Stopping(
+        return StopRules(
             max_tokens=min(prompts.max_tokens or room, room),
             min_tokens=request.min_tokens,
             strings=(stop,) if isinstance(stop, str) else tuple(stop),

@@ -20,7 +20,7 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 LABELS = ("model_name", "engine")
 
 
-class Metrics:
+class ServerMetrics:
     """One registry; the engine and the routes write to it."""
 
     def __init__(self, model_name: str) -> None:

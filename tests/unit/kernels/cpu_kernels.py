@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from kernels.backend import Kernel, select_backend
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 CPU = torch.device("cpu")
 BACKENDS = ["amx", "avx512", "aten", "torch"]
 
 
-def problem_of(weight: PackedWeight, dtype: torch.dtype) -> Problem:
-    return Problem.of(weight, dtype, CPU)
+def problem_of(weight: PackedWeight, dtype: torch.dtype) -> LinearProduct:
+    return LinearProduct.of(weight, dtype, CPU)
 
 
 def kernel_of(name: str, weight: PackedWeight, dtype: torch.dtype) -> Kernel:

@@ -9,16 +9,16 @@ import torch
 
 from kernels import backend
 from kernels.backend import Backend, backends_of, select_backend
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.torch_backend import TorchBackend
 
-PROBLEM = Problem(4, 128, 256, 64, asymmetric=True, dtype=torch.bfloat16, device_type="cpu")
+PROBLEM = LinearProduct(4, 128, 256, 64, asymmetric=True, dtype=torch.bfloat16, device_type="cpu")
 
 
 class Refusing(TorchBackend):
     name = "refusing"
 
-    def can_implement(self, problem: Problem) -> str | None:
+    def can_implement(self, problem: LinearProduct) -> str | None:
         return f"not {problem.bits} bits"
 
 

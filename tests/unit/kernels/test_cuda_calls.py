@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.cuda import decode, driver, tensor_map, wide
 from kernels.cuda.calls import LinearKernel
 from kernels.cuda.decode import Device
-from kernels.cuda.driver import Driver, Function, Launch
+from kernels.cuda.driver import Driver, KernelFunction, KernelLaunch
 from kernels.cuda.layout import Format
 from kernels.cuda.workspace import Workspace
 
@@ -55,12 +55,12 @@ def library() -> WritingLibrary:
 
 
 @pytest.fixture
-def function(library: WritingLibrary, monkeypatch: pytest.MonkeyPatch) -> Function:
+def function(library: WritingLibrary, monkeypatch: pytest.MonkeyPatch) -> KernelFunction:
     monkeypatch.setattr(driver, "current_stream", lambda device: STREAM + device)
     made = Driver(library)  # type: ignore[arg-type]
     monkeypatch.setattr(tensor_map, "open_driver", lambda: made)
     tensor_map.description.cache_clear()
-    return Function(made, ctypes.c_void_p(HANDLE), 1)
+    return KernelFunction(made, ctypes.c_void_p(HANDLE), 1)
 
 
 def integer(address: int) -> int:
@@ -71,8 +71,8 @@ def pointer(address: int) -> int | None:
     return ctypes.c_void_p.from_address(address).value
 
 
-def test_every_call_gives_its_own_arguments(library: WritingLibrary, function: Function) -> None:
-    launch = Launch((3, 2, 1), (64, 1, 1), 50 * 1024, overlap=True)
+def test_every_call_gives_its_own_arguments(library: WritingLibrary, function: KernelFunction) -> None:
+    launch = KernelLaunch((3, 2, 1), (64, 1, 1), 50 * 1024, overlap=True)
     first, second = torch.zeros(4), torch.ones(4)
     for tensors, number, factor in (((first, None), 7, 0.5), ((second, first), -9, 2.0)):
         function(launch, (*tensors, number, factor))
@@ -85,16 +85,16 @@ def test_every_call_gives_its_own_arguments(library: WritingLibrary, function: F
         assert config.stream == STREAM + 1
         assert config.attribute_count == 1
         assert config.attributes[0].id == driver.OVERLAP
-    function(Launch((9, 1, 1), (32, 1, 1)), (first, None, 1, 1.0))
+    function(KernelLaunch((9, 1, 1), (32, 1, 1)), (first, None, 1, 1.0))
     config, _ = library.launches[-1]
     assert (config.grid[0], config.shared_bytes, config.attribute_count) == (9, 0, 0)
     assert library.calls.count("cuFuncSetAttribute") == 1
 
 
 def test_the_context_is_pushed_only_where_another_is_current(
-    library: WritingLibrary, function: Function
+    library: WritingLibrary, function: KernelFunction
 ) -> None:
-    launch = Launch((1, 1, 1), (32, 1, 1))
+    launch = KernelLaunch((1, 1, 1), (32, 1, 1))
     function(launch, (1,))
     assert library.calls[-3:] == ["cuCtxPushCurrent_v2", "cuLaunchKernelEx", "cuCtxPopCurrent_v2"]
     library.current = CONTEXT
@@ -104,8 +104,8 @@ def test_the_context_is_pushed_only_where_another_is_current(
     assert len(library.looked_up) == len(set(library.looked_up))
 
 
-def test_threads_do_not_share_arguments(library: WritingLibrary, function: Function) -> None:
-    launch = Launch((1, 1, 1), (32, 1, 1))
+def test_threads_do_not_share_arguments(library: WritingLibrary, function: KernelFunction) -> None:
+    launch = KernelLaunch((1, 1, 1), (32, 1, 1))
     function(launch, (1,))
     other = threading.Thread(target=function, args=(launch, (2,)))
     other.start()
@@ -118,18 +118,18 @@ def test_threads_do_not_share_arguments(library: WritingLibrary, function: Funct
 class OneFunction:
     """A library whose only kernel is `function`."""
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: KernelFunction) -> None:
         self.kernel = function
         self.asked = 0
 
-    def function(self, *_: object) -> Function:
+    def function(self, *_: object) -> KernelFunction:
         self.asked += 1
         return self.kernel
 
 
 @pytest.mark.parametrize(("module", "tokens", "last"), [(decode, 3, []), (wide, 40, [0])])
 def test_a_product_is_prepared_once(
-    library: WritingLibrary, function: Function, monkeypatch: pytest.MonkeyPatch,
+    library: WritingLibrary, function: KernelFunction, monkeypatch: pytest.MonkeyPatch,
     module: Any, tokens: int, last: list[int],
 ) -> None:  # fmt: skip
     held = torch.zeros(8, dtype=torch.uint8), torch.zeros(8, dtype=torch.int32)

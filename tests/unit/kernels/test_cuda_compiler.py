@@ -21,7 +21,7 @@ from kernels.cuda.compiler import (
     find_nvrtc,
 )
 from kernels.cuda.cubin_cache import CubinCache, register_counts, spilled_bytes
-from kernels.cuda.decode import VARIANTS, Shape
+from kernels.cuda.decode import VARIANTS, DecodeShape
 from kernels.cuda.layout import Format
 
 NVCC = shutil.which("nvcc")
@@ -58,7 +58,7 @@ def test_what_decodes_keeps_its_sums_in_registers(bits: int, architecture: str, 
     """The widest strip, for one token: 255 registers would be a spill in disguise."""
     assert NVCC is not None
     form = Format(bits, 128, asymmetric=True, scale_dtype=torch.bfloat16)
-    defines = Shape(7, 1, 1, 8, 2, held_tokens=1).defines(form, torch.bfloat16)
+    defines = DecodeShape(7, 1, 1, 8, 2, held_tokens=1).defines(form, torch.bfloat16)
     report = CubinCache(tmp_path, Nvcc(NVCC)).get("decode.cu", architecture, defines).report
     assert spilled_bytes(report) == 0
     assert max(register_counts(report)) <= 224
@@ -71,7 +71,7 @@ def test_variants_that_are_off_compile_too(architecture: str, tmp_path: Path) ->
     assert not any(VARIANTS.values())
     form = Format(4, 128, asymmetric=False, scale_dtype=torch.bfloat16)
     defines = {
-        **Shape(1, 1, 1, 4, 4, held_tokens=1).defines(form, torch.bfloat16),
+        **DecodeShape(1, 1, 1, 4, 4, held_tokens=1).defines(form, torch.bfloat16),
         **dict.fromkeys(VARIANTS, 1),
     }
     assert spilled_bytes(CubinCache(tmp_path, Nvcc(NVCC)).get("decode.cu", architecture, defines).report) == 0

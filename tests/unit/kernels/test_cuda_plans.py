@@ -14,7 +14,7 @@ from kernels.cuda.backend import CudaBackend
 from kernels.cuda.decode import Device
 from kernels.cuda.layout import Format, format_of
 from kernels.cuda.workspace import Workspace
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from tests.unit.kernels.weights import random_weight
 
 H100, A100, ADA = Device(132, 232448), Device(108, 166912), Device(84, 101376)
@@ -80,7 +80,7 @@ def test_every_format_fits_every_device(form: Format) -> None:
 
 
 def test_the_backend_says_why_not() -> None:
-    problem = Problem(
+    problem = LinearProduct(
         bits=4, group_size=-1, in_features=128, out_features=16, asymmetric=False, dtype=torch.float16,
         device_type="cuda", capability=(9, 0),
     )  # fmt: skip

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.triton_backend.backend import TritonBackend
 
 PROBE = "tests.unit.kernels.triton_probe"
-PROBLEM = Problem(
+PROBLEM = LinearProduct(
     bits=4, group_size=128, in_features=128, out_features=16, asymmetric=False, dtype=torch.float16,
     device_type="cuda", capability=(8, 6),
 )  # fmt: skip

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from kernels import reference
-from kernels.triton_backend.linear import linear
+from kernels.triton_backend.linear_kernel import linear
 from tests.unit.kernels.weights import random_input, random_weight
 
 # (bits, group, rows, channels, tokens, asymmetric, dtype): every scheme, then ragged shapes and every dtype.

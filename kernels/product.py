@@ -11,7 +11,7 @@ from kernels.weight import PackedWeight
 
 
 @dataclass(frozen=True)
-class Problem:
+class LinearProduct:
     """x (..., in_features) in `dtype` times a packed weight, on one device.
 
     Raises TypeError or ValueError for what no backend computes.
@@ -33,7 +33,7 @@ class Problem:
             raise ValueError(f"out_features={self.out_features}; allowed: 1 and more")
 
     @classmethod
-    def of(cls, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> Problem:
+    def of(cls, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> LinearProduct:
         """The problem that `weight` poses on `device`."""
         return cls(
             bits=weight.bits,
