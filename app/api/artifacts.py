@@ -137,49 +137,49 @@ def sent_file(
         return RedirectResponse(services.objects.presign(key), 307, headers={"Cache-Control": "no-store"})
     is_current = conditions.if_range is None or conditions.if_range == etag_of(file)
     try:
-        part = requested_range(conditions.range if is_current else None, file.size)
+        byte_range = requested_range(conditions.range if is_current else None, file.size)
     except UnsatisfiableRange:
         return unsatisfiable(file)
-    return file_answer(services, key, file, part)
+    return file_answer(services, key, file, byte_range)
 
 
-def file_answer(services: Services, key: str, file: ArtifactFile, part: ByteRange | None) -> Response:
+def file_answer(services: Services, key: str, file: ArtifactFile, byte_range: ByteRange | None) -> Response:
     # A range can't be held against the digest of the whole; one of a file that was cut is found out here.
     stored = services.objects.require(key).size
     if stored != file.size:
         raise corrupt(key, f"{stored} bytes", f"{file.size}")
-    start, end = part or ByteRange(0, file.size)
+    start, end = byte_range or ByteRange(0, file.size)
     headers = {**file_headers(file), "Content-Length": str(end - start)}
-    if part is not None:
+    if byte_range is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
-    pieces = services.objects.stream(key, start, end)
+    chunks = services.objects.stream(key, start, end)
     return StreamingResponse(
-        verified(pieces, key, file) if part is None else pieces,
-        status_code=200 if part is None else 206,
+        verified(chunks, key, file) if byte_range is None else chunks,
+        status_code=200 if byte_range is None else 206,
         headers=headers,
         media_type=media_type(file),
     )
 
 
-def verified(pieces: Iterator[bytes], key: str, file: ArtifactFile) -> Iterator[bytes]:
+def verified(chunks: Iterator[bytes], key: str, file: ArtifactFile) -> Iterator[bytes]:
     """The pieces of a whole file. The last one is held back until all agree with the manifest.
 
     A stored file that was damaged so ends in a broken connection, not in a complete wrong answer.
     """
     digest, held = hashlib.sha256(), b""
-    for piece in pieces:
-        digest.update(piece)
+    for chunk in chunks:
+        digest.update(chunk)
         if held:
             yield held
-        held = piece
+        held = chunk
     if digest.hexdigest() != file.sha256:
         raise corrupt(key, f"SHA-256 {digest.hexdigest()}", file.sha256)
     yield held
 
 
-def corrupt(key: str, found: str, expected: str) -> Unavailable:
+def corrupt(key: str, stored: str, expected: str) -> Unavailable:
     return Unavailable(
-        f"the stored object {key} has {found}, its manifest says {expected}",
+        f"the stored object {key} has {stored}, its manifest says {expected}",
         code="storage_corrupt",
         remedy="restore the object, or delete the artifact and make it again with `force`",
     )

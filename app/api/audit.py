@@ -41,9 +41,9 @@ def list_audit(
     after: str | None = None,
 ) -> AuditList:
     """The tenant's changes and logins, newest first: by which key, with which answer."""
-    found = services.audit.page(principal.tenant, limit=limit + 1, before=checked_event_id(after))
-    data = tuple(found[:limit])
-    has_more = len(found) > limit
+    entries = services.audit.page(principal.tenant, limit=limit + 1, before=checked_event_id(after))
+    data = tuple(entries[:limit])
+    has_more = len(entries) > limit
     return AuditList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
 
 

@@ -121,14 +121,15 @@ def read_server_metrics(
             remedy="read the deployment: `servers` lists those that there are",
         )
     try:
-        found = httpx.get(f"{url}/metrics", timeout=METRICS_LIMIT_S, trust_env=False)
+        metrics = httpx.get(f"{url}/metrics", timeout=METRICS_LIMIT_S, trust_env=False)
     except httpx.TransportError as fault:
         raise Unavailable(
             f"server {slot} of {live.spec.name} does not answer: {fault}",
             code="server_silent",
             remedy="try again",
         ) from fault
-    return Response(found.content, headers={"Content-Type": found.headers.get("content-type", "text/plain")})
+    content_type = metrics.headers.get("content-type", "text/plain")
+    return Response(metrics.content, headers={"Content-Type": content_type})
 
 
 def answer(services: Services, live: LiveDeployment, *, status: int = 200) -> JSONResponse:

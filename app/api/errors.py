@@ -96,7 +96,7 @@ def problem(
     )
 
 
-def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
+def field_problems(findings: Sequence[Any]) -> list[FieldProblem]:
     """Pydantic's findings with the path of the field that a caller wrote."""
     problems = [
         FieldProblem(
@@ -104,16 +104,16 @@ def field_problems(found: Sequence[Any]) -> list[FieldProblem]:
             message=errors.field_fault(finding),
             code=finding["type"],
         )
-        for finding in found
+        for finding in findings
     ]
     telling = [problem for problem in problems if problem.code not in SHAPE_ERRORS]
     return [problem for problem in telling if not is_echo(problem, telling)] or problems
 
 
-def is_echo(problem: FieldProblem, found: Sequence[FieldProblem]) -> bool:
+def is_echo(problem: FieldProblem, problems: Sequence[FieldProblem]) -> bool:
     """True for a list that counts as too short because its items were refused."""
     inside = problem.path + "."
-    return problem.code == "too_short" and any(other.path.startswith(inside) for other in found)
+    return problem.code == "too_short" and any(other.path.startswith(inside) for other in problems)
 
 
 def on_nibble_error(request: Request, error: Exception) -> JSONResponse:
@@ -123,12 +123,12 @@ def on_nibble_error(request: Request, error: Exception) -> JSONResponse:
 
 def on_invalid_fields(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    if any(finding["type"] == "json_invalid" for finding in found):
+    findings = error.errors()
+    if any(finding["type"] == "json_invalid" for finding in findings):
         return error_response(request.url.path, errors.MalformedRequest(
             "the body is not valid JSON", code="json_invalid", remedy="send application/json"
         ))  # fmt: skip
-    fields = field_problems(found)
+    fields = field_problems(findings)
     first = f"{fields[0].path or 'the body'}: {fields[0].message}"
     more = f" (and {len(fields) - 1} more)" if len(fields) > 1 else ""
     of_fields = "correct each field that is named; /openapi.json describes them"

@@ -47,6 +47,7 @@ async def create_completion(request: Request, services: ServicesParam, principal
     return await services.gateway.answer(request, principal.tenant)
 
 
+@router.get("/models/", include_in_schema=False)
 @router.get("/models")
 async def list_models(services: ServicesParam, principal: Inferrer) -> JSONResponse:
     """The deployments that may be asked, in OpenAI's words."""
@@ -55,7 +56,7 @@ async def list_models(services: ServicesParam, principal: Inferrer) -> JSONRespo
     return JSONResponse({"object": "list", "data": data})
 
 
-@router.get("/models/{name}")
+@router.get("/models/{name:path}")  # clients ask for names such as org/model
 async def read_model(name: str, services: ServicesParam, principal: Inferrer) -> JSONResponse:
     """One deployment, in OpenAI's words."""
     live = services.routes.find(principal.tenant, name)

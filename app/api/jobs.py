@@ -107,8 +107,8 @@ def list_jobs(
 ) -> Response:
     """The tenant's jobs, newest first."""
     labels = parsed_labels(query.label)
-    wanted = JobFilter(state=query.state, labels=labels, limit=query.limit, after=query.after)
-    page = JobList.of(services.jobs.page(principal.tenant, wanted), brief=query.view == "brief")
+    job_filter = JobFilter(state=query.state, labels=labels, limit=query.limit, after=query.after)
+    page = JobList.of(services.jobs.page(principal.tenant, job_filter), brief=query.view == "brief")
     return tagged_answer(page, if_none_match)
 
 
@@ -137,18 +137,18 @@ async def read_job(
     """The job. With `Prefer: wait=N` the answer waits for a change since `If-None-Match`, else since now."""
     tenant = principal.tenant
     job, version = await run_in_threadpool(services.jobs.read_for, tenant, job_id)
-    known = if_none_match or etag_of(version)
+    tag = if_none_match or etag_of(version)
     wait_s = preferred_wait(prefer)
     headers = {"Cache-Control": "private, no-cache"}
     if wait_s is not None:
         headers["Preference-Applied"] = f"wait={wait_s}"
-        if matches_tag(known, etag_of(version)) and not job.is_terminal:
+        if matches_tag(tag, etag_of(version)) and not job.is_terminal:
             job, version = await wait_for_job(
                 services,
                 tenant,
                 job_id,
                 wait_s=wait_s,
-                until=lambda _, version: not matches_tag(known, etag_of(version)),
+                until=lambda _, version: not matches_tag(tag, etag_of(version)),
             )
     headers["ETag"] = etag_of(version)
     if matches_tag(if_none_match, etag_of(version)):

@@ -62,13 +62,13 @@ class KeyList(BaseModel):
     next: str | None = None
 
 
-def reachable_tenant(principal: Principal, wanted: str | None) -> str | None:
+def reachable_tenant(principal: Principal, tenant: str | None) -> str | None:
     """The tenant whose keys the caller asked for: any for the operator, else only the own. None means all."""
     if principal.allows(Scope.OPERATOR):
-        return wanted
-    if wanted not in (None, principal.tenant):
+        return tenant
+    if tenant not in (None, principal.tenant):
         raise Forbidden(
-            f"only the operator manages keys of the tenant {wanted}",
+            f"only the operator manages keys of the tenant {tenant}",
             code="tenant_forbidden",
             remedy="use a key with the scope operator",
         )

@@ -37,8 +37,8 @@ class RequestRecord:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        proposed = Headers(scope=scope).get("x-request-id", "")
+        request_id = proposed if REQUEST_ID.fullmatch(proposed) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 500
 

@@ -129,9 +129,9 @@ class PolledAnswers:
         flight = self._flights.get(key)
         if flight is not None and flight.stamps == stamps:
             await flight.landed.wait()
-        kept = self._kept.get(key)
-        if kept is not None and kept.stamps == stamps and time.monotonic() < kept.good_until:
-            return kept
+        cached = self._kept.get(key)
+        if cached is not None and cached.stamps == stamps and time.monotonic() < cached.good_until:
+            return cached
         flight = self._flights[key] = Flight(stamps, asyncio.Event())
         try:
             answer = await computed(stamps, lasts_s, run)

@@ -57,9 +57,9 @@ def tagged_answer(
 def preferred_wait(prefer: str | None) -> int | None:
     """Seconds of `Prefer: wait=N`, at most MAX_WAIT_S. What is not understood is ignored (RFC 7240)."""
     for preference in (prefer or "").split(","):
-        found = WAIT.fullmatch(preference)
-        if found:
-            return min(int(found[1]), MAX_WAIT_S)
+        match = WAIT.fullmatch(preference)
+        if match:
+            return min(int(match[1]), MAX_WAIT_S)
     return None
 
 
@@ -68,15 +68,15 @@ def requested_range(header: str | None, size: int) -> ByteRange | None:
 
     Several ranges or an unknown unit are ignored, as RFC 9110 section 14.2 allows.
     """
-    found = SINGLE_RANGE.fullmatch(header) if header is not None else None
-    if found is None or (not found[1] and not found[2]):
+    match = SINGLE_RANGE.fullmatch(header) if header is not None else None
+    if match is None or (not match[1] and not match[2]):
         return None
-    if not found[1]:
-        start, end = max(0, size - int(found[2])), size
+    if not match[1]:
+        start, end = max(0, size - int(match[2])), size
     else:
-        start = int(found[1])
-        end = min(int(found[2]) + 1, size) if found[2] else size
-        if found[2] and int(found[2]) < start:
+        start = int(match[1])
+        end = min(int(match[2]) + 1, size) if match[2] else size
+        if match[2] and int(match[2]) < start:
             return None
     if start >= size or start >= end:
         raise UnsatisfiableRange

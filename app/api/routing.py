@@ -53,12 +53,12 @@ class RoutingTable(threading.Thread):
     def refresh(self) -> None:
         """Read the deployments now, and remove those that are deleted and have no server any more."""
         with self._lock:
-            found = self._store.all()
-            table = {(live.deployment.tenant, live.spec.name): live for live in found if is_wanted(live)}
+            lives = self._store.all()
+            table = {(live.deployment.tenant, live.spec.name): live for live in lives if is_wanted(live)}
             if self._failed_at is not None and time.monotonic() - self._failed_at < RECOVERY_S:
                 table = {key: self._with_known_replicas(key, live) for key, live in table.items()}
             self._table = table
-            for live in found:
+            for live in lives:
                 if live.deployment.goal is Goal.REMOVE and not live.replicas:
                     self._store.forget(live.deployment)
 
@@ -66,9 +66,9 @@ class RoutingTable(threading.Thread):
         before = self._table.get(key)
         if before is None or before.id != live.id or not live.deployment.wants_servers:
             return live
-        told = {replica.slot for replica in live.replicas}
-        kept = tuple(replica for replica in before.replicas if replica.slot not in told)
-        return live.model_copy(update={"replicas": (*live.replicas, *kept)})
+        present = {replica.slot for replica in live.replicas}
+        missing = tuple(replica for replica in before.replicas if replica.slot not in present)
+        return live.model_copy(update={"replicas": (*live.replicas, *missing)})
 
     def run(self) -> None:
         while not self._stopped.is_set():

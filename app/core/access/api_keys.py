@@ -168,10 +168,10 @@ class KeyStore:
     def list(self, tenant: str | None) -> list[ApiKey]:
         """The keys of a tenant, or of all tenants, oldest first."""
         ids = sorted(member.decode() for member in self._redis.smembers(KEYS))
-        found = self._redis.mget([record_key(known) for known in ids]) if ids else []
-        used = self._redis.mget([use_key(known) for known in ids]) if ids else []
+        records = self._redis.mget([record_key(key_id) for key_id in ids]) if ids else []
+        used = self._redis.mget([use_key(key_id) for key_id in ids]) if ids else []
         keys = []
-        for record, moment in zip(found, used, strict=True):
+        for record, moment in zip(records, used, strict=True):
             if record is None:
                 continue
             last = datetime.fromtimestamp(float(moment), UTC) if moment is not None else None
@@ -204,8 +204,8 @@ class KeyStore:
         log.warning("redis has lost its keys; %s is accepted again", record.id)
 
     def _read(self, known_id: str) -> ApiKey | None:
-        found = self._redis.get(record_key(known_id))
-        return ApiKey.model_validate_json(found) if found is not None else None
+        record = self._redis.get(record_key(known_id))
+        return ApiKey.model_validate_json(record) if record is not None else None
 
     def _note_use(self, known_id: str) -> None:
         """Write down that the key is used, to the minute."""
@@ -249,8 +249,8 @@ def unknown_key() -> Unauthenticated:
 
 def bootstrap_key(settings: Settings, keys: KeyStore) -> ApiKey:
     """Make sure that an admin key is known: the operator's, else one that is made once and kept in a file."""
-    given = settings.bootstrap_api_key
-    key = checked_bootstrap(given) if given is not None else kept_key(settings.state_dir / KEY_FILE)
+    configured = settings.bootstrap_api_key
+    key = checked_bootstrap(configured) if configured is not None else kept_key(settings.state_dir / KEY_FILE)
     record = ApiKey(
         id=key_id(key),
         tenant=DEFAULT_TENANT,
@@ -260,15 +260,15 @@ def bootstrap_key(settings: Settings, keys: KeyStore) -> ApiKey:
         created_at=datetime.now(UTC),
     )
     if keys.was_revoked(record.id):
-        origin = "NIBBLE_BOOTSTRAP_API_KEY" if given is not None else settings.state_dir / KEY_FILE
+        origin = "NIBBLE_BOOTSTRAP_API_KEY" if configured is not None else settings.state_dir / KEY_FILE
         log.warning("the key in %s was revoked and stays so; change or remove it to have another one", origin)
     else:
         keys.keep(record)
     return record
 
 
-def checked_bootstrap(given: SecretStr) -> str:
-    key = given.get_secret_value()
+def checked_bootstrap(configured: SecretStr) -> str:
+    key = configured.get_secret_value()
     if len(key) < MIN_BOOTSTRAP_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
         raise InvalidRequest(
             f"NIBBLE_BOOTSTRAP_API_KEY has {len(key)} characters; it needs at least {MIN_BOOTSTRAP_LENGTH}, "

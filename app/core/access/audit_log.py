@@ -37,14 +37,14 @@ class AuditLog:
         if before is not None and not before.replace("-", "").strip("0"):
             return []  # nothing is before the first id, and Redis refuses the question
         newest = "+" if before is None else f"({before}"
-        found = self._redis.xrevrange(audit_key(tenant), newest, "-", count=limit)
+        entries = self._redis.xrevrange(audit_key(tenant), newest, "-", count=limit)
         return [
             AuditEntry(
                 id=entry_id.decode(),
                 at=datetime.fromtimestamp(int(entry_id.partition(b"-")[0]) / 1000, UTC),
                 **{name.decode(): value.decode() for name, value in fields.items()},
             )
-            for entry_id, fields in found
+            for entry_id, fields in entries
         ]
 
 
