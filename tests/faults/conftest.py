@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.integration.conftest import redis_server, redis_url, s3_endpoint, s3_server
+from tests.integration.conftest import s3_endpoint, s3_server
 
-__all__ = ["redis_server", "redis_url", "s3_endpoint", "s3_server"]
+__all__ = ["s3_endpoint", "s3_server"]
