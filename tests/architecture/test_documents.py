@@ -46,6 +46,14 @@ def test_every_module_is_in_the_tree(repository: Path) -> None:
     assert not sorted(modules - tree_paths(tree_block(repository)))
 
 
+def test_the_modules_of_the_walks_exist(repository: Path) -> None:
+    page = (repository / "docs" / "architecture.md").read_text()
+    walks = page.partition("## Two walks")[2].partition("## Modules")[0]
+    named = re.findall(r"`((?:app|workers|kernels)/[\w/]+\.py)`", walks)
+    assert len(named) > 30
+    assert [name for name in named if not (repository / name).exists()] == []
+
+
 def test_every_command_is_in_the_readme(repository: Path) -> None:
     readme = (repository / "README.md").read_text()
     nibble = build()
