@@ -70,7 +70,8 @@ def inference_refusal(status: int, method: str, path: str) -> errors.NibbleError
     return errors.NibbleError(
         f"{method} {path[:200]}: {phrase}",
         code="unknown_url" if status == HTTPStatus.NOT_FOUND else phrase.replace(" ", "_"),
-        remedy="there are POST /v1/chat/completions, POST /v1/completions and GET /v1/models",
+        remedy="there are POST /v1/chat/completions, POST /v1/completions, GET /v1/models and "
+        "GET /v1/models/{id}",
     )
 
 

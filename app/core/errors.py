@@ -47,6 +47,7 @@ FIELD_FAULTS = {
     "too_long": "at most {max_length} are allowed",
     "model_attributes_type": "a JSON object is needed",
     "model_type": "a JSON object is needed",
+    "bool_type": "true or false is needed",
 }
 
 

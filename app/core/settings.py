@@ -24,7 +24,7 @@ def absolute(path: Path) -> Path:
 
 
 def split_folders(value: object) -> object:
-    return [part for part in value.split(":") if part] if isinstance(value, str) else value
+    return split(value, ":", "/models:/data/models")
 
 
 def empty_is_none(value: object) -> object:
@@ -32,11 +32,17 @@ def empty_is_none(value: object) -> object:
 
 
 def split_names(value: object) -> object:
-    return (
-        [part.strip().lower() for part in value.split(",") if part.strip()]
-        if isinstance(value, str)
-        else value
-    )
+    found = split(value, ",", "first,second")
+    return [part.strip().lower() for part in found if part.strip()] if isinstance(found, list) else found
+
+
+def split(value: object, separator: str, example: str) -> object:
+    """The items of a variable's text. A JSON list would else be taken for names with brackets and quotes."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().startswith("["):
+        raise ValueError(f"this is a JSON list; write the items as in {example}")
+    return [part for part in value.split(separator) if part]
 
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})

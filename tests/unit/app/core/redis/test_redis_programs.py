@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,12 +94,35 @@ def test_the_record_goes_before_the_files(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"appendonlydir", "server.json"}
 
 
-def test_a_damaged_record_is_told(folder: Path, install: Install) -> None:
+@pytest.mark.parametrize(
+    "content",
+    ['{"product": "Redis', "", "[]", "{}", '{"product": "KeyDB", "version": "1"}', '{"product": "Redis"}'],
+)
+def test_a_damaged_record_is_told(folder: Path, install: Install, content: str) -> None:
     install("redis-server", "Redis 7.0.15")
-    (folder / "server.json").write_text('{"product": "Redis')
+    (folder / "server.json").write_text(content)
     with pytest.raises(Unavailable) as refusal:
         find_program("auto", folder)
     assert refusal.value.code == "redis_record_unreadable"
+    assert refusal.value.message.endswith("can't be read: it names no product and version")
+    assert "remove this one file" in refusal.value.remedy
+
+
+@pytest.mark.parametrize("content", ["1.x", "9..", "v9", " 9"])
+def test_a_version_without_numbers_is_a_damaged_record(folder: Path, install: Install, content: str) -> None:
+    install("redis-server", "Redis 7.0.15")
+    (folder / "server.json").write_text(json.dumps({"product": "Redis", "version": content}))
+    with pytest.raises(Unavailable) as refusal:
+        find_program("auto", folder)
+    assert refusal.value.code == "redis_record_unreadable"
+
+
+def test_a_record_that_may_not_be_read_is_told_in_one_sentence(folder: Path, install: Install) -> None:
+    install("redis-server", "Redis 7.0.15")
+    (folder / "server.json").mkdir()
+    with pytest.raises(Unavailable) as refusal:
+        find_program("auto", folder)
+    assert refusal.value.message.endswith("can't be read: Is a directory")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +223,31 @@ def test_a_server_that_is_named_gets_no_files_that_it_can_not_read(
     with pytest.raises(Unavailable) as refusal:
         find_program(wish, folder)
     assert refusal.value.code == "redis_server_changed"
+
+
+@pytest.mark.parametrize(
+    ("wish", "writer", "reader"),
+    [
+        ("redis-server", "Valkey 9.1.2", "embedded"),
+        ("embedded", "Redis 7.4.1", "redis-server"),
+        ("redis-server", "Valkey 9.9.9", None),
+    ],
+)
+def test_the_remedy_names_the_server_that_reads_the_files(
+    folder: Path, install: Install, wish: str, writer: str, reader: str | None
+) -> None:
+    names = {"embedded": "embedded", "redis-server": install("redis-server", "Redis 7.4.1")}
+    install("embedded", "Valkey 9.1.2")
+    note_writer(folder, version(writer))
+    with pytest.raises(Unavailable) as refusal:
+        find_program(wish, folder)
+    remedy = refusal.value.remedy
+    if reader is None:
+        assert remedy.startswith(f"install {writer} or later")
+        return
+    assert remedy.startswith(f"unset NIBBLE_REDIS_SERVER, or set it to {names[reader]}: ")
+    assert "what NIBBLE_REDIS_SERVER names can't read them" in refusal.value.message
+    assert find_program("auto", folder)[0].name == names[reader]
 
 
 def test_the_way_from_redis_to_valkey_is_named_and_not_taken(folder: Path, install: Install) -> None:
