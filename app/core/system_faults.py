@@ -1,4 +1,4 @@
-"""What a refusal of the operating system means, also where a library has wrapped it in an error of its own.
+"""Explain operating system errors, also those that a library has wrapped in an error of its own.
 
 Libraries in Rust (safetensors, tokenizers, obstore) and PyTorch raise errors without `errno`, whose text says
 `No space left on device (os error 28)` or `No space left on device (28)`.
@@ -20,7 +20,7 @@ OF_CLASS = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES))
 
 
 class Refusal(NamedTuple):
-    """A kind of refusal: what has happened, and what to do about it at `place`."""
+    """A kind of refusal: the error numbers, what happened, and a remedy that may name `location`."""
 
     numbers: frozenset[int]
     what: str
@@ -31,7 +31,7 @@ REFUSALS = (
     Refusal(
         frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}),
         "the disk is full",
-        "free space in {place}",
+        "free space in {location}",
     ),
     Refusal(
         frozenset({errno.EMFILE, errno.ENFILE}),
@@ -41,7 +41,7 @@ REFUSALS = (
     Refusal(
         frozenset({errno.EACCES, errno.EROFS}),
         "a file may not be read or written",
-        "let this process's user read the model and write to {place}",
+        "let this process's user read the model and write to {location}",
     ),
     Refusal(
         frozenset({errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.EUCLEAN}),
@@ -51,7 +51,7 @@ REFUSALS = (
     Refusal(
         frozenset({errno.ENOENT, errno.ENOTDIR}),
         "a file is gone",
-        "let nobody remove files of the model, or in {place}, while a job runs",
+        "let nobody remove files of the model, or in {location}, while a job runs",
     ),
 )
 
@@ -63,7 +63,7 @@ def system_number(error: BaseException) -> int | None:
         number = own_number(link)
         if number is not None:
             return number
-        link = link.__cause__  # not its context: what was being handled need not have to do with it
+        link = link.__cause__  # not its context: the error being handled may be unrelated
     return None
 
 
@@ -72,20 +72,21 @@ def own_number(error: BaseException) -> int | None:
         return error.errno
     text = str(error)
     for match in NUMBER.finditer(text):
-        # Other numbers in brackets are not taken for one: the system's own words stand before it.
+        # Only a number that follows the system's own message counts: others may be in brackets, too.
         if text[: match.start()].endswith(os.strerror(int(match[1]))):
             return int(match[1])
     return next((number for kind, number in OF_CLASS if isinstance(error, kind)), None)
 
 
-def system_fault(error: BaseException, place: str) -> WorkerDisk | None:
+def system_fault(error: BaseException, location: str) -> WorkerDisk | None:
     """The error as a fault of the host's files; None if it is none.
 
-    `place` is what the reader knows the files by: a setting or a folder.
+    `location` names the files for the reader: a setting or a folder.
     """
     number = system_number(error)
     for refusal in REFUSALS:
         if number in refusal.numbers:
             first_line = str(error).partition("\n")[0]
-            return WorkerDisk(f"{refusal.what}: {first_line}", remedy=refusal.remedy.format(place=place))
+            remedy = refusal.remedy.format(location=location)
+            return WorkerDisk(f"{refusal.what}: {first_line}", remedy=remedy)
     return None

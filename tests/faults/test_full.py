@@ -74,7 +74,7 @@ def test_a_redis_without_memory_records_no_half_job(service: Service) -> None:
     assert service.store.counts()["queued"] == before  # type: ignore[index]
     made = post(service, "key-1")
     assert made.status_code == 202
-    assert service.queue.place(service.store.load(made.json()["id"])) is not None
+    assert service.queue.locate(service.store.load(made.json()["id"])) is not None
 
 
 def test_what_was_accepted_survives_a_full_disk_of_redis(tmp_path: Path) -> None:

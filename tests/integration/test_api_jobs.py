@@ -27,7 +27,7 @@ def test_a_submitted_job_is_recorded_and_queued(service: Service) -> None:
     )  # fmt: skip
     assert job["created_at"].endswith("Z")
     assert datetime.fromisoformat(job["created_at"]).utcoffset() is not None
-    assert service.queue.place(service.store.load(job["id"])) is Place.WAITING
+    assert service.queue.locate(service.store.load(job["id"])) is Place.WAITING
     assert service.client.get(answer.headers["location"]).json() == job
 
 
@@ -282,7 +282,7 @@ def test_a_waiting_job_is_cancelled_at_once(service: Service) -> None:
     job_id = service.submit()["id"]
     answer = service.client.post(f"/v1/jobs/{job_id}/cancel")
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
-    assert service.queue.place(service.store.load(job_id)) is Place.GONE
+    assert service.queue.locate(service.store.load(job_id)) is Place.GONE
     assert service.client.post(f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelled"
 
 

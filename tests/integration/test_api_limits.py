@@ -53,7 +53,7 @@ def waits(service: Service, job_id: str) -> bool:
     """True if the job is in no queue, but in its tenant's line."""
     job = service.store.load(job_id)
     assert job.state is JobState.QUEUED
-    is_queued = service.queue.place(job) is Place.WAITING
+    is_queued = service.queue.locate(job) is Place.WAITING
     assert is_queued is not service.store.is_in_line(job)
     return not is_queued
 
@@ -110,7 +110,7 @@ def test_the_end_of_an_attempt_gives_the_turn(redis: Redis, redis_url: str, tmp_
     workshop.store.create(second, most_turns=1)
     assert workshop.store.is_in_line(second)
     assert workshop.run(first).state is JobState.SUCCEEDED
-    assert workshop.queue.place(second) is Place.WAITING
+    assert workshop.queue.locate(second) is Place.WAITING
     assert workshop.run(second).state is JobState.SUCCEEDED
 
 
@@ -202,7 +202,7 @@ def test_a_job_that_waits_too_long_fails(service: Service, janitor: Janitor) -> 
     ended = service.store.load(late)
     assert ended.error is not None
     assert (ended.state, ended.error.code) == (JobState.FAILED, "queue_deadline_exceeded")
-    assert service.queue.place(ended) is Place.GONE
+    assert service.queue.locate(ended) is Place.GONE
     assert service.store.load(patient).state is JobState.QUEUED
     assert service.store.load(begun).state is JobState.RUNNING
 
@@ -225,7 +225,7 @@ def test_the_same_contents_give_the_same_artifact(service: Service) -> None:
     again = service.submit(labels={"other": "label"}, priority="low", timeout_s=60)
     assert (again["state"], again["artifacts"], again["reused_from"]) == ("succeeded", [artifact], first)
     assert service.client.get(f"/v1/jobs/{again['id']}/report").json() == {"version": 1}
-    assert service.queue.place(service.store.load(again["id"])) is Place.GONE
+    assert service.queue.locate(service.store.load(again["id"])) is Place.GONE
     deployed = service.submit(deploy={"name": "again"})
     views = service.client.get("/v1/deployments").json()["data"]
     assert [(view["name"], view["artifact"], view["job"]) for view in views] == [

@@ -54,21 +54,21 @@ def test_a_removed_entry_is_gone(queue: JobQueue) -> None:
     job = waiting_job()
     queue.remove(job)
     queue.enqueue(job)
-    assert queue.place(job) is Place.WAITING
+    assert queue.locate(job) is Place.WAITING
     queue.remove(job)
-    assert queue.place(job) is Place.GONE
+    assert queue.locate(job) is Place.GONE
 
 
 def test_places_of_an_entry_in_a_workers_hands(queue: JobQueue, redis: Redis) -> None:
     job = waiting_job()
     queue.enqueue(job)
     redis.delete("rq:queue:nibble-normal")
-    assert queue.place(job) is Place.MOVING
+    assert queue.locate(job) is Place.MOVING
     entry = Entry.fetch(entry_id(job), connection=redis, serializer="json")
     entry.set_status(JobStatus.STARTED)
-    assert queue.place(job) is Place.TAKEN
+    assert queue.locate(job) is Place.TAKEN
     entry.set_status(JobStatus.FAILED)
-    assert queue.place(job) is Place.GONE
+    assert queue.locate(job) is Place.GONE
 
 
 def test_a_full_queue_takes_no_more(queue: JobQueue) -> None:

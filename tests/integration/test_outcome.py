@@ -295,7 +295,7 @@ def facts_of(floor: Floor, job_id: str) -> Facts:
         reused=[(made.job, made.artifacts) if made is not None else None for made in found],
         stored_bytes=TenantLimits(floor.redis, floor.service.settings).stored_bytes("default"),
         checkpoints=[head.key for head in floor.objects.list(checkpoint_prefix(job_id))],
-        entry=floor.service.queue.place(job),
+        entry=floor.service.queue.locate(job),
         messages=[delivery.type for delivery in DeliveryStore(floor.redis).list(job_id)],
         events=[(event.id, event.kind, event.payload) for event in floor.store.events(job_id, limit=1000)],
         unsettled=floor.store.unsettled(),
@@ -307,7 +307,7 @@ def check(floor: Floor, job_id: str, state: JobState) -> None:
     """What must be so after an end in this state, however it came."""
     facts, job = facts_of(floor, job_id), floor.store.load(job_id)
     assert floor.next is not None
-    assert floor.service.queue.place(floor.next) is Place.WAITING
+    assert floor.service.queue.locate(floor.next) is Place.WAITING
     assert not floor.store.is_in_line(floor.next)
     assert (facts.state, facts.unsettled, facts.entry) == (state, [], Place.GONE)
     assert facts.messages == [f"job.{state}"]
@@ -424,7 +424,7 @@ def test_an_absent_storage_holds_up_neither_the_end_nor_the_next_job(floor: Floo
     stored.write_text("no folder")
     floor.cancel(job_id)
     assert floor.next is not None
-    assert floor.service.queue.place(floor.next) is Place.WAITING
+    assert floor.service.queue.locate(floor.next) is Place.WAITING
     assert floor.store.unsettled() == [job_id]
     assert floor.service.client.delete(f"/v1/jobs/{job_id}").status_code == 503
     stored.unlink()

@@ -152,7 +152,7 @@ def test_a_killed_child_is_started_again_after_a_pause(workshop: Workshop) -> No
         assert sum(workshop.queue.depths().values()) == 0
         workshop.redis.delete(f"nibble:postponed:{job.id}")
         workshop.sweep()
-        assert workshop.queue.place(workshop.store.load(job.id)) is Place.WAITING
+        assert workshop.queue.locate(workshop.store.load(job.id)) is Place.WAITING
         workshop.queue.remove(waiting)
     ended = workshop.run(job, 3)
     assert ended.error is not None

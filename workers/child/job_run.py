@@ -89,6 +89,6 @@ def target_missed(target: TargetSpec, best: JudgedCandidate) -> TargetMissed | N
         return None
     return TargetMissed(
         f"the best candidate ({best.candidate.label}) has {best.perplexity_ratio:.4f} times the original's "
-        f"perplexity and a KL of {best.quality.kl:.4f}; {target.wanted} was asked for",
+        f"perplexity and a KL of {best.quality.kl:.4f}; {target.limits_text} was asked for",
         remedy="use more bits or smaller groups, or set target.on_miss to publish",
     )

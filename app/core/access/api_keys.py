@@ -38,7 +38,7 @@ DEFAULT_TENANT = "default"
 KEY_FILE = "api-key"
 KEYS = "nibble:keys"
 REVOKED = "nibble:keys:revoked"
-USE_STEP_S = 60.0  # how exactly the last use of a key is known
+USE_STEP_S = 60.0  # resolution of a key's last use
 
 TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
@@ -56,7 +56,7 @@ class Scope(StrEnum):
 
 
 class ApiKey(Kept):
-    """What is kept of a key: enough to recognise it, not to use it."""
+    """The stored record of a key: enough to recognise it, not to use it."""
 
     id: str
     tenant: str
@@ -78,7 +78,7 @@ class ApiKey(Kept):
 
 
 class Principal(Frozen):
-    """Who calls: the tenant whose resources are seen, and what may be done with them."""
+    """The caller: its tenant, and what it may do with the tenant's resources."""
 
     key_id: str
     tenant: str
@@ -106,13 +106,13 @@ def digest(key: str) -> str:
 
 
 def key_id(key: str) -> str:
-    """The public part of a key. A key of the operator's own making gets one from its digest."""
+    """The public id of a key; for a key chosen by the operator, from its digest."""
     parts = KEY.fullmatch(key)
     return parts[1] if parts is not None else f"own-{digest(key)[:16]}"
 
 
 class KeyStore:
-    """The known API keys, in Redis."""
+    """The API keys in Redis."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
@@ -146,16 +146,16 @@ class KeyStore:
         return record
 
     def keep(self, record: ApiKey, *, only_new: bool = False) -> bool:
-        """Write the record; False if only a new one was to be written and there is one."""
+        """Write the record; False if `only_new` and there is one already."""
         self._redis.sadd(KEYS, record.id)
         return bool(self._redis.set(record_key(record.id), record.model_dump_json(), nx=only_new))
 
     def holder(self, known_id: str) -> Principal:
-        """Who holds the key with this id: for a login link that was made with the key itself."""
+        """The holder of the key with this id, for a login link that was made with the key."""
         return self.admitted(parsed_record(self._redis.get(record_key(known_id))))
 
     def admitted(self, record: ApiKey) -> Principal:
-        """Who holds the key, which is in use now. Raises Unauthenticated for an expired one."""
+        """The holder of the key; notes its use. Raises Unauthenticated for an expired key."""
         if record.has_expired:
             raise Unauthenticated(
                 f"the API key {record.id} has expired",
@@ -180,13 +180,13 @@ class KeyStore:
         return sorted(chosen, key=lambda key: key.created_at)
 
     def revoke(self, known_id: str, *, tenant: str | None) -> ApiKey:
-        """Refuse the key from now on. NotFound for an unknown one, and, with `tenant`, for another's."""
+        """Refuse the key from now on. Raises NotFound for an unknown key, and for one of another tenant."""
         record = self._read(known_id)
         if record is None or (tenant is not None and record.tenant != tenant):
             raise NotFound(
                 f"there is no key {known_id[:64]}", code="key_not_found", remedy="list keys with GET /v1/keys"
             )
-        self._redis.sadd(REVOKED, known_id)  # before the record goes: whoever restores it looks here after
+        self._redis.sadd(REVOKED, known_id)  # before the record is deleted: `restore` checks this last
         self._redis.delete(record_key(known_id), use_key(known_id))
         self._redis.srem(KEYS, known_id)
         return record
@@ -195,7 +195,7 @@ class KeyStore:
         return bool(self._redis.sismember(REVOKED, known_id))
 
     def restore(self, record: ApiKey) -> None:
-        """Accept a key again if Redis has lost it, but not one that was revoked."""
+        """Accept a key again that Redis has lost, unless it was revoked."""
         if self.was_revoked(record.id) or not self.keep(record, only_new=True):
             return
         if self.was_revoked(record.id):  # at this very moment
@@ -208,7 +208,7 @@ class KeyStore:
         return ApiKey.model_validate_json(record) if record is not None else None
 
     def _note_use(self, known_id: str) -> None:
-        """Write down that the key is used, to the minute."""
+        """Record the time of the key's last use, to the minute."""
         if time.monotonic() - self._noted.get(known_id, -USE_STEP_S) >= USE_STEP_S:
             self._noted[known_id] = time.monotonic()
             self._redis.set(use_key(known_id), time.time())
@@ -224,7 +224,7 @@ def parsed_record(stored: bytes | None) -> ApiKey:
 def recognised(key: str, stored: bytes | None) -> ApiKey:
     """The record `stored` under the key's id, if it is the key's. Raises Unauthenticated if not."""
     record = ApiKey.model_validate_json(stored) if stored is not None else None
-    # Compared also when there is no record, so that the time tells nothing about ids.
+    # Compared even without a record, so that timing reveals nothing about ids.
     if not hmac.compare_digest(digest(key), record.sha256 if record is not None else "-" * 64):
         raise unknown_key()
     assert record is not None
@@ -248,7 +248,7 @@ def unknown_key() -> Unauthenticated:
 
 
 def bootstrap_key(settings: Settings, keys: KeyStore) -> ApiKey:
-    """Make sure that an admin key is known: the operator's, else one that is made once and kept in a file."""
+    """Register the first admin key: the operator's, else one that is created once and stored in a file."""
     configured = settings.bootstrap_api_key
     key = checked_bootstrap(configured) if configured is not None else kept_key(settings.state_dir / KEY_FILE)
     record = ApiKey(
@@ -280,7 +280,7 @@ def checked_bootstrap(configured: SecretStr) -> str:
 
 
 def kept_key(path: Path) -> str:
-    """The key in the file at `path`, made with mode 0600 if there is none."""
+    """The key in the file at `path`, which is created with mode 0600 if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

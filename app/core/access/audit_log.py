@@ -1,4 +1,4 @@
-"""Who changed what, when: one entry for each changing request and each login, refused ones included.
+"""The audit log: one entry for each changing request and each login, refused ones included.
 
 nibble:audit:<tenant>    stream, capped
 """

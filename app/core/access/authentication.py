@@ -1,4 +1,4 @@
-"""Who holds a credential: an API key, or a browser's session that stands for one. Nothing else decides it."""
+"""Authentication by API key, or by a browser's session that stands for one. All callers pass here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.core.changes.redis_keys import limits_key, session_key
 
 
 class Credential(NamedTuple):
-    """What a request shows of its caller."""
+    """The API key or session cookie of a request."""
 
     digest: bytes
     name: str  # in Redis: of the key's record, or of the session
@@ -31,7 +31,7 @@ class Credential(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """Who holds a credential, as long as Redis has these values under these names."""
+    """The holder of a credential, valid while Redis has `values` under `names`."""
 
     principal: Principal
     names: tuple[str, ...]
@@ -41,12 +41,12 @@ class Holder(NamedTuple):
     expires_at: float  # by time.time()
 
     def is_good_for(self, seconds: float) -> bool:
-        """True for so long after it was read, unless the key has expired."""
+        """Whether it was read less than `seconds` ago and the key has not expired."""
         return time.monotonic() - self.read_at < seconds and time.time() < self.expires_at
 
 
 class Authenticator:
-    """Asks Redis."""
+    """Authenticates credentials against Redis."""
 
     def __init__(self, redis: Redis, keys: KeyStore, limits: TenantLimits) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
@@ -54,7 +54,7 @@ class Authenticator:
         self._limits = limits
 
     def holder(self, credential: Credential) -> Holder:
-        """Raises Unauthenticated for what is not known, was revoked or has expired."""
+        """The credential's holder. Raises Unauthenticated if it is unknown, revoked or expired."""
         read_at = time.monotonic()
         first = stored = self._redis.get(credential.name)
         name = credential.name

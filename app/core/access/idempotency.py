@@ -1,8 +1,8 @@
 """Idempotency keys: the same key and request lead to the same job, deployment or API key.
 
-The id of what is made is fixed together with the key, before it exists. A request that died half-way is so
-completed by its repetition, and of fifty parallel ones just one creates the record. What was deleted since is
-not made again: what is named after its id may live on.
+The id is stored with the key before the record exists. So a repetition completes a request that died
+half-way, and of fifty parallel requests only one creates the record. A deleted record is not created again:
+other records named after its id may still exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_LENGTH = 255
 
 
 class Claim(Kept):
-    """The first request with a key: a digest of it, and the id of what it makes."""
+    """The first request with a key: its digest, and the id of the record that it creates."""
 
     body: str
     job: str  # or deployment, or API key
@@ -31,10 +31,10 @@ class IdempotencyKeys:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
 
     def find(self, tenant: str, key: str | None, request: str) -> str | None:
-        """The id that this key stands for; None for a new key, or for none. `request` says what is asked for.
+        """The id that this key stands for; None for a new key, or without one. `request` is the body.
 
         Raises MalformedRequest for an unusable key, InvalidRequest if the key was used for something else,
-        Conflict if what it made is deleted.
+        Conflict if its record was deleted.
         """
         record = self._redis.get(checked_key(tenant, key)) if key is not None else None
         if record is None:
@@ -57,7 +57,7 @@ class IdempotencyKeys:
         return fresh if is_first else self.find(tenant, key, request) or fresh
 
     def spend(self, claimed_id: str) -> None:
-        """Have no key make this again: it is deleted."""
+        """Mark the id as deleted, so that no key creates it again."""
         self._redis.set(spent_key(claimed_id), 1, ex=KEPT_S)
 
 

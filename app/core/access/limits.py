@@ -1,7 +1,6 @@
-"""What a tenant may use, and what it uses.
+"""Limits of tenants, and their use.
 
-0 is no limit. The limit of active jobs is kept by the script that creates a job, that of running ones by
-turns (turns.py).
+0 is no limit. The script that creates a job enforces the limit of active jobs, turns.py that of running ones.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from app.core.errors import QuotaExceeded, RateLimited
 from app.core.records.specs import Frozen
 from app.core.settings import Settings
 
-REREAD_S = 2.0  # how long a process goes by the limits that it has read
+REREAD_S = 2.0  # how long a process caches the limits
 
-# Gives the seconds to wait as text, or 0.
+# Returns the seconds to wait as text, or 0.
 ADMIT = Script(
     keys=("rate",),
     args=("seconds_each", "burst_seconds"),

@@ -1,6 +1,6 @@
-"""Links that read one file of an artifact without a key, for a while. Where storage can, it signs its own.
+"""Temporary links to one file of an artifact that need no key. Storage that can signs its own.
 
-The secret that signs lies in Redis: every API process honours the links of the others.
+The secret is in Redis, so every API process accepts the links of the others.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class LinkSigner:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
 
     def path(self, artifact_id: str, path: str, *, lasts_s: int) -> str:
-        """The path of a link to the file, which holds for `lasts_s` seconds."""
+        """The path of a link to the file, valid for `lasts_s` seconds."""
         expires = int(time.time()) + lasts_s
         signed = {"expires": expires, "signature": self._signature(artifact_id, path, expires)}
         return f"/v1/downloads/{artifact_id}/{quote(path)}?{urlencode(signed)}"
 
     def check(self, artifact_id: str, path: str, *, expires: int, signature: str) -> None:
-        """Raises Forbidden unless the link was made here and still holds."""
+        """Raise Forbidden unless the signature is valid and has not expired."""
         expected = self._signature(artifact_id, path, expires)
         if not hmac.compare_digest(expected.encode(), signature.encode()) or expires < time.time():
             raise Forbidden(

@@ -17,8 +17,8 @@ from app.core.errors import Unauthenticated
 LINK_S = 600
 SESSION_S = 12 * 3600
 
-# Gives whose link it is or was ('' if nobody's), and 1 if it opens a session. Only the first repetition
-# counts as one: who found a link can't fill the audit log with it.
+# Returns the id of the link's key ('' if there is none), and 1 if it opens a session. A used link returns its
+# id once more only, so that nobody can fill the audit log with it.
 OPEN = Script(
     keys=("login", "login_used"),
     args=("seconds",),
@@ -43,7 +43,7 @@ class LoginLinks:
         return code
 
     def use(self, code: str) -> tuple[str | None, bool]:
-        """The id of the key whose code this is, if known, and whether it opens a session: it does once."""
+        """The id of the code's key, if there is one, and whether it opens a session, which it does once."""
         key_id, is_first = self._open(login=login_key(code), login_used=login_used_key(code), seconds=LINK_S)
         return key_id.decode() or None, bool(is_first)
 
@@ -58,7 +58,7 @@ class LoginLinks:
 
 
 def session_holder(stored: bytes | None) -> str:
-    """The id of the key that a session stands for, from what Redis holds of the session."""
+    """The id of a session's API key, from the value in Redis. Raises Unauthenticated if there is none."""
     if stored is None:
         raise Unauthenticated(
             "the session is not known or has ended",

@@ -21,7 +21,7 @@ Record = TypeVar("Record")
 
 
 class Script:
-    """A Lua script whose keys and arguments have names: local variables in it, keywords in Python.
+    """A Lua script with named keys and arguments: local variables in Lua, keywords in Python.
 
     `more_keys` names a table of any number of further keys, a sequence in Python.
     """
@@ -40,9 +40,9 @@ class Script:
         self.text = "\n".join([*lines, body])
 
     def on(self, redis: Any) -> Callable[..., Any]:
-        """The script as a function of its names over `redis`, awaitable if that is.
+        """The script bound to `redis` as a function with keywords; awaitable if the client is asynchronous.
 
-        None arrives in Lua as ''. TypeError for a name that is missing or unknown.
+        None becomes '' in Lua. Raises TypeError for missing or unknown names.
         """
         run = redis.register_script(self.text)
 
@@ -67,10 +67,10 @@ def versioned_update(
     change: Callable[[Record], Record],
     swap: Callable[[Record, Record, int], bool],
 ) -> Record:
-    """Apply `change` to a record, again from the start if another writer was faster; what it is then.
+    """Apply `change` to a record and return the new one; repeated if another writer was faster.
 
-    `swap(before, after, version)` writes, unless the version is another by now. A change that changes nothing
-    is not written. `name` says in messages which record it is. Raises Conflict if others are always faster.
+    `swap(before, after, version)` writes unless the version has changed. An unchanged record is not written.
+    `name` stands for the record in messages. Raises Conflict after MAX_COLLISIONS tries.
     """
     for _ in range(MAX_COLLISIONS):
         before, version = read()

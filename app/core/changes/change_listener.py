@@ -1,4 +1,4 @@
-"""Tells waiting requests of this process that a job has changed."""
+"""Wakes waiting requests of this process when a job changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work for a caller, who may leave before it is done."""
+"""Stops work when its caller disconnects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]  # ASGI's
 
 
 class CallerGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The caller has disconnected."""
 
 
 async def disconnected(receive: Receive) -> None:

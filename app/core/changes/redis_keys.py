@@ -1,6 +1,6 @@
-"""The names under which Redis holds everything but the queue, whose names are RQ's (`rq:`).
+"""The names of all keys in Redis, except RQ's own (`rq:`).
 
-`named("job")` builds `nibble:job:<id>`: the owner of what is held comes last, as an id, a tenant or a digest.
+`named("job")` builds `nibble:job:<id>`: the owner comes last: an id, a tenant or a digest.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from hashlib import sha256
 
 
 def named(kind: str) -> Callable[[str], str]:
-    """Builds the names of this kind, each from its owner."""
+    """A function from an owner to the key of this kind."""
     prefix = f"nibble:{kind}:"
     return lambda owner: prefix + owner
 
 
 def named_by_digest(kind: str) -> Callable[[str], str]:
-    """As `named`, for owners that are secret: their SHA-256 is in the name."""
+    """As `named`, for secret owners: the key holds their SHA-256."""
     return lambda secret: f"nibble:{kind}:{digest(secret)}"
 
 
@@ -27,8 +27,8 @@ def digest(text: str) -> str:
 # Jobs.
 JOB_PREFIX = "nibble:job:"
 JOB_CHANGES = "nibble:changes"  # channel: the id of each job that changed
-ENDED = "nibble:ended"  # set of ids of jobs that have ended while what follows from it is not done (outcome)
-LINES = "nibble:lines"  # set of tenants one of whose jobs has waited in line
+ENDED = "nibble:ended"  # set of ids of jobs that have ended and are not followed up yet (outcome)
+LINES = "nibble:lines"  # set of tenants that have had a job in line
 # Hash: record (JSON without the spec), spec (JSON, never rewritten), version, change, once:<name> of each
 # event that is appended once.
 job_key = named("job")
@@ -47,7 +47,7 @@ def result_key(tenant: str, fingerprint: str) -> str:
     return f"nibble:made:{tenant}:{fingerprint}"
 
 
-# Stamps, each of which changes with every change of what it stands for (app/core/changes/stamps.py).
+# Stamps, which change with the records that they stand for (app/core/changes/stamps.py).
 DEPLOYMENTS_STAMP = "nibble:stamp:deployments"  # any deployment or replica
 WORKERS_STAMP = "nibble:stamp:workers"  # any worker
 jobs_stamp = named("stamp:jobs")  # by tenant: one of its jobs was recorded, changed or deleted
@@ -73,7 +73,7 @@ worker_key = named("worker")  # by name: the worker's record as JSON, with an ex
 
 # Webhooks.
 DUE = "nibble:webhooks:due"  # sorted set of messages by the time of their next try
-delivery_key = named("delivery")  # by message: it and what became of it, as JSON
+delivery_key = named("delivery")  # by message: the message and its tries, as JSON
 deliveries_key = named("deliveries")  # by job: sorted set of its messages
 webhook_secret_key = named("webhook-secret")  # by tenant: hash: current; with `:previous`, the one before
 

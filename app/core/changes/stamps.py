@@ -1,8 +1,8 @@
-"""Stamps: small values in Redis, each of which changes with every change of what it stands for.
+"""Stamps: small values in Redis, each of which changes whenever the records it stands for do.
 
-A job's stamp is its `version`.
-What was computed after its stamps were read stays true for as long as they are the same. They are times of
-Redis, not counters, so that a Redis that has lost its contents does not come to an old value again.
+A job's stamp is its `version`. An answer computed after its stamps were read stays valid while they are
+unchanged. They are times of Redis, not counters, so that a Redis that has lost its contents never repeats an
+old value.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from redis.exceptions import RedisError
 from app.core.changes.atomic_changes import Script
 from app.core.changes.redis_keys import JOB_PREFIX
 
-KEPT_S = 3600  # far longer than any answer is kept, so that its absence is a change, too
-LIMIT_S = 1.0  # then the route asks, with more patience
+KEPT_S = 3600  # far longer than any answer is cached, so an expired stamp also counts as a change
+LIMIT_S = 1.0  # then the route reads by itself, with a longer limit
 
 # A function of scripts: give a stamp a new value.
 STAMP = f"""
@@ -47,9 +47,9 @@ Values = tuple[bytes | None, ...]
 
 
 class StampReader:
-    """Reads for many requests in one round trip: what is asked for while one is under way goes with the next.
+    """Reads stamps for many requests at once: those that arrive during a round trip share the next one.
 
-    Each answer was read after it was asked for. One per event loop.
+    Every value is read after it was requested. One reader per event loop.
     """
 
     def __init__(self, url: str) -> None:

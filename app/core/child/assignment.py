@@ -1,4 +1,4 @@
-"""What a supervisor and its job child say to each other: one assignment in, JSON lines out.
+"""The protocol between a supervisor and its job child: one assignment in, JSON lines out.
 
 The child sees folders and numbers only: no Redis address, no storage credentials, no keys. The same
 protocol carries `nibble quantize`, where the terminal takes the supervisor's place.
@@ -41,9 +41,9 @@ class Assignment(Frozen):
     profile: DeviceProfile | None = None  # of the device, for the report's prediction
 
     def layers_identity(self, recipes: Sequence[Recipe]) -> str:
-        """What layers that are finished for these recipes belong to; without recipes, their statistics.
+        """The identity of layers finished for these recipes; without recipes, that of their statistics.
 
-        With another model, text, recipe, kind of device or version of Nibble they are of no use.
+        Another model, text, recipe, kind of device or version of Nibble gives another identity.
         """
         calibration = self.spec.calibration.model_dump(exclude={"texts", "dataset"})
         return digest_of(

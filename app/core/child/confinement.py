@@ -1,4 +1,4 @@
-"""What a process that works on strangers' files does without: keys, network, privileges, core files.
+"""Confines a process that works on untrusted files: no keys, network, privileges or core files.
 
 No network: the process moves into a network namespace of its own, in which only loopback exists. Where the
 kernel forbids that, it goes on with a network, and says so.
@@ -28,7 +28,7 @@ PASSED_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "GOMP_", "KMP_", "MKL_", "PYTHON"
 
 
 def child_environment(environment: Mapping[str, str], work_folder: Path) -> dict[str, str]:
-    """What the child may see of the environment: no keys, no addresses.
+    """The child's environment variables, without keys and addresses.
 
     Its threads sleep while they wait for each other, unless the environment says otherwise.
     """
@@ -41,7 +41,7 @@ def child_environment(environment: Mapping[str, str], work_folder: Path) -> dict
 
 
 def confine() -> bool:
-    """Give up what the work does not need; True if the network is gone. Call it before any thread starts."""
+    """Drop network and privileges; returns whether the network is gone. Call it before any thread starts."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

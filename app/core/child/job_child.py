@@ -1,4 +1,4 @@
-"""The process that does a job's work: started, listened to, and its end explained.
+"""Starts the process that does a job's work, reads its messages and explains its end.
 
 Used by the worker's supervisor and by `nibble quantize`, where the terminal takes the supervisor's place.
 The child gets its assignment on stdin and writes progress as JSON lines to a pipe.
@@ -40,7 +40,7 @@ class JobChild(OwnedProcess):
             os.close(progress_end)
 
     def messages(self) -> Iterator[ProgressMessage]:
-        """What the child says, until it has ended.
+        """The child's messages, until it has ended.
 
         Raises JobFault for a line that is no message.
         """
@@ -67,7 +67,7 @@ class JobChild(OwnedProcess):
             self._progress = -1
 
     def wait_fault(self, grace_s: float) -> JobFault:
-        """Why the child ended without a last message. A child that closed its pipe gets `grace_s` to end."""
+        """The reason why the child ended without a last message, after at most `grace_s` seconds."""
         code = self.wait(grace_s)
         self.close()
         if code is None:

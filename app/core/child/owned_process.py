@@ -1,7 +1,7 @@
-"""A process of ours: it dies with this one, its last output is kept, it is asked to end before it is killed.
+"""A child process that dies with this one: its last output is kept, and it gets SIGTERM before SIGKILL.
 
 Job child, inference server, members of `nibble up`, Redis and calibration ranks are such processes. Start one
-from a thread that lives as long as the process shall: the kernel ties its life to the thread that started it.
+from a thread that outlives it: the kernel ties its life to the thread that started it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO, Self
 TAIL_LENGTH = 64 * 1024  # characters of output that are kept; a line that is longer is cut
 READ_BYTES = 1 << 16
 POLL_S = 0.02
-READER_LIMIT_S = 2.0  # what a killed process has left outside of its group may hold the pipe open
+READER_LIMIT_S = 2.0  # descendants outside of its group may hold the pipe open
 
 
 class OwnedProcess:
@@ -38,7 +38,7 @@ class OwnedProcess:
         fds: tuple[int, ...] = (),
         on_line: Callable[[str], None] | None = None,
     ) -> None:
-        """`words` are a module and its arguments, or what else `app.core.child.start` takes.
+        """`words` are a module and its arguments, or another command line of `app.core.child.start`.
 
         It reads `stdin`, inherits `fds`, and `on_line` gets each line of its output, in another thread.
         """
@@ -46,7 +46,7 @@ class OwnedProcess:
         self._tail = ""
         self._on_line = on_line
         self._collecting = threading.Lock()
-        self.is_closing = False  # set before the kill: an end that comes later is of our making
+        self.is_closing = False  # set before the kill, which explains an end after it
         with input_file(stdin) as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "app.core.child.start", str(os.getpid()), *words],
@@ -110,11 +110,11 @@ class OwnedProcess:
         return self._tail
 
     def memory_ran_out(self) -> bool:
-        """True if the kernel has killed it because there was no more memory."""
+        """Whether the kernel killed it because memory ran out."""
         return self.exit_code() == -signal.SIGKILL and count_oom_kills() > self._oom_kills
 
     def _ended(self, options: int) -> int | None:
-        # It isn't collected here: until `close` its id must stay ours, which signals are sent to.
+        # Not reaped here: until `close` its process id must stay valid for signals.
         if self._process.returncode is not None:
             return self._process.returncode
         if sys.platform == "darwin":  # without waitid before Python 3.13
@@ -155,7 +155,7 @@ class OwnedProcess:
 
 
 def input_file(content: bytes) -> IO[bytes]:
-    """A file that reads as `content`: a process that never reads its input can't block who starts it."""
+    """A file that reads as `content`: a process that never reads its input can't block its parent."""
     if not content:
         return open(os.devnull, "rb")
     file = open(os.memfd_create("stdin"), "w+b")  # noqa: SIM115  # the caller closes it
@@ -172,7 +172,7 @@ def exit_words(code: int) -> str:
 
 
 def count_oom_kills() -> int:
-    """How often the kernel has killed for memory in this process's control group, or else on this host."""
+    """The number of out-of-memory kills in this process's control group, or else on this host."""
     for path in (own_memory_events(), Path("/proc/vmstat")):
         with contextlib.suppress(OSError):
             for line in path.read_text().splitlines():

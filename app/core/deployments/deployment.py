@@ -1,4 +1,4 @@
-"""Deployments: what is to be served, what serves it, and the state that follows from both.
+"""Deployments: the record, its replicas, and the state that follows from both.
 
 The record holds what its owner wants (`goal`) and why it can't be had (`error`). The replicas say what they
 do, under a lease. The state that callers see is computed, so no process can leave a wrong one behind.
@@ -53,10 +53,10 @@ class Deployment(Kept):
     spec: DeploymentSpec
     created_at: datetime
     goal: Goal = Goal.SERVE
-    error: Problem | None = None  # why no server can be had
-    job: str | None = None  # that asked for it
+    error: Problem | None = None  # why no server can run
+    job: str | None = None  # that requested it
     load_s: float | None = None  # how long the last start took
-    setback: str = ""  # how a replica failed last while others served
+    setback: str = ""  # the last failure of a replica while others served
 
     @property
     def wants_servers(self) -> bool:
@@ -94,7 +94,7 @@ class Replica(Kept):
 
 
 class LiveDeployment(Frozen):
-    """A deployment and the replicas whose leases are alive."""
+    """A deployment and its replicas with a live lease."""
 
     deployment: Deployment
     replicas: tuple[Replica, ...] = ()
@@ -122,7 +122,7 @@ class LiveDeployment(Frozen):
         return DeploymentState.READY if self.ready else DeploymentState.STARTING
 
     def reason(self, engines: Sequence[Sequence[str]]) -> str:
-        """Why it is in this state, given the engines of each worker that serves; empty if all is well."""
+        """The reason of its state; empty if all is well. `engines` are those of each worker that serves."""
         deployment, spec = self.deployment, self.spec
         if deployment.error is not None:
             return deployment.error.message
@@ -131,14 +131,14 @@ class LiveDeployment(Frozen):
         if deployment.goal is Goal.REST:
             return f"no request for {spec.idle_timeout_s} s; the next one starts it again"
         absent = spec.replicas - len(self.replicas)
-        told = [
+        reasons = [
             f"replica {replica.slot}: {said(replica)}" for replica in self.replicas if not replica.is_ready
         ]
         if absent:
-            told.append(f"{absent} of {spec.replicas} replicas wait: {waits_for(spec.engine, engines)}")
+            reasons.append(f"{absent} of {spec.replicas} replicas wait: {waits_for(spec.engine, engines)}")
         if absent and deployment.setback:
-            told.append(f"the last one that was tried failed: {deployment.setback}")
-        return "; ".join(told)
+            reasons.append(f"the last one that was tried failed: {deployment.setback}")
+        return "; ".join(reasons)
 
 
 def said(replica: Replica) -> str:

@@ -27,7 +27,7 @@ from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.records.ids import is_id, new_id
 from app.core.records.job import Problem
 
-# Gives the id that holds the name.
+# Returns the id of the deployment with this name.
 CREATE = Script(
     keys=("deployment", "names", "all"),
     args=("id", "record", "name"),
@@ -80,7 +80,7 @@ return 1
 """,
 )
 
-# Takes a free slot, too.
+# Also takes a free slot.
 BEAT = Script(
     keys=("slot",),
     args=("owner", "record", "milliseconds", "deployment", "announce"),
@@ -132,7 +132,7 @@ def name_taken(name: str, holder: str) -> Conflict:
 
 
 class DeploymentStore:
-    """The one way to deployments, for the API and the workers."""
+    """Reads and writes deployments, for the API and the workers."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
@@ -142,9 +142,9 @@ class DeploymentStore:
     def create(
         self, tenant: str, spec: DeploymentSpec, *, deployment_id: str | None = None, job: str | None = None
     ) -> Deployment:
-        """Record a deployment. Conflict if the tenant has its name in use.
+        """Record a deployment. Raises Conflict if the tenant uses its name already.
 
-        With an id that was used before, the deployment of then.
+        Returns the existing deployment if `deployment_id` was used before.
         """
         deployment = Deployment(
             id=deployment_id or new_id("dep"),
@@ -237,7 +237,7 @@ class DeploymentStore:
         return bool(self._release(slot=slot, owner=replica.owner, deployment=replica.deployment))
 
     def touch(self, deployments: Iterable[Deployment]) -> None:
-        """Say that the deployments were used just now."""
+        """Record that the deployments were used just now."""
         pipe = self._redis.pipeline(transaction=False)
         for deployment in deployments:
             if deployment.spec.idle_timeout_s is not None:
@@ -245,7 +245,7 @@ class DeploymentStore:
         pipe.execute()
 
     def was_used(self, deployment: Deployment) -> bool:
-        """True if the last request is younger than the idle timeout."""
+        """Whether the last request came within the idle timeout."""
         return bool(self._redis.exists(deployment_used_key(deployment.id)))
 
     def _read(self, deployment_id: str) -> tuple[Deployment, int]:
@@ -275,7 +275,7 @@ class DeploymentStore:
 
 
 def awakened(deployment: Deployment) -> Deployment:
-    """The deployment after a request came for it while it rested."""
+    """The deployment started again by a request while it was idle."""
     return moved(deployment, Goal.REST, Goal.SERVE)
 
 

@@ -1,4 +1,4 @@
-"""What `deploy` in a job asks for: its first artifact is served, once, however often this is tried."""
+"""Deploys a job's first artifact as its `deploy` asks: once, however often this is tried."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from app.core.records.job import Job
 
 
 def deploy_result(deployments: DeploymentStore, job: Job) -> tuple[str, dict[str, Any]] | None:
-    """Deploy the job's first artifact, if it is asked for; kind and payload of the event that tells of it.
+    """Deploy the job's first artifact if requested; returns kind and payload of the event about it.
 
-    A job whose deployment is refused has succeeded all the same.
+    A refused deployment does not change the success of the job.
     """
     options = job.spec.deploy
     if options is None:
@@ -24,7 +24,7 @@ def deploy_result(deployments: DeploymentStore, job: Job) -> tuple[str, dict[str
     spec = DeploymentSpec(artifact=job.artifacts[0], **options.model_dump())
     try:
         # The id follows from the job: a later attempt makes no second deployment.
-        made = deployments.create(job.tenant, spec, deployment_id=deployment_id(job.id), job=job.id)
+        deployment = deployments.create(job.tenant, spec, deployment_id=deployment_id(job.id), job=job.id)
     except Conflict as refusal:
         return "note", {"code": refusal.code, "message": f"not deployed: {refusal.message}"}
-    return "deployed", {"deployment": made.id, "name": spec.name, "artifact": spec.artifact}
+    return "deployed", {"deployment": deployment.id, "name": spec.name, "artifact": spec.artifact}

@@ -49,7 +49,7 @@ class CompressedTensorsFormat(FileFormat):
         # transformers builds the compressed modules without weights, and compressed-tensors 0.20 leaves their
         # zero points unpacked there, so asymmetric files don't fit. Dequantizing while loading is the route
         # that works; other loaders don't read this key. With several schemes that route takes the first for
-        # all linears and may give wrong weights without a word: then the loader shall refuse the files.
+        # all linears and may silently give wrong weights, so then the loader must refuse the files.
         dequantize = only and not schemes[0].symmetric
         return {
             **({"dequantize": True} if dequantize else {}),
@@ -95,7 +95,7 @@ class CompressedTensorsFormat(FileFormat):
 
 
 def asked_names(names: Iterable[str]) -> list[str]:
-    """The names with those that servers ask by in their place: of fused matrices, and of experts' linears.
+    """The names, replaced by those that servers ask for: of fused matrices, and of experts' linears.
 
     Not patterns in `ignore`: vLLM and SGLang rename modules there where their classes have other names.
     """

@@ -1,4 +1,4 @@
-"""What a file format has to say of itself, and the integer grids that it says it of.
+"""The interface of file formats, and the integer grids that they describe.
 
 The plan, the estimate, the writer, the reader and the inference server ask the description of a format;
 `workers/formats` packs and unpacks its tensors. The notes on loaders were read in the sources of vLLM 0.33.0
@@ -48,7 +48,7 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class ModuleSchemes:
-    """A model as formats see it: the scheme of every linear, None for one that keeps its precision."""
+    """A model for formats: the scheme of every linear, None for one that keeps its precision."""
 
     linears: Mapping[str, Scheme | None]  # by the checkpoint's names, in the order of data
     full_precision: tuple[str, ...] = ()  # modules beside them that no recipe quantizes
@@ -79,7 +79,7 @@ class ModuleSchemes:
 
 
 class FileFormat(ABC):
-    """A format of quantized models. Where it says nothing else it holds every scheme and every shape."""
+    """A format of quantized models. By default it holds every scheme and every shape."""
 
     suffixes: tuple[str, ...]  # of all tensors that a linear may have; the first marks a quantized one
     multiples: tuple[int, int] = (
@@ -113,7 +113,7 @@ class FileFormat(ABC):
         return None
 
     def loader_notes(self, modules: ModuleSchemes, model_type: str) -> Iterator[str]:
-        """What of the files not every loader opens."""
+        """Notes on files that not every loader opens."""
         yield from ()
 
     def unreadable(self, entry: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Modules in the config files of formats: the names that servers ask by, and few patterns for many names.
+"""Module names in the config files of formats: names that servers look up, and compact patterns.
 
 Servers make one matrix of linears that read one input and ask for its scheme by a name that no checkpoint
 has: vLLM 0.33 from the names of the parts where the model's class lists them, SGLang 0.5.23 for fewer
@@ -19,12 +19,12 @@ FUSED_NAMES = {
     **dict.fromkeys(("gate_proj", "up_proj"), ("gate_up_proj",)),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")),
 }
-# SGLang 0.5.23 asks for the scheme of experts by these names whatever the checkpoint calls them.
+# SGLang 0.5.23 looks up the scheme of experts by these names, whatever the checkpoint calls them.
 EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def fused_names(name: str) -> tuple[str, ...]:
-    """The names of the matrices of which servers make the linear a part; experts have none."""
+    """The names of the matrices into which servers fuse the linear; none for experts."""
     parent, _, leaf = name.rpartition(".")
     if expert_set(name) is not None:
         return ()
@@ -33,38 +33,38 @@ def fused_names(name: str) -> tuple[str, ...]:
 
 def expert_set(name: str) -> str | None:
     """The module of all experts of a layer, if the linear is one of theirs."""
-    found = re.fullmatch(r"(.+\.experts)\.\d+\..+", name)
-    return None if found is None else found[1]
+    expert = re.fullmatch(r"(.+\.experts)\.\d+\..+", name)
+    return None if expert is None else expert[1]
 
 
 def expert_names(name: str) -> tuple[str, ...]:
-    """The name of an expert's linear that servers ask by where the checkpoint has another."""
+    """The name by which servers look up an expert's linear, where the checkpoint has another."""
     parent, _, leaf = name.rpartition(".")
     if expert_set(name) is None or leaf not in EXPERT_NAMES:
         return ()
     return (f"{parent}.{EXPERT_NAMES[leaf]}",)
 
 
-def compact_patterns(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Anchored patterns that match the `wanted` among `names` and nothing else of them.
+def compact_patterns(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Anchored patterns that match the `chosen` of `names` and no others.
 
     Names that differ in their numbers or their last part share a pattern: all layers' `mlp.gate_proj` and
     `mlp.up_proj` are one. Where the numbers follow no such rule, each name is a pattern of its own.
     """
     every = list(names)
-    existing, found = by_place(every), by_place(wanted)
+    existing, grouped = by_stem(every), by_stem(chosen)
     alike: dict[tuple[str, frozenset[Numbers], frozenset[Numbers]], list[str]] = {}
-    for (stem, leaf), chosen in found.items():
-        alike.setdefault((stem, frozenset(chosen), frozenset(existing[stem, leaf])), []).append(leaf)
+    for (stem, leaf), numbered in grouped.items():
+        alike.setdefault((stem, frozenset(numbered), frozenset(existing[stem, leaf])), []).append(leaf)
     patterns = []
     for (stem, _, possible), leaves in alike.items():
-        pattern = numbered_pattern(stem, list(found[stem, leaves[0]]), possible)
-        members = [name for leaf in leaves for name in found[stem, leaf].values()]
+        pattern = numbered_pattern(stem, list(grouped[stem, leaves[0]]), possible)
+        members = [name for leaf in leaves for name in grouped[stem, leaf].values()]
         if pattern is not None:
             pattern = f"^{pattern}{choice([re.escape(leaf) for leaf in leaves])}$"
         proven = pattern is not None and matched([pattern], every) == set(members)
         patterns += [pattern] if pattern is not None and proven else [exact(name) for name in members]
-    assert matched(patterns, every) == set(wanted)
+    assert matched(patterns, every) == set(chosen)
     return patterns
 
 
@@ -73,33 +73,33 @@ def matched(patterns: Sequence[str], names: Iterable[str]) -> set[str]:
     return {name for name in names if any(re.match(pattern, name) for pattern in patterns)}
 
 
-def by_place(names: Iterable[str]) -> dict[tuple[str, str], dict[Numbers, str]]:
-    """The names by what comes before their last part, a mark for each number, and by the last part."""
-    places: dict[tuple[str, str], dict[Numbers, str]] = {}
+def by_stem(names: Iterable[str]) -> dict[tuple[str, str], dict[Numbers, str]]:
+    """The names by stem, with a mark for each number, and last segment."""
+    groups: dict[tuple[str, str], dict[Numbers, str]] = {}
     for name in names:
         *before, leaf = name.split(".")
-        stem = "".join((MARK if part.isdecimal() else part) + "." for part in before)
-        numbers = tuple(part for part in before if part.isdecimal())
-        places.setdefault((stem, leaf), {})[numbers] = name
-    return places
+        stem = "".join((MARK if segment.isdecimal() else segment) + "." for segment in before)
+        numbers = tuple(segment for segment in before if segment.isdecimal())
+        groups.setdefault((stem, leaf), {})[numbers] = name
+    return groups
 
 
-def numbered_pattern(stem: str, found: list[Numbers], possible: frozenset[Numbers]) -> str | None:
-    """One pattern for a stem: any number, or a choice of numbers, in each place.
+def numbered_pattern(stem: str, numbers: list[Numbers], possible: frozenset[Numbers]) -> str | None:
+    """One pattern for a stem: any number, or a choice of numbers, at each position.
 
-    None if the numbers that are meant are not all combinations of such choices.
+    None if `numbers` are not all combinations of such choices.
     """
-    chosen = set(found)
-    choices = [list(dict.fromkeys(place)) for place in zip(*found, strict=True)]
-    everywhere = [set(place) for place in zip(*possible, strict=True)]
+    chosen = set(numbers)
+    choices = [list(dict.fromkeys(column)) for column in zip(*numbers, strict=True)]
+    everywhere = [set(column) for column in zip(*possible, strict=True)]
     if any(
         all(number in some for number, some in zip(each, choices, strict=True)) and each not in chosen
         for each in possible
     ):
         return None
-    pattern, *parts = [re.escape(part) for part in stem.split(MARK)]
-    for some, existing, part in zip(choices, everywhere, parts, strict=True):
-        pattern += (r"\d+" if set(some) == existing else choice(some)) + part
+    pattern, *rest = [re.escape(text) for text in stem.split(MARK)]
+    for some, existing, text in zip(choices, everywhere, rest, strict=True):
+        pattern += (r"\d+" if set(some) == existing else choice(some)) + text
     return pattern
 
 

@@ -1,4 +1,4 @@
-"""What a job would take and do, for callers: the cost model's figures beside the plan's decisions."""
+"""The estimate of a job for callers: the cost model's figures and the plan's decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job as it is written to Redis, and the events that its changes deserve."""
+"""Encoding of jobs for Redis, and the events of their changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.core.errors import RecordUnreadable, field_path
 from app.core.records.job import Job, JobState
 from app.core.records.specs import JobSpec
 
-SHORT_SPEC = 4096  # bytes of a spec that is worth remembering: texts in it make it longer
+SHORT_SPEC = 4096  # bytes up to which a parsed spec is cached: specs with texts are longer
 
 
 def decode(record: bytes, spec: bytes) -> Job:
@@ -43,7 +43,7 @@ def encode(job: Job) -> str:
 
 
 def announcement(before: Job, after: Job) -> tuple[str, str]:
-    """The event that a change deserves: its state, else its stage, else none."""
+    """Kind and payload of a change's event: its new state, else its new stage, else empty."""
     if before.state is not after.state:
         return "state", state_payload(after)
     if before.stage is not after.stage:

@@ -30,7 +30,7 @@ TIMEOUT_MARGIN_S = 600
 
 
 class Place(StrEnum):
-    """Where the next attempt of a queued job is."""
+    """The whereabouts of the queue entry of a job's next attempt."""
 
     WAITING = "waiting"  # in its queue
     TAKEN = "taken"  # a worker executes the entry
@@ -48,7 +48,7 @@ def entry_id(job: Job) -> str:
 
 
 class JobQueue:
-    """Puts queued jobs before the workers: `run_job(job_id, attempt)`."""
+    """Queues jobs for the workers as calls of `run_job(job_id, attempt)`."""
 
     def __init__(self, redis: Redis, *, limit: int) -> None:
         self._redis = redis
@@ -76,12 +76,12 @@ class JobQueue:
         return True
 
     def remove(self, job: Job) -> None:
-        """Take the entry of a job's next attempt away; an absent one is no error."""
+        """Remove the entry of a job's next attempt, if there is one."""
         entry = self._entry(job)
         if entry is not None:
             entry.delete()
 
-    def place(self, job: Job) -> Place:
+    def locate(self, job: Job) -> Place:
         entry = self._entry(job)
         if entry is None:
             return Place.GONE
@@ -94,11 +94,11 @@ class JobQueue:
         return Place.WAITING if waiting else Place.MOVING
 
     def depths(self) -> dict[str, int]:
-        """How many entries wait in each queue."""
+        """The number of entries that wait in each queue."""
         return {name: self._queue(name).count for name in QUEUE_NAMES}
 
     def require_room(self, waiting: int) -> None:
-        """Raise QueueFull unless another job may wait beside those that do."""
+        """Raise QueueFull if `waiting` jobs are as many as the queue may hold."""
         if waiting >= self._limit:
             raise QueueFull(
                 f"{waiting} jobs wait already; the limit is {self._limit}",
@@ -106,7 +106,7 @@ class JobQueue:
             )
 
     def sweep(self) -> None:
-        """Mark entries failed whose worker died before it claimed the job."""
+        """Mark entries as failed if their worker died before it claimed the job."""
         for name in QUEUE_NAMES:
             StartedJobRegistry(name, connection=self._redis, serializer=SERIALIZER).cleanup()
 

@@ -1,7 +1,7 @@
-"""The changes of a job's keys that must happen in one step.
+"""Lua scripts that change a job's keys in one step.
 
-The delivery of a webhook is recorded together with the change that it is about: neither is ever lost.
-So is the note that a job has ended: what follows from that is done, even if the process dies (outcome).
+A webhook's delivery is recorded in the same step as the change that it reports, so neither is lost. So is the
+end of a job, so that it is followed up even if the process dies (outcome).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ return 1
 """,
 )  # fmt: skip
 
-# A client whose answer was lost asks again: what it has written already is no other writer's, as its `change`
-# is a word of this change alone.
+# A client that lost the answer repeats the call. `change` is random, so the script recognises its own write
+# and reports success instead of a collision.
 SWAP = Script(
     keys=(*JOB_KEYS, "state_before", *DELIVERY_KEYS),
     args=("id", "version", "record", "change", "kind", "payload", "is_active", "failure", *DELIVERY_ARGS),
@@ -104,7 +104,7 @@ return 1
 """,
 )
 
-# Announced, as whoever follows the job waits for the events that come of its end.
+# Publishes the change: those who follow the job wait for the events of its end.
 SETTLE = Script(
     args=("id",),
     body=f"""
@@ -113,9 +113,8 @@ return 1
 """,
 )
 
-# An event of a deleted job would never be removed. With an attempt, only the one that executes the job may
-# speak: -1 for any other. With `once`, a field of the job, the event is added only while the job lacks it: ''
-# otherwise.
+# Returns nothing for a deleted job: its event would never be removed. With `attempt`, -1 unless that attempt
+# executes the job. With `once`, '' if that field of the job is set already.
 APPEND = Script(
     keys=("job", "events"),
     args=("id", "kind", "payload", "attempt", "once"),

@@ -62,7 +62,7 @@ class JobEvent(Frozen):
 
 
 class JobFilter(Frozen):
-    """Which jobs a page shows: newest first, older than the id `after`."""
+    """Selects the jobs of a page: newest first, older than the id `after`."""
 
     state: JobState | None = None
     labels: dict[str, str] = Field(default_factory=dict)
@@ -118,7 +118,7 @@ def delivery_of(before: Job | None, after: Job) -> dict[str, str | None]:
 
 
 def check_change(before: Job, after: Job) -> None:
-    """Refuse what the table of transitions does not allow, whatever way the change was made."""
+    """Raise Conflict for a change of state that TRANSITIONS does not allow."""
     allowed = after.state is before.state or after.state in TRANSITIONS[before.state]
     if before.is_terminal or not allowed:
         raise Conflict(
@@ -129,7 +129,7 @@ def check_change(before: Job, after: Job) -> None:
 
 
 class JobStore:
-    """The one way to job records, for the API, the workers and the janitor."""
+    """Reads and writes job records, for the API, the workers and the janitor."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
@@ -267,7 +267,7 @@ class JobStore:
     def delete(self, tenant: str, job_id: str) -> Job:
         """Remove a job that has ended, with its events.
 
-        Conflict while it lives, and until what follows from its end is done, which its record alone tells.
+        Raises Conflict until it has ended and its end is followed up, which needs the record.
         """
         job, version = self.read_for(tenant, job_id)
         if not job.is_terminal:
@@ -295,15 +295,15 @@ class JobStore:
         return job
 
     def unsettled(self) -> list[str]:
-        """The ids of jobs that have ended while what follows from it is not done, oldest first."""
+        """The ids of ended jobs that are not followed up yet, oldest first."""
         return sorted(job_id.decode() for job_id in self._redis.smembers(ENDED))
 
     def is_settled(self, job_id: str) -> bool:
-        """False from the moment of a job's end until what follows from it is done."""
+        """False from a job's end until it is followed up."""
         return not self._redis.sismember(ENDED, job_id)
 
     def settle(self, job_id: str) -> None:
-        """Note that what follows from the job's end is done, and wake those who wait for that."""
+        """Mark the job's end as followed up, and wake those who wait for that."""
         self._settle(id=job_id)
 
     def in_state(self, *states: JobState) -> list[str]:
@@ -346,7 +346,7 @@ class JobStore:
         attempt: int | None = None,
         once: str | None = None,
     ) -> Any:
-        """What the script APPEND gives; NotFound if there is no such job."""
+        """Run APPEND and return its result. Raises NotFound if there is no such job."""
         event_id = self._append(
             job=job_key(job_id),
             events=events_key(job_id),
@@ -361,7 +361,7 @@ class JobStore:
         return event_id
 
     def has_appended(self, job_id: str, name: str) -> bool:
-        """True if `append_once` has added the event of this name."""
+        """Whether `append_once` has added an event under this name."""
         return bool(self._redis.hexists(job_key(job_id), f"once:{name}"))
 
     def events(self, job_id: str, after: str | None = None, limit: int = 100) -> list[JobEvent]:
@@ -397,11 +397,11 @@ class JobStore:
             raise
 
     def is_in_line(self, job: Job) -> bool:
-        """True if the job waits for other jobs of its tenant, in no queue."""
+        """Whether the job waits in its tenant's line, and so is in no queue."""
         return self._redis.zscore(line_key(job.tenant), job.id) is not None
 
     def next_turn(self, tenant: str, most: int) -> str | None:
-        """Give the first job in line its turn; None if nobody waits, or `most` (0: any number) have one."""
+        """Give the first job in line a turn; None if none waits, or if `most` (0: no limit) have one."""
         first = self._next_turn(turns=turns_key(tenant), line=line_key(tenant), most=most)
         return first.decode() if first is not None else None
 
@@ -409,11 +409,11 @@ class JobStore:
         return int(self._redis.scard(turns_key(tenant)))
 
     def tenants_with_lines(self) -> list[str]:
-        """The tenants one of whose jobs has ever waited in line."""
+        """The tenants that have had a job in line."""
         return sorted(tenant.decode() for tenant in self._redis.smembers(LINES))
 
     def postpone(self, job_id: str, seconds: float) -> None:
-        """Have no janitor queue the job for some seconds, by the clock of Redis."""
+        """Keep janitors from queueing the job for `seconds`, by the clock of Redis."""
         self._redis.set(postponed_key(job_id), 1, px=max(1, int(seconds * 1000)))
 
     def is_postponed(self, job_id: str) -> bool:
@@ -424,11 +424,11 @@ class JobStore:
         return bool(self._redis.set(lease_key(job_id), attempt, nx=True, px=int(lease_s * 1000)))
 
     def renew(self, job_id: str, attempt: int, lease_s: float) -> bool:
-        """Hold the lease for `lease_s` more seconds; False if it was lost: stop the attempt then."""
+        """Extend the lease to `lease_s` seconds; False if it was lost, and the attempt must stop."""
         return bool(self._renew(lease=lease_key(job_id), attempt=attempt, milliseconds=int(lease_s * 1000)))
 
     def holds(self, job_id: str, attempt: int) -> bool:
-        """True while the lease of `attempt` is alive."""
+        """Whether the lease of `attempt` is alive."""
         return bool(self._redis.get(lease_key(job_id)) == str(attempt).encode())
 
     def release(self, job_id: str, attempt: int) -> bool:

@@ -1,4 +1,4 @@
-"""What follows from a job's end: one table, whoever ended the job.
+"""Follows up the end of a job. One table holds for every way in which a job can end.
 
 | | succeeded | failed | cancelled |
 |---|---|---|---|
@@ -41,7 +41,7 @@ DEPLOYMENT = "deployment"  # the name of the event that tells what became of `de
 
 @dataclass(frozen=True)
 class Outcome:
-    """Does what follows from the ends of jobs."""
+    """Follows up the ends of jobs."""
 
     jobs: JobStore
     queue: JobQueue
@@ -52,9 +52,9 @@ class Outcome:
     limits: TenantLimits
 
     def follow_up(self, job_id: str) -> bool:
-        """Do what follows from the job's end, if it has ended; True if nothing is left to be done.
+        """Follow up the job's end; False if some of it could not be done.
 
-        What can't be done now is left to a janitor: the end itself stands.
+        A janitor does the rest later. The end itself stands.
         """
         try:
             self.settle(job_id)
@@ -64,11 +64,11 @@ class Outcome:
         return True
 
     def settle(self, job_id: str) -> None:
-        """As `follow_up`, for whoever must know. Raises RedisError, or NibbleError of storage and records."""
+        """As `follow_up`, but raises RedisError, or NibbleError of storage and records."""
         if self.jobs.is_settled(job_id):
             return
         job = self.jobs.load(job_id)
-        # What needs Redis alone comes first: an absent storage holds up nobody's turn.
+        # Steps that need Redis alone come first, so that a storage failure holds up no turn.
         if job.has_no_result:
             self.queue.remove(job)
         else:

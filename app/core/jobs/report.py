@@ -37,7 +37,7 @@ class LinearReport(Frozen):
 
 
 class LearningReport(Frozen):
-    """What OmniQuant learned of a layer: mean squared differences of its output from the original's."""
+    """OmniQuant's learning on one layer: mean squared differences of its output from the original's."""
 
     windows: int  # of calibration text, on the quantized chain, that it learned from
     judged_on: int = 0  # windows that the losses are of: others, or the same if the text had no more

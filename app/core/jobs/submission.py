@@ -1,6 +1,6 @@
-"""What is checked before a job is recorded: its model, its recipe and its texts, all without a weight.
+"""Checks a job before it is recorded: its model, recipe and texts, without reading a weight.
 
-One function for `POST /v1/jobs` and `POST /v1/estimates`, so that what is estimated is what is accepted.
+`POST /v1/jobs` and `POST /v1/estimates` share one function, so an estimate never accepts what a job refuses.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ def planned(spec: JobSpec, headers: ModelHeaders) -> Plan:
 
 
 def refuse_own_storage(reference: str, settings: Settings, *, param: str) -> None:
-    """Refuse what lies in the service's own storage: it is some tenant's, and is read by its id alone."""
+    """Refuse a path in the service's own storage: objects there belong to tenants and are read by id only."""
     try:
-        place = parse_model_reference(reference)
-    except ModelRefused:  # whoever opens it says why
+        parsed = parse_model_reference(reference)
+    except ModelRefused:  # opening it raises the same error, with a reason
         return
     storage = urlsplit(settings.object_store_url)
-    if place.scheme != storage.scheme:
+    if parsed.scheme != storage.scheme:
         return
-    if place.scheme == "s3":
+    if parsed.scheme == "s3":
         root = f"{storage.netloc}{storage.path.rstrip('/')}"
-        own = any(f"{place.bucket}/{place.path}/".startswith(f"{root}/{folder}/") for folder in FOLDERS)
+        own = any(f"{parsed.bucket}/{parsed.path}/".startswith(f"{root}/{folder}/") for folder in FOLDERS)
     else:
-        own = Path(os.path.realpath(place.path)).is_relative_to(os.path.realpath(unquote(storage.path)))
+        own = Path(os.path.realpath(parsed.path)).is_relative_to(os.path.realpath(unquote(storage.path)))
     if own:
         raise ModelRefused(
             f"{reference[:200]} lies in the service's own storage",
@@ -100,7 +100,7 @@ def refuse_own_storage(reference: str, settings: Settings, *, param: str) -> Non
 
 
 def check_webhook(url: str, settings: Settings) -> None:
-    """Refuse a URL to which no webhook could be sent, while its owner still listens."""
+    """Refuse at submission a URL to which no webhook could be sent."""
     try:
         OutgoingGuard(settings.outgoing_networks).address(httpx.URL(url))
     except DestinationRefused as fault:

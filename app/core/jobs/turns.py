@@ -1,7 +1,7 @@
-"""Turns: which of a tenant's jobs are queued, if the tenant may run so many at a time and no more.
+"""Turns: the tenant's limit of running jobs decides which of its jobs are queued.
 
-A job that waits in line is in no queue, so it holds up nobody else's. It gets its turn when one of the
-tenant's jobs ends, as part of what follows from the end (outcome), or in a sweep once limits are raised. The
+A job in line is in no queue, so it holds up no other tenant's. It gets its turn when one of the tenant's jobs
+ends (outcome), or in a sweep once limits are raised. The
 scripts that record and end jobs keep count of turns and lines (job_scripts).
 """
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Turns:
-    """Gives turns. `most` tells how many jobs a tenant may run; 0 is no limit."""
+    """Gives turns. `most(tenant)` is the number of jobs that the tenant may run; 0 is no limit."""
 
     def __init__(self, store: JobStore, queue: JobQueue, most: Callable[[str], int]) -> None:
         self._store = store

@@ -49,7 +49,7 @@ class WorkerRegistry:
         pipe.execute()
 
     def remove(self, name: str) -> None:
-        """Forget a worker that ends in good order."""
+        """Remove a worker that ends normally."""
         pipe = self._redis.pipeline()
         pipe.delete(worker_key(name))
         pipe.zrem(WORKERS, name)
@@ -60,5 +60,5 @@ class WorkerRegistry:
         """The workers whose last heartbeat has not expired, by name."""
         names = [name.decode() for name in self._redis.zrange(WORKERS, 0, -1)]
         records = self._redis.mget([worker_key(name) for name in names]) if names else []
-        found = [WorkerRecord.of_record(record) for record in records if record is not None]
-        return sorted(filter(None, found), key=lambda worker: worker.name)
+        workers = [WorkerRecord.of_record(record) for record in records if record is not None]
+        return sorted(filter(None, workers), key=lambda worker: worker.name)

@@ -31,8 +31,8 @@ class DestinationRefused(InvalidRequest):
 
 def system_resolve(host: str, port: int) -> Sequence[str]:
     """Every address of a name, as the system's resolver gives them."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]).partition("%")[0] for entry in found]
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]).partition("%")[0] for entry in entries]
 
 
 def embedded(address: IpAddress) -> IpAddress | None:
@@ -45,7 +45,7 @@ def embedded(address: IpAddress) -> IpAddress | None:
 
 
 def is_public(address: IpAddress) -> bool:
-    """True for an address of the internet: not private, loopback, link-local, multicast or reserved."""
+    """Whether the address is on the internet: not private, loopback, link-local, multicast or reserved."""
     inner = embedded(address)
     if inner is not None:
         return is_public(inner)
@@ -86,12 +86,12 @@ class OutgoingGuard:
 
     def _addresses(self, url: httpx.URL) -> list[IpAddress]:
         try:
-            found = [ipaddress.ip_address(text) for text in self._resolve(url.host, port_of(url))]
+            addresses = [ipaddress.ip_address(text) for text in self._resolve(url.host, port_of(url))]
         except (OSError, UnicodeError, ValueError) as fault:
             raise httpx.ConnectError(f"{url.host} cannot be resolved: {fault}") from fault
-        if not found:
+        if not addresses:
             raise httpx.ConnectError(f"{url.host} has no address")
-        return found
+        return addresses
 
     def _check(self, url: httpx.URL, address: IpAddress) -> None:
         candidates = [address, embedded(address)]
@@ -142,7 +142,7 @@ class GuardedTransport(httpx.BaseTransport):
 
 
 def guarded_client(guard: OutgoingGuard, **options: Any) -> httpx.Client:
-    """An HTTP client whose every request passes the guard. It follows no redirect unless told to."""
+    """An HTTP client that checks every request with the guard. Redirects are off by default."""
     return httpx.Client(transport=GuardedTransport(guard), trust_env=False, **options)
 
 

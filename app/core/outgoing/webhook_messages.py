@@ -79,7 +79,7 @@ def message_of(before: Job | None, after: Job) -> Delivery | None:
 
 
 def job_fields(job: Job) -> dict[str, Any]:
-    """What a message tells of a job: enough to go on, the rest is behind the API."""
+    """The fields of a job in a message; the API has the rest."""
     fields = job.model_dump(
         mode="json",
         include={"id", "state", "attempt", "created_at", "started_at", "finished_at", "error", "artifacts"},
@@ -95,7 +95,7 @@ def signature(secret: str, message_id: str, timestamp: int, body: str) -> str:
 
 
 class WebhookSecrets:
-    """What signs each tenant's messages."""
+    """The secrets that sign each tenant's messages."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
@@ -109,7 +109,7 @@ class WebhookSecrets:
         return [secret.decode() for secret in (current, previous) if secret is not None]
 
     def rotate(self, tenant: str) -> str:
-        """A new secret. The one before signs on for a day, so that receivers can change over."""
+        """Create a new secret. The previous one also signs for a day, so that receivers can switch."""
         name, fresh = webhook_secret_key(tenant), new_secret()
         before = self.of(tenant)[0]
         pipe = self._redis.pipeline()
@@ -125,7 +125,7 @@ def new_secret() -> str:
 
 TAKE = Script(
     keys=("due",),
-    args=("hold_s",),  # for so long nobody else takes the message
+    args=("hold_s",),  # for which nobody else takes the message
     body=f"""
 {NOW}
 local time = now()
@@ -191,7 +191,7 @@ class DeliveryStore:
         return [delivery for delivery in deliveries if delivery is not None]
 
     def redeliver(self, job_id: str, delivery_id: str) -> Delivery:
-        """Have a message sent again, under its old id. NotFound if the job has no such message."""
+        """Send a message again, under its old id. Raises NotFound if the job has no such message."""
         for delivery in self.list(job_id):
             if delivery.id == delivery_id:
                 pending = delivery.model_copy(update={"state": "pending"})

@@ -1,7 +1,7 @@
 """Sends webhooks that are due, from threads of each API process.
 
-A message that is taken is nobody else's for a minute. A process that dies in between leaves it due: it is
-sent again, under the same id.
+A taken message is reserved for a minute. If the process dies meanwhile, the message is due again and is sent
+under the same id.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OnOutcome = Callable[[str], None]
 
 
 class WebhookSender:
-    """Sends one message at a time; `on_outcome` hears delivered, retried or failed."""
+    """Sends one message at a time; `on_outcome` gets delivered, retried or failed."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class WebhookSender:
         try:
             status = self._post(delivery, started)
         except (httpx.HTTPError, httpx.InvalidURL, NibbleError, TimeoutError) as fault:
-            # The class alone: texts of connection errors would tell of the inner network.
+            # The class alone: messages of connection errors would reveal the inner network.
             error = fault.code if isinstance(fault, NibbleError) else type(fault).__name__
         return WebhookTry(at=at, status=status, error=error, seconds=round(time.monotonic() - started, 3))
 
@@ -90,8 +90,8 @@ class WebhookSender:
             client.stream("POST", delivery.url, content=delivery.body, headers=headers) as answer,
         ):
             received = 0
-            for piece in answer.iter_raw():
-                received += len(piece)
+            for chunk in answer.iter_raw():
+                received += len(chunk)
                 if received > MAX_ANSWER_BYTES or time.monotonic() - started > LIMIT_S:
                     break  # its status is known: nobody reads the rest
             return answer.status_code
@@ -116,7 +116,7 @@ def is_success(tried: WebhookTry) -> bool:
 
 
 class WebhookThread(threading.Thread):
-    """Keeps a sender going until it is stopped. A slow receiver holds up one of several lines."""
+    """Runs a sender in PARALLEL threads until it is stopped, so that a slow receiver holds up one of them."""
 
     def __init__(self, sender: WebhookSender) -> None:
         super().__init__(name="webhooks", daemon=True)
@@ -131,14 +131,14 @@ class WebhookThread(threading.Thread):
     def _work(self) -> None:
         while not self._stopped.is_set():
             try:
-                found = self._sender.send_due()
+                has_sent = self._sender.send_due()
             except RedisError as fault:
                 log.warning("webhooks wait for redis: %s", fault)
-                found = False
+                has_sent = False
             except Exception:  # the task boundary: the message is due again after its hold
                 log.exception("a webhook broke its sender")
-                found = False
-            if not found:
+                has_sent = False
+            if not has_sent:
                 self._stopped.wait(POLL_S)
 
     def stop(self) -> None:

@@ -311,9 +311,9 @@ def architecture_of(config: dict[str, object]) -> Architecture:
     Raises ModelRefused for one that is not in the table: a wrong mapping would go unnoticed.
     """
     model_type = config.get("model_type")
-    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    entry = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     classes = config.get("architectures")
-    if found is None or (isinstance(classes, list) and classes and found.class_name not in classes):
+    if entry is None or (isinstance(classes, list) and classes and entry.class_name not in classes):
         named = f"{model_type} ({', '.join(map(str, classes))})" if isinstance(classes, list) else model_type
         raise ModelRefused(
             f"the architecture {named} is not supported",
@@ -321,7 +321,7 @@ def architecture_of(config: dict[str, object]) -> Architecture:
             remedy=f"use a causal language model of one of: {', '.join(sorted(ARCHITECTURES))}",
             param="model",
         )
-    for condition in found.presumes:
+    for condition in entry.presumes:
         if not condition.holds(config):
             raise ModelRefused(
                 f"{model_type} with {condition.key}={config.get(condition.key)!r} is not supported",
@@ -329,11 +329,11 @@ def architecture_of(config: dict[str, object]) -> Architecture:
                 remedy=f"use a model whose {condition.key} is {condition.values[0]!r}",
                 param="model",
             )
-    groups = tuple(g for g in found.groups if g.only_if is None or g.only_if.holds(config))
+    groups = tuple(g for g in entry.groups if g.only_if is None or g.only_if.holds(config))
     fitted: dict[str, object] = {
         "groups": groups,
-        "tied": bool(config.get("tie_word_embeddings", found.tied)),
+        "tied": bool(config.get("tie_word_embeddings", entry.tied)),
     }
-    if found.experts is not None:
-        fitted |= found.experts.fitted(config)
-    return found.model_copy(update=fitted)
+    if entry.experts is not None:
+        fitted |= entry.experts.fitted(config)
+    return entry.model_copy(update=fitted)

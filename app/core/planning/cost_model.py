@@ -42,7 +42,7 @@ FOLDER_SECONDS = 0.02  # of writing one format's folder, and of reading it back
 
 
 class Prediction(Frozen):
-    """What a run takes. Output sizes are exact but for the files' metadata."""
+    """Predicted time and sizes of a run. Output sizes are exact except for the files' metadata."""
 
     basis: str  # measured or nominal
     seconds: dict[Stage, float]  # of the whole job
@@ -58,7 +58,7 @@ class Prediction(Frozen):
 
 
 def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile) -> Prediction:
-    """The recipes as asked: what a target adds is not known before it is tried."""
+    """Predict the recipes as given; further recipes that a target may try are not included."""
     costs = Costs(plan, spec, profile)
     own = tuple(costs.candidate(candidate) for candidate in plan.candidates)
     seconds = {Stage.CALIBRATING: costs.calibration()}
@@ -82,7 +82,7 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile) -> Prediction:
 
 
 class Costs:
-    """Seconds of the parts of a run."""
+    """Predicts the seconds of each step of a run."""
 
     def __init__(self, plan: Plan, spec: JobSpec, profile: DeviceProfile) -> None:
         self.plan, self.spec, self.profile = plan, spec, profile
@@ -91,11 +91,11 @@ class Costs:
         self.inputs = inputs_of(plan)
 
     def tokens(self, linear: LinearPlan, tokens: float) -> float:
-        """How many of them reach the linear."""
+        """The number of `tokens` that reach the linear."""
         return tokens * (self.plan.routed_share if EXPERT in linear.name else 1.0)
 
     def product(self, rows: float, inner: float, columns: float, *, float32: bool = False) -> float:
-        """Of a matrix (rows, inner) with one of (inner, columns)."""
+        """Seconds of multiplying (rows, inner) by (inner, columns)."""
         size = (rows * inner * columns) ** (1 / 3)
         rate = self.profile.matmul_rate(int(size), float32=float32)
         return 2.0 * rows * inner * columns / rate
@@ -104,7 +104,7 @@ class Costs:
         return values * bytes_per_value / self.profile.elementwise
 
     def forward(self, samples: int) -> float:
-        """The decoder layers of one model over `samples` windows."""
+        """Seconds of one model's decoder layers over `samples` windows."""
         tokens = samples * self.length
         linears = sum(
             self.product(self.tokens(each, tokens), each.in_features, each.out_features)
@@ -117,21 +117,21 @@ class Costs:
         return linears + attention + scores + self.passes(values, LAYER_BYTES)
 
     def head(self, samples: int) -> float:
-        """Logits and their losses."""
+        """Seconds of the logits and their losses."""
         tokens, vocabulary = samples * self.length, self.plan.vocab_size
         chunks = tokens / min(CHUNK_TOKENS, self.length)
         product = chunks * self.product(min(CHUNK_TOKENS, self.length), self.plan.hidden_size, vocabulary)
         return product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
 
     def calibration(self) -> float:
-        """One pass of the original, and the second moments."""
+        """Seconds of one pass of the original, with the second moments and histograms."""
         samples = self.spec.calibration.num_samples
         tokens = samples * self.length
         histograms = self.passes(sum(each.parameters for each in self.linears), ROUNDING_BYTES)
         return self.forward(samples) + self.moments(tokens) + histograms
 
     def moments(self, tokens: float) -> float:
-        """Of every group's inputs: blocks on and above the diagonal, and the means."""
+        """Seconds of every group's second moment (blocks on and above the diagonal) and means."""
         block, seconds = MOMENT_BLOCK[self.profile.device], 0.0
         for width, share in self.inputs:
             blocks = -(-width // block)
@@ -141,17 +141,17 @@ class Costs:
         return seconds
 
     def drifts(self, tokens: float) -> float:
-        """Products of what is missing with every group's inputs."""
+        """Seconds of the products of errors with every group's inputs."""
         return sum(self.product(width, share * tokens, width, float32=True) for width, share in self.inputs)
 
     def chain(self) -> float:
-        """The original and the quantized copy side by side, with moments and drifts."""
+        """Seconds of the original and the quantized copy side by side, with moments and drifts."""
         samples = self.spec.calibration.num_samples
         tokens = samples * self.length
         return CHAIN_FORWARDS * self.forward(samples) + self.moments(tokens) + self.drifts(tokens)
 
     def candidate(self, candidate: CandidatePlan) -> dict[Stage, float]:
-        """What one recipe adds."""
+        """Seconds that one recipe adds to each stage."""
         quantized = sum(each.parameters for each in candidate.linears if each.scheme is not None)
         written = sum(candidate.output_bytes.values())
         packed = quantized * len(candidate.output_bytes)
@@ -173,14 +173,14 @@ class Costs:
         return own
 
     def lesson_epoch(self, quantized: int) -> float:
-        """One round of OmniQuant's learning, and the loss of what would be stored after it."""
+        """Seconds of one epoch of OmniQuant's learning, and of judging its outcome."""
         taught = min(LESSON_WINDOWS, self.spec.calibration.num_samples)
         rounding = self.passes(quantized, LESSON_BYTES) * taught / STEP_WINDOWS
         judging = max(1, taught // (HELD_BACK - 1))
         return LESSON_FORWARDS * self.forward(taught) + rounding + self.forward(judging)
 
     def scales(self, candidate: CandidatePlan) -> float:
-        """AWQ's scale search: candidates on sampled rows, the finalists on all."""
+        """Seconds of AWQ's scale search: candidates on sampled rows, the finalists on all."""
         recipe = candidate.recipe
         if not recipe.searches_scales:
             return 0.0
@@ -192,7 +192,7 @@ class Costs:
         )
 
     def rounding(self, candidate: CandidatePlan) -> float:
-        """Clip search and rounding of every linear, with the losses that are reported."""
+        """Seconds of clip search and rounding of every linear, with the reported losses."""
         recipe = candidate.recipe
         steps: dict[SearchStep, float] = {"nearest": REPORTED_ROUNDINGS}
         if recipe.searches_clip:
@@ -208,7 +208,7 @@ class Costs:
 
 
 def evaluations(recipe: Recipe) -> int:
-    """Candidates of one group's scale search."""
+    """The number of candidates in one group's scale search."""
     search = recipe.search
     grid = search.grid_points + 1
     tried = 2 * grid if search.duo_scaling == "both" else grid
@@ -216,34 +216,34 @@ def evaluations(recipe: Recipe) -> int:
 
 
 def inputs_of(plan: Plan) -> list[tuple[int, float]]:
-    """Channels of every input whose second moment is kept, over all layers, and its share of the tokens."""
+    """(channels, share of the tokens) of every input with a second moment, over all layers."""
     widths = {each.name: each.in_features for each in plan.candidates[0].linears}
-    found = []
+    inputs = []
     for layer in range(plan.num_layers):
         prefix = plan.architecture.layer_prefix(layer)
-        found += [
+        inputs += [
             (widths[prefix + group.balance_layers[0]], plan.routed_share if group.expert else 1.0)
             for group in plan.architecture.at(layer).groups
             if prefix + group.balance_layers[0] in widths
         ]
-    return found
+    return inputs
 
 
 def groups_of(plan: Plan, candidate: CandidatePlan) -> list[tuple[int, int]]:
-    """(rows, channels) of every group whose scales are searched."""
+    """(rows, channels) of every group with a scale search."""
     linears = {each.name: each for each in candidate.linears}
-    found = []
+    groups = []
     for layer in range(plan.num_layers):
         prefix = plan.architecture.layer_prefix(layer)
         for group in plan.architecture.at(layer).groups:
             members = [linears[prefix + name] for name in group.balance_layers if prefix + name in linears]
             if group.smooth_layer is not None and members and all(each.scheme for each in members):
-                found.append((sum(each.out_features for each in members), members[0].in_features))
-    return found
+                groups.append((sum(each.out_features for each in members), members[0].in_features))
+    return groups
 
 
 def largest_layer_moments(plan: Plan) -> int:
-    """Bytes of the second moments of the layer that has most."""
+    """Bytes of second moments in the layer with the most."""
     per_layer: dict[int, int] = {}
     widths = {each.name: each.in_features for each in plan.candidates[0].linears}
     for layer in range(plan.num_layers):

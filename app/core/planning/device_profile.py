@@ -1,4 +1,4 @@
-"""How fast a device is, as measured once, or assumed where nobody has measured."""
+"""The speed of a device, measured once, or assumed where it was not measured."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class DeviceProfile(Kept):
     search: dict[SearchStep, dict[int, float]] = Field(default_factory=dict)
 
     def matmul_rate(self, size: int, *, float32: bool = False) -> float:
-        """Operations per second for matrices of about `size`: that of the nearest size below."""
+        """Operations per second for matrices of about `size`, from the nearest measured size below."""
         rates = self.matmul_float32 if float32 else self.matmul
-        return rates[max((known for known in rates if known <= size), default=min(rates))]
+        return rates[max((measured for measured in rates if measured <= size), default=min(rates))]
 
     def search_seconds(self, step: SearchStep, width: int) -> float:
-        """Per weight of a linear with so many in_features: products with H make it grow with them."""
-        known = sorted((self.search.get(step) or NOMINAL[self.device].search[step]).items())
-        if width <= known[0][0] or len(known) == 1:
-            return known[0][1]
-        (low, first), (high, last) = known[-2:]
+        """Seconds per weight of a linear with `width` in_features, which products with H make grow."""
+        points = sorted((self.search.get(step) or NOMINAL[self.device].search[step]).items())
+        if width <= points[0][0] or len(points) == 1:
+            return points[0][1]
+        (low, first), (high, last) = points[-2:]
         return max(min(first, last), last + (last - first) * (width - high) / (high - low))
 
 

@@ -1,4 +1,4 @@
-"""The devices of this host, by their names and as the driver's own program tells them. Without torch."""
+"""The devices of this host, by their names and as the driver's own program lists them. Without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an architecture is described: groups of linears around the scales, and names outside the layers.
+"""Records that describe an architecture: groups of linears around the scales, and module names.
 
 Names are those of checkpoints, relative to one decoder layer.
 """
@@ -15,7 +15,7 @@ SmoothKind = Literal["norm", "offset norm", "linear"]
 SmoothRows = Literal["all", "last", "last of each head"]
 ConfigValue = str | int | float | bool | None
 
-MAX_EXPERTS = 4096  # a claim beyond this is not taken at its word
+MAX_EXPERTS = 4096  # a larger count in config.json is refused
 LAYER_OUTPUT = "output"
 EXPERT = "{expert}"  # in a template's names: every expert's number
 
@@ -39,8 +39,8 @@ class ScaleGroup(Frozen):
     (routers). Without a smooth layer the linears are quantized without scales, for the reason in `unscaled`.
     An "offset norm" multiplies by 1 + weight. With grouped-query attention v -> o shares one scale between
     the query heads of a key/value head (`repeats_heads`). Of a fused projection only some rows are divided
-    (`smooth_rows`). A group whose output is added to the residual stream as it is says where it `joins` it:
-    the module that reads the sum, or the layer's output.
+    (`smooth_rows`). If a group's output is added to the residual stream unchanged, `joins` names the
+    module that reads the sum, or the layer's output.
     """
 
     balance_layers: tuple[str, ...]
@@ -89,7 +89,7 @@ class Experts(Frozen):
     step_key: str = ""  # every n-th layer has them
 
     def fitted(self, config: dict[str, object]) -> dict[str, object]:
-        """How many experts a model has, and which of its layers have none."""
+        """The fields of an Architecture for this config.json: number of experts, and layers without any."""
         count = next((config[key] for key in self.count_keys if config.get(key)), None)
         first, step = config.get(self.first_dense_key) or 0, config.get(self.step_key) or 1
         named = config.get(self.dense_layers_key) or []
@@ -108,7 +108,7 @@ class Experts(Frozen):
 
 
 class Architecture(Frozen):
-    """One `model_type`: where its decoder layers are, and the groups of one layer in the order of data.
+    """One `model_type`: the names of its modules, and the groups of one layer in the order of data.
 
     `architecture_of` fits an entry of the table to a model, and `at` to one of its layers.
     """
@@ -116,7 +116,7 @@ class Architecture(Frozen):
     model_type: str
     class_name: str  # of transformers
     groups: tuple[ScaleGroup, ...]
-    fused: tuple[tuple[str, ...], ...] = ()  # linears that servers make one matrix of
+    fused: tuple[tuple[str, ...], ...] = ()  # linears that servers fuse into one matrix
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final: tuple[str, ...] = ("model.norm",)  # between the last layer and the head, where they exist
@@ -139,7 +139,7 @@ class Architecture(Frozen):
 
     @property
     def stages(self) -> tuple[tuple[int, ...], ...]:
-        """The groups in steps, each of which reads what the steps before it give; all experts are one."""
+        """Indices of the groups in steps, each of which reads outputs of earlier ones; experts are one."""
         steps: list[tuple[int, ...]] = []
         for index, group in enumerate(self.groups):
             if group.expert is not None and self.groups[index - 1].expert is not None:
@@ -150,7 +150,7 @@ class Architecture(Frozen):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """The names that checkpoints may hold the head's weights under, the first that is there counts."""
+        """The possible names of the head's weights in checkpoints; the first that exists counts."""
         weight = self.head + ".weight"
         shared = (self.embedding + ".weight",) if self.tied else ()
         return tuple(dict.fromkeys((weight, self.stored_name(weight), *shared)))
@@ -179,7 +179,7 @@ class Architecture(Frozen):
         return name
 
     def checkpoint_name(self, name: str) -> str:
-        """The same of a name in the whole model: within a decoder layer, by its name there."""
+        """As `stored_name` for a full name; in a decoder layer its local name is translated."""
         layers = self.layers + "."
         if not name.startswith(layers):
             return self.stored_name(name)
@@ -199,7 +199,7 @@ def layer_architecture(whole: Architecture, has_experts: bool) -> Architecture:
     """The groups and fused sets of the layers with experts, or of those without."""
     blocks = ("all", "experts" if has_experts else "dense")
     experts = whole.num_experts if has_experts else 0
-    groups = [part for g in whole.groups if g.blocks in blocks for part in g.expanded(experts)]
+    groups = [group for g in whole.groups if g.blocks in blocks for group in g.expanded(experts)]
     linears = {name for group in groups for name in group.balance_layers}
     sets = (tuple(n for n in each_expert(names, experts) if n in linears) for names in whole.fused)
     return whole.model_copy(

@@ -1,8 +1,8 @@
-"""What a job will do to each linear, decided from headers alone.
+"""Plans a job from headers alone: what happens to each linear.
 
-One function answers the submission (refuse early), the estimate (say what would happen) and the engine
-(do it), so the three can't disagree. In this order below: the job, its notes, the weights that it needs,
-one recipe, the scheme and the groups of each linear, the sets that servers fuse, the formats.
+Submission, estimate and engine call the same function, so they can't disagree. In this order below: the job,
+its notes, the weights that it needs, one recipe, the scheme and the groups of each linear, the sets that
+servers fuse, the formats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
 TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multiplied
 GROUP_SIZES = (128, 64, 32)
-# Of `quantization_config.quant_method`: what makers of models publish originals in.
+# Values of `quantization_config.quant_method` in which models are originally published.
 PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -104,7 +104,7 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
 
 
 def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, object]) -> Iterator[str]:
-    """Of windows that are longer than what the model was made for. Raises RecipeUnsupported if it can't."""
+    """A note on windows longer than the model's maximum. RecipeUnsupported if it can't read them."""
     length, longest = spec.calibration.sequence_length, config.get("max_position_embeddings")
     if not isinstance(longest, int) or length <= longest:
         return
@@ -120,7 +120,7 @@ def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, ob
 def plan_notes(
     spec: JobSpec, architecture: Architecture, candidates: tuple[CandidatePlan, ...]
 ) -> Iterator[str]:
-    """What a caller should know although it is no reason to refuse."""
+    """Notes for the caller that are no reason to refuse."""
     for index, candidate in enumerate(candidates):
         recipe = candidate.recipe
         if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
@@ -137,7 +137,7 @@ def plan_notes(
 
 
 def idle_options(recipe: Recipe) -> Iterator[str]:
-    """Options of the search that were set and that this method does not look at."""
+    """Notes on search options that were set but have no effect on this method."""
     used = set() if recipe.method == "rtn" else {"clip"}
     if recipe.searches_scales:
         used |= {"strategy", "grid_points", "duo_scaling"}
@@ -151,7 +151,7 @@ def idle_options(recipe: Recipe) -> Iterator[str]:
 
 
 def unmatched(candidate: CandidatePlan, architecture: Architecture) -> Iterator[str]:
-    """Patterns that mean no linear: most likely not what their author had in mind."""
+    """Notes on patterns that match no linear: probably a mistake."""
     names = [linear.name for linear in candidate.linears]
     outside = (*candidate.full_precision, architecture.head, "lm_head")
     patterns = [("ignore", pattern) for pattern in candidate.recipe.ignore]
@@ -243,7 +243,7 @@ def refuse_without_head(architecture: Architecture, tensors: dict[str, TensorHea
 
 
 def is_matrix(tensor: TensorHeader) -> bool:
-    """True for weights of at least one row and column, in a dtype that is quantized."""
+    """Whether the tensor is a non-empty matrix in a dtype that can be quantized."""
     return len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in WEIGHT_DTYPES
 
 
@@ -344,7 +344,7 @@ def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan
 
 
 def divides(group_size: int, linear: LinearPlan) -> bool:
-    """True if the linear's groups are whole: loaders index scales by in_features // group_size."""
+    """Whether the linear's groups are whole."""
     return group_size == -1 or linear.in_features % group_size == 0
 
 
@@ -373,7 +373,7 @@ def refuse_indivisible(field: str, linears: tuple[LinearPlan, ...]) -> None:
 def fit_groups(
     recipe: Recipe, linears: tuple[LinearPlan, ...], fused: list[tuple[str, ...]]
 ) -> tuple[LinearPlan, ...]:
-    """Other groups for linears that theirs do not divide: the nearest smaller ones that do, or none.
+    """Give linears with an indivisible in_features the nearest smaller group size that fits, or none.
 
     A set that servers fuse takes the same for all of its members.
     """
@@ -412,13 +412,13 @@ def refuse_split_sets(field: str, architecture: Architecture, linears: tuple[Lin
 
 
 def set_names(names: tuple[str, ...]) -> str:
-    """For people: the ends of the names, a few of them if they are many."""
+    """The names for a message: their last segments, without repetitions."""
     ends = [name.rpartition(".")[2] if len(names) > 8 else ".".join(name.split(".")[-2:]) for name in names]
     return ", ".join(dict.fromkeys(ends))
 
 
 def fused_sets(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> Iterator[tuple[str, ...]]:
-    """Full names of the linears that servers make one of, set by set."""
+    """The sets of linears that servers fuse, by full names."""
     layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
     for layer in layers:
         assert layer is not None

@@ -18,7 +18,7 @@ class ArtifactFile(Kept):
 
 
 class ArtifactManifest(Kept):
-    """What `artifacts/<id>/manifest.json` holds. Files lie under `artifacts/<id>/<prefix>/`."""
+    """The content of `artifacts/<id>/manifest.json`. Files lie under `artifacts/<id>/<prefix>/`."""
 
     version: int = 1
     id: str

@@ -1,4 +1,4 @@
-"""Texts of a certain form: the schema shows the pattern, and a caller who misses it is told in words."""
+"""Strings with a required pattern: the schema shows it, and the error describes it in words."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SHOWN = 100  # characters of a wrong text in the message
 
 @dataclass(frozen=True)
 class Form:
-    """As an annotation of `str`: the whole text must match `pattern`; `told` completes "x is not …"."""
+    """Annotation of `str`: the whole text must match `pattern`; `description` completes "x is not …"."""
 
     pattern: str
-    told: str
+    description: str
 
     def check(self, text: str) -> str:
         if re.fullmatch(self.pattern, text) is None:
             raise PydanticCustomError(
                 "string_pattern_mismatch",
                 "{text} is not {form}",
-                {"text": repr(text[:SHOWN]), "form": self.told},
+                {"text": repr(text[:SHOWN]), "form": self.description},
             )
         return text
 

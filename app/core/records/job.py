@@ -43,7 +43,7 @@ class Stage(StrEnum):
 
 
 class Progress(Kept):
-    """How far the whole job is: `fraction` in 0..1 never goes back within an attempt."""
+    """Progress of the whole job: `fraction` in 0..1 never decreases within an attempt."""
 
     fraction: float = Field(default=0.0, ge=0, le=1)
     layer: int | None = None  # finished decoder layers
@@ -51,7 +51,7 @@ class Progress(Kept):
     eta_s: float | None = None  # seconds to the end, once enough was seen to tell
 
     def completed(self) -> Progress:
-        """That of a job that has succeeded: all layers, if it came to know how many there are."""
+        """The progress of a succeeded job: all layers, if their number is known."""
         return Progress(fraction=1.0, layer=self.layers, layers=self.layers)
 
 
@@ -70,7 +70,7 @@ class Problem(Kept):
 class Job(Kept):
     """The record of a job, as kept in Redis. `attempt` counts executions and fences stale ones."""
 
-    # Each change writes the whole record: what a newer version has noted in it must survive that.
+    # Each change writes the whole record: fields of a newer version must survive that.
     model_config = ConfigDict(extra="allow")
 
     id: str
@@ -89,9 +89,9 @@ class Job(Kept):
     retry_of: str | None = None
     request_id: str | None = None  # of the request that made it, for the logs
     traceparent: str | None = None  # the span of that request
-    fingerprint: str | None = None  # of its contents, as far as submission could see
+    fingerprint: str | None = None  # of its contents, as seen at submission
     contents: str | None = None  # the same of the files themselves, once a worker has read them
-    reused_from: str | None = None  # the job that has made its artifacts
+    reused_from: str | None = None  # the job that made its artifacts
 
     @property
     def is_terminal(self) -> bool:
@@ -99,12 +99,12 @@ class Job(Kept):
 
     @property
     def has_no_result(self) -> bool:
-        """True once it has ended without artifacts, so that none of it may be visible."""
+        """Whether it has ended without a result, so that none of its artifacts may be visible."""
         return self.is_terminal and self.state is not JobState.SUCCEEDED
 
     @property
     def may_need_checkpoints(self) -> bool:
-        """True if an attempt may go on from its layers: of a failed job that of a retry."""
+        """Whether a later attempt, or a retry of the failed job, may resume from its layers."""
         return self.state not in (JobState.SUCCEEDED, JobState.CANCELLED)
 
 

@@ -17,12 +17,12 @@ def stale(job: Job, attempt: int) -> Conflict:
 
 
 def is_executing(job: Job, attempt: int) -> bool:
-    """True if `attempt` may write to the record."""
+    """Whether `attempt` may write to the record."""
     return job.attempt == attempt and job.state in (JobState.RUNNING, JobState.CANCELLING)
 
 
 def claimed(job: Job, attempt: int, worker: str) -> Job:
-    """The job as the worker's from now on, if `attempt` is its next one."""
+    """The job running on `worker`. Raises Conflict unless `attempt` is its next one."""
     if job.attempt + 1 != attempt or job.state is not JobState.QUEUED:
         raise stale(job, attempt)
     started = job.started_at or datetime.now(UTC)
@@ -35,7 +35,7 @@ def requeued(job: Job) -> Job:
 
 
 def overdue(job: Job) -> Job:
-    """The job failed, because no worker began it in time; unchanged if one has."""
+    """The job failed because no worker started it in time; unchanged if one did."""
     if job.state is not JobState.QUEUED or job.attempt > 0:
         return job
     return failed(
@@ -54,9 +54,9 @@ def failed(job: Job, error: NibbleError) -> Job:
 
 
 def cancel_requested(job: Job) -> Job:
-    """The job as its owner's wish to stop leaves it: at once if it waits, else its worker is asked.
+    """The job after its owner's request to cancel: cancelled if it waits, else cancelling.
 
-    Asking again changes nothing. Conflict if the job ended otherwise.
+    A repeated request changes nothing. Raises Conflict if the job has ended otherwise.
     """
     if job.state is JobState.QUEUED:
         return transition(job, JobState.CANCELLED)

@@ -1,4 +1,4 @@
-"""Regular expressions from callers: only such that can't keep a process busy for ever.
+"""Checks regular expressions from callers, so that none can keep a process busy for ever.
 
 Python's matcher backtracks and holds the interpreter while it does: `(a+)+x` on a name of forty characters
 would halt every request of the process for years. So no repetition within a repetition, no choice within one,

@@ -1,4 +1,4 @@
-"""What a caller asks for: the body of a job, frozen and checked.
+"""The body of a job as callers send it, frozen and checked.
 
 Only `model` is required. Unknown fields are refused. Whether a model can hold the recipe is decided in
 `app.core.planning.plan`, which needs the model's headers.
@@ -51,13 +51,13 @@ class Frozen(BaseModel):
 
 
 class Kept(BaseModel):
-    """Base of records that one version writes and another reads: fields of a newer one are passed over."""
+    """Base of stored records, which another version may read: unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     @classmethod
     def of_record(cls, record: bytes) -> Self | None:
-        """What is kept; None, with a line in the log, if only another version can read it."""
+        """The parsed record; None, with a log line, if only another version can read it."""
         try:
             return cls.model_validate_json(record)
         except ValidationError as fault:
@@ -67,7 +67,7 @@ class Kept(BaseModel):
 
 
 class SearchSpec(Frozen):
-    """How AWQ and OmniQuant look for scales and clip bounds."""
+    """Options of the search for scales and clip bounds by AWQ and OmniQuant."""
 
     strategy: Literal["grid", "evolutionary"] = "grid"
     grid_points: int = Field(default=20, ge=2, le=200)
@@ -97,7 +97,7 @@ class Override(Frozen):
 
 
 def matches(pattern: str, name: str) -> bool:
-    """True if the module `name` is meant by `pattern`: exact, its last part, or `re:` and a full match."""
+    """Whether `pattern` matches the module `name`: the full name, its end, or `re:` and a full match."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return name == pattern or name.endswith("." + pattern)
@@ -136,17 +136,17 @@ class Recipe(Frozen):
 
     @property
     def inputs(self) -> Literal["full-precision chain", "quantized chain"]:
-        """Whose outputs a layer is calibrated on: the original's layers before it, or the quantized ones."""
+        """The chain that gives a layer's calibration inputs: the original's layers, or the quantized ones."""
         return "quantized chain" if self.has_own_chain else "full-precision chain"
 
     @property
     def has_own_chain(self) -> bool:
-        """Calibrated on its own errors, so that it shares its inputs with no other recipe."""
+        """Whether it calibrates on its own quantized layers, and so shares inputs with no other recipe."""
         return self.rounds_with_gptq or self.method == "omniquant"
 
     @property
     def searches_scales(self) -> bool:
-        """OmniQuant starts to learn from AWQ's scales."""
+        """Whether AWQ's scales are searched; OmniQuant starts from them."""
         return self.method in ("awq", "omniquant")
 
     @property
@@ -162,7 +162,7 @@ class Recipe(Frozen):
 
 
 class TextSpec(Frozen):
-    """Where text comes from: a named dataset, or `texts` in the request itself."""
+    """The source of a text: a named dataset, or `texts` in the request."""
 
     dataset: str | None = Field(default=None, max_length=1024)
     texts: tuple[Text, ...] | None = Field(default=None, min_length=1, max_length=4096)
@@ -208,16 +208,16 @@ class TargetSpec(Frozen):
         return self
 
     def excess(self, perplexity_ratio: float, kl: float) -> float:
-        """How far the figures are from the target: it is met up to 1."""
-        parts = [
+        """The largest share of a limit that the figures use; the target is met up to 1."""
+        shares = [
             figure / limit
             for figure, limit in ((perplexity_ratio, self.max_perplexity_ratio), (kl, self.max_kl))
             if limit is not None
         ]
-        return math.inf if any(math.isnan(part) for part in parts) else max(parts)
+        return math.inf if any(math.isnan(share) for share in shares) else max(shares)
 
     @property
-    def wanted(self) -> str:
+    def limits_text(self) -> str:
         """The limits in words."""
         ratio = f"at most {self.max_perplexity_ratio} times" if self.max_perplexity_ratio is not None else ""
         kl = f"a KL of at most {self.max_kl}" if self.max_kl is not None else ""
@@ -228,7 +228,7 @@ WebhookEvent = Literal["job.started", "job.succeeded", "job.failed", "job.cancel
 
 
 class WebhookSpec(Frozen):
-    """Where the service tells of a job's changes."""
+    """Where and for which events the service sends webhooks."""
 
     url: Annotated[str, Form(r"^https?://.+$", "a URL that begins with https:// or http://")] = Field(
         max_length=2048
@@ -248,7 +248,7 @@ DeploymentName = Annotated[
 
 
 class VllmOptions(Frozen):
-    """Options that are passed on to `vllm serve`; those that are absent are vLLM's to choose."""
+    """Options that are passed to `vllm serve`; vLLM's defaults hold for absent ones."""
 
     tensor_parallel_size: int | None = Field(default=None, ge=1, le=64)
     pipeline_parallel_size: int | None = Field(default=None, ge=1, le=64)
@@ -264,7 +264,7 @@ class VllmOptions(Frozen):
 
 
 class DeploymentOptions(Frozen):
-    """How an artifact is served: under which name, by which engine, by how many servers."""
+    """Options for serving an artifact: name, engine and number of servers."""
 
     name: DeploymentName  # `model` of OpenAI requests
     engine: Engine = "auto"
@@ -292,7 +292,7 @@ class JobSpec(Frozen):
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=32)
     timeout_s: int = Field(default=14400, ge=1, le=7 * 24 * 3600)
     queue_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # waiting for its first start
-    force: bool = False  # compute also what was computed before
+    force: bool = False  # compute again even if the result exists
     webhook: WebhookSpec | None = None
     deploy: DeploymentOptions | None = None  # serve the first artifact once the job has succeeded
 
@@ -308,5 +308,5 @@ class JobSpec(Frozen):
         return self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
 
     def recipe_field(self, index: int) -> str:
-        """Where in the body a recipe was written: `recipe`, or its place in the list."""
+        """The path of a recipe in the body: `recipe`, or `recipe.<index>` in a list."""
         return f"recipe.{index}" if isinstance(self.recipe, tuple) else "recipe"

@@ -1,4 +1,4 @@
-"""Which Redis the service uses: a given URL, or a server of this machine (`redis_programs`).
+"""Opens the Redis of the service: that of NIBBLE_REDIS_URL, or a server of this machine (`redis_programs`).
 
 A server of our own listens on a unix socket only, keeps an append-only file in the state folder and dies
 with the process that started it. A lock file lets one process start it; the others use its socket.
@@ -34,7 +34,7 @@ START_LIMIT_S = 60.0  # reading a large append-only file takes its time
 STOP_LIMIT_S = 10.0
 MAX_SOCKET_PATH = 100  # sockaddr_un holds 108 bytes on Linux and 104 on macOS
 
-# How it was found: NIBBLE_REDIS_URL, a program of PATH, the embedded one, or another process that runs it.
+# The server's origin: NIBBLE_REDIS_URL, a program of PATH, the embedded one, or another process that runs it.
 Kind = Literal["url", "server", "embedded", "shared"]
 
 
@@ -99,7 +99,7 @@ class RedisServer:
 def resolve_redis(settings: Settings) -> RedisServer:
     """The Redis of these settings, started if need be.
 
-    Call it from a thread that lives as long as the server shall: the kernel ends the server with it.
+    Call it from a thread that outlives the server: the kernel ends the server with it.
     """
     if settings.redis_url is not None:
         server = RedisServer(settings.redis_url, "url", "NIBBLE_REDIS_URL is set")
@@ -136,7 +136,7 @@ def own_server(settings: Settings) -> RedisServer:
 
 
 def locked(lock: IO[bytes]) -> bool:
-    """True if this process now holds the lock file."""
+    """Try to take the lock file; returns whether this process holds it now."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -145,7 +145,7 @@ def locked(lock: IO[bytes]) -> bool:
 
 
 def answers(url: str) -> bool:
-    """True if a server answers at `url` and has read its file."""
+    """Whether a server answers at `url` and has loaded its file."""
     client = Redis.from_url(url, socket_timeout=5.0, retry=Retry(NoBackoff(), 0))
     try:
         return bool(client.ping())

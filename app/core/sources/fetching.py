@@ -1,4 +1,4 @@
-"""Brings a job's model and texts to this host, once, and names their content by digest.
+"""Downloads a job's model and texts to this host, once, and computes their digests.
 
 A model in a local folder is read in place. Of others the files that make up the model are downloaded into
 the cache of the state folder, under a key that names their content; workers of one host share it.
@@ -87,14 +87,14 @@ class ModelCache:
             except ValidationError:
                 record.unlink()
         sha256 = {path: file_sha256(folder / path, lambda: on_bytes(0)) for path in sorted(sizes)}
-        part = record.with_suffix(".part")
-        part.write_text(Digests(sha256=sha256).model_dump_json())
-        part.replace(record)
+        unfinished = record.with_suffix(".part")
+        unfinished.write_text(Digests(sha256=sha256).model_dump_json())
+        unfinished.replace(record)
         return sha256
 
 
 def choice_key(content_key: str, paths: Iterable[str]) -> str:
-    """Names the content and the files of it that count: another version may choose others."""
+    """The cache key of a model: its content and the chosen files, as another version may choose others."""
     return hashlib.sha256("\n".join([content_key, *sorted(paths)]).encode()).hexdigest()
 
 
@@ -141,7 +141,7 @@ def fetch_texts(
 
 
 def text_digest(spec: TextSpec, file: Path | None, on_bytes: OnBytes) -> str:
-    """What identifies the text of a spec: its content, or the name of a bundled set."""
+    """A digest of a spec's text: of its content, or of the name of a bundled set."""
     if file is not None:
         return file_sha256(file, lambda: on_bytes(0))
     return text_key(spec)

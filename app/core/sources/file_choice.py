@@ -1,4 +1,4 @@
-"""Which files are the model: one answer for plan, digest, download, engine and artifact.
+"""Chooses the files of a model, once for plan, digest, download, engine and artifact.
 
 Weights are the files of the index, else `model.safetensors`, else the safetensors files at the top. Beside
 them count the files that loaders open by name. Everything else is left out: copies of the weights in another
@@ -33,7 +33,7 @@ SIDE_FILES = re.compile(
 )
 # Safetensors files of another layout than transformers', and of what is added to a model.
 FOREIGN = re.compile(r"consolidated[\w.-]*\.safetensors|adapter_model[\w.-]*\.safetensors", re.ASCII)
-# What nobody takes for a part of a model: hidden files, texts, pictures.
+# Files that are never needed: hidden files, texts, pictures.
 DOCUMENTS = re.compile(
     r"(.*/)?(\..*|[^./]+|[^/]+\.(md|txt|pdf|html|png|jpe?g|gif|svg|webp))", re.ASCII | re.IGNORECASE
 )
@@ -86,7 +86,7 @@ def choose_files(files: ReadableFiles) -> FileChoice:
 
 
 def read_index(files: ReadableFiles, sizes: Mapping[str, int]) -> dict[str, str] | None:
-    """Which file holds each tensor, from the index of a sharded model; None without one."""
+    """The file of each tensor, from the index of a sharded model; None without an index."""
     if INDEX not in sizes:
         return None
     weight_map = read_json(files, INDEX, sizes, MAX_INDEX_BYTES).value.get("weight_map")
@@ -156,7 +156,7 @@ def side_files(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def left_out_note(paths: Iterable[str]) -> Iterator[str]:
-    """What of the folder does not count, but for documents."""
+    """The ignored files of the folder, documents excepted."""
     names = sorted(path for path in paths if not DOCUMENTS.fullmatch(path))
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

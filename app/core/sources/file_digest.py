@@ -6,15 +6,15 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-PIECE = 1 << 22
+CHUNK_BYTES = 1 << 22
 
 
 def file_sha256(path: Path, check: Callable[[], None] | None = None) -> str:
-    """In hex. `check` is called after each piece and may raise to stop: a large file takes many seconds."""
+    """In hex. `check` is called after each chunk and may raise to stop: a large file takes many seconds."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
             if check is not None:
                 check()
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What the hub answers where it gives no file: refusals with its own reason and a remedy.
+"""Turns the hub's error answers into refusals with its own reason and a remedy.
 
 The hub names the cause in `X-Error-Code` and says it in `X-Error-Message`, as huggingface_hub 2.4 reads them.
 """
@@ -18,7 +18,7 @@ TOO_MANY = 429
 
 
 class Asked(NamedTuple):
-    """What was asked of the hub, and by whom."""
+    """A request to the hub, for messages."""
 
     name: str  # hf:org/name@revision
     page: str  # for people
@@ -26,7 +26,7 @@ class Asked(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What a cause means for a model: our code, what is so, and the remedies without and with a token."""
+    """The error for a cause: code, message, and the remedies without and with a token."""
 
     code: str
     what: str
@@ -65,9 +65,9 @@ BY_STATUS = {400: "BadRequest", 401: "RepoNotFound", 403: "Forbidden", 404: "Rep
 
 
 def check_answer(answer: httpx.Response, asked: Asked) -> None:
-    """Returns for the statuses of success.
+    """Raise the error of an unsuccessful answer.
 
-    Raises ModelRefused for what another request would meet again, Unavailable for the rest.
+    ModelRefused if another request would meet it again, else Unavailable.
     """
     if answer.is_success:
         return

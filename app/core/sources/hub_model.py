@@ -1,7 +1,7 @@
 """A model repository on the hub, read at one pinned commit.
 
 Addresses and credentials come from huggingface_hub (HF_ENDPOINT, HF_TOKEN). All requests are ours: they pass
-the guard of outgoing requests, and a download can be stopped between pieces and taken up where it was cut.
+the guard of outgoing requests, and a download can be stopped between chunks and resumed where it was cut.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class HubModel:
         end = min(start + length, self._sizes.get(path, 0))
         if end <= start:
             return b""
-        body = b"".join(self.pieces(path, start, end))
+        body = b"".join(self.chunks(path, start, end))
         if len(body) != end - start:
             raise Unavailable(f"{self.name}: {path} ended after {len(body)} of {end - start} bytes")
         return body
@@ -60,10 +60,10 @@ class HubModel:
         """Copy a file, checked against the size and the SHA-256 that the hub states."""
         size, digest = self._sizes[path], hashlib.sha256()
         with dest.open("wb") as target:
-            for piece in self.pieces(path, 0, size):
-                target.write(piece)
-                digest.update(piece)
-                on_bytes(len(piece))
+            for chunk in self.chunks(path, 0, size):
+                target.write(chunk)
+                digest.update(chunk)
+                on_bytes(len(chunk))
         stated = self._sha256.get(path)
         if dest.stat().st_size != size or (stated is not None and stated != digest.hexdigest()):
             raise Unavailable(
@@ -78,8 +78,8 @@ class HubModel:
     def known_sha256(self, path: str) -> str | None:
         return self._sha256.get(path)
 
-    def pieces(self, path: str, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` to `end`; a cut connection is taken up again where it broke."""
+    def chunks(self, path: str, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from `start` to `end`; a broken connection is resumed."""
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.repository, path, revision=self.commit, repo_type=self.kind)
@@ -88,9 +88,9 @@ class HubModel:
             before = position
             fault: Exception | None = None
             try:
-                for piece in self.stream(url, position, end):
-                    position += len(piece)
-                    yield piece
+                for chunk in self.stream(url, position, end):
+                    position += len(chunk)
+                    yield chunk
             except (httpx.RequestError, Retryable) as cut:
                 fault = cut
             tries = 0 if position > before else tries + 1
@@ -112,13 +112,13 @@ class HubModel:
             # A server without ranges sends the whole file: drop what was not asked for.
             skip = start if response.status_code == 200 else 0
             left = end - start
-            # As they come: pieces of a fixed size would lose the last one of a cut connection.
-            for piece in response.iter_bytes():
-                wanted = piece[skip : skip + left]
-                skip = max(0, skip - len(piece))
-                left -= len(wanted)
-                if wanted:
-                    yield wanted
+            # As they come: chunks of a fixed size would lose the last one of a cut connection.
+            for chunk in response.iter_bytes():
+                content = chunk[skip : skip + left]
+                skip = max(0, skip - len(chunk))
+                left -= len(content)
+                if content:
+                    yield content
                 if not left:
                     return
 
@@ -143,7 +143,7 @@ class Sibling(BaseModel):
 
 
 class Listing(BaseModel):
-    """What we read of the hub's description of a repository at a revision."""
+    """The fields we use of the hub's description of a repository at a revision."""
 
     sha: str = Field(pattern=r"^[0-9a-f]{40}$")
     siblings: tuple[Sibling, ...] = ()
@@ -157,7 +157,7 @@ def hub_client(networks: Sequence[IpNetwork]) -> httpx.Client:
     # Not the library's own headers: to write them it asks the hub for a list of agents, past the guard.
     token = None if HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     headers = {"User-Agent": "nibble", **({} if token is None else {"Authorization": f"Bearer {token}"})}
-    # The endpoint is the operator's choice. What it redirects to is not, and passes the guard hop by hop.
+    # The endpoint is the operator's choice. Its redirects are not: each hop passes the guard.
     guard = OutgoingGuard(networks, trusted=[origin_of(httpx.URL(ENDPOINT))])
     return guarded_client(
         guard, headers=headers, timeout=30, follow_redirects=True, max_redirects=MAX_REDIRECTS
@@ -170,8 +170,8 @@ def read_listing(
     """The commit behind a revision, its files' sizes, and the SHA-256 of those that state one."""
     from huggingface_hub.constants import ENDPOINT
 
-    wanted = quote(revision or "main", safe="")
-    url = f"{ENDPOINT}/api/{kind}s/{repository}/revision/{wanted}?blobs=true"
+    quoted = quote(revision or "main", safe="")
+    url = f"{ENDPOINT}/api/{kind}s/{repository}/revision/{quoted}?blobs=true"
     try:
         with client.stream("GET", url) as answer:
             body = limited_body(answer)
@@ -199,8 +199,8 @@ def read_listing(
 
 def limited_body(answer: httpx.Response) -> bytes:
     body = bytearray()
-    for piece in answer.iter_bytes():
-        body += piece
+    for chunk in answer.iter_bytes():
+        body += chunk
         if len(body) > MAX_LISTING_BYTES:
             raise Unavailable(f"the hub's answer is larger than {MAX_LISTING_BYTES} bytes")
     return bytes(body)

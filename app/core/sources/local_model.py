@@ -12,7 +12,7 @@ from pathlib import Path
 from app.core.errors import ModelRefused
 
 MAX_FILES = 10_000
-PIECE = 1 << 24
+CHUNK_BYTES = 1 << 24
 OnBytes = Callable[[int], None]
 
 
@@ -67,9 +67,9 @@ class LocalModel:
 
     def download(self, path: str, dest: Path, on_bytes: OnBytes) -> None:
         with self.allowed(self.folder / path).open("rb") as source, dest.open("wb") as target:
-            while piece := source.read(PIECE):
-                target.write(piece)
-                on_bytes(len(piece))
+            while chunk := source.read(CHUNK_BYTES):
+                target.write(chunk)
+                on_bytes(len(chunk))
 
     def content_key(self) -> str:
         stamps = []
@@ -83,7 +83,7 @@ class LocalModel:
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Turns what the system says of a local file into a refusal."""
+    """Translate operating system errors on a local file into ModelRefused."""
     try:
         yield
     except OSError as fault:

@@ -1,4 +1,4 @@
-"""Where a model or a text lies: the reference in a request, parsed and checked without any access.
+"""Parse and check the reference of a model or text in a request, without accessing it.
 
 hf:org/name@revision    the hub; a bare `org/name` means the same
 s3://bucket/prefix      an S3-compatible store
@@ -78,9 +78,9 @@ def parse_s3(reference: str) -> ModelReference:
     prefix = prefix.rstrip("/")
     if not BUCKET.fullmatch(bucket) or ".." in bucket:
         raise refuse_reference(reference, f"{bucket[:200]!r} is not a bucket name")
-    for part in prefix.split("/"):
-        if not KEY_PART.fullmatch(part):
-            raise refuse_reference(reference, f"the prefix has the unsafe part {part[:200]!r}")
+    for segment in prefix.split("/"):
+        if not KEY_PART.fullmatch(segment):
+            raise refuse_reference(reference, f"the prefix has the unsafe part {segment[:200]!r}")
     return ModelReference(scheme="s3", path=prefix, bucket=bucket)
 
 

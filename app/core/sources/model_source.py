@@ -1,6 +1,6 @@
-"""The files of a model wherever they lie: listed, read in ranges, downloaded.
+"""The files of a model on the hub, in S3 or in a local folder: listed, read in ranges, downloaded.
 
-`open_model` is the door: it turns a reference into a `ModelFiles`. Reading a model's headers and refusing
+`open_model` turns a reference into a `ModelFiles`. Reading a model's headers and refusing
 unsafe ones is `app.core.sources.model_headers`; both are used at submission and by the worker.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
     "parse_model_reference",
 ]
 
-PIECE = 1 << 24
+CHUNK_BYTES = 1 << 24
 OnBytes = Callable[[int], None]
 
 
@@ -52,7 +52,7 @@ class ModelFiles(Protocol):
         """`length` bytes from `start`, fewer at the end of the file."""
 
     def download(self, path: str, dest: Path, on_bytes: OnBytes) -> None:
-        """Copy a file to `dest`; `on_bytes` hears of every piece and may raise to stop."""
+        """Copy a file to `dest`; `on_bytes` gets the size of each chunk and may raise to stop."""
 
     def content_key(self) -> str:
         """A digest that changes when a file does, found without reading contents."""
@@ -113,11 +113,11 @@ class S3Model:
             return bytes(self.store.get_range(path, start=start, end=end))
 
     def download(self, path: str, dest: Path, on_bytes: OnBytes) -> None:
-        # A request per piece: one long answer would run into the store client's time limit.
+        # A request per chunk: one long answer would run into the store client's time limit.
         with dest.open("wb") as target:
-            while piece := self.read(path, target.tell(), PIECE):
-                target.write(piece)
-                on_bytes(len(piece))
+            while chunk := self.read(path, target.tell(), CHUNK_BYTES):
+                target.write(chunk)
+                on_bytes(len(chunk))
 
     def content_key(self) -> str:
         lines = [f"{path}\0{size}\0{self._stamps[path]}" for path, size in sorted(self.list().items())]
@@ -129,7 +129,7 @@ class S3Model:
 
 @contextmanager
 def store_access(name: str) -> Iterator[None]:
-    """Turns the store's faults into ours."""
+    """Translate the store's errors into the service's."""
 
     def refused(message: str, code: str) -> ModelRefused:
         remedy = "check bucket, prefix and the service's credentials"

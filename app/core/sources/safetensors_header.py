@@ -24,7 +24,7 @@ DTYPE_BITS = {
 
 
 class TensorHeader(Frozen):
-    """Where one tensor lies: `start` and `end` are absolute byte offsets in `file`."""
+    """The position of one tensor: `start` and `end` are absolute byte offsets in `file`."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""A text dataset that lies outside the request: one file, wherever it is.
+"""A text dataset outside the request: one file on the hub, in S3 or on this host.
 
 hf:org/name/folder/file.jsonl@revision    a file of a dataset repository on the hub
 s3://bucket/prefix/file.jsonl             an object
@@ -42,11 +42,11 @@ class TextFile:
         self.files = files
         self.path = path
         self.size = size
-        self.suffix = text_suffix(path) or ""  # which says how it is read: kept where it is copied
+        self.suffix = text_suffix(path) or ""  # decides how the file is read, so copies have it, too
 
 
 def is_remote(source: str) -> bool:
-    """True if the text must be fetched: it is neither bundled nor part of the request."""
+    """Whether the text must be fetched: it is neither bundled nor in the request."""
     return not source.startswith(HERE)
 
 
@@ -93,12 +93,12 @@ def locate(
         files = HubModel(parsed.path, parsed.revision, kind="dataset", networks=networks)
         return files, "/".join(parts[2:])
     parsed = parse_model_reference(reference)
-    place = PurePosixPath(parsed.path)
+    file = PurePosixPath(parsed.path)
     if parsed.scheme == "s3":
-        store = open_bucket(parsed.bucket or "", prefix=str(place.parent).removeprefix("."))
-        return S3Model(f"s3://{parsed.bucket}/{place.parent}", store, only=place.name), place.name
+        store = open_bucket(parsed.bucket or "", prefix=str(file.parent).removeprefix("."))
+        return S3Model(f"s3://{parsed.bucket}/{file.parent}", store, only=file.name), file.name
     if parsed.scheme == "file":
-        return LocalModel(Path(place.parent), model_roots, only=place.name), place.name
+        return LocalModel(Path(file.parent), model_roots, only=file.name), file.name
     raise refuse_text(reference, "the scheme is not known")
 
 

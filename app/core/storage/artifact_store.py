@@ -1,4 +1,4 @@
-"""Published artifacts, found by their manifests: what has no manifest does not exist.
+"""Published artifacts, listed by their manifests: without a manifest an artifact does not exist.
 
 artifacts/<id>/manifest.json        the commit point, created once
 artifacts/<id>/<prefix>/<path>      the files
@@ -49,7 +49,7 @@ def named_file(manifest: ArtifactManifest, path: str) -> tuple[ArtifactManifest,
 
 
 class ArtifactStore:
-    """Reads artifacts. Publishing them is the worker's."""
+    """Reads artifacts. Workers publish them."""
 
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects
@@ -66,7 +66,7 @@ class ArtifactStore:
         return named_file(self.get(tenant, artifact_id), path)
 
     def linked_file(self, artifact_id: str, path: str) -> tuple[ArtifactManifest, ArtifactFile]:
-        """As `file`, for the holder of a link, whoever that is."""
+        """As `file`, for the holder of a link, without a tenant."""
         manifest = read_manifest(self._objects, artifact_id) if is_id("art", artifact_id) else None
         if manifest is None:
             raise missing(artifact_id)
@@ -81,13 +81,13 @@ class ArtifactStore:
                 remedy="pass the `next` of the page before",
                 param="after",
             )
-        found: list[ArtifactManifest] = []
+        manifests: list[ArtifactManifest] = []
         for manifest in self._newest_first(after):
             if manifest.tenant == tenant:
-                found.append(manifest)
-            if len(found) > limit:
+                manifests.append(manifest)
+            if len(manifests) > limit:
                 break
-        return ArtifactPage(manifests=tuple(found[:limit]), has_more=len(found) > limit)
+        return ArtifactPage(manifests=tuple(manifests[:limit]), has_more=len(manifests) > limit)
 
     def _newest_first(self, after: str | None) -> Iterator[ArtifactManifest]:
         for artifact_id in reversed(self._objects.list_folders(ARTIFACTS)):

@@ -1,9 +1,9 @@
-"""Downloaded folders that the processes of a host share: each appears whole, and stays while it is used.
+"""Downloaded folders that the processes of a host share: each appears complete, and stays while in use.
 
 NAME/          all files are there
-NAME.partial/  what an unfinished download has
-NAME.lock      held by who downloads NAME
-NAME.use       held together by all who use NAME; its time is that of the last use
+NAME.partial/  files of an unfinished download
+NAME.lock      held while NAME is downloaded
+NAME.use       shared by all who use NAME; its modification time is the last use
 
 The kernel frees a lock when its process ends, however it ends.
 """
@@ -35,7 +35,7 @@ class CachedFolders:
 
     @contextmanager
     def locked(self, name: str, check: Check) -> Iterator[None]:
-        """Be the only one on this host who downloads the folder; `check` is called while another one does."""
+        """Hold the download lock of the folder; `check` is called while waiting for it."""
         with self._lock_file(f"{name}.lock") as lock:
             while not try_lock(lock):
                 check()
@@ -51,9 +51,9 @@ class CachedFolders:
             yield
 
     def fill(self, name: str, sizes: Mapping[str, int], download: Callable[[str, Path], None]) -> Path:
-        """The folder with these files; `download` gets a path of them and the file to write.
+        """Download missing files and return the folder; `download` gets a path and the file to write.
 
-        Files of the right size are kept, also those of an earlier try. Call it under `locked`.
+        Files of the right size, also from an earlier try, are not downloaded again. Call it under `locked`.
         """
         folder = self.root / name
         with self.in_use(name):
@@ -65,18 +65,18 @@ class CachedFolders:
                 if file.is_file() and file.stat().st_size == size:
                     continue
                 file.parent.mkdir(parents=True, exist_ok=True)
-                part = file.with_name(f"{file.name}.part")
-                download(path, part)
-                part.replace(file)
+                unfinished = file.with_name(f"{file.name}.part")
+                download(path, unfinished)
+                unfinished.replace(file)
             if stage != folder:
                 stage.rename(folder)
         return folder
 
     def make_room(self, needed: int) -> list[str]:
-        """Remove what was used least recently until `needed` more bytes fit; its names.
+        """Remove the least recently used folders until `needed` more bytes fit; returns their names.
 
-        What somebody uses stays, and what does not fit is downloaded all the same: the limit bounds what is
-        kept, not what is worked on.
+        Folders in use stay, and a download that does not fit goes ahead: the limit bounds the cache, not the
+        running work.
         """
         sizes = {path: folder_bytes(path) for path in self.root.iterdir() if path.is_dir()}
         removed: list[str] = []
@@ -89,7 +89,7 @@ class CachedFolders:
         return removed
 
     def remove(self, name: str) -> bool:
-        """Remove a folder, or NAME.partial, unless somebody uses it; True if it is gone."""
+        """Remove a folder, or NAME.partial, unless it is in use; returns whether it was removed."""
         folder = self.root / name
         if not folder.exists():
             return False
@@ -98,7 +98,7 @@ class CachedFolders:
                 return False
             gone = folder.with_name(f"{name}.removed")
             shutil.rmtree(gone, ignore_errors=True)
-            folder.rename(gone)  # at once: a half removed folder must not be taken for a whole one
+            folder.rename(gone)  # at once: a half-removed folder must not look complete
             shutil.rmtree(gone, ignore_errors=True)
         return True
 
@@ -115,7 +115,7 @@ class CachedFolders:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """True if this process now holds the file alone."""
+    """Try to take the file's exclusive lock; returns whether this process holds it now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -29,7 +29,7 @@ PRESIGNED_S = 900
 
 
 class ObjectHead(Frozen):
-    """What is known of an object without reading it."""
+    """Size and entity tag of an object."""
 
     key: str
     size: int
@@ -80,7 +80,7 @@ def open_bucket(bucket: str, *, prefix: str | None = None) -> S3Store:
 
 @contextmanager
 def translated(key: str) -> Iterator[None]:
-    """Storage faults as the service's errors."""
+    """Translate storage errors into the service's."""
     try:
         yield
     except FileNotFoundError as fault:
@@ -117,7 +117,7 @@ class ObjectStore:
         except NotFound as fault:
             if isinstance(content, Path) and not content.exists():
                 raise
-            # An upload in parts whose last answer was lost is not known any more when it is asked for again.
+            # A multipart upload is gone when its completion is repeated because the first answer was lost.
             raise Unavailable(
                 f"storage lost the upload of {key}",
                 code="storage_unavailable",
@@ -153,17 +153,17 @@ class ObjectStore:
             yield self.read_range(key, begin, min(begin + CHUNK_BYTES, end))
 
     def download(self, key: str, path: Path) -> int:
-        """Copy an object to `path` and return its size. A reader of `path` never sees a part of it."""
+        """Copy an object to `path` and return its size. `path` appears complete."""
         size = self.require(key).size
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
+        unfinished = path.with_name(path.name + ".part")
+        with unfinished.open("wb") as file:
             for chunk in self.stream(key, 0, size):
                 file.write(chunk)
             if file.tell() != size:
                 raise Unavailable(
                     f"object storage gave {file.tell()} of {size} bytes of {key}", code="storage_truncated"
                 )
-        part.replace(path)
+        unfinished.replace(path)
         return size
 
     def head(self, key: str) -> ObjectHead | None:
@@ -173,7 +173,7 @@ class ObjectStore:
             return None
 
     def require(self, key: str) -> ObjectHead:
-        """What `head` gives; NotFound if there is no such object."""
+        """As `head`. Raises NotFound if there is no such object."""
         with translated(check_key(key)):
             meta = obstore.head(self._store, key)
         return ObjectHead(key=key, size=meta["size"], etag=meta["e_tag"])
@@ -181,8 +181,8 @@ class ObjectStore:
     def list_folders(self, prefix: str) -> list[str]:
         """The names of the folders directly below the folder `prefix`."""
         with translated(check_key(prefix)):
-            found = obstore.list_with_delimiter(self._store, prefix + "/")
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
+            listing = obstore.list_with_delimiter(self._store, prefix + "/")
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in listing["common_prefixes"])
 
     def list_folders_like(self, prefix: str, start: str) -> list[str]:
         """The names of the folders below `prefix` that begin with `start`; on S3 without listing all."""
@@ -190,10 +190,10 @@ class ObjectStore:
             pages = obstore.list(self._store, prefix, offset=f"{prefix}/{start}")
             names: set[str] = set()
             for page in pages:
-                found = [meta["path"].removeprefix(prefix + "/").partition("/")[0] for meta in page]
-                names.update(name for name in found if name.startswith(start))
+                folders = [meta["path"].removeprefix(prefix + "/").partition("/")[0] for meta in page]
+                names.update(name for name in folders if name.startswith(start))
                 # S3 lists in order; a folder of this host does not.
-                if self.can_presign and found and found[-1] > start and not found[-1].startswith(start):
+                if self.can_presign and folders and folders[-1] > start and not folders[-1].startswith(start):
                     break
         return sorted(names)
 

@@ -1,4 +1,4 @@
-"""What a job has made visible in object storage: found after a crash, withdrawn if the job ends otherwise."""
+"""A job's published artifacts: found again after a crash, withdrawn if the job does not succeed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ID_TIME = slice(4, 14)  # the part of an id that names its time, which a job and
 
 
 class ReportHead(Kept):
-    """What a report says of what it reports on: the recipes that are published, all if it names none."""
+    """The published recipes of a report; None means all."""
 
     published: tuple[int, ...] | None = None
 
@@ -66,7 +66,7 @@ def count_stored(objects: ObjectStore, limits: TenantLimits, manifest: ArtifactM
 def discard(objects: ObjectStore, limits: TenantLimits, manifest: ArtifactManifest) -> None:
     """Remove an artifact: the manifest before the files, so that no half of it is ever listed.
 
-    Its bytes are taken off before, as this process may die here, and after, as others may have counted them.
+    Its bytes are subtracted before, in case this process dies, and after, in case others counted them again.
     """
     limits.remove_artifact(manifest.tenant, manifest.id)
     objects.delete(manifest_key(manifest.id))
@@ -75,7 +75,7 @@ def discard(objects: ObjectStore, limits: TenantLimits, manifest: ArtifactManife
 
 
 def withdraw(objects: ObjectStore, limits: TenantLimits, job: Job) -> list[str]:
-    """Remove the artifacts of a job that has ended without a result; their ids.
+    """Remove the artifacts of a job that ended without a result; returns their ids.
 
     An attempt that dies between the manifests of two formats has made one of them visible.
     """

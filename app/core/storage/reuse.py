@@ -1,4 +1,4 @@
-"""The same model, texts and recipe lead to the artifact that was made before.
+"""Reuse of results: the same model, texts and recipe lead to the existing artifact.
 
 A fingerprint names contents. Two are kept for each job: one that submission can compute without reading a
 weight (commits, entity tags, sizes and times), and one of the SHA-256 digests that the worker computes. The
@@ -24,7 +24,7 @@ KEPT_S = 90 * 24 * 3600
 
 
 class Contents(Frozen):
-    """What a job works on, by content."""
+    """Digests of a job's inputs."""
 
     model: str
     calibration: str
@@ -32,7 +32,7 @@ class Contents(Frozen):
 
 
 class JobResult(Kept):
-    """What a job with some fingerprint has made."""
+    """The artifacts of the job with a fingerprint."""
 
     job: str
     artifacts: tuple[str, ...]
@@ -46,7 +46,7 @@ def package_version() -> str:
 
 
 def fingerprint(spec: JobSpec, contents: Contents) -> str:
-    """A digest of all that decides a job's result."""
+    """A digest of everything that determines a job's result."""
     parts = [
         package_version(),
         contents.model_dump(),
@@ -64,19 +64,19 @@ def without_source(spec: TextSpec) -> dict[str, Any]:
 
 
 def text_key(spec: TextSpec) -> str:
-    """What identifies a text that is bundled or in the request."""
+    """A digest of a text that is bundled or in the request."""
     return hashlib.sha256(json.dumps([spec.source, spec.texts]).encode()).hexdigest()
 
 
 class ReuseIndex:
-    """What was made, by tenant and fingerprint."""
+    """Results by tenant and fingerprint."""
 
     def __init__(self, redis: Redis, objects: ObjectStore) -> None:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
         self._objects = objects
 
     def find(self, tenant: str, contents: str) -> JobResult | None:
-        """What was made and is still there, whole."""
+        """The result, if all of its artifacts still exist."""
         record = self._redis.get(result_key(tenant, contents))
         if record is None:
             return None
@@ -90,7 +90,7 @@ class ReuseIndex:
         self._redis.set(result_key(tenant, contents), result.model_dump_json(), ex=KEPT_S)
 
     def copy_report(self, result: JobResult, job_id: str) -> None:
-        """Give the job the report of the one whose artifacts it shares, if that is still there."""
+        """Copy the report of the job that made the artifacts, if it still exists."""
         try:
             self._objects.put(report_key(job_id), self._objects.get(report_key(result.job)))
         except NotFound:

@@ -1,15 +1,15 @@
-"""Where everything lies in object storage; keys are built from ids alone."""
+"""The layout of object storage; keys are built from ids alone."""
 
 from __future__ import annotations
 
 ARTIFACTS = "artifacts"
 CHECKPOINTS = "checkpoints"
 REPORTS = "reports"
-FOLDERS = (ARTIFACTS, CHECKPOINTS, REPORTS)  # of tenants' things, each read by its id alone
+FOLDERS = (ARTIFACTS, CHECKPOINTS, REPORTS)  # of tenants' objects, which are read by id only
 
 
 def manifest_key(artifact_id: str) -> str:
-    """Its creation is what makes an artifact exist."""
+    """The key of an artifact's manifest; creating it publishes the artifact."""
     return f"{ARTIFACTS}/{artifact_id}/manifest.json"
 
 
@@ -18,5 +18,5 @@ def report_key(job_id: str) -> str:
 
 
 def checkpoint_prefix(job_id: str) -> str:
-    """Of the layers that a job has finished."""
+    """The folder of a job's finished layers."""
     return f"{CHECKPOINTS}/{job_id}"

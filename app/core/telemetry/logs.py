@@ -30,9 +30,9 @@ _bound: ContextVar[tuple[tuple[str, str], ...]] = ContextVar("log_ids", default=
 
 @contextmanager
 def log_ids(**ids: str | int | None) -> Iterator[None]:
-    """Have every line of this context carry the ids, until the block ends."""
-    given = {name: str(value) for name, value in ids.items() if value is not None}
-    token = _bound.set(tuple({**dict(_bound.get()), **given}.items()))
+    """Add the ids to every log line of this context, until the block ends."""
+    present = {name: str(value) for name, value in ids.items() if value is not None}
+    token = _bound.set(tuple({**dict(_bound.get()), **present}.items()))
     try:
         yield
     finally:
@@ -41,7 +41,7 @@ def log_ids(**ids: str | int | None) -> Iterator[None]:
 
 @contextmanager
 def refusals_logged(log: logging.Logger) -> Iterator[None]:
-    """What ends a program and its operator can change is one line, not a traceback. Ends with exit code 1."""
+    """Log a NibbleError as one line instead of a traceback, and exit with code 1."""
     try:
         yield
     except NibbleError as fault:
@@ -54,7 +54,7 @@ def bound_id(name: str) -> str | None:
 
 
 def ids_of(record: logging.LogRecord) -> dict[str, str]:
-    """The ids bound where the line was written, and those given with it."""
+    """The ids of the context in which the line was written, and of the call itself."""
     own = {name: str(getattr(record, name)) for name in IDS if getattr(record, name, None) is not None}
     return {**dict(_bound.get()), **own}
 
@@ -71,8 +71,8 @@ def shown(control: re.Match[str]) -> str:
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        known = ids_of(record)
-        ids = "".join(f" {name}={escaped(known[name])}" for name in IDS if name in known)
+        values = ids_of(record)
+        ids = "".join(f" {name}={escaped(values[name])}" for name in IDS if name in values)
         line = f"{moment} {record.levelname} {record.name}: {escaped(record.getMessage())}{ids}"
         return f"{line}\n{indented(trace(record))}" if record.exc_info else line
 
@@ -98,14 +98,14 @@ def trace(record: logging.LogRecord) -> str:
 
 
 def indented(text: str) -> str:
-    """Each line further in, so that none looks like a line of the log: an error's text may be anyone's."""
+    """Indent each line, so that none looks like a log line: an error's text may come from outside."""
     return "\n".join("    " + CONTROL.sub(shown, line) for line in text.split("\n"))
 
 
 def log_warnings() -> None:
-    """Have warnings of libraries be lines of the log. For the main of a process that runs models.
+    """Write warnings of libraries to the log. For the main of a process that runs models.
 
-    None is raised as an error, whatever PYTHONWARNINGS says: a deprecation ends no service that runs.
+    No warning becomes an error, whatever PYTHONWARNINGS says: a deprecation must not end a running service.
     """
     logging.captureWarnings(True)
     warnings.resetwarnings()
@@ -121,5 +121,5 @@ def set_up_logs(settings: Settings) -> None:
     # Relayed requests have their line in the access log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.log_level != "debug":
-        # Its maintenance writes four lines every half minute; what a worker does, its supervisor says.
+        # Its maintenance writes four lines every half minute; the supervisor logs what a worker does.
         logging.getLogger("rq.worker").setLevel(logging.WARNING)

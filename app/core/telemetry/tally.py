@@ -19,17 +19,17 @@ class Tally:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
 
     def add_stage(self, stage: str, seconds: float) -> None:
-        """A stage of an attempt has ended after so many seconds."""
+        """Count a finished stage of an attempt and its seconds."""
         pipe = self._redis.pipeline()
         pipe.hincrby(STAGES, f"{stage}:count", 1)
         pipe.hincrbyfloat(STAGES, f"{stage}:seconds", seconds)
         pipe.execute()
 
     def stages(self) -> dict[str, StageTotal]:
-        found = {name.decode(): value for name, value in self._redis.hgetall(STAGES).items()}
-        names = sorted({name.partition(":")[0] for name in found})
+        totals = {name.decode(): value for name, value in self._redis.hgetall(STAGES).items()}
+        names = sorted({name.partition(":")[0] for name in totals})
         return {
-            name: StageTotal(int(found.get(f"{name}:count", 0)), float(found.get(f"{name}:seconds", 0)))
+            name: StageTotal(int(totals.get(f"{name}:count", 0)), float(totals.get(f"{name}:seconds", 0)))
             for name in names
         }
 

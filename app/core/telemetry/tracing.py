@@ -28,7 +28,7 @@ LIMIT_S = 5.0
 
 
 class SpanContext(Frozen):
-    """Where a span is in its trace."""
+    """The ids of a span and its trace."""
 
     trace_id: str
     span_id: str
@@ -40,14 +40,14 @@ class SpanContext(Frozen):
 
 def parse_traceparent(header: str | None) -> SpanContext | None:
     """The span that a caller names (W3C Trace Context); None for none or a malformed one."""
-    found = PARENT.fullmatch(header or "")
-    if found is None or not int(found[1], 16) or not int(found[2], 16):
+    match = PARENT.fullmatch(header or "")
+    if match is None or not int(match[1], 16) or not int(match[2], 16):
         return None
-    return SpanContext(trace_id=found[1], span_id=found[2])
+    return SpanContext(trace_id=match[1], span_id=match[2])
 
 
 class Span:
-    """Something that takes time. It is sent when it ends."""
+    """A timed operation, sent when it ends."""
 
     def __init__(self, tracer: Tracer, name: str, parent: SpanContext | None) -> None:
         self._tracer = tracer
@@ -58,7 +58,7 @@ class Span:
         self.context = SpanContext(trace_id=trace_id, span_id=secrets.token_hex(8))
 
     def end(self, **attributes: str | int | None) -> None:
-        given = {name: value for name, value in attributes.items() if value is not None}
+        present = {name: value for name, value in attributes.items() if value is not None}
         self._tracer.take(
             {
                 "traceId": self.context.trace_id,
@@ -70,7 +70,7 @@ class Span:
                 "endTimeUnixNano": str(time.time_ns()),
                 "attributes": [
                     {"key": f"nibble.{name}", "value": {"stringValue": str(value)}}
-                    for name, value in given.items()
+                    for name, value in present.items()
                 ],
             }
         )

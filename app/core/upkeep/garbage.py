@@ -1,7 +1,6 @@
-"""Removes from object storage what nothing refers to, and records that are older than they are kept.
+"""Removes unreferenced folders from object storage, and job records older than the retention time.
 
-Nothing that a living attempt could still need is touched: what lies in storage is listed first, who lives is
-read after it.
+Nothing that a running attempt could still need is removed: jobs are read after storage was listed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from app.core.storage.storage_keys import ARTIFACTS, CHECKPOINTS, checkpoint_pre
 
 log = logging.getLogger(__name__)
 
-# A failed job's checkpoints wait so long for a retry.
+# How long a failed job's checkpoints are kept for a retry.
 CHECKPOINTS_KEPT = timedelta(days=7)
 ACTIVE = (JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING)
 
@@ -52,23 +51,23 @@ class GarbageCollector:
         self._kept = timedelta(days=settings.retention_days) if settings.retention_days else None
 
     def collect(self, *, dry_run: bool = False) -> Garbage:
-        """Find what is of no use and, unless it's a dry run, remove it."""
+        """Find garbage and remove it, unless it's a dry run."""
         now = datetime.now(UTC)
-        found = Garbage(
+        garbage = Garbage(
             checkpoints=tuple(self._stale_checkpoints(now)),
             artifacts=tuple(self._orphans()),
             jobs=tuple(job.id for job in self._old_jobs(now)),
         )
         if not dry_run:
-            self._remove(found)
-        return found
+            self._remove(garbage)
+        return garbage
 
-    def _remove(self, found: Garbage) -> None:
-        for folder in found.checkpoints:
+    def _remove(self, garbage: Garbage) -> None:
+        for folder in garbage.checkpoints:
             self._objects.delete_prefix(folder)
-        for folder in found.artifacts:
+        for folder in garbage.artifacts:
             self._remove_artifact(folder)
-        for job_id in found.jobs:
+        for job_id in garbage.jobs:
             try:
                 job = self._store.load(job_id)
                 self._store.delete(job.tenant, job_id)
@@ -76,8 +75,8 @@ class GarbageCollector:
                 continue
             self._objects.delete(report_key(job_id))
             self._objects.delete_prefix(checkpoint_prefix(job_id))
-        if found.count:
-            log.info("removed %d folders and records that nothing refers to", found.count)
+        if garbage.count:
+            log.info("removed %d folders and records that nothing refers to", garbage.count)
 
     def _remove_artifact(self, folder: str) -> None:
         """Remove a folder of artifacts; a whole one with its manifest first."""
@@ -103,9 +102,9 @@ class GarbageCollector:
                     yield checkpoint_prefix(job_id)
 
     def _orphans(self) -> Iterator[str]:
-        """Folders of files without a manifest, and of artifacts whose job ended without a result."""
-        listed = [known for known in self._objects.list_folders(ARTIFACTS) if is_id("art", known)]
-        # At one moment: a job that goes from state to state meanwhile is not to be missed.
+        """Folders without a manifest, and artifacts whose job ended without a result."""
+        listed = [name for name in self._objects.list_folders(ARTIFACTS) if is_id("art", name)]
+        # Read in one step, so that a job that changes its state meanwhile is not missed.
         times = {job_id[ID_TIME] for job_id in self._store.in_state(*ACTIVE)}
         for art_id in listed:
             with left_alone():
@@ -145,7 +144,7 @@ class GarbageCollector:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """What can't be read is not known to be of no use, and holds up nothing else."""
+    """Skip, with a log line, what can't be read: it may still be of use."""
     try:
         yield
     except RecordUnreadable as fault:

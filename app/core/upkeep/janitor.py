@@ -1,7 +1,7 @@
-"""Finds jobs whose worker or queue entry was lost, or whose end nobody followed up, and sets them right.
+"""Repairs jobs that lost their worker or queue entry, or whose end nobody followed up.
 
-Each API process runs one. They need no agreement: every step is a compare-and-set on the record, and of
-several that try the same one wins.
+Each API process runs one. They need no coordination: every step is a compare-and-set on the record, so one of
+them wins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS = ("requeued", "failed", "cancelled", "succeeded", "enqueued", "settled")
 class Janitor:
     """One pass looks at every job that has not ended, and at ends that were not followed up.
 
-    `on_step` hears the name of each step taken.
+    `on_step` is called with the name of each step.
     """
 
     store: JobStore
@@ -88,7 +88,7 @@ class Janitor:
             )
 
     def _go_on_without_worker(self, seen: Job) -> None:
-        # A worker that died after its commit point has succeeded: only the record lacks that.
+        # A worker that died after its commit point has succeeded, although the record does not say so.
         published = published_before(self.objects, seen)
         job = self.store.update(seen.id, lambda job: self._without_worker(job, seen, published))
         step = "requeued" if job.state is JobState.QUEUED else str(job.state)
@@ -103,7 +103,7 @@ class Janitor:
             self.outcome.follow_up(job.id)
 
     def _without_worker(self, job: Job, seen: Job, published: tuple[str, ...] | None) -> Job:
-        """What becomes of a job whose worker is gone. Conflict if it is not the one that was seen."""
+        """The job after the loss of its worker. Raises Conflict if it has changed since it was `seen`."""
         if job.attempt != seen.attempt or job.state is not seen.state:
             raise stale(job, seen.attempt)
         if published is not None:
@@ -122,7 +122,7 @@ class Janitor:
         )
 
     def _fail_overdue(self, seen: Job) -> bool:
-        """End a job that waited too long for its first start; True if it has ended."""
+        """Fail a job that waited too long for its first start; returns whether it has ended."""
         limit_s = seen.spec.queue_timeout_s
         if limit_s is None or seen.attempt > 0 or self.store.age_s(seen.id) <= limit_s:
             return False
@@ -137,17 +137,17 @@ class Janitor:
         return True
 
     def _check_entry(self, job: Job) -> Place:
-        """Queue a waiting job again whose entry is gone."""
+        """Queue a waiting job again if its entry is gone; returns where the entry is."""
         if self.store.is_postponed(job.id) or self.store.is_in_line(job):
             return Place.WAITING
-        place = self.queue.place(job)
-        is_lost = place is Place.GONE or (place is Place.MOVING and entry_id(job) in self._moving)
+        entry_place = self.queue.locate(job)
+        is_lost = entry_place is Place.GONE or (entry_place is Place.MOVING and entry_id(job) in self._moving)
         if is_lost:
             self.queue.remove(job)
             self.queue.enqueue(job)
             self._report("enqueued", "it was in no queue", job)
             return Place.WAITING
-        return place
+        return entry_place
 
     def _report(self, step: str, why: str, job: Job) -> None:
         log.warning("job %s %s: %s", job.id, step, why)

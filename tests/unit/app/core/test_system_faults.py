@@ -71,7 +71,7 @@ def test_each_kind_has_words_of_its_own(number: int, is_wrapped: bool) -> None:
     assert fault.code == "worker_disk"
     assert fault.message.startswith(f"{refusal.what}: ")
     assert text in fault.message
-    assert fault.remedy == refusal.remedy.format(place="the folder")
+    assert fault.remedy == refusal.remedy.format(location="the folder")
 
 
 def test_each_number_has_one_kind() -> None:

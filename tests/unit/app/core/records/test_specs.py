@@ -51,7 +51,7 @@ def test_both_limits_must_hold() -> None:
     assert target.excess(1.1, 0.02) == pytest.approx(1)
     assert target.excess(1.0, 0.04) == pytest.approx(2)
     assert target.excess(2.2, 0.01) == pytest.approx(2)
-    assert target.wanted == "at most 1.1 times and a KL of at most 0.02"
+    assert target.limits_text == "at most 1.1 times and a KL of at most 0.02"
 
 
 def test_one_limit_leaves_the_other_free() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.core.sources.file_digest import PIECE, file_sha256
+from app.core.sources.file_digest import CHUNK_BYTES, file_sha256
 
 
-@pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1])
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1])
 def test_the_digest_is_that_of_all_bytes(size: int, tmp_path: Path) -> None:
     content = bytes(index % 251 for index in range(min(size, 1000))) * (size // 1000 + 1)
     path = tmp_path / "file"
@@ -18,12 +18,12 @@ def test_the_digest_is_that_of_all_bytes(size: int, tmp_path: Path) -> None:
     checks: list[None] = []
     assert file_sha256(path, lambda: checks.append(None)) == hashlib.sha256(content[:size]).hexdigest()
     assert file_sha256(path) == hashlib.sha256(content[:size]).hexdigest()
-    assert len(checks) == -(-size // PIECE)
+    assert len(checks) == -(-size // CHUNK_BYTES)
 
 
 def test_a_check_that_raises_stops_within_the_file(tmp_path: Path) -> None:
     path, checks = tmp_path / "file", 0
-    path.write_bytes(b"x" * (3 * PIECE))
+    path.write_bytes(b"x" * (3 * CHUNK_BYTES))
 
     def check() -> None:
         nonlocal checks

@@ -70,7 +70,7 @@ def test_a_lost_job_is_queued_again(house: House) -> None:
     house.janitor.sweep()
     found = house.store.load(job.id)
     assert (found.state, found.attempt) == (JobState.QUEUED, 1)
-    assert house.queue.place(found) is Place.WAITING
+    assert house.queue.locate(found) is Place.WAITING
     assert house.steps == ["requeued"]
     assert house.store.events(job.id)[-1].payload["code"] == "worker_lost"
 
@@ -109,7 +109,7 @@ def test_an_entry_that_vanished_is_made_again(house: House) -> None:
     job = house.submit()
     house.queue.remove(job)
     house.janitor.sweep()
-    assert house.queue.place(job) is Place.WAITING
+    assert house.queue.locate(job) is Place.WAITING
     assert house.steps == ["enqueued"]
 
 
@@ -119,7 +119,7 @@ def test_an_entry_on_its_way_is_given_one_interval(house: House) -> None:
     house.janitor.sweep()
     assert house.steps == []
     house.janitor.sweep()
-    assert house.queue.place(job) is Place.WAITING
+    assert house.queue.locate(job) is Place.WAITING
 
 
 def test_two_janitors_take_each_step_once(house: House) -> None:
@@ -165,7 +165,7 @@ def test_ends_that_nobody_followed_up_are_settled(house: House) -> None:
     house.redis.hset(f"nibble:job:{newer.id}", "spec", '{"model": "org/name", "pruning": 0.5}')
     house.janitor.sweep()
     assert (house.steps, house.store.unsettled()) == (["settled"], [newer.id])
-    assert house.queue.place(cancelled) is Place.GONE
+    assert house.queue.locate(cancelled) is Place.GONE
     house.redis.hset(f"nibble:job:{newer.id}", "spec", spec or b"")
     house.janitor.sweep()
     assert (house.steps, house.store.unsettled()) == (["settled"] * 2, [])
