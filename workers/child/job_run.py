@@ -39,6 +39,8 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
     with clock.stage(Stage.FETCHING):
         work = with_checked_shapes(work, clock)
         texts = read_texts(work)
+        if texts.note is not None:
+            clock.note("chat_template_invalid", texts.note)
         checkpoints = work.checkpoints(clock)
         files = [CandidateFiles.of(work, candidate, checkpoints) for candidate in work.plan.candidates]
         if not checkpoints.is_done(0, len(files)):

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from app.core.child.assignment import CHECKPOINTS, Assignment
+from app.core.errors import ModelRefused
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.records.specs import JobSpec, Recipe
 from workers.child.layer_files import LayerCheckpoints, StatisticsStore
@@ -19,6 +21,7 @@ from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.modeling.side_files import write_side_files
 from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits, some
+from workers.texts.chat_template import chat_template
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 
 BATCH_TOKENS = 8192
@@ -83,10 +86,11 @@ class Work:
 
 
 class JobTexts(NamedTuple):
-    """What a job calibrates on, and what its candidates are measured on."""
+    """What a job calibrates on, what its candidates are measured on, and a note on the chat template."""
 
     calibration: Windows
     evaluation: Windows
+    note: str | None
 
 
 def read_texts(work: Work) -> JobTexts:
@@ -101,7 +105,16 @@ def read_texts(work: Work) -> JobTexts:
         spec.evaluation, spec.calibration.sequence_length, tokenizer, assignment.evaluation_file
     )
     refuse_foreign_tokens(torch.cat([calibration.tokens, evaluation.tokens]), work.plan.vocab_size)
-    return JobTexts(calibration, evaluation)
+    return JobTexts(calibration, evaluation, template_note(tokenizer))
+
+
+def template_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What is wrong with the model's chat template, which a job without conversations does not need."""
+    try:
+        chat_template(tokenizer)
+    except ModelRefused as refusal:
+        return f"{refusal.message}; the server of this model refuses chats, and completes texts"
+    return None
 
 
 def with_checked_shapes(work: Work, clock: StageClock) -> Work:

@@ -19,6 +19,14 @@ log = logging.getLogger(__name__)
 # A weak model asked for JSON likes to write spaces for ever, so there is at most one between two parts.
 JSON_OPTIONS: Any = {"whitespace_pattern": " ?"}
 MAX_REASON = 300  # characters
+# By how llguidance begins to say what is wrong.
+KNOWN_KEYWORDS = "use the keywords and formats that constrained decoding knows"
+REMEDIES = {
+    "Unsatisfiable": "remove rules that contradict each other, and allow at least one value: no JSON fits",
+    "Unimplemented": KNOWN_KEYWORDS,
+    "Unknown": KNOWN_KEYWORDS,
+}
+OTHER_REMEDY = "correct the schema there"
 
 
 class Matcher:
@@ -95,7 +103,8 @@ def one_line(why: str) -> str:
 
 
 def refused(why: str, param: str) -> InvalidRequest:
+    remedy = next((remedy for start, remedy in REMEDIES.items() if why.startswith(start)), OTHER_REMEDY)
     return InvalidRequest(
         f"the JSON schema can't be kept to: {one_line(why)}",
-        code="invalid_json_schema", remedy="use the keywords that constrained decoding knows", param=param,
+        code="invalid_json_schema", remedy=remedy, param=param,
     )  # fmt: skip

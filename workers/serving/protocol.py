@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
+
+from app.core.sources.json_file import json_fault
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -30,6 +32,7 @@ def no_booleans(value: Any) -> Any:
 
 
 T = TypeVar("T")
+Boolean = Annotated[bool, Strict()]  # pydantic takes 1, "yes" and "off" for one
 Integer = Annotated[int, BeforeValidator(not_boolean)]
 Number = Annotated[float, BeforeValidator(not_boolean)]
 # The first fault is told. A body with a million of them would take gigabytes to describe.
@@ -43,8 +46,8 @@ Bias = Annotated[Number, Field(ge=-100, le=100)]
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: Boolean | None = None
+    continuous_usage_stats: Boolean | None = None
 
 
 class JsonSchema(BaseModel):
@@ -53,7 +56,7 @@ class JsonSchema(BaseModel):
     name: str
     description: str | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
+    strict: Boolean | None = None
 
 
 class ResponseFormat(BaseModel):
@@ -83,7 +86,7 @@ class Body(BaseModel):
     n: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[Several[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool | None = None
+    stream: Boolean | None = None
     stream_options: StreamOptions | None = None
     temperature: Number | None = Field(default=None, ge=0, le=100)
     top_p: Number | None = Field(default=None, gt=0, le=1)
@@ -92,10 +95,10 @@ class Body(BaseModel):
     response_format: ResponseFormat | None = None
     stop_token_ids: Tokens | None = None
     allowed_token_ids: Annotated[Tokens, Field(min_length=1)] | None = None
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
+    include_stop_str_in_output: Boolean = False
+    ignore_eos: Boolean = False
     min_tokens: Integer = Field(default=0, ge=0)
-    skip_special_tokens: bool = True
+    skip_special_tokens: Boolean = True
     user: str | None = None
     # Known, and not honoured: each must be absent or without effect.
     prompt_logprobs: None = None
@@ -177,7 +180,7 @@ class ToolCall(BaseModel):
         try:
             json.loads(given or "{}") if isinstance(given, str) else None
         except (ValueError, RecursionError) as fault:
-            raise ValueError(f"the arguments are not JSON: {fault}") from fault
+            raise ValueError(f"the arguments are not JSON: {json_fault(fault)}") from fault
         return self
 
 
@@ -193,15 +196,15 @@ class ChatMessage(BaseModel):
 
 class ChatRequest(Body):
     messages: Several[ChatMessage] = Field(min_length=1)
-    logprobs: bool | None = None
+    logprobs: Boolean | None = None
     top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
     max_completion_tokens: Integer | None = Field(default=None, ge=1)
     tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Boolean | None = None
     reasoning_effort: str | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: Boolean = True
+    continue_final_message: Boolean = False
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: None = None  # a template is code: only the model's own runs
 
@@ -226,8 +229,8 @@ class ChatRequest(Body):
 class CompletionRequest(Body):
     prompt: str | Tokens | Several[str] | Several[Tokens]
     logprobs: Integer | None = Field(default=None, ge=0, le=20)
-    echo: bool = False
-    add_special_tokens: bool = True
+    echo: Boolean = False
+    add_special_tokens: Boolean = True
     suffix: Literal[""] | None = None
     best_of: Integer | None = None
 

@@ -48,6 +48,7 @@ def create_app(served: ServedModel) -> Starlette:
             Route("/v1/chat/completions", inference.chat_completions, methods=["POST"]),
             Route("/v1/completions", inference.text_completions, methods=["POST"]),
             Route("/v1/models", inference.models),
+            Route("/v1/models/", inference.models),
             Route("/v1/models/{name:path}", inference.model),
             Route("/health", operations.health),
             Route("/version", operations.version),

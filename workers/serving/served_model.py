@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from app.core.errors import InvalidRequest, NotFound
+from app.core.errors import InvalidRequest, ModelRefused, NotFound
 from workers.serving.engine import Engine, News
 from workers.serving.generation_settings import sampling_defaults
 from workers.serving.grammar import Grammars, Matcher
@@ -17,7 +17,7 @@ from workers.serving.protocol import Body, ChatRequest, CompletionRequest, Named
 from workers.serving.requests import Generation, Piece, Sampling, StopRules
 from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
-from workers.texts.chat_template import RefusedByTemplate
+from workers.texts.chat_template import ChatTemplate, RefusedByTemplate
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 ANY_OBJECT = {"type": "object"}
@@ -93,7 +93,7 @@ class ServedModel:
         limit = request.max_completion_tokens or request.max_tokens
         top = (request.top_logprobs or 0) if request.logprobs else None
         matcher = self.matcher(*chat_schema(request))
-        ids = tuple(self.tokenization.encode(text, special_tokens=self.tokenization.template.is_default))
+        ids = tuple(self.tokenization.encode(text, special_tokens=self.template().is_default))
         return Prompts([self.checked(ids, limit, "messages")], limit, top, matcher)
 
     def render(self, request: ChatRequest) -> str:
@@ -103,7 +103,7 @@ class ServedModel:
             key: value for key, value in (request.chat_template_kwargs or {}).items() if key not in RESERVED
         }
         try:
-            return self.tokenization.template.render(
+            return self.template().render(
                 [message.model_dump(exclude_unset=True) for message in request.messages],
                 {**given, "add_generation_prompt": request.add_generation_prompt},
                 tools=tools if tools and request.tool_choice != "none" else None,
@@ -115,6 +115,16 @@ class ServedModel:
                 code="chat_template_refused", remedy="use roles and orders that the model knows",
                 param="messages",
             ) from refusal  # fmt: skip
+
+    def template(self) -> ChatTemplate:
+        """Raises InvalidRequest if the model's chat template is none."""
+        template = self.tokenization.template
+        if isinstance(template, ModelRefused):
+            raise InvalidRequest(
+                template.message, code=template.code, param="messages",
+                remedy="send text to /v1/completions, which needs no template, or correct the model's",
+            )  # fmt: skip
+        return template
 
     def completion_prompts(self, request: CompletionRequest) -> Prompts:
         """Encodes; as above."""

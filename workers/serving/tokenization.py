@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from app.core.errors import ModelRefused
 from workers.serving.generation_settings import end_tokens, read_settings
-from workers.texts.chat_template import chat_template
+from workers.texts.chat_template import ChatTemplate, chat_template
 from workers.texts.windows import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class Tokenization:
-    """One tokenizer, with the model's chat templates, its generation settings and its end tokens."""
+    """One tokenizer, with the model's chat templates, its generation settings and its end tokens.
+
+    `template` is the refusal of one that is no template: chats need it, the completion of texts does not.
+    """
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         """Raises ModelRefused for an artifact whose tokenizer can't be used."""
@@ -29,7 +37,7 @@ class Tokenization:
         self._fast.no_padding()
         self.settings = read_settings(folder)
         self.end_tokens = self.known(end_tokens(self.settings, tokenizer))
-        self.template = chat_template(tokenizer)
+        self.template = template_or_refusal(tokenizer)
         decoder = json.loads(self._fast.to_str()).get("decoder") or {}
         self._byte_level = "ByteLevel" in json.dumps(decoder)
 
@@ -63,6 +71,14 @@ class Tokenization:
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # SentencePiece's bytes
             return bytes([int(name[3:5], 16)])
         return self.token_text(token).encode()
+
+
+def template_or_refusal(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | ModelRefused:
+    try:
+        return chat_template(tokenizer)
+    except ModelRefused as refusal:
+        log.warning("chats will be refused: %s", refusal)
+        return refusal
 
 
 @lru_cache(maxsize=1)

@@ -139,11 +139,12 @@ class ChatTemplate:
         else:
             try:
                 return self._environment.from_string(source)
-            except (TemplateError, SyntaxError, RecursionError) as error:
+            except (TemplateError, SyntaxError, RecursionError, ValueError) as error:
                 fault = f"can't be read: {error}"
         raise ModelRefused(
             f"the chat template {fault}", code="chat_template_invalid",
-            remedy="correct chat_template.jinja and submit the model again",
+            remedy="correct it in the model's chat_template.jinja, chat_template.json or "
+            "tokenizer_config.json, and submit the model again",
         )  # fmt: skip
 
     def _wants_parts(self, template: Template) -> bool:

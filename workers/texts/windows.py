@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from app.core.errors import TextRefused
+from app.core.errors import ModelRefused, TextRefused
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, TextSpec
+from app.core.sources.json_file import parse_json
 from app.core.sources.text_shapes import Document
 from app.core.system_faults import system_number
 from workers.texts.chat_template import ChatTemplate, RefusedByTemplate, chat_template
@@ -42,12 +42,10 @@ class Windows:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer; code in the folder is never run.
 
-    Raises TextRefused if it can't be loaded.
+    Raises TextRefused if it can't be loaded, ModelRefused for a chat_template.json that holds no template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer.chat_template = tokenizer.chat_template or processor_template(folder)
-        return tokenizer
     except Exception as fault:  # the tokenizers library raises nothing more precise
         if system_number(fault) not in (None, errno.ENOENT):
             raise  # the host's fault: the tokenizer may be right
@@ -56,12 +54,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"the model's tokenizer can't be loaded: {told}", code="tokenizer_invalid",
             remedy="add tokenizer.json and tokenizer_config.json to the model",
         ) from fault  # fmt: skip
+    tokenizer.chat_template = tokenizer.chat_template or processor_template(folder)
+    return tokenizer
 
 
 def processor_template(folder: Path) -> str | None:
     """Some models with images keep their one template in chat_template.json, where processors look."""
     file = folder / "chat_template.json"
-    return json.loads(file.read_text("utf-8"))["chat_template"] if file.exists() else None
+    if not file.exists():
+        return None
+    template: str | None = parse_json(file.name, file.read_bytes()).value.get("chat_template")
+    if template is None:
+        raise ModelRefused(
+            "chat_template.json holds no chat_template", code="chat_template_invalid", param="model",
+            remedy="put the template under the key chat_template, or remove the file",
+        )  # fmt: skip
+    return template
 
 
 def calibration_windows(

@@ -16,7 +16,7 @@ from tests.inference import Served
 from tests.tiny_models import TOKENIZER, random_model, save_model
 from workers.serving.detokenizer import Detokenizer
 from workers.serving.grammar import Grammars
-from workers.serving.requests import Choice, Generation, Sampling, Sequence, Stopping
+from workers.serving.requests import Choice, Generation, Sampling, Sequence, StopRules
 from workers.serving.routes import create_app
 from workers.serving.sampling import choose
 
@@ -150,6 +150,32 @@ def test_no_refusal_of_a_schema_holds_the_parsers_state(served: Served, content:
     assert len(error["message"]) < 450
 
 
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "contradict each other"),
+        ({"type": "string", "minLength": 5, "maxLength": 2}, "contradict each other"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "contradict each other"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "contradict each other"),
+        ({"enum": []}, "allow at least one value"),
+        ({"type": []}, "allow at least one value"),
+        ({"not": {}}, "keywords and formats that constrained decoding knows"),
+        ({"type": "string", "format": "nope"}, "keywords and formats that constrained decoding knows"),
+        ({"type": "nope"}, "correct the schema there"),
+        ({"$ref": "#/definitions/x"}, "correct the schema there"),
+        ({"type": "string", "pattern": "("}, "correct the schema there"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_remedy_fits_what_is_wrong_with_a_schema(
+    served: Served, content: dict[str, Any], remedy: str
+) -> None:
+    """Each was told to use keywords that are known, also where all were."""
+    (answer,) = ask(served, schema(content))
+    assert answer.status_code == 400
+    assert remedy in answer.json()["error"]["message"]
+
+
 def test_biases_add_and_ban_nothing(served: Served) -> None:
     """As OpenAI describes them: the same bias on every token changes no token."""
     plain, biased = ask(served, {}, {"logit_bias": {str(token): -100 for token in range(4096)}})
@@ -161,7 +187,7 @@ def test_biases_add_and_ban_nothing(served: Served) -> None:
 def test_a_tiny_penalty_leaves_the_other_rules_in_force(temperature: float) -> None:
     """Scores divided by it are infinite; they were no probabilities, and the last token was drawn."""
     sampling = Sampling(temperature=temperature, repetition_penalty=1e-300, allowed_token_ids=(1, 2), seed=1)
-    generation = Generation("x", (1, 2, 3), sampling, Stopping(4), print)
+    generation = Generation("x", (1, 2, 3), sampling, StopRules(4), print)
     sequence = Sequence(generation, 0, Detokenizer(TOKENS))
     for _ in range(20):
         (choice,) = choose(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), [sequence], frozenset())

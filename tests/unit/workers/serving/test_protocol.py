@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from workers.serving.protocol import Body, ChatRequest, CompletionRequest
+from workers.serving.protocol import Body, ChatRequest, CompletionRequest, JsonSchema, StreamOptions
 from workers.serving.routes import refused_body
 from workers.texts.chat_template import turn
 
@@ -113,6 +113,45 @@ def test_false_asks_for_no_logprobs_of_a_text(given: object, expected: object) -
 
 def test_true_asks_for_no_number_of_logprobs() -> None:
     assert refusal_of(CompletionRequest, {"logprobs": True})[0] == "logprobs"
+
+
+def booleans_of(kind: type[BaseModel]) -> list[str]:
+    schemas = kind.model_json_schema()["properties"].items()
+    return [
+        name
+        for name, schema in schemas
+        if "boolean" in (branch.get("type") for branch in schema.get("anyOf", [schema]))
+        and "const" not in schema.get("anyOf", [schema])[0]
+    ]
+
+
+BOOLEANS = [
+    *((kind, name) for kind in (ChatRequest, CompletionRequest) for name in booleans_of(kind)),
+    *((CompletionRequest, f"stream_options.{name}") for name in booleans_of(StreamOptions)),
+    *((CompletionRequest, f"response_format.json_schema.{name}") for name in booleans_of(JsonSchema)),
+]
+
+
+def test_the_booleans_of_bodies_are_looked_up() -> None:
+    assert {
+        (ChatRequest, "logprobs"), (CompletionRequest, "echo"), (CompletionRequest, "stream"),
+        (CompletionRequest, "stream_options.include_usage"),
+        (CompletionRequest, "response_format.json_schema.strict"),
+    } <= set(BOOLEANS)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, 1, 1.0, "yes", "true", "off", [], {}])
+@pytest.mark.parametrize(("kind", "field"), BOOLEANS)
+def test_only_booleans_are_booleans(kind: type[Body], field: str, value: object) -> None:
+    """Numbers and words such as "off" were taken for them."""
+    body: object = value
+    for name in reversed(field.split(".")):
+        body = {"name": "x", "schema": {}, name: body} if name == "strict" else {name: body}
+    assert isinstance(body, dict)
+    outer = {"stream": True} | body
+    if "response_format" in outer:
+        outer["response_format"] |= {"type": "json_schema"}
+    assert refusal_of(kind, outer) == (field, f"{field}: true or false is needed")
 
 
 def refusal_of(kind: type[Body], fields: dict[str, object]) -> tuple[str | None, str]:

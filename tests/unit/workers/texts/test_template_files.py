@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from transformers import AutoTokenizer
 
@@ -15,8 +17,10 @@ from app.core.errors import InvalidRequest, ModelRefused, TextRefused
 from app.core.records.specs import CalibrationSpec
 from tests.inference import Served
 from tests.tiny_models import TOKENIZER, random_model, save_model
+from workers.child.work import template_note
 from workers.serving.protocol import ChatRequest
-from workers.serving.served_model import ServedModel
+from workers.serving.routes import create_app
+from workers.serving.tokenization import Tokenization
 from workers.texts.documents import Document
 from workers.texts.windows import all_windows, load_tokenizer
 
@@ -63,8 +67,8 @@ PLACES = {
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return Served(save_model(random_model("llama"), tmp_path_factory.mktemp("model"))).served
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(save_model(random_model("llama"), tmp_path_factory.mktemp("model")))
 
 
 def model_folder(folder: Path, place: Callable[[Path], None]) -> Path:
@@ -84,17 +88,34 @@ def calibrated(folder: Path, tools: list[dict[str, Any]] | None) -> str:
     return str(tokenizer.decode(windows.flatten()))
 
 
-def answered(served: ServedModel, folder: Path, tools: list[dict[str, Any]] | None) -> str:
+def answered(served: Served, folder: Path, tools: list[dict[str, Any]] | None) -> str:
     """The prompt of a request to a server that has the folder's tokenizer."""
-    served.tokenization.template = type(served.tokenization)(folder, 4096).template
+    served.tokenization.template = Tokenization(folder, 4096).template
     body = {"messages": MESSAGES, "tools": tools, "add_generation_prompt": False}
-    return served.render(ChatRequest.model_validate(body))
+    return served.served.render(ChatRequest.model_validate(body))
+
+
+def asked(served: Served, *bodies: dict[str, Any]) -> list[httpx.Response]:
+    """Answers of the routes, a chat for messages and a completion else."""
+
+    async def main() -> list[httpx.Response]:
+        served.served.bind(asyncio.get_running_loop())
+        transport = httpx.ASGITransport(create_app(served.served))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return [
+                await client.post(
+                    "/v1/chat/completions" if "messages" in body else "/v1/completions", json=body
+                )
+                for body in bodies
+            ]
+
+    return asyncio.run(main())
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize("place", PLACES)
 def test_templates_are_read_wherever_they_are(
-    tmp_path: Path, served: ServedModel, place: str, tools: list[dict[str, Any]] | None
+    tmp_path: Path, served: Served, place: str, tools: list[dict[str, Any]] | None
 ) -> None:
     folder = model_folder(tmp_path, PLACES[place])
     (folder / "generation_config.json").write_text("{}")
@@ -110,19 +131,60 @@ def test_templates_are_read_wherever_they_are(
     assert expected.startswith(found)
 
 
-@pytest.mark.parametrize("template", ["{% if %}", [{"name": "default", "template": "{{"}], {"default": 5}])
-def test_a_template_that_is_none_is_refused_for_both(
-    tmp_path: Path, served: ServedModel, template: object
+@pytest.mark.parametrize(
+    "template",
+    ["{% if %}", "{% foo %}", "{{ x | nope }}", [{"name": "default", "template": "{{"}], {"default": 5}],
+)
+def test_a_template_that_is_none_is_refused_where_it_is_needed(
+    tmp_path: Path, served: Served, template: object
 ) -> None:
+    """Calibration on conversations and chats; a server starts with it, and completes texts."""
     folder = model_folder(tmp_path, in_tokenizer_config(template))
     (folder / "generation_config.json").write_text("{}")
-    for use in (lambda: calibrated(folder, None), lambda: answered(served, folder, None)):
-        with pytest.raises(ModelRefused) as refusal:
-            use()
-        assert refusal.value.code == "chat_template_invalid"
+    with pytest.raises(ModelRefused) as refusal:
+        calibrated(folder, None)
+    assert refusal.value.code == "chat_template_invalid"
+    served.tokenization.template = Tokenization(folder, 4096).template
+    chat, text = asked(
+        served, {"messages": MESSAGES, "max_tokens": 2}, {"prompt": "To the sea", "max_tokens": 2}
+    )
+    error = chat.json()["error"]
+    assert (chat.status_code, error["code"], error["param"]) == (400, "chat_template_invalid", "messages")
+    assert refusal.value.message in error["message"]
+    assert "/v1/completions" in error["message"]
+    assert (text.status_code, text.json()["usage"]["completion_tokens"]) == (200, 2)
+    note = template_note(load_tokenizer(folder))
+    assert note is not None
+    assert refusal.value.message in note
 
 
-def test_a_refusal_by_the_template_has_the_words_of_its_surface(tmp_path: Path, served: ServedModel) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_template_that_is_one_is_not_noted(tmp_path: Path, place: str) -> None:
+    assert template_note(load_tokenizer(model_folder(tmp_path, PLACES[place]))) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message", "remedy"),
+    [
+        ("{}", "chat_template_invalid", "holds no chat_template", "under the key chat_template"),
+        ('{"template": "x"}', "chat_template_invalid", "holds no chat_template", "under the key"),
+        ("[]", "model_config_invalid", "is not a JSON object", "repair chat_template.json"),
+        ("{", "model_config_invalid", "is not valid JSON", "repair chat_template.json"),
+    ],
+)
+def test_a_file_without_its_template_is_named(
+    tmp_path: Path, content: str, code: str, message: str, remedy: str
+) -> None:
+    """It was told as a tokenizer that can't be loaded: "'chat_template'"."""
+    folder = model_folder(tmp_path, lambda folder: None)
+    (folder / "chat_template.json").write_text(content)
+    with pytest.raises(ModelRefused, match=f"chat_template.json {message}") as refusal:
+        load_tokenizer(folder)
+    assert refusal.value.code == code
+    assert remedy in refusal.value.remedy
+
+
+def test_a_refusal_by_the_template_has_the_words_of_its_surface(tmp_path: Path, served: Served) -> None:
     folder = model_folder(tmp_path, in_tokenizer_config("{{ raise_exception('roles must alternate') }}"))
     (folder / "generation_config.json").write_text("{}")
     with pytest.raises(TextRefused, match="roles must alternate") as text:
