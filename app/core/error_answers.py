@@ -1,4 +1,4 @@
-"""What an error becomes on the wire: its status, and on inference routes its whole answer.
+"""Translates errors to HTTP: the status, and on inference routes the whole answer.
 
 The gateway and the inference servers answer the same routes, so both take status, body and headers from
 `inference_answer`. They are OpenAI's, whose clients choose their exception by the status: `error` holds
@@ -65,7 +65,7 @@ def inference_answer(error: errors.NibbleError, *, status: int | None = None) ->
 
 
 def inference_refusal(status: int, method: str, path: str) -> errors.NibbleError:
-    """What the web framework refuses by itself on inference routes: no such route, no such method."""
+    """The error for a missing route or method, which the web framework refuses by itself."""
     phrase = HTTPStatus(status).phrase.lower()
     return errors.NibbleError(
         f"{method} {path[:200]}: {phrase}",

@@ -53,15 +53,15 @@ FIELD_FAULTS = {
 
 def field_path(location: Sequence[str | int]) -> str:
     """`recipe.bits` of `("recipe", "Recipe", "bits")`, which is where pydantic found a fault."""
-    parts = [str(part) for part in location if isinstance(part, int) or not BRANCH.match(part)]
-    return ".".join(parts)
+    names = [str(step) for step in location if isinstance(step, int) or not BRANCH.match(step)]
+    return ".".join(names)
 
 
 def field_fault(finding: Mapping[str, Any]) -> str:
-    """What pydantic has found wrong with a field, in our words where they are plainer."""
-    told = FIELD_FAULTS.get(finding["type"])
-    if told is not None:
-        return told.format(**finding.get("ctx", {}))
+    """Pydantic's message on a field, or a plainer one where FIELD_FAULTS has it."""
+    message = FIELD_FAULTS.get(finding["type"])
+    if message is not None:
+        return message.format(**finding.get("ctx", {}))
     return str(finding["msg"]).removeprefix("Value error, ")
 
 

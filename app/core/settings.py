@@ -32,17 +32,17 @@ def empty_is_none(value: object) -> object:
 
 
 def split_names(value: object) -> object:
-    found = split(value, ",", "first,second")
-    return [part.strip().lower() for part in found if part.strip()] if isinstance(found, list) else found
+    names = split(value, ",", "first,second")
+    return [name.strip().lower() for name in names if name.strip()] if isinstance(names, list) else names
 
 
 def split(value: object, separator: str, example: str) -> object:
-    """The items of a variable's text. A JSON list would else be taken for names with brackets and quotes."""
+    """The items of a variable's text. A JSON list is refused: it would be read as names with brackets."""
     if not isinstance(value, str):
         return value
     if value.strip().startswith("["):
         raise ValueError(f"this is a JSON list; write the items as in {example}")
-    return [part for part in value.split(separator) if part]
+    return [item for item in value.split(separator) if item]
 
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})

@@ -42,14 +42,14 @@ class Version(BaseModel):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        return tuple(int(part) for part in self.version.split(".") if part)
+        return tuple(int(number) for number in self.version.split(".") if number)
 
     def continues(self, writer: Version) -> bool:
-        """True if it is of the writer's product and not older."""
+        """Whether it is the writer's product and not older."""
         return self.product == writer.product and self.numbers >= writer.numbers
 
     def can_take_over(self, writer: Version) -> bool:
-        """True if it reads the writer's files, though the writer may not read them afterwards."""
+        """Whether it reads the writer's files, although the writer may not read them afterwards."""
         is_common = writer.product == "Redis" and writer.numbers[:2] <= LAST_COMMON
         return self.continues(writer) or (self.product == "Valkey" and is_common)
 

@@ -1,4 +1,4 @@
-"""What a model is, from config.json and safetensors headers alone. No weight is read.
+"""Reads a model's config.json and safetensors headers, and refuses unsafe models. No weight is read.
 
 Which files count is decided by `app.core.sources.file_choice`. Code that lies beside them is never run,
 downloaded or copied; a model whose type transformers does not know itself is refused for it.
@@ -81,8 +81,8 @@ def refuse_pointers(files: ReadableFiles, choice: FileChoice) -> None:
 def code_note(config: dict[str, Any], code: tuple[str, ...]) -> tuple[str, ...]:
     if not code:
         return ()
-    known = f"transformers has {config.get('model_type')} itself"
-    return (f"{known}: the code that the model names ({', '.join(code)}) is neither run nor copied",)
+    reason = f"transformers has {config.get('model_type')} itself"
+    return (f"{reason}: the code that the model names ({', '.join(code)}) is neither run nor copied",)
 
 
 def refuse_other_weights(config: dict[str, Any], choice: FileChoice) -> None:

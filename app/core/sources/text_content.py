@@ -89,15 +89,15 @@ def documents_in(name: str, text: str) -> Iterator[Document]:
         yield Document(text=text)
         return
     rows = table_rows(name, text) if form == "table" else json_rows(name, text)
-    for place, row in rows:
+    for position, row in rows:
         try:
             yield document_of(row)
         except RowRefused as refusal:
-            raise refused(f"{name}, {place}: {refusal}", ROWS_REMEDY) from refusal
+            raise refused(f"{name}, {position}: {refusal}", ROWS_REMEDY) from refusal
 
 
 def json_rows(name: str, text: str) -> Iterator[tuple[str, Any]]:
-    """Where each row is, and its value."""
+    """The position and value of each row."""
     if is_one_value(name, text):
         value = parsed(name, text)
         rows = value if isinstance(value, list) else [value]
@@ -127,12 +127,12 @@ def is_one_value(name: str, text: str) -> bool:
     return False
 
 
-def parsed(place: str, text: str) -> Any:
+def parsed(location: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as fault:
         why = json_fault(fault).replace("line 1 column", "column")
-    raise refused(f"{place}: not valid JSON: {why}", "write one JSON object a line, or one array")
+    raise refused(f"{location}: not valid JSON: {why}", "write one JSON object a line, or one array")
 
 
 def table_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, str | None]]]:
@@ -194,9 +194,9 @@ def decoded(name: str, content: bytes, *, of_part: bool = False) -> str:
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(content, final=not of_part)
     except UnicodeDecodeError as fault:
-        place = f"{name}, line {content[: fault.start].count(10) + 1}"
+        where = f"{name}, line {content[: fault.start].count(10) + 1}"
         as_what = encoding.removesuffix("-sig").upper()
-        raise refused(f"{place}: not {as_what} text: {fault.reason}", "convert the file to UTF-8") from fault
+        raise refused(f"{where}: not {as_what} text: {fault.reason}", "convert the file to UTF-8") from fault
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise refused(f"{name}, line {line}: a NUL character, so it is no text", "convert the file to UTF-8")

@@ -1,6 +1,6 @@
-"""What a row of a text dataset may look like: one table of shapes, and what each is read as.
+"""The accepted shapes of a text dataset's rows, in one table, and the document that each is read as.
 
-A row has the first shape whose fields it has with content; its other fields are passed over.
+The first shape whose fields have content in a row decides; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -155,14 +155,14 @@ def turn_of(number: int, turn: object, names: tuple[str, str]) -> Turn:
             raise RowRefused(f"turn {number} lacks `{name}`")
     if not isinstance(speaker, str):
         raise RowRefused(f"`{names[0]}` of turn {number} is {kind_of(speaker)} instead of text")
-    kept = {key: value for key, value in turn.items() if key not in ("from", "value", "function_call")}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value", "function_call")}
     calls = calls_of(turn) or None
     if speaker == "function_call":
         calls, said = [called(number, said)], None
     elif not isinstance(said, str) and said is not None:
         check_parts(number, names[1], said)
     return {
-        **kept,
+        **others,
         "role": ROLES.get(speaker, speaker) if "role" not in turn else speaker,
         "content": said,
         **({"tool_calls": calls} if calls else {}),
@@ -191,31 +191,31 @@ def called(number: int, value: object) -> dict[str, Any]:
 def check_parts(number: int, name: str, content: object) -> None:
     if not isinstance(content, list):
         raise RowRefused(f"`{name}` of turn {number} is {kind_of(content)} instead of text")
-    for part in content:
-        if not isinstance(part, dict):
+    for item in content:
+        if not isinstance(item, dict):
             raise RowRefused(
-                f"turn {number} has a part that is {kind_of(part)} instead of an object of `text`"
+                f"turn {number} has a part that is {kind_of(item)} instead of an object of `text`"
             )
-        if not isinstance(part.get("text"), str):
-            kind = part.get("type", "text")
+        if not isinstance(item.get("text"), str):
+            kind = item.get("type", "text")
             if kind != "text":
                 raise RowRefused(
                     f"turn {number} has a part that is {kind!r} instead of text; only text is read"
                 )
-            raise RowRefused(f"turn {number} has a part whose `text` is {kind_of(part.get('text'))}")
+            raise RowRefused(f"turn {number} has a part whose `text` is {kind_of(item.get('text'))}")
 
 
 def tools_of(tools: object) -> list[dict[str, Any]] | None:
     """A list of tools, or JSON of one."""
     try:
-        found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
+        parsed = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
     except (ValueError, RecursionError) as fault:
         raise RowRefused(f"`tools` is a text that is not valid JSON: {json_fault(fault)}") from fault
-    if found is None:
+    if parsed is None:
         return None
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         raise RowRefused("`tools` is not a list of objects")
-    return found or None
+    return parsed or None
 
 
 def text_in(row: Row, field: str) -> str:
@@ -226,12 +226,12 @@ def text_in(row: Row, field: str) -> str:
     return value
 
 
-def require_text(place: str, text: str) -> None:
+def require_text(name: str, text: str) -> None:
     """JSON's escapes can name half of a character, which no encoding can write."""
     try:
         text.encode()
     except UnicodeEncodeError as fault:
-        raise RowRefused(f"{place} holds half of a character (a surrogate alone)") from fault
+        raise RowRefused(f"{name} holds half of a character (a surrogate alone)") from fault
 
 
 def kind_of(value: object) -> str:
