@@ -1,4 +1,4 @@
-"""The `nibble` command: composes the commands, and turns errors into exit codes."""
+"""The `nibble` command: assembles the commands, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ def build() -> typer.Typer:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Always ends with SystemExit; the codes are in `terminal.ExitCode`."""
-    given = sys.argv[1:] if arguments is None else arguments
+    command_line = sys.argv[1:] if arguments is None else arguments
     try:
         build()(args=arguments, prog_name="nibble")
     except NibbleError as error:
-        sys.exit(report_error(error, as_json="--json" in given))
+        sys.exit(report_error(error, as_json="--json" in command_line))
     except OSError as error:
-        fault = system_fault(error, error.filename or "the folder that was written to")
+        fault = system_fault(error, error.filename or "the output folder")
         if fault is None:
             raise
-        sys.exit(report_error(fault, as_json="--json" in given))
+        sys.exit(report_error(fault, as_json="--json" in command_line))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from app.core.storage.reuse import package_version
 from app.core.telemetry.tracing import Tracer
 from app.core.upkeep.janitor import Janitor, Repeated
 
-# Looked through in this order: the route where every millisecond counts is the first.
+# Matched in this order: inference, the route most sensitive to latency, comes first.
 ROUTES = (
     *(inference, jobs, events, webhooks, estimates, artifacts, downloads, workers, deployments),
     *(keys, tenants, audit, sessions, storage, operations),
@@ -52,13 +52,13 @@ ROUTES = (
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The application. Nothing is opened before its lifespan begins."""
+    """Build the application; its connections open when its lifespan begins."""
     metrics, tracer = Metrics(), Tracer(settings.otlp_endpoint, "nibble-api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with ExitStack() as stack:
-            # In this thread, not a pool's: an embedded Redis ends with the thread that started it.
+            # In this thread, not a pool's: an embedded Redis dies with the thread that started it.
             try:
                 app.state.services = services = open_services(settings, metrics, stack)
             except NibbleError as fault:
@@ -74,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Quantizes language models.",
         version=package_version(),
         lifespan=lifespan,
-        docs_url=None,  # the interactive pages load their scripts from elsewhere
+        docs_url=None,  # the interactive pages load scripts from other hosts
         redoc_url=None,
     )
     errors.install(app)
@@ -92,7 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def open_services(settings: Settings, metrics: Metrics, stack: ExitStack) -> Services:
-    """Connect everything; `stack` takes it down again in reverse order."""
+    """Open every connection; `stack` closes them in reverse order."""
     make_folder(settings.state_dir)
     server = stack.enter_context(resolve_redis(settings))
     redis = connect(server.url)
@@ -129,7 +129,7 @@ def start_threads(services: Services, first_key: ApiKey, stack: ExitStack) -> No
     threads = (
         Repeated("janitor", janitor.sweep, settings.janitor_interval_s),
         Repeated("turns", services.turns.sweep, settings.janitor_interval_s),
-        # A Redis that has lost everything would otherwise let nobody in until the next start.
+        # Otherwise a Redis that lost its data would refuse every key until the next start.
         Repeated("first key", lambda: services.keys.restore(first_key), settings.janitor_interval_s),
         Repeated("garbage", services.garbage.collect, settings.gc_interval_s),
         WebhookThread(sender),

@@ -1,4 +1,4 @@
-"""Probes on a port of their own: a thread with its own loop answers, however busy the other loop is."""
+"""Probes on their own port, answered by a thread with its own loop, however busy the main loop is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from app.api.operations import metrics, readiness
 from app.core.errors import Unavailable
 from app.core.settings import Settings
 
-SILENCE_LIMIT_S = 60.0  # far beyond the longest turn of a flooded loop: a second or two
+SILENCE_LIMIT_S = 60.0  # well above the longest turn of an overloaded loop, a second or two
 STOP_LIMIT_S = 5.0
 
 
@@ -30,16 +30,16 @@ def probe_socket(settings: Settings) -> socket.socket | None:
         return socket.create_server((settings.host, settings.probe_port), family=family)
     except OSError as fault:
         raise Unavailable(
-            f"probes can't be answered at {settings.host}:{settings.probe_port}: {fault.strerror or fault}",
+            f"can't listen for probes at {settings.host}:{settings.probe_port}: {fault.strerror or fault}",
             code="port_taken",
-            remedy="set NIBBLE_PROBE_PORT to a free port, or to nothing: NIBBLE_PORT answers probes, too",
+            remedy="set NIBBLE_PROBE_PORT to a free port, or leave it empty: NIBBLE_PORT also answers probes",
         ) from fault
 
 
 def probe_app(api: FastAPI, silent_s: Callable[[], float]) -> Starlette:
     """`/healthz`, `/readyz` and `/metrics` of `api`.
 
-    `silent_s`: seconds since its loop last took its turn. One that hangs for ever is told as 503.
+    `silent_s`: seconds since the main loop last ran. A hanging loop is reported as 503.
     """
 
     async def healthy(request: Request) -> Response:

@@ -21,17 +21,17 @@ from app.core.telemetry.logs import set_up_logs
 from app.main import create_app
 from app.probes import ProbeThread, probe_socket
 
-GRACE_S = 5  # for requests that are being answered when the end comes
+GRACE_S = 5  # grace for running requests at shutdown
 HEAD_LIMIT_S = 15.0
-ACCEPTED_AT_ONCE = 32  # new connections, for each turn of the loop
+ACCEPTED_AT_ONCE = 32  # new connections per turn of the loop
 TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 class PatientProtocol(H11Protocol):
-    """Ends connections on which no whole head of a request arrives in time.
+    """Closes connections whose request head does not arrive in time.
 
-    Thousands that send a byte now and then would otherwise use up the process's files. A body that does not
-    arrive is `BodyLimit`'s matter; a connection between two requests, uvicorn's.
+    Otherwise thousands of slow connections could use up the process's file descriptors. `BodyLimit` handles
+    slow bodies, uvicorn idle connections between requests.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -72,9 +72,9 @@ class PatientProtocol(H11Protocol):
 
 
 class ApiServer(uvicorn.Server):
-    """Takes many new connections at a turn, answers probes beside them, and ends waiting requests at once.
+    """Accepts many connections per turn, answers probes, and ends waiting requests at shutdown.
 
-    Callers of long polls and event streams ask again.
+    Clients of long polls and event streams reconnect.
     """
 
     def __init__(self, app: FastAPI, config: uvicorn.Config, probes: socket.socket | None = None) -> None:
@@ -84,7 +84,7 @@ class ApiServer(uvicorn.Server):
         self._probes = ProbeThread(probes, app, self.silent_s) if probes is not None else None
 
     def silent_s(self) -> float:
-        """Seconds since the loop of the requests last took its turn."""
+        """Seconds since the main event loop last ran."""
         return time.monotonic() - self._turn_at
 
     async def on_tick(self, counter: int) -> bool:
@@ -103,11 +103,11 @@ class ApiServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _listen_wider(self) -> None:
-        """Listen with further descriptors of each socket.
+        """Listen on several duplicated descriptors of each socket.
 
         libuv (1.45 and later, below uvloop) accepts one connection for each descriptor and turn of the loop.
-        A turn is as long as all requests that came meanwhile, so that behind many busy connections a new one
-        waited until they were gone.
+        A turn handles all pending requests, so with one descriptor a new connection would wait behind many
+        busy ones.
         """
         loop = asyncio.get_running_loop()
         protocol = partial(PatientProtocol, self.config, self.server_state, self.lifespan.state)
@@ -119,7 +119,7 @@ class ApiServer(uvicorn.Server):
 
     @property
     def refusal(self) -> NibbleError | None:
-        """Why the service could not start, where its operator can change it."""
+        """The reason why the service could not start, if the operator can fix it."""
         return getattr(self._app.state, "refusal", None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -137,7 +137,7 @@ def api_server(settings: Settings) -> ApiServer:
         http=PatientProtocol,
         host=settings.host,
         port=settings.port,
-        log_config=None,  # as all other loggers
+        log_config=None,  # like all other loggers
         access_log=False,
         timeout_graceful_shutdown=GRACE_S,
     )

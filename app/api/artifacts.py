@@ -1,4 +1,4 @@
-"""`/v1/artifacts`: what was published, and its files."""
+"""`/v1/artifacts`: published artifacts and their files."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 
 FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
-    206: {"description": "The range asked for."},
+    206: {"description": "The requested range."},
     304: {"description": "Not changed."},
-    307: {"description": "Where object storage gives the file, for a while."},
+    307: {"description": "Redirect to a temporary link in object storage."},
     416: {"description": "No byte of the file is in the range."},
 }
 
 
 class Conditions(BaseModel):
-    """The headers that decide how much of a file is sent."""
+    """Request headers that select a range of a file or a cached answer."""
 
     range: str | None = None
     if_range: str | None = None
@@ -72,14 +72,14 @@ def read_artifact(
     principal: ArtifactsReader,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """The manifest: every file with its size and SHA-256."""
+    """The manifest: the path, size and SHA-256 of every file."""
     view = ArtifactView.of(services.artifacts.get(principal.tenant, artifact_id))
     return tagged_answer(view, if_none_match)
 
 
 @router.delete("/{artifact_id}", status_code=204)
 def delete_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsWriter) -> None:
-    """Remove an artifact and its files. A deployment that serves it must go first."""
+    """Remove an artifact and its files. Delete deployments that serve it first."""
     manifest = services.artifacts.get(principal.tenant, artifact_id)
     require_unused(services, manifest.id)
     discard(services.objects, services.limits, manifest)
@@ -122,7 +122,7 @@ def read_file(
     principal: ArtifactsReader,
     conditions: ConditionsParam,
 ) -> Response:
-    """A file, whole or a range of it."""
+    """A file, or a byte range of it."""
     manifest, file = services.artifacts.file(principal.tenant, artifact_id, path)
     return sent_file(services, manifest, file, conditions)
 
@@ -144,7 +144,7 @@ def sent_file(
 
 
 def file_answer(services: Services, key: str, file: ArtifactFile, byte_range: ByteRange | None) -> Response:
-    # A range can't be held against the digest of the whole; one of a file that was cut is found out here.
+    # A range has no digest of its own, so the stored size is checked before any byte is sent.
     stored = services.objects.require(key).size
     if stored != file.size:
         raise corrupt(key, f"{stored} bytes", f"{file.size}")
@@ -162,9 +162,9 @@ def file_answer(services: Services, key: str, file: ArtifactFile, byte_range: By
 
 
 def verified(chunks: Iterator[bytes], key: str, file: ArtifactFile) -> Iterator[bytes]:
-    """The pieces of a whole file. The last one is held back until all agree with the manifest.
+    """Stream a whole file; its last chunk is sent only if the SHA-256 matches the manifest.
 
-    A stored file that was damaged so ends in a broken connection, not in a complete wrong answer.
+    A damaged file thus ends in a broken connection instead of a complete but wrong answer.
     """
     digest, held = hashlib.sha256(), b""
     for chunk in chunks:
@@ -181,7 +181,7 @@ def corrupt(key: str, stored: str, expected: str) -> Unavailable:
     return Unavailable(
         f"the stored object {key} has {stored}, its manifest says {expected}",
         code="storage_corrupt",
-        remedy="restore the object, or delete the artifact and make it again with `force`",
+        remedy="restore the object, or delete the artifact and create it again with `force`",
     )
 
 
@@ -208,7 +208,7 @@ def file_headers(file: ArtifactFile) -> dict[str, str]:
 
 
 def media_type(file: ArtifactFile) -> str:
-    """By suffix; never a type that a browser would run."""
+    """The media type by suffix, never one that a browser executes."""
     guessed = mimetypes.guess_type(file.path)[0]
     return (
         guessed

@@ -1,4 +1,4 @@
-"""`/v1/audit`, and the part of every request that writes it."""
+"""`/v1/audit`, and the middleware that writes its entries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from app.core.access.audit_log import AuditEntry
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
-# Sent with POST, but changing nothing.
+# POST routes that change nothing.
 QUESTIONS = frozenset({"/v1/estimates", "/v1/chat/completions", "/v1/completions"})
 
 
@@ -40,7 +40,7 @@ def list_audit(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: str | None = None,
 ) -> AuditList:
-    """The tenant's changes and logins, newest first: by which key, with which answer."""
+    """The tenant's changes and logins, newest first, each with its key and status."""
     entries = services.audit.page(principal.tenant, limit=limit + 1, before=checked_event_id(after))
     data = tuple(entries[:limit])
     has_more = len(entries) > limit
@@ -48,7 +48,7 @@ def list_audit(
 
 
 class AuditTrail:
-    """Writes an entry before the answer to a change is sent."""
+    """Writes an audit entry before it sends the answer to a change."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -72,7 +72,7 @@ def is_question(method: str, path: str) -> bool:
 
 async def record(scope: Scope, status: int) -> None:
     principal: Principal | None = scope["state"].get("principal")
-    if principal is None:  # nobody whose tenant could read it; the access log has the request
+    if principal is None:  # without a tenant nobody could read the entry; the access log has the request
         return
     services: Services = scope["app"].state.services
     entry: dict[str, str | int] = {

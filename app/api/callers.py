@@ -1,7 +1,7 @@
-"""Who calls: the authenticator of all routes, of answers that are kept, and of inference.
+"""Authenticates the caller of every route, cached answer and inference request.
 
-A caller is remembered while the records of key, session and limits stay the same. Each request reads them, in
-the one round trip that all requests of the moment share, so a revoked key is refused at once.
+A caller is cached while the records of its key, session and limits are unchanged. Each request checks their
+stamps, in one round trip shared by concurrent requests, so a revoked key is refused at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from app.core.access.limits import TenantLimits
 from app.core.changes.stamps import StampReader, Values
 from app.core.errors import Forbidden, Unauthenticated
 
-OFFLINE_S = 300.0  # while Redis does not answer, callers of inference stay known for so long
+OFFLINE_S = 300.0  # how long cached callers may use inference while Redis does not answer
 MAX_CALLERS = 8192
 SESSION_COOKIE = "nibble_session"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -34,7 +34,7 @@ def no_stamps(tenant: str) -> tuple[str, ...]:
 
 
 class Callers:
-    """Remembers who calls. `is_offline` says that Redis did not answer the last time."""
+    """Caches callers by credential. `is_offline` returns True after Redis failed to answer."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class Callers:
         self._holders: LeastRecent[bytes, Holder] = LeastRecent(MAX_CALLERS)
 
     async def of(self, scope: Scope, *, outlasts_redis: bool = False) -> Principal:
-        """Who calls. The request is counted against the tenant's rate, once.
+        """Return the caller of a request, and count the request once against the tenant's rate.
 
-        With `outlasts_redis` remembered callers go on, uncounted, while Redis does not answer. Raises
+        With `outlasts_redis`, cached callers are accepted, uncounted, while Redis does not answer. Raises
         Unauthenticated, Forbidden for a session's change without an origin, RateLimited, RedisError.
         """
         principal = cast("Principal | None", scope["state"].get("principal"))
@@ -63,17 +63,17 @@ class Callers:
     async def with_stamps(
         self, scope: Scope, stamps_of: StampsOf, *, outlasts_redis: bool = False
     ) -> tuple[Principal, Values]:
-        """As `of`, with the present values of the stamps."""
+        """As `of`, with the current values of the stamps."""
         holder, values = await self._current(credential_of(scope), stamps_of, outlasts_redis=outlasts_redis)
         if holder.is_limited and values is not None:
             await run_in_threadpool(self._limits.count_request, holder.principal.tenant)
-        scope["state"]["principal"] = holder.principal  # for the audit log, and whoever asks again
+        scope["state"]["principal"] = holder.principal  # for the audit log and later calls
         return holder.principal, values or ()
 
     async def _current(
         self, credential: Credential, stamps_of: StampsOf, *, outlasts_redis: bool
     ) -> tuple[Holder, Values | None]:
-        """Who holds the credential now, and the stamps; without them (None) Redis did not answer."""
+        """The credential's holder and the stamps, or None for the stamps if Redis did not answer."""
         holder = self._holders.get(credential.digest)
         may_last = outlasts_redis and holder is not None and holder.is_good_for(OFFLINE_S)
         if holder is not None and may_last and self._is_offline():
@@ -81,7 +81,7 @@ class Callers:
         try:
             return await self._checked(credential, holder, stamps_of, is_patient=not may_last)
         except RedisError:
-            holder = self._holders.get(credential.digest)  # none if it was found to have changed
+            holder = self._holders.get(credential.digest)  # None if its records have changed
             if holder is None or not may_last:
                 raise
             return holder, None
@@ -89,7 +89,7 @@ class Callers:
     async def _checked(
         self, credential: Credential, holder: Holder | None, stamps_of: StampsOf, *, is_patient: bool
     ) -> tuple[Holder, Values]:
-        """The holder if nothing has changed, else the one that Redis names now. Raises RedisError."""
+        """The cached holder if its records are unchanged, else the one read from Redis. Raises RedisError."""
         if holder is not None:
             try:
                 values = await self._stamps.read((*holder.names, *stamps_of(holder.principal.tenant)))
@@ -103,7 +103,7 @@ class Callers:
                     return holder, values[count:]
                 if not is_same:
                     self._holders.drop(credential.digest)
-        # Once a minute also without a change: that notes the key's use. By the client that tries again.
+        # Read once a minute even if unchanged, to record the key's use.
         holder = await run_in_threadpool(self._authenticator.holder, credential)
         self._holders.put(credential.digest, holder)
         stamps = stamps_of(holder.principal.tenant)
@@ -112,7 +112,7 @@ class Callers:
 
 def credential_of(scope: Scope) -> Credential:
     """The API key in the header, else the cookie of a browser's session."""
-    headers = dict(reversed(scope["headers"]))  # of a repeated one the first counts
+    headers = dict(reversed(scope["headers"]))  # the first of repeated headers counts
     scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return Credential.of_key(key.strip())
@@ -123,7 +123,7 @@ def credential_of(scope: Scope) -> Credential:
             code="api_key_missing",
             remedy="send `Authorization: Bearer <key>`",
         )
-    # A browser sends the cookie by itself, and names the origin with every change.
+    # A browser sends the cookie on its own, and the Origin with every change.
     if scope["method"] not in SAFE_METHODS and b"origin" not in headers:
         raise Forbidden(
             "a change with a session's cookie must name its origin",
@@ -134,7 +134,7 @@ def credential_of(scope: Scope) -> Credential:
 
 
 def session_of(scope: Scope) -> str | None:
-    """The session in the request's cookies; of several the last counts."""
+    """The session in the request's cookies; the last one counts."""
     cookies: dict[str, str] = {}
     for name, value in scope["headers"]:
         if name == b"cookie":

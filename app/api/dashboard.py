@@ -1,4 +1,4 @@
-"""The dashboard: one page at `/` and its assets. Everything that it shows comes from the API."""
+"""The dashboard: one page at `/` and its assets. All of its data comes from the API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app.dashboard import ASSETS, PAGE
 
 router = APIRouter(tags=["operations"])
 
-# No inline code, no other host; uPlot and dialogs set styles by script, which this allows.
+# No inline code and no other host. Styles set by script (uPlot, dialogs) are allowed.
 CONTENT_POLICY = "; ".join((
     "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' data:",
     "connect-src 'self'",
@@ -18,14 +18,14 @@ CONTENT_POLICY = "; ".join((
 ))  # fmt: skip
 PAGE_HEADERS = {
     "Content-Security-Policy": CONTENT_POLICY,
-    "Cache-Control": "no-cache",  # asked for again, answered with 304 while unchanged
+    "Cache-Control": "no-cache",  # revalidated on each use; 304 while unchanged
     "Vary": "Accept",
 }
 
 
 @router.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
 def index(request: Request) -> Response:
-    """The dashboard for browsers; for others, what this is and where to look."""
+    """The dashboard for browsers, an index of links for other clients."""
     if "text/html" in request.headers.get("accept", ""):
         return FileResponse(PAGE, media_type="text/html", headers=PAGE_HEADERS)
     return JSONResponse({
@@ -37,7 +37,7 @@ def index(request: Request) -> Response:
 
 
 class Assets(StaticFiles):
-    """Files that browsers keep, but ask about each time."""
+    """Static files that browsers cache and revalidate on each use."""
 
     def file_response(self, *args: object, **options: object) -> Response:
         answer = super().file_response(*args, **options)  # type: ignore[arg-type]  # passed on as they came

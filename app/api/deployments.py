@@ -23,7 +23,7 @@ from app.core.records.specs import DeploymentOptions
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
 
 METRICS_LIMIT_S = 5.0
-STAMPS_LAST_S = 1.0  # then a replica that died may be missing
+STAMPS_LAST_S = 1.0  # seconds after which a dead replica may have left the list
 POLL_AFTER = {"starting": "1", "draining": "1"}
 
 
@@ -89,10 +89,10 @@ def read_deployment(
     "/{deployment_id}",
     status_code=202,
     response_model=DeploymentView,
-    responses={204: {"description": "Nothing ran; it is gone."}},
+    responses={204: {"description": "Deleted: it had no servers."}},
 )
 def delete_deployment(deployment_id: str, services: ServicesParam, principal: DeploymentsWriter) -> Response:
-    """Take no more requests, finish those that run, then stop. The name is free at once."""
+    """Stop accepting requests, finish those in progress, then stop. The name is free at once."""
     live = services.deployments.get(principal.tenant, deployment_id)
     deployment = services.deployments.update(live.id, removed)
     gone = services.deployments.forget(deployment)
@@ -111,14 +111,14 @@ def delete_deployment(deployment_id: str, services: ServicesParam, principal: De
 def read_server_metrics(
     deployment_id: str, slot: int, services: ServicesParam, principal: DeploymentsReader
 ) -> Response:
-    """One server's own metrics, under vLLM's names: its address is no other's to know."""
+    """One server's metrics under vLLM's names. The service relays them: a server's address is private."""
     live = services.deployments.get(principal.tenant, deployment_id)
     url = next((replica.url for replica in live.ready if replica.slot == slot), None)
     if url is None:
         raise NotFound(
             f"{live.spec.name} has no server {slot} that answers",
             code="server_not_found",
-            remedy="read the deployment: `servers` lists those that there are",
+            remedy="read the deployment: `servers` lists its servers",
         )
     try:
         metrics = httpx.get(f"{url}/metrics", timeout=METRICS_LIMIT_S, trust_env=False)
@@ -133,7 +133,7 @@ def read_server_metrics(
 
 
 def answer(services: Services, live: LiveDeployment, *, status: int = 200) -> JSONResponse:
-    """The deployment with a hint when to look again."""
+    """The deployment with a Retry-After hint for polling."""
     view = DeploymentView.of(live, serving_engines(services))
     headers = {"Location": view.links["self"]} if status == 202 else {}
     headers |= poll_after(view)
@@ -145,12 +145,12 @@ def poll_after(view: DeploymentView) -> dict[str, str]:
 
 
 def serving_engines(services: Services) -> list[tuple[str, ...]]:
-    """What each living worker of the queue `serve` can run."""
+    """The engines of each live worker of the queue `serve`."""
     return [worker.engines for worker in services.workers.living() if worker.queue == "serve"]
 
 
 def require_engine(services: Services, options: DeploymentOptions) -> None:
-    """Refuse an engine that none of the living workers has. Without any worker the deployment waits."""
+    """Refuse an engine that no live worker has. Without any worker the deployment waits."""
     engines = serving_engines(services)
     if options.engine == "auto" or not engines or any(options.engine in offered for offered in engines):
         return

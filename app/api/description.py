@@ -1,4 +1,4 @@
-"""The OpenAPI document: what the framework derives, and the errors that every route may answer."""
+"""The OpenAPI document: the framework's, with the errors that every route may return."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from app.core.records.ids import ARTIFACT_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTE
 PROBLEMS = sorted({*STATUS.values(), 413} - {500})
 OPEN_PROBLEMS = (403, 422, 503)  # of routes that need no key
 EVENT_ID_PATTERN = r"^\d{1,15}-\d{1,15}$"
-# What parameters look like beyond their type. The routes refuse other values with 400, not 422, so the
-# framework must not check them.
+# Patterns of parameters, for the document only: the routes check them and answer 400, where the framework
+# would answer 422.
 PATTERNS = {
     ("/v1/jobs", "after"): JOB_ID_PATTERN,
     ("/v1/jobs", "label"): r"^[^=]+=",
     ("/v1/jobs/{job_id}/events", "after"): EVENT_ID_PATTERN,
-    # An empty one is the start, as for those who follow the specification of server-sent events.
+    # An empty id means the start, as in the specification of server-sent events.
     ("/v1/jobs/{job_id}/events", "last-event-id"): r"^(\d{1,15}-\d{1,15})?$",
     ("/v1/artifacts", "after"): ARTIFACT_ID_PATTERN,
     ("/v1/deployments", "after"): rf"^dep_{ULID_PATTERN}$",
@@ -35,7 +35,7 @@ FRAMEWORK_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
 
 def describe(app: FastAPI) -> None:
-    """Have the application's document name its problems."""
+    """Add the problem answers to the application's OpenAPI document."""
     derive = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def with_problems(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_problems(path: str, operation: dict[str, Any]) -> None:
-    """The errors of one operation; those that it describes itself stay as they are."""
+    """The errors of one operation; those that it already describes stay."""
     answers = operation["responses"]
     if "HTTPValidationError" in str(answers.get("422", "")):
         del answers["422"]
@@ -77,7 +77,7 @@ def add_problems(path: str, operation: dict[str, Any]) -> None:
 
 
 def add_pattern(schema: dict[str, Any], pattern: str | None) -> None:
-    """The pattern on the string that the schema allows, alone or among other types or in a list."""
+    """Set the pattern on a schema's string, alone, in a union or in a list."""
     if pattern is None:
         return
     for branch in schema.get("anyOf", [schema.get("items", schema)]):

@@ -1,4 +1,4 @@
-"""Links to single files that need no key, and what they lead to."""
+"""Links that read a single file without a key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LinkRequest(Frozen):
 
 
 class Signed(BaseModel):
-    """What makes a link hold."""
+    """The link's file, expiry and signature."""
 
     expires: int = Field(ge=0, le=2**40)
     signature: str = Field(pattern="^[0-9a-f]{64}$")
@@ -32,7 +32,7 @@ class Signed(BaseModel):
 
 class LinkView(BaseModel):
     object: Literal["link"] = "link"
-    url: str = Field(description="Absolute where the storage signs, else a path of this service.")
+    url: str = Field(description="An absolute URL if the storage signs links, else a path of this service.")
     expires_at: datetime
 
 
@@ -59,7 +59,7 @@ def follow_link(
     conditions: ConditionsParam,
     signed: Annotated[Signed, Query()],
 ) -> Response:
-    """The file that a link names."""
+    """The linked file."""
     services.links.check(artifact_id, path, expires=signed.expires, signature=signed.signature)
     manifest, file = services.artifacts.linked_file(artifact_id, path)
     return sent_file(services, manifest, file, conditions)

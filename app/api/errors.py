@@ -1,4 +1,4 @@
-"""Errors on the wire: RFC 9457 for the management API, OpenAI's shape for what inference clients call."""
+"""Errors on the wire: RFC 9457 for the management API, OpenAI's shape for inference routes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from app.core.error_answers import headers_of, inference_answer, inference_refus
 
 log = logging.getLogger(__name__)
 
-# The first part of each management route below /v1. All else is asked for by inference clients.
+# First path segments of management routes below /v1. Every other path answers in OpenAI's shape.
 MANAGED = frozenset({
     "artifacts", "audit", "deployments", "downloads", "estimates", "gc", "jobs", "keys", "login-links",
     "logout", "tenants", "webhook-secret", "workers",
 })  # fmt: skip
 PROBLEM_TYPE = "application/problem+json"
-# Of a union's branches pydantic reports each; these types say only that a branch has another shape.
+# Pydantic reports every branch of a union; these types only say that a branch has another shape.
 SHAPE_ERRORS = frozenset({"tuple_type", "model_type", "model_attributes_type"})
 
 
@@ -50,7 +50,7 @@ class ProblemDocument(BaseModel):
 
 
 def is_inference(path: str) -> bool:
-    """True for paths whose callers expect errors in OpenAI's shape, also where there is no such route."""
+    """Whether errors of this path use OpenAI's shape, even if the route does not exist."""
     parts = path.split("/")
     return parts[1:2] == ["v1"] and not MANAGED.intersection(parts[2:3])
 
@@ -62,7 +62,7 @@ def error_response(
     status: int | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """The answer that tells of `error` in the shape that callers of `path` expect."""
+    """The response for `error`, in the shape that callers of `path` expect."""
     if not is_inference(path):
         return problem(error, status=status, headers=headers)
     answer = inference_answer(error, status=status)
@@ -76,7 +76,7 @@ def problem(
     fields: list[FieldProblem] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """The answer that tells of `error`."""
+    """The problem response for `error`."""
     status = status if status is not None else status_of(error)
     document = ProblemDocument(
         type=f"urn:nibble:problem:{error.code}",
@@ -97,7 +97,7 @@ def problem(
 
 
 def field_problems(findings: Sequence[Any]) -> list[FieldProblem]:
-    """Pydantic's findings with the path of the field that a caller wrote."""
+    """Pydantic's findings, each with the path of the caller's field."""
     problems = [
         FieldProblem(
             path=errors.field_path(finding["loc"][1:]),
@@ -111,7 +111,7 @@ def field_problems(findings: Sequence[Any]) -> list[FieldProblem]:
 
 
 def is_echo(problem: FieldProblem, problems: Sequence[FieldProblem]) -> bool:
-    """True for a list that counts as too short because its items were refused."""
+    """Whether a list counts as too short only because its items were refused."""
     inside = problem.path + "."
     return problem.code == "too_short" and any(other.path.startswith(inside) for other in problems)
 
@@ -144,7 +144,7 @@ def on_invalid_fields(request: Request, error: Exception) -> JSONResponse:
 
 
 def on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: unknown routes, wrong methods, unreadable bodies."""
+    """Translate the framework's own refusals: unknown routes, wrong methods, unreadable bodies."""
     assert isinstance(error, HTTPException)
     status, path = error.status_code, request.url.path
     headers = dict(error.headers or {})
@@ -175,11 +175,11 @@ def on_redis_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def on_unexpected(request: Request, error: Exception) -> JSONResponse:
-    """The last handler: the server logs the error with its traceback."""
+    """Handle any other error; the server logs its traceback."""
     return error_response(
         request.url.path,
         errors.NibbleError(
-            "the service met an error of its own",
+            "internal error of the service",
             remedy="report it with the X-Request-ID of this answer",
         ),
     )

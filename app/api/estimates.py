@@ -1,4 +1,4 @@
-"""`/v1/estimates`: what a job would take and do, without doing it."""
+"""`/v1/estimates`: predicts a job without running it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def estimate_job(spec: JobSpec, services: ServicesParam, principal: JobsReader) 
 
 
 def best_device(services: Services) -> tuple[DeviceKind, DeviceProfile | None]:
-    """The best device that a living worker has, and how fast it is if the worker has measured it."""
+    """The best device of the live workers, with its measured speed if there is one."""
     living = services.workers.living()
     gpus = [worker for worker in living if worker.device.startswith("cuda")]
     profiles = [worker.profile for worker in gpus or living if worker.profile is not None]

@@ -25,7 +25,7 @@ EVENT_ID = re.compile(r"\d{1,15}-\d{1,15}")
 class EventQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    after: str | None = Field(default=None, description="The id of the last event that was seen.")
+    after: str | None = Field(default=None, description="The id of the last event that the client received.")
     limit: int = Field(default=100, ge=1, le=1000)
 
 
@@ -53,7 +53,7 @@ async def read_events(
         return JSONResponse(page.model_dump(mode="json"))
     has_ended = job.is_terminal and not await run_in_threadpool(services.jobs.events, job_id, start, 1)
     if has_ended:
-        # An EventSource connects again and again; this status tells it to stop.
+        # 204 stops an EventSource from reconnecting.
         return Response(status_code=204)
     stream = event_stream(services, principal.tenant, job_id, start)
     return StreamingResponse(
@@ -72,7 +72,7 @@ def checked_event_id(event_id: str | None) -> str | None:
         raise MalformedRequest(
             f"{event_id[:64]!r} is not an event id",
             code="invalid_cursor",
-            remedy="pass the id of the last event that you have seen",
+            remedy="pass the id of the last event that you received",
             param="after",
         )
     return event_id

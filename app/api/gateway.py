@@ -1,9 +1,9 @@
 """Relays inference requests to the servers of a deployment.
 
-find      the deployment by tenant and model, the replica with the least to do
-ask       before the first byte, a dead or full replica is replaced by another one, once
-relay     bytes pass as they come, whole events at a time; a server that dies leaves an error event
-leave     a caller who goes away cancels the request at the server
+find      the deployment by tenant and model, its least loaded replica
+ask       if a replica is dead or full before the first byte, another one is tried, once
+relay     whole events are passed on as they arrive; if the server dies, an error event ends the stream
+leave     a caller's disconnect cancels the request at the server
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from app.core.settings import Settings
 
 CONNECT_S = 3.0
 KEEPALIVE_S = 4.0  # below the five seconds after which servers close idle connections
-SUSPECT_S = 3.0  # a replica that refused a connection is asked last for so long
+SUSPECT_S = 3.0  # how long a replica that refused a connection is asked last
 USUAL_LOAD_S = 5.0
 MAX_RETRY_AFTER_S = 60
 PASSED_ON = ("content-type", "accept", "x-request-id")
@@ -41,7 +41,7 @@ BUSY = frozenset({429, 503})
 
 
 class Inquiry(NamedTuple):
-    """A request on its way to a server."""
+    """A request that is being relayed to a server."""
 
     live: LiveDeployment
     path: str
@@ -50,7 +50,7 @@ class Inquiry(NamedTuple):
 
 
 class Gateway:
-    """One per process. `close` it with the event loop that used it."""
+    """Relays requests; one per process. Close it on the event loop that used it."""
 
     def __init__(
         self, routes: RoutingTable, store: DeploymentStore, settings: Settings, metrics: Metrics
@@ -66,7 +66,7 @@ class Gateway:
         self._timeout = httpx.Timeout(
             connect=CONNECT_S, read=silence, write=silence, pool=CONNECT_S
         ).as_dict()
-        # A transport instead of a client: redirects, cookies and proxies would only cost time.
+        # A transport, not a client: redirects, cookies and proxies are not needed.
         self._http = httpx.AsyncHTTPTransport(
             limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=256, keepalive_expiry=KEEPALIVE_S
@@ -105,7 +105,7 @@ class Gateway:
         )
 
     async def _deployment(self, tenant: str, name: str) -> LiveDeployment:
-        """The deployment of that name; one that rests is woken up."""
+        """The deployment of that name; an unloaded one is started."""
         live = self._routes.find(tenant, name)
         if live is None:
             raise unknown_model(name)
@@ -121,7 +121,7 @@ class Gateway:
         return live
 
     def _admit(self, live: LiveDeployment) -> Callable[[int], None]:
-        """Count the request in; the result counts it out, with its status."""
+        """Count a request that begins; call the result with its status when it ends."""
         if self._in_flight[live.id] >= self._limit:
             self._metrics.inference_ends(live.id, 429)
             raise QueueFull(
@@ -139,7 +139,7 @@ class Gateway:
         return release
 
     async def _begin(self, inquiry: Inquiry) -> Upstream:
-        """The beginning of an answer, from a second replica if the first one is dead or full."""
+        """Open an answer, from a second replica if the first one is dead or full."""
         first = self._choose(inquiry.live, avoid=None)
         try:
             upstream = await self._ask(first, inquiry)
@@ -150,7 +150,7 @@ class Gateway:
         except httpx.TransportError:
             self._suspects[str(first.url)] = time.monotonic() + SUSPECT_S
         self._metrics.inference_retried(inquiry.live.id)
-        # Read again: the dead replica's successor may be there already.
+        # Read the table again: the dead replica may have been replaced.
         live = self._routes.find(inquiry.live.deployment.tenant, inquiry.live.spec.name) or inquiry.live
         try:
             return await self._ask(self._choose(live, avoid=first.url), inquiry)
@@ -158,7 +158,7 @@ class Gateway:
             raise lost(live) from fault
 
     def _choose(self, live: LiveDeployment, *, avoid: str | None) -> Replica:
-        """The replica with the least to do. The one to avoid is asked again if there is no other."""
+        """The least loaded replica; the one to avoid only if there is no other."""
         if not live.ready:
             raise loading(live)
         now = time.monotonic()
@@ -172,7 +172,7 @@ class Gateway:
         return min(live.ready, key=burden)
 
     async def _ask(self, replica: Replica, inquiry: Inquiry) -> Upstream:
-        """Send the request and wait for the first bytes; of an answer that is no stream, for all."""
+        """Send the request and wait for the first bytes, or for the whole answer if it is not a stream."""
         url = str(replica.url)
         self._asked[url] += 1
         response: httpx.Response | None = None
@@ -214,7 +214,7 @@ def model_of(body: bytes) -> str:
     model = document.get("model") if isinstance(document, dict) else None
     if not isinstance(model, str):
         raise MalformedRequest(
-            "the body names no model",
+            "the body has no `model`",
             code="model_missing",
             remedy="set `model` to the name of a deployment; GET /v1/models lists them",
             param="model",
@@ -232,13 +232,13 @@ def unknown_model(name: str) -> NotFound:
 
 
 def ask_again(message: str, code: str, seconds: float) -> Unavailable:
-    """No replica answers at the moment; the caller should ask again after `seconds`."""
+    """The error for a deployment without a ready replica; `seconds` becomes Retry-After."""
     retry_after = min(max(1, math.ceil(seconds)), MAX_RETRY_AFTER_S)
     return Unavailable(message, code=code, remedy=f"ask again in {retry_after} s", retry_after_s=retry_after)
 
 
 def loading(live: LiveDeployment) -> Unavailable:
-    """Says when to ask again, from how long the last start took."""
+    """The error of a loading deployment; Retry-After is estimated from its last start."""
     left = live.deployment.load_s or USUAL_LOAD_S
     for replica in live.replicas:
         if replica.state is ReplicaState.LOADING:

@@ -37,20 +37,20 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 @router.post("/chat/completions", response_class=Response, responses=STREAM, openapi_extra=BODY)
 async def create_chat_completion(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
-    """Continue a conversation, with the model of the deployment that `model` names."""
+    """Continue a conversation with the deployment named `model`."""
     return await services.gateway.answer(request, principal.tenant)
 
 
 @router.post("/completions", response_class=Response, responses=STREAM, openapi_extra=BODY)
 async def create_completion(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
-    """Continue a text, with the model of the deployment that `model` names."""
+    """Continue a text with the deployment named `model`."""
     return await services.gateway.answer(request, principal.tenant)
 
 
 @router.get("/models/", include_in_schema=False)
 @router.get("/models")
 async def list_models(services: ServicesParam, principal: Inferrer) -> JSONResponse:
-    """The deployments that may be asked, in OpenAI's words."""
+    """The tenant's deployments as OpenAI's list of models."""
     lives = services.routes.of_tenant(principal.tenant)
     data = [model_card(live) for live in lives if live.state is not DeploymentState.FAILED]
     return JSONResponse({"object": "list", "data": data})
@@ -58,7 +58,7 @@ async def list_models(services: ServicesParam, principal: Inferrer) -> JSONRespo
 
 @router.get("/models/{name:path}")  # clients ask for names such as org/model
 async def read_model(name: str, services: ServicesParam, principal: Inferrer) -> JSONResponse:
-    """One deployment, in OpenAI's words."""
+    """One deployment as OpenAI's model object."""
     live = services.routes.find(principal.tenant, name)
     if live is None:
         raise unknown_model(name)

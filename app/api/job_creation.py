@@ -29,7 +29,7 @@ def create_job(
     idempotency_key: str | None,
     retry_of: str | None = None,
 ) -> Creation:
-    """Check, record and queue a job. Returns the original one if the idempotency key was used already."""
+    """Check, record and queue a job; returns the original job when the idempotency key was already used."""
     request = spec.model_dump_json() if retry_of is None else f"retry {retry_of}"
     earlier = earlier_job(services, tenant, idempotency_key, request)
     if earlier is not None:
@@ -38,7 +38,7 @@ def create_job(
     check_deploy(services, tenant, spec)
     checked = check_submission(spec, services.settings)
     job = Job(
-        # Claimed only now: a refused body must not use up its key.
+        # Claimed after the checks, so that a refused body does not use up its key.
         id=services.idempotency.claim(tenant, idempotency_key, request, new_id("job")),
         tenant=tenant,
         spec=checked.spec,
@@ -53,18 +53,18 @@ def create_job(
 
 
 def earlier_job(services: Services, tenant: str, idempotency_key: str | None, request: str) -> Job | None:
-    """The job that was created with the key before."""
+    """The job that was already created with the key."""
     job_id = services.idempotency.find(tenant, idempotency_key, request)
     if job_id is None:
         return None
     try:
         return services.jobs.get(tenant, job_id)
-    except NotFound:  # the first request has not come that far yet, or never did
+    except NotFound:  # the first request has not recorded its job yet, or failed before it did
         return None
 
 
 def require_room(services: Services, tenant: str) -> None:
-    """Raises QueueFull or QuotaExceeded. The limit of active jobs is kept when the job is recorded."""
+    """Raises QueueFull or QuotaExceeded. The limit of active jobs is enforced when the job is recorded."""
     services.queue.require_room(services.jobs.counts()[JobState.QUEUED])
     services.limits.require_storage(tenant)
 
@@ -82,16 +82,16 @@ def with_result(job: Job, result: JobResult) -> Job:
 
 
 def check_deploy(services: Services, tenant: str, spec: JobSpec) -> None:
-    """Refuse now what the deployment after the job would be refused for."""
+    """Refuse a job whose deployment would be refused later."""
     if spec.deploy is not None:
         services.deployments.require_free(tenant, spec.deploy.name)
         require_engine(services, spec.deploy)
 
 
 def record_job(services: Services, job: Job, result: JobResult | None) -> Creation:
-    """Record, then queue: if this process dies in between, a janitor queues the job.
+    """Record the job, then queue it; if this process dies in between, the janitor queues it.
 
-    With the result of an earlier job nothing is queued: the job has succeeded as it is recorded.
+    A job that reuses an earlier result is recorded as succeeded and never queued.
     """
     if result is not None:
         services.reuse.copy_report(result, job.id)
@@ -107,10 +107,10 @@ def record_job(services: Services, job: Job, result: JobResult | None) -> Creati
 
 
 def queue_job(services: Services, job: Job, most_turns: int) -> None:
-    """Queue the job, unless it has to wait for its tenant's other jobs."""
+    """Queue the job, unless its tenant already runs as many as it may."""
     if not most_turns or not services.jobs.is_in_line(job):
         services.queue.enqueue(job)
         return
     message = f"it waits for a turn: the tenant runs at most {most_turns} jobs at a time"
     services.jobs.append_event(job.id, "note", {"code": "waits_for_turn", "message": message})
-    services.turns.give(job.tenant)  # one may have become free just now
+    services.turns.give(job.tenant)  # another job may have ended in the meantime

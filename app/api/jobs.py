@@ -35,7 +35,7 @@ from app.core.storage.storage_keys import checkpoint_prefix, report_key
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 STAMPS_LAST_S = 30.0
-# When to look again, in seconds.
+# Retry-After hints for polling, in seconds.
 POLL_AFTER = {JobState.QUEUED: 5, JobState.RUNNING: 2, JobState.CANCELLING: 1}
 
 Prefer = Annotated[str | None, Header(description="`wait=N` waits up to N seconds, at most 60.")]
@@ -46,7 +46,7 @@ def etag_of(version: int) -> str:
 
 
 def answer(job: Job, *, status: int = 200, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The job with a hint when to look again."""
+    """The job with a Retry-After hint for polling."""
     return JSONResponse(
         JobView.of(job).model_dump(mode="json"), status_code=status, headers={**hints(job), **(headers or {})}
     )
@@ -86,14 +86,14 @@ async def created_answer(services: Services, created: Creation, prefer: str | No
 
 
 class JobQuery(BaseModel):
-    """Which jobs to list. Unknown parameters are refused, as unknown fields of a body are."""
+    """Filters of the list. Unknown parameters are refused, like unknown fields of a body."""
 
     model_config = ConfigDict(extra="forbid")
 
     state: JobState | None = None
-    label: list[str] = Field(default=[], description="key=value; several must all match.")
+    label: list[str] = Field(default=[], description="key=value; repeat it to require several labels.")
     limit: int = Field(default=20, ge=1, le=100)
-    after: str | None = Field(default=None, description="`next` of the page before.")
+    after: str | None = Field(default=None, description="`next` of the previous page.")
     view: Literal["full", "brief"] = Field(default="full", description="`brief` leaves out the specs.")
 
 
@@ -134,7 +134,7 @@ async def read_job(
     if_none_match: IfNoneMatch = None,
     prefer: Prefer = None,
 ) -> Response:
-    """The job. With `Prefer: wait=N` the answer waits for a change since `If-None-Match`, else since now."""
+    """The job. `Prefer: wait=N` delays the answer until the job differs from `If-None-Match`, or from now."""
     tenant = principal.tenant
     job, version = await run_in_threadpool(services.jobs.read_for, tenant, job_id)
     tag = if_none_match or etag_of(version)
@@ -166,14 +166,14 @@ def read_report(job_id: str, services: ServicesParam, principal: JobsReader) -> 
         raise NotFound(
             f"job {job.id} is {job.state} and has no report",
             code="report_not_found",
-            remedy="a report exists once the job has evaluated its result",
+            remedy="wait until the job has evaluated its result",
         ) from fault
     return Response(report, media_type="application/json")
 
 
 @router.post("/{job_id}/cancel", response_model=JobView, responses={202: {"model": JobView}})
 def cancel_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> JSONResponse:
-    """Stop a job: at once if it waits (200), else within seconds (202, state `cancelling`)."""
+    """Stop a job: at once if it is queued (200), else within seconds (202, state `cancelling`)."""
     services.jobs.get(principal.tenant, job_id)
     job = services.jobs.update(job_id, cancel_requested)
     services.outcome.follow_up(job.id)
@@ -193,7 +193,7 @@ def retry(
         raise Conflict(
             f"job {job_id} is {job.state}; only a job that has ended can be retried",
             code="job_not_finished",
-            remedy="wait for its end, or cancel it",
+            remedy="wait until it ends, or cancel it",
         )
     created = create_job(services, job.tenant, job.spec, idempotency_key=idempotency_key, retry_of=job.id)
     status = 202 if created.is_new else 200

@@ -1,4 +1,4 @@
-"""`/v1/keys`: who may call. A tenant's admin manages the tenant's keys, the operator those of all tenants."""
+"""`/v1/keys`: API keys. A tenant's admin manages the tenant's keys, the operator those of all tenants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1/keys", tags=["keys"])
 class KeyRequest(Frozen):
     """The body of `POST /v1/keys`."""
 
-    tenant: TenantName | None = Field(default=None, description="The caller's own, if absent.")
+    tenant: TenantName | None = Field(default=None, description="Default: the caller's tenant.")
     scopes: tuple[Scope, ...] = Field(min_length=1, max_length=32)
     name: str = Field(default="", max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")
     expires_in_s: int | None = Field(default=None, ge=60, le=10 * 365 * 24 * 3600)
@@ -52,7 +52,7 @@ class KeyView(BaseModel):
 
 
 class NewKeyView(KeyView):
-    key: str = Field(default="", description="The key itself. It is not shown again.")
+    key: str = Field(default="", description="The key. It is shown only once.")
 
 
 class KeyList(BaseModel):
@@ -63,7 +63,7 @@ class KeyList(BaseModel):
 
 
 def reachable_tenant(principal: Principal, tenant: str | None) -> str | None:
-    """The tenant whose keys the caller asked for: any for the operator, else only the own. None means all."""
+    """The tenant whose keys are meant; None means all. Only the operator may name another tenant."""
     if principal.allows(Scope.OPERATOR):
         return tenant
     if tenant not in (None, principal.tenant):
@@ -79,9 +79,9 @@ def reachable_tenant(principal: Principal, tenant: str | None) -> str | None:
 def create_key(
     body: KeyRequest, services: ServicesParam, principal: Admin, idempotency_key: IdempotencyKey = None
 ) -> NewKeyView:
-    """Make a key. The answer is the only place where it is ever shown.
+    """Create a key. Only this answer ever shows it.
 
-    Sent again with its Idempotency-Key, the request makes no second one: 409 names the key that there is.
+    Repeating the request with its Idempotency-Key creates no second key: 409 names the existing one.
     """
     if Scope.OPERATOR in body.scopes:
         principal.require(Scope.OPERATOR)
@@ -103,13 +103,13 @@ def create_key(
 def list_keys(
     services: ServicesParam, principal: Admin, tenant: Annotated[TenantName | None, Query()] = None
 ) -> KeyList:
-    """Keys without their secrets, oldest first; of the operator all tenants', else the tenant's."""
+    """Keys without their secrets, oldest first: the tenant's, for the operator those of all tenants."""
     keys = services.keys.list(reachable_tenant(principal, tenant))
     return KeyList(data=tuple(KeyView.of(key) for key in keys))
 
 
 @router.delete("/{key_id}", status_code=204)
 def revoke_key(key_id: str, services: ServicesParam, principal: Admin) -> None:
-    """Refuse the key from now on; its sessions end too."""
+    """Revoke a key and end its sessions."""
     services.keys.revoke(key_id, tenant=reachable_tenant(principal, None))
     services.idempotency.spend(key_id)

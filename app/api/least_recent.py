@@ -1,4 +1,4 @@
-"""A dictionary with bounds."""
+"""A bounded dictionary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 
 class LeastRecent(Generic[K, V]):
-    """At most `most` values, of `most_bytes` in all. What was used least recently goes first."""
+    """Holds at most `most` values of `most_bytes` in all; drops the least recently used first."""
 
     def __init__(
         self, most: int, *, most_bytes: int = 0, bytes_of: Callable[[V], int] = lambda value: 0

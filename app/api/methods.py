@@ -1,4 +1,4 @@
-"""Which methods a path takes: what `Allow` names, and HEAD wherever GET is."""
+"""The methods of a path: the `Allow` header, and HEAD wherever GET exists."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-FILE_METHODS = frozenset({"GET", "HEAD"})  # of a folder of files: the mount itself takes whatever comes
-LOGIN = "/login"  # sent with GET, but opening a session and using up the link: HEAD must not
+FILE_METHODS = frozenset({"GET", "HEAD"})  # methods of mounted static files: the mount accepts any
+LOGIN = "/login"  # GET opens a session and uses up the link, so HEAD must not run it
 
 
 class HeadDone(Exception):
-    """The head of the answer is sent, and nobody waits for the rest."""
+    """Ends the handler once the head of the answer was sent."""
 
 
 class HeadAsGet:
@@ -29,9 +29,9 @@ class HeadAsGet:
             await send(message)
             if message["type"] == "http.response.start":
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-                raise HeadDone  # a stream of events would go on for ever, a file would be read in vain
+                raise HeadDone  # do not run an endless event stream or read a file for nothing
 
-        asked = {**scope, "method": "GET"}  # a copy: the web server must see HEAD
+        asked = {**scope, "method": "GET"}  # a copy: the web server must still see HEAD
         try:
             await self._app(asked, receive, send_head)
         except HeadDone:
@@ -41,13 +41,13 @@ class HeadAsGet:
 
 
 def stands_in(scope: Scope) -> bool:
-    """True if GET answers for HEAD on this path."""
+    """Whether GET answers HEAD on this path."""
     taken = taken_methods(scope)
     return "GET" in taken and "HEAD" not in taken and scope["path"] != LOGIN
 
 
 def allowed_methods(scope: Scope) -> list[str]:
-    """What the path of a request takes, for the header `Allow`."""
+    """The value of the header `Allow` for the request's path."""
     taken = taken_methods(scope)
     if "GET" in taken and scope["path"] != LOGIN:
         taken |= {"HEAD"}
@@ -55,8 +55,8 @@ def allowed_methods(scope: Scope) -> list[str]:
 
 
 def taken_methods(scope: Scope) -> set[str]:
-    """The methods of all routes with the path: the framework names those of the first one only."""
-    # A mount that the request has reached already counts its own prefix as the root.
+    """The methods of all routes of the path; the framework names only the first route's."""
+    # A mount that has already matched counts its prefix as root_path.
     whole = {**scope, "root_path": scope.get("app_root_path", scope.get("root_path", ""))}
     taken: set[str] = set()
     for route in scope["app"].router.routes:

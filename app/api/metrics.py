@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`."""
+"""The Prometheus metrics of `/metrics`."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 3
 
 
 class Occupancy(NamedTuple):
-    """How full the service is at one moment."""
+    """The service's load at one moment."""
 
     jobs: dict[str, int]  # by state
     queues: dict[str, int]  # by name
-    workers: dict[str, int]  # by what they do: busy, idle
+    workers: dict[str, int]  # by status: busy, idle
     deployments: dict[str, int]  # by state
     replicas: dict[str, int]  # by state
-    oldest_s: float  # age of the job that waits longest
-    heartbeats_s: dict[str, float]  # seconds since the last one, by worker
+    oldest_s: float  # age of the oldest queued job
+    heartbeats_s: dict[str, float]  # seconds since the last heartbeat, by worker
     gpu_bytes: dict[str, float]  # of the workers' GPUs in use, by worker
     stages: dict[str, StageTotal]
     failures: dict[str, int]  # jobs by code
 
 
 class OccupancyCollector(Collector):
-    """Reads the occupancy when it is asked for, so that every API process gives the same answer."""
+    """Reads the occupancy at each scrape, so that every API process answers the same."""
 
     def __init__(self, read: Callable[[], Occupancy]) -> None:
         self._read = read
 
     def describe(self) -> list[Metric]:
-        return []  # keeps registration from reading
+        return []  # an empty description: registering must not read Redis
 
     def collect(self) -> Iterator[Metric]:
         occupancy = self._read()
         yield family("nibble_jobs", "Jobs by state.", "state", occupancy.jobs)
         yield family("nibble_queue_depth", "Jobs that wait for a worker.", "queue", occupancy.queues)
-        yield family("nibble_workers", "Living workers.", "state", occupancy.workers)
+        yield family("nibble_workers", "Live workers.", "state", occupancy.workers)
         yield family("nibble_deployments", "Deployments by state.", "state", occupancy.deployments)
-        oldest = GaugeMetricFamily("nibble_queue_oldest_seconds", "Age of the job that waits longest.")
+        oldest = GaugeMetricFamily("nibble_queue_oldest_seconds", "Age of the oldest queued job.")
         oldest.add_metric([], occupancy.oldest_s)
         yield oldest
         heartbeats, memory = occupancy.heartbeats_s, occupancy.gpu_bytes
@@ -79,7 +79,7 @@ def family(name: str, documentation: str, label: str, values: Mapping[str, float
 
 
 class Metrics:
-    """The metrics of one application: a registry of its own, so that two can live in one process."""
+    """The metrics of one application, in its own registry so that one process can hold several."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -93,7 +93,7 @@ class Metrics:
             "nibble_http_requests_in_flight", "Requests being answered.", registry=self.registry
         )
         self._janitor = Counter(
-            "nibble_janitor_steps", "Lost jobs set right, by what was done.", ["step"], registry=self.registry
+            "nibble_janitor_steps", "Lost jobs repaired, by action.", ["step"], registry=self.registry
         )
         self._webhooks = Counter(
             "nibble_webhooks", "Webhooks sent, by outcome.", ["outcome"], registry=self.registry
@@ -103,13 +103,13 @@ class Metrics:
 
         self._inference = Counter(
             "nibble_inference_requests",
-            "Relayed requests; 499: the caller left, 502: the server ended amid a stream.",
+            "Relayed requests; 499: the caller disconnected, 502: the server died during a stream.",
             ["deployment", "status"],
             registry=self.registry,
         )
         self._retries = Counter(
             "nibble_inference_retries",
-            "Requests that a second replica was asked for.",
+            "Requests that were retried on a second replica.",
             ["deployment"],
             registry=self.registry,
         )

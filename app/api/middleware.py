@@ -1,4 +1,4 @@
-"""Around every request: an id, a log line, metrics, and a limit to its body. Plain ASGI."""
+"""ASGI middleware of every request: an id, a log line, metrics, and a limit to the body."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-
 
 
 class RequestRecord:
-    """Gives each request an id, counts it, and writes one line when its answer has ended."""
+    """Assigns each request an id, measures it, and logs one line when its answer has ended."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracer: Tracer) -> None:
         self._app = app
@@ -60,7 +60,7 @@ class RequestRecord:
                 self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
                 span.name = f"{scope['method']} {route_of(scope)}"
                 span.end(status=status, request=request_id)
-                # A poll without news is no news, nor is an answer to who only asks whether all is well.
+                # Unchanged polls and successful probes are logged at debug level only.
                 is_quiet = status == 304 or (status < 400 and scope["path"] in PROBES)
                 log.log(
                     logging.DEBUG if is_quiet else logging.INFO,
@@ -75,7 +75,7 @@ def route_of(scope: Scope) -> str:
 
 
 class BodyLimit:
-    """Reads the body before the application does, and answers 413 if it is too large."""
+    """Reads the body ahead of the application; answers 413 if it is too large."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -128,6 +128,6 @@ def too_slow() -> BodyTooSlow:
 
 
 async def refuse(refusal: NibbleError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer without the rest of the body, which is why the connection can't be used again."""
+    """Answer without reading the rest of the body, and close the connection."""
     answer = error_response(scope["path"], refusal, headers={"Connection": "close"})
     await answer(scope, receive, send)

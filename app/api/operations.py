@@ -24,8 +24,8 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @router.get("/healthz")
 async def health() -> dict[str, str]:
-    """The process answers."""
-    # In the loop: a thread of the pool would come after all requests that wait for one.
+    """The process is alive."""
+    # On the event loop: a pool thread would queue behind all waiting requests.
     return {"status": "ok"}
 
 
@@ -86,5 +86,5 @@ def occupancy(services: Services) -> Occupancy:
 
 
 def counted(states: Sequence[StrEnum], kinds: type[StrEnum]) -> dict[str, int]:
-    """How often each kind occurs, zero included."""
+    """The count of each kind, including zeros."""
     return {str(kind): states.count(kind) for kind in kinds}

@@ -1,8 +1,8 @@
-"""Keeps foreign web pages out: every request's Host, and every change's Origin, must be the service's own.
+"""Refuses foreign web pages: every request's Host and every change's Origin must be the service's own.
 
-A page that a person visits can send requests to services that only this person reaches, also under a name of
-its own that it lets point here (DNS rebinding). API keys in headers are out of such a page's reach, cookies
-are not; the check holds for both.
+A page in a user's browser can send requests to services that only this user reaches, also under a name of its
+own that resolves to this service (DNS rebinding). Such a page can't send API keys but does send cookies; the
+check covers both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from app.core.errors import Forbidden
 
 
 class OriginGuard:
-    """Answers 403 to requests under a foreign name, and to changes asked for by a foreign page."""
+    """Answers 403 to requests with a foreign Host, and to changes from a foreign Origin."""
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         self._app = app
@@ -51,7 +51,7 @@ class OriginGuard:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without port and brackets; empty if it is malformed."""
+    """The host name in a Host header, without port and brackets; empty if malformed."""
     try:
         return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
@@ -59,7 +59,7 @@ def host_name(host: str) -> str:
 
 
 def network_location(origin: str) -> str:
-    """Host and port of an origin; empty for `null` and for what is malformed."""
+    """Host and port of an origin; empty for `null` and malformed values."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

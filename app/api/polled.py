@@ -1,9 +1,8 @@
-"""Answers that many dashboards ask for again and again, kept while nothing has changed.
+"""Caches the answers that dashboards poll, as long as nothing has changed.
 
-A route says with `@polled` on which stamps its answer depends. Before a kept answer is sent again, they are
-read from Redis, together with the records of the caller, after the request came and in one round trip for all
-requests of the moment. So a request always sees what was written before it, a revoked key is refused at once,
-and a poll without news costs a fraction of a millisecond.
+`@polled` names the stamps on which a route's answer depends. Before a cached answer is sent, the stamps and
+the caller's records are read from Redis, in one round trip shared by concurrent requests. So a request sees
+every earlier write, a revoked key is refused at once, and an unchanged poll takes well below a millisecond.
 """
 
 from __future__ import annotations
@@ -35,17 +34,16 @@ Key = tuple[str, frozenset[KeyScope], str, bytes]  # tenant, scopes, path, query
 
 
 class Polled(NamedTuple):
-    """How long an answer may be sent again at most, and the stamps that it depends on."""
+    """The stamps that an answer depends on, and the longest time that it is cached."""
 
     lasts_s: float
     stamps: Callable[..., tuple[str, ...]]  # from the tenant and the parameters in the path
 
 
 def polled(lasts_s: float, stamps: Callable[..., tuple[str, ...]]) -> Callable[[Endpoint], Endpoint]:
-    """Keep the answers of a route that reads. They differ by tenant, scopes, path and query alone.
+    """Cache the answers of a reading route; they may depend only on tenant, scopes, path and query.
 
-    `lasts_s` is short where something may vanish without a change of its stamp: the records of workers and
-    replicas that died expire.
+    `lasts_s` is short for records that expire without a new stamp: those of dead workers and replicas.
     """
 
     def mark(endpoint: Endpoint) -> Endpoint:
@@ -63,7 +61,7 @@ class KeptAnswer(NamedTuple):
     body: bytes
 
     def messages(self, if_none_match: str | None) -> Sequence[Message]:
-        """The answer to one request: 304 for a caller who has it."""
+        """Send the answer; 304 to a caller who already has it."""
         status, headers, body = 200, self.headers, self.body
         if self.etag and matches_tag(if_none_match, self.etag):
             status, body = 304, b""
@@ -80,7 +78,7 @@ class Flight(NamedTuple):
 
 
 class PolledAnswers:
-    """Answers for those of the `routes` that are polled."""
+    """Answers polled routes from the cache, and passes other requests on."""
 
     def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
         self._app = app
@@ -102,20 +100,23 @@ class PolledAnswers:
         callers: Callers = scope["app"].state.services.callers
         try:
             principal, stamps = await callers.with_stamps(scope, partial(rule.stamps, **parameters))
-        except (RedisError, NibbleError):  # the route says what that means
+        except (RedisError, NibbleError):  # the route reports the error
             await self._app(scope, receive, send)
             return
         scope["route"] = route  # for the metrics
-        # Without the condition: others will ask who have another version, or none.
-        whole = {**scope, "headers": [each for each in scope["headers"] if each[0] != b"if-none-match"]}
         key = (principal.tenant, principal.scopes, scope["path"], scope["query_string"])
-        answer = await self._answer(key, stamps, rule.lasts_s, partial(self._app, whole, receive))
+        answer = await self._answer(key, stamps, rule.lasts_s, partial(self._whole, scope, receive))
         if_none_match = header(scope, b"if-none-match")
         for message in answer.messages(if_none_match) if isinstance(answer, KeptAnswer) else answer:
             await send(message)
 
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The answer without If-None-Match: it also serves callers with another version."""
+        headers = [pair for pair in scope["headers"] if pair[0] != b"if-none-match"]
+        await self._app({**scope, "headers": headers}, receive, send)
+
     def _matched(self, scope: Scope) -> tuple[Route, dict[str, str]] | None:
-        """The polled route that a request asks for, with the parameters in its path."""
+        """The polled route of a request, with its path parameters."""
         if scope["type"] != "http" or scope["method"] != "GET":
             return None
         for route in self._routes:
@@ -125,7 +126,7 @@ class PolledAnswers:
         return None
 
     async def _answer(self, key: Key, stamps: Values, lasts_s: float, run: Run) -> KeptAnswer | list[Message]:
-        """The kept answer if it is still true, be it one that is being computed; else what `run` sends."""
+        """The cached answer if it is current, waiting for one in progress; else the answer of `run`."""
         flight = self._flights.get(key)
         if flight is not None and flight.stamps == stamps:
             await flight.landed.wait()
@@ -145,7 +146,7 @@ class PolledAnswers:
 
 
 async def computed(stamps: Values, lasts_s: float, run: Run) -> KeptAnswer | list[Message]:
-    """What the application sends: an answer to keep, or the messages of any other one."""
+    """Run the application; an answer to cache, or the messages of any other answer."""
     good_until = time.monotonic() + lasts_s
     messages: list[Message] = []
 

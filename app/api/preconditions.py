@@ -1,4 +1,4 @@
-"""Request headers that decide how much of an answer is sent: entity tags, ranges, preferences."""
+"""Request headers that shape an answer: entity tags, ranges, preferences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SINGLE_RANGE = re.compile(r"\s*bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*", re.I
 UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "Not changed."}}
 IfNoneMatch = Annotated[str | None, Header()]
 IdempotencyKey = Annotated[
-    str | None, Header(description="The same key and request make one thing, however often they are sent.")
+    str | None, Header(description="Repeating a request with the same key creates nothing twice.")
 ]
 
 
@@ -31,11 +31,11 @@ class ByteRange(NamedTuple):
 
 
 class UnsatisfiableRange(Exception):
-    """No byte of the file lies in the range."""
+    """No byte of the file is in the range."""
 
 
 def matches_tag(if_none_match: str | None, etag: str) -> bool:
-    """True if the caller has this version already (weak comparison, RFC 9110 section 13.1.2)."""
+    """Whether the caller already has this version (weak comparison, RFC 9110 section 13.1.2)."""
     if if_none_match is None:
         return False
     tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
@@ -45,7 +45,7 @@ def matches_tag(if_none_match: str | None, etag: str) -> bool:
 def tagged_answer(
     value: BaseModel, if_none_match: str | None, hints: Mapping[str, str] | None = None
 ) -> Response:
-    """`value` as JSON with a tag of its content; 304 for a caller who has it. Both carry the `hints`."""
+    """Answer `value` as JSON with an ETag, or 304 if the caller has it; both with the headers `hints`."""
     body = value.model_dump_json().encode()
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {**(hints or {}), "ETag": etag, "Cache-Control": "private, no-cache"}
@@ -55,7 +55,7 @@ def tagged_answer(
 
 
 def preferred_wait(prefer: str | None) -> int | None:
-    """Seconds of `Prefer: wait=N`, at most MAX_WAIT_S. What is not understood is ignored (RFC 7240)."""
+    """Seconds of `Prefer: wait=N`, at most MAX_WAIT_S. Unknown preferences are ignored (RFC 7240)."""
     for preference in (prefer or "").split(","):
         match = WAIT.fullmatch(preference)
         if match:
@@ -64,7 +64,7 @@ def preferred_wait(prefer: str | None) -> int | None:
 
 
 def requested_range(header: str | None, size: int) -> ByteRange | None:
-    """The single byte range asked for; None for the whole file.
+    """The single requested byte range; None for the whole file.
 
     Several ranges or an unknown unit are ignored, as RFC 9110 section 14.2 allows.
     """

@@ -1,4 +1,4 @@
-"""An answer of an inference server on its way to the caller."""
+"""Relays an inference server's answer to the caller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOST_EVENTS = f"data: {json.dumps(inference_answer(LOST).body)}\n\ndata: [DONE]\
 
 
 class Upstream:
-    """A server's answer of which the first bytes have come."""
+    """A server's answer whose first bytes have arrived."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Upstream:
         return headers
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The bytes as they come, cut after whole events: half an event could not be taken back."""
+        """Yield the bytes as they arrive, in whole events, so that an error event can follow any chunk."""
         partial = b""
         pending = self.first
         while pending:
@@ -71,7 +71,7 @@ class Upstream:
 
 
 class RelayedEvents(Response):
-    """Passes a stream on. It ends when the server does, and closes the server's when the caller leaves."""
+    """Relays a stream until the server ends it; closes the server's stream when the caller disconnects."""
 
     def __init__(self, upstream: Upstream, gone: asyncio.Task[None], on_end: Callable[[int], None]) -> None:
         self._upstream = upstream
@@ -96,7 +96,7 @@ class RelayedEvents(Response):
             self._on_end(status)
 
     async def _pump(self, send: Send) -> int:
-        """Send everything; the status that describes how it went."""
+        """Send the whole stream; returns the status to record for it."""
         status = self._upstream.response.status_code
         await send({"type": "http.response.start", "status": status, "headers": self.raw_headers})
         try:

@@ -1,4 +1,4 @@
-"""The table by which inference requests find their servers: read from Redis by a thread, kept without it."""
+"""The routing table of inference requests, read from Redis by a thread and kept while Redis is down."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 0.5
 RETRY_S = 0.5
-# After Redis comes back, replicas that it has forgotten stay in the table until their workers tell it again.
+# After Redis recovers, replicas missing from it stay in the table until their workers register again.
 RECOVERY_S = 10.0
 
 Key = tuple[str, str]  # tenant, name
@@ -37,7 +37,7 @@ class RoutingTable(threading.Thread):
         self._table: dict[Key, LiveDeployment] = {}
         self._used: dict[str, Deployment] = {}
         self._failed_at: float | None = None
-        self.is_offline = False  # Redis did not answer the last time
+        self.is_offline = False  # whether the last read of Redis failed
 
     def find(self, tenant: str, name: str) -> LiveDeployment | None:
         return self._table.get((tenant, name))
@@ -46,12 +46,12 @@ class RoutingTable(threading.Thread):
         return [live for (owner, _), live in self._table.items() if owner == tenant]
 
     def note_use(self, deployment: Deployment) -> None:
-        """Remember that the deployment is in use; the thread tells Redis."""
+        """Note that the deployment is in use; the thread writes it to Redis."""
         if deployment.spec.idle_timeout_s is not None:
             self._used[deployment.id] = deployment
 
     def refresh(self) -> None:
-        """Read the deployments now, and remove those that are deleted and have no server any more."""
+        """Read the deployments now, and drop deleted ones without servers."""
         with self._lock:
             lives = self._store.all()
             table = {(live.deployment.tenant, live.spec.name): live for live in lives if is_wanted(live)}

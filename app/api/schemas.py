@@ -1,4 +1,4 @@
-"""What the API answers. Records of app.core are turned into these, never sent as they are."""
+"""The API's answers. Records of app.core are converted to these, never sent directly."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class JobView(BaseModel):
 
 
 class BriefJobView(BaseModel):
-    """A line of a list: small enough to ask for every other second."""
+    """A job in a list: small enough for frequent polling."""
 
     object: Literal["job.brief"] = "job.brief"
     id: str
@@ -127,7 +127,7 @@ class EventList(BaseModel):
     object: Literal["list"] = "list"
     data: tuple[EventView, ...]
     has_more: bool
-    next: str | None  # the last event's id, also when there is no more yet
+    next: str | None  # the last event's id, even if there are no more events yet
 
 
 class ArtifactView(BaseModel):
@@ -193,19 +193,19 @@ class DeploymentView(BaseModel):
     artifact: str
     engine: Engine
     state: DeploymentState
-    reason: str  # of a state that is not plainly ready
+    reason: str  # explains any state but ready
     error: Problem | None
     idle_timeout_s: int | None
-    replicas: int  # wanted
+    replicas: int  # requested
     vllm: VllmOptions | None
-    servers: tuple[ReplicaView, ...]  # that there are
+    servers: tuple[ReplicaView, ...]  # running or starting
     job: str | None
     created_at: datetime
     links: dict[str, str]
 
     @classmethod
     def of(cls, live: LiveDeployment, engines: Sequence[Sequence[str]]) -> Self:
-        """`engines`: what each living worker of the queue `serve` can run."""
+        """`engines`: the engines of each live worker of the queue `serve`."""
         deployment, spec = live.deployment, live.spec
         links = {"self": f"/v1/deployments/{live.id}", "artifact": f"/v1/artifacts/{spec.artifact}"}
         shown = set(ReplicaView.model_fields)
@@ -239,9 +239,9 @@ class WorkerView(BaseModel):
     queue: Literal["jobs", "serve"]
     state: Literal["idle", "busy"]
     servers: int
-    memory_bytes: int | None  # in use on the device, by whomever; without a GPU the host's
+    memory_bytes: int | None  # in use on the device, by any process; without a GPU, the host's
     memory_total: int | None
-    job: str | None  # shown to its own tenant
+    job: str | None  # shown only to its own tenant
     started_at: datetime
     heartbeat_at: datetime
 

@@ -1,4 +1,4 @@
-"""Everything that one API process holds: its connections, the stores over them, and what it remembers."""
+"""The connections, stores and caches of one API process."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ from app.core.upkeep.garbage import GarbageCollector
 
 
 class Services:
-    """Built once, within the event loop, and shared by all requests."""
+    """Built once, on the event loop, and shared by all requests."""
 
     def __init__(self, settings: Settings, redis: Redis, redis_url: str, metrics: Metrics) -> None:
         self.settings = settings
         self.redis = redis
         self.metrics = metrics
         self.objects = ObjectStore(settings.object_store_url)
-        # Who may do what, and how much.
+        # Access and limits.
         self.keys = KeyStore(redis)
         self.logins = LoginLinks(redis)
         self.limits = TenantLimits(redis, settings)
         self.idempotency = IdempotencyKeys(redis)
         self.links = LinkSigner(redis)
         self.audit = AuditLog(redis)
-        # Deployments, and the way to their servers.
+        # Deployments and inference.
         self.deployments = DeploymentStore(redis)
         self.routes = RoutingTable(redis, self.deployments)
         self.gateway = Gateway(self.routes, self.deployments, settings, metrics)
-        # Jobs, and what they leave.
+        # Jobs and their results.
         self.jobs = JobStore(redis)
         self.queue = JobQueue(redis, limit=settings.queue_limit)
         self.turns = Turns(self.jobs, self.queue, lambda tenant: self.limits.of(tenant).running_jobs)
@@ -67,7 +67,7 @@ class Services:
         self.webhook_secrets = WebhookSecrets(redis)
         self.workers = WorkerRegistry(redis)
         self.tally = Tally(redis)
-        # How requests learn of changes.
+        # Notifications of changes.
         self.changes = ChangeListener(redis, asyncio.get_running_loop())
         self.stamps = StampReader(redis_url)
         self.callers = Callers(

@@ -1,4 +1,4 @@
-"""How a browser logs in: a link that works once, then a cookie that scripts can't read."""
+"""Browser login: a one-time link, then a cookie that scripts can't read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoginLink(BaseModel):
 
 @router.post("/v1/login-links", status_code=201)
 def create_login_link(services: ServicesParam, principal: Anyone) -> LoginLink:
-    """A link that opens one session with the rights of the key that asks for it."""
+    """A link that opens one session with the rights of the calling key."""
     code = services.logins.new_code(principal.key_id)
     return LoginLink(path=f"/login?code={code}", expires_at=datetime.now(UTC) + timedelta(seconds=LINK_S))
 
@@ -34,7 +34,7 @@ def create_login_link(services: ServicesParam, principal: Anyone) -> LoginLink:
     "/login",
     response_class=Response,
     status_code=303,
-    responses={401: {"description": "Used, or too old."}},
+    responses={401: {"description": "Already used, or too old."}},
 )
 def log_in(
     request: Request, services: ServicesParam, code: Annotated[str, Query(max_length=128)]
@@ -47,7 +47,7 @@ def log_in(
         raise Unauthenticated(
             "this login link was used already, or is older than ten minutes",
             code="login_link_invalid",
-            remedy="make a new one with `nibble login`",
+            remedy="create a new one with `nibble login`",
         )
     answer = RedirectResponse("/", 303, headers={"Cache-Control": "no-store"})
     answer.set_cookie(

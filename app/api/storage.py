@@ -1,4 +1,4 @@
-"""`/v1/gc`: what the operator asks of the storage."""
+"""`/v1/gc`: garbage collection, for the operator."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ class GarbageView(BaseModel):
 def collect_garbage(
     services: ServicesParam, principal: Operator, dry_run: Annotated[bool, Query()] = False
 ) -> GarbageView:
-    """Remove what nothing refers to, and records older than they are kept; with `dry_run` only name it."""
+    """Remove unreferenced objects and expired records; with `dry_run` only list them."""
     return GarbageView.of(services.garbage.collect(dry_run=dry_run), dry_run=dry_run)

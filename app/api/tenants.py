@@ -1,4 +1,4 @@
-"""`/v1/tenants/{tenant}/limits`: what a tenant may use, and uses."""
+"""`/v1/tenants/{tenant}/limits`: a tenant's limits and use."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class LimitsView(BaseModel):
 
 @router.get("/{tenant}/limits")
 def read_limits(tenant: Tenant, services: ServicesParam, principal: Admin) -> LimitsView:
-    """Limits and use of the caller's tenant; of any, for the operator."""
+    """Limits and use of the caller's tenant; the operator may read any tenant's."""
     if tenant != principal.tenant and not principal.allows(Scope.OPERATOR):
         raise NotFound(
-            f"there is no tenant {tenant}", code="tenant_not_found", remedy="ask for the tenant of your key"
+            f"there is no tenant {tenant}", code="tenant_not_found", remedy="name the tenant of your key"
         )
     return LimitsView.of(services, tenant)
 
 
 @router.put("/{tenant}/limits")
 def set_limits(body: Limits, tenant: Tenant, services: ServicesParam, principal: Operator) -> LimitsView:
-    """Limits for one tenant, in place of those of the settings."""
+    """Set one tenant's limits, overriding the settings."""
     services.limits.set(tenant, body)
     services.turns.give(tenant)
     return LimitsView.of(services, tenant)

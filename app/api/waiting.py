@@ -1,4 +1,4 @@
-"""Waiting for a job to change, without a thread: long polls and event streams."""
+"""Long polls and event streams of jobs; a waiting request holds no thread."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from app.core.errors import NotFound
 from app.core.jobs.job_store import JobEvent
 from app.core.records.job import Job
 
-# A change whose announcement was lost is still seen after this time. A stream waits no longer for the events
-# that follow from a job's end: an absent storage holds them up.
+# A missed notification delays a change by at most this long. A stream waits no longer for the events after a
+# job's end, which come late while storage is down.
 RECHECK_S = 5.0
 HEARTBEAT_S = 15.0
 STREAM_STEP = 200
@@ -25,7 +25,7 @@ Until = Callable[[Job, int], bool]
 async def wait_for_job(
     services: Services, tenant: str, job_id: str, *, wait_s: float, until: Until
 ) -> tuple[Job, int]:
-    """The job and its version as soon as `until(job, version)` holds, or as it is after `wait_s` seconds."""
+    """Return the job and its version once `until(job, version)` is true, or after `wait_s` seconds."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_s
     with services.changes.watch(job_id) as changed:
@@ -39,7 +39,7 @@ async def wait_for_job(
 
 
 async def wait_for_change(changed: asyncio.Event, limit_s: float) -> bool:
-    """True if the event was set within the limit."""
+    """Wait for the event; returns whether it was set within the limit."""
     try:
         async with asyncio.timeout(limit_s):
             await changed.wait()
@@ -49,14 +49,14 @@ async def wait_for_change(changed: asyncio.Event, limit_s: float) -> bool:
 
 
 async def event_stream(services: Services, tenant: str, job_id: str, after: str | None) -> AsyncIterator[str]:
-    """The job's events as server-sent events, until the job has ended and all were sent."""
+    """Yield the job's events as server-sent events until the job has ended and all were sent."""
     yield "retry: 2000\n\n"
     idle_s, is_late = 0.0, False
     with services.changes.watch(job_id) as changed:
         while True:
             changed.clear()
             try:
-                # The job first: an event before its end, or of it, is then among those that are read.
+                # Read the job before its events, so that a finished job's last event is among them.
                 job = await run_in_threadpool(services.jobs.get, tenant, job_id)
                 is_settled = job.is_terminal and await run_in_threadpool(services.jobs.is_settled, job_id)
             except NotFound:  # deleted while it was followed

@@ -1,4 +1,4 @@
-"""What was sent about a job, and the secret that signs it."""
+"""The webhooks of a job, and the secret that signs them."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ class WebhookSecret(BaseModel):
 
 @router.get("/jobs/{job_id}/webhook-deliveries")
 def list_deliveries(job_id: str, services: ServicesParam, principal: JobsReader) -> DeliveryList:
-    """The job's webhooks with every try, oldest first; kept for 30 days."""
+    """The job's webhooks with every attempt, oldest first; kept for 30 days."""
     services.jobs.get(principal.tenant, job_id)
     return DeliveryList(data=tuple(DeliveryView.of(one) for one in services.deliveries.list(job_id)))
 
 
 @router.post("/jobs/{job_id}/webhook-deliveries/{delivery_id}/redeliver", status_code=202)
 def redeliver(job_id: str, delivery_id: str, services: ServicesParam, principal: JobsWriter) -> DeliveryView:
-    """Send a webhook again, under its old id."""
+    """Send a webhook again with the same id."""
     services.jobs.get(principal.tenant, job_id)
     return DeliveryView.of(services.deliveries.redeliver(job_id, delivery_id))
 
 
 @router.get("/webhook-secret")
 def read_secret(services: ServicesParam, principal: Admin) -> WebhookSecret:
-    """What signs the tenant's webhooks."""
+    """The secret that signs the tenant's webhooks."""
     return WebhookSecret(secret=services.webhook_secrets.of(principal.tenant)[0])
 
 
 @router.post("/webhook-secret/rotate")
 def rotate_secret(services: ServicesParam, principal: Admin) -> WebhookSecret:
-    """A new secret. For a day, webhooks carry a signature of the old one too."""
+    """Replace the secret. For a day, webhooks are signed with the old one too."""
     return WebhookSecret(secret=services.webhook_secrets.rotate(principal.tenant))

@@ -1,4 +1,4 @@
-"""`/v1/workers`: who executes jobs, and on what."""
+"""`/v1/workers`: the workers and their devices."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 
 @router.get("", response_model=WorkerList, responses=UNCHANGED)
-@polled(2.0, lambda tenant: (WORKERS_STAMP,))  # then a worker that died may be missing
+@polled(2.0, lambda tenant: (WORKERS_STAMP,))  # seconds after which a dead worker may have left the list
 def list_workers(
     services: ServicesParam, principal: JobsReader, if_none_match: IfNoneMatch = None
 ) -> Response:
-    """The workers whose heartbeat is fresh."""
+    """The workers with a recent heartbeat."""
     living = services.workers.living()
     page = WorkerList(data=tuple(WorkerView.of(worker, tenant=principal.tenant) for worker in living))
     return tagged_answer(page, if_none_match)

@@ -1,4 +1,4 @@
-"""A typed client of Nibble's HTTP API, used by the terminal: one that blocks, one for event loops."""
+"""A typed client of Nibble's HTTP API, blocking or asynchronous; the terminal commands use it."""
 
 from app.client.clients import AsyncNibbleClient, NibbleClient
 from app.client.errors import (

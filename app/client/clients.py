@@ -1,4 +1,4 @@
-"""The two clients: one that blocks, one for event loops."""
+"""The two clients: one blocking, one asynchronous."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class NibbleClient(Operations, Connection):
 
 
 class AsyncNibbleClient(Operations, AsyncConnection):
-    """One connection to a service, for an event loop. Use it as an asynchronous context manager."""
+    """One asynchronous connection to a service. Use it as an asynchronous context manager."""
 
     def __init__(
         self,

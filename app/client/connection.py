@@ -1,7 +1,6 @@
-"""Carries out effects: one class blocks, the other awaits. Beyond this the clients are the same.
+"""Performs effects: one class blocks, the other awaits. Otherwise the two clients are the same.
 
-`returns` and `yields` make methods of flows and streams: what such a method gives depends on which of the two
-classes it is called on.
+`returns` and `yields` turn flows and streams into methods that block or await with the class of the client.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from app.client import effects
 from app.client.effects import Call, Emit, Flow, ItemT, ResultT, Stream, emitted
 from app.client.paths import is_loopback
 
-FAULTS = (httpx.TransportError, OSError)  # a flow hears of these, and decides
+FAULTS = (httpx.TransportError, OSError)  # thrown into the flow, which decides what to do
 
 
 def options(url: str, api_key: str | None) -> dict[str, Any]:
-    """What both kinds of httpx clients are made with."""
+    """The options of both kinds of httpx clients."""
     return {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -42,7 +41,7 @@ def request_of(http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Requ
 
 
 class Connection:
-    """Carries flows out on an httpx.Client."""
+    """Runs flows on an httpx.Client."""
 
     http: httpx.Client
 
@@ -72,27 +71,27 @@ class Connection:
 
 
 class Passage:
-    """The effects of one flow, with the answer that is open."""
+    """Performs the effects of one flow; holds its open answer."""
 
     def __init__(self, http: httpx.Client) -> None:
         self._http = http
         self._answer: httpx.Response | None = None
-        self._pieces: Iterator[bytes] = iter(())
+        self._chunks: Iterator[bytes] = iter(())
 
     def perform(self, effect: effects.Effect) -> Any:
         match effect:
             case effects.Send(call):
                 return self._http.send(request_of(self._http, call))
-            case effects.Open(call, piece_bytes):
+            case effects.Open(call, chunk_bytes):
                 self.close()
-                # Files may lie in storage that a redirect leads to; httpx keeps the key from other hosts.
+                # Files may be redirected to storage; httpx does not send the key to another host.
                 self._answer = self._http.send(
                     request_of(self._http, call), stream=True, follow_redirects=True
                 )
-                self._pieces = self._answer.iter_bytes(piece_bytes)
+                self._chunks = self._answer.iter_bytes(chunk_bytes)
                 return self._answer
             case effects.Read():
-                return next(self._pieces, None)
+                return next(self._chunks, None)
             case effects.ReadAll():
                 assert self._answer is not None
                 return self._answer.read()
@@ -109,7 +108,7 @@ class Passage:
 
 
 class AsyncConnection:
-    """Carries flows out on an httpx.AsyncClient."""
+    """Runs flows on an httpx.AsyncClient."""
 
     http: httpx.AsyncClient
 
@@ -139,27 +138,27 @@ class AsyncConnection:
 
 
 class AsyncPassage:
-    """The effects of one flow, with the answer that is open."""
+    """Performs the effects of one flow; holds its open answer."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
         self._answer: httpx.Response | None = None
-        self._pieces: AsyncIterator[bytes] | None = None
+        self._chunks: AsyncIterator[bytes] | None = None
 
     async def perform(self, effect: effects.Effect) -> Any:
         match effect:
             case effects.Send(call):
                 return await self._http.send(request_of(self._http, call))
-            case effects.Open(call, piece_bytes):
+            case effects.Open(call, chunk_bytes):
                 await self.close()
                 self._answer = await self._http.send(
                     request_of(self._http, call), stream=True, follow_redirects=True
                 )
-                self._pieces = self._answer.aiter_bytes(piece_bytes)
+                self._chunks = self._answer.aiter_bytes(chunk_bytes)
                 return self._answer
             case effects.Read():
-                assert self._pieces is not None
-                return await anext(self._pieces, None)
+                assert self._chunks is not None
+                return await anext(self._chunks, None)
             case effects.ReadAll():
                 assert self._answer is not None
                 return await self._answer.aread()
@@ -178,9 +177,9 @@ P = ParamSpec("P")
 
 
 class returns(Generic[P, ResultT]):  # a decorator
-    """Makes a flow a method: it returns the result, on an AsyncConnection an awaitable of it.
+    """Turns a flow into a method that returns its result, or an awaitable on an AsyncConnection.
 
-    On the class itself it is the flow, for flows that are made of others.
+    Accessed on the class it is the flow itself, for use in other flows.
     """
 
     def __init__(self, flow: Callable[Concatenate[Any, P], Flow[ResultT]]) -> None:
@@ -195,11 +194,11 @@ class returns(Generic[P, ResultT]):  # a decorator
     def __get__(self, client: Connection | AsyncConnection | None, owner: type) -> Callable[..., Any]:
         if client is None:
             return self._flow
-        return lambda *given, **named: client.run(self._flow(client, *given, **named))
+        return lambda *arguments, **named: client.run(self._flow(client, *arguments, **named))
 
 
 class yields(Generic[P, ItemT]):  # a decorator
-    """Makes a stream a method: it returns an iterator, on an AsyncConnection an asynchronous one."""
+    """Turns a stream into a method that returns an iterator, asynchronous on an AsyncConnection."""
 
     def __init__(self, stream: Callable[Concatenate[Any, P], Stream[ItemT]]) -> None:
         self._stream = stream
@@ -213,4 +212,4 @@ class yields(Generic[P, ItemT]):  # a decorator
     def __get__(self, client: Connection | AsyncConnection | None, owner: type) -> Callable[..., Any]:
         if client is None:
             return self._stream
-        return lambda *given, **named: client.stream(self._stream(client, *given, **named))
+        return lambda *arguments, **named: client.stream(self._stream(client, *arguments, **named))

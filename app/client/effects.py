@@ -1,7 +1,7 @@
-"""What the client's logic asks of a connection.
+"""The effects that the client's logic asks a connection to perform.
 
-The logic itself is written once, as generators that yield effects and are sent the outcomes. The two
-connections, one on httpx.Client and one on httpx.AsyncClient, only carry effects out.
+The logic is written once, as generators that yield effects and receive their outcomes. Two connections
+perform them, one on httpx.Client and one on httpx.AsyncClient.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Call:
     json: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
     read_timeout_s: float | None = None  # None: the client's own
-    repeatable: bool | None = None  # None: by method; a POST that carries a key is
+    repeatable: bool | None = None  # None: decided by method and Idempotency-Key
 
     @property
     def is_repeatable(self) -> bool:
-        """True if sending it twice does what sending it once does."""
+        """Whether the request may be sent twice with the effect of one."""
         if self.repeatable is not None:
             return self.repeatable
         return self.method in SAFE_TO_REPEAT or "Idempotency-Key" in self.headers
@@ -35,27 +35,27 @@ class Call:
 
 @dataclass(frozen=True)
 class Send:
-    """Gives the answer, read to its end."""
+    """Returns the whole answer."""
 
     call: Call
 
 
 @dataclass(frozen=True)
 class Open:
-    """Gives the answer's head; its body follows piece by piece. Ends what was open before."""
+    """Returns the answer's head, with its body left to read in chunks. Closes the previous answer."""
 
     call: Call
-    piece_bytes: int | None = None
+    chunk_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Read:
-    """Gives the next piece of what is open; None at its end."""
+    """Returns the open answer's next chunk; None at its end."""
 
 
 @dataclass(frozen=True)
 class ReadAll:
-    """Reads the rest of what is open, and ends it."""
+    """Reads the rest of the open answer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class RunTask:
-    """Gives what `task` returns. It works on files: an event loop must not wait for it."""
+    """Returns the result of `task`, which works on files and runs off the event loop."""
 
     task: Callable[[], Any]
 
@@ -75,7 +75,7 @@ ItemT_co = TypeVar("ItemT_co", covariant=True)
 
 @dataclass(frozen=True)
 class Emit(Generic[ItemT_co]):
-    """Hands an item to who iterates."""
+    """Yields an item to the caller."""
 
     item: ItemT_co
 
@@ -84,8 +84,8 @@ Effect = Send | Open | Read | ReadAll | Pause | RunTask
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
 
-Flow = Generator[Effect, Any, ResultT]  # gives a result
-Stream = Generator[Effect | Emit[ItemT], Any, None]  # gives items
+Flow = Generator[Effect, Any, ResultT]  # returns a result
+Stream = Generator[Effect | Emit[ItemT], Any, None]  # yields items
 
 
 def emitted(flow: Flow[ResultT]) -> Stream[ResultT]:

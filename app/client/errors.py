@@ -1,4 +1,4 @@
-"""What a call can raise. Every class is a `NibbleError` with a code, a message and a remedy.
+"""The errors of the client. Each is a `NibbleError` with a code, a message and a remedy.
 
 A problem also has its `status`, `request_id` and `fields`.
 
@@ -13,14 +13,14 @@ A problem also has its `status`, `request_id` and `fields`.
     ├── TooMany                 429; `retry_after_s` where the service says when
     ├── ServiceFault            500 and other faults of the service
     │   └── Unavailable         502, 503, 504
-    └── Foreign                 an answer that Nibble does not send
+    └── Foreign                 an answer that is not Nibble's
     InferenceRefused            an inference route answered with an error in OpenAI's shape
     JobEnded                    the job failed or was cancelled (`JobAnswer.require_success`)
     WaitTimedOut                `wait_for` ran out of time; the job goes on
-    DownloadCorrupt             the bytes that came are not those of the manifest
+    DownloadCorrupt             the received bytes do not match the manifest
 
-Unauthenticated, Forbidden, NotFound, Conflict and Unavailable are the classes of app.core.errors: what the
-service refuses with one of them is of that class and a ServiceRefused.
+Unauthenticated, Forbidden, NotFound, Conflict and Unavailable derive from both ServiceRefused and the class
+of that name in app.core.errors.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import httpx
 
 from app.core import errors
 
-PASSING = frozenset({429, 502, 503, 504})  # another try may be answered
-# Codes of 429 that only the end of other work, or the operator, changes.
+PASSING = frozenset({429, 502, 503, 504})  # a retry may succeed
+# Codes of 429 that last until other work ends or the operator changes a limit.
 LASTING = frozenset({"queue_full", "quota_exceeded"})
 
 
@@ -97,7 +97,7 @@ class DownloadCorrupt(errors.NibbleError):
 def refused(
     error: type[errors.NibbleError], kind: type[ServiceRefused] = ServiceRefused
 ) -> type[ServiceRefused]:
-    """A class of refusals that is the service's own class of errors, too."""
+    """A class of refusals that also derives from the service's error class."""
     return cast("type[ServiceRefused]", type(error.__name__, (kind, error), {"__module__": __name__}))
 
 
@@ -122,15 +122,15 @@ def unreachable(url: str, fault: httpx.TransportError) -> ServiceUnreachable:
 
 def foreign(answer: httpx.Response) -> Foreign:
     return Foreign(
-        f"{answer.request.url} answered with something that Nibble does not send",
+        f"{answer.request.url} sent an answer that is not Nibble's",
         remedy="check that --url names a Nibble service of this version",
     )
 
 
 def refusal(answer: httpx.Response) -> ServiceRefused:
-    """The error of an answer whose body has been read."""
+    """The error for a refused answer whose body has been read."""
     problem = json_object(answer)
-    # The detail names the first field; the others follow it.
+    # The detail covers the first field; the others are appended.
     fields = field_faults(problem)
     message = problem.get("detail") or problem.get("title") or f"HTTP status {answer.status_code}"
     error = kind_of(answer.status_code)(
@@ -152,28 +152,28 @@ def kind_of(status: int) -> type[ServiceRefused]:
 
 
 def is_passing(error: ServiceRefused) -> bool:
-    """True if the same request may be answered a little later."""
+    """Whether the same request may succeed a little later."""
     return error.status in PASSING and error.code not in LASTING
 
 
 def inference_refusal(answer: httpx.Response) -> InferenceRefused:
-    """The error of an inference route's answer whose body has been read."""
-    told = json_object(answer).get("error")
-    if not isinstance(told, dict):
+    """The error for an inference route's answer whose body has been read."""
+    error = json_object(answer).get("error")
+    if not isinstance(error, dict):
         return InferenceRefused(f"HTTP status {answer.status_code}", code=f"http_{answer.status_code}")
-    return inference_error(told)
+    return inference_error(error)
 
 
-def inference_error(told: Mapping[str, Any]) -> InferenceRefused:
-    code = told.get("code")
-    return InferenceRefused(str(told.get("message")), code=str(code) if code is not None else None)
+def inference_error(error: Mapping[str, Any]) -> InferenceRefused:
+    code = error.get("code")
+    return InferenceRefused(str(error.get("message")), code=str(code) if code is not None else None)
 
 
 def field_faults(problem: Mapping[str, Any]) -> tuple[FieldFault, ...]:
-    found = problem.get("errors")
-    if not isinstance(found, list):
+    listed = problem.get("errors")
+    if not isinstance(listed, list):
         return ()
-    return tuple(FieldFault(str(one.get("path")), str(one.get("message"))) for one in found)
+    return tuple(FieldFault(str(one.get("path")), str(one.get("message"))) for one in listed)
 
 
 def json_object(answer: httpx.Response) -> dict[str, Any]:
@@ -185,6 +185,6 @@ def json_object(answer: httpx.Response) -> dict[str, Any]:
 
 
 def retry_after(answer: httpx.Response) -> int | None:
-    """Seconds that the answer asks to wait. A date, which Nibble never sends, is not read."""
+    """The seconds of Retry-After; None without one or for a date, which Nibble never sends."""
     value = answer.headers.get("Retry-After", "")
     return int(value) if value.isdecimal() else None

@@ -1,4 +1,4 @@
-"""One request with its repetitions, and what its answer becomes."""
+"""Sends a request with retries, and parses its answer."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from app.core.errors import NibbleError
 
 AnswerT = TypeVar("AnswerT", bound=ServiceAnswer)
 
-# The request has not been carried out: no connection, so nothing was sent.
+# No connection was made, so the request was never sent.
 UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """How requests reach the service at `url`."""
+    """Sends requests to the service at `url`."""
 
     url: str
     retries: Retries
 
     def sent(self, call: Call, *, patience_s: float = 0.0) -> Flow[httpx.Response]:
-        """The answer, asked for again where that is safe. Patience allows more tries than the policy."""
+        """Send a request, retried where that is safe; for `patience_s` also beyond the policy's attempts."""
         return (yield from self.answered(Send(call), patience_s=patience_s))
 
     def opened(self, call: Open, *, patience_s: float = 0.0) -> Flow[httpx.Response]:
-        """The head of the answer; its body is yet to be read."""
+        """As `sent`, but returns once the head of the answer has arrived."""
         return (yield from self.answered(call, patience_s=patience_s))
 
     def answered(self, ask: Send | Open, *, patience_s: float) -> Flow[httpx.Response]:
@@ -52,7 +52,7 @@ class Exchange:
                 cause: BaseException | None = fault
             else:
                 if was_lost and ask.call.method == "DELETE" and answer.status_code == httpx.codes.NOT_FOUND:
-                    return answer  # the try whose answer was lost has removed it
+                    return answer  # an earlier attempt deleted it, and its answer was lost
                 if not answer.is_error:
                     return answer
                 refused = refusal(answer)
@@ -81,7 +81,7 @@ class Exchange:
         return document
 
     def done(self, call: Call) -> Flow[None]:
-        """For answers that say nothing more."""
+        """Send a request whose answer has no content."""
         yield from self.sent(call)
 
 

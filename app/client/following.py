@@ -1,4 +1,4 @@
-"""Waiting for what changes: jobs, their events, deployments, a streamed answer."""
+"""Follows jobs, their events, deployments and streamed answers."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from app.client.views import DeploymentAnswer, EventAnswer, JobAnswer
 from app.core.errors import NotFound
 
 LONG_POLL_S = 20.0
-PATIENCE_S = 30.0  # how long a service that restarts is put up with
+PATIENCE_S = 30.0  # how long a restarting service is waited for
 POLL_S = 0.5
-SILENCE_S = 60.0  # an event stream says at least that it is still there
-ANSWER_SILENCE_S = 600.0  # a model may think this long
-LOAD_LIMIT_S = 900.0  # for a model that loads
+SILENCE_S = 60.0  # event streams send heartbeats more often than this
+ANSWER_SILENCE_S = 600.0  # longest silence of a streamed answer
+LOAD_LIMIT_S = 900.0  # longest wait for a loading model
 
 Chunk = dict[str, Any]
-OnWait = Callable[[float], None]  # hears for how many seconds is waited
+OnWait = Callable[[float], None]  # called with the seconds of each wait
 
 
 def ignore_seconds(seconds: float) -> None:
-    """For callers who don't tell why they wait."""
+    """The default `on_wait`: does nothing."""
 
 
 def job_changes(exchange: Exchange, job_id: str) -> Stream[JobAnswer]:
-    """The job now and after each change, until it has ended. A restart of the service is waited out."""
+    """Yield the job now and after each change until it has ended, through restarts of the service."""
     etag: str | None = None
     while True:
         job, etag = yield from next_change(exchange, job_id, etag, LONG_POLL_S)
@@ -52,7 +52,7 @@ def job_changes(exchange: Exchange, job_id: str) -> Stream[JobAnswer]:
 
 
 def ended_job(exchange: Exchange, job_id: str, *, timeout_s: float | None) -> Flow[JobAnswer]:
-    """The job once it has ended. Raises WaitTimedOut."""
+    """Return the job once it has ended. Raises WaitTimedOut."""
     give_up = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
     state, etag = "", None
     while True:
@@ -70,8 +70,8 @@ def ended_job(exchange: Exchange, job_id: str, *, timeout_s: float | None) -> Fl
 def next_change(
     exchange: Exchange, job_id: str, etag: str | None, wait_s: float
 ) -> Flow[tuple[JobAnswer | None, str | None]]:
-    """The job and its tag once it differs from `etag`, at once without one; no job if it does not change."""
-    # The service waits for whole seconds; what is shorter is waited for here.
+    """Return the job and its tag once it differs from `etag` (at once if None), else no job."""
+    # The service waits in whole seconds; shorter waits happen here.
     headers = {"Prefer": f"wait={int(wait_s)}", "If-None-Match": etag} if etag else {}
     if etag and wait_s < 1:
         yield Pause(wait_s)
@@ -83,7 +83,7 @@ def next_change(
 
 
 def job_events(exchange: Exchange, job_id: str, after: str | None) -> Stream[EventAnswer]:
-    """Events as they happen, until the job has ended and all were given. None is left out or repeated."""
+    """Yield each event once, as it happens, until the job has ended."""
     heard_at: float | None = None
     while True:
         headers = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after else {})}
@@ -94,9 +94,9 @@ def job_events(exchange: Exchange, job_id: str, after: str | None) -> Stream[Eve
             return
         messages = Messages()
         try:
-            while (piece := (yield Read())) is not None:
+            while (chunk := (yield Read())) is not None:
                 heard_at = time.monotonic()
-                for message in messages.feed(piece):
+                for message in messages.feed(chunk):
                     after = message.id or after
                     yield Emit(event_of(message.data, answer))
         except httpx.TransportError as fault:
@@ -113,7 +113,7 @@ def event_of(data: str, answer: httpx.Response) -> EventAnswer:
 
 
 def deployment_changes(exchange: Exchange, deployment_id: str) -> Stream[DeploymentAnswer]:
-    """The deployment now and whenever it differs, without end."""
+    """Yield the deployment now and after each change, without end."""
     seen: DeploymentAnswer | None = None
     while True:
         now = yield from exchange.read(DeploymentAnswer, Call("GET", deployment_route(deployment_id)))
@@ -124,7 +124,7 @@ def deployment_changes(exchange: Exchange, deployment_id: str) -> Stream[Deploym
 
 
 def deployment_gone(exchange: Exchange, deployment_id: str) -> Flow[None]:
-    """Return once the deployment, deleted before, has finished what ran."""
+    """Return once a deleted deployment has finished its requests and is gone."""
     try:
         while True:
             yield from exchange.read(DeploymentAnswer, Call("GET", deployment_route(deployment_id)))
@@ -134,7 +134,7 @@ def deployment_gone(exchange: Exchange, deployment_id: str) -> Flow[None]:
 
 
 def chat_chunks(exchange: Exchange, body: Mapping[str, Any], on_wait: OnWait) -> Stream[Chunk]:
-    """The chunks of a streamed answer. A model that loads is asked again when it says."""
+    """Yield the chunks of a streamed answer; a loading model is retried after its Retry-After."""
     call = Call(
         "POST", "/v1/chat/completions", json={**body, "stream": True}, read_timeout_s=ANSWER_SILENCE_S
     )
@@ -152,8 +152,8 @@ def chat_chunks(exchange: Exchange, body: Mapping[str, Any], on_wait: OnWait) ->
             on_wait(pause_s)
             yield Pause(pause_s)
         messages = Messages()
-        while (piece := (yield Read())) is not None:
-            for message in messages.feed(piece):
+        while (chunk := (yield Read())) is not None:
+            for message in messages.feed(chunk):
                 if message.data != "[DONE]":
                     yield Emit(chunk_of(message.data))
     except httpx.TransportError as fault:

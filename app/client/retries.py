@@ -1,4 +1,4 @@
-"""When a request is sent again, and after which pause."""
+"""The policy of retries and of the pauses between them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from app.core.errors import NibbleError
 
 
 def say_nothing(fault: NibbleError, seconds: float) -> None:
-    """For callers who don't want to hear of pauses."""
+    """The default `on_pause`: does nothing."""
 
 
 @dataclass(frozen=True)
 class Retries:
     """Pauses double from `first_s` to `longest_s`, each shortened at random so that clients spread out.
 
-    What the service says in Retry-After comes before that. If it asks for more than `longest_s`, its
-    answer is raised at once, with `retry_after_s`.
+    A Retry-After header overrides them. If it exceeds `longest_s`, the error is raised at once, with
+    `retry_after_s`.
     """
 
     attempts: int = 4
     first_s: float = 0.25
     longest_s: float = 15.0
-    refused_connections: bool = True  # False: a service that does not run is told of at once
+    refused_connections: bool = True  # False: fail fast when the connection is refused
     on_pause: Callable[[NibbleError, float], None] = say_nothing
     draw: Callable[[], float] = random.random
 
     def pause_s(self, tries: int, retry_after_s: int | None) -> float:
-        """The pause after so many tries. More than `longest_s` means: don't wait."""
+        """The pause after so many tries; if it exceeds `longest_s`, the caller does not retry."""
         if retry_after_s is not None:
             return float(retry_after_s)
         doubled = self.first_s * 2.0 ** (tries - 1)

@@ -1,4 +1,4 @@
-"""Server-sent events, from bytes as they come (WHATWG HTML, section 9.2)."""
+"""A parser of server-sent events (WHATWG HTML, section 9.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Message(NamedTuple):
 
 
 class Messages:
-    """Takes bytes, gives the messages that they complete."""
+    """Splits a stream of bytes into messages."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -21,8 +21,8 @@ class Messages:
         self._event = ""
         self._data: list[str] = []
 
-    def feed(self, piece: bytes) -> Iterator[Message]:
-        lines = (self._rest + piece).split(b"\n")
+    def feed(self, chunk: bytes) -> Iterator[Message]:
+        lines = (self._rest + chunk).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
             message = self._line(line.rstrip(b"\r").decode("utf-8", "replace"))
@@ -30,7 +30,7 @@ class Messages:
                 yield message
 
     def _line(self, line: str) -> Message | None:
-        """The message that an empty line ends."""
+        """Take one line; returns the message that an empty line completes."""
         if not line:
             whole = Message(self._id, self._event or "message", "\n".join(self._data))
             has_data = bool(self._data)

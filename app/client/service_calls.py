@@ -1,4 +1,4 @@
-"""Everything that the service can be asked."""
+"""Every operation of the service."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from app.client.following import (
     job_changes,
     job_events,
 )
-from app.client.paths import artifact_route, deployment_route, given, job_route, route
+from app.client.paths import artifact_route, deployment_route, job_route, query, route
 from app.client.resumed_download import OnBytes, artifact_files, ignore_bytes
 from app.core.errors import NotFound
 
-PAGE = 100  # the most that a page holds
+PAGE = 100  # largest page of a list
 READY_LIMIT_S = 5.0
 
 Body = BaseModel | Mapping[str, Any]
@@ -49,12 +49,12 @@ def id_of(job: JobLike) -> str:
 
 
 def keyed(idempotency_key: str | None) -> dict[str, str]:
-    """A POST with this header makes one thing, however often it is sent."""
+    """A header that makes a POST safe to repeat."""
     return {"Idempotency-Key": idempotency_key or str(uuid4())}
 
 
 class Operations:
-    """What a client of either kind can ask. Each method is one flow; the client decides how to wait."""
+    """The operations of both clients. Each method is one flow; the client decides how to wait."""
 
     exchange: Exchange
 
@@ -62,7 +62,7 @@ class Operations:
 
     @returns
     def submit(self, body: Body, *, idempotency_key: str | None = None) -> Flow[views.JobAnswer]:
-        """Hand over a job: a `JobSpec`, or the body as plain data. Sent again, it still makes one job."""
+        """Submit a job: a `JobSpec`, or the body as plain data. Retries create no second job."""
         call = Call("POST", "/v1/jobs", json=plain(body), headers=keyed(idempotency_key))
         return self.exchange.read(views.JobAnswer, call)
 
@@ -75,7 +75,7 @@ class Operations:
         self, *, state: str | None = None, label: str | None = None, limit: int = 20, after: str | None = None
     ) -> Flow[views.JobPage]:
         """A page of jobs, newest first."""
-        params = given({"state": state, "label": label, "limit": limit, "after": after})
+        params = query({"state": state, "label": label, "limit": limit, "after": after})
         return self.exchange.read(views.JobPage, Call("GET", "/v1/jobs", params=params))
 
     @yields
@@ -85,7 +85,7 @@ class Operations:
 
     @returns
     def cancel(self, job: JobLike) -> Flow[views.JobAnswer]:
-        # Cancelling twice is cancelling once.
+        # Cancelling twice has the effect of cancelling once.
         return self.exchange.read(
             views.JobAnswer, Call("POST", job_route(id_of(job), "cancel"), repeatable=True)
         )
@@ -106,7 +106,7 @@ class Operations:
     def event_page(
         self, job: JobLike, *, after: str | None = None, limit: int = 100
     ) -> Flow[views.EventPage]:
-        params = given({"after": after, "limit": limit})
+        params = query({"after": after, "limit": limit})
         return self.exchange.read(
             views.EventPage, Call("GET", job_route(id_of(job), "events"), params=params)
         )
@@ -127,12 +127,12 @@ class Operations:
 
     @returns
     def wait_for(self, job: JobLike, timeout: float | None = None) -> Flow[views.JobAnswer]:
-        """The job once it has ended, however it ended. Raises WaitTimedOut after `timeout` seconds."""
+        """Return the job once it has ended, in any state. Raises WaitTimedOut after `timeout` seconds."""
         return ended_job(self.exchange, id_of(job), timeout_s=timeout)
 
     @yields
     def events(self, job: JobLike, *, after: str | None = None) -> Stream[views.EventAnswer]:
-        """Events as they happen, until the job has ended. A broken connection is taken up where it broke."""
+        """Events as they happen, until the job has ended. A broken connection is resumed."""
         return job_events(self.exchange, id_of(job), after)
 
     @returns
@@ -155,7 +155,7 @@ class Operations:
     @returns
     def artifacts(self, *, limit: int = 20, after: str | None = None) -> Flow[views.ArtifactPage]:
         """A page of artifacts, newest first."""
-        params = given({"limit": limit, "after": after})
+        params = query({"limit": limit, "after": after})
         return self.exchange.read(views.ArtifactPage, Call("GET", "/v1/artifacts", params=params))
 
     @yields
@@ -177,9 +177,9 @@ class Operations:
     def download(
         self, artifact_id: str, folder: Path, *, on_bytes: OnBytes = ignore_bytes
     ) -> Flow[views.ArtifactAnswer]:
-        """Write an artifact's files under `folder`; each appears there only after its SHA-256 was checked.
+        """Download an artifact's files to `folder`; each appears only once its SHA-256 is verified.
 
-        What an earlier download left is continued, and what is there already is not sent again.
+        An interrupted download is resumed; complete files are skipped.
         """
         artifact = yield from Operations.artifact(self, artifact_id)
         yield from artifact_files(self.exchange, artifact, folder, on_bytes)
@@ -199,7 +199,7 @@ class Operations:
     @returns
     def deployments(self, *, limit: int = 20, after: str | None = None) -> Flow[views.DeploymentPage]:
         """A page of deployments, newest first."""
-        params = given({"limit": limit, "after": after})
+        params = query({"limit": limit, "after": after})
         return self.exchange.read(views.DeploymentPage, Call("GET", "/v1/deployments", params=params))
 
     @yields
@@ -208,7 +208,7 @@ class Operations:
 
     @returns
     def deployment_named(self, name: str) -> Flow[views.DeploymentAnswer]:
-        """The deployment of that name or id that is not on its way out. Raises NotFound."""
+        """The deployment of that name or id, unless it is being deleted. Raises NotFound."""
         after: str | None = None
         while True:
             page = yield from Operations.deployments(self, limit=PAGE, after=after)
@@ -225,19 +225,19 @@ class Operations:
 
     @returns
     def delete_deployment(self, deployment_id: str, *, wait: bool = False) -> Flow[None]:
-        """Take no more requests, finish those that run, then stop. With `wait`, until that has happened."""
+        """Delete a deployment: it finishes running requests, then stops. With `wait`, return after that."""
         yield from self.exchange.done(Call("DELETE", deployment_route(deployment_id)))
         if wait:
             yield from deployment_gone(self.exchange, deployment_id)
 
     @yields
     def follow_deployment(self, deployment_id: str) -> Stream[views.DeploymentAnswer]:
-        """The deployment now and after each change, without end."""
+        """Yield the deployment now and after each change, without end."""
         return deployment_changes(self.exchange, deployment_id)
 
     @yields
     def chat(self, body: Mapping[str, Any], *, on_wait: OnWait = ignore_seconds) -> Stream[Chunk]:
-        """The chunks of a streamed answer; a model that loads is waited for."""
+        """Yield the chunks of a streamed answer; waits for a loading model."""
         return chat_chunks(self.exchange, body, on_wait)
 
     # The service itself
@@ -248,7 +248,7 @@ class Operations:
 
     @returns
     def ready(self) -> Flow[bool]:
-        """True once the service takes jobs; False while it starts or lacks Redis or storage."""
+        """Whether the service accepts jobs; False while it starts or lacks Redis or storage."""
         try:
             answer = yield Send(Call("GET", "/readyz", read_timeout_s=READY_LIMIT_S))
         except httpx.TransportError:
@@ -267,10 +267,10 @@ class Operations:
 
     @returns
     def audit(self, *, limit: int = 100, after: str | None = None) -> Flow[views.AuditPage]:
-        params = given({"limit": limit, "after": after})
+        params = query({"limit": limit, "after": after})
         return self.exchange.read(views.AuditPage, Call("GET", "/v1/audit", params=params))
 
-    # Access. A key is shown once: if that answer was lost, the repetition is refused by name of the key.
+    # Access. A key is shown once: if that answer is lost, a retry is refused and names the key.
 
     @returns
     def create_key(self, body: Mapping[str, Any]) -> Flow[views.NewKeyAnswer]:
@@ -280,7 +280,7 @@ class Operations:
 
     @returns
     def keys(self, *, tenant: str | None = None) -> Flow[views.KeyPage]:
-        return self.exchange.read(views.KeyPage, Call("GET", "/v1/keys", params=given({"tenant": tenant})))
+        return self.exchange.read(views.KeyPage, Call("GET", "/v1/keys", params=query({"tenant": tenant})))
 
     @returns
     def revoke_key(self, key_id: str) -> Flow[None]:

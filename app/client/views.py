@@ -1,4 +1,4 @@
-"""What the service answers, as typed records. Fields that a newer service adds are ignored."""
+"""The service's answers as typed records. Unknown fields of a newer service are ignored."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class KeyAnswer(ServiceAnswer):
 
 
 class NewKeyAnswer(KeyAnswer):
-    """`key` is shown this once."""
+    """A new key; `key` is shown only once."""
 
     key: str
 
@@ -153,7 +153,7 @@ class AuditAnswer(ServiceAnswer):
 
 
 class LimitsAnswer(ServiceAnswer):
-    """What a tenant may use (0 is no limit), and uses."""
+    """A tenant's limits (0 means none) and use."""
 
     tenant: str
     limits: dict[str, int]
@@ -170,7 +170,7 @@ class LoginLinkAnswer(ServiceAnswer):
 
 
 class GarbageAnswer(ServiceAnswer):
-    """What was removed, or would be, by kind."""
+    """The removed ids by kind, or with `dry_run` those to remove."""
 
     checkpoints: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
@@ -181,7 +181,7 @@ ItemT = TypeVar("ItemT")
 
 
 class Page(ServiceAnswer, Generic[ItemT]):
-    """A part of a list; `next` is the cursor of the part after it."""
+    """A page of a list; `next` is the cursor of the next page."""
 
     items: tuple[ItemT, ...] = Field(alias="data")
     has_more: bool = False
@@ -192,7 +192,7 @@ JobPage = Page[JobAnswer]  # Jobs, newest first.
 ArtifactPage = Page[ArtifactAnswer]  # Artifacts, newest first.
 DeploymentPage = Page[DeploymentAnswer]  # Deployments, newest first.
 EventPage = Page[EventAnswer]  # Events, oldest first.
-WorkerPage = Page[WorkerAnswer]  # Living workers.
+WorkerPage = Page[WorkerAnswer]  # Live workers.
 KeyPage = Page[KeyAnswer]  # Keys, oldest first.
 DeliveryPage = Page[DeliveryAnswer]  # Webhooks of a job, oldest first.
 AuditPage = Page[AuditAnswer]  # Changes, newest first.

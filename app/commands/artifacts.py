@@ -53,14 +53,14 @@ def show(
 def download(
     artifact_id: ArtifactId,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; made if missing.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; created if missing.")],
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
     """Download an artifact; each file's SHA-256 is checked before it appears in the folder.
 
-    A download that was interrupted goes on where it stopped.
+    An interrupted download is resumed.
     """
     console = stderr() if as_json else stdout()
     with connect(url, api_key) as client:
@@ -84,7 +84,7 @@ def download(
 def delete(
     artifact_id: ArtifactId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None
 ) -> None:
-    """Remove an artifact and its files. A deployment that serves it must go first."""
+    """Remove an artifact and its files. Delete deployments that serve it first."""
     with connect(url, api_key) as client:
         client.delete_artifact(artifact_id)
     if as_json:

@@ -1,4 +1,4 @@
-"""`nibble chat`: a conversation in the terminal, streamed as it is written."""
+"""`nibble chat`: a conversation in the terminal, streamed as it is generated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from app.client import NibbleClient
 
-HELP = """[dim]/new    forget the conversation      /system TEXT  how the model shall behave
+HELP = """[dim]/new    forget the conversation      /system TEXT  set the system prompt
 /undo   forget the last exchange    /set NAME VALUE  temperature, top_p, max_tokens, seed
 /help   this list                   /quit, Ctrl-D    leave      Ctrl-C  stop an answer[/]"""
 PARAMETERS = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
@@ -36,7 +36,7 @@ PARAMETERS = {"temperature": float, "top_p": float, "max_tokens": int, "seed": i
 
 @dataclass
 class Conversation:
-    """What was said, and how the model is asked."""
+    """The messages of a conversation, and the request's parameters."""
 
     model: str
     parameters: dict[str, float | int] = field(default_factory=dict)
@@ -68,32 +68,32 @@ class Conversation:
 def chat(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A deployment's name.")],
     prompt: Annotated[
-        str | None, typer.Argument(help="One question; without it a conversation.", show_default=False)
+        str | None,
+        typer.Argument(help="One question; without it a conversation.", show_default=False),
     ] = None,
     *,
-    system: Annotated[
-        str | None, typer.Option(help="How the model shall behave.", show_default=False)
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 always takes the likeliest token.", show_default=False)
+        float | None,
+        typer.Option(min=0, help="0 always picks the likeliest token.", show_default=False),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer.", show_default=False)
+        int | None, typer.Option(min=1, help="Longest answer in tokens.", show_default=False)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed draws the same answer.", show_default=False)
+        int | None, typer.Option(help="Sampling seed; the same seed repeats the answer.", show_default=False)
     ] = None,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Talk to a deployment. With --json: one question, and its answer as one document."""
+    """Chat with a deployment. With --json: one question, its answer as one document."""
     if as_json and prompt is None and sys.stdin.isatty():
         raise typer.BadParameter(
             "--json needs a question: there is no conversation in JSON", param_hint="PROMPT"
         )
-    given = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    parameters = {key: value for key, value in given.items() if value is not None}
+    options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    parameters = {key: value for key, value in options.items() if value is not None}
     talk = Conversation(model=name, parameters=parameters, system=system)
     console = stdout()
     with connect(url, api_key) as client:
@@ -109,7 +109,7 @@ def chat(
 
 
 def converse(client: NibbleClient, talk: Conversation, console: Console) -> None:
-    """Ask and answer until the end of the input."""
+    """Alternate questions and answers until the input ends."""
     while True:
         try:
             line = console.input("\n[bold cyan]you[/] ").strip()
@@ -159,37 +159,37 @@ def set_parameter(talk: Conversation, text: str, console: Console) -> None:
 
 
 def answer(client: NibbleClient, talk: Conversation, console: Console) -> None:
-    """Print the model's answer as it comes, and keep it. Ctrl-C keeps what has come."""
-    parts: list[str] = []
+    """Print the answer as it arrives, and add it to the conversation. Ctrl-C stops it and keeps the text."""
+    texts: list[str] = []
     started, first, usage = time.monotonic(), 0.0, 0
     try:
         for chunk in client.chat(talk.body(), on_wait=lambda seconds: waiting(console, seconds)):
             usage = (chunk.get("usage") or {}).get("completion_tokens", usage)
             for choice in chunk.get("choices", ()):
-                piece = (choice.get("delta") or {}).get("content") or ""
-                if piece:
+                text = (choice.get("delta") or {}).get("content") or ""
+                if text:
                     first = first or time.monotonic()
-                    parts.append(piece)
-                    console.print(escape(piece), end="", soft_wrap=True)
+                    texts.append(text)
+                    console.print(escape(text), end="", soft_wrap=True)
     except KeyboardInterrupt:
         console.print(" [dim]stopped[/]", end="")
     console.print()
-    talk.hear("".join(parts))
+    talk.hear("".join(texts))
     if console.is_terminal and usage and first:
         rate = (usage - 1) / max(time.monotonic() - first, 1e-9)
         console.print(f"[dim]{usage} tokens, {rate:.1f} per second, first after {first - started:.2f} s[/]")
 
 
 def whole_answer(client: NibbleClient, talk: Conversation) -> dict[str, Any]:
-    """The answer, why it ended, and what it took."""
-    parts: list[str] = []
-    told: dict[str, Any] = {"model": talk.model, "content": "", "finish_reason": None, "usage": None}
+    """The answer with its finish reason and token usage."""
+    texts: list[str] = []
+    document: dict[str, Any] = {"model": talk.model, "content": "", "finish_reason": None, "usage": None}
     for chunk in client.chat(talk.body(), on_wait=lambda seconds: waiting(stderr(), seconds)):
-        told["usage"] = chunk.get("usage") or told["usage"]
+        document["usage"] = chunk.get("usage") or document["usage"]
         for choice in chunk.get("choices", ()):
-            parts.append((choice.get("delta") or {}).get("content") or "")
-            told["finish_reason"] = choice.get("finish_reason") or told["finish_reason"]
-    return {**told, "content": "".join(parts)}
+            texts.append((choice.get("delta") or {}).get("content") or "")
+            document["finish_reason"] = choice.get("finish_reason") or document["finish_reason"]
+    return {**document, "content": "".join(texts)}
 
 
 def waiting(console: Console, seconds: float) -> None:

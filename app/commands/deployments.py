@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from app.commands.job_options import given
+from app.commands.job_options import without_none
 from app.commands.show import print_page
 from app.commands.terminal import (
     After,
@@ -39,76 +39,85 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A deployment's name, 
 def deploy(
     artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")],
     *,
-    name: Annotated[str, typer.Option("--name", "-n", help="What requests call the model.")],
+    name: Annotated[str, typer.Option("--name", "-n", help="The model's name in requests.")],
     engine: Annotated[
         str,
         typer.Option(
             help="auto, transformers or vllm.", autocompletion=among("auto", "transformers", "vllm")
         ),
     ] = "auto",
-    replicas: Annotated[int, typer.Option(metavar="N", min=1, max=16, help="How many servers.")] = 1,
+    replicas: Annotated[int, typer.Option(metavar="N", min=1, max=16, help="Number of servers.")] = 1,
     idle_timeout: Annotated[
         int | None,
-        typer.Option(metavar="SECONDS", help="Unload after so long without a request.", show_default=False),
+        typer.Option(metavar="SECONDS", help="Unload after this long without a request.", show_default=False),
     ] = None,
     tensor_parallel: Annotated[
         int | None,
-        typer.Option("--tensor-parallel-size", metavar="N", help="vllm: GPUs per layer.", show_default=False),
+        typer.Option(
+            "--tensor-parallel-size",
+            metavar="N",
+            help="vllm: GPUs per layer.",
+            show_default=False,
+        ),
     ] = None,
     pipeline_parallel: Annotated[
         int | None,
         typer.Option(
             "--pipeline-parallel-size",
             metavar="N",
-            help="vllm: parts of the model, on as many GPUs.",
+            help="vllm: pipeline stages, one per GPU.",
             show_default=False,
         ),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it answers.")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")] = True,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Serve an artifact behind OpenAI's routes."""
-    vllm = given({"tensor_parallel_size": tensor_parallel, "pipeline_parallel_size": pipeline_parallel})
+    """Serve an artifact with OpenAI's API."""
+    vllm = without_none(
+        {"tensor_parallel_size": tensor_parallel, "pipeline_parallel_size": pipeline_parallel}
+    )
     body = {"artifact": artifact, "name": name, "engine": engine, "replicas": replicas}
-    body |= given({"idle_timeout_s": idle_timeout, "vllm": vllm or None})
+    body |= without_none({"idle_timeout_s": idle_timeout, "vllm": vllm or None})
     with connect(url, api_key) as client:
-        made = client.deploy(body)
+        deployment = client.deploy(body)
         if wait:
-            made = await_ready(client, made, stderr() if as_json else stdout(), quiet=as_json)
+            deployment = await_ready(client, deployment, stderr() if as_json else stdout(), quiet=as_json)
         if as_json:
-            print_json(made.model_dump(mode="json"))
+            print_json(deployment.model_dump(mode="json"))
         else:
-            show_deployment(stdout(), made)
+            show_deployment(stdout(), deployment)
             stdout().print(f"\ntalk to it: [bold]nibble chat {escape(name)}[/]")
 
 
 def await_ready(
-    client: NibbleClient, made: DeploymentAnswer, console: Console, *, quiet: bool
+    client: NibbleClient, deployment: DeploymentAnswer, console: Console, *, quiet: bool
 ) -> DeploymentAnswer:
-    """The deployment once it answers. Raises Unavailable if it fails, and tells why it waits."""
-    told = ""
+    """Wait until the deployment is ready, and show its status. Raises Unavailable if it fails."""
+    shown = ""
     with (
-        console.status(f"starting {escape(made.name)}") as status,
-        closing(client.follow_deployment(made.id)) as changes,
+        console.status(f"starting {escape(deployment.name)}") as status,
+        closing(client.follow_deployment(deployment.id)) as changes,
     ):
-        for made in changes:
-            if made.state != "starting":
+        for deployment in changes:
+            if deployment.state != "starting":
                 break
-            if made.reason != told and not quiet:
-                told = made.reason
-                status.update(escape(told))
+            if deployment.reason != shown and not quiet:
+                shown = deployment.reason
+                status.update(escape(shown))
                 if not console.is_terminal:
-                    console.print(escape(told))
-    if made.state != "ready":
-        error = made.error
+                    console.print(escape(shown))
+    if deployment.state != "ready":
+        error = deployment.error
         raise Unavailable(
-            error.message if error is not None else f"{made.name} is {made.state}: {made.reason}",
+            error.message
+            if error is not None
+            else f"{deployment.name} is {deployment.state}: {deployment.reason}",
             code=error.code if error is not None else "deployment_not_ready",
             remedy=error.remedy if error is not None else "",
         )
-    return made
+    return deployment
 
 
 @deployments.callback(invoke_without_command=True)
@@ -133,24 +142,24 @@ def list_deployments(
 def show(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
     """Show a deployment and its servers."""
     with connect(url, api_key) as client:
-        found = client.deployment_named(name)
+        deployment = client.deployment_named(name)
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(deployment.model_dump(mode="json"))
     else:
-        show_deployment(stdout(), found)
+        show_deployment(stdout(), deployment)
 
 
 @deployments.command()
 def delete(name: Name, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Take no more requests, finish those that run, then stop."""
+    """Delete a deployment: it finishes running requests, then stops."""
     with connect(url, api_key) as client:
-        found = client.deployment_named(name)
-        with (stderr() if as_json else stdout()).status(f"{escape(found.name)} finishes what runs"):
-            client.delete_deployment(found.id, wait=True)
+        deployment = client.deployment_named(name)
+        with (stderr() if as_json else stdout()).status(f"{escape(deployment.name)} finishes its requests"):
+            client.delete_deployment(deployment.id, wait=True)
     if as_json:
-        print_json({"id": found.id, "name": found.name, "deleted": True})
+        print_json({"id": deployment.id, "name": deployment.name, "deleted": True})
     else:
-        stdout().print(f"{escape(found.name)} is gone")
+        stdout().print(f"{escape(deployment.name)} is gone")
 
 
 def show_deployments(console: Console, items: Iterable[DeploymentAnswer]) -> None:

@@ -1,9 +1,8 @@
-"""`nibble doctor`: what is wrong on this host, and what to do about it."""
+"""`nibble doctor`: finds problems of this host and says how to fix them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -46,7 +45,12 @@ def doctor(*, as_json: AsJson = False) -> None:
             show_check(console, check)
     problems = sum(check.status == "problem" for check in checks)
     if as_json:
-        print_json([asdict(check) for check in checks])
+        print_json(
+            [
+                {"name": check.name, "status": check.status, "found": check.finding, "remedy": check.remedy}
+                for check in checks
+            ]
+        )
     else:
         warnings = sum(check.status == "warning" for check in checks)
         console.print(f"\n{counted(problems, 'problem')}, {counted(warnings, 'warning')}")
@@ -55,7 +59,7 @@ def doctor(*, as_json: AsJson = False) -> None:
 
 
 def every_check() -> Iterator[Check]:
-    """The checks in the order in which their remedies make sense."""
+    """Every check, in the order in which problems should be fixed."""
     yield check_python()
     yield from (check_extra(name) for name in EXTRAS)
     yield from check_devices()
@@ -76,7 +80,7 @@ def every_check() -> Iterator[Check]:
 
 def show_check(console: Console, check: Check) -> None:
     colour = COLOURS[check.status]
-    console.print(f"[{colour}]{check.status:<8}[/] {escape(check.name):<18} {escape(check.found)}")
+    console.print(f"[{colour}]{check.status:<8}[/] {escape(check.name):<18} {escape(check.finding)}")
     if check.remedy:
         word = "hint" if check.status == "ok" else "remedy"
         console.print(f"{'':<8} [bold]{word:<18}[/] {escape(check.remedy)}")

@@ -1,4 +1,4 @@
-"""Whether a worker of this host lives, for health checks of containers."""
+"""The health check of a worker's container."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from app.core.redis.redis_server import connect
 
 
 def check_worker() -> None:
-    """For health checks of containers. Raises Unavailable if this host has no living worker."""
+    """Raises Unavailable if no worker of this host is live."""
     settings = read_settings()
     if settings.redis_url is None:
         raise Unavailable(
-            "NIBBLE_REDIS_URL is not set: there is nobody to ask", code="redis_unknown",
+            "NIBBLE_REDIS_URL is not set: heartbeats can't be read", code="redis_unknown",
             remedy="set it to the Redis that the worker uses",
         )  # fmt: skip
     host = socket.gethostname()

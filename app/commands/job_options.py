@@ -1,4 +1,4 @@
-"""The body of a job, put together from a file and from options."""
+"""Builds a job's body from a file and options."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from app.core.records.specs import Method
 from app.core.sources.json_file import json_fault
 
 IdempotencyKey = Annotated[
-    str | None, typer.Option(help="Submitting twice with one key makes one job.", show_default=False)
+    str | None, typer.Option(help="Submitting twice with the same key creates one job.", show_default=False)
 ]
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
 ]
 Timeout = Annotated[
-    int | None, typer.Option(help="Seconds that it may run; 14400 unless told.", show_default=False)
+    int | None, typer.Option(help="Longest run in seconds; default 14400.", show_default=False)
 ]
 QueueTimeout = Annotated[
-    int | None, typer.Option(help="Seconds that it may wait for a worker.", show_default=False)
+    int | None, typer.Option(help="Longest wait for a worker in seconds.", show_default=False)
 ]
 
 
 def option(text: str, *names: str, values: tuple[str, ...] = ()) -> Any:
-    """An option without a default of its own: the body of the job has it."""
+    """An option without a default: the job's body has its own."""
     return typer.Option(
         *names, help=text, show_default=False, autocompletion=among(*values) if values else None
     )
@@ -43,17 +43,17 @@ def option(text: str, *names: str, values: tuple[str, ...] = ()) -> Any:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What `submit`, `estimate` and `quantize` take alike."""
+    """The options that `submit`, `estimate` and `quantize` share."""
 
     method: Annotated[
-        str | None, option("rtn, awq (unless told), gptq or omniquant.", values=get_args(Method))
+        str | None, option("rtn, awq (default), gptq or omniquant.", values=get_args(Method))
     ] = None
-    bits: Annotated[int | None, option("2, 3, 4 (unless told) or 8.")] = None
-    group_size: Annotated[int | None, option("32, 64, 128 (unless told), or -1 for whole rows.")] = None
+    bits: Annotated[int | None, option("2, 3, 4 (default) or 8.")] = None
+    group_size: Annotated[int | None, option("32, 64, 128 (default), or -1 for whole rows.")] = None
     symmetric: Annotated[
         bool | None,
         option(
-            "The integer grid; asymmetric unless told.",
+            "The integer grid; default asymmetric.",
             "--symmetric/--asymmetric",
         ),
     ] = None
@@ -63,28 +63,28 @@ class JobOptions:
     max_ratio: Annotated[
         float | None,
         option(
-            "A target: 1.01 allows one percent more perplexity; recipes are tried until one meets it.",
+            "Quality target: recipes are tried until one meets it; 1.01 allows one percent more perplexity.",
             "--max-perplexity-ratio",
         ),
     ] = None
     formats: Annotated[
         list[str] | None,
         option(
-            f"{', '.join(get_args(FormatName))}; may be repeated; compressed-tensors unless set.",
+            f"{', '.join(get_args(FormatName))}; may be repeated; default compressed-tensors.",
             "--format",
             values=get_args(FormatName),
         ),
     ] = None
-    num_samples: Annotated[int | None, option("Calibration windows.")] = None
-    sequence_length: Annotated[int | None, option("Tokens of a window.")] = None
+    num_samples: Annotated[int | None, option("Number of calibration windows.")] = None
+    sequence_length: Annotated[int | None, option("Tokens per window.")] = None
     dataset: Annotated[
         str | None, option("Calibration text: builtin:…, hf:…, s3://…, file://… or a file.")
     ] = None
-    eval_samples: Annotated[int | None, option("Evaluation windows.")] = None
+    eval_samples: Annotated[int | None, option("Number of evaluation windows.")] = None
     spec: Annotated[
         Path | None,
         option(
-            "JSON file with a whole job body, - for standard input; options change it.",
+            "JSON file with a job's body, - for standard input; options override it.",
             "--spec",
         ),
     ] = None
@@ -94,7 +94,7 @@ Command = Callable[..., None]
 
 
 def takes_job_options(command: Command) -> Command:
-    """Give a command whose last parameter is `options` each of JobOptions as an option of its own."""
+    """Replace a command's last parameter `options` by one option per field of JobOptions."""
     shared = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters_of(JobOptions)]
     own = [parameter for parameter in parameters_of(command) if parameter.name != "options"]
 
@@ -115,7 +115,7 @@ def parameters_of(function: Callable[..., object]) -> list[Parameter]:
     return list(signature(function, eval_str=True).parameters.values())
 
 
-# Section and field of a job's body that an option sets.
+# Option -> section and field of a job's body.
 PLACES = {
     "method": ("recipe", "method"),
     "bits": ("recipe", "bits"),
@@ -141,14 +141,14 @@ def read_spec(path: Path | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as fault:
         raise typer.BadParameter(f"{path}: {json_fault(fault)}", param_hint="--spec") from fault
     if not isinstance(body, dict):
-        raise typer.BadParameter(f"{path} holds no JSON object", param_hint="--spec")
+        raise typer.BadParameter(f"{path} is not a JSON object", param_hint="--spec")
     return body
 
 
 def job_body(
     model: str | None, options: JobOptions, labels: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The file's body, changed by the options that were given. They can't change a list of recipes."""
+    """The file's body with the options applied. A list of recipes can't be changed by options."""
     body = read_spec(options.spec)
     if model is not None:
         body["model"] = model_reference(model)
@@ -168,7 +168,7 @@ def job_body(
 
 
 def sections(options: JobOptions) -> dict[str, dict[str, Any]]:
-    """The options that were given, by the sections and fields that they set."""
+    """The options that were set, by section and field of the body."""
     placed: dict[str, dict[str, Any]] = {}
     for name, (section, field) in PLACES.items():
         value = text_reference(options.dataset) if name == "dataset" else getattr(options, name)
@@ -177,15 +177,14 @@ def sections(options: JobOptions) -> dict[str, dict[str, Any]]:
     return placed
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
+def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def model_reference(model: str) -> str:
-    """A folder becomes a `file://` reference; anything else is the service's to understand.
+    """Turn a folder into a `file://` reference; the service checks any other reference.
 
-    Raises InvalidRequest for what can only be meant as a folder, but is none: also `examples/typo`, where
-    there is a folder `examples`.
+    Raises InvalidRequest for a path that is not a folder, such as `examples/typo` where `examples` exists.
     """
     folder = os.path.expanduser(model)
     if os.path.isdir(folder):
@@ -206,7 +205,7 @@ def model_reference(model: str) -> str:
 
 
 def text_reference(dataset: str | None) -> str | None:
-    """A file becomes a `file://` reference. Raises InvalidRequest for one that does not exist."""
+    """Turn a file into a `file://` reference. Raises InvalidRequest if it does not exist."""
     if dataset is None or ":" in dataset:
         return dataset
     file = os.path.expanduser(dataset)

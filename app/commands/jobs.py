@@ -1,4 +1,4 @@
-"""Commands about jobs and who executes them."""
+"""Commands about jobs and workers."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def submit(
     idempotency_key: job_options.IdempotencyKey = None,
     timeout: job_options.Timeout = None,
     queue_timeout: job_options.QueueTimeout = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Wait for the job's end.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show progress until the job ends.")] = False,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
     options: job_options.JobOptions,
 ) -> None:
-    """Hand a job to the service."""
+    """Submit a job."""
     body = job_options.job_body(model, options, job_options.split_labels(labels))
-    body |= job_options.given({"timeout_s": timeout, "queue_timeout_s": queue_timeout})
+    body |= job_options.without_none({"timeout_s": timeout, "queue_timeout_s": queue_timeout})
     with connect(url, api_key) as client:
         job = client.submit(body, idempotency_key=idempotency_key)
         if watch:
@@ -78,7 +78,7 @@ def watch(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: A
 
 
 def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
-    """Exits with 1 unless the job succeeded."""
+    """Show the job's end. Exits with 1 unless it succeeded."""
     job: JobAnswer | None = None
     if as_json:
         for job in client.follow(job_id):
@@ -100,7 +100,7 @@ def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
 
 
 def watch_job(client: NibbleClient, job_id: str, console: Console) -> JobAnswer:
-    """Show progress until the job has ended; the job as it ended."""
+    """Show progress until the job has ended; returns the ended job."""
     with progress_view(console) as view:
         for job in client.follow(job_id):
             view.show((job.stage if job.state == "running" else None) or job.state, job.progress)
@@ -127,7 +127,7 @@ def jobs(
 
 
 def cancel(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Stop a job that waits or runs."""
+    """Cancel a queued or running job."""
     with connect(url, api_key) as client:
         job = client.cancel(job_id)
     if as_json:
@@ -137,7 +137,7 @@ def cancel(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: 
 
 
 def retry(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Start a job that has ended once more, as a new job."""
+    """Run an ended job again, as a new job."""
     with connect(url, api_key) as client:
         job = client.retry(job_id)
     if as_json:
@@ -147,7 +147,7 @@ def retry(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: A
 
 
 def events(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Show everything that happened to a job, and what happens until it ends."""
+    """Show a job's events, past and future, until it ends."""
     console = stdout()
     with connect(url, api_key) as client:
         for event in client.events(job_id):
@@ -158,14 +158,14 @@ def events(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: 
 
 
 def workers(*, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """List the workers that live: where they run, on which device, what they do."""
+    """List the live workers with their host, device and status."""
     with connect(url, api_key) as client:
         page = client.workers()
     print_page(page, show_workers, as_json=as_json, command="nibble workers")
 
 
 def report(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Show what a job measured: perplexities, sizes, seconds."""
+    """Show a job's report: perplexities, sizes, seconds."""
     with connect(url, api_key) as client:
         document = client.report(job_id)
     if as_json:
@@ -183,7 +183,7 @@ def estimate(
     api_key: ApiKey = None,
     options: job_options.JobOptions,
 ) -> None:
-    """Say what a job would take and do, without running it."""
+    """Predict a job's time, memory and size without running it."""
     body = job_options.job_body(model, options)
     with connect(url, api_key) as client:
         document = client.estimate(body)

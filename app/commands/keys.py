@@ -1,4 +1,4 @@
-"""Commands about access: keys, and the link that logs a browser in."""
+"""Commands about API keys and browser logins."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def create(
     *,
     scopes: Annotated[str, typer.Option(help="Comma-separated, such as jobs:read,jobs:write.")],
     tenant: Annotated[
-        str | None, typer.Option(help="Whose resources it sees; your own if absent.", show_default=False)
+        str | None, typer.Option(help="Tenant of the key; default: your own.", show_default=False)
     ] = None,
-    name: Annotated[str, typer.Option(help="A note for the list.")] = "",
+    name: Annotated[str, typer.Option(help="A label shown in the list.")] = "",
     days: Annotated[
         int | None, typer.Option(min=1, max=3650, help="Days until it expires.", show_default=False)
     ] = None,
@@ -27,7 +27,7 @@ def create(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Create a key and print it: this is the only time."""
+    """Create a key and print it. It is shown only once."""
     body = {
         "tenant": tenant,
         "scopes": [scope.strip() for scope in scopes.split(",") if scope.strip()],
@@ -35,11 +35,11 @@ def create(
         "expires_in_s": days * 24 * 3600 if days is not None else None,
     }
     with connect(url, api_key) as client:
-        made = client.create_key(body)
+        created = client.create_key(body)
     if as_json:
-        print_json(made.model_dump(mode="json"))
+        print_json(created.model_dump(mode="json"))
     else:
-        stdout().print(escape(made.key))
+        stdout().print(escape(created.key))
 
 
 @keys.command("list")
@@ -50,14 +50,14 @@ def list_keys(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """List keys: whose, what they may do, when they were used last."""
+    """List keys with their tenant, scopes and last use."""
     with connect(url, api_key) as client:
-        found = client.keys(tenant=tenant)
+        page = client.keys(tenant=tenant)
     if as_json:
-        print_json(found.model_dump(mode="json", by_alias=True))
+        print_json(page.model_dump(mode="json", by_alias=True))
         return
     grid = table("id", "tenant", "name", "scopes", "created", "expires", "last used")
-    for key in found.items:
+    for key in page.items:
         moments = [key.created_at, key.expires_at, key.last_used_at]
         shown = [f"{moment:%Y-%m-%d %H:%M}" if moment else "-" for moment in moments]
         grid.add_row(key.id, key.tenant, escape(key.name), " ".join(key.scopes), *shown)
@@ -72,7 +72,7 @@ def revoke(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Refuse a key from now on."""
+    """Revoke a key."""
     with connect(url, api_key) as client:
         client.revoke_key(key_id)
     if as_json:

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from app.client import NibbleClient
 from app.commands.checks.host import PORT_REMEDY, is_nibble, port_fault
-from app.commands.terminal import ExitCode, api_key_file, kept_api_key, local_url, print_json, stdout
+from app.commands.terminal import ExitCode, api_key_file, local_api_key, local_url, print_json, stdout
 from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.errors import Conflict, NibbleError, Unavailable
 from app.core.planning.host_devices import gpu_names
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 START_LIMIT_S = 330.0  # a worker measures its device at its first start, which takes a busy host minutes
 STOP_GRACE_S = 15.0
-MAX_RESTARTS = 5  # of one worker within RESTART_WINDOW_S; more means that it can't run here
+MAX_RESTARTS = 5  # restarts of one worker within RESTART_WINDOW_S before `nibble up` gives up
 RESTART_WINDOW_S = 60.0
 COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
 
 
 class Voice:
-    """How lines look: behind the name of who says them, or as JSON."""
+    """Formats lines: after the name of their process, or as JSON."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
@@ -40,7 +40,7 @@ class Voice:
         self.colours: dict[str, str] = {}
 
     def say(self, name: str, line: str, *, style: str = "", **facts: str) -> None:
-        """`facts` are for programs: the line tells them to people."""
+        """Print a line; with --json also `facts`."""
         if self.as_json:
             print_json({"from": name, **facts, "line": line})
             return
@@ -50,7 +50,7 @@ class Voice:
 
 
 class Member:
-    """One process of the machine. Its output appears line by line behind its name."""
+    """One process of the machine; its output is printed line by line after its name."""
 
     def __init__(self, name: str, module: str, *arguments: str, voice: Voice) -> None:
         self.name = name
@@ -60,7 +60,7 @@ class Member:
         self.process: OwnedProcess | None = None
 
     def start(self, environment: dict[str, str]) -> None:
-        """Start it, also once more after it has ended."""
+        """Start the process, or start it again after it has ended."""
         if self.process is not None:
             self.process.close()
         self.starts.append(time.monotonic())
@@ -69,14 +69,14 @@ class Member:
         )
 
     def exit_code(self) -> int | None:
-        """The code it ended with; None while it runs."""
+        """The exit code; None while it runs."""
         return None if self.process is None else self.process.exit_code()
 
     def crashes_in_a_row(self) -> bool:
         return crashes_in_a_row(self.starts)
 
     def stop(self) -> None:
-        """End it; its last lines are printed."""
+        """Stop the process and print its last lines."""
         if self.process is not None:
             self.process.stop(STOP_GRACE_S)
             self.process.close()
@@ -87,7 +87,7 @@ def crashes_in_a_row(starts: Sequence[float]) -> bool:
 
 
 class Machine:
-    """Redis, the API and the workers of this machine."""
+    """Runs Redis, the API and the workers of this machine."""
 
     def __init__(self, settings: Settings, *, as_json: bool = False) -> None:
         self.settings = settings
@@ -109,7 +109,7 @@ class Machine:
             return self.run_members(redis, {**os.environ, "NIBBLE_REDIS_URL": redis.url})
 
     def refuse_taken_port(self) -> None:
-        """Told before anything is started, not by the API among the lines of the others."""
+        """Refuse a used address before any process is started."""
         fault, where = port_fault(self.settings), f"{self.settings.host}:{self.settings.port}"
         if fault is None:
             return
@@ -150,7 +150,7 @@ class Machine:
         return ExitCode.OK
 
     def await_ready(self, redis: RedisServer, members: Sequence[Member]) -> None:
-        """Return once the API takes jobs and every worker waits for one."""
+        """Return once the API accepts jobs and every worker is idle."""
         from app.core.jobs.worker_registry import WorkerRegistry
         from app.core.redis.redis_server import connect
 
@@ -175,32 +175,34 @@ class Machine:
         self.say_ready(url)
 
     def say_ready(self, url: str) -> None:
-        given = self.settings.bootstrap_api_key is not None
-        place = "NIBBLE_BOOTSTRAP_API_KEY" if given else str(api_key_file(self.settings))
-        with NibbleClient(url, api_key=kept_api_key(self.settings)) as client:
+        is_configured = self.settings.bootstrap_api_key is not None
+        key_source = "NIBBLE_BOOTSTRAP_API_KEY" if is_configured else str(api_key_file(self.settings))
+        with NibbleClient(url, api_key=local_api_key(self.settings)) as client:
             link = url + client.login_link().path
-        self.say(f"API key: {place}")
+        self.say(f"API key: {key_source}")
         self.say(f"log in once with: {link}")
-        self.say(f"ready at {url}", style="bold green", event="ready", url=url, login=link, api_key=place)
+        self.say(
+            f"ready at {url}", style="bold green", event="ready", url=url, login=link, api_key=key_source
+        )
         if not self.settings.model_roots:
             self.say("no folder of models is set (NIBBLE_MODEL_ROOTS): jobs can name hf: and s3:// models")
         self.say("in another terminal: nibble submit MODEL --watch; Ctrl-C here stops everything")
 
     def replace_redis(self, redis: RedisServer) -> None:
-        """Start a dead Redis again, over its file and at its address: the others reconnect."""
+        """Restart a dead Redis with its data and address; the other processes reconnect."""
         if redis.is_alive:
             return
         self.redis_starts.append(time.monotonic())
         if crashes_in_a_row(self.redis_starts):
             raise Unavailable(
                 f"Redis has ended {len(self.redis_starts)} times within {RESTART_WINDOW_S:.0f} s",
-                remedy="read redis/server.log in NIBBLE_STATE_DIR; what was recorded is on disk",
+                remedy="read redis/server.log in NIBBLE_STATE_DIR; its records are on disk",
             )
         self.say("redis has ended; starting it again")
         redis.restart(self.settings)
 
     def replace_ended(self, workers: Sequence[Member], environment: dict[str, str]) -> None:
-        """Start a dead worker again: the service takes up its job."""
+        """Restart a dead worker; the service recovers its job."""
         for worker in workers:
             code = worker.exit_code()
             if code is None:
@@ -224,13 +226,13 @@ def refuse_ended(member: Member) -> None:
 
 
 def worker_command(name: str, device: str) -> tuple[str, ...]:
-    """One process does jobs, another one serves: a machine does both at once."""
+    """Separate processes run jobs and serve, so that a machine does both at once."""
     module = "workers.replicas.replica_supervisor" if name.startswith("serve") else "workers.main"
     return (module, "--device", device, "--name", registered_name(name))
 
 
 def registered_name(name: str) -> str:
-    """The name under which a worker of this process is listed."""
+    """The name of a worker of this process."""
     return f"{socket.gethostname()[:32]}-{name}-{os.getpid()}"
 
 

@@ -1,4 +1,4 @@
-"""How a running job looks: a bar on a terminal, timestamped lines in a pipe."""
+"""Shows a running job: a bar on a terminal, timestamped lines in a pipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from app.commands.terminal import human_seconds
 from app.core.records.job import Progress
 
-LINE_STEP = 0.1  # a line in a pipe for each tenth of the job
+LINE_STEP = 0.1  # lines in a pipe: one per tenth of the job
 
 
 class ProgressView(Protocol):

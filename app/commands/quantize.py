@@ -1,4 +1,4 @@
-"""`nibble quantize`: the engine in the foreground, with no server."""
+"""`nibble quantize`: runs the engine in the foreground, without a service."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from app.core.child.assignment import Assignment, Finished, OutputFolder
 
 CHILD_GRACE_S = 10.0
-# What to do about a fault of the job's process, where no service has events, workers or retries.
+# Remedies of a child's faults, where no service has events, workers or retries.
 REMEDIES = {
     "child_crashed": "read its output above, then run it again",
     "child_killed": "find out who sends signal 9 on this host (an operator, a limit of the container)",
@@ -37,7 +37,7 @@ REMEDIES = {
     "kernel_backend_absent": "set NIBBLE_KERNEL_BACKEND to auto",
     "out_of_memory": "use a device or host with more memory, or lower --num-samples or --sequence-length",
 }
-# Fields of a job that only a service can follow.
+# Fields of a job that only a service supports.
 OF_A_SERVICE = frozenset({"deploy", "force", "labels", "priority", "queue_timeout_s", "timeout_s", "webhook"})
 
 
@@ -50,7 +50,7 @@ def quantize(
     as_json: AsJson = False,
     options: job_options.JobOptions,
 ) -> None:
-    """Quantize a model here and now, without a service."""
+    """Quantize a model on this machine, without a service."""
     body = job_options.job_body(model, options)
     refuse_missing_engine()
     refuse_used_folder(out)
@@ -73,7 +73,7 @@ def exit_on_signal(number: int) -> None:
 
 
 def run(spec: JobSpec, work: Path, out: Path, *, device: str, quiet: bool) -> dict[str, Any]:
-    """Run the engine in `work`, move what it made to `out`, and return the report."""
+    """Run the engine in `work`, move its outputs to `out`, and return the report."""
     console = stderr() if quiet else stdout()
     with progress_view(console) as view:
         view.show("fetching", Progress())
@@ -87,19 +87,19 @@ def run(spec: JobSpec, work: Path, out: Path, *, device: str, quiet: bool) -> di
             keep_report(work, out, fault)
             raise
     report: dict[str, Any] = json.loads((work / finished.report).read_text())
-    place(finished, work, out)
+    move_outputs(finished, work, out)
     return report
 
 
 def keep_report(work: Path, out: Path, fault: JobFault) -> None:
-    """Show the report of a missed target, and keep it beside `out`, where nothing else is written."""
+    """Show the report of a missed target, and write it beside `out`, which stays empty."""
     from app.core.child.assignment import REPORT
 
     if fault.code == "target_missed" and (work / REPORT).is_file():
-        kept = out.with_name(f"{out.name}.report.json")
-        (work / REPORT).replace(kept)
-        show_report(stderr(), json.loads(kept.read_text("utf-8")))
-        stderr().print(f"report written to {escape(str(kept))}")
+        report_file = out.with_name(f"{out.name}.report.json")
+        (work / REPORT).replace(report_file)
+        show_report(stderr(), json.loads(report_file.read_text("utf-8")))
+        stderr().print(f"report written to {escape(str(report_file))}")
 
 
 def refuse_missing_engine() -> None:
@@ -123,18 +123,18 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
         return JobSpec.model_validate(body)
     except ValidationError as fault:
         first = fault.errors()[0]
-        place = field_path(first["loc"])
-        told = f"{place}: {field_fault(first)}"
-        raise InvalidRequest(told, remedy="correct this field", param=place) from fault
+        param = field_path(first["loc"])
+        message = f"{param}: {field_fault(first)}"
+        raise InvalidRequest(message, remedy="correct this field", param=param) from fault
 
 
 def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
-    """Check the job as the service would, fetch what lies elsewhere, and write down the assignment."""
+    """Check the job as the service would, fetch its model and texts, and return the assignment."""
     from app.core.child.assignment import CHECKPOINTS, Assignment
     from app.core.jobs.submission import check_submission
     from app.core.sources.fetching import ModelCache, fetch_texts
 
-    # Who runs this may read what they may read: also files that are links, as in the hub's cache.
+    # Users may read any file that they can read, including links such as those in the hub's cache.
     settings = read_settings().model_copy(update={"model_roots": (Path("/"),)})
     device = chosen_device(device)
     spec = check_submission(spec, settings).spec
@@ -159,11 +159,11 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
 
 
 def no_news(count: int) -> None:
-    """What is fetched isn't counted here."""
+    """Ignore the progress of a fetch."""
 
 
 def supervise(assignment: Assignment, view: ProgressView) -> Finished:
-    """Start the job child and show what it says. Raises JobFault unless it finishes."""
+    """Run the job child and show its progress. Raises JobFault unless it finishes."""
     from app.core.child.job_child import JobChild
 
     stage, progress = "fetching", Progress()
@@ -186,15 +186,15 @@ def supervise(assignment: Assignment, view: ProgressView) -> Finished:
 
 
 def of_terminal(problem: Problem, work: Path, output: str) -> JobFault:
-    """The fault with a remedy for whoever sits here; the process's output is shown if the remedy names it."""
+    """The fault with a remedy for the terminal; prints the child's output if the remedy refers to it."""
     remedy = REMEDIES.get(problem.code, problem.remedy.replace(STATE_FOLDER, str(work.parent)))
     if "output above" in remedy:
         stderr().print(escape(output))
     return JobFault(problem.message, code=problem.code, remedy=remedy)
 
 
-def place(finished: Finished, work: Path, out: Path) -> None:
-    """Move the output folders to `out` in one step: it holds everything, or it is not there."""
+def move_outputs(finished: Finished, work: Path, out: Path) -> None:
+    """Move the output folders to `out` in one step, so that it is complete or absent."""
     if len(finished.outputs) == 1:
         tree = work / finished.outputs[0].folder
         (work / finished.report).replace(tree / "nibble-report.json")

@@ -22,7 +22,7 @@ WORKER_MODULES = {Queue.JOBS: "workers.main", Queue.SERVE: "workers.replicas.rep
 
 
 def api(*, as_json: AsJson = False) -> None:
-    """Run the HTTP API alone; NIBBLE_REDIS_URL names the Redis that it shares with the workers.
+    """Run only the HTTP API; NIBBLE_REDIS_URL names the Redis that it shares with the workers.
 
     With --json: log lines as JSON, as NIBBLE_LOG_FORMAT=json does.
     """
@@ -35,14 +35,14 @@ def api(*, as_json: AsJson = False) -> None:
 def worker(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     check: Annotated[
-        bool, typer.Option("--check", help="Run none: exit 0 if a worker of this host sends heartbeats.")
+        bool, typer.Option("--check", help="Only check: exit 0 if a worker of this host sends heartbeats.")
     ] = False,
     queue: Annotated[
-        Queue, typer.Option(help="jobs: quantizes; serve: runs inference servers for deployments.")
+        Queue, typer.Option(help="jobs: quantize models; serve: run inference servers of deployments.")
     ] = Queue.JOBS,
     as_json: AsJson = False,
 ) -> None:
-    """Run one worker: of jobs, or with --queue serve one that serves deployments.
+    """Run one worker: for jobs, or with --queue serve for deployments.
 
     With --json: log lines as JSON, as NIBBLE_LOG_FORMAT=json does.
     """
@@ -55,7 +55,7 @@ def worker(
         return
     if as_json:
         os.environ["NIBBLE_LOG_FORMAT"] = "json"
-    read_settings()  # for its message: the worker reads them itself
+    read_settings()  # only to report invalid settings: the worker reads them itself
     if device != "auto":
         device = chosen_device(device)
     # The process becomes the worker: signals reach it directly, and app imports nothing of workers.

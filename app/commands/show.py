@@ -15,16 +15,16 @@ from app.commands.terminal import human_bytes, human_seconds, print_json, stdout
 if TYPE_CHECKING:
     from app.client.views import ArtifactAnswer, EventAnswer, JobAnswer, Page, WorkerAnswer
 
-# What an empty list says to who has just begun.
+# Hints for new users, shown for an empty list.
 EMPTY = {
-    "nibble jobs": "`nibble submit MODEL` makes a job",
-    "nibble artifacts": "a job that succeeds publishes them",
-    "nibble deployments": "`nibble deploy ARTIFACT --name NAME` makes one",
+    "nibble jobs": "`nibble submit MODEL` creates a job",
+    "nibble artifacts": "a successful job publishes them",
+    "nibble deployments": "`nibble deploy ARTIFACT --name NAME` creates one",
     "nibble workers": "`nibble worker` starts one, `nibble up` all that this machine needs",
 }
 ItemT = TypeVar("ItemT")
 
-# How an estimate's figures are called beside their units.
+# Names of an estimate's figures, shown with their units.
 FIGURES = {
     "time_s": "time",
     "ram_bytes": "memory",
@@ -50,7 +50,7 @@ def coloured_state(state: str) -> str:
 def print_page(
     page: Page[ItemT], show: Callable[[Console, Iterable[ItemT]], None], *, as_json: bool, command: str
 ) -> None:
-    """A page of a list, and the command that prints the one after it."""
+    """Print a page of a list, and the command for the next page."""
     if as_json:
         print_json(page.model_dump(mode="json", by_alias=True))
         return
@@ -79,7 +79,7 @@ def show_jobs(console: Console, jobs: Iterable[JobAnswer]) -> None:
 
 
 def show_job(console: Console, job: JobAnswer) -> None:
-    """How a job ended, or where it stands."""
+    """Print a job's state, error and artifacts."""
     console.print(f"{job.id} {coloured_state(job.state)}")
     if job.error is not None:
         console.print(f"[bold red]error[/] {escape(job.error.message)} [dim]\\[{escape(job.error.code)}][/]")
@@ -90,9 +90,11 @@ def show_job(console: Console, job: JobAnswer) -> None:
 
 
 def show_event(console: Console, event: EventAnswer) -> None:
-    told = ", ".join(f"{name} {text_of(value)}" for name, value in event.payload.items() if value is not None)
+    facts = ", ".join(
+        f"{name} {text_of(value)}" for name, value in event.payload.items() if value is not None
+    )
     moment = event.at.strftime("%Y-%m-%d %H:%M:%SZ") if event.at is not None else ""
-    console.print(f"{moment} [bold]{escape(event.kind):<12}[/] {escape(told)}")
+    console.print(f"{moment} [bold]{escape(event.kind):<12}[/] {escape(facts)}")
 
 
 def text_of(value: object) -> str:
@@ -140,14 +142,14 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def recipes_text(recipes: Any) -> str:
-    """A job's recipe, or the first of several and how many more there are."""
+    """A job's recipe, or the first of several and the number of others."""
     listed = recipes if isinstance(recipes, list) else [recipes]
     more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
     return recipe_text(listed[0]) + more if listed else ""
 
 
 def show_report(console: Console, report: Mapping[str, Any]) -> None:
-    """The report's figures: one row per candidate, the way to the target, then the seconds of each stage."""
+    """Print a report: one row per candidate, the tries for the target, the seconds of each stage."""
     candidates = report.get("candidates", [])
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
@@ -181,7 +183,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:
-    """What was tried to meet the target, in order."""
+    """The recipes tried for the target, in order."""
     grid = table("try", "rung", ">ratio", ">KL", ">bits/weight", ">seconds", "target")
     for one in tries:
         grid.add_row(
@@ -198,7 +200,7 @@ def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def show_stages(console: Console, stages: Mapping[str, float], prediction: Mapping[str, Any]) -> None:
-    """Seconds of each stage, beside what was predicted of them."""
+    """The seconds of each stage, beside the prediction."""
     predicted = prediction.get("seconds", {})
     grid = table("stage", ">seconds", *([">predicted"] if predicted else []))
     for stage, seconds in stages.items():
@@ -215,7 +217,7 @@ def figure(number: float | None, digits: int) -> str:
 
 
 def less_text(share: float | None) -> str:
-    """`-48 %` where 0.48 of something is gone."""
+    """A reduction as a signed percentage: `-48 %` for 0.48."""
     return "" if share is None else f"{0.0 - 100 * share:+.0f} %"
 
 
@@ -224,7 +226,7 @@ def size_text(size: float | None) -> str:
 
 
 def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
-    """Every figure by its name, and what each recipe does; all linears one by one are in `--json`."""
+    """Print an estimate's figures and recipes; `--json` lists every linear."""
     grid = table("figure", ">estimate")
     for name, value in estimate.items():
         if name == "object" or isinstance(value, bool | list | dict) or value is None:
@@ -256,7 +258,7 @@ def show_candidate_estimates(console: Console, candidates: Iterable[Mapping[str,
 
 
 def show_decisions(console: Console, candidate: Mapping[str, Any]) -> None:
-    """What a recipe does, linears of the same treatment counted together."""
+    """Print a recipe's linears, counted by treatment."""
     counts = Counter(decision_text(linear) for linear in candidate.get("linears", []))
     console.print(f"[bold]{escape(str(candidate.get('label', '')))}[/]")
     for text, count in counts.items():

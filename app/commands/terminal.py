@@ -1,6 +1,6 @@
-"""What all commands share: exit codes, consoles, the service options, and how an error is printed.
+"""Exit codes, consoles, service options and error output, shared by all commands.
 
-Commands import what is slow to load (httpx, the web framework) in their bodies: `nibble --help` stays quick.
+Commands import slow modules (httpx, the web framework) in their bodies, so that `nibble --help` is quick.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from app.client import NibbleClient
     from app.core.settings import Settings
 
-PIPE_WIDTH = 200  # columns of a table that no terminal limits
+PIPE_WIDTH = 200  # width of tables outside a terminal
 
 
 class ExitCode(IntEnum):
@@ -43,17 +43,19 @@ ApiKey = Annotated[
     typer.Option(
         "--api-key",
         envvar="NIBBLE_API_KEY",
-        help="Key to send. Default: the one kept by `nibble up` on this machine.",
+        help="API key. Default: the one stored by `nibble up` on this machine.",
         show_default=False,
     ),
 ]
-Limit = Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")]
-After = Annotated[str | None, typer.Option(help="Cursor of the next page.", show_default=False)]
+Limit = Annotated[int, typer.Option(min=1, max=100, help="Entries to list, newest first.")]
+After = Annotated[
+    str | None, typer.Option(help="Cursor printed below the previous page.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 
 
 def among(*words: str) -> Callable[[str], list[str]]:
-    """What the shell offers as an option's value. The service is who knows what is valid."""
+    """Shell completion of an option's value; the service checks the value."""
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
@@ -72,7 +74,7 @@ def console_on(*, stderr: bool) -> Console:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on one line, so that several of them make JSON lines."""
+    """Print one JSON document on one line, so that several form JSON lines."""
     sys.stdout.write(json.dumps(document, separators=(",", ":")) + "\n")
     sys.stdout.flush()
 
@@ -86,16 +88,21 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def report_error(error: NibbleError, *, as_json: bool = False) -> ExitCode:
-    """Print an error with its code and remedy to stderr; the exit code that goes with it."""
+    """Print an error with its code and remedy to stderr; returns its exit code."""
     code = ExitCode.UNREACHABLE if error.code == "service_unreachable" else ExitCode.FAILED
     if as_json:
-        told = {"code": error.code, "message": error.message, "remedy": error.remedy, "param": error.param}
-        sys.stderr.write(json.dumps({"error": told}, separators=(",", ":")) + "\n")
+        document = {
+            "code": error.code,
+            "message": error.message,
+            "remedy": error.remedy,
+            "param": error.param,
+        }
+        sys.stderr.write(json.dumps({"error": document}, separators=(",", ":")) + "\n")
         return code
     console = stderr()
-    place = f" ({error.param})" if error.param and error.param not in error.message else ""
+    param = f" ({error.param})" if error.param and error.param not in error.message else ""
     console.print(
-        f"[bold red]error[/] {escape(error.message)}{escape(place)} [dim]\\[{escape(error.code)}][/]"
+        f"[bold red]error[/] {escape(error.message)}{escape(param)} [dim]\\[{escape(error.code)}][/]"
     )
     if error.remedy:
         console.print(f"[bold]remedy[/] {escape(error.remedy)}")
@@ -111,7 +118,7 @@ def read_settings() -> Settings:
         return Settings()
     except ValidationError as fault:
         first = fault.errors()[0]
-        name = "NIBBLE_" + "_".join(str(part) for part in first["loc"]).upper()
+        name = "NIBBLE_" + "_".join(str(step) for step in first["loc"]).upper()
         raise InvalidRequest(
             f"{name}={first['input']!r}: {field_fault(first)}",
             code="setting_invalid",
@@ -120,7 +127,7 @@ def read_settings() -> Settings:
 
 
 def connect(url: str | None, api_key: str | None) -> NibbleClient:
-    """A client of the named service, or of the one on this machine."""
+    """A client of the service at `url`, by default of the one on this machine."""
     from app.client import NibbleClient, Retries
     from app.client.paths import is_loopback
 
@@ -132,14 +139,14 @@ def connect(url: str | None, api_key: str | None) -> NibbleClient:
             code="url_invalid",
             remedy="write it as http://127.0.0.1:8420, in --url or NIBBLE_URL",
         )
-    # The kept key belongs to the service on this machine: it is never sent to another one.
+    # The stored key belongs to the service on this machine and is never sent to another host.
     if api_key is None and is_loopback(url):
-        api_key = kept_api_key(settings)
-    return NibbleClient(url, api_key=api_key, retries=Retries(refused_connections=False, on_pause=tell_pause))
+        api_key = local_api_key(settings)
+    return NibbleClient(url, api_key=api_key, retries=Retries(refused_connections=False, on_pause=show_pause))
 
 
-def tell_pause(fault: NibbleError, seconds: float) -> None:
-    """Somebody who waits at a terminal is told for what."""
+def show_pause(fault: NibbleError, seconds: float) -> None:
+    """Show the reason of a retry, on a terminal only."""
     console = stderr()
     if console.is_terminal:
         console.print(f"[dim]{escape(fault.message)}; trying again in {seconds:.1f} s[/]")
@@ -156,8 +163,8 @@ def api_key_file(settings: Settings) -> Path:
     return settings.state_dir / KEY_FILE
 
 
-def kept_api_key(settings: Settings) -> str | None:
-    """The key of the service on this machine: the operator's, or the one in the state folder."""
+def local_api_key(settings: Settings) -> str | None:
+    """The key of the service on this machine: the operator's, else the one in the state folder."""
     if settings.bootstrap_api_key is not None:
         return settings.bootstrap_api_key.get_secret_value()
     try:

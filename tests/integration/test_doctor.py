@@ -57,15 +57,15 @@ def test_a_redis_as_it_should_be(tmp_path: Path) -> None:
         early = check_clock(redis, clock=lambda: time.time() + 5)
         redis.close()
     assert (late.status, early.status) == ("problem", "warning")
-    assert "behind" in late.found
-    assert "ahead" in early.found
+    assert "behind" in late.finding
+    assert "ahead" in early.finding
 
 
 def test_a_redis_that_forgets(tmp_path: Path) -> None:
     with valkey(tmp_path, "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru") as url:
         checks = found(url)
         assert checks["redis memory"].status == "problem"
-        assert "allkeys-lru" in checks["redis memory"].found
+        assert "allkeys-lru" in checks["redis memory"].finding
         assert "noeviction" in checks["redis memory"].remedy
         assert checks["redis persistence"].status == "problem"
         assert "appendonly yes" in checks["redis persistence"].remedy
@@ -75,7 +75,7 @@ def test_a_redis_that_forgets(tmp_path: Path) -> None:
         redis.config_set("maxmemory-policy", "noeviction")
         used = int(redis.info("memory")["used_memory"])
         redis.config_set("maxmemory", used + used // 10)
-        assert "of maxmemory is used" in found(url)["redis memory"].found
+        assert "of maxmemory is used" in found(url)["redis memory"].finding
         redis.close()
 
 
@@ -87,7 +87,7 @@ def test_a_replica_and_an_old_redis() -> None:
 def test_a_redis_that_does_not_answer_shows_no_password() -> None:
     (check,) = check_redis(Settings(redis_url="redis://:hunter2@127.0.0.1:9/0"))
     assert check.status == "problem"
-    assert "hunter2" not in check.found + check.remedy
+    assert "hunter2" not in check.finding + check.remedy
 
 
 def test_a_redis_that_wants_a_password(tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_a_redis_that_wants_a_password(tmp_path: Path) -> None:
         redis.close()
         (check,) = found(url).values()
     assert check.status == "problem"
-    assert "password" in check.found
+    assert "password" in check.finding
 
 
 def test_the_server_of_this_machine_is_looked_at_while_it_runs(tmp_path: Path) -> None:
     settings = Settings(state_dir=tmp_path / "state")
     (before,) = check_redis(settings)
-    assert "will be started" in before.found
+    assert "will be started" in before.finding
     with resolve_redis(settings):
         assert {check.status for check in check_redis(settings)} == {"ok"}
 
@@ -119,7 +119,7 @@ def test_storage_without_conditional_writes(s3_endpoint: str, monkeypatch: pytes
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         check = check_storage(settings)
     assert check.status == "problem"
-    assert "conditional write" in check.found
+    assert "conditional write" in check.finding
     assert "Contents" not in client.list_objects_v2(Bucket="nibble"), "the probe was left behind"
 
 
@@ -136,7 +136,7 @@ def test_a_port_that_is_ours_and_one_that_is_not(service: Service, redis_url: st
         return check_port(Settings(port=int(url.rpartition(":")[2])))
 
     assert at(service.url).status == "ok"
-    assert "Nibble service answers" in at(service.url).found
+    assert "Nibble service answers" in at(service.url).finding
     with running(CuttingProxy("http://127.0.0.1:9")) as other:
         check = at(other.url)
     assert check.status == "problem"

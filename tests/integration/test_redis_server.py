@@ -184,7 +184,7 @@ def test_files_of_a_newer_server_are_not_touched(settings: Settings) -> None:
     assert files_of(folder) == before
     assert not (folder / "server.log").exists()
     (check,) = check_redis(settings)
-    assert (check.status, check.found, check.remedy) == (
+    assert (check.status, check.finding, check.remedy) == (
         "problem", refusal.value.message, refusal.value.remedy,
     )  # fmt: skip
 
@@ -193,9 +193,9 @@ def test_doctor_names_the_server_that_would_be_started(settings: Settings, tmp_p
     place = put_on_path(tmp_path, embedded())
     (check,) = check_redis(settings)
     assert check.status == "ok"
-    assert "(embedded) will be started" in check.found
+    assert "(embedded) will be started" in check.finding
     (check,) = check_redis(settings.model_copy(update={"redis_server": "redis-server"}))
-    assert f"({place}) will be started" in check.found
+    assert f"({place}) will be started" in check.finding
 
 
 @needs_redis

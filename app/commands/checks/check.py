@@ -1,4 +1,4 @@
-"""What a check found."""
+"""One check's result."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ Status = Literal["ok", "warning", "problem"]
 class Check:
     name: str
     status: Status
-    found: str
+    finding: str
     remedy: str = ""

@@ -1,4 +1,4 @@
-"""Checks of what computes: GPUs, PyTorch, compilers. What needs torch is asked of a process of its own."""
+"""Checks of GPUs, PyTorch and compilers. Facts that need torch come from a separate process."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ PROBE_LIMIT_S = 180
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 
 
-def chosen_device(wanted: str) -> str:
-    """The device that is meant. Raises InvalidRequest for what is none, and for a GPU that is not there."""
-    if DEVICE.fullmatch(wanted) is None:
+def chosen_device(device: str) -> str:
+    """Resolve `auto`. Raises InvalidRequest for an unknown device or an absent GPU."""
+    if DEVICE.fullmatch(device) is None:
         raise InvalidRequest(
-            f"--device {wanted!r} is no device", code="device_unknown", remedy="use auto, cpu or cuda:N"
+            f"--device {device!r} is not a device", code="device_unknown", remedy="use auto, cpu or cuda:N"
         )
-    if wanted == "cpu":
-        return wanted
+    if device == "cpu":
+        return device
     names = gpu_names()
-    if wanted == "auto":
+    if device == "auto":
         return "cuda:0" if names else "cpu"
-    number = int(wanted.partition(":")[2])
+    number = int(device.partition(":")[2])
     if number >= len(names) and not Path(f"/dev/nvidia{number}").exists():
         raise InvalidRequest(
-            f"there is no {wanted}: the driver shows {len(names) or 'no'} GPUs",
+            f"there is no {device}: the driver shows {len(names) or 'no'} GPUs",
             code="device_absent",
-            remedy="use auto or cpu; `nibble doctor` tells what is wrong with a GPU",
+            remedy="use auto or cpu; `nibble doctor` checks the GPUs",
         )
-    return wanted
+    return device
 
 
 def check_devices() -> list[Check]:
-    """Of the driver, of PyTorch and of the compilers."""
+    """Check the driver, PyTorch and the compilers."""
     names = gpu_names()
     if importlib.util.find_spec("torch") is None:
-        return [Check("pytorch", "ok", "not installed: this host can run the API, but no worker")]
+        return [Check("pytorch", "ok", "not installed: this host can run the API but no worker")]
     facts = probed()
     if "error" in facts:
-        remedy = "install it anew: pip install --force-reinstall torch"
+        remedy = "reinstall it: pip install --force-reinstall torch"
         return [Check("pytorch", "problem", str(facts["error"]), remedy)]
     checks = [Check("pytorch", "ok", str(facts["torch"])), check_driver(names, facts)]
     if names:
@@ -57,7 +57,7 @@ def check_devices() -> list[Check]:
 
 
 def probed() -> dict[str, Any]:
-    """What `python -m workers.devices.host_probe` tells; `error` if it can't."""
+    """The facts of `python -m workers.devices.host_probe`; `error` if it fails."""
     command = [sys.executable, "-m", "workers.devices.host_probe"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_LIMIT_S, check=False)
@@ -70,29 +70,29 @@ def probed() -> dict[str, Any]:
 
 
 def check_driver(names: list[str], facts: Mapping[str, Any]) -> Check:
-    """What jobs would run on."""
+    """Check the devices that jobs would run on."""
     if not names:
         if shutil.which("nvidia-smi") is not None:
             remedy = "if this host has a GPU: install its driver, or give the container access to it"
-            return Check("gpu", "warning", "nvidia-smi is there, but sees no GPU", remedy)
+            return Check("gpu", "warning", "nvidia-smi exists but sees no GPU", remedy)
         return Check("gpu", "ok", "no NVIDIA GPU: jobs run on the CPU")
     if facts.get("torch_cuda") is None:
-        found = f"{', '.join(names)}, but this PyTorch is built without CUDA"
-        return Check("gpu", "problem", found, f"pip install torch --index-url {CUDA_INDEX}")
+        finding = f"{', '.join(names)}, but this PyTorch is built without CUDA"
+        return Check("gpu", "problem", finding, f"pip install torch --index-url {CUDA_INDEX}")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = facts.get("devices", [])
     if not devices:
         if hidden is not None:
-            found = f"CUDA_VISIBLE_DEVICES={hidden!r} hides {', '.join(names)}"
-            return Check("gpu", "problem", found, "unset it, or name a device that exists")
-        found = f"PyTorch can't use {', '.join(names)}: {facts.get('cuda_error') or 'no reason given'}"
-        return Check("gpu", "problem", found, "install a driver as new as PyTorch's CUDA, then restart")
-    told = ", ".join(f"{device['name']} (compute capability {device['capability']})" for device in devices)
+            finding = f"CUDA_VISIBLE_DEVICES={hidden!r} hides {', '.join(names)}"
+            return Check("gpu", "problem", finding, "unset it, or name a device that exists")
+        finding = f"PyTorch can't use {', '.join(names)}: {facts.get('cuda_error') or 'no reason given'}"
+        return Check("gpu", "problem", finding, "install a driver as new as PyTorch's CUDA, then restart")
+    listing = ", ".join(f"{device['name']} (compute capability {device['capability']})" for device in devices)
     foreign = [device["name"] for device in devices if not device["own_kernels"]]
     if foreign:
         remedy = "nothing to do: Triton or PyTorch computes there, slower; own kernels are for 8.x and 9.x"
-        return Check("gpu", "warning", f"{told}: no kernels of our own for {', '.join(foreign)}", remedy)
-    return Check("gpu", "ok", told)
+        return Check("gpu", "warning", f"{listing}: no kernels of our own for {', '.join(foreign)}", remedy)
+    return Check("gpu", "ok", listing)
 
 
 def check_cuda_compiler(facts: Mapping[str, Any]) -> Check:
@@ -104,15 +104,15 @@ def check_cuda_compiler(facts: Mapping[str, Any]) -> Check:
 
 
 def check_compiler(facts: Mapping[str, Any]) -> Check:
-    """For the CPU's kernels, which are compiled when they are first used."""
+    """Check the compiler of the CPU kernels, which are compiled at first use."""
     fault = facts.get("compiler_error")
     if fault:
         remedy = "install g++ (apt install g++); until then PyTorch's own kernels compute on the CPU, slower"
         return Check("c++ compiler", "warning", str(fault), remedy)
     lacking = facts.get("cpu_lacks")
     if lacking:
-        found = (
+        finding = (
             f"{facts.get('compiler')}; the processor lacks {', '.join(lacking)}: PyTorch's kernels compute"
         )
-        return Check("c++ compiler", "ok", found)
+        return Check("c++ compiler", "ok", finding)
     return Check("c++ compiler", "ok", str(facts.get("compiler")))

@@ -32,31 +32,31 @@ EXTRAS = {
 
 def check_python(version: tuple[int, ...] | None = None) -> Check:
     version = version or sys.version_info[:3]
-    found = ".".join(str(part) for part in version)
+    finding = ".".join(str(number) for number in version)
     if version[:2] in SUPPORTED:
-        return Check("python", "ok", found)
-    return Check("python", "problem", found, "use Python 3.11 or 3.12")
+        return Check("python", "ok", finding)
+    return Check("python", "problem", finding, "use Python 3.11 or 3.12")
 
 
 def check_extra(extra: str) -> Check:
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if not missing:
         return Check(f"extra {extra}", "ok", "installed")
-    found = f"missing: {', '.join(missing)}"
-    return Check(f"extra {extra}", "warning", found, f"pip install 'nibble[{extra}]'")
+    finding = f"missing: {', '.join(missing)}"
+    return Check(f"extra {extra}", "warning", finding, f"pip install 'nibble[{extra}]'")
 
 
 def check_state(settings: Settings) -> Check:
-    return writable("state folder", settings.state_dir, "set NIBBLE_STATE_DIR to a folder that you may write")
+    return writable("state folder", settings.state_dir, "set NIBBLE_STATE_DIR to a writable folder")
 
 
 def check_cache(settings: Settings) -> Check:
-    """Where kernels are kept that were compiled at their first use."""
+    """Check the cache of kernels, which are compiled at first use."""
     try:
         folder = Path.home() / ".cache" / "nibble"
     except RuntimeError as fault:
-        return Check("cache folder", "problem", str(fault), "set HOME to a folder that you may write")
-    remedy = "set HOME to a folder that you may write: without it kernels are slower, or compiled every time"
+        return Check("cache folder", "problem", str(fault), "set HOME to a writable folder")
+    remedy = "set HOME to a writable folder: without it kernels are slower, or compiled at each start"
     return writable("cache folder", folder, remedy)
 
 
@@ -75,15 +75,15 @@ def check_disk(settings: Settings, *, room: int = ROOM_BYTES, least: int = LEAST
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    found = f"{human_bytes(free)} free at {folder}"
+    finding = f"{human_bytes(free)} free at {folder}"
     if free >= room:
-        return Check("disk", "ok", found)
+        return Check("disk", "ok", finding)
     remedy = "free some space, or move NIBBLE_STATE_DIR: a job needs about twice the model's size"
-    return Check("disk", "warning" if free >= least else "problem", found, remedy)
+    return Check("disk", "warning" if free >= least else "problem", finding, remedy)
 
 
 def check_models(settings: Settings) -> Check:
-    """The folders from which models may be read."""
+    """Check the folders from which models may be read."""
     bad = []
     for root in settings.model_roots:
         try:
@@ -91,7 +91,7 @@ def check_models(settings: Settings) -> Check:
         except OSError as fault:
             bad.append(f"{root}: {fault.strerror}")
     if bad:
-        remedy = "correct NIBBLE_MODEL_ROOTS: folders that exist and that you may read, separated by `:`"
+        remedy = "correct NIBBLE_MODEL_ROOTS: existing, readable folders, separated by `:`"
         return Check("model folders", "problem", "; ".join(bad), remedy)
     if not settings.model_roots:
         remedy = "set NIBBLE_MODEL_ROOTS to use models of this host; hf: and s3:// need nothing"
@@ -110,7 +110,7 @@ def check_port(settings: Settings) -> Check:
 
 
 def port_fault(settings: Settings) -> str | None:
-    """Why the API could not listen at its address; None if it could."""
+    """The reason why the API can't listen at its address; None if it can."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -122,7 +122,7 @@ def port_fault(settings: Settings) -> str | None:
 
 
 def is_nibble(url: str) -> bool:
-    """True if a Nibble service answers there, ready or not."""
+    """Whether a Nibble service answers there, ready or not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url}/readyz", timeout=ANSWER_LIMIT_S) as answer:

@@ -1,4 +1,4 @@
-"""Checks of Redis: who it is, and whether it keeps what it is given."""
+"""Checks of Redis: version, role, durability and clock."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from app.core.settings import Settings
 
-LEAST_VERSION = (6, 2)  # blocking moves and ranges that the queue uses
+LEAST_VERSION = (6, 2)  # has the blocking moves and ranges that the queue uses
 FULL = 0.8
 SKEW_WARNING_S = 2.0
 SKEW_PROBLEM_S = 60.0
 
 
 def check_redis(settings: Settings) -> list[Check]:
-    """Reachability alone, or with it each setting."""
+    """Check that Redis answers, then its settings and clock."""
     from redis import Redis
     from redis.exceptions import AuthenticationError, RedisError
 
@@ -33,15 +33,15 @@ def check_redis(settings: Settings) -> list[Check]:
             facts: dict[str, Any] = redis.info()
             return [check_version(facts), *check_settings(facts), check_clock(redis)]
     except AuthenticationError:
-        remedy = "put them into NIBBLE_REDIS_URL: redis://USER:PASSWORD@host:6379/0"
-        return [Check("redis", "problem", "it wants another user or password", remedy)]
+        remedy = "correct them in NIBBLE_REDIS_URL: redis://USER:PASSWORD@host:6379/0"
+        return [Check("redis", "problem", "it refuses the user or password", remedy)]
     except (RedisError, ValueError) as fault:
-        # The URL is not shown: it may hold a password.
+        # The URL is not shown: it may contain a password.
         return [Check("redis", "problem", str(fault), "correct NIBBLE_REDIS_URL, or start that server")]
 
 
 def own_url(settings: Settings) -> str | None:
-    """The address of this machine's own server, if it runs."""
+    """The address of this machine's own Redis; None unless it runs."""
     from app.core.redis.redis_server import answers, socket_path
 
     path = socket_path(settings.state_dir / "redis")
@@ -50,7 +50,7 @@ def own_url(settings: Settings) -> str | None:
 
 
 def check_program(settings: Settings) -> Check:
-    """The server that would be started over the state folder, by the rule by which it is started."""
+    """Check the Redis program that would be started for the state folder."""
     from app.core.redis.redis_programs import find_program
 
     try:
@@ -62,15 +62,15 @@ def check_program(settings: Settings) -> Check:
 
 def check_version(facts: dict[str, Any]) -> Check:
     text = str(facts.get("redis_version", "unknown"))
-    found = f"answers: Redis {text}"
+    finding = f"answers: Redis {text}"
     if "valkey_version" in facts:
-        found = f"answers: Valkey {facts['valkey_version']}"
-    parts = tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
-    if parts < LEAST_VERSION:
-        return Check("redis", "problem", found, "use Redis 6.2 or later, or Valkey")
+        finding = f"answers: Valkey {facts['valkey_version']}"
+    version = tuple(int(number) for number in text.split(".")[:2] if number.isdecimal())
+    if version < LEAST_VERSION:
+        return Check("redis", "problem", finding, "use Redis 6.2 or later, or Valkey")
     if facts.get("role") != "master":
-        return Check("redis", "problem", f"{found}, a replica", "name the primary in NIBBLE_REDIS_URL")
-    return Check("redis", "ok", found)
+        return Check("redis", "problem", f"{finding}, a replica", "name the primary in NIBBLE_REDIS_URL")
+    return Check("redis", "ok", finding)
 
 
 def check_settings(facts: dict[str, Any]) -> Iterable[Check]:
@@ -79,40 +79,40 @@ def check_settings(facts: dict[str, Any]) -> Iterable[Check]:
 
 
 def check_eviction(facts: dict[str, Any]) -> Check:
-    """A Redis that evicts forgets jobs without a word."""
+    """Check that Redis never evicts: jobs would be lost silently."""
     policy, most = str(facts.get("maxmemory_policy")), int(facts.get("maxmemory", 0))
     used = int(facts.get("used_memory", 0))
     if policy != "noeviction":
         status: Status = "problem" if most else "warning"
         limit = "when it is full" if most else "once it has a maxmemory"
-        found = f"maxmemory-policy is {policy}: it drops records {limit}"
-        return Check("redis memory", status, found, "set `maxmemory-policy noeviction`")
+        finding = f"maxmemory-policy is {policy}: it drops records {limit}"
+        return Check("redis memory", status, finding, "set `maxmemory-policy noeviction`")
     if most and used > FULL * most:
-        found = f"{used / most:.0%} of maxmemory is used"
-        return Check("redis memory", "warning", found, "raise maxmemory, or set NIBBLE_RETENTION_DAYS")
+        finding = f"{used / most:.0%} of maxmemory is used"
+        return Check("redis memory", "warning", finding, "raise maxmemory, or set NIBBLE_RETENTION_DAYS")
     return Check("redis memory", "ok", "noeviction")
 
 
 def check_persistence(facts: dict[str, Any]) -> Check:
     name = "redis persistence"
     if not int(facts.get("aof_enabled", 0)):
-        found = "appendonly is off: jobs that were accepted are lost when it restarts"
-        return Check(name, "problem", found, "set `appendonly yes` and `appendfsync everysec`")
+        finding = "appendonly is off: jobs that were accepted are lost when it restarts"
+        return Check(name, "problem", finding, "set `appendonly yes` and `appendfsync everysec`")
     if facts.get("aof_last_write_status", "ok") != "ok":
         return Check(name, "problem", "its last write to the append-only file failed", "free its disk")
     return Check(name, "ok", "append-only file")
 
 
 def check_clock(redis: Redis, *, clock: Callable[[], float] = time.time) -> Check:
-    """Links, keys and signatures are dated by this host's clock, leases by that of Redis."""
+    """Compare the clocks: links, keys and signatures use this host's, leases that of Redis."""
     before = clock()
     answer: Any = redis.time()
     seconds, microseconds = answer
     skew = (before + clock()) / 2 - (seconds + microseconds / 1e6)
-    found = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} Redis"
+    finding = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} Redis"
     remedy = "synchronise the clocks of both hosts (chrony, systemd-timesyncd)"
     if abs(skew) >= SKEW_PROBLEM_S:
-        return Check("clock", "problem", found, remedy)
+        return Check("clock", "problem", finding, remedy)
     if abs(skew) >= SKEW_WARNING_S:
-        return Check("clock", "warning", found, remedy)
-    return Check("clock", "ok", "as Redis tells it")
+        return Check("clock", "warning", finding, remedy)
+    return Check("clock", "ok", "agrees with Redis")

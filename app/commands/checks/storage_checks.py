@@ -1,4 +1,4 @@
-"""Checks of object storage: it takes, gives and removes, and a conditional write holds."""
+"""Checks of object storage: write, read, delete and conditional write."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def check_storage(settings: Settings) -> Check:
         finally:
             store.delete(key)
         if store.head(key) is not None:
-            fault = fault or Check(
-                NAME, "problem", f"{key} is still there after its removal", "allow deletes"
-            )
+            fault = fault or Check(NAME, "problem", f"{key} still exists after its deletion", "allow deletes")
     except NibbleError as refused:
         remedy = refused.remedy or "correct NIBBLE_STORAGE_URL"
         return Check(NAME, "problem", refused.message, remedy)
@@ -39,15 +37,15 @@ def check_storage(settings: Settings) -> Check:
 
 
 def probe(store: ObjectStore, key: str) -> Check | None:
-    """What is wrong; None if nothing is."""
+    """The first problem; None if there is none."""
     if not store.create(key, PROBE):
         return Check(
-            NAME, "problem", "a key that nobody used counts as taken", "check the storage's policies"
+            NAME, "problem", "creating a new key fails as if it existed", "check the storage's policies"
         )
     if store.create(key, b"other"):
-        found = "a conditional write (If-None-Match: *) replaced an object: two attempts could both publish"
+        finding = "a conditional write (If-None-Match: *) replaced an object: two attempts could both publish"
         remedy = "use storage with conditional writes: AWS S3, MinIO, SeaweedFS 3.8x or a folder"
-        return Check(NAME, "problem", found, remedy)
+        return Check(NAME, "problem", finding, remedy)
     if store.get(key) != PROBE or store.read_range(key, 2, 6) != PROBE[2:6]:
-        return Check(NAME, "problem", "it gives other bytes than it was given", "don't use this storage")
+        return Check(NAME, "problem", "it returns other bytes than were written", "don't use this storage")
     return None

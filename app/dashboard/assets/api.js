@@ -35,7 +35,7 @@ async function failure(response) {
   return new ApiError(response.status, problem.error || problem, seconds(response));
 }
 
-/** The value at `path` and when to ask again; a 304 gives the same object as before. */
+/** The value at `path` and the seconds until the next poll; a 304 returns the same object as before. */
 export async function read(path, signal) {
   const known = seen.get(path);
   const headers = known ? { "If-None-Match": known.tag } : {};

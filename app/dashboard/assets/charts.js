@@ -26,7 +26,7 @@ function seriesOf(names, kind) {
   }));
 }
 
-/** A little room around the values; on a logarithmic axis no more than that, where uPlot takes whole decades. */
+/** Pads the range of values a little; on a logarithmic axis too, where uPlot would take whole decades. */
 function padded(low, high, log) {
   if (low === null || high === null) return [0, 1];
   if (log) return [low / 1.5, high * 1.5];
@@ -70,7 +70,7 @@ function drawing(plot, draw) {
   plot.ctx.restore();
 }
 
-/** Each point's name beside it, on the side where there is room. */
+/** Draws each point's name beside it, on the side with enough room. */
 function drawNames(plot, names) {
   drawing(plot, (ctx) => {
     const { left, width } = plot.bbox;
@@ -83,7 +83,7 @@ function drawNames(plot, names) {
       const isLate = at > left + width / 2;
       ctx.textAlign = isLate ? "right" : "left";
       let height = plot.valToPos(plot.data[series + 1][index], "y", true);
-      // Points that lie together have their names below each other.
+      // Names of points that lie together are stacked.
       while (taken.some(([x, y]) => Math.abs(x - at) < width / 4 && Math.abs(y - height) < 14 * devicePixelRatio)) height += devicePixelRatio;
       taken.push([at, height]);
       ctx.fillText(name, at + (isLate ? -10 : 10) * devicePixelRatio, height);
@@ -91,7 +91,7 @@ function drawNames(plot, names) {
   });
 }
 
-/** A dashed horizontal line with its name, if it lies in the picture. */
+/** Draws a dashed, named horizontal line if it is within the chart. */
 function drawLevel(plot, { value, name }) {
   const { left, width, top, height } = plot.bbox;
   const at = plot.valToPos(value, "y", true);
@@ -108,7 +108,7 @@ function drawLevel(plot, { value, name }) {
   });
 }
 
-/** A dashed vertical line at `mark`, in the chart's own units. */
+/** Draws a dashed vertical line at `mark`, in units of the x axis. */
 function drawMark(plot, mark) {
   const at = plot.valToPos(mark, "x", true);
   const { top, height } = plot.bbox;

@@ -1,4 +1,4 @@
-// Numbers and times in words.
+// Formats numbers and times.
 
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
@@ -40,7 +40,7 @@ export function date(time) {
   return new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 }
 
-/** `digits` significant digits, without an exponent where it can be. */
+/** `digits` significant digits, without an exponent if possible. */
 export function number(value, digits = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(2);

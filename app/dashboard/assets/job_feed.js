@@ -8,7 +8,7 @@ const PAGE = 25; // about 12 kB
 const MOVING_S = 2;
 const RESTING_S = 10;
 const EMPTY = { jobs: [], hasMore: false, isKnown: false };
-// The list that was left last, so that coming back finds it as it was.
+// The last list shown, restored when the user returns to it.
 let left = { path: "", list: EMPTY, scroll: 0 };
 
 export const isMoving = (job) => ["queued", "running", "cancelling"].includes(job.state);
@@ -21,7 +21,7 @@ function listPath({ state, label }) {
   return `/v1/jobs?${query}`;
 }
 
-/** The list with what `page` says of the jobs older than `after`. Ids sort by time; unchanged jobs stay the same objects. */
+/** Merges `page`, the jobs older than `after`, into the list. Ids sort by time; unchanged jobs stay the same objects. */
 function merged(list, page, after) {
   const known = new Map(list.jobs.map((job) => [job.id, job]));
   const fresh = page.data.map((job) => {
@@ -30,14 +30,14 @@ function merged(list, page, after) {
   });
   if (!page.has_more) return { jobs: [...list.jobs.filter((job) => after && job.id >= after), ...fresh], hasMore: false, isKnown: true };
   const last = page.data.at(-1).id;
-  // More new jobs than a page holds: what lies between is not known, so the older ones are read anew.
+  // More new jobs than a page holds: the gap is unknown, so older jobs are read again.
   const hasGap = !after && list.jobs.length > 0 && list.jobs[0].id < last;
   const newer = list.jobs.filter((job) => after && job.id >= after);
   const older = hasGap ? [] : list.jobs.filter((job) => job.id < last);
   return { jobs: [...newer, ...fresh, ...older], hasMore: list.hasMore || older.length === 0, isKnown: true };
 }
 
-/** The id before which the page of the row in the middle of the screen begins; null if that row needs no asking. */
+/** The cursor of the page with the row in the middle of the screen; null if that row needs no polling. */
 function pageInView(jobs) {
   const row = document.elementFromPoint(innerWidth / 2, innerHeight / 2)?.closest("li[data-job]");
   const index = row ? jobs.findIndex((job) => job.id === row.dataset.job) : -1;
@@ -56,7 +56,7 @@ function useRefreshInView(path, list, update) {
       try {
         update((await read(`${path}&after=${after}`, control.signal)).value, after);
       } catch {
-        // The newest page is polled as well, and says when the service is away.
+        // The newest page is polled too and reports an unreachable service.
       }
     }, 1000 * MOVING_S);
     return () => {
@@ -69,7 +69,7 @@ function useRefreshInView(path, list, update) {
 function useRemembered(path, list) {
   const latest = useRef(null);
   latest.current = list;
-  // Before the first paint: rows never show at the top of the page first.
+  // Before the first paint, so that the page does not jump.
   useLayoutEffect(() => {
     if (left.path === path) scrollTo(0, left.scroll);
     const remember = () => {

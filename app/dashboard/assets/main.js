@@ -1,4 +1,4 @@
-// The frame around every page, and which page an address means.
+// The frame around every page, and the routes of the pages.
 import { read, whenSignedOut } from "./api.js";
 import { clock } from "./format.js";
 import { useAway } from "./polling.js";
@@ -37,13 +37,13 @@ function route(path) {
 }
 
 function NotFoundPage() {
-  return html`<h1>There is no such page</h1><p><a href="#/jobs">All jobs</a></p>`;
+  return html`<h1>Page not found</h1><p><a href="#/jobs">All jobs</a></p>`;
 }
 
 function StaleBanner() {
   const since = useAway();
   return html`<div aria-live="polite">
-    ${since && html`<p class="stale">The service has not answered since ${clock(since)}. What you see is from before.</p>`}
+    ${since && html`<p class="stale">The service has not answered since ${clock(since)}. This page shows its last state.</p>`}
   </div>`;
 }
 

@@ -1,4 +1,4 @@
-// Small pieces that every page uses.
+// Components that all pages share.
 import { html, useEffect, useRef, useState } from "./ui.js";
 import { percent } from "./format.js";
 
@@ -7,7 +7,7 @@ const MARKS = {
   starting: "◐", fetching: "◐", loading: "◐", restarting: "◌", ready: "✓", draining: "◌", stopped: "–", idle: "○", busy: "◐",
 };
 
-/** A state in words and with a mark: never colour alone. */
+/** A state as a word and a mark, so that colour is never the only sign. */
 export function State({ state }) {
   return html`<span class=${`state state-${state}`}><span aria-hidden="true">${MARKS[state] || "•"}</span> ${state}</span>`;
 }
@@ -19,7 +19,7 @@ export function Bar({ fraction, label }) {
   </span>`;
 }
 
-/** What went wrong, and what to do. */
+/** An error with its remedy. */
 export function Problem({ error, title = "That did not work" }) {
   if (!error) return null;
   return html`<div class="problem" role="alert">
@@ -34,7 +34,7 @@ export function Empty({ title, children }) {
   return html`<div class="empty"><h2>${title}</h2><p>${children}</p></div>`;
 }
 
-/** The page's body once its value is there; else what is known instead. */
+/** The page's body once its value has loaded; until then the error or a placeholder. */
 export function Loaded({ polled, children }) {
   if (polled.value !== undefined) return children(polled.value);
   if (polled.error) return html`<${Problem} error=${polled.error} title="This cannot be shown" />`;
@@ -54,7 +54,7 @@ export function Copy({ text, label }) {
   </div>`;
 }
 
-/** A button that asks before it acts, in a dialog that the keyboard can leave. */
+/** A button that asks for confirmation in a dialog before it acts. */
 export function Confirmed({ label, question, consequence, action, kind = "quiet" }) {
   const dialog = useRef(null);
   const [error, setError] = useState(null);
@@ -78,7 +78,7 @@ export function Confirmed({ label, question, consequence, action, kind = "quiet"
     </dialog>`;
 }
 
-/** A page's heading; also the document's title, and where the focus goes after a change of page. */
+/** A page's heading; sets the document's title and takes the focus after a change of page. */
 export function Title({ children, text, aside }) {
   const heading = useRef(null);
   useEffect(() => {

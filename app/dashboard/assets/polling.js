@@ -1,4 +1,4 @@
-// Values that follow the service: polled at its interval, paused in hidden tabs, patient when it is away.
+// Polls values of the service: at its interval, paused in hidden tabs, slower while it is unreachable.
 import { read } from "./api.js";
 import { useEffect, useRef, useState } from "./ui.js";
 
@@ -11,7 +11,7 @@ function setAway(since) {
   away.listeners.forEach((tell) => tell(since));
 }
 
-/** Since when the service has not answered; null while it does. */
+/** The time since which the service has not answered; null while it does. */
 export function useAway() {
   const [since, setSince] = useState(away.since);
   useEffect(() => {

@@ -4,7 +4,7 @@ import { useEffect, useState } from "./ui.js";
 const EVERY_S = 5;
 const KEPT = 13; // samples: a minute
 
-/** The sum of a metric's values over its labels; null if it is not there. */
+/** The sum of a metric over its labels; null if the metric is absent. */
 function total(text, name) {
   const lines = text.split("\n").filter((line) => line.startsWith(`${name}{`) || line.startsWith(`${name} `));
   return lines.length ? lines.reduce((sum, line) => sum + Number(line.slice(line.lastIndexOf(" ") + 1)), 0) : null;
@@ -30,7 +30,7 @@ function rate(samples) {
   return newest.at - oldest.at > 1 ? (newest.tokens - oldest.tokens) / (newest.at - oldest.at) : null;
 }
 
-/** { tokens, requests, first, between, whole, perSecond } of a server that answers; null until they are known. */
+/** { tokens, requests, first, between, whole, perSecond } of a reachable server; null until they have been read. */
 export function useServerMetrics(deployment, slot) {
   const [samples, setSamples] = useState([]);
   useEffect(() => {
@@ -44,7 +44,7 @@ export function useServerMetrics(deployment, slot) {
           setSamples((before) => [...before, sample].slice(-KEPT));
         }
       } catch {
-        // The list of deployments is polled as well, and says when the service is away.
+        // The list of deployments is polled too and reports an unreachable service.
       }
     };
     ask();

@@ -1,3 +1,3 @@
-// Before the first paint: the theme that was chosen here, if one was.
+// Applies the theme chosen in this browser before the first paint.
 const chosen = localStorage.getItem("nibble-theme");
 if (chosen) document.documentElement.dataset.theme = chosen;

@@ -111,7 +111,7 @@ def test_an_error_page_of_something_else_is_named_by_its_status() -> None:
 
 def test_a_page_that_is_no_job_is_refused() -> None:
     client = client_of(lambda _: httpx.Response(200, text="<html>welcome</html>"))
-    with pytest.raises(ServiceRefused, match="does not send"):
+    with pytest.raises(ServiceRefused, match="not Nibble's"):
         client.job("job_1")
 
 

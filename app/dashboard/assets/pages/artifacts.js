@@ -27,7 +27,7 @@ export function ArtifactsPage() {
   return html`<${Title}>Artifacts<//>
     <${Loaded} polled=${polled}>${(page) =>
       page.data.length === 0
-        ? html`<${Empty} title="Nothing published yet">A job that succeeds leaves its model here. <a href="#/jobs/new">New job</a><//>`
+        ? html`<${Empty} title="Nothing published yet">Successful jobs publish their models here. <a href="#/jobs/new">New job</a><//>`
         : html`<${Table} caption="Quantized models, newest first" columns=${LIST} rows=${page.data} keyOf=${(artifact) => artifact.id} />`}<//>`;
 }
 

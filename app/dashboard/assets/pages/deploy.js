@@ -1,4 +1,4 @@
-// The dialog that makes a deployment of an artifact.
+// The dialog that deploys an artifact.
 import { send } from "../api.js";
 import { modelName } from "../format.js";
 import { Problem } from "../parts.js";

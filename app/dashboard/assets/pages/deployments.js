@@ -1,4 +1,4 @@
-// What is served, and where to talk to it.
+// The deployments, with their servers and a link to the chat.
 import { send } from "../api.js";
 import { age, duration, number } from "../format.js";
 import { Confirmed, Copy, Empty, Facts, Loaded, Problem, State, Title } from "../parts.js";
@@ -19,7 +19,7 @@ const SERVERS = [
   ["Restarts", (server) => server.restarts, "number"],
 ];
 
-/** What a server has done since it started, and how fast it is now. */
+/** A server's totals since its start, and its current speed. */
 function Speed({ deployment, server, isOnly }) {
   const metrics = useServerMetrics(deployment.id, server.slot);
   if (metrics === null) return null;
@@ -56,7 +56,7 @@ function Deployment({ deployment, onChange }) {
       <div class="actions">
         ${["ready", "stopped"].includes(state) && html`<a class="main button" href=${`#/deployments/${encodeURIComponent(deployment.name)}/chat`}>Chat</a>`}
         <${Confirmed} label="Delete" question=${`Delete ${deployment.name}?`} action=${remove}
-          consequence="Answers that are being written are finished first; then clients get 404." />
+          consequence="Running answers are finished first; then clients get 404." />
       </div>
     </div>
     <p><small>

@@ -1,4 +1,4 @@
-// One job: where it stands, what happened, what came out.
+// One job: its state, events and results.
 import { read, send } from "../api.js";
 import { bytes, change, clock, date, duration, modelName, number, recipeLabel } from "../format.js";
 import { Bar, Confirmed, Copy, Facts, Loaded, Problem, State, Title } from "../parts.js";
@@ -53,7 +53,7 @@ function Actions({ job, onChange }) {
     ${isOver(job)
       ? html`<button type="button" class="quiet" onClick=${retry}>Run again</button>
           <${Confirmed} label="Delete" question="Delete this job?" consequence="Its events and report are removed. Artifacts stay." action=${remove} />`
-      : html`<${Confirmed} label="Cancel job" question="Cancel this job?" consequence="What was calculated so far is dropped." action=${cancel} />`}
+      : html`<${Confirmed} label="Cancel job" question="Cancel this job?" consequence="Its results so far are discarded." action=${cancel} />`}
   </div>`;
 }
 
@@ -62,7 +62,7 @@ function inWords(event) {
   return payload.message || payload.key || payload.stage || payload.state || payload.code || JSON.stringify(payload);
 }
 
-/** All events so far; asked for again whenever the job changed. */
+/** All events so far, read again whenever the job changes. */
 function useEvents(job) {
   const [events, setEvents] = useState([]);
   const last = useRef(null);

@@ -1,4 +1,4 @@
-// The form's fields and the body of POST /v1/jobs, each from the other.
+// Converts the form's fields to the body of POST /v1/jobs and back.
 
 export const BLANK = {
   model: "", method: "awq", bits: "4", group_size: "128", rounding: "nearest", symmetric: "no", strategy: "grid",
@@ -43,7 +43,7 @@ function targetOf(form) {
   return typeof before?.max_kl === "number" ? { ...before, max_perplexity_ratio: null } : undefined;
 }
 
-/** What is sent. Text that is no number stays text: the service names the field that it refuses. */
+/** The body to send. Text that is not a number stays text, so that the service's error names the field. */
 export function specOf(form) {
   const before = form.template && recipesOf(form.template)[0];
   const recipe = {
@@ -56,7 +56,7 @@ export function specOf(form) {
   };
 }
 
-/** The form that a job's spec would have come from; of several recipes the first. */
+/** The form for a job's spec; of several recipes the first. */
 export function formOf(spec) {
   const recipe = recipesOf(spec)[0];
   return {

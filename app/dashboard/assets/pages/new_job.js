@@ -1,4 +1,4 @@
-// The form for a job: presets, fields, and what it would take before it is submitted.
+// The form for a job: presets, fields, and an estimate before it is submitted.
 import { ApiError, read, send } from "../api.js";
 import { bytes, duration, number, parameters } from "../format.js";
 import { Facts, Problem, Title } from "../parts.js";
@@ -33,7 +33,7 @@ function useEstimate(body) {
 function EstimatePanel({ estimate, hasModel }) {
   const { value, error, asking } = estimate;
   return html`<aside class="card estimate" aria-label="Estimate" aria-live="polite" aria-busy=${asking}>
-    <h2>What it takes</h2>
+    <h2>Estimate</h2>
     ${!hasModel && html`<p>Name a model to see time, memory and size before you submit.</p>`}
     <${Problem} error=${error} title="This job would be refused" />
     ${value && html`<${Facts} rows=${[

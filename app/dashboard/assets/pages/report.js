@@ -1,4 +1,4 @@
-// A job's quality report: candidates side by side, plots, and where the time went.
+// A job's quality report: candidates side by side, plots, and the time of each stage.
 import { Chart } from "../charts.js";
 import { bytes, change, duration, number } from "../format.js";
 import { Facts, Loaded } from "../parts.js";
@@ -40,7 +40,7 @@ function Tries({ report }) {
     ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
     ["Target", (each) => (each.meets_target ? "✓ met" : "✕ missed")],
   ];
-  return html`<${Table} caption="The way to the target" columns=${columns} rows=${report.tries} />`;
+  return html`<${Table} caption="Tries for the target" columns=${columns} rows=${report.tries} />`;
 }
 
 function QualityPlot({ candidates, nameOf, original }) {
@@ -110,7 +110,7 @@ function Histogram({ histograms, candidate }) {
 function Cost({ report }) {
   const predicted = report.prediction?.seconds || {};
   const rows = Object.entries(report.stages);
-  return html`<${Table} caption="Where the time went" rows=${rows} keyOf=${([stage]) => stage} columns=${[
+  return html`<${Table} caption="Time per stage" rows=${rows} keyOf=${([stage]) => stage} columns=${[
       ["Stage", ([stage]) => stage],
       ["Seconds", ([, spent]) => duration(spent), "number"],
       ["Predicted", ([stage]) => duration(predicted[stage]), "number"],
@@ -126,7 +126,7 @@ function Cost({ report }) {
 function ReportBody({ report }) {
   const [index, setIndex] = useState(report.published.at(-1) ?? report.candidates[0]?.recipe_index);
   const candidate = report.candidates.find((each) => each.recipe_index === index);
-  // What was tried for a target may have the label of another try.
+  // Tries for a target may share a label.
   const nameOf = (each) => {
     const rung = report.tries.find((one) => one.recipe_index === each.recipe_index)?.rung;
     return rung ? `${each.label}, ${rung}` : each.label;

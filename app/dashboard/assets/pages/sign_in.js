@@ -1,4 +1,4 @@
-// For browsers that no login link brought here: an API key opens the same session.
+// Sign-in for browsers without a login link: an API key opens the same session.
 import { send } from "../api.js";
 import { Problem, Title } from "../parts.js";
 import { html, useState } from "../ui.js";

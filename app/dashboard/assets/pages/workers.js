@@ -1,4 +1,4 @@
-// Who executes jobs.
+// The workers and their devices.
 import { age, bytes } from "../format.js";
 import { Empty, Loaded, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
@@ -28,6 +28,6 @@ export function WorkersPage() {
   return html`<${Title}>Workers<//>
     <${Loaded} polled=${polled}>${(page) =>
       page.data.length === 0
-        ? html`<${Empty} title="No worker lives">Jobs wait until one is started: <code>nibble worker --device auto</code>.<//>`
-        : html`<${Table} caption="Workers that live" columns=${COLUMNS} rows=${page.data} keyOf=${(worker) => worker.name} />`}<//>`;
+        ? html`<${Empty} title="No live workers">Jobs wait until one is started: <code>nibble worker --device auto</code>.<//>`
+        : html`<${Table} caption="Live workers" columns=${COLUMNS} rows=${page.data} keyOf=${(worker) => worker.name} />`}<//>`;
 }

@@ -92,7 +92,7 @@ def test_a_pytorch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(Path(__file__).parents[4])
     check = devices.check_devices()[0]
     assert (check.name, check.status) == ("pytorch", "problem")
-    assert "libcudart.so.99" in check.found
+    assert "libcudart.so.99" in check.finding
 
 
 def test_a_setting_that_cannot_be_read(
@@ -155,7 +155,7 @@ def test_what_is_said_of_gpus(
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     check = devices.check_driver(names, facts)
-    assert (check.status, words in check.found) == (status, True)
+    assert (check.status, words in check.finding) == (status, True)
     assert check.remedy or status == "ok"
 
 

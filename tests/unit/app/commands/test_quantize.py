@@ -48,7 +48,7 @@ def finished_in(work: Path, labels: list[str], *outputs: tuple[int, str]) -> Fin
 def placed(tmp_path: Path, labels: list[str], *outputs: tuple[int, str]) -> list[str]:
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
-    quantize.place(finished_in(work, labels, *outputs), work, out)
+    quantize.move_outputs(finished_in(work, labels, *outputs), work, out)
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
 
@@ -152,7 +152,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--device", "tpu"), "--device 'tpu' is no device"),
+        (("--device", "tpu"), "--device 'tpu' is not a device"),
         (("--device", "cuda:99"), "there is no cuda:99"),
         (("--dataset", "gone.jsonl"), "there is no file gone.jsonl"),
         (("--dataset", "builtin:pile"), "builtin:pile"),
