@@ -68,12 +68,12 @@ def backends_of(device_type: str, requested: str = AUTO) -> tuple[Backend, ...]:
 
     Raises ValueError for a name that the device has no backend of.
     """
-    known = BACKENDS.get(device_type, (TorchBackend(),))
-    found = tuple(backend for backend in known if requested in (AUTO, backend.name))
-    if not found:
-        names = ", ".join([AUTO, *(backend.name for backend in known)])
+    candidates = BACKENDS.get(device_type, (TorchBackend(),))
+    selected = tuple(backend for backend in candidates if requested in (AUTO, backend.name))
+    if not selected:
+        names = ", ".join([AUTO, *(backend.name for backend in candidates)])
         raise ValueError(f"there is no kernel backend {requested!r} for {device_type}; available: {names}")
-    return found
+    return selected
 
 
 def select_backend(problem: LinearProduct, requested: str = AUTO) -> Selection:

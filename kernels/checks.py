@@ -1,4 +1,4 @@
-"""What arguments must be: checked before anything is computed, naming argument, value and what is allowed."""
+"""Checks of arguments before anything is computed; errors name argument, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_packed(
 
 
 def check_input(x: Tensor, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
-    """What a linear is applied to: any strides, any leading dimensions."""
+    """Checks the input of a linear: any strides, any leading dimensions."""
     check_dtype("x", x.dtype, (dtype,))
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed: (..., {in_features})")

@@ -1,4 +1,4 @@
-"""Operators that computed in PyTorch on a device that a kernel of ours is meant for: said once, and kept."""
+"""Operators that fell back to PyTorch on a device with kernels of ours: logged once, and recorded."""
 
 from __future__ import annotations
 

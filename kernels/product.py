@@ -1,4 +1,4 @@
-"""What a backend is asked to compute, without a tensor: what selection decides on."""
+"""The product that a backend is selected for, described without a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The canonical weight of a quantized linear: what files hold in their layouts, and backends in theirs."""
+"""The canonical weight of a quantized linear: files and backends hold it in layouts of their own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PackedWeight:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def equals(self, other: PackedWeight) -> bool:
-        """True if both hold the same numbers, whatever the dtype of their scales."""
+        """Whether both hold the same numbers, whatever the dtype of their scales."""
         if self.zero is None or other.zero is None:
             same_zeros = self.zero is other.zero
         else:

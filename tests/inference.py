@@ -21,7 +21,7 @@ from workers.modeling.checkpoint import Checkpoint
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, EngineLimits
 from workers.serving.loading import LoadRequest, load_model
-from workers.serving.requests import Generation, Piece, Sampling, StopRules
+from workers.serving.requests import Generation, Sampling, StopRules, TextDelta
 from workers.serving.served_model import ServedModel
 from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
@@ -46,13 +46,13 @@ class Served:
         self.served = ServedModel("tiny", self.engine, self.tokenization, self.metrics)
         self.engine.start()
 
-    def answers(self, requests: list[dict[str, Any]]) -> list[list[Piece]]:
-        """All pieces of each request; the requests run together."""
-        found: list[list[Piece]] = [[] for _ in requests]
+    def answers(self, requests: list[dict[str, Any]]) -> list[list[TextDelta]]:
+        """All deltas of each request; the requests run together."""
+        found: list[list[TextDelta]] = [[] for _ in requests]
         left = [request.get("n", 1) for request in requests]
         ended = threading.Event()
 
-        def deliver(number: int, piece: Piece) -> None:
+        def deliver(number: int, piece: TextDelta) -> None:
             found[number].append(piece)
             left[number] -= piece.finish_reason is not None
             if not any(left):

@@ -60,10 +60,10 @@ def worker_name(text: str) -> str:
     return text
 
 
-def resolve_device(wanted: str) -> str:
-    """The device for `wanted`: the first GPU for `auto` where there is one, found without torch."""
-    if wanted != "auto":
-        return wanted
+def resolve_device(setting: str) -> str:
+    """The device for the setting: for `auto` the first GPU, if any, detected without torch."""
+    if setting != "auto":
+        return setting
     return "cuda:0" if Path("/dev/nvidia0").exists() or gpu_names() else "cpu"
 
 
@@ -90,7 +90,7 @@ def describe_worker(device: str, name: str | None) -> WorkerRecord:
 def serve(
     settings: Settings, redis_url: str, record: WorkerRecord, *, burst: bool, child_module: str = CHILD_MODULE
 ) -> None:
-    """Work until told to stop, or, with `burst`, until the queues are empty."""
+    """Work until a signal stops it, or, with `burst`, until the queues are empty."""
     shutdown = threading.Event()
 
     def context() -> WorkerContext:

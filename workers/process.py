@@ -1,4 +1,4 @@
-"""What a process that loads PyTorch does about itself: how it holds freed memory, and how it ends."""
+"""Settings of a process that loads PyTorch: how it returns freed memory, and how it exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is ours in the queue's worker: an allow-list of tasks, heartbeats, and an orderly end.
+"""Our additions to RQ's worker: an allow-list of tasks, heartbeats, and an orderly end.
 
 The worker forks a process for each job ("horse") and never imports torch, so the fork is safe.
 """
@@ -154,8 +154,8 @@ class QueueWorker(Worker):
 
     def _beat(self, **changes: object) -> None:
         memory = device_memory(self._record.device)
-        told = {"heartbeat_at": datetime.now(UTC), "memory_bytes": memory.used, "memory_total": memory.total}
-        self._record = self._record.model_copy(update={**changes, **told})
+        beat = {"heartbeat_at": datetime.now(UTC), "memory_bytes": memory.used, "memory_total": memory.total}
+        self._record = self._record.model_copy(update={**changes, **beat})
         try:
             self._registry.beat(self._record, ttl_s=HEARTBEAT_TTL_S)
         except RedisError as fault:

@@ -41,7 +41,7 @@ class Int4Kernel:
         zero = torch.full_like(weight.scale, 2 ** (weight.bits - 1)) if weight.zero is None else weight.zero
         zero = zero.float().repeat_interleave(groups // weight.groups, dim=1)
         fill = -q.shape[0] % ROW_MULTIPLE
-        q, scale, zero = (torch.nn.functional.pad(part, (0, 0, 0, fill)) for part in (q, scale, zero))
+        q, scale, zero = (torch.nn.functional.pad(tensor, (0, 0, 0, fill)) for tensor in (q, scale, zero))
         # The operator computes (q - 8) * scale + offset.
         offset = (OPERATOR_MIDPOINT - zero) * scale
         self.scale_and_offset = torch.stack((scale, offset), dim=-1).transpose(0, 1).bfloat16().contiguous()
@@ -71,13 +71,13 @@ class Int4Kernel:
         weight = self.weight
         output = rows.new_empty(rows.shape[0], weight.out_features)
         for first in range(0, weight.out_features, PART_ROWS):
-            part = slice(first, first + PART_ROWS)
-            zero = None if weight.zero is None else weight.zero[part]
+            span = slice(first, first + PART_ROWS)
+            zero = None if weight.zero is None else weight.zero[span]
             dense = dequantize(
-                weight.qweight[part], weight.scale[part], zero, weight.bits, weight.group_size,
+                weight.qweight[span], weight.scale[span], zero, weight.bits, weight.group_size,
                 weight.in_features, torch.bfloat16,
             )  # fmt: skip
-            output[:, part] = torch.nn.functional.linear(rows, dense)
+            output[:, span] = torch.nn.functional.linear(rows, dense)
         return output
 
 
@@ -112,9 +112,9 @@ class Int8Kernel:
     def by_parts(self, rows: Tensor) -> Tensor:
         output = rows.new_empty(rows.shape[0], self.out_features)
         for first in range(0, self.out_features, PART_ROWS):
-            part = slice(first, first + PART_ROWS)
-            dense = self.codes[part].to(torch.bfloat16)  # exact: eight bits
-            output[:, part] = torch.nn.functional.linear(rows, dense) * self.scale[part]
+            span = slice(first, first + PART_ROWS)
+            dense = self.codes[span].to(torch.bfloat16)  # exact: eight bits
+            output[:, span] = torch.nn.functional.linear(rows, dense) * self.scale[span]
         return output
 
 
@@ -122,7 +122,7 @@ class AtenBackend:
     name = "aten"
 
     def can_implement(self, problem: LinearProduct) -> str | None:
-        """Why not, or None."""
+        """Why it can't, or None."""
         capability = torch.backends.cpu.get_cpu_capability()
         if capability not in VECTORISED:
             return f"PyTorch's packed operators are scalar code on this processor ({capability})"

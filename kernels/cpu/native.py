@@ -98,7 +98,7 @@ def check_blocked(
     group_size: int,
     out_features: int,
 ) -> None:
-    """The library reads what sizes promise: only this keeps a wrong one from foreign memory."""
+    """Checks all sizes: the library does not, and would read beyond the tensors."""
     check_one_of("bits", bits, BITS)
     check_one_of("group_size", group_size, GROUP_SIZES)
     check_dtype("x", x.dtype, DTYPES)
@@ -113,11 +113,11 @@ def check_blocked(
     check_shape("codes", codes, (blocks, chunks, ROWS, planes, 2 * WORDS))
     groups = 1 if group_size == -1 else chunks * CHUNK // group_size
     parts = {"codes": codes, "scale": scale} | ({} if zero is None else {"zero": zero})
-    for name, part in parts.items():
+    for name, tensor in parts.items():
         if name != "codes":
-            check_shape(name, part, (blocks, groups, ROWS))
-        check_device(name, part, x.device)
-        check_contiguous(name, part)
+            check_shape(name, tensor, (blocks, groups, ROWS))
+        check_device(name, tensor, x.device)
+        check_contiguous(name, tensor)
     if zero is not None:
         check_dtype("zero", zero.dtype, (torch.uint8,))
 
@@ -160,7 +160,7 @@ def midpoints(bits: int) -> Tensor:
 
 
 def product(weight: Blocks, x: Tensor, bias: Tensor | None, out_features: int, *, tiles: bool) -> Tensor:
-    """What the operator computes."""
+    """x times the weight, plus bias: the body of the operator."""
     check_bias(bias, out_features, x)
     output = x.new_empty((*x.shape[:-1], out_features))
     multiply = multiply_by_tiles if tiles else multiply_by_rows
@@ -169,8 +169,8 @@ def product(weight: Blocks, x: Tensor, bias: Tensor | None, out_features: int, *
         return output
     rows, flat = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
     for first in range(0, rows.shape[0], MOST_ROWS):
-        part = slice(first, first + MOST_ROWS)
-        multiply(weight, rows[part], bias, flat[part])
+        span = slice(first, first + MOST_ROWS)
+        multiply(weight, rows[span], bias, flat[span])
     return output
 
 
@@ -180,16 +180,16 @@ def threads_for(weight: Blocks, rows: int) -> int:
 
 def in_bfloat16(x: Tensor, channels: int) -> Tensor:
     """x (rows, in_features) as bfloat16 (parts * rows, channels), whose parts add up to x."""
-    found = x
+    stacked = x
     if x.dtype != torch.bfloat16:
         parts, rest = [], x.float()
         for _ in range(PARTS[x.dtype]):
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
-        found = torch.cat(parts)
-    if channels != found.shape[1]:
-        found = torch.nn.functional.pad(found, (0, channels - found.shape[1]))
-    return found if found.stride(1) == 1 else found.contiguous()
+        stacked = torch.cat(parts)
+    if channels != stacked.shape[1]:
+        stacked = torch.nn.functional.pad(stacked, (0, channels - stacked.shape[1]))
+    return stacked if stacked.stride(1) == 1 else stacked.contiguous()
 
 
 def multiply_by_tiles(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
@@ -241,18 +241,18 @@ def add_parts(sums: Tensor, bias: Tensor | None, output: Tensor) -> None:
 
 
 def multiply_dequantized(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """In float32, part by part, so that a part is still in the cache when it is multiplied."""
+    """In float32, some rows at a time, so that they are still in the cache when they are multiplied."""
     library = native_library(tiles=False)
     values, added = x.float(), None if bias is None else bias.float()
     step = max(1, DEQUANTIZED_BYTES // (weight.channels * values.itemsize * ROWS))  # blocks
-    part = torch.empty(min(step, weight.blocks) * ROWS, weight.channels)
+    buffer = torch.empty(min(step, weight.blocks) * ROWS, weight.channels)
     for first in range(0, weight.blocks, step):
         last = min(first + step, weight.blocks)
-        library.nibble_dequantize(weight.reference, first, last, part.data_ptr(), torch.get_num_threads())
+        library.nibble_dequantize(weight.reference, first, last, buffer.data_ptr(), torch.get_num_threads())
         rows = slice(first * ROWS, min(last * ROWS, output.shape[1]))
         if rows.start >= rows.stop:
             break
-        dense = part[: rows.stop - rows.start, : x.shape[1]]
+        dense = buffer[: rows.stop - rows.start, : x.shape[1]]
         output[:, rows] = torch.nn.functional.linear(values, dense, None if added is None else added[rows])
 
 

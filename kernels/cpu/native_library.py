@@ -37,7 +37,7 @@ TILES_NEED = ROWS_NEED | {"amx_tile", "amx_bf16"}
 
 @dataclass(frozen=True)
 class Sources:
-    """What one library is made of."""
+    """The source, headers and flags of one library."""
 
     source: str  # the file that is compiled
     headers: tuple[str, ...]
@@ -99,15 +99,15 @@ def native_library(*, tiles: bool) -> ctypes.CDLL:
 
     Raises NotCompiled if the processor, the system or the compiler is not up to it.
     """
-    found = library_or_reason(tiles=tiles)
-    if isinstance(found, str):
-        raise NotCompiled(found)
-    return found
+    outcome = library_or_reason(tiles=tiles)
+    if isinstance(outcome, str):
+        raise NotCompiled(outcome)
+    return outcome
 
 
 @functools.cache
 def library_or_reason(*, tiles: bool) -> ctypes.CDLL | str:
-    """What came of the one try that a process makes."""
+    """The library, or why it can't be compiled: a process tries once."""
     try:
         return made_library(tiles=tiles)
     except NotCompiled as fault:
@@ -151,9 +151,9 @@ def compiled(folder: Path, *, tiles: bool, sources: Sources = LINEAR) -> Path:
         path = folder / f"{Path(sources.source).stem}-{library_key(compiler, flags, sources)}.so"
         with FileLock(path.with_suffix(".lock"), fallback_to_soft=False):
             if not path.exists():
-                part = path.with_suffix(f".{os.getpid()}.part")
-                run_compiler([compiler, *flags, str(SOURCES / sources.source), "-o", str(part)])
-                part.replace(path)
+                partial = path.with_suffix(f".{os.getpid()}.part")
+                run_compiler([compiler, *flags, str(SOURCES / sources.source), "-o", str(partial)])
+                partial.replace(path)
     except OSError as fault:
         raise NotCompiled(f"the folder of compiled kernels can't be used: {fault}") from fault
     return path

@@ -72,7 +72,7 @@ class CudaBackend:
 
 @functools.cache
 def missing_tool() -> str | None:
-    """What this machine lacks, or None."""
+    """The tool that this machine lacks, in words, or None."""
     try:
         open_driver()
     except DriverError as fault:

@@ -1,4 +1,4 @@
-"""Calls of a linear kernel: how it computes a problem is chosen and loaded once, and then only launched."""
+"""Calls of a linear kernel: a plan is chosen and loaded once for each problem, and then only launched."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Sizes = tuple[int, int, int]  # tokens, channels, rows
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan with its kernel loaded: what a call needs."""
+    """A plan with its kernel loaded, ready for calls."""
 
     function: KernelFunction
     launch: KernelLaunch
     partial_bytes: int
     counters: int
-    token_box: int = 0  # tokens that the copy engine fetches at once, where it is told what x is
+    token_box: int = 0  # tokens that the copy engine fetches at once, where it gets a description of x
     last: tuple[int, ...] = ()  # arguments after the sizes
 
 
@@ -43,7 +43,7 @@ class LinearKernel(ABC):
         self.launch(self.prepared_for(sizes, form, x.dtype, x.get_device()), x, records, bias, output)
 
     def prepared_for(self, sizes: Sizes, form: Format, dtype: torch.dtype, device: int) -> Prepared:
-        """What a call of these sizes needs, made if this is the first."""
+        """The plan and kernel of a call of these sizes, prepared at the first call."""
         tokens, channels, rows = sizes
         key = (device, self.alike(tokens), channels, rows, form, dtype)
         prepared = self.prepared.get(key)

@@ -28,14 +28,14 @@ class CompileError(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code for one architecture, and what the compiler said of its registers and memory."""
+    """Machine code for one architecture, and the compiler's report on its registers and memory."""
 
     code: bytes
     report: str
 
 
 class Compiler(Protocol):
-    """What turns a source file into machine code."""
+    """Compiles a source file into machine code."""
 
     @property
     def version(self) -> str: ...

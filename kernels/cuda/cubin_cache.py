@@ -71,22 +71,22 @@ def cache_key(source: Path, words: list[str]) -> str:
 
 def included_headers(source: Path) -> set[Path]:
     """The headers beside `source` that it includes, directly or not."""
-    found: set[Path] = set()
+    headers: set[Path] = set()
     waiting = [source]
     while waiting:
         for name in INCLUDE.findall(waiting.pop().read_text()):
             header = source.parent / name
-            if header not in found:
-                found.add(header)
+            if header not in headers:
+                headers.add(header)
                 waiting.append(header)
-    return found
+    return headers
 
 
 def write(path: Path, content: bytes) -> None:
-    """All of the file or nothing, whoever reads meanwhile."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    """Write a file atomically: readers see all of it or nothing."""
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def spilled_bytes(report: str) -> int:

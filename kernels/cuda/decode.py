@@ -78,7 +78,7 @@ class DecodeShape:
 
 
 def format_defines(form: Format, dtype: torch.dtype) -> dict[str, int]:
-    """What fragments.cuh wants to know."""
+    """The macros that fragments.cuh needs."""
     return {
         "BITS": form.bits,
         "ASYMMETRIC": int(form.asymmetric),
@@ -90,7 +90,7 @@ def format_defines(form: Format, dtype: torch.dtype) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of a shape depends on."""
+    """The limits of a device that the choice of a shape depends on."""
 
     processors: int
     shared_bytes: int  # that a block may have
@@ -136,9 +136,9 @@ SHAPES: dict[int, tuple[tuple[int, int, int, int, float], ...]] = {
     4: ((4, 2, 4, 2, 1.0), (2, 4, 4, 2, 1.0), (2, 4, 2, 4, 1.0), (1, 2, 4, 4, 1.2), (1, 1, 2, 4, 1.5)),
     8: ((4, 4, 2, 2, 1.0), (2, 4, 2, 3, 1.0), (1, 4, 2, 4, 1.2), (1, 1, 2, 4, 1.5)),
 }  # fmt: skip
-# What a block does, in times of reading one record from device memory: reading 1056 bytes of activations from
-# the cache; ending a strip; sharing one with other blocks, and adding up the part of each. Blocks that share
-# strips read less of what others have just read.
+# Costs of a block's steps, in times of reading one record from device memory: reading 1056 bytes of
+# activations from the cache; ending a strip; sharing one with other blocks, and adding up the part of each.
+# Blocks that share strips read less of what others have just read.
 CACHE_READ, STRIP_END, SHARED_STRIP, PART, RECORD = 0.5, 8.0, 30.0, 12.0, 1056
 SPLIT_LOSS = 1.08
 

@@ -72,8 +72,8 @@ class Driver:
             error, text = ctypes.c_char_p(), ctypes.c_char_p()
             self.library.cuGetErrorName(status, ctypes.byref(error))
             self.library.cuGetErrorString(status, ctypes.byref(text))
-            known = f"{(error.value or b'unknown').decode()}: {(text.value or b'').decode()}"
-            raise DriverError(f"{name} failed with {status} ({known})")
+            description = f"{(error.value or b'unknown').decode()}: {(text.value or b'').decode()}"
+            raise DriverError(f"{name} failed with {status} ({description})")
 
     @functools.lru_cache  # noqa: B019 - one driver lives as long as the process
     def context(self, device: int) -> ctypes.c_void_p:

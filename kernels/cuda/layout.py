@@ -32,7 +32,7 @@ ROW_ORDER = tuple(row for first in range(8) for row in (first, first + 8))
 
 @dataclass(frozen=True)
 class Format:
-    """What a record looks like."""
+    """The bits, group size and dtypes of a record."""
 
     bits: int
     group_size: int  # 32, 64 or 128: a longer group is repeated in every unit
@@ -96,20 +96,20 @@ def places(bits: int, row: int, channel: int) -> list[FragmentPlace]:
 def scatter_table(bits: int) -> Tensor:
     """int64 (4, n): flat index, first bit, width and place (word * 32 + shift) of each part of a weight."""
     rows = [
-        (row * UNIT_CHANNELS + channel, place.low, place.width, place.word * 32 + place.shift)
+        (row * UNIT_CHANNELS + channel, field.low, field.width, field.word * 32 + field.shift)
         for row in range(TILE_ROWS)
         for channel in range(UNIT_CHANNELS)
-        for place in places(bits, row, channel)
+        for field in places(bits, row, channel)
     ]
     return torch.tensor(rows, dtype=torch.int64).T.contiguous()
 
 
 def pack_weights(q: Tensor, bits: int) -> Tensor:
     """uint8 (records, TILE_ROWS * UNIT_CHANNELS) to the records' words, int32 (records, 64 * bits)."""
-    index, low, width, place = scatter_table(bits).to(q.device)
+    index, low, width, position = scatter_table(bits).to(q.device)
     parts = (q[:, index].to(torch.int64) >> low) & ((1 << width) - 1)
     words = torch.zeros(q.shape[0], 64 * bits, dtype=torch.int64, device=q.device)
-    words.index_add_(1, place // 32, parts << (place % 32))
+    words.index_add_(1, position // 32, parts << (position % 32))
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 

@@ -30,9 +30,9 @@ class Library:
         Raises ValueError for a device that no machine code of ours runs on.
         """
         words = tuple(sorted((defines or {}).items()))
-        found = self.functions.get((source, name, device, words))
-        if found is not None:
-            return found
+        loaded = self.functions.get((source, name, device, words))
+        if loaded is not None:
+            return loaded
         with self.lock:
             module = self._module(source, device, words)
             return self.functions.setdefault((source, name, device, words), module.function(name))

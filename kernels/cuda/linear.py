@@ -51,7 +51,7 @@ def kernels() -> Kernels:
 
 
 def load_kernels(weight: PackedWeight, dtype: torch.dtype, device: int) -> None:
-    """Compiles and loads what calls on this weight will want: requests should not wait, and graphs can't."""
+    """Compiles and loads the kernels for this weight: requests should not wait, and graphs can't."""
     form, on_hopper = format_of(weight), hopper(device)
     for tokens in LOADED_TOKENS:
         sizes = tokens, weight.in_features, weight.out_features
@@ -153,7 +153,7 @@ def fake_cuda_linear(
 
 
 def check_records(x: Tensor, records: Tensor, bias: Tensor | None, rows: int, form: Format) -> None:
-    """What the kernels read without looking."""
+    """Raises ValueError or TypeError for arguments that the kernels, which check nothing, can't read."""
     check_one_of("bits", form.bits, BITS)
     check_one_of("group_size", form.group_size, (32, 64, 128))
     check_dtype("scale_dtype", form.scale_dtype, DTYPES)

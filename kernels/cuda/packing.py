@@ -31,7 +31,7 @@ def missing(device: int) -> str | None:
 
 
 def takes(operator: str, tensor: Tensor) -> bool:
-    """True if the kernels take this tensor. Why a GPU's tensor is left to PyTorch is noted."""
+    """Whether the kernels take this tensor; notes why a GPU's tensor is left to PyTorch."""
     if not tensor.is_cuda:
         return False
     why = missing(tensor.get_device())
@@ -44,7 +44,7 @@ def takes(operator: str, tensor: Tensor) -> bool:
 
 def order_word(order: tuple[int, ...]) -> str:
     """Which of eight values lies at each place of a word, a nibble each."""
-    return f"{sum(value << (4 * place) for place, value in enumerate(order)):#x}u"
+    return f"{sum(value << (4 * nibble) for nibble, value in enumerate(order)):#x}u"
 
 
 def pack(values: Tensor, bits: int, *, down: bool = False, order: tuple[int, ...] = NATURAL_ORDER) -> Tensor:

@@ -120,9 +120,9 @@ def deals(tiles: int, units: int, processors: int) -> Iterator[Deal]:
 
 def cost(shape: WideShape, deal: Deal) -> float:
     """Microseconds of the block with most to do."""
-    part = SHARED_PART + SHARED_KIB * shape.rows * shape.tokens * 4 / 1024
+    per_part = SHARED_PART + SHARED_KIB * shape.rows * shape.tokens * 4 / 1024
     reading = deal.busiest * UNIT_TIMES[replace(shape, stages=0)] * (SPLIT_LOSS if deal.split else 1.0)
-    return reading + deal.shared * deal.parts * part
+    return reading + deal.shared * deal.parts * per_part
 
 
 def make_plan(tokens: int, rows: int, channels: int, form: Format, device: Device) -> WidePlan:

@@ -56,7 +56,7 @@ def rule_struct(rule: GridRule, range_factor: float = 1.0) -> RuleStruct:
 
 
 def has_tiles() -> bool:
-    """True on CPUs with matrix units for bfloat16."""
+    """Whether the CPU has matrix units for bfloat16."""
     return processor()[1] >= TILES_NEED
 
 
@@ -103,10 +103,10 @@ def rounding_errors(
     """Fills errors (candidates, rows, C) as PyTorch's operators would, to the bit; False if it can't."""
     rows, channels = weight.shape
     size = channels if group_size == -1 else group_size
-    found = library() if size % LANES == 0 else None
-    if found is None:
+    compiled = library() if size % LANES == 0 else None
+    if compiled is None:
         return False
-    found.nibble_rounding_errors(
+    compiled.nibble_rounding_errors(
         weight.data_ptr(), scales.data_ptr(), scales.shape[0], rows, channels, size,
         rule_struct(rule, range_factor), errors.data_ptr(), TYPES[errors.dtype], threads_for(errors.numel()),
     )  # fmt: skip
@@ -121,17 +121,17 @@ class CpuClipStep:
     """The kernel with what stays the same from group to group."""
 
     def __init__(self, joint: Sequence[float], side: Sequence[float], rule: GridRule) -> None:
-        found = library()
-        assert found is not None
-        self.step, self.rule = found.nibble_clip_step, rule_struct(rule)
+        compiled = library()
+        assert compiled is not None
+        self.step, self.rule = compiled.nibble_clip_step, rule_struct(rule)
         self.counts = len(joint), len(side)
         self.factors = (ctypes.c_float * (len(joint) + len(side)))(*joint, *side)
 
     def __call__(self, weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:
-        given = (rows_of(tensor) for tensor in (weight, block, others, error, ranges))
+        rows = (rows_of(tensor) for tensor in (weight, block, others, error, ranges))
         factors = ctypes.cast(self.factors, ctypes.c_void_p)
         self.step(
-            ClipStruct(*given, factors, *self.counts, *weight.shape, threads_for(weight.numel())), self.rule
+            ClipStruct(*rows, factors, *self.counts, *weight.shape, threads_for(weight.numel())), self.rule
         )
 
 
@@ -142,9 +142,9 @@ def can_dot(left: Tensor, right: Tensor) -> bool:
 
 def add_row_dots(left: Tensor, right: Tensor, total: Tensor) -> None:
     """total (rows,) float32 += the sum of left * right over each row."""
-    found = library()
-    assert found is not None
-    found.nibble_row_dots(
+    compiled = library()
+    assert compiled is not None
+    compiled.nibble_row_dots(
         left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), total.data_ptr(), *left.shape,
         threads_for(left.numel()),
     )  # fmt: skip

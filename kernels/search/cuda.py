@@ -24,7 +24,7 @@ ERROR_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 @functools.cache
 def runs_on(device: int) -> bool:
-    """True if the kernels can be compiled for the device; why not is noted."""
+    """Whether the kernels can be compiled for the device; notes the reason if not."""
     try:
         shared_library().function(SOURCE, f"clip_step_{GROUP_SIZES[0]}", device)
     except (CompileError, DriverError, ValueError) as fault:
@@ -34,7 +34,7 @@ def runs_on(device: int) -> bool:
 
 
 def fits(group_size: int, tensors: Sequence[Tensor]) -> bool:
-    """True if the kernels take this group size and rows start at multiples of 16 bytes; why not is noted."""
+    """Whether the kernels take this group size and these rows, on 16-byte addresses; notes why not."""
     if group_size not in GROUP_SIZES:
         fallbacks.note("the search", f"group_size={group_size} is none of {', '.join(map(str, GROUP_SIZES))}")
         return False
@@ -110,13 +110,13 @@ class CudaClipStep:
 
 
 def can_dot(left: Tensor, right: Tensor) -> bool:
-    """True if both are of a dtype that the kernel takes, with columns in pairs; why not is noted."""
+    """Whether the kernel takes the dtype of both and their columns are even; notes why not."""
     even = all(
         tensor.stride(1) == 1 and tensor.stride(0) % 2 == 0 and tensor.data_ptr() % 8 == 0
         for tensor in (left, right)
     )
-    known = left.dtype == right.dtype and left.dtype in ERROR_NAMES
-    if not (even and known and left.shape[1] % 2 == 0):
+    supported = left.dtype == right.dtype and left.dtype in ERROR_NAMES
+    if not (even and supported and left.shape[1] % 2 == 0):
         dtypes = f"{left.dtype} and {right.dtype}"
         fallbacks.note("the sum of losses", f"{dtypes}, or rows that are no whole pairs of columns")
         return False

@@ -1,4 +1,4 @@
-"""What an error of the weights costs at the output: e H e^T."""
+"""The loss at the output of an error e of the weights: e H e^T."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def row_losses(errors: Tensor, moment: Tensor) -> Tensor:
 
 
 def has_matrix_units(device: torch.device) -> bool:
-    """True if the device multiplies bfloat16 much faster than float32."""
+    """Whether the device multiplies bfloat16 much faster than float32."""
     return device.type == "cuda" or (device.type == "cpu" and cpu.has_tiles())
 
 
 def quick_dtype(device: torch.device, channels: int) -> torch.dtype:
-    """What H is multiplied in where sums over many rows are wanted, not the figures of single rows.
+    """The dtype of products with H whose results are summed over many rows.
 
     bfloat16 on CPUs that multiply it much faster: rounding moves the loss of a row by 1e-4, sums by less.
     """

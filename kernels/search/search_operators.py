@@ -33,7 +33,7 @@ def rounding_errors(
     range_factor: float,
     error_dtype: torch.dtype,
 ) -> Tensor:
-    """What rounding `weight diag(s)` to its grid changes of the weight, for each row s of `scales`.
+    """The change of the weight by rounding `weight diag(s)` to its grid, for each row s of `scales`.
 
     weight: (rows, C) float32; scales: (candidates, C) float32. The ranges of the groups are shrunk by
     `range_factor`. Errors: (candidates, rows, C).
@@ -60,23 +60,23 @@ def round_in_parts(
     rows, channels = weight.shape
     size = channels if group_size == -1 else group_size
     grouped = weight.view(1, rows, channels // size, size)
-    for part, out in chunks(scales, errors, weight.numel()):
-        factors = part.view(part.shape[0], 1, grouped.shape[2], grouped.shape[3])
+    for scale_chunk, out in chunks(scales, errors, weight.numel()):
+        factors = scale_chunk.view(scale_chunk.shape[0], 1, grouped.shape[2], grouped.shape[3])
         scaled = grouped * factors
         low, high = scaled.aminmax(dim=-1, keepdim=True)
         rounded = rule.nearest(scaled, *rule.fit(low * range_factor, high * range_factor))
-        out.view(part.shape[0], *grouped.shape[1:]).copy_(rounded.div_(factors).sub_(grouped))
+        out.view(scale_chunk.shape[0], *grouped.shape[1:]).copy_(rounded.div_(factors).sub_(grouped))
 
 
 def search_backend(device: torch.device) -> str:
-    """What the operators run on, for reports."""
+    """The name of the backend that runs the operators, for reports."""
     if device.type == "cpu":
         return cpu.loaded()[1]
     return "cuda" if device.type == "cuda" and cuda.runs_on(device.index or 0) else "torch"
 
 
 def clip_backend(device: torch.device, group_size: int) -> str:
-    """What the clip step runs on for groups of this size: not every one has a kernel."""
+    """The name of the backend of the clip step: not every group size has a kernel."""
     sizes = {"cpu": cpu.GROUP_SIZES, "cuda": cuda.GROUP_SIZES}.get(device.type, ())
     return search_backend(device) if group_size in sizes else "torch"
 
@@ -86,7 +86,7 @@ def at_once(device: torch.device) -> int:
 
 
 def chunks(scales: Tensor, errors: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Candidates and the place of their errors, as many as may be treated at once."""
+    """Candidates and views for their errors, as many as fit in one step."""
     count = max(1, at_once(scales.device) // size)
     return list(zip(torch.split(scales, count), torch.split(errors, count), strict=True))
 
@@ -158,7 +158,7 @@ def clip_step(
 def clip_step_of(
     weight: Tensor, block: Tensor, joint: Sequence[float], side: Sequence[float], rule: GridRule
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]:
-    """What clip_step does to groups like this one, without its checks."""
+    """A function that runs clip_step on groups like this one, without its checks."""
     if weight.is_cuda and cuda.fits(weight.shape[1], (weight, block)) and cuda.runs_on(weight.get_device()):
         return cuda.CudaClipStep(weight.shape, weight.device, joint, side, rule)
     if weight.device.type == "cpu" and cpu.can_clip(weight.shape[1]):
@@ -168,10 +168,10 @@ def clip_step_of(
     def step(weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ranges: Tensor) -> None:
         for start in range(0, weight.shape[0], count):
             rows = slice(start, start + count)
-            found = RowRanges(weight[rows], block, others[rows], rule, ranges[:2, rows])
-            found.search(joint, side)
-            error[rows] = found.error
-            ranges[:, rows] = torch.stack([*found.factors, *found.grid()])
+            row_ranges = RowRanges(weight[rows], block, others[rows], rule, ranges[:2, rows])
+            row_ranges.search(joint, side)
+            error[rows] = row_ranges.error
+            ranges[:, rows] = torch.stack([*row_ranges.factors, *row_ranges.grid()])
 
     return step
 
@@ -216,18 +216,18 @@ def clip_visit(
         return
     size = weight.shape[1] // ranges.shape[0]
     errors, weights = torch.split(error, size, dim=1), torch.split(weight, size, dim=1)
-    blocks = [part[at * size : (at + 1) * size] for at, part in enumerate(torch.split(moment, size, dim=1))]
+    blocks = [block[at * size : (at + 1) * size] for at, block in enumerate(torch.split(moment, size, dim=1))]
     step = clip_step_of(weights[0], blocks[0], joint, side, rule)
-    # What the other groups' errors add is known well enough in the dtype that is quick.
+    # The quick dtype is precise enough for the share of the other groups' errors.
     multiplied = error.to(quick_dtype(weight.device, weight.shape[1]))
     columns = torch.split(moment.to(multiplied.dtype), size, dim=1)
     with matrix_units(weight.device):
-        for index, (own, known) in enumerate(zip(ranges, torch.split(multiplied, size, dim=1), strict=True)):
-            known.zero_()
+        for index, (own, quick) in enumerate(zip(ranges, torch.split(multiplied, size, dim=1), strict=True)):
+            quick.zero_()
             others = (multiplied @ columns[index]).to(torch.float32)
             step(weights[index], blocks[index], others, errors[index], own)
             if multiplied is not error:
-                known.copy_(errors[index])
+                quick.copy_(errors[index])
 
 
 @clip_visit.register_fake
@@ -254,8 +254,8 @@ def check_visit(weight: Tensor, moment: Tensor, error: Tensor, ranges: Tensor) -
     if channels % groups:
         raise ValueError(f"ranges has shape {tuple(ranges.shape)}; allowed: groups that divide {channels}")
     expected = {"moment": (channels, channels), "error": (rows, channels), "ranges": (groups, 4, rows)}
-    given = {"weight": weight, "moment": moment, "error": error, "ranges": ranges}
-    for name, tensor in given.items():
+    tensors = {"weight": weight, "moment": moment, "error": error, "ranges": ranges}
+    for name, tensor in tensors.items():
         check_dtype(name, tensor.dtype, (torch.float32,))
         check_shape(name, tensor, expected.get(name, (rows, channels)))
         check_device(name, tensor, weight.device)
@@ -267,8 +267,8 @@ def check_clip(weight: Tensor, block: Tensor, others: Tensor, error: Tensor, ran
         raise ValueError(f"weight has {weight.dim()} dimensions; allowed: 2")
     rows, size = weight.shape
     expected = {"weight": (rows, size), "block": (size, size), "others": (rows, size), "error": (rows, size)}
-    given = {"weight": weight, "block": block, "others": others, "error": error, "ranges": ranges}
-    for name, tensor in given.items():
+    tensors = {"weight": weight, "block": block, "others": others, "error": error, "ranges": ranges}
+    for name, tensor in tensors.items():
         check_dtype(name, tensor.dtype, (torch.float32,))
         check_shape(name, tensor, expected.get(name, (4, rows)))
         check_device(name, tensor, weight.device)

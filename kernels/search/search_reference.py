@@ -28,10 +28,10 @@ def rounding_errors(
     for candidate, scale in enumerate(scales):
         for row, values in enumerate(weight * scale):
             for start in range(0, len(values), size):
-                part = slice(start, start + size)
-                low, high = values[part].min() * range_factor, values[part].max() * range_factor
-                error, _ = rounding_error(values[part], low, high, rule)
-                errors[candidate, row, part] = error / scale[part].double()
+                group = slice(start, start + size)
+                low, high = values[group].min() * range_factor, values[group].max() * range_factor
+                error, _ = rounding_error(values[group], low, high, rule)
+                errors[candidate, row, group] = error / scale[group].double()
     return errors
 
 
@@ -67,8 +67,8 @@ def clip_step(
             base = best.clone()
             for move in stage:
                 factors = base * torch.tensor(move, dtype=torch.float32)
-                found, moved = judged(factors)
-                if found < loss:
-                    best, loss, error = factors, found, moved
+                candidate_loss, moved = judged(factors)
+                if candidate_loss < loss:
+                    best, loss, error = factors, candidate_loss, moved
         errors[row], losses[row] = error, loss
     return errors, losses

@@ -55,7 +55,7 @@ TAIL_CHARACTERS = 4000  # of the child's output in the failure event
 
 
 def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
-    """Execute an attempt of a job, unless the record says that it is not this one's turn."""
+    """Execute an attempt of a job, unless the record is no longer queued for it."""
     lease_s = context.settings.lease_s
     try:
         job = context.store.claim(job_id, attempt, worker=context.name, lease_s=lease_s)
@@ -141,16 +141,16 @@ class Attempt:
         return JobResult(job=self._job.id, artifacts=artifacts)
 
     def _earlier_result(self, model: FetchedModel, texts: FetchedTexts) -> JobResult | None:
-        """What another job has made of the same contents, unless this one shall compute again."""
+        """The result of an earlier job on the same contents, unless `force` asks to compute it again."""
         contents = Contents(
             model=model.digest, calibration=texts.calibration_digest, evaluation=texts.evaluation_digest
         )
-        known = fingerprint(self._job.spec, contents)
+        digest = fingerprint(self._job.spec, contents)
         # Recorded, as whoever follows up the job's end needs it: another process, if this one dies.
-        self._record.update(lambda job: job.model_copy(update={"contents": known}))
+        self._record.update(lambda job: job.model_copy(update={"contents": digest}))
         if self._job.spec.force:
             return None
-        result = self._record.through_outages(lambda: self._context.reuse.find(self._job.tenant, known))
+        result = self._record.through_outages(lambda: self._context.reuse.find(self._job.tenant, digest))
         if result is not None:
             self._record.check_lease()
             self._context.reuse.copy_report(result, self._job.id)
@@ -237,7 +237,7 @@ class Attempt:
             self._record.event("checkpoint", {"key": message.key, "attempt": self._job.attempt})
 
     def _store_report(self, message: Failed) -> None:
-        """What was tried is worth reading although nothing is published."""
+        """Store the report on the tried candidates: it is useful although nothing is published."""
         if message.report is not None:
             self._record.check_lease()
             report = inside(self._work_folder, message.report)

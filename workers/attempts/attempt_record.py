@@ -1,4 +1,4 @@
-"""What an attempt asks and writes about its job: through outages of Redis, and while the job is its own."""
+"""An attempt's reads and writes of its job, retried while Redis is down, refused once the lease is lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AttemptRecord:
         self.store, self.job, self.watch = store, job, watch
 
     def through_outages(self, ask: Callable[[], T], *, stoppable: bool = True) -> T:
-        """What Redis answers, also after a restart. Raises Stopped if the job is no longer this attempt's."""
+        """Retry `ask` until Redis answers. Raises Stopped if the job is no longer this attempt's."""
         give_up = time.monotonic() + REDIS_PATIENCE_S
         while True:
             if stoppable:
@@ -47,7 +47,7 @@ class AttemptRecord:
             time.sleep(0.5)
 
     def to_the_end(self, ask: Callable[[], T]) -> T:
-        """The same for what is done although the job shall stop."""
+        """`through_outages` for steps that also run while the job is being stopped."""
         return self.through_outages(ask, stoppable=False)
 
     def update(self, change: Callable[[Job], Job], *, stoppable: bool = True) -> Job:
@@ -65,6 +65,6 @@ class AttemptRecord:
         self.through_outages(lambda: self.store.append_event(self.job.id, kind, payload, self.job.attempt))
 
     def check_lease(self) -> None:
-        """Look at the lease itself: a process that was halted for minutes hasn't heard of its loss yet."""
+        """Read the lease itself: a process that was suspended for minutes may not know that it lost it."""
         if not self.through_outages(lambda: self.store.holds(self.job.id, self.job.attempt)):
             raise Stopped(StopReason.LEASE_LOST)

@@ -25,7 +25,7 @@ class CheckpointMirror:
     """Keeps `work_folder/checkpoints` and the object store alike."""
 
     def __init__(self, objects: ObjectStore, job: Job, identity: str, work_folder: Path) -> None:
-        """`identity` names the work that the checkpoints belong to: those of other work are left alone."""
+        """`identity` names the work that the checkpoints belong to: checkpoints of other work are ignored."""
         self._objects = objects
         self._prefix = f"{checkpoint_prefix(job.id)}/{identity}"
         self._older_prefix = f"{checkpoint_prefix(job.retry_of)}/{identity}" if job.retry_of else None
@@ -95,9 +95,9 @@ class CheckpointMirror:
 def sealed(file: IO[bytes]) -> Iterator[bytes]:
     """The file's bytes, then their SHA-256."""
     digest = hashlib.sha256()
-    while piece := file.read(PIECE):
-        digest.update(piece)
-        yield piece
+    while chunk := file.read(PIECE):
+        digest.update(chunk)
+        yield chunk
     yield digest.digest()
 
 
@@ -107,9 +107,9 @@ def unseal(path: Path) -> bool:
     digest = hashlib.sha256()
     with path.open("r+b") as file:
         while left > 0:
-            piece = file.read(min(PIECE, left))
-            digest.update(piece)
-            left -= len(piece)
+            chunk = file.read(min(PIECE, left))
+            digest.update(chunk)
+            left -= len(chunk)
         if left < 0 or file.read() != digest.digest():
             return False
         file.seek(-DIGEST_BYTES, os.SEEK_END)

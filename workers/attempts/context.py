@@ -1,4 +1,4 @@
-"""What the attempts of one worker share."""
+"""Settings, stores and queues that the attempts of one worker share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from app.core.telemetry.tracing import Tracer
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a worker's attempts share."""
+    """Settings, stores and queues that a worker's attempts share."""
 
     settings: Settings
     store: JobStore

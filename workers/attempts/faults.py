@@ -1,4 +1,4 @@
-"""What a fault of an attempt means: whether another attempt may fare better, and when."""
+"""Decides from an attempt's fault whether and when another attempt may succeed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from app.core.system_faults import STATE_FOLDER, system_fault
 OUTAGE_ATTEMPTS = 8
 PAUSE_FACTOR = 3.0
 LONGEST_PAUSE_S = 300.0
-# What a child can report that is no fault of its job.
+# Faults that a child reports and that its job did not cause.
 OF_THE_HOST: tuple[type[JobFault], ...] = (DeviceFault, WorkerDisk)
 
-# What Redis says while it is down, full, or a follower of another; with DISK_FULL, when its own disk is.
+# Errors of Redis while it is down, out of memory or a replica; DISK_FULL begins the one for a full disk.
 PASSING = (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError)
 DISK_FULL = "MISCONF"
 
 
 def may_pass(fault: RedisError) -> bool:
-    """True if the same write may succeed later."""
+    """Whether the same write may succeed later."""
     return isinstance(fault, PASSING) or str(fault).startswith(DISK_FULL)
 
 
@@ -47,8 +47,8 @@ def pause_before_next(fault: NibbleError, attempt: int, settings: Settings) -> f
 
 
 def reported(problem: Problem) -> JobFault:
-    """What the child said, as the fault that it is."""
-    kind = next((known for known in OF_THE_HOST if known.code == problem.code), JobFault)
+    """The fault that the child reported, in the class of its code."""
+    kind = next((fault for fault in OF_THE_HOST if fault.code == problem.code), JobFault)
     return kind(problem.message, code=problem.code, remedy=problem.remedy)
 
 

@@ -19,7 +19,7 @@ WORK_FOLDER = re.compile(r"(job_[0-9A-Z]{26})-(\d+)")
 
 
 class Leftovers:
-    """What dead attempts have left in a host's scratch folder."""
+    """Work folders of dead attempts in a host's scratch folder."""
 
     def __init__(self, folder: Path, store: JobStore) -> None:
         self._folder = folder
@@ -45,7 +45,7 @@ class Leftovers:
         ]
 
     def _lives(self, job_id: str, attempt: int) -> bool:
-        """The lease alone does not tell: one that was killed after its last word holds it for a while."""
+        """Not by the lease alone: an attempt that was killed holds it until it expires."""
         if not self._store.holds(job_id, attempt):
             return False
         try:

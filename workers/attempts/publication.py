@@ -109,8 +109,10 @@ class Publication:
         """
         try:
             manifest = read_manifest(self._objects, art_id)
-            found = [self._prefix] if manifest is None else self._objects.list_folders(f"artifacts/{art_id}")
-            for prefix in found:
+            prefixes = (
+                [self._prefix] if manifest is None else self._objects.list_folders(f"artifacts/{art_id}")
+            )
+            for prefix in prefixes:
                 if manifest is None or prefix != manifest.prefix:
                     self._objects.delete_prefix(f"artifacts/{art_id}/{prefix}")
         except NibbleError as fault:

@@ -71,7 +71,7 @@ class Watch:
         self.check()
 
     def call_on_stop(self, action: Callable[[], None]) -> None:
-        """Have `action` called when there is a reason to stop; at once if there is one already."""
+        """Call `action` when there is a reason to stop, immediately if there already is one."""
         with self._lock:
             self._on_stop = action
             late = self._reason is not None

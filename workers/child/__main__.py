@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 
 if __name__ == "__main__":
-    # What is imported stays: to look through it for garbage again and again takes a fifth of the start.
+    # Imported modules stay: collecting garbage among them takes a fifth of the start.
     gc.disable()
 
 import argparse
@@ -74,7 +74,7 @@ def chosen_backends(assignment: Assignment) -> tuple[Backend, ...]:
 
 
 def fault_of(assignment: Assignment, error: Exception) -> JobFault:
-    """What ended the run: the host's memory or files, the device, or a fault of ours."""
+    """The fault that ended the run: of the host's memory or files, of the device, or our own."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or system_number(error) == errno.ENOMEM:
         return out_of_memory(assignment, error)
     return system_fault(error, STATE_FOLDER) or device_fault(assignment, error) or own_fault(error)
@@ -88,7 +88,7 @@ def own_fault(error: Exception) -> JobFault:
 
 
 def device_fault(assignment: Assignment, error: Exception) -> JobFault | None:
-    """What an error of the device means; None if it isn't one.
+    """The fault behind an error of the device; None if the error is of another kind.
 
     The driver names them, PyTorch passes the name on in its message, also for its own libraries.
     """

@@ -45,7 +45,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Step:
-    """What to try next; without a recipe the ladder has ended."""
+    """The next recipe to try; the ladder has ended if there is none."""
 
     rung: str
     base: int  # recipe_index of the try that it changes

@@ -34,7 +34,7 @@ class StampedFolder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def holds(self, key: str) -> bool:
-        """True if the file exists, is whole and belongs to this work."""
+        """Whether the file exists, is complete and belongs to this work."""
         path = self.folder / key
         if not path.exists():
             return False
@@ -81,7 +81,7 @@ class LayerCheckpoints(StampedFolder):
         return f"states-{layer:05d}.safetensors"
 
     def is_done(self, layer: int, num_recipes: int) -> bool:
-        """True if the layer is finished for every recipe."""
+        """Whether the layer is finished for every recipe."""
         return all(self.holds(self.layer_key(recipe, layer)) for recipe in range(num_recipes))
 
     def save_layer(self, recipe: int, result: LayerResult, report: LayerReport) -> None:

@@ -30,7 +30,7 @@ STATES_INTERVAL_S = 20.0  # hidden states are large: losing up to this much forw
 
 @dataclass(frozen=True)
 class SolvedLayers:
-    """What the report says of the layers, beside what their checkpoints hold."""
+    """The report's facts on the layers that their checkpoints do not hold."""
 
     resumed_at: int  # the first layer that an earlier attempt had not finished
     histograms: list[WeightHistogram]

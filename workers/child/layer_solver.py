@@ -114,7 +114,7 @@ def layer_task(
 def planned_reasons(
     plan: Plan, candidate: CandidatePlan, layer: int, entries: list[LinearReport]
 ) -> Iterator[LinearReport]:
-    """The entries with what the plan changed about their linears."""
+    """The entries, with the plan's changes to their linears as reasons."""
     prefix = plan.architecture.layer_prefix(layer)
     reasons = {linear.name: linear.reason for linear in candidate.linears if linear.reason}
     for entry in entries:

@@ -14,7 +14,7 @@ class ProgressPipe:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._lock = threading.Lock()
-        # What the child starts itself must not hold the pipe open after the child has ended.
+        # Processes that the child starts must not hold the pipe open after it has ended.
         os.set_inheritable(descriptor, False)
 
     def send(self, message: ProgressMessage) -> None:

@@ -27,14 +27,14 @@ from workers.texts.windows import Windows
 
 @dataclass(frozen=True)
 class RunResult:
-    """What the steps of a run came to."""
+    """The results of a run's steps."""
 
     solved: SolvedLayers
     original: Quality
     judged: list[JudgedCandidate]  # by recipe_index
 
     def chosen(self, target: TargetSpec | None) -> list[JudgedCandidate]:
-        """What is published: all without a target; with one, the smallest candidate that meets it.
+        """The candidates to publish: all without a target; with one, the smallest that meets it.
 
         If none does, the best one if misses are published, else nothing.
         """
@@ -126,7 +126,7 @@ def gain_over_rounding(layers: Iterable[LayerReport]) -> float | None:
 
 
 def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:
-    """What was read of a text, as the report names it."""
+    """The report's entry on a text and how much of it was read."""
     return {
         "dataset": spec.source,
         "windows": windows.tokens.shape[0],
@@ -137,7 +137,7 @@ def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:
 
 
 def environment(work: Work) -> dict[str, Any]:
-    """What the run ran on, and with which versions."""
+    """The report's entry on the run's device and the versions of its programs."""
     on_gpu = work.device.type == "cuda"
     return {
         "nibble": version("nibble"),

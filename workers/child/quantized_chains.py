@@ -1,4 +1,4 @@
-"""Calibration on a recipe's own errors: inputs that the quantized predecessors of a layer give.
+"""Calibration on a recipe's own errors: a layer's inputs come from its quantized predecessors.
 
 GPTQ spreads a column's error over the next ones for given inputs. With the inputs of the quantized chain
 it also makes up for what earlier layers lost. Such a recipe can't share its statistics: it costs several
@@ -88,7 +88,7 @@ class QuantizedChains:
                 chain.advance(original, own)
 
     def follow(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> None:
-        """What a rank beside the first does while that one solves a layer and goes on behind it."""
+        """Run a further rank's share of the passes while the first rank solves a layer."""
         chain = self.passes[candidate.recipe_index]
         architecture = chain.decoder.architecture.at(chain.layer)
         for stage in architecture.stages:
@@ -118,7 +118,7 @@ def hand_out_scales(
     original: dict[str, Tensor],
     scales: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
-    """What divides the groups' inputs in the first rank's copy of the layer, one where nothing does."""
+    """The scales that divide the groups' inputs in the first rank's copy of the layer; ones by default."""
     if chain.ranks.size == 1:
         return list(scales or ())
     architecture = chain.decoder.architecture.at(chain.layer)

@@ -35,7 +35,7 @@ MODULE = "workers.child.calibration_rank"
 
 
 class SharedLayers(Frozen):
-    """What all ranks do: pass their batches through layers from `start` to before `stop`."""
+    """The work of all ranks: pass their batches through layers from `start` to before `stop`."""
 
     start: int
     stop: int
@@ -60,7 +60,7 @@ class SharedLayers(Frozen):
 
 
 class RankAssignment(Frozen):
-    """What the process of a further device reads at its start."""
+    """The assignment that the process of a further device reads at its start."""
 
     assignment: Assignment
     shared: SharedLayers
@@ -128,7 +128,7 @@ def started(work: Work, calibration: Windows, shared: SharedLayers, clock: Stage
 def note_devices(
     assignment: Assignment, devices: tuple[str, ...], shared: SharedLayers, clock: StageClock
 ) -> None:
-    """Say what the further devices do, and what they leave to the first one."""
+    """Note the work of the further devices, and the work that is left to the first."""
     if len(devices) > 1:
         learns = any(candidate.recipe.method == "omniquant" for candidate in shared.candidates)
         alone = "searches, rounds and learns" if learns else "searches and rounds"

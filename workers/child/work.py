@@ -1,4 +1,4 @@
-"""What a run works on, and what that work needs to begin: a checked model, texts, places for its layers."""
+"""The inputs of a run: a checked model, tokenized texts, and folders for its layers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Work:
 
 
 class JobTexts(NamedTuple):
-    """What a job calibrates on, what its candidates are measured on, and a note on the chat template."""
+    """The texts that a job calibrates and evaluates on, and a note on the chat template."""
 
     calibration: Windows
     evaluation: Windows
@@ -109,7 +109,7 @@ def read_texts(work: Work) -> JobTexts:
 
 
 def template_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What is wrong with the model's chat template, which a job without conversations does not need."""
+    """A note on an invalid chat template, which a job without conversations does not need."""
     try:
         chat_template(tokenizer)
     except ModelRefused as refusal:

@@ -24,12 +24,12 @@ def device_memory(device: str) -> DeviceMemory:
 
 
 def gpu_memory(index: str) -> DeviceMemory:
-    """As the driver's program tells it."""
+    """As nvidia-smi reports it."""
     fields = "--query-gpu=memory.used,memory.total"
     command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", "-i", index]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_LIMIT_S, check=True)
-        used, total = (int(part) * 1024**2 for part in answer.stdout.split(","))
+        used, total = (int(number) * 1024**2 for number in answer.stdout.split(","))
     except (OSError, ValueError, subprocess.SubprocessError):
         return UNKNOWN
     return DeviceMemory(used, total)

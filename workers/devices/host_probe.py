@@ -1,4 +1,4 @@
-"""What `nibble doctor` asks of a process with torch: a program that prints one JSON line."""
+"""The checks of `nibble doctor` that need torch: a program that prints one JSON line."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def cuda_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {"torch_cuda": torch.version.cuda, "devices": [], "cuda_error": None}
     if torch.version.cuda is None:
         return facts
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]
             facts["devices"] = [device_facts(index) for index in range(torch.cuda.device_count())]
         except RuntimeError as fault:
             facts["cuda_error"] = str(fault).partition("\n")[0]
-    if told and not facts["devices"]:
-        facts["cuda_error"] = str(told[0].message).partition("\n")[0]
+    if caught and not facts["devices"]:
+        facts["cuda_error"] = str(caught[0].message).partition("\n")[0]
     return facts
 
 
@@ -74,11 +74,11 @@ def compiler_facts() -> dict[str, Any]:
         source.write_text(PROGRAM)
         command = [compiler, *FLAGS, str(source), "-o", str(source.with_suffix(".so"))]
         try:
-            made = subprocess.run(command, capture_output=True, text=True, timeout=TRY_LIMIT_S, check=False)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=TRY_LIMIT_S, check=False)
         except (OSError, subprocess.SubprocessError) as fault:
             return {**facts, "compiler_error": f"{compiler}: {fault}"}
-    if made.returncode:
-        last = (made.stderr.strip().splitlines() or [f"exit code {made.returncode}"])[-1]
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         facts["compiler_error"] = f"{compiler}: {last}"
     return facts
 

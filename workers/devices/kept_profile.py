@@ -61,7 +61,7 @@ def profiles_folder(homeless: Path) -> Path:
 
 
 def circumstances(device_name: str, folder: Path) -> str:
-    """What rates depend on, as a short digest: host, device, threads, disk, and the programs' versions."""
+    """A short digest of the host, device, threads, disk and versions that rates depend on."""
     facts = (
         socket.gethostname(), device_name, os.environ.get("OMP_NUM_THREADS", ""), str(folder.stat().st_dev),
         version("nibble"), version("torch"),

@@ -71,11 +71,11 @@ def matmul_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
 
 def search_seconds(device: torch.device) -> dict[SearchStep, dict[int, float]]:
     """Per weight, and for scales per candidate, by the number of in_features."""
-    found: dict[SearchStep, dict[int, float]] = {step: {} for step in get_args(SearchStep)}
+    by_step: dict[SearchStep, dict[int, float]] = {step: {} for step in get_args(SearchStep)}
     for width in CUDA_WIDTHS if device.type == "cuda" else WIDTHS:
         for step, seconds in search_steps(width, device).items():
-            found[step][width] = seconds
-    return found
+            by_step[step][width] = seconds
+    return by_step
 
 
 def search_steps(width: int, device: torch.device) -> dict[SearchStep, float]:

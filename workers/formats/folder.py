@@ -82,7 +82,7 @@ class FormatFolder:
         return name if name != tensor and name in self.schemes else None
 
     def tensor_plans(self, name: str) -> list[TensorPlan]:
-        """What takes the place of a tensor of the original."""
+        """The tensors that replace a tensor of the original."""
         linear, header = self.linear_of(name), self.source.tensors[name]
         if linear is None:
             return [TensorPlan(name, header.shape, DTYPES[header.dtype])]

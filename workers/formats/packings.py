@@ -1,4 +1,4 @@
-"""A linear's tensors in any of the file formats: from what the search gives, to the packed weight of kernels.
+"""A linear's tensors in any of the file formats: from the search's result to the kernels' packed weight.
 
 One reader for what was just written and is verified, and for what is served, whoever wrote it.
 """
@@ -22,7 +22,7 @@ Entry = Mapping[str, Any]  # `quantization_config` of config.json
 
 
 class Packing(Protocol):
-    """What the module of a format offers."""
+    """The interface of a format's module."""
 
     def pack_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a linear, by suffix; `dtype` is the model's."""
@@ -35,7 +35,7 @@ class Packing(Protocol):
 
 
 def packing_of(name: FormatName) -> Packing:
-    """The module beside this one that packs the format: of its name, so that no second list names it."""
+    """The module that packs the format; it is found by the format's name."""
     return cast("Packing", import_module(f"workers.formats.{name.replace('-', '_')}_packing"))
 
 

@@ -69,7 +69,7 @@ class ShardWriter:
         if self.position in self.starts:
             self.open_shard(self.starts[self.position])
         assert self.file is not None
-        written = sum(self.file.write(piece) for piece in pieces)
+        written = sum(self.file.write(chunk) for chunk in pieces)
         assert written == plan.size, (name, written, plan.size)
         self.position += 1
 

@@ -26,7 +26,7 @@ LayerArguments = dict[str, Any]
 
 
 class Recorder(nn.Module):
-    """Stands in a decoder layer's place: keeps what it is called with and passes the states on."""
+    """Replaces a decoder layer: records its arguments and returns the states unchanged."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Recorder(nn.Module):
 
 
 class Final(nn.Module):
-    """Stands in the place of all that precedes the head: gives the states it was handed, after the norm."""
+    """Replaces all modules before the head: returns the given states after the final norm."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Final(nn.Module):
 
 
 class Head(nn.Module):
-    """From hidden states to logits as the model's own class does it: logit scales and caps are its affair."""
+    """From hidden states to logits by the model's own class, which applies logit scales and caps."""
 
     def __init__(self, model: nn.Module, final: Final) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ class Decoder:
         return len(self.layers)
 
     def start(
-        self, batches: list[Tensor], kept: Callable[[Tensor], Tensor] = lambda states: states
+        self, batches: list[Tensor], transform: Callable[[Tensor], Tensor] = lambda states: states
     ) -> tuple[list[Tensor], dict[int, list[LayerArguments]]]:
-        """Hidden states before the first layer per batch, as `kept` gives them back, and each layer's
+        """Hidden states before the first layer per batch, each as `transform` returns it, and each layer's
         arguments by batch size."""
         path, _, name = self.architecture.layers.rpartition(".")
         base = self.model.get_submodule(path)
@@ -107,7 +107,7 @@ class Decoder:
                     base(input_ids=batch.to(self.device), use_cache=False)
                     first = recorders[0].states
                     assert first is not None
-                    states.append(kept(first))
+                    states.append(transform(first))
                     if batch.shape[0] not in arguments:
                         arguments[batch.shape[0]] = [recorder.arguments for recorder in recorders]
             finally:
@@ -170,11 +170,11 @@ class Decoder:
         path = self.architecture.layers.rpartition(".")[0]
         base, head = self.model.get_submodule(path), self.model.get_submodule(self.architecture.head)
         parts = {name: self.optional(name) for name in self.architecture.final}
-        final = Final([part for part in parts.values() if part is not None])
+        final = Final([module for module in parts.values() if module is not None])
         with ExitStack() as loaded:
-            for name, part in (*parts.items(), (self.architecture.head, head)):
-                if part is not None:
-                    loaded.enter_context(self.loaded(part, name + ".", list(part.state_dict())))
+            for name, module in (*parts.items(), (self.architecture.head, head)):
+                if module is not None:
+                    loaded.enter_context(self.loaded(module, name + ".", list(module.state_dict())))
             self.model.set_submodule(path, final)
             try:
                 yield Head(self.model, final)

@@ -34,15 +34,15 @@ class Expert(nn.Module):
 
 
 class SplitExperts(nn.ModuleList):
-    """In the place of transformers' fused experts: the same sum over the experts of each token."""
+    """Replaces transformers' fused experts; computes the same sum over the experts of each token."""
 
     def forward(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """states: (tokens, hidden); chosen and weights: (tokens, experts per token)."""
         output = torch.zeros_like(states)
         for number, expert in enumerate(self):
-            token, place = torch.where(chosen == number)
+            token, slot = torch.where(chosen == number)
             if token.numel():
-                share = expert(states[token]) * weights[token, place, None]
+                share = expert(states[token]) * weights[token, slot, None]
                 output.index_add_(0, token, share.to(output.dtype))
         return output
 
@@ -51,8 +51,8 @@ def split_experts(layer: nn.Module, names: Experts) -> None:
     """Replace the fused experts of a decoder layer, if it has any."""
     *path, last = names.module.split(".")
     block: nn.Module | None = layer
-    for part in path:
-        block = getattr(block, part, None)
+    for attribute in path:
+        block = getattr(block, attribute, None)
     fused = getattr(block, last, None)
     if fused is None:
         return

@@ -22,7 +22,7 @@ def layer_reads(decoder: Decoder, layers: Iterable[int]) -> Iterator[Read]:
 
 
 class WeightPrefetch:
-    """What `reads` give, one after the other, on the device.
+    """The results of `reads`, in order, on the device.
 
     On a GPU a thread makes the next read and its copies on a stream of its own. On a CPU nothing is gained
     by reading ahead, and a second layer would stay in memory, so it is only done if `ahead` asks for it.
@@ -44,11 +44,11 @@ class WeightPrefetch:
         assert self.waiting is not None, "nothing is left to read"
         weights = self.waiting
         self.read_next()
-        found = weights.result()
+        tensors = weights.result()
         if self.stream is not None:
-            for value in found.values():
+            for value in tensors.values():
                 value.record_stream(torch.cuda.current_stream(self.device))
-        return found
+        return tensors
 
     def read_next(self) -> None:
         assert self.pool is not None

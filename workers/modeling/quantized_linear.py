@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from kernels.backend import AUTO, Selection, select_backend
 from kernels.checks import check_bias
-from kernels.problem import Problem
+from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 
 class QuantizedLinear(nn.Module):
-    """In an nn.Linear's place. The weight lies on `device` in the layout of the selected backend.
+    """Replaces an nn.Linear. The weight lies on `device` in the layout of the selected backend.
 
     It is repacked when it is built, so it can't move to another device or dtype afterwards: build it there.
     """
@@ -65,5 +65,5 @@ def quantized_linear(
 
     Raises ValueError if the backend `requested` can't.
     """
-    selection = select_backend(Problem.of(weight, dtype, device), requested)
+    selection = select_backend(LinearProduct.of(weight, dtype, device), requested)
     return QuantizedLinear(weight, selection, dtype=dtype, device=device, bias=bias)

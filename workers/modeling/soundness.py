@@ -1,4 +1,4 @@
-"""What is found wrong with a model before hours of work: missing weights, NaN, a foreign tokenizer."""
+"""Checks of a model before hours of work: missing weights, NaN, a foreign tokenizer."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def refuse_misfits(decoder: Decoder) -> list[str]:
     """
     stored, used = decoder.checkpoint.tensors, set()
     for name, value in decoder.model.state_dict().items():
-        found = decoder.stored_name(name)
-        wanted = list(value.shape)
-        used.add(found)
-        if found not in stored:
+        key = decoder.stored_name(name)
+        shape = list(value.shape)
+        used.add(key)
+        if key not in stored:
             raise ModelRefused(
-                f"{found} is missing; config.json asks for it with the shape {wanted}",
+                f"{key} is missing; config.json asks for it with the shape {shape}",
                 code="weights_missing",
                 remedy="check that all shards are there and that config.json belongs to them",
             )
-        if list(stored[found].shape) != wanted:
+        if list(stored[key].shape) != shape:
             raise ModelRefused(
-                f"{found} has the shape {list(stored[found].shape)}, config.json asks for {wanted}",
+                f"{key} has the shape {list(stored[key].shape)}, config.json asks for {shape}",
                 code="weights_mismatch", remedy="restore the model's original config.json",
             )  # fmt: skip
     unused = [name for name in stored if name not in used]
     linears = [n for n, module in decoder.model.named_modules() if isinstance(module, nn.Linear)]
     named = {decoder.stored_name(f"{name}.weight").removesuffix(".weight") for name in linears}
-    part = next(parts_of(unused, named), None)
-    if part is not None:
+    tensor = next(parts_of(unused, named), None)
+    if tensor is not None:
         raise ModelRefused(
-            f"{part} is a part of a linear that config.json does not ask for",
+            f"{tensor} is a part of a linear that config.json does not ask for",
             code="weights_mismatch",
             remedy="restore the model's original config.json, or remove the tensor from the file",
         )
@@ -77,7 +77,7 @@ def refuse_broken_weights(checkpoint: Checkpoint) -> None:
 
 
 def refuse_foreign_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raises ModelRefused if the tokenizer names tokens that the model has not."""
+    """Raises ModelRefused if the tokenizer has tokens that the model lacks."""
     largest = int(tokens.max())
     if largest >= vocab_size:
         raise ModelRefused(

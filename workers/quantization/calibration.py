@@ -93,7 +93,7 @@ class CalibrationPass:
 
 
 def exceeds_device(decoder: Decoder, num_tokens: int) -> bool:
-    """True if the hidden states of so many tokens would take too large a share of the GPU's free memory."""
+    """Whether the hidden states of `num_tokens` would take too large a share of the GPU's free memory."""
     if decoder.device.type != "cuda":
         return False
     size = num_tokens * decoder.model.config.hidden_size * decoder.dtype.itemsize

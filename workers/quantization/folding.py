@@ -1,4 +1,4 @@
-"""Moving scales between layers: what absorbs a group's scales, and the layer with all of them folded in."""
+"""Moving scales between layers: the modules that absorb a group's scales, and the layer with them folded."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def smooth_rows_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup) 
 
 
 def offset_of(group: ScaleGroup) -> float:
-    """What the module adds to its stored weight before it multiplies."""
+    """The constant that the module adds to its stored weight before it multiplies."""
     return 1.0 if group.smooth_kind == "offset norm" else 0.0
 
 
 def fold_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup, dtype: torch.dtype) -> Fold:
-    """What the group's scales are folded into; dtype: of the stored weights."""
+    """The module that the group's scales are folded into; dtype: of the stored weights."""
     absorbing, offset = smooth_rows_of(weights, heads, group), offset_of(group)
     smooth = weights[f"{group.smooth_layer}.weight"][absorbing.rows] + offset
     return Fold(smooth, group.smooth_kind != "linear", absorbing.head_shape, dtype, offset)

@@ -1,4 +1,4 @@
-"""What calibration leaves behind of a layer's activations: all that search and rounding need.
+"""Statistics of a layer's activations from calibration: all that search and rounding need.
 
 Per group of linears with one input x: the mean of |x| and the second moment H = mean of x x^T, float32, which
 is called `moment` wherever it goes. On a GPU the products take 16-bit inputs as they are and add up in
@@ -42,11 +42,11 @@ class InputStatistics:
 
     @property
     def confidence(self) -> float:
-        """1 where the tokens tell what the linears will see, 0 for an expert that none was routed to."""
+        """1 where the tokens represent the linears' inputs, 0 for an expert that no token was routed to."""
         return 1.0 if self.routed_tokens is None else min(1.0, self.routed_tokens / EXPERT_TOKENS)
 
     def scaled(self, scales: Tensor | None) -> InputStatistics:
-        """Of the input as linears with these scales folded in read it."""
+        """Statistics of the input as linears with these scales folded in read it."""
         if scales is None:
             return self
         moment = self.moment / torch.outer(scales, scales)
@@ -80,7 +80,7 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What a calibration pass leaves behind of a layer: per group, and one window for self-checks."""
+    """A layer's statistics from a calibration pass, per group, and one window for self-checks."""
 
     groups: list[InputStatistics]
     probe: tuple[Tensor, Tensor]  # the layer's input and output, (1, tokens, hidden)

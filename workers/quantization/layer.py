@@ -49,7 +49,7 @@ class OwnChain:
 
 @dataclass(frozen=True)
 class LayerTask:
-    """What is to be done to one layer. `weights` are float32 by name in the layer."""
+    """The work on one layer. `weights` are float32 by name in the layer."""
 
     architecture: Architecture  # with the groups of this layer
     recipe: Recipe
@@ -63,7 +63,7 @@ class LayerTask:
 
     @property
     def in_float16(self) -> bool:
-        """True if the files may be run in float16."""
+        """Whether the files may be run in float16."""
         return self.dtype == torch.float16 or any(FORMATS[name].scale_dtype == "F16" for name in self.formats)
 
     def refuse_overflow(self, linear: FoldedLinear) -> None:
@@ -164,7 +164,7 @@ def learned_layer(
 def observed(
     task: LayerTask, stage: Sequence[int], weights: dict[str, Tensor], choices: list[ScaleChoice | None]
 ) -> list[InputStatistics]:
-    """What the groups of a stage see: on their recipe's own chain, or as calibrated on the original."""
+    """Input statistics of a stage's groups, from their recipe's own chain or from the original model."""
     scales = [None if choice is None else choice.scales for choice in (choices[index] for index in stage)]
     if task.chain is not None:
         return task.chain.observe(stage, weights, scales)
@@ -214,7 +214,7 @@ def entry_of(
 
 
 def few_tokens(statistics: InputStatistics) -> str | None:
-    """What to know of an expert that the calibration text hardly reaches."""
+    """A note on an expert that few calibration tokens reach; None if enough do."""
     if statistics.confidence == 1:
         return None
     others = statistics.num_tokens - (statistics.routed_tokens or 0)
@@ -236,7 +236,7 @@ def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: t
 
 
 def output_energy(linear: FoldedLinear) -> float:
-    """Mean square of the output: what its losses are compared with."""
+    """Mean square of the output, which its losses are divided by in reports."""
     return float(losses.quick_row_losses(linear.weight, linear.moment).sum())
 
 

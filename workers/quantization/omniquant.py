@@ -37,7 +37,7 @@ Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]  # layer weights, sta
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a layer is taught with: states of the quantized chain, outputs of the original layer."""
+    """A layer's training data: states of the quantized chain, and outputs of the original layer."""
 
     inputs: list[Tensor]  # per batch: (windows, tokens, hidden)
     targets: list[Tensor]
@@ -51,7 +51,7 @@ class Lesson:
 
     @property
     def judging(self) -> list[tuple[Tensor, Tensor]]:
-        """Of those that tell which epoch is the best: all, where the text is too short to hold any back."""
+        """Inputs and targets that rate the epochs: all batches if the text is too short to hold any back."""
         return self.batches[-self.held_back :]
 
     @property
@@ -169,7 +169,7 @@ class LearnableLayer:
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
-        """What would be stored now."""
+        """The weights and scales as they would be stored now."""
         draft = self.draft
         choices = [
             choice if choice is None else self.representable(index, choice)
@@ -205,7 +205,7 @@ def straight(value: Tensor, rounded: Tensor) -> Tensor:
 
 
 class Teacher:
-    """Teaches one layer and keeps the best of what it becomes."""
+    """Trains one layer and keeps its best state."""
 
     def __init__(self, draft: Draft, lesson: Lesson) -> None:
         self.draft, self.lesson = draft, lesson

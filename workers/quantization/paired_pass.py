@@ -62,7 +62,7 @@ class PairedPass:
     def observe(
         self, groups: Sequence[int], original: Weights, own: Weights, scales: Sequence[Tensor | None]
     ) -> list[InputStatistics]:
-        """The groups' statistics; `scales` per group: what divides their inputs in the copy."""
+        """The groups' statistics; `scales` divide the inputs of each group in the copy."""
         architecture = self.decoder.architecture.at(self.layer)
         chosen = [architecture.groups[index] for index in groups]
         if any(group.expert is not None for group in chosen):
@@ -102,7 +102,7 @@ class PairedPass:
 
     @torch.no_grad()
     def lesson(self, original: Weights) -> Lesson:
-        """What the present layer is taught with: states of the copy, outputs of the original."""
+        """The present layer's training data: states of the copy, and outputs of the original."""
         inputs, targets, sections = list[Tensor](), list[Tensor](), self.lesson_sections()
         with self.decoder.layer(self.layer, original) as module:
             for batch, start in sections:
@@ -156,11 +156,11 @@ def held_back(count: int) -> int:
 
 
 class Reached(Exception):
-    """Every module that is watched was called."""
+    """All watched modules were called."""
 
 
 class Seen:
-    """What the watched modules were called with in the last run of a layer."""
+    """Inputs of the watched modules in the last run of a layer."""
 
     def __init__(self, watched: set[str], *, whole: bool) -> None:
         self.watched, self.whole = watched, whole
@@ -186,7 +186,7 @@ class Seen:
 
 @contextmanager
 def watching(module: nn.Module, architecture: Architecture, groups: Sequence[ScaleGroup]) -> Iterator[Seen]:
-    """Note what the groups' linears read, and what the residual stream is after them."""
+    """Record the inputs of the groups' linears, and the residual stream after them."""
     names = {name for group in groups for name in (group.source, group.joins) if name is not None}
     seen = Seen(names - {LAYER_OUTPUT}, whole=LAYER_OUTPUT in names)
 
@@ -213,7 +213,7 @@ class Drift:
         self.total: Tensor | None = None
 
     def add(self, original: dict[str, Tensor], copy: dict[str, Tensor]) -> None:
-        """What one batch gave in the original and in the copy."""
+        """Add one batch's inputs in the original and in the copy."""
         own = copy[self.group.source]
         self.collector.add(own)
         if self.group.joins is not None:

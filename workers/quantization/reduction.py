@@ -25,7 +25,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """True if the sums of all arrive here."""
+        """Whether this rank receives the sums of all."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:

@@ -78,7 +78,7 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
 def refuse_overflow(
     linear: FoldedLinear, original: Tensor, fused: tuple[str, ...], *, in_float16: bool
 ) -> None:
-    """Raises RecipeUnsupported for weights that the files or who runs them can't hold.
+    """Raises RecipeUnsupported for weights that the files or their readers can't hold.
 
     `original`: the weights before scales were folded in. `fused`: the linears that share its scheme.
     `in_float16`: the files may be run in float16. Else their scales are the limit: those of all files are

@@ -50,7 +50,7 @@ class ScaledLinear:
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The best scales of a group, with what they are worth."""
+    """The best scales of a group, with their loss."""
 
     scales: Tensor  # (C,) float32
     ratio: float  # exponent of the activations' means
@@ -61,7 +61,7 @@ class ScaleChoice:
 
 @dataclass(frozen=True)
 class Fold:
-    """What absorbs the scales: decides which values they can take."""
+    """The module that absorbs the scales; it decides which values they can take."""
 
     smooth_weight: Tensor  # (C',) of a norm, or (C', n) of a linear; float32, what it multiplies by
     is_norm: bool
@@ -123,7 +123,7 @@ def normalised(log_scales: Tensor, alive: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is tried, the identity first."""
+    """The scales to try, the identity first."""
 
     ratios: list[tuple[float, float]]  # exponents of the activations' and of the weights' means
     scales: Tensor  # (candidates, C) of the balance layers
@@ -204,7 +204,7 @@ def batches_of(linears: list[ScaledLinear], limit: int) -> Iterator[list[ScaledL
 
 
 def ranking_dtype(device: torch.device) -> torch.dtype:
-    """What candidates are ranked in: bfloat16 where the device multiplies it much faster than float32.
+    """The dtype that ranks candidates: bfloat16 where the device multiplies it much faster than float32.
 
     Rounding H and the errors to eight bits moves a candidate's loss by far less than the candidates
     differ. Where many channels are summed up it compares the finalists too (see quick_dtype).

@@ -30,8 +30,8 @@ class ArtifactCache:
         files = {str(relative(file)): file for file in manifest.files}
         sizes = {path: file.size for path, file in files.items()}
 
-        def download(path: str, part: Path) -> None:
-            self._download(file_key(manifest, files[path].path), files[path], part, check)
+        def download(path: str, partial: Path) -> None:
+            self._download(file_key(manifest, files[path].path), files[path], partial, check)
 
         with self._folders.locked(manifest.id, check):
             return self._folders.fill(manifest.id, sizes, download)
@@ -41,7 +41,7 @@ class ArtifactCache:
         return self._folders.in_use(artifact_id)
 
     def keep_only(self, artifact_ids: Collection[str]) -> None:
-        """Remove what earlier processes have left of other artifacts."""
+        """Remove the files of other artifacts that earlier processes left."""
         for path in self._folders.root.glob("art_*"):
             if path.is_dir() and path.name.partition(".")[0] not in artifact_ids:
                 self.drop(path.name)
@@ -50,15 +50,15 @@ class ArtifactCache:
         """Remove an artifact's files unless someone on this host uses them."""
         return self._folders.remove(artifact_id)
 
-    def _download(self, key: str, file: ArtifactFile, part: Path, check: Check) -> None:
+    def _download(self, key: str, file: ArtifactFile, partial: Path, check: Check) -> None:
         digest = hashlib.sha256()
-        with part.open("wb") as out:
+        with partial.open("wb") as out:
             for chunk in self._objects.stream(key, 0, file.size):
                 check()
                 out.write(chunk)
                 digest.update(chunk)
         if digest.hexdigest() != file.sha256:
-            part.unlink()
+            partial.unlink()
             raise ArtifactCorrupt(
                 f"{file.path} has SHA-256 {digest.hexdigest()}; its manifest says {file.sha256}",
                 remedy="the stored file is damaged: run the job again and deploy its artifact",

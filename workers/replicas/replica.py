@@ -44,7 +44,7 @@ STOP_MARGIN_S = 5.0  # beyond its own limit for draining
 
 @dataclass(frozen=True)
 class ServingContext:
-    """What the replicas of a worker share."""
+    """Settings, stores and caches that the replicas of a worker share."""
 
     settings: Settings
     artifacts: ArtifactStore
@@ -55,7 +55,7 @@ class ServingContext:
 
 
 class Stopping(Exception):
-    """The replica was told to stop."""
+    """The replica must stop."""
 
 
 class ReplicaKeeper(threading.Thread):
@@ -68,7 +68,7 @@ class ReplicaKeeper(threading.Thread):
         self.failure: Problem | None = None
         self.load_s: float | None = None
         self._context = context
-        self._told_to_stop = threading.Event()
+        self._stop_requested = threading.Event()
         self._drain_s = context.settings.drain_s
         self._failures = 0
 
@@ -80,7 +80,7 @@ class ReplicaKeeper(threading.Thread):
         """Finish running requests, for at most `drain_s` seconds, then end."""
         if drain_s is not None:
             self._drain_s = drain_s
-        self._told_to_stop.set()
+        self._stop_requested.set()
 
     def run(self) -> None:
         work_folder = self._context.settings.scratch_dir / f"serve-{self.deployment.id}-{self.replica.slot}"
@@ -98,7 +98,7 @@ class ReplicaKeeper(threading.Thread):
             shutil.rmtree(work_folder, ignore_errors=True)
 
     def _keep(self, work_folder: Path) -> None:
-        """Fetch, then start the server again and again. Raises what no further start can heal."""
+        """Fetch, then start the server repeatedly. Raises errors that another start can't fix."""
         while True:
             try:
                 with self._context.cache.in_use(self.deployment.spec.artifact):
@@ -203,11 +203,11 @@ class ReplicaKeeper(threading.Thread):
         self.replica = self.replica.model_copy(update={"state": state, "since": now, **changes})
 
     def _check(self) -> None:
-        if self._told_to_stop.is_set():
+        if self._stop_requested.is_set():
             raise Stopping
 
     def _pause(self, seconds: float) -> None:
-        if self._told_to_stop.wait(seconds):
+        if self._stop_requested.wait(seconds):
             raise Stopping
 
     def _fail(self, fault: NibbleError) -> None:

@@ -96,7 +96,10 @@ class ServingSupervisor:
                 self._release(keeper)
 
     def _release(self, keeper: ReplicaKeeper) -> None:
-        """Write how the replica ended, then free its slot. Its failure is not that of others, which serve."""
+        """Record how the replica ended, then free its slot.
+
+        One replica's failure does not fail the deployment while others serve.
+        """
         problem = keeper.failure
         try:
             if problem is not None:
@@ -118,7 +121,7 @@ class ServingSupervisor:
         return {live.spec.artifact for live in self._store.all() if live.deployment.goal is not Goal.REMOVE}
 
     def _claim(self, deployments: dict[str, LiveDeployment]) -> None:
-        """Take at most one free slot: the next one after the next pass, when others had their turn."""
+        """Take at most one free slot per pass, so that other workers get some."""
         now, free = time.monotonic(), self._free_slots(deployments)
         self._free_since = {slot: self._free_since.get(slot, now) for slot in free}
         self._not_before = {slot: until for slot, until in self._not_before.items() if now < until}
@@ -176,7 +179,7 @@ class ServingSupervisor:
             self._store.update(keeper.deployment.id, lambda deployment: loaded(deployment, load_s))
 
     def _unload_if_idle(self, live: LiveDeployment) -> None:
-        """Let a deployment rest whose last request is older than its idle timeout."""
+        """Unload a deployment whose last request is older than its idle timeout."""
         if live.spec.idle_timeout_s is None or live.state is not DeploymentState.READY:
             return
         if not any(replica.owner == self._owner for replica in live.replicas):
@@ -201,7 +204,7 @@ class ServingSupervisor:
         self._registry.beat(self._record, ttl_s=REGISTRY_TTL_S)
 
     def _end(self) -> None:
-        """Stop every server, finishing what is short, and free the slots for other workers."""
+        """Stop every server, let short requests finish, and free the slots for other workers."""
         keepers = list(self._keepers.values())
         for keeper in keepers:
             keeper.stop(drain_s=min(SHUTDOWN_DRAIN_S, self._context.settings.drain_s))
@@ -224,8 +227,8 @@ def engines() -> tuple[str, ...]:
     return ("transformers", "vllm") if vllm_program() is not None else ("transformers",)
 
 
-def own_address(wanted: str) -> str:
-    return socket.gethostbyname(socket.gethostname()) if wanted == "auto" else wanted
+def own_address(setting: str) -> str:
+    return socket.gethostbyname(socket.gethostname()) if setting == "auto" else setting
 
 
 def serve(

@@ -1,4 +1,4 @@
-"""The process of one inference server: its command line, how it says that it is ready, its load, its end.
+"""The process of one inference server: its command line, readiness, load and end.
 
 Engine `transformers` is our own server, which reports over a pipe. Engine `vllm` is an installed vLLM, which
 is ready when its /health answers.
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SERVER_MODULE = "workers.serving"
 PROBE_LIMIT_S = 5.0
-# What vLLM reads besides what every child may see.
+# Environment variables that vLLM reads, besides those that every child gets.
 VLLM_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "RAY_", "TORCH_", "TRITON_")
 VLLM_KEY = "VLLM_API_KEY"  # with it vLLM would refuse the gateway, which has checked the caller's own key
 LOAD = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
@@ -53,7 +53,7 @@ class ServerLoad(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What a server is started with."""
+    """The settings that a server is started with."""
 
     folder: Path  # the artifact's files
     work_folder: Path  # for temporary files
@@ -77,7 +77,7 @@ class ServerProcess(OwnedProcess):
         super().__init__(words, environment=environment, fds=fds, on_line=self._log_line)
 
     def is_ready(self) -> bool:
-        """True once it answers at `url`. Raises ServerRefused if it says that it never will."""
+        """Whether it answers at `url`. Raises ServerRefused if it reports that it can't."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -211,7 +211,7 @@ def vllm_missing() -> ServerRefused:
 
 
 def vllm_arguments(options: VllmOptions) -> list[str]:
-    """The options as vLLM writes them. The names are those of the record, so none can be made up."""
+    """The options in vLLM's spelling; only names of the record's fields occur."""
     arguments = []
     for name, value in options.model_dump(exclude_none=True).items():
         flag = "--" + name.replace("_", "-")

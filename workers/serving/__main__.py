@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 
 if __name__ == "__main__":
-    # What is imported stays: to look through it for garbage again and again takes a fifth of the start.
+    # Imported modules stay: collecting garbage among them takes a fifth of the start.
     gc.disable()
 
 import argparse
@@ -47,7 +47,7 @@ GPU_CACHE_SHARE = 0.8
 
 
 class ReadyPipe:
-    """Messages to whoever started the server; nothing if nobody listens."""
+    """Messages to the process that started the server, if it listens."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
     batch = Batch(loaded.model, limits.max_cells)
     engine = Engine(batch, tokenization, limits, metrics, tokenization.end_tokens)
     served = ServedModel(options.name, engine, tokenization, metrics)
-    gc.freeze()  # nor shall a collection halt the engine for what stays
+    gc.freeze()  # collections then skip these objects and pause the engine less
     gc.enable()
 
     def ready(port: int) -> None:

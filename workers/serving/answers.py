@@ -1,4 +1,4 @@
-"""What chat and text completions share: identity, usage, frames of event streams, logprobs."""
+"""Common to chat and text completions: identity, usage, frames of event streams, logprobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.serving.protocol import Body
-from workers.serving.requests import Choice, Piece
+from workers.serving.requests import Choice, TextDelta
 from workers.serving.served_model import Answer, ServedModel
 
 DONE = b"data: [DONE]\n\n"
@@ -56,25 +56,25 @@ class Reply:
             content["usage"] = None
         return event(content)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """What the engine makes, counted. Raises its error."""
-        async for piece in self.answer.pieces():
-            self.completion_tokens += len(piece.choices)
-            if piece.error is not None:
-                raise piece.error
-            yield piece
+    async def deltas(self) -> AsyncIterator[TextDelta]:
+        """The engine's deltas; counts their tokens. Raises the engine's error."""
+        async for delta in self.answer.deltas():
+            self.completion_tokens += len(delta.choices)
+            if delta.error is not None:
+                raise delta.error
+            yield delta
 
 
 def event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def shown(served: ServedModel, piece: Piece) -> Iterable[Choice]:
-    """The choices behind a piece's text: without the token that ended it."""
-    ended = piece.finish_reason == "stop" and piece.stop_reason is None
-    last = len(piece.choices) - 1
-    for place, choice in enumerate(piece.choices):
-        if not (ended and place == last and choice.token in served.tokenization.end_tokens):
+def shown(served: ServedModel, delta: TextDelta) -> Iterable[Choice]:
+    """The tokens of a delta's text, without the one that ended it."""
+    ended = delta.finish_reason == "stop" and delta.stop_reason is None
+    last = len(delta.choices) - 1
+    for index, choice in enumerate(delta.choices):
+        if not (ended and index == last and choice.token in served.tokenization.end_tokens):
             yield choice
 
 

@@ -1,4 +1,4 @@
-"""The model's side of the engine: prompts are read piece by piece, rows advance together."""
+"""The model's side of the engine: prompts are read in chunks, rows advance together."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Batch:
 
     def read(self, prefill: Prefill, limit: int) -> Tensor | None:
         """Up to `limit` tokens of a prompt; after the last one, float32 logits (1, vocabulary)."""
-        piece = prefill.tokens[prefill.done : prefill.done + limit]
-        positions = torch.arange(prefill.done, prefill.done + len(piece), device=self.device)[None]
-        logits = self.forward([piece], positions, prefill.cache, None)
-        prefill.done += len(piece)
+        tokens = prefill.tokens[prefill.done : prefill.done + limit]
+        positions = torch.arange(prefill.done, prefill.done + len(tokens), device=self.device)[None]
+        logits = self.forward([tokens], positions, prefill.cache, None)
+        prefill.done += len(tokens)
         return None if prefill.left else logits
 
     def join(self, prefill: Prefill) -> None:

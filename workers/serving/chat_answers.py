@@ -9,25 +9,25 @@ from typing import Any
 
 from workers.serving.answers import DONE, Reply, finite, shown
 from workers.serving.protocol import ChatRequest, NamedTool
-from workers.serving.requests import Choice, Piece
+from workers.serving.requests import Choice, TextDelta
 from workers.serving.served_model import ServedModel
 
 CHUNK = "chat.completion.chunk"
 
 
 class ChatChoice:
-    """One choice of a response, put together from its pieces."""
+    """One choice of a response, put together from its deltas."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.text = ""
         self.logprobs: list[dict[str, Any]] = []
-        self.last: Piece | None = None
+        self.last: TextDelta | None = None
 
-    def add(self, piece: Piece, logprobs: list[dict[str, Any]]) -> None:
-        self.text += piece.text
+    def add(self, delta: TextDelta, logprobs: list[dict[str, Any]]) -> None:
+        self.text += delta.text
         self.logprobs += logprobs
-        self.last = piece
+        self.last = delta
 
     def body(self, request: ChatRequest) -> dict[str, Any]:
         assert self.last is not None
@@ -49,8 +49,8 @@ class ChatChoice:
 async def respond(reply: Reply, request: ChatRequest) -> dict[str, Any]:
     """The whole response. Raises the engine's error."""
     choices = [ChatChoice(index) for index in range(reply.answer.choices)]
-    async for piece in reply.pieces():
-        choices[piece.index].add(piece, logprobs_of(reply.served, piece) if request.logprobs else [])
+    async for delta in reply.deltas():
+        choices[delta.index].add(delta, logprobs_of(reply.served, delta) if request.logprobs else [])
     body = reply.envelope([choice.body(request) for choice in choices])
     return body | {"usage": reply.usage(), "system_fingerprint": None}
 
@@ -59,19 +59,19 @@ async def stream(reply: Reply, request: ChatRequest) -> AsyncIterator[bytes]:
     """The frames of a stream. Nothing is sent before the first token is there."""
     started: set[int] = set()
     calls = {index: StreamedCall(request) for index in range(reply.answer.choices)}
-    async for piece in reply.pieces():
+    async for delta in reply.deltas():
         if not started:
             for index in calls:
-                yield reply.frame([delta(index, {"role": "assistant", "content": ""})], CHUNK)
+                yield reply.frame([delta_choice(index, {"role": "assistant", "content": ""})], CHUNK)
             started.update(calls)
-        logprobs = {"content": logprobs_of(reply.served, piece)} if request.logprobs else None
-        for content in calls[piece.index].deltas(piece):
-            yield reply.frame([delta(piece.index, content, logprobs)], CHUNK)
+        logprobs = {"content": logprobs_of(reply.served, delta)} if request.logprobs else None
+        for content in calls[delta.index].contents(delta):
+            yield reply.frame([delta_choice(delta.index, content, logprobs)], CHUNK)
             logprobs = None
-        if piece.finish_reason is not None:
-            end = delta(piece.index, {}, logprobs if logprobs and logprobs["content"] else None)
-            reason = calls[piece.index].reason(piece.finish_reason)
-            yield reply.frame([end | {"finish_reason": reason, "stop_reason": piece.stop_reason}], CHUNK)
+        if delta.finish_reason is not None:
+            end = delta_choice(delta.index, {}, logprobs if logprobs and logprobs["content"] else None)
+            reason = calls[delta.index].reason(delta.finish_reason)
+            yield reply.frame([end | {"finish_reason": reason, "stop_reason": delta.stop_reason}], CHUNK)
     if request.include_usage:
         yield reply.frame([], CHUNK)
     yield DONE
@@ -87,13 +87,13 @@ class StreamedCall:
         self.named = request.tool_choice if isinstance(request.tool_choice, NamedTool) else None
         self.begun = self.called = False
 
-    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+    def contents(self, delta: TextDelta) -> list[dict[str, Any]]:
         if self.named is not None:
-            return self.arguments(self.named.function.name, piece.text)
+            return self.arguments(self.named.function.name, delta.text)
         if self.request.tool_choice != "required":
-            return [{"content": piece.text}] if piece.text else []
-        self.text += piece.text
-        if piece.finish_reason is None:
+            return [{"content": delta.text}] if delta.text else []
+        self.text += delta.text
+        if delta.finish_reason is None:
             return []
         call = tool_call(self.request, self.text)
         if call is None:
@@ -114,7 +114,9 @@ class StreamedCall:
         return called_reason(self.request, reason) if self.called else reason
 
 
-def delta(index: int, content: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+def delta_choice(
+    index: int, content: dict[str, Any], logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
     return {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": None}
 
 
@@ -139,7 +141,7 @@ def called_reason(request: ChatRequest, reason: str | None) -> str | None:
     return "tool_calls" if reason == "stop" and request.tool_choice == "required" else reason
 
 
-def logprobs_of(served: ServedModel, piece: Piece) -> list[dict[str, Any]]:
+def logprobs_of(served: ServedModel, delta: TextDelta) -> list[dict[str, Any]]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         return {
             "token": served.tokenization.token_text(token),
@@ -151,4 +153,4 @@ def logprobs_of(served: ServedModel, piece: Piece) -> list[dict[str, Any]]:
         top = [entry(each.token, each.logprob) for each in choice.top]
         return entry(choice.token, choice.logprob) | {"top_logprobs": top}
 
-    return [whole(choice) for choice in shown(served, piece)]
+    return [whole(choice) for choice in shown(served, delta)]

@@ -7,13 +7,13 @@ from typing import Any
 
 from workers.serving.answers import DONE, Reply, finite, shown
 from workers.serving.protocol import CompletionRequest
-from workers.serving.requests import Piece
+from workers.serving.requests import TextDelta
 
 OBJECT = "text_completion"
 
 
 class TextChoice:
-    """One choice, put together from its pieces; where its next text starts."""
+    """One choice, put together from its deltas; `length` is where its next text starts."""
 
     def __init__(self, reply: Reply, request: CompletionRequest, index: int) -> None:
         self.reply, self.request, self.index = reply, request, index
@@ -21,49 +21,49 @@ class TextChoice:
         self.echo = reply.served.tokenization.decode(prompt) if request.echo else ""
         self.length = 0
 
-    def part(self, piece: Piece) -> dict[str, Any]:
-        """A piece as a choice of a chunk; the first one begins with the prompt if it shall be echoed."""
-        text, self.echo = self.echo + piece.text, ""
-        logprobs = None if self.request.logprobs is None else self.logprobs(piece)
+    def chunk_choice(self, delta: TextDelta) -> dict[str, Any]:
+        """A delta as a choice of a chunk; the first one begins with the prompt if `echo` asks for it."""
+        text, self.echo = self.echo + delta.text, ""
+        logprobs = None if self.request.logprobs is None else self.logprobs(delta)
         self.length += len(text)
         return {
             "index": self.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
 
-    def logprobs(self, piece: Piece) -> dict[str, Any]:
+    def logprobs(self, delta: TextDelta) -> dict[str, Any]:
         tokenization = self.reply.served.tokenization
-        found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        logprobs: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset = self.length
-        for choice in shown(self.reply.served, piece):
+        for choice in shown(self.reply.served, delta):
             text = tokenization.token_text(choice.token)
-            found["tokens"].append(text)
-            found["token_logprobs"].append(finite(choice.logprob))
-            found["text_offset"].append(offset)
+            logprobs["tokens"].append(text)
+            logprobs["token_logprobs"].append(finite(choice.logprob))
+            logprobs["text_offset"].append(offset)
             # As OpenAI and vLLM: the token itself is among them, also beyond the number that was asked for.
             best = {tokenization.token_text(each.token): finite(each.logprob) for each in choice.top}
-            found["top_logprobs"].append(best | {text: finite(choice.logprob)})
+            logprobs["top_logprobs"].append(best | {text: finite(choice.logprob)})
             offset += len(text)
-        return found
+        return logprobs
 
 
 async def respond(reply: Reply, request: CompletionRequest) -> dict[str, Any]:
     """The whole response. Raises the engine's error."""
     choices = [TextChoice(reply, request, index) for index in range(reply.answer.choices)]
     parts: list[list[dict[str, Any]]] = [[] for _ in choices]
-    async for piece in reply.pieces():
-        parts[piece.index].append(choices[piece.index].part(piece))
+    async for delta in reply.deltas():
+        parts[delta.index].append(choices[delta.index].chunk_choice(delta))
     return reply.envelope([joined(each) for each in parts]) | {"usage": reply.usage()}
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    whole = {**parts[-1], "text": "".join(part["text"] for part in parts)}
+    whole = {**parts[-1], "text": "".join(choice["text"] for choice in parts)}
     if whole["logprobs"] is not None:
         whole["logprobs"] = {
-            key: [value for part in parts for value in part["logprobs"][key]] for key in whole["logprobs"]
+            key: [value for choice in parts for value in choice["logprobs"][key]] for key in whole["logprobs"]
         }
     return whole
 
@@ -71,8 +71,8 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 async def stream(reply: Reply, request: CompletionRequest) -> AsyncIterator[bytes]:
     """The frames of a stream."""
     choices = [TextChoice(reply, request, index) for index in range(reply.answer.choices)]
-    async for piece in reply.pieces():
-        yield reply.frame([choices[piece.index].part(piece)], OBJECT)
+    async for delta in reply.deltas():
+        yield reply.frame([choices[delta.index].chunk_choice(delta)], OBJECT)
     if request.include_usage:
         yield reply.frame([], OBJECT)
     yield DONE

@@ -14,13 +14,13 @@ MAX_FRESH = 64
 
 
 class TokenDecoder(Protocol):
-    """What a tokenizer must do."""
+    """The part of a tokenizer that is used here."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 class Detokenizer:
-    """The text of a growing sequence, in pieces that never change afterwards.
+    """The text of a growing sequence, in deltas that never change afterwards.
 
     A window of the last tokens is decoded anew each time, since tokens may share a character. It moves
     ahead whenever the text ends with a whole one.
@@ -35,13 +35,13 @@ class Detokenizer:
         context = self.text()
         if context.endswith(REPLACEMENT):
             self.window, context = [], ""
-        self.given = len(context)
+        self.emitted = len(context)
 
     def text(self) -> str:
         return self.decoder.decode(self.window, skip_special_tokens=self.skip_special_tokens)
 
     def add(self, token: int) -> str:
-        """What the token adds to the text; empty while a character is incomplete."""
+        """The text that the token adds; empty while a character is incomplete."""
         self.window.append(token)
         self.fresh += 1
         text = self.text()
@@ -49,22 +49,22 @@ class Detokenizer:
         # a whole run of bytes unreadable while its last character is incomplete.
         broken = len(text) - len(text.rstrip(REPLACEMENT))
         whole = len(text) - broken
-        added = text[self.given : whole]
-        self.given = max(self.given, whole)
+        added = text[self.emitted : whole]
+        self.emitted = max(self.emitted, whole)
         if self.fresh >= MAX_FRESH and (broken or not text):
             added += self.rest()
-            self.window, self.fresh, self.given = [], 0, 0
+            self.window, self.fresh, self.emitted = [], 0, 0
         elif not broken and text:
             self.window = self.window[-self.fresh :]
             self.fresh = 0
-            self.given = len(self.text())
+            self.emitted = len(self.text())
         return added
 
     def rest(self) -> str:
-        """At the end: what was held back, broken as it is."""
+        """The text that was held back, to be written at the end even if a character is incomplete."""
         text = self.text()
-        added = text[self.given :]
-        self.given = max(self.given, len(text))
+        added = text[self.emitted :]
+        self.emitted = max(self.emitted, len(text))
         return added
 
 
@@ -84,19 +84,19 @@ class StopStrings:
         self.held = ""
 
     def add(self, text: str) -> str | StopMatch:
-        """Text that is safe to give away, or the end."""
+        """Text that is safe to send, or the match that ends the text."""
         if not self.strings:
             return text
         self.held += text
-        found = [(at, string) for string in self.strings if (at := self.held.find(string)) >= 0]
-        if found:
-            at, string = min(found)
+        matches = [(at, string) for string in self.strings if (at := self.held.find(string)) >= 0]
+        if matches:
+            at, string = min(matches)
             end = at + len(string) if self.include else at
             before, self.held = self.held[:end], ""
             return StopMatch(before, string)
         keep = max(self.partial(string) for string in self.strings)
-        given, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return given
+        safe, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return safe
 
     def partial(self, string: str) -> int:
         """The longest end of the held text that begins `string`."""

@@ -1,6 +1,6 @@
 """The engine: one thread that batches all requests, token by token.
 
-A step reads a piece of the next prompts and then advances every running sequence by one token. Requests
+A step reads some tokens of the next prompts and then advances every running sequence by one token. Requests
 join and leave between steps, so none waits for another to end.
 """
 
@@ -20,7 +20,7 @@ from app.core.errors import InvalidRequest, NibbleError, QueueFull, Unavailable
 from workers.devices.selection import select_device
 from workers.serving.batch import Batch, Prefill
 from workers.serving.detokenizer import Detokenizer, StopMatch, TokenDecoder
-from workers.serving.requests import Choice, FinishReason, Generation, Piece, Sequence
+from workers.serving.requests import Choice, FinishReason, Generation, Sequence, TextDelta
 from workers.serving.sampling import choose
 from workers.serving.server_metrics import ServerMetrics
 
@@ -31,7 +31,7 @@ DRAINING = "the server is shutting down"
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What the engine takes on."""
+    """The most that the engine accepts."""
 
     max_model_len: int  # tokens of a prompt and its answer
     max_sequences: int  # that run at the same time
@@ -40,13 +40,13 @@ class EngineLimits:
     prefill_tokens: int  # of prompts read between two tokens of the running sequences
 
 
-News = tuple[Generation, Piece]
+News = tuple[Generation, TextDelta]
 
 
 def deliver_here(news: list[News]) -> None:
     """Call the listeners in the engine's own thread."""
-    for generation, piece in news:
-        generation.deliver(piece)
+    for generation, delta in news:
+        generation.deliver(delta)
 
 
 class Engine:
@@ -93,20 +93,20 @@ class Engine:
             self._arrived.notify()
 
     def cancel(self, id: str) -> None:
-        """End a request whose caller has gone; nothing is delivered any more."""
+        """End a request whose caller has disconnected; it gets no further deltas."""
         with self._arrived:
             for sequence in self._known.get(id, ()):
                 sequence.cancelled = True
             self._arrived.notify()
 
     def drain(self) -> None:
-        """Take no more requests; those at hand run on."""
+        """Accept no more requests; accepted ones continue."""
         with self._arrived:
             self.draining = True
             self._arrived.notify()
 
     def abandon(self, message: str) -> None:
-        """End what still runs with an error."""
+        """End all running requests with an error."""
         with self._arrived:
             self._abandoned = message
             self._arrived.notify()
@@ -165,7 +165,7 @@ class Engine:
             self._forget(prefill.sequences)
         for sequence in self.batch.sequences:
             if sequence.cancelled and not sequence.finished:
-                self._end(Piece(sequence.index, "", (), "abort"), sequence)
+                self._end(TextDelta(sequence.index, "", (), "abort"), sequence)
         self._leave_finished()
 
     def _admit(self) -> None:
@@ -228,7 +228,7 @@ class Engine:
             if sequence.cancelled:
                 continue
             if isinstance(choice, NibbleError):
-                self._end(error_piece(sequence, choice), sequence)
+                self._end(error_delta(sequence, choice), sequence)
             elif choice is None:
                 self._finish(sequence, "stop")
             else:
@@ -239,7 +239,7 @@ class Engine:
         try:
             sequence.add(choice)
         except InvalidRequest as fault:  # the grammar is beyond its limits
-            self._end(error_piece(sequence, fault), sequence)
+            self._end(error_delta(sequence, fault), sequence)
             return
         self.metrics.token(sequence)
         enough = sequence.generated >= stopping.min_tokens
@@ -259,7 +259,7 @@ class Engine:
         elif self._at_limit(sequence):
             self._finish(sequence, "length", text=text)
         elif text:
-            self._deliver(sequence, Piece(sequence.index, text, ()))
+            self._deliver(sequence, TextDelta(sequence.index, text, ()))
 
     def _at_limit(self, sequence: Sequence) -> bool:
         long = len(sequence.tokens) >= self.limits.max_model_len
@@ -281,21 +281,21 @@ class Engine:
                 reason, stop_reason, text = "stop", rest.string, text + rest.text
             else:
                 text += rest + sequence.stops.rest()
-        self._end(Piece(sequence.index, text, (), reason, stop_reason), sequence)
+        self._end(TextDelta(sequence.index, text, (), reason, stop_reason), sequence)
 
-    def _end(self, piece: Piece, sequence: Sequence) -> None:
+    def _end(self, delta: TextDelta, sequence: Sequence) -> None:
         sequence.finished = True
-        reason = piece.finish_reason
+        reason = delta.finish_reason
         assert reason is not None
         self.metrics.finished(sequence, reason)
         if reason != "abort":
-            self._deliver(sequence, piece)
+            self._deliver(sequence, delta)
         group = self._known.get(sequence.generation.id, [])
         if all(each.finished or each.cancelled for each in group):
             self._forget(group)
 
-    def _deliver(self, sequence: Sequence, piece: Piece) -> None:
-        self._outbox.append((sequence.generation, replace(piece, choices=tuple(sequence.pending))))
+    def _deliver(self, sequence: Sequence, delta: TextDelta) -> None:
+        self._outbox.append((sequence.generation, replace(delta, choices=tuple(sequence.pending))))
         sequence.pending = []
 
     def _publish(self) -> None:
@@ -325,15 +325,15 @@ class Engine:
             self._waiting.clear()
         self._prefills.clear()
         for sequence in [sequence for group in groups for sequence in group if not sequence.finished]:
-            self._end(error_piece(sequence, unavailable(message)), sequence)
+            self._end(error_delta(sequence, unavailable(message)), sequence)
         self._publish()
         self.metrics.waiting.set(0)
 
 
-def error_piece(sequence: Sequence, error: NibbleError) -> Piece:
-    return Piece(sequence.index, "", (), "error", error=error)
+def error_delta(sequence: Sequence, error: NibbleError) -> TextDelta:
+    return TextDelta(sequence.index, "", (), "error", error=error)
 
 
 def unavailable(message: str) -> Unavailable:
-    """What every caller gets of an engine that has failed or shuts down."""
+    """The error for every caller of an engine that has failed or shuts down."""
     return Unavailable(message, code="engine_unavailable", remedy="try again")

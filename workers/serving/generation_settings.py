@@ -1,4 +1,4 @@
-"""How the model's own files want it to be sampled, and where they say that an answer ends.
+"""The sampling defaults and the end tokens in the model's own files.
 
 The one rule, as in transformers 5.24 (`GenerationMixin.adjust_generation_fn`): generation_config.json counts.
 Where there is none that is JSON, config.json counts, and in it the part that writes text where the whole says
@@ -21,7 +21,7 @@ from workers.serving.protocol import Body
 log = logging.getLogger(__name__)
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# What would change the text in transformers, and changes nothing here.
+# Settings that change the text in transformers and have no effect here.
 NOT_APPLIED = (
     "max_new_tokens", "min_new_tokens", "max_time", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",

@@ -41,24 +41,24 @@ class Matcher:
     def allowed(self) -> Tensor:
         """bool (vocabulary): the tokens that may come next; none if the grammar has failed."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        found = torch.zeros(self._vocabulary, dtype=torch.bool)
+        allowed = torch.zeros(self._vocabulary, dtype=torch.bool)
         if not self.failed:  # else llguidance allows the end, after whatever came before
             mask = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(np.bool_)
-            found[: mask.size] = torch.from_numpy(mask)
-        return found
+            allowed[: mask.size] = torch.from_numpy(mask)
+        return allowed
 
     def take(self, token: int) -> None:
-        """Go on by an allowed token. Raises InvalidRequest if the grammar fails at it."""
+        """Advance by an allowed token. Raises InvalidRequest if the grammar fails at it."""
         if not self._matcher.consume_token(token):
             raise self.failure()
 
     @property
     def failed(self) -> bool:
-        """True once the grammar grew beyond the parser's limits; no token is allowed any more."""
+        """Whether the grammar exceeded the parser's limits; then no token is allowed."""
         return bool(self._matcher.is_error())
 
     def failure(self) -> InvalidRequest:
-        """What is wrong with a grammar that failed."""
+        """The error for a grammar that failed."""
         log.info("a grammar failed: %s", one_line(self._matcher.get_error()))
         return InvalidRequest(
             "the JSON schema is too large to be kept to: it has too many ways to go on at one place",
@@ -69,12 +69,12 @@ class Matcher:
 
     @property
     def may_end(self) -> bool:
-        """True if the text so far is complete; more may still be allowed."""
+        """Whether the text so far is complete; more may still be allowed."""
         return bool(self._matcher.is_accepting())
 
     @property
     def complete(self) -> bool:
-        """True if nothing but the end may follow."""
+        """Whether the text must end here."""
         return self._matcher.is_stopped()
 
 
@@ -98,7 +98,7 @@ class Grammars:
 
 
 def one_line(why: str) -> str:
-    """What the parser finds wrong, without the state and the grammar that it adds."""
+    """The parser's message in one line, without the state and the grammar that it appends."""
     return " ".join(why.partition("<state>")[0].split())[:MAX_REASON]
 
 

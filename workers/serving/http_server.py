@@ -22,7 +22,7 @@ LAST_FRAMES_S = 2  # for what is written when the engine has ended
 
 
 class InferenceServer(uvicorn.Server):
-    """Signals are ours: uvicorn would close the door at once, and callers would get no answer."""
+    """Leaves signals to `serve`: uvicorn would close connections before their answers."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -42,22 +42,22 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(
     app: Starlette, served: ServedModel, bound: socket.socket, drain_s: float, ready: Callable[[int], None]
 ) -> None:
-    """Until the engine fails, or a signal came and what ran then has ended or `drain_s` have passed."""
+    """Run until the engine fails, or until a signal and then the end of running requests or of `drain_s`."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=LAST_FRAMES_S
     )
     server = InferenceServer(config)
-    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(number, stopping.set)
     served.bind(loop)
-    served.engine.on_failure = partial(loop.call_soon_threadsafe, told.set)
+    served.engine.on_failure = partial(loop.call_soon_threadsafe, stopping.set)
     served.engine.start()
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     while not server.started and not serving.done():
         await asyncio.sleep(POLL_S)
     ready(bound.getsockname()[1])
-    waiting = asyncio.create_task(told.wait())
+    waiting = asyncio.create_task(stopping.wait())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
     await drain(served, drain_s)
     server.should_exit = True

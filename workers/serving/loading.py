@@ -37,7 +37,7 @@ REMEDY = "publish the artifact again; if it happens again, report it with the ar
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What to load, and how."""
+    """The model folder to load, and how to load it."""
 
     folder: Path
     device: torch.device
@@ -47,7 +47,7 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, and what loading it took."""
+    """A model ready to run, and the time and memory that loading took."""
 
     model: PreTrainedModel
     config: dict[str, Any]
@@ -167,10 +167,10 @@ class Loader:
         left = [name for name in self.checkpoint.tensors if name not in self.used]
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)]
         modules = {self.architecture.checkpoint_name(name + ".")[:-1] for name in linears}
-        part = next(parts_of(left, modules), None)
-        if part is not None:
+        tensor = next(parts_of(left, modules), None)
+        if tensor is not None:
             raise ModelRefused(
-                f"no module of {self.architecture.class_name} takes the tensor {part}",
+                f"no module of {self.architecture.class_name} takes the tensor {tensor}",
                 code="artifact_unsupported", remedy=REMEDY,
             )  # fmt: skip
         if left:
@@ -232,7 +232,7 @@ def status_bytes(field: str) -> int:
 
 
 def forget_peak() -> None:
-    """Count the peak from now on, where the kernel lets a process say so."""
+    """Reset the peak, where the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

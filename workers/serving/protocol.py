@@ -35,7 +35,7 @@ T = TypeVar("T")
 Boolean = Annotated[bool, Strict()]  # pydantic takes 1, "yes" and "off" for one
 Integer = Annotated[int, BeforeValidator(not_boolean)]
 Number = Annotated[float, BeforeValidator(not_boolean)]
-# The first fault is told. A body with a million of them would take gigabytes to describe.
+# Only the first fault is reported. A body with a million of them would take gigabytes to describe.
 Several = Annotated[list[T], Field(fail_fast=True)]
 Tokens = Annotated[Several[int], BeforeValidator(no_booleans)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -73,7 +73,7 @@ class ResponseFormat(BaseModel):
 
 
 class Body(BaseModel):
-    """What both kinds of requests have."""
+    """The fields that both kinds of requests share."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -176,16 +176,16 @@ class ToolCall(BaseModel):
 
     @model_validator(mode="after")
     def check_arguments(self) -> Self:
-        given = self.function.arguments
+        arguments = self.function.arguments
         try:
-            json.loads(given or "{}") if isinstance(given, str) else None
+            json.loads(arguments or "{}") if isinstance(arguments, str) else None
         except (ValueError, RecursionError) as fault:
             raise ValueError(f"the arguments are not JSON: {json_fault(fault)}") from fault
         return self
 
 
 class ChatMessage(BaseModel):
-    """A turn; roles and further keys are the chat template's affair."""
+    """A turn; the chat template decides on roles and further keys."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -237,7 +237,7 @@ class CompletionRequest(Body):
     @field_validator("logprobs", mode="before")
     @classmethod
     def accept_false(cls, value: Any) -> Any:
-        """False says here what it says in a chat: no logprobs."""
+        """Takes false as in a chat: no logprobs."""
         return None if value is False else value
 
     @model_validator(mode="after")

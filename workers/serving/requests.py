@@ -1,4 +1,4 @@
-"""What is to be generated, and what has been so far."""
+"""Requests to generate text, and their state while it is generated."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """News of one sequence: text to append, the tokens behind it, and the end."""
+class TextDelta:
+    """An update of one sequence: text to append, its tokens, and the reason if it ended."""
 
     index: int
     text: str
     choices: tuple[Choice, ...]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    error: NibbleError | None = None  # of a piece that ends with `error`
+    error: NibbleError | None = None  # of a delta that ends with `error`
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Generation:
     prompt: tuple[int, ...]
     sampling: Sampling
     stopping: StopRules
-    deliver: Callable[[Piece], None]  # called by the engine's thread
+    deliver: Callable[[TextDelta], None]  # called by the engine's thread
     n: int = 1
     matcher: Matcher | None = None
     skip_special_tokens: bool = True

@@ -1,4 +1,4 @@
-"""The HTTP routes: OpenAI's, and what operators ask."""
+"""The HTTP routes: OpenAI's, and those for operators."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from workers.serving.served_model import Prompts, ServedModel, unknown_fields
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 1024**2
-MAX_TOLD = 1000  # faults of a body that are looked at
+MAX_REPORTED = 1000  # faults of a body that are looked at
 # How pydantic names the kinds of value that a field may have, in the path of a fault.
 KIND_OF_VALUE = re.compile(r"^(?:str|int|float|bool)$|[^a-z0-9_]")
 EVENT_STREAM = "text/event-stream; charset=utf-8"
-# Proxies on the way shall not collect the stream.
+# Keeps proxies from buffering the stream.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 B = TypeVar("B", bound=Body)
@@ -97,7 +97,7 @@ class InferenceRoutes:
 
 
 class OperationRoutes:
-    """What operators and the worker ask."""
+    """Routes for operators and the worker."""
 
     def __init__(self, served: ServedModel) -> None:
         self.served = served
@@ -124,8 +124,8 @@ def model_entry(served: ServedModel, created: int) -> dict[str, Any]:
 async def parse(http: Request, kind: type[B]) -> B:
     """The body. Raises MalformedRequest or InvalidRequest, naming the field."""
     content = bytearray()
-    async for part in http.stream():
-        content += part
+    async for chunk in http.stream():
+        content += chunk
         if len(content) > MAX_BODY_BYTES:
             raise BodyTooLarge(
                 f"the body is larger than {MAX_BODY_BYTES} bytes", remedy="send a shorter prompt"
@@ -141,22 +141,24 @@ async def parse(http: Request, kind: type[B]) -> B:
 
 
 def refused_body(fault: ValidationError) -> NibbleError:
-    """Names a field that is wrong. Of a value of several kinds, the kind that fits best tells the fault."""
-    if fault.error_count() > MAX_TOLD:  # of a mapping: lists end at their first
+    """The error for one wrong field. For a union, the error of the kind that fits best."""
+    if fault.error_count() > MAX_REPORTED:  # of a mapping: lists end at their first
         return InvalidRequest(f"{fault.error_count()} values of the body are wrong", code="invalid_value")
-    found = fault.errors()
-    if found[0]["type"] == "json_invalid":
+    errors = fault.errors()
+    if errors[0]["type"] == "json_invalid":
         return MalformedRequest(
-            f"the body is not valid JSON: {found[0]['msg']}", code="json_invalid", remedy="send a JSON object"
+            f"the body is not valid JSON: {errors[0]['msg']}",
+            code="json_invalid",
+            remedy="send a JSON object",
         )
-    best = max(found, key=fitness)
-    param = ".".join(str(part) for part in best["loc"] if not KIND_OF_VALUE.search(str(part))) or None
-    told = field_fault(best)
-    return InvalidRequest(f"{param}: {told}" if param else told, param=param, code="invalid_value")
+    best = max(errors, key=fitness)
+    param = ".".join(str(key) for key in best["loc"] if not KIND_OF_VALUE.search(str(key))) or None
+    message = field_fault(best)
+    return InvalidRequest(f"{param}: {message}" if param else message, param=param, code="invalid_value")
 
 
 def fitness(fault: Any) -> tuple[bool, int, bool]:
-    """How much a fault says: most in our own words, then the deeper, then the one of more than a type."""
+    """Rank of an error: our own messages first, then deeper ones, then those beyond a wrong type."""
     return fault["type"] == "value_error", len(fault["loc"]), not fault["type"].endswith("_type")
 
 
@@ -210,7 +212,7 @@ async def on_nibble_error(_http: Request, error: Exception) -> Response:
 
 
 async def on_http_error(http: Request, error: Exception) -> Response:
-    """What the framework itself refuses: no such route, no such method."""
+    """Answers the framework's own errors: an unknown route or method."""
     assert isinstance(error, HTTPException)
     refusal = inference_refusal(error.status_code, http.method, http.url.path)
     return error_response(inference_answer(refusal, status=error.status_code), error.headers)
@@ -221,5 +223,5 @@ async def on_gone(_http: Request, _error: Exception) -> Response:
 
 
 async def on_fault(_http: Request, error: Exception) -> Response:
-    """The last one: the framework logs the fault with its trace."""
+    """Answers any other exception; the framework logs it with its trace."""
     return await on_nibble_error(_http, NibbleError(f"the server failed: {type(error).__name__}"))

@@ -85,7 +85,7 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not ch
 
 
 class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
-    """What a model's forward pass reads and extends by one token per row."""
+    """The cache that a forward pass reads and extends by one token per row."""
 
     def __init__(self, max_cells: int) -> None:
         self.max_cells = max_cells  # spare rows are not made beyond it
@@ -128,7 +128,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
             self.release()
 
     def release(self) -> None:
-        """Give the memory back: what a burst needed is not kept for ever."""
+        """Free the memory that only a burst needed."""
         self.window.start = self.window.end = self.rows_allocated = self.columns_allocated = 0
         for layer in self.layers:
             layer.lazy_initialization(layer.keys, layer.values)
@@ -153,7 +153,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
         self.lengths = [length + 1 for length in self.lengths]
 
     def mask(self, device: torch.device) -> Tensor:
-        """True where a row has a token, the coming one included: bool (rows, columns)."""
+        """bool (rows, columns): where a row has a token, the next one included."""
         width = self.window.width + 1
         first = torch.tensor([width - 1 - length for length in self.lengths])
         return (torch.arange(width) >= first[:, None]).to(device)

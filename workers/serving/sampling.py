@@ -18,7 +18,7 @@ Next = Choice | NibbleError | None
 
 
 def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[int]) -> list[Next]:
-    """What comes next in each row of float32 logits (sequences, vocabulary).
+    """The next token of each row of float32 logits (sequences, vocabulary), or its error.
 
     Every sequence draws with a generator of its own, and rows don't touch each other, so what is chosen
     does not depend on who else is in the batch.
@@ -26,25 +26,25 @@ def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[i
     broken = ~torch.isfinite(logits.amax(-1))
     scores = adjusted(logits, sequences, end_tokens)
     tokens = draw(scores, sequences).tolist()
-    found: list[Next] = [Choice(token) for token in tokens]
+    chosen: list[Next] = [Choice(token) for token in tokens]
     asked = [row for row, sequence in enumerate(sequences) if sequence.sampling.top_logprobs is not None]
     for row, choice in zip(asked, with_logprobs(logits, sequences, asked, tokens), strict=True):
-        found[row] = choice
+        chosen[row] = choice
     if scores is not logits:
         for row in rows_where(scores.amax(-1) == -math.inf):
-            found[row] = without_choice(sequences[row])
+            chosen[row] = without_choice(sequences[row])
     for row in rows_where(broken):
-        found[row] = JobFault(NOT_FINITE, code="generation_failed")
-    return found
+        chosen[row] = JobFault(NOT_FINITE, code="generation_failed")
+    return chosen
 
 
 def rows_where(mask: Tensor) -> list[int]:
-    found: list[int] = mask.nonzero().flatten().tolist()
-    return found
+    rows: list[int] = mask.nonzero().flatten().tolist()
+    return rows
 
 
 def without_choice(sequence: Sequence) -> InvalidRequest | None:
-    """What follows where the request's own rules leave no token; None if the text may end here."""
+    """The error for a request whose own rules leave no token; None if the text may end here."""
     matcher, sampling, stopping = sequence.matcher, sequence.sampling, sequence.stopping
     if matcher is not None and matcher.failed:
         return matcher.failure()
@@ -134,13 +134,13 @@ def draw(scores: Tensor, sequences: Several[Sequence]) -> Tensor:
 def truncate(probabilities: Tensor, samplings: list[Sampling]) -> Tensor:
     """Zero what min_p, top_k and top_p take away from rows sorted in descending order."""
     limit = column([sampling.min_p for sampling in samplings], probabilities)
-    kept = torch.where(probabilities < limit * probabilities[:, :1], 0.0, probabilities)
+    remaining = torch.where(probabilities < limit * probabilities[:, :1], 0.0, probabilities)
     size = probabilities.shape[-1]
     top_k = column([sampling.top_k or size for sampling in samplings], probabilities)
-    kept = torch.where(torch.arange(size, device=kept.device) >= top_k, 0.0, kept)
+    remaining = torch.where(torch.arange(size, device=remaining.device) >= top_k, 0.0, remaining)
     top_p = column([sampling.top_p for sampling in samplings], probabilities)
-    before = kept.cumsum(-1) - kept  # of more probable tokens
-    return torch.where(before >= top_p * kept.sum(-1, keepdim=True), 0.0, kept)
+    before = remaining.cumsum(-1) - remaining  # of more probable tokens
+    return torch.where(before >= top_p * remaining.sum(-1, keepdim=True), 0.0, remaining)
 
 
 def pick(probabilities: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -168,8 +168,8 @@ def with_logprobs(
     for row, value, values, ids in zip(
         rows, own[:, 0].tolist(), best.values.tolist(), best.indices.tolist(), strict=True
     ):
-        wanted = sequences[row].sampling.top_logprobs or 0
-        pairs = zip(ids[:wanted], values[:wanted], strict=True)
+        count = sequences[row].sampling.top_logprobs or 0
+        pairs = zip(ids[:count], values[:count], strict=True)
         top = tuple(Alternative(token, logprob) for token, logprob in pairs)
         choices.append(Choice(tokens[row], value, top))
     return choices

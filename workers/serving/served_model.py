@@ -1,4 +1,4 @@
-"""What the routes see of the model: requests become generations, with the model's own defaults."""
+"""The model as the routes use it: requests become generations, with the model's own defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.serving.engine import Engine, News
 from workers.serving.generation_settings import sampling_defaults
 from workers.serving.grammar import Grammars, Matcher
 from workers.serving.protocol import Body, ChatRequest, CompletionRequest, NamedTool
-from workers.serving.requests import Generation, Piece, Sampling, StopRules
+from workers.serving.requests import Generation, Sampling, StopRules, TextDelta
 from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
 from workers.texts.chat_template import ChatTemplate, RefusedByTemplate
@@ -34,27 +34,27 @@ class Prompts:
 
 
 class Answer:
-    """The pieces of all choices of a request, as the engine makes them. Lives in the event loop."""
+    """The deltas of all choices of a request, in the order of the engine. Lives in the event loop."""
 
     def __init__(self, engine: Engine, prompts: list[tuple[int, ...]], choices: int) -> None:
         self.engine, self.prompts, self.choices = engine, prompts, choices
         self.id = uuid.uuid4().hex
         self.ids: list[str] = []
         self.open = choices
-        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._deltas: asyncio.Queue[TextDelta] = asyncio.Queue()
 
-    def put(self, piece: Piece) -> None:
-        self._pieces.put_nowait(piece)
+    def put(self, delta: TextDelta) -> None:
+        self._deltas.put_nowait(delta)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def deltas(self) -> AsyncIterator[TextDelta]:
         """Until every choice has ended."""
         while self.open:
-            piece = await self._pieces.get()
-            self.open -= piece.finish_reason is not None
-            yield piece
+            delta = await self._deltas.get()
+            self.open -= delta.finish_reason is not None
+            yield delta
 
     def cancel(self) -> None:
-        """Stop what still runs, because nobody listens any more."""
+        """Stop the running generations: the caller has disconnected."""
         for id in self.ids if self.open else ():
             self.engine.cancel(id)
 
@@ -74,7 +74,7 @@ class ServedModel:
         self.defaults = sampling_defaults(tokenization.settings)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """From now on the engine's news are handed over in `loop`."""
+        """Deliver the engine's deltas in `loop` from now on."""
 
         def publish(news: list[News]) -> None:
             if not loop.is_closed():
@@ -99,13 +99,13 @@ class ServedModel:
     def render(self, request: ChatRequest) -> str:
         """Raises InvalidRequest for messages that the model's template refuses or that break it."""
         tools = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
-        given = {
+        variables = {
             key: value for key, value in (request.chat_template_kwargs or {}).items() if key not in RESERVED
         }
         try:
             return self.template().render(
                 [message.model_dump(exclude_unset=True) for message in request.messages],
-                {**given, "add_generation_prompt": request.add_generation_prompt},
+                {**variables, "add_generation_prompt": request.add_generation_prompt},
                 tools=tools if tools and request.tool_choice != "none" else None,
                 continue_final_message=request.continue_final_message,
             )
@@ -117,7 +117,7 @@ class ServedModel:
             ) from refusal  # fmt: skip
 
     def template(self) -> ChatTemplate:
-        """Raises InvalidRequest if the model's chat template is none."""
+        """Raises InvalidRequest if the model's chat template is invalid."""
         template = self.tokenization.template
         if isinstance(template, ModelRefused):
             raise InvalidRequest(
@@ -171,12 +171,12 @@ class ServedModel:
         answer = Answer(self.engine, prompts.ids, n * len(prompts.ids))
         generations = [
             Generation(
-                id=f"{answer.id}-{place}", prompt=ids, sampling=sampling, n=n, matcher=prompts.matcher,
+                id=f"{answer.id}-{index}", prompt=ids, sampling=sampling, n=n, matcher=prompts.matcher,
                 stopping=self.stopping(request, prompts, len(ids)),
-                deliver=lambda piece, first=place * n: answer.put(shifted(piece, first)),  # type: ignore[misc]
+                deliver=lambda delta, first=index * n: answer.put(shifted(delta, first)),  # type: ignore[misc]
                 skip_special_tokens=request.skip_special_tokens,
             )
-            for place, ids in enumerate(prompts.ids)
+            for index, ids in enumerate(prompts.ids)
         ]  # fmt: skip
         answer.ids = [generation.id for generation in generations]
         try:
@@ -189,8 +189,8 @@ class ServedModel:
 
     def sampling(self, request: Body, prompts: Prompts) -> Sampling:
         def chosen(name: str, otherwise: float) -> Any:
-            given = getattr(request, name)
-            return given if given is not None else self.defaults.get(name, otherwise)
+            value = getattr(request, name)
+            return value if value is not None else self.defaults.get(name, otherwise)
 
         biased = [*(request.logit_bias or {}), *(request.allowed_token_ids or ())]
         if any(not 0 <= token < self.tokenization.vocabulary for token in biased):
@@ -220,7 +220,7 @@ class ServedModel:
             max_tokens=min(prompts.max_tokens or room, room),
             min_tokens=request.min_tokens,
             strings=(stop,) if isinstance(stop, str) else tuple(stop),
-            token_ids=self.tokenization.known(request.stop_token_ids or ()),
+            token_ids=self.tokenization.in_vocabulary(request.stop_token_ids or ()),
             ignore_eos=request.ignore_eos,
             include_string=request.include_stop_str_in_output,
         )
@@ -241,26 +241,26 @@ class ServedModel:
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
-def shifted(piece: Piece, by: int) -> Piece:
+def shifted(delta: TextDelta, by: int) -> TextDelta:
     """A prompt's choice numbered among those of all prompts."""
     if by == 0:
-        return piece
-    return Piece(
-        piece.index + by, piece.text, piece.choices, piece.finish_reason, piece.stop_reason, piece.error
+        return delta
+    return TextDelta(
+        delta.index + by, delta.text, delta.choices, delta.finish_reason, delta.stop_reason, delta.error
     )
 
 
 def dispatch(news: list[News]) -> None:
-    for generation, piece in news:
-        generation.deliver(piece)
+    for generation, delta in news:
+        generation.deliver(delta)
 
 
 def format_schema(request: Body) -> dict[str, Any] | None:
     """The JSON schema that the text must keep to."""
-    wanted = request.response_format
-    if wanted is None or wanted.type == "text":
+    response_format = request.response_format
+    if response_format is None or response_format.type == "text":
         return None
-    return wanted.json_schema.json_schema if wanted.json_schema else ANY_OBJECT
+    return response_format.json_schema.json_schema if response_format.json_schema else ANY_OBJECT
 
 
 def chat_schema(request: ChatRequest) -> tuple[dict[str, Any] | None, str]:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Tokenization:
     """One tokenizer, with the model's chat templates, its generation settings and its end tokens.
 
-    `template` is the refusal of one that is no template: chats need it, the completion of texts does not.
+    `template` is an error if the model's is invalid: only chats need one.
     """
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
@@ -36,13 +36,13 @@ class Tokenization:
         self._fast.no_truncation()
         self._fast.no_padding()
         self.settings = read_settings(folder)
-        self.end_tokens = self.known(end_tokens(self.settings, tokenizer))
+        self.end_tokens = self.in_vocabulary(end_tokens(self.settings, tokenizer))
         self.template = template_or_refusal(tokenizer)
         decoder = json.loads(self._fast.to_str()).get("decoder") or {}
         self._byte_level = "ByteLevel" in json.dumps(decoder)
 
-    def known(self, tokens: Iterable[int]) -> frozenset[int]:
-        """Those that the model can write."""
+    def in_vocabulary(self, tokens: Iterable[int]) -> frozenset[int]:
+        """The tokens that the model can write."""
         return frozenset(token for token in tokens if 0 <= token < self.vocabulary)
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
@@ -85,6 +85,6 @@ def template_or_refusal(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | Mo
 def byte_characters() -> dict[str, int]:
     """The characters that byte-level tokenizers (GPT-2 and its successors) write bytes with."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    found = {chr(byte): byte for byte in printable}
+    characters = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))
-    return {**found, **{chr(256 + place): byte for place, byte in enumerate(others)}}
+    return {**characters, **{chr(256 + index): byte for index, byte in enumerate(others)}}

@@ -39,7 +39,7 @@ END_OF_TEXT = "<<the answer goes on here>> "
 PROBE = "Is this text written?"
 NOTHING_GIVEN: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": False}
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# What a template can raise by what it says: it is a program.
+# Errors that a template, which is a program, can raise.
 FAULTS = (
     TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
     ValueError,
@@ -47,11 +47,11 @@ FAULTS = (
 
 
 class RefusedByTemplate(TemplateError):
-    """A template can't hold these messages, or ran against a limit. Its text is the reason."""
+    """A template refuses these messages, or exceeded a limit. Its text is the reason."""
 
 
 class TimedSandbox(ImmutableSandboxedEnvironment):
-    """Every call that a template makes, and every piece that it writes, is a chance to end it.
+    """Checks the time limit at every call of a template and every text that it writes.
 
     `range` ends at 100,000 in a sandbox, so a longer loop has to call it again.
     """
@@ -96,8 +96,8 @@ class PublicNamespace(Namespace):
     """`namespace()` without names that begin with an underscore, as in transformers."""
 
     def __init__(*arguments: Any, **attributes: Any) -> None:  # a template may name one of them `self`
-        self, *given = arguments
-        values = dict(*given, **attributes)
+        self, *mappings = arguments
+        values = dict(*mappings, **attributes)
         for name in values:
             check_name(name)
         Namespace.__init__(self, values)
@@ -148,7 +148,7 @@ class ChatTemplate:
         )  # fmt: skip
 
     def _wants_parts(self, template: Template) -> bool:
-        """True for a template that writes a text only as a list of parts, and a string not at all."""
+        """Whether the template writes a text only if it is a list of parts, not a string."""
 
         def writes(content: Any) -> bool:
             try:
@@ -196,9 +196,9 @@ class ChatTemplate:
         values = {**NOTHING_GIVEN, **self._special_tokens, **arguments, "messages": turns}
         pieces, size = [], 0
         try:
-            for piece in template.generate(values):
-                pieces.append(piece)
-                size += len(piece)
+            for text in template.generate(values):
+                pieces.append(text)
+                size += len(text)
                 self._environment.check()
                 if size > most:
                     raise RefusedByTemplate(f"the text is longer than {most} characters")
@@ -221,21 +221,21 @@ def turn(message: Mapping[str, Any]) -> dict[str, Any]:
 
     OpenAI writes text in parts, arguments as JSON in a string, and null for the text of a call.
     """
-    given = {key: value for key, value in message.items() if value is not None}
-    given["content"] = joined(given.get("content", ""))
-    if isinstance(given.get("tool_calls"), list):
-        given["tool_calls"] = [call_with_object(call) for call in given["tool_calls"]]
-    reasoning = next((given[name] for name in REASONING if name in given), None)
+    fields = {key: value for key, value in message.items() if value is not None}
+    fields["content"] = joined(fields.get("content", ""))
+    if isinstance(fields.get("tool_calls"), list):
+        fields["tool_calls"] = [call_with_object(call) for call in fields["tool_calls"]]
+    reasoning = next((fields[name] for name in REASONING if name in fields), None)
     if reasoning is not None:  # each family has its own name for it
-        given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
-    return given
+        fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+    return fields
 
 
 def joined(content: Any) -> Any:
-    """Parts of text as one; anything else is the template's affair."""
+    """Joins parts of text; leaves anything else to the template."""
     if not isinstance(content, list):
         return content
-    texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    texts = [item["text"] for item in content if isinstance(item, dict) and isinstance(item.get("text"), str)]
     return "\n".join(texts) if len(texts) == len(content) else content
 
 
@@ -255,12 +255,12 @@ def text_parts(content: Any) -> Any:
 
 
 def before_end(text: str, last: str) -> str:
-    """What stands before the mark that was put behind the last message."""
-    place = text.rfind(END_OF_TEXT.strip())
-    if place < 0 or last.strip() not in text:
+    """The text before the mark that was appended to the last message."""
+    end = text.rfind(END_OF_TEXT.strip())
+    if end < 0 or last.strip() not in text:
         raise RefusedByTemplate("the last message can't be continued: the template does not write all of it")
-    whole = text.startswith(END_OF_TEXT, place)
-    return text[:place] if whole else text[:place].rstrip()
+    whole = text.startswith(END_OF_TEXT, end)
+    return text[:end] if whole else text[:end].rstrip()
 
 
 def environment() -> TimedSandbox:

@@ -49,9 +49,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as fault:  # the tokenizers library raises nothing more precise
         if system_number(fault) not in (None, errno.ENOENT):
             raise  # the host's fault: the tokenizer may be right
-        told = " ".join(str(fault).split())
+        message = " ".join(str(fault).split())
         raise TextRefused(
-            f"the model's tokenizer can't be loaded: {told}", code="tokenizer_invalid",
+            f"the model's tokenizer can't be loaded: {message}", code="tokenizer_invalid",
             remedy="add tokenizer.json and tokenizer_config.json to the model",
         ) from fault  # fmt: skip
     tokenizer.chat_template = tokenizer.chat_template or processor_template(folder)
@@ -76,7 +76,7 @@ def calibration_windows(
     spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, file: Path | None
 ) -> Windows:
     """`num_samples` windows drawn without replacement with the seed of the spec."""
-    every = all_windows(spec, spec.sequence_length, tokenizer, read_documents(spec, file, part="valid"))
+    every = all_windows(spec, spec.sequence_length, tokenizer, read_documents(spec, file, split="valid"))
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(spec.seed))
     return Windows(every[order[: spec.num_samples]], len(every))
 
@@ -85,7 +85,7 @@ def evaluation_windows(
     spec: EvaluationSpec, sequence_length: int, tokenizer: PreTrainedTokenizerBase, file: Path | None
 ) -> Windows:
     """The first `num_samples` windows of the held-out text."""
-    every = all_windows(spec, sequence_length, tokenizer, read_documents(spec, file, part="test"))
+    every = all_windows(spec, sequence_length, tokenizer, read_documents(spec, file, split="test"))
     return Windows(every[: spec.num_samples], len(every))
 
 

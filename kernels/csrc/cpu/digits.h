@@ -15,7 +15,7 @@ constexpr int kSmallest = -90;  // of the exponents of a chunk: factors stay nor
 constexpr int kStreams = 4;     // blocks read in turns: one stream alone does not keep the memory busy
 constexpr int kAhead = 2048;    // bytes of a stream, prefetched
 
-// What a chunk of a row of x is to the groups of weights in it: the bytes that meet the low and the high nibbles of a
+// A chunk of a row of x as the groups of weights in it read it: the bytes that meet the low and the high nibbles of a
 // plane, zeros where another group's channels lie.
 template <int GPC>
 struct Chunk {

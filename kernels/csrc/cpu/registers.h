@@ -1,4 +1,4 @@
-// What all kernels with 512-bit registers need: transposing, and with AMX the shapes of tiles.
+// Common to all kernels with 512-bit registers: transposing, and with AMX the shapes of tiles.
 
 #pragma once
 

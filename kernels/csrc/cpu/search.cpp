@@ -336,7 +336,7 @@ void clip_panel(const ClipStep& step, const Rule& rule, const Block& block, int6
 
 extern "C" {
 
-// True if the system grants AMX's registers, or none are wanted.
+// Whether the system grants AMX's registers; true without AMX.
 int nibble_search_ready() {
 #ifdef NIBBLE_AMX
   return !syscall(SYS_arch_prctl, kPermission, kFeature);

@@ -37,7 +37,7 @@
 #ifndef BULK_TOKENS
 #define BULK_TOKENS BULK
 #endif
-// Whether places of units are counted on instead of divided for, and tokens are brought without a loop.
+// Whether tile indices are incremented instead of divided for, and tokens are fetched without a loop.
 #ifndef LEAN_FILL
 #define LEAN_FILL 0
 #endif

@@ -1,4 +1,4 @@
-// What every kernel here builds on: integer types, 16-bit arithmetic, asynchronous copies, barriers.
+// The basis of every kernel here: integer types, 16-bit arithmetic, asynchronous copies, barriers.
 // No header of the toolkit is included, so that NVRTC compiles these files without one.
 #pragma once
 

@@ -39,7 +39,7 @@ def test_the_first_that_can_is_chosen_and_refusals_are_told(two_backends: tuple[
 @pytest.mark.usefixtures("two_backends")
 def test_a_forced_backend_is_used_or_fails() -> None:
     assert str(select_backend(PROBLEM, "torch")) == "torch (asked for)"
-    with pytest.raises(ValueError, match=r"'refusing' can't compute Problem\(bits=4, .*: not 4 bits"):
+    with pytest.raises(ValueError, match=r"'refusing' can't compute LinearProduct\(bits=4, .*: not 4 bits"):
         select_backend(PROBLEM, "refusing")
 
 
