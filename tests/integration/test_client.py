@@ -29,8 +29,8 @@ from app.client import (
     ServiceUnreachable,
     WaitTimedOut,
 )
-from app.client.calls import Operations
 from app.client.connection import returns, yields
+from app.client.service_calls import Operations
 from app.core.records.job import JobState
 from app.core.records.specs import JobSpec
 from app.core.settings import Settings

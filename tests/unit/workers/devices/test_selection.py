@@ -23,9 +23,9 @@ from workers.child.ranks import RankAssignment, SharedLayers
 from workers.devices import profile_measurement
 from workers.devices.selection import select_device
 from workers.serving.__main__ import ReadyPipe, parse_arguments, run
-from workers.serving.engine import Engine, Limits
+from workers.serving.engine import Engine, EngineLimits
 from workers.serving.loading import LoadRequest, load_model
-from workers.serving.server_metrics import Metrics
+from workers.serving.server_metrics import ServerMetrics
 
 CALL = re.compile(r"torch\.cuda\.(\w+)")
 SELECTING = {"init", "set_device"}
@@ -128,8 +128,8 @@ def test_the_engine_selects_it_in_its_own_thread(cuda: PretendedCuda) -> None:
     """The current GPU belongs to a thread: that of the main one says nothing."""
     select_device(GPU)
     batch = SimpleNamespace(device=torch.device(GPU), sequences=[])
-    limits = Limits(max_model_len=8, max_sequences=1, max_waiting=1, max_cells=8, prefill_tokens=8)
-    engine = Engine(batch, None, limits, Metrics("tiny"), frozenset())  # type: ignore[arg-type]
+    limits = EngineLimits(max_model_len=8, max_sequences=1, max_waiting=1, max_cells=8, prefill_tokens=8)
+    engine = Engine(batch, None, limits, ServerMetrics("tiny"), frozenset())  # type: ignore[arg-type]
     ended = threading.Event()
     engine.on_failure = ended.set
     engine._await_work = torch.cuda.synchronize  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from tests.tiny_models import TOKENIZER
-from workers.serving.detokenizer import MAX_FRESH, REPLACEMENT, Detokenizer, Stopped, StopStrings
+from workers.serving.detokenizer import MAX_FRESH, REPLACEMENT, Detokenizer, StopMatch, StopStrings
 from workers.serving.tokenization import byte_characters
 
 BYTE_NAMES = {byte: character for character, byte in byte_characters().items()}
@@ -142,7 +142,7 @@ def test_stop_strings_cut_where_they_begin(text: str, strings: list[str], data: 
         length = data.draw(st.integers(1, len(rest)))
         added = stops.add(rest[:length])
         rest = rest[length:]
-        if isinstance(added, Stopped):
+        if isinstance(added, StopMatch):
             stopped, given_away = added, given_away + added.text
         else:
             given_away += added
@@ -159,7 +159,7 @@ def test_a_stop_string_across_pieces(include: bool, expected: str) -> None:
     stops = StopStrings(["END"], include=include)
     assert [stops.add(piece) for piece in ("so ", "E", "N")] == ["so ", "", ""]
     stopped = stops.add("D of it")
-    assert isinstance(stopped, Stopped)
+    assert isinstance(stopped, StopMatch)
     assert "so " + stopped.text == expected
     assert stopped.string == "END"
 

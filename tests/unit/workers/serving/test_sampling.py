@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from app.core.errors import JobFault
 from tests.tiny_models import TOKENIZER
 from workers.serving.detokenizer import Detokenizer
-from workers.serving.requests import Choice, Generation, Sampling, Sequence, Stopping
+from workers.serving.requests import Choice, Generation, Sampling, Sequence, StopRules
 from workers.serving.sampling import choose, truncate
 
 DECODER = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
@@ -23,9 +23,9 @@ NO_END: frozenset[int] = frozenset()
 LOGITS = torch.log(torch.tensor([0.4, 0.3, 0.15, 0.1, 0.03, 0.01, 0.006, 0.004]))
 
 
-def sequence(prompt: tuple[int, ...] = (1,), stopping: Stopping | None = None, **sampling: Any) -> Sequence:
+def sequence(prompt: tuple[int, ...] = (1,), stopping: StopRules | None = None, **sampling: Any) -> Sequence:
     generation = Generation(
-        id="x", prompt=prompt, sampling=Sampling(**sampling), stopping=stopping or Stopping(4), deliver=print
+        id="x", prompt=prompt, sampling=Sampling(**sampling), stopping=stopping or StopRules(4), deliver=print
     )
     return Sequence(generation, 0, Detokenizer(DECODER))
 
@@ -82,7 +82,7 @@ def test_repetition_counts_the_prompt() -> None:
 
 
 def test_an_end_is_banned_before_the_least_number_of_tokens() -> None:
-    one = sequence(temperature=0.0, stopping=Stopping(4, min_tokens=1, token_ids=frozenset({1})))
+    one = sequence(temperature=0.0, stopping=StopRules(4, min_tokens=1, token_ids=frozenset({1})))
     first = choose(LOGITS[None], [one], frozenset({0}))[0]
     assert first is not None
     assert first.token == 2
