@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -129,7 +130,9 @@ def test_hub_references_are_recorded_with_their_commits(
     spec = answer.json()["spec"]
     assert spec["model"] == f"hf:org/model@{model}"
     assert spec["evaluation"]["dataset"] == f"hf:org/texts/sets/a.jsonl@{texts}"
-    hub.push("org/model", {**files, "modeling.py": b"import os"})
+    foreign = {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
+    config = json.dumps(json.loads(files["config.json"]) | foreign).encode()
+    hub.push("org/model", {**files, "config.json": config, "modeling.py": b"import os"})
     refused = api.client.post("/v1/jobs", json=body)
     assert (refused.status_code, refused.json()["code"]) == (422, "model_remote_code")
 
