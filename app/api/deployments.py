@@ -16,8 +16,8 @@ from app.api.services import Services
 from app.core.changes.redis_keys import DEPLOYMENTS_STAMP, WORKERS_STAMP
 from app.core.deployments.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployments.deployment_store import removed
-from app.core.errors import InvalidRequest, MalformedRequest, NotFound, Unavailable
-from app.core.records.ids import is_id, new_id
+from app.core.errors import InvalidRequest, NotFound, Unavailable
+from app.core.records.ids import check_cursor, new_id
 from app.core.records.specs import DeploymentOptions
 
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
@@ -54,13 +54,7 @@ def list_deployments(
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The tenant's deployments, newest first."""
-    if after is not None and not is_id("dep", after):
-        raise MalformedRequest(
-            f"{after[:64]!r} is not a cursor",
-            code="invalid_cursor",
-            remedy="pass the `next` of the page before",
-            param="after",
-        )
+    check_cursor("dep", after)
     own = [live for live in services.deployments.all() if live.deployment.tenant == principal.tenant]
     older = [live for live in own if after is None or live.id < after]
     engines = serving_engines(services)

@@ -82,10 +82,8 @@ class FileFormat(ABC):
     """A format of quantized models. By default it holds every scheme and every shape."""
 
     suffixes: tuple[str, ...]  # of all tensors that a linear may have; the first marks a quantized one
-    multiples: tuple[int, int] = (
-        1,
-        1,
-    )  # of out_features and in_features: formats that pad nothing pack whole words
+    # Of out_features and in_features: formats that pad nothing pack whole words.
+    multiples: tuple[int, int] = (1, 1)
     scale_dtype: Literal["F16"] | None = None  # None: the model's
     config_file: str | None = None  # a further file with the entry of config.json
 

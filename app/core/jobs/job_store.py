@@ -32,7 +32,6 @@ from app.core.changes.redis_keys import (
 )
 from app.core.errors import (
     Conflict,
-    MalformedRequest,
     NibbleError,
     NotFound,
     QuotaExceeded,
@@ -41,7 +40,7 @@ from app.core.errors import (
 from app.core.jobs.job_encoding import announcement, decode, encode, state_payload
 from app.core.jobs.job_scripts import APPEND, CREATE, DELETE, NEXT_TURN, RELEASE, RENEW, SETTLE, SWAP
 from app.core.outgoing.webhook_messages import message_of
-from app.core.records.ids import is_id
+from app.core.records.ids import check_cursor, is_id
 from app.core.records.job import TRANSITIONS, Job, JobState
 from app.core.records.job_changes import claimed, is_executing, stale
 from app.core.records.specs import Frozen
@@ -240,13 +239,7 @@ class JobStore:
     def _newest_first(self, tenant: str, selection: JobFilter) -> Iterator[Job]:
         after = selection.after
         step = PAGE_STEP if selection.is_selective else selection.limit + 1
-        if after is not None and not is_id("job", after):
-            raise MalformedRequest(
-                f"{after[:64]!r} is not a cursor",
-                code="invalid_cursor",
-                remedy="pass the `next` of the page before",
-                param="after",
-            )
+        check_cursor("job", after)
         while True:
             upper = "+" if after is None else f"({after}"
             ids = self._redis.zrevrangebylex(jobs_key(tenant), upper, "-", start=0, num=step)

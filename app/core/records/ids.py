@@ -8,6 +8,7 @@ from typing import Literal
 
 from ulid import ULID
 
+from app.core.errors import MalformedRequest
 from app.core.formats.registry import FormatName
 
 Kind = Literal["job", "art", "dep"]
@@ -40,3 +41,14 @@ def derived(job_id: str, what: str) -> ULID:
     job = ULID.from_str(job_id.removeprefix("job_"))
     digest = hashlib.sha256(f"{job_id}/{what}".encode()).digest()
     return ULID(job.bytes[:6] + digest[:10])
+
+
+def check_cursor(kind: Kind, after: str | None) -> None:
+    """Raise MalformedRequest for a cursor that is not the id of an item of its list."""
+    if after is not None and not is_id(kind, after):
+        raise MalformedRequest(
+            f"{after[:64]!r} is not a cursor",
+            code="invalid_cursor",
+            remedy="pass the `next` of the page before",
+            param="after",
+        )

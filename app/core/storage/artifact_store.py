@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from app.core.errors import MalformedRequest, NotFound, RecordUnreadable
+from app.core.errors import NotFound, RecordUnreadable
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
-from app.core.records.ids import is_id
+from app.core.records.ids import check_cursor, is_id
 from app.core.records.specs import Frozen
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
@@ -74,13 +74,7 @@ class ArtifactStore:
 
     def page(self, tenant: str, *, limit: int, after: str | None) -> ArtifactPage:
         """The tenant's artifacts, newest first, older than the id `after`."""
-        if after is not None and not is_id("art", after):
-            raise MalformedRequest(
-                f"{after[:64]!r} is not a cursor",
-                code="invalid_cursor",
-                remedy="pass the `next` of the page before",
-                param="after",
-            )
+        check_cursor("art", after)
         manifests: list[ArtifactManifest] = []
         for manifest in self._newest_first(after):
             if manifest.tenant == tenant:
