@@ -42,6 +42,7 @@ def create_job(
         id=services.idempotency.claim(tenant, idempotency_key, request, new_id("job")),
         tenant=tenant,
         spec=checked.spec,
+        choices=checked.plan.choices,
         created_at=datetime.now(UTC),
         fingerprint=checked.fingerprint,
         request_id=bound_id("request"),

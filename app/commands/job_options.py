@@ -49,7 +49,7 @@ class JobOptions:
         str | None, option("rtn, awq (default), gptq or omniquant.", values=get_args(Method))
     ] = None
     bits: Annotated[int | None, option("2, 3, 4 (default) or 8.")] = None
-    group_size: Annotated[int | None, option("32, 64, 128 (default), or -1 for whole rows.")] = None
+    group_size: Annotated[int | None, option("32, 64, 128, or -1 for whole rows; default: the largest of 128, 64 and 32 that fits.")] = None
     symmetric: Annotated[
         bool | None,
         option(

@@ -137,7 +137,8 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     # Users may read any file that they can read, including links such as those in the hub's cache.
     settings = read_settings().model_copy(update={"model_roots": (Path("/"),)})
     device = chosen_device(device)
-    spec = check_submission(spec, settings).spec
+    checked = check_submission(spec, settings)
+    spec = checked.spec
     with ModelCache(work / "model", settings) as cache:
         model = cache.fetch(spec.model, no_news)
     texts = fetch_texts(spec, settings, work, no_news, in_place=True)
@@ -148,6 +149,7 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
         model_name=model.name,
         model_digest=model.digest,
         model_notes=model.notes,
+        choices=checked.plan.choices,
         calibration_digest=texts.calibration_digest,
         calibration_file=texts.calibration,
         evaluation_file=texts.evaluation,

@@ -33,6 +33,7 @@ from app.core.errors import (
     RecordUnreadable,
     Unavailable,
 )
+from app.core.planning.device_profile import NOMINAL, rates_notes
 from app.core.records.job import Job, Progress, Stage
 from app.core.sources.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
 from app.core.storage.published import published_before
@@ -171,6 +172,7 @@ class Attempt:
             model_name=model.name,
             model_digest=model.digest,
             model_notes=model.notes,
+            choices=self._job.choices,
             calibration_digest=texts.calibration_digest,
             calibration_file=texts.calibration,
             evaluation_file=texts.evaluation,
@@ -181,6 +183,9 @@ class Attempt:
             shard_bytes=settings.shard_bytes,
             profile=self._context.profile,
         )
+        for note in rates_notes(assignment.profile or NOMINAL["cuda" if "cuda" in device else "cpu"]):
+            message = f"the report's prediction: {note}"
+            self._record.event("note", {"code": "rates_assumed", "message": message})
         identity = assignment.layers_identity(self._job.spec.recipes)
         mirror = CheckpointMirror(self._context.objects, self._job, identity, self._work_folder)
         restored = mirror.restore(self._watch.check)

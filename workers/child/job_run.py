@@ -33,7 +33,7 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
     clock = StageClock(send, work.device, work.plan.num_layers)
     for message in assignment.model_notes:
         clock.note("model_files", message)
-    for message in work.plan.notes:
+    for message in (*assignment.choices, *work.plan.notes):
         clock.note("plan", message)
 
     with clock.stage(Stage.FETCHING):

@@ -112,6 +112,7 @@ def gptq_rounding(recipe: Recipe) -> Recipe | None:
 
 def groups_of(size: int) -> Change:
     def change(recipe: Recipe) -> Recipe | None:
+        assert recipe.group_size != "auto"
         smaller = recipe.group_size == -1 or recipe.group_size > size
         return altered(recipe, group_size=size) if smaller else None
 

@@ -29,6 +29,7 @@ class Assignment(Frozen):
     model_name: str  # for people: model cards, the report
     model_digest: str  # sha256 over the model's files
     model_notes: tuple[str, ...] = ()  # what was left out of the model's folder, and why
+    choices: tuple[str, ...] = ()  # of the service, where the job's body left something open
     calibration_digest: str  # of the calibration text's content
     calibration_file: Path | None = None  # fetched jsonl or text; None for builtin and inline
     evaluation_file: Path | None = None

@@ -32,7 +32,7 @@ TextSpecT = TypeVar("TextSpecT", CalibrationSpec, EvaluationSpec)
 
 
 class CheckedSubmission(Frozen):
-    """A job that may be recorded: `spec` names one commit of each hub repository."""
+    """A job that may be recorded: `spec` names one commit of each hub repository and leaves nothing open."""
 
     spec: JobSpec
     plan: Plan
@@ -55,12 +55,14 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")
     # Other sources have no versions to name: their reference stays as it was written.
     model = files.name if isinstance(files, HubModel) else spec.model
+    recipes = [candidate.recipe for candidate in plan.candidates]
     pinned = {"calibration": calibration, "evaluation": evaluation, "model": model}
+    spec = spec.with_recipes(recipes).model_copy(update=pinned)
     contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
     require_length(spec.calibration, spec.calibration.sequence_length, param="calibration.texts")
     require_length(spec.evaluation, spec.calibration.sequence_length, param="evaluation.texts")
     return CheckedSubmission(
-        spec=spec.model_copy(update=pinned),
+        spec=spec,
         plan=plan,
         download_bytes=sum(headers.files.values()),
         fingerprint=fingerprint(spec, contents),

@@ -14,11 +14,11 @@ from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.formats.file_format import ModuleSchemes, Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
-from app.core.records.specs import Frozen, JobSpec, Recipe, SearchSpec, matches
+from app.core.records.specs import Frozen, GroupSize, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
 TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multiplied
-GROUP_SIZES = (128, 64, 32)
+GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 # Values of `quantization_config.quant_method` in which models are originally published.
 PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -70,7 +70,8 @@ class Plan(Frozen):
     layer_bytes: int  # the largest decoder layer
     dtype: str  # of the linears: float32, float16 or bfloat16
     candidates: tuple[CandidatePlan, ...]
-    notes: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # what the recipes leave open, and is not the usual
+    notes: tuple[str, ...] = ()  # the choices included
 
 
 def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, TensorHeader]) -> Plan:
@@ -84,6 +85,7 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
     num_layers = positive_integer(config, "num_hidden_layers")
     shapes = linear_shapes(architecture, num_layers, tensors)
     refuse_without_head(architecture, tensors)
+    spec, choices = with_group_sizes(spec, shapes)
     candidates = tuple(
         plan_candidate(spec, index, architecture, shapes, tensors) for index in range(len(spec.recipes))
     )
@@ -99,7 +101,12 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
         layer_bytes=largest_layer(architecture, num_layers, tensors),
         dtype=weight_dtype(shapes, tensors),
         candidates=candidates,
-        notes=(*window_notes(spec, architecture, config), *plan_notes(spec, architecture, candidates)),
+        choices=choices,
+        notes=(
+            *choices,
+            *window_notes(spec, architecture, config),
+            *plan_notes(spec, architecture, candidates),
+        ),
     )
 
 
@@ -257,6 +264,41 @@ def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHe
     return WEIGHT_DTYPES[dtypes.pop()]
 
 
+def with_group_sizes(spec: JobSpec, shapes: dict[str, tuple[int, int]]) -> tuple[JobSpec, tuple[str, ...]]:
+    """The spec with a number for every group size, and a note on each that is not the usual."""
+    choices: list[str] = []
+    recipes: list[Recipe] = []
+    for index, recipe in enumerate(spec.recipes):
+        size, obstacle = chosen_group_size(recipe, shapes)
+        recipes.append(recipe.model_copy(update={"group_size": size}))
+        if obstacle is not None:
+            choices.append(
+                f"recipe {index}: group_size {size}, the largest that divides all inputs: {obstacle}"
+            )
+    return spec.with_recipes(recipes), tuple(choices)
+
+
+def chosen_group_size(recipe: Recipe, shapes: dict[str, tuple[int, int]]) -> tuple[GroupSize, str | None]:
+    """The recipe's group size. For `auto` the largest that divides the inputs of all linears that take it,
+    and what kept it from a larger one; the smallest if none does."""
+    if recipe.group_size != "auto":
+        return recipe.group_size, None
+    largest = GROUP_SIZES[0]
+    if recipe.indivisible != "refuse":
+        return largest, None  # each linear gets what fits it
+    inputs = {
+        name: shape[1]
+        for name, shape in shapes.items()
+        if not any(matches(pattern, name) for pattern in recipe.ignore)
+        and not any(override.group_size and override.matches(name) for override in recipe.overrides)
+    }
+    obstacle = next((name for name, size in inputs.items() if size % largest), None)
+    if obstacle is None:
+        return largest, None
+    fitting = (size for size in GROUP_SIZES if all(each % size == 0 for each in inputs.values()))
+    return next(fitting, GROUP_SIZES[-1]), f"{obstacle} has in_features={inputs[obstacle]}"
+
+
 def plan_candidate(
     spec: JobSpec,
     index: int,
@@ -334,6 +376,7 @@ def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan
     if ignored is not None:
         reason = f"ignored by {ignored!r}"
     else:
+        assert recipe.group_size != "auto"
         bits, group_size = recipe.bits, recipe.group_size
         for override in recipe.overrides:
             if override.matches(name):

@@ -76,6 +76,7 @@ class Job(Kept):
     id: str
     tenant: str
     spec: JobSpec
+    choices: tuple[str, ...] = ()  # of the service, where the body left something open, in words
     state: JobState = JobState.QUEUED
     stage: Stage | None = None
     progress: Progress = Progress()

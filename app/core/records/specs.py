@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -108,7 +109,8 @@ class Recipe(Frozen):
 
     method: Method = "awq"
     bits: Bits = 4
-    group_size: GroupSize = 128
+    # auto: the largest that divides the inputs of all linears; a recorded job has the number
+    group_size: Literal["auto", 32, 64, 128, -1] = "auto"
     symmetric: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     ignore: tuple[str, ...] = ("lm_head",)
@@ -157,8 +159,8 @@ class Recipe(Frozen):
     def label(self) -> str:
         """A short name for tables: `awq w4 g128`, `awq+gptq w3 g64 sym`."""
         method = f"{self.method}+gptq" if self.searches_scales and self.rounding == "gptq" else self.method
-        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{method} w{self.bits} {group}{' sym' if self.symmetric else ''}"
+        group = {"auto": "", -1: " channel"}.get(self.group_size, f" g{self.group_size}")
+        return f"{method} w{self.bits}{group}{' sym' if self.symmetric else ''}"
 
 
 class TextSpec(Frozen):
@@ -306,6 +308,12 @@ class JobSpec(Frozen):
     @property
     def recipes(self) -> tuple[Recipe, ...]:
         return self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
+
+    def with_recipes(self, recipes: Sequence[Recipe]) -> JobSpec:
+        """The same job for as many other recipes; a single one stays single."""
+        return self.model_copy(
+            update={"recipe": tuple(recipes) if isinstance(self.recipe, tuple) else recipes[0]}
+        )
 
     def recipe_field(self, index: int) -> str:
         """The path of a recipe in the body: `recipe`, or `recipe.<index>` in a list."""

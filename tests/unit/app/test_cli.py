@@ -13,7 +13,7 @@ from tests.unit.app.canned import Canned, canned_service, run
 
 JOB = {
     "id": "job_1", "state": "succeeded", "created_at": "2026-01-01T00:00:00Z",
-    "spec": {"model": "a/[b]", "recipe": [{"bits": 3}, {}]},
+    "spec": {"model": "a/[b]", "recipe": [{"bits": 3, "group_size": 128}, {}]},
     "progress": {"fraction": 1.0}, "artifacts": ["art_1"],
 }  # fmt: skip
 FAILED = {
@@ -171,7 +171,8 @@ def test_the_kept_key_is_sent_nowhere_else(tmp_path: Path) -> None:
 def test_artifacts_show_and_report(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
     artifact = {
         "id": "art_1", "job": "job_1", "created_at": "2026-01-01T00:00:00Z", "model": "a/b", "format": "awq",
-        "recipe": {"method": "rtn"}, "files": [{"path": "config.json", "size": 1200, "sha256": "ab" * 32}],
+        "recipe": {"method": "rtn", "group_size": 128},
+        "files": [{"path": "config.json", "size": 1200, "sha256": "ab" * 32}],
     }  # fmt: skip
     service.answers["GET /v1/artifacts/art_1"] = (200, artifact)
     service.answers["GET /v1/artifacts"] = (200, {"data": [artifact]})

@@ -1,14 +1,14 @@
 // Converts the form's fields to the body of POST /v1/jobs and back.
 
 export const BLANK = {
-  model: "", method: "awq", bits: "4", group_size: "128", rounding: "nearest", symmetric: "no", strategy: "grid",
+  model: "", method: "awq", bits: "4", group_size: "auto", rounding: "nearest", symmetric: "no", strategy: "grid",
   formats: ["compressed-tensors"], ratio: "", num_samples: "128", sequence_length: "512",
   dataset: "builtin:wikitext2", priority: "normal", labels: "",
   template: null, // the spec that the form came from: what has no field is sent as it was
 };
 
 export const PRESETS = [
-  { name: "Balanced", text: "AWQ, 4 bits, groups of 128", form: {} },
+  { name: "Balanced", text: "AWQ, 4 bits, the largest groups that fit", form: {} },
   { name: "Best at 4 bits", text: "AWQ scales with GPTQ rounding", form: { rounding: "gptq" } },
   { name: "Small", text: "3 bits with GPTQ rounding", form: { bits: "3", rounding: "gptq" } },
   { name: "Within one percent", text: "the smallest model that loses at most 1 % perplexity", form: { bits: "3", rounding: "gptq", ratio: "1.01" } },
@@ -47,7 +47,7 @@ function targetOf(form) {
 export function specOf(form) {
   const before = form.template && recipesOf(form.template)[0];
   const recipe = {
-    ...before, method: form.method, bits: Number(form.bits), group_size: Number(form.group_size),
+    ...before, method: form.method, bits: Number(form.bits), group_size: numberOr(form.group_size, "auto"),
     symmetric: form.symmetric === "yes", rounding: form.rounding, search: { ...before?.search, strategy: form.strategy },
   };
   return {

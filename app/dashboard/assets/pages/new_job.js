@@ -87,7 +87,7 @@ function RecipeFields({ form, set, error }) {
     <${Field} label="Bits" path="recipe.bits" error=${error}>
       <${Choice} value=${form.bits} onChange=${set("bits")} options=${[["2", "2"], ["3", "3"], ["4", "4"], ["8", "8"]]} /><//>
     <${Field} label="Group size" path="recipe.group_size" error=${error}>
-      <${Choice} value=${form.group_size} onChange=${set("group_size")} options=${[["32", "32"], ["64", "64"], ["128", "128"], ["-1", "whole rows"]]} /><//>
+      <${Choice} value=${form.group_size} onChange=${set("group_size")} options=${[["auto", "the largest that fits"], ["32", "32"], ["64", "64"], ["128", "128"], ["-1", "whole rows"]]} /><//>
     <${Field} label="Rounding" path="recipe.rounding" error=${error}>
       <${Choice} value=${form.rounding} onChange=${set("rounding")} options=${[["nearest", "nearest"], ["gptq", "GPTQ"]]} /><//>
     <${Field} label="Grid" path="recipe.symmetric" error=${error}>

@@ -129,13 +129,15 @@ def test_it_stops_where_the_target_is_met() -> None:
 
 def test_a_rung_that_does_not_help_is_left_behind() -> None:
     model = Model()
-    model.add(Recipe(), 1.5)
+    model.add(Recipe(group_size=128), 1.5)
     step = model.next()
     assert step.recipe is not None
     model.add(step.recipe, 1.6, step.rung)
     following = model.next()
     assert following.rung == "GPTQ rounding"
-    assert following.recipe == Recipe(rounding="gptq")  # of the recipe as asked, not of the finer search
+    assert following.recipe == Recipe(
+        group_size=128, rounding="gptq"
+    )  # of the recipe as asked, not of the finer search
 
 
 def test_the_ladder_starts_from_the_best_recipe() -> None:
@@ -149,13 +151,15 @@ def test_the_ladder_starts_from_the_best_recipe() -> None:
 
 def test_plain_rounding_becomes_a_search() -> None:
     model = Model()
-    model.add(Recipe(method="rtn"), 2.0)
+    model.add(Recipe(method="rtn", group_size=128), 2.0)
     step = model.next()
     assert step.recipe is not None
     assert (step.rung, step.recipe.method) == ("finer search", "awq")
 
 
-@pytest.mark.parametrize("recipe", [Recipe(method="gptq"), Recipe(group_size=-1, method="gptq")])
+@pytest.mark.parametrize(
+    "recipe", [Recipe(method="gptq", group_size=128), Recipe(group_size=-1, method="gptq")]
+)
 def test_gptq_goes_on_with_smaller_groups(recipe: Recipe) -> None:
     model = Model()
     model.add(recipe, 2.0)
@@ -165,9 +169,12 @@ def test_gptq_goes_on_with_smaller_groups(recipe: Recipe) -> None:
 
 def test_omniquant_goes_on_with_gptq_rounding() -> None:
     model = Model()
-    model.add(Recipe(method="omniquant"), 2.0)
+    model.add(Recipe(method="omniquant", group_size=128), 2.0)
     step = model.next()
-    assert (step.rung, step.recipe) == ("GPTQ rounding", Recipe(method="omniquant", rounding="gptq"))
+    assert (step.rung, step.recipe) == (
+        "GPTQ rounding",
+        Recipe(method="omniquant", group_size=128, rounding="gptq"),
+    )
 
 
 def test_more_overrides_than_a_recipe_may_have_end_the_ladder_with_the_reason() -> None:

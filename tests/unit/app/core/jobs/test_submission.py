@@ -9,6 +9,7 @@ from app.core.jobs.estimate import estimate
 from app.core.jobs.submission import check_submission, refuse_own_storage
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe
 from app.core.settings import Settings
+from tests.tiny_models import EngineRun, tiny_model, tiny_spec
 
 
 @pytest.fixture
@@ -30,6 +31,34 @@ def test_an_estimate_names_every_linear(settings: Settings, example_model: Path)
     assert len(found.candidates[0].linears) == 6 * 7
     assert found.output_bytes == sum(found.candidates[0].output_bytes.values())
     assert found.vram_bytes == 0
+
+
+def test_a_model_that_the_usual_groups_do_not_divide_needs_no_recipe(tmp_path: Path) -> None:
+    """Submitted, estimated and run with nothing but its name: the number is in the record, and the reason
+    in the estimate, the events and the report."""
+    shape = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    model = tiny_model(tmp_path / "model", num_hidden_layers=1, head_dim=64, **shape)
+    settings = Settings(state_dir=tmp_path, model_roots=(tmp_path,))
+    body = {"model": model.as_uri(), "recipe": [{}, {"method": "rtn", "group_size": 32}]}
+    checked = check_submission(JobSpec.model_validate(body), settings)
+    assert [recipe.group_size for recipe in checked.spec.recipes] == [64, 32]
+    (choice,) = checked.plan.choices
+    assert "recipe 0: group_size 64" in choice
+    assert "in_features=576" in choice
+    assert choice in estimate(checked, "cpu").notes
+    asked = {"model": model.as_uri(), "recipe": [{"group_size": 64}, {"method": "rtn", "group_size": 32}]}
+    same = check_submission(JobSpec.model_validate(asked), settings)
+    assert (same.spec, same.fingerprint) == (checked.spec, checked.fingerprint)
+    assert check_submission(JobSpec(model=model.as_uri()), settings).spec.recipe == Recipe(group_size=64)
+    spec = tiny_spec(checked.spec.recipes[1:])
+    run = EngineRun(spec, model, tmp_path / "work", choices=checked.plan.choices)
+    assert choice in run.report.notes
+    assert choice in [message.message for message in run.messages if message.kind == "note"]
 
 
 def test_a_gpu_is_faster_and_takes_its_own_memory(settings: Settings, example_model: Path) -> None:

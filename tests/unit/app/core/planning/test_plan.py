@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.core.errors import RecipeUnsupported
 from app.core.planning.plan import Plan, plan_job
 from app.core.records.specs import Override, Recipe
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
@@ -64,6 +65,41 @@ def test_the_last_override_that_matches_wins() -> None:
     assert found["0.mlp.down_proj"] == (3, 32)
     assert found["1.mlp.down_proj"] == (3, 64)
     assert found["1.mlp.up_proj"] == (4, 64)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size"),
+    [
+        ({}, 64),  # 192 and 320
+        ({"ignore": ["lm_head", "mlp.down_proj"]}, 64),
+        ({"ignore": ["lm_head", "re:.*"], "indivisible": "refuse"}, None),
+        ({"overrides": [{"match": "re:.*", "group_size": 32}]}, 128),
+        ({"indivisible": "nearest"}, 128),
+        ({"group_size": 32}, 32),
+        ({"group_size": -1}, -1),
+    ],
+)
+def test_an_open_group_size_is_the_largest_that_divides_all_inputs(
+    recipe: dict[str, Any], size: int | None
+) -> None:
+    spec = asked(**{"group_size": "auto", **recipe})
+    if size is None:
+        with pytest.raises(RecipeUnsupported, match="ignores every linear"):
+            planned(spec)
+        return
+    plan = planned(spec)
+    assert plan.candidates[0].recipe.group_size == size
+    chosen = recipe.get("group_size") is None and size != 128
+    assert bool(plan.choices) is chosen
+    assert set(plan.choices) <= set(plan.notes)
+    if chosen:
+        assert plan.choices == (
+            "recipe 0: group_size 64, the largest that divides all inputs: "
+            "model.layers.0.self_attn.q_proj has in_features=192",
+        )
+        # The number is frozen: planned again it is the same, and nobody's choice.
+        again = planned(spec.with_recipes([plan.candidates[0].recipe]))
+        assert (again.candidates, again.choices) == (plan.candidates, ())
 
 
 def test_a_head_that_ignore_forgets_is_noted() -> None:

@@ -123,6 +123,16 @@ def test_groups_that_do_not_divide_are_refused_with_the_nearest(columns: int, re
     assert refusal.value.param == "recipe.group_size"
 
 
+def test_without_a_group_size_and_any_that_divides_the_way_out_is_named() -> None:
+    headers = {
+        name: header((value.shape[0], 40)) if "down_proj" in name else value
+        for name, value in tensors().items()
+    }
+    with pytest.raises(RecipeUnsupported, match="down_proj: in_features=40 is not a multiple") as refusal:
+        plan_job(asked(group_size="auto"), CONFIG, headers)
+    assert "use group_size -1, or add 'down_proj' to `ignore`" in refusal.value.remedy
+
+
 @pytest.mark.parametrize(("choice", "size"), [("nearest", 64), ("skip", None)])
 def test_groups_that_do_not_divide_become_smaller_or_none(choice: str, size: int | None) -> None:
     recipe = {"group_size": 128, "indivisible": choice}

@@ -13,11 +13,11 @@ from app.core.records.specs import JobSpec, Recipe, TargetSpec
 @pytest.mark.parametrize(
     ("changes", "label", "gptq", "clip"),
     [
-        ({"method": "rtn"}, "rtn w4 g128", False, False),
-        ({}, "awq w4 g128", False, True),
-        ({"rounding": "gptq", "bits": 3}, "awq+gptq w3 g128", True, True),
+        ({"method": "rtn", "group_size": 128}, "rtn w4 g128", False, False),
+        ({}, "awq w4", False, True),
+        ({"rounding": "gptq", "bits": 3, "group_size": 32}, "awq+gptq w3 g32", True, True),
         ({"method": "gptq", "group_size": -1, "symmetric": True}, "gptq w4 channel sym", True, True),
-        ({"method": "gptq", "search": {"clip": False}}, "gptq w4 g128", True, False),
+        ({"method": "gptq", "search": {"clip": False}}, "gptq w4", True, False),
     ],
 )
 def test_a_recipe_says_how_it_rounds(changes: dict[str, object], label: str, gptq: bool, clip: bool) -> None:
