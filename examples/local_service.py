@@ -22,7 +22,7 @@ from app.core.errors import NibbleError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
-START_LIMIT_S = 360.0  # what `nibble up` allows itself, and a little
+START_LIMIT_S = 210.0  # what `nibble up` allows itself, and a little
 STOP_LIMIT_S = 40.0
 
 

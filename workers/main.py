@@ -29,7 +29,7 @@ from app.core.telemetry.tally import Tally
 from app.core.telemetry.tracing import Tracer
 from workers.attempts.context import WorkerContext
 from workers.attempts.leftovers import Leftovers
-from workers.devices.kept_profile import kept_profile
+from workers.devices.kept_profile import Measurement
 from workers.queue_worker import QueueWorker
 from workers.tasks import open_context
 
@@ -90,8 +90,14 @@ def describe_worker(device: str, name: str | None) -> WorkerRecord:
 def serve(
     settings: Settings, redis_url: str, record: WorkerRecord, *, burst: bool, child_module: str = CHILD_MODULE
 ) -> None:
-    """Work until a signal stops it, or, with `burst`, until the queues are empty."""
+    """Work until a signal stops it, or, with `burst`, until the queues are empty.
+
+    The device is measured meanwhile, unless the record has its profile.
+    """
     shutdown = threading.Event()
+    measurement = None
+    if record.profile is None:
+        measurement = Measurement(record.device, record.device_name, settings.scratch_dir)
 
     def context() -> WorkerContext:
         redis = connect(redis_url)
@@ -109,7 +115,7 @@ def serve(
             limits=TenantLimits(redis, settings),
             tally=Tally(redis),
             tracer=Tracer(settings.otlp_endpoint, "nibble-worker"),
-            profile=record.profile,
+            profile=record.profile if measurement is None else measurement.profile,
             child_module=child_module,
         )
 
@@ -119,8 +125,10 @@ def serve(
     leftovers = Leftovers(settings.scratch_dir, JobStore(redis))
     leftovers.remove()
     log.info("worker %s on %s (%s)", record.name, record.device, record.device_name)
-    worker = QueueWorker(redis, record, shutdown, leftovers)
+    worker = QueueWorker(redis, record, shutdown, leftovers, measurement)
     worker.work(burst=burst, logging_level=settings.log_level.upper())
+    if measurement is not None:
+        measurement.pause()
     leftovers.remove()
 
 
@@ -132,8 +140,6 @@ def main(arguments: list[str] | None = None) -> None:
         make_folder(settings.scratch_dir)
         with resolve_redis(settings) as server:
             record = describe_worker(resolve_device(options.device), options.name)
-            profile = kept_profile(record.device, record.device_name, settings.scratch_dir)
-            record = record.model_copy(update={"profile": profile})
             serve(settings, server.url, record, burst=options.burst)
 
 

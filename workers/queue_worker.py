@@ -26,6 +26,7 @@ from app.core.jobs.job_store import JobStore
 from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
 from workers.attempts.leftovers import Leftovers
 from workers.devices.device_memory import device_memory
+from workers.devices.kept_profile import Measurement
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ WORKER_TTL_S = 60  # waits 45 s for an entry, then says that it lives
 MONITORING_INTERVAL_S = 10
 MAINTENANCE_INTERVAL_S = 30
 HEARTBEAT_TTL_S = 75
+LOOK_S = 1  # between two looks at the measurement of the device
 
 
 class ListedEntry(Entry):
@@ -78,7 +80,12 @@ class QueueWorker(Worker):
     """Takes entries from our queues. `shutdown` is set in the horse when this worker must stop."""
 
     def __init__(
-        self, redis: Redis, record: WorkerRecord, shutdown: threading.Event, leftovers: Leftovers
+        self,
+        redis: Redis,
+        record: WorkerRecord,
+        shutdown: threading.Event,
+        leftovers: Leftovers,
+        measurement: Measurement | None = None,
     ) -> None:
         super().__init__(
             list(QUEUE_NAMES),
@@ -94,12 +101,24 @@ class QueueWorker(Worker):
         self._record = record
         self._shutdown_flag = shutdown
         self._leftovers = leftovers
+        self._measurement = measurement
         self._registry = WorkerRegistry(redis)
         self._jobs = JobStore(redis)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         super().heartbeat(timeout, pipeline=pipeline)
         self._beat()
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        """The next entry. While none waits the device is measured; an entry stops that at once."""
+        measurement = self._measurement
+        while timeout is not None and measurement is not None and not measurement.is_over:
+            entry = super().dequeue_job_and_maintain_ttl(LOOK_S, LOOK_S)
+            if entry is not None or self._stop_requested:
+                measurement.pause()
+                return entry
+            measurement.go_on()
+        return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
 
     def run_maintenance_tasks(self) -> None:
         super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
@@ -154,7 +173,11 @@ class QueueWorker(Worker):
 
     def _beat(self, **changes: object) -> None:
         memory = device_memory(self._record.device)
-        beat = {"heartbeat_at": datetime.now(UTC), "memory_bytes": memory.used, "memory_total": memory.total}
+        beat: dict[str, object] = {
+            "heartbeat_at": datetime.now(UTC), "memory_bytes": memory.used, "memory_total": memory.total,
+        }  # fmt: skip
+        if self._measurement is not None:
+            beat |= {"profile": self._measurement.profile, "measuring": self._measurement.is_running}
         self._record = self._record.model_copy(update={**changes, **beat})
         try:
             self._registry.beat(self._record, ttl_s=HEARTBEAT_TTL_S)

@@ -12,6 +12,7 @@ from app.core.deployments.deployment import DeploymentState, LiveDeployment, Rep
 from app.core.formats.registry import FormatName
 from app.core.jobs.job_store import JobEvent, JobPage
 from app.core.jobs.worker_registry import WorkerRecord
+from app.core.planning.device_profile import Basis
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.records.job import Job, JobState, Problem, Progress, Stage
 from app.core.records.specs import Engine, JobSpec, Recipe, VllmOptions
@@ -237,7 +238,8 @@ class WorkerView(BaseModel):
     device: str
     device_name: str
     queue: Literal["jobs", "serve"]
-    state: Literal["idle", "busy"]
+    state: Literal["idle", "measuring", "busy"]  # a worker that measures its device takes jobs
+    rates: Basis | None  # what predictions for its device rest on; None: it runs no jobs
     servers: int
     memory_bytes: int | None  # in use on the device, by any process; without a GPU, the host's
     memory_total: int | None
@@ -253,7 +255,8 @@ class WorkerView(BaseModel):
             device=worker.device,
             device_name=worker.device_name,
             queue=worker.queue,
-            state="idle" if worker.job is None and worker.servers == 0 else "busy",
+            state=worker.state,
+            rates=worker.rates,
             servers=worker.servers,
             memory_bytes=worker.memory_bytes,
             memory_total=worker.memory_total,

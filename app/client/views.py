@@ -108,7 +108,8 @@ class WorkerAnswer(ServiceAnswer):
     device: str
     device_name: str = ""
     queue: str
-    state: str
+    state: str  # idle, measuring (and taking jobs), busy
+    rates: str | None = None  # of its device: measured, measured in part, nominal
     servers: int = 0
     job: str | None = None
     started_at: datetime

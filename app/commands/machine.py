@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from app.core.settings import Settings
 
 POLL_S = 0.1
-START_LIMIT_S = 330.0  # a worker measures its device at its first start, which takes a busy host minutes
+START_LIMIT_S = 180.0  # a busy host starts Python slowly
 STOP_GRACE_S = 15.0
 MAX_RESTARTS = 5  # restarts of one worker within RESTART_WINDOW_S before `nibble up` gives up
 RESTART_WINDOW_S = 60.0

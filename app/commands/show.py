@@ -102,12 +102,13 @@ def text_of(value: object) -> str:
 
 
 def show_workers(console: Console, workers: Iterable[WorkerAnswer]) -> None:
-    grid = table("worker", "queue", "state", "device", "runs", "heartbeat")
+    grid = table("worker", "queue", "state", "device", "rates", "runs", "heartbeat")
     for worker in workers:
         runs = worker.job or (f"{worker.servers} servers" if worker.servers else "")
         device = f"{worker.device} {worker.device_name}".strip()
         beat = worker.heartbeat_at.strftime("%H:%M:%SZ")
-        grid.add_row(escape(worker.name), worker.queue, worker.state, escape(device), runs, beat)
+        rates = worker.rates or ""
+        grid.add_row(escape(worker.name), worker.queue, worker.state, escape(device), rates, runs, beat)
     console.print(grid)
 
 

@@ -220,15 +220,15 @@ def test_living_workers_are_listed_and_hide_other_tenants_jobs(service: Service)
     registry = WorkerRegistry(service.redis)
     fields: dict[str, Any] = {"host": "h", "pid": 1, "started_at": now, "heartbeat_at": now}
     mine = WorkerRecord(name="a", device="cpu", job=new_id("job"), tenant="default", **fields)
-    profile = NOMINAL["cuda"].model_copy(update={"measured": True})
+    profile = NOMINAL["cuda"].model_copy(update={"assumed": ()})
     foreign = WorkerRecord(
         name="b", device="cuda:0", job=new_id("job"), tenant="other", profile=profile, **fields
     )
     for worker in (mine, foreign):
         registry.beat(worker, ttl_s=30)
     listed = service.client.get("/v1/workers").json()["data"]
-    assert [(worker["name"], worker["state"], worker["job"]) for worker in listed] == [
-        ("a", "busy", mine.job), ("b", "busy", None),
+    assert [(worker["name"], worker["state"], worker["rates"], worker["job"]) for worker in listed] == [
+        ("a", "busy", "nominal", mine.job), ("b", "busy", "measured", None),
     ]  # fmt: skip
     estimate = service.client.post("/v1/estimates", json={"model": MODEL}).json()
     assert (estimate["device"], estimate["basis"]) == ("cuda", "measured")

@@ -137,6 +137,39 @@ def test_workers_say_what_they_do(workshop: Workshop, redis: Redis) -> None:
     assert registry.living() == []
 
 
+def is_measured(pid: int) -> bool:
+    """Whether the worker's device is being measured."""
+    commands = [child.cmdline() for child in psutil.Process(pid).children()]
+    return any("workers.devices.profile_measurement" in command for command in commands)
+
+
+def test_a_job_does_not_wait_for_the_measurement_of_the_device(
+    workshop: Workshop, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where no earlier worker has left rates
+    registry, state_dir = WorkerRegistry(redis), str(workshop.settings.state_dir)
+
+    def state() -> str | None:
+        return next((worker.state for worker in registry.living()), None)
+
+    with workshop.worker("one", "-m", "tests.integration.stand_in_worker", "one", "--measure") as worker:
+        wait_until(lambda: state() == "measuring")
+        assert is_measured(worker.pid)
+        job = queued(workshop, layers="6", pause="0.3")
+        wait_until(lambda: checkpoints(workshop, job) >= 1)
+        assert not is_measured(worker.pid)
+        assert state() == "busy"
+        wait_until(lambda: ended(workshop, job))
+        wait_until(lambda: state() == "measuring")
+        worker.terminate()
+        assert worker.wait(timeout=60) == 0
+    wait_until(lambda: not processes_with(state_dir))
+    assert workshop.store.load(job.id).state is JobState.SUCCEEDED
+    note = workshop.payload(job, "note")
+    assert note["code"] == "rates_assumed"
+    assert "times are rough" in str(note["message"])
+
+
 def test_a_starting_worker_removes_what_dead_attempts_left(workshop: Workshop) -> None:
     job = workshop.submit()
     dead = workshop.settings.scratch_dir / f"{job.id}-1"

@@ -18,6 +18,7 @@ from app.core.deployments.deployment_store import DeploymentStore
 from app.core.formats.registry import FormatName
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
+from app.core.planning.device_profile import NOMINAL
 from app.core.records.artifact import ArtifactManifest
 from app.core.records.ids import artifact_id, new_id
 from app.core.records.job import Job
@@ -79,6 +80,7 @@ class Workshop:
             limits=TenantLimits(self.redis, self.settings),
             tally=Tally(self.redis),
             tracer=Tracer(self.settings.otlp_endpoint, "test"),
+            profile=NOMINAL["cpu"].model_copy(update={"assumed": ()}),
             child_module=STAND_IN,
         )
 

@@ -1,55 +1,120 @@
-"""The device's profile: measured once on a host, kept in the cache folder for all workers. Without torch."""
+"""The device's rates: measured while a worker is idle, kept for all of a host. Without torch."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import socket
-import subprocess
-import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from app.core.planning.device_profile import DeviceProfile
+from app.core.child.owned_process import OwnedProcess, exit_words
+from app.core.planning.device_profile import DeviceKind, DeviceProfile, profile_of, rate_names
 
 log = logging.getLogger(__name__)
 
-LIMIT_S = 300.0  # seconds, unless the host is busy
+LIMIT_S = 30.0  # of all measuring by one worker
+MODULE = "workers.devices.profile_measurement"
+RATES: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
 
 
-def kept_profile(device: str, device_name: str, folder: Path) -> DeviceProfile | None:
-    """How fast the device is, and the disk below `folder`: as measured before, or now; None if that fails."""
-    path = profiles_folder(folder) / f"{device.replace(':', '')}-{circumstances(device_name, folder)}.json"
-    with contextlib.suppress(OSError, ValidationError):
-        return DeviceProfile.model_validate_json(path.read_text("utf-8"))
-    log.info("measuring %s once; kept in %s", device, path)
-    command = [
-        sys.executable,
-        "-m",
-        "workers.devices.profile_measurement",
-        "--device",
-        device,
-        "--folder",
-        str(folder),
-    ]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
-        profile = DeviceProfile.model_validate_json(answer.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, IndexError, ValidationError) as fault:
-        log.warning("%s could not be measured; estimates use nominal rates: %s", device, fault)
-        return None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(profile.model_dump_json() + "\n", "utf-8")
-        os.replace(aside, path)
-    except OSError as fault:
-        log.warning("the profile of %s can't be kept in %s: %s", device, path.parent, fault)
-    return profile
+class Measurement:
+    """Measures what this host does not know of a device yet, in a process of its own.
+
+    A worker calls `go_on` while it is idle and `pause` before it works. A rate that was being measured then
+    is begun anew; after `LIMIT_S` seconds in all, those that are missing stay assumed.
+    """
+
+    def __init__(self, device: str, device_name: str, folder: Path, *, limit_s: float = LIMIT_S) -> None:
+        """`folder` is where jobs write: its disk is measured."""
+        self._device, self._folder = device, folder
+        self._kind: DeviceKind = "cpu" if device == "cpu" else "cuda"
+        self._path = profiles_folder(folder) / (
+            f"{device.replace(':', '')}-{circumstances(device_name, folder)}.json"
+        )
+        self._rates: dict[str, float] = {}
+        with contextlib.suppress(OSError, ValidationError):
+            self._rates = RATES.validate_json(self._path.read_text("utf-8"))
+        self._limit_s = self._left_s = limit_s
+        self._process: OwnedProcess | None = None
+        self._began = 0.0
+        self.is_over = not self.missing
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in rate_names(self._kind) if name not in self._rates]
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None
+
+    @property
+    def profile(self) -> DeviceProfile | None:
+        """None as long as nothing is measured."""
+        return profile_of(self._kind, self._rates) if self._rates else None
+
+    def go_on(self) -> None:
+        """Measure on, or end it: when all is measured, the time is up or the device can't be measured.
+
+        To be called every second or so, from a thread that lives as long as the process.
+        """
+        if self.is_over:
+            return
+        if self._process is None:
+            self._start()
+            return
+        code = self._process.exit_code()
+        if code is None and time.monotonic() - self._began < self._left_s:
+            return
+        tail = self._process.output_tail()
+        self.pause()
+        self.is_over = True
+        if code:
+            last = (tail.strip().splitlines() or [exit_words(code)])[-1]
+            log.warning("%s could not be measured; estimates use nominal rates: %s", self._device, last)
+        elif self.missing:
+            log.warning(
+                "%s: %.0f s were not enough to measure all rates; these are assumed: %s",
+                self._device, self._limit_s, ", ".join(self.missing),
+            )  # fmt: skip
+        else:
+            log.info("%s is measured; kept in %s", self._device, self._path)
+
+    def pause(self) -> None:
+        """Stop measuring within a moment, and keep what was measured."""
+        if self._process is None:
+            return
+        self._process.close()
+        self._process = None
+        self._left_s -= time.monotonic() - self._began
+        self._keep()
+
+    def _start(self) -> None:
+        log.info("measuring %s while no job waits, at most %.0f s", self._device, self._left_s)
+        self._began = time.monotonic()
+        skipped = [word for name in self._rates for word in ("--skip", name)]
+        words = [MODULE, "--device", self._device, "--folder", str(self._folder), *skipped]
+        self._process = OwnedProcess(words, on_line=self._take_in)
+
+    def _take_in(self, line: str) -> None:
+        """A line of its output, which warnings of libraries may be as well."""
+        with contextlib.suppress(ValidationError):
+            self._rates = {**self._rates, **RATES.validate_json(line)}
+
+    def _keep(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self._path.with_suffix(f".{os.getpid()}")
+            aside.write_text(json.dumps(self._rates) + "\n", "utf-8")
+            os.replace(aside, self._path)
+        except OSError as fault:
+            log.warning("the rates of %s can't be kept in %s: %s", self._device, self._path.parent, fault)
 
 
 def profiles_folder(homeless: Path) -> Path:

@@ -1,25 +1,27 @@
 """`python -m workers.devices.profile_measurement --device cpu --folder DIR` measures the device it runs on.
 
-A process of its own, because a worker never imports torch. It prints one JSON line and takes seconds.
+A process of its own, because a worker never imports torch. Each rate is a JSON line as soon as it is
+measured, so that whoever stops it loses one rate at most.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from app.core.formats.file_format import Scheme
 from app.core.planning.cost_model import FINALISTS, SAMPLED_ROWS, evaluations
-from app.core.planning.device_profile import DeviceProfile, SearchStep
+from app.core.planning.device_profile import SIZES, WIDTHS, DeviceKind, rate_names
 from app.core.records.specs import Recipe, SearchSpec
 from workers.devices.selection import select_device
 from workers.process import leave
@@ -27,9 +29,6 @@ from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.rounding import FoldedLinear, round_linear
 from workers.quantization.scale_search import Fold, ScaledLinear, search_scales
 
-SIZES = (256, 512, 1024, 2048)
-CUDA_SIZES = (*SIZES, 4096)
-WIDTHS, CUDA_WIDTHS = (256, 1024), (1024, 4096)  # of the linears that are searched
 ROUND_S = 0.12  # repeat until this much time has passed
 ARRAY_VALUES = 1 << 24
 DISK_BYTES = 1 << 26
@@ -60,49 +59,57 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_rates(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
-    rates = {}
-    for size in CUDA_SIZES if device.type == "cuda" else SIZES:
-        matrix = torch.randn(size, size, device=device, dtype=dtype)
-        out = torch.empty_like(matrix)
-        rates[size] = rate(2 * size**3, lambda a=matrix, b=out: torch.mm(a, a, out=b), device)  # type: ignore[misc]
-    return rates
+def elementwise_rate(device: torch.device) -> float:
+    values = torch.ones(ARRAY_VALUES, device=device)
+    return rate(2 * 4 * ARRAY_VALUES, lambda: values.mul_(1.0), device)
 
 
-def search_seconds(device: torch.device) -> dict[SearchStep, dict[int, float]]:
-    """Per weight, and for scales per candidate, by the number of in_features."""
-    by_step: dict[SearchStep, dict[int, float]] = {step: {} for step in get_args(SearchStep)}
-    for width in CUDA_WIDTHS if device.type == "cuda" else WIDTHS:
-        for step, seconds in search_steps(width, device).items():
-            by_step[step][width] = seconds
-    return by_step
+def matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(matrix)
+    return rate(2 * size**3, lambda: torch.mm(matrix, matrix, out=out), device)
 
 
-def search_steps(width: int, device: torch.device) -> dict[SearchStep, float]:
-    """The engine's own steps on a random linear (rows, width): AWQ's settings for 4 bits by default."""
-    generator = torch.Generator().manual_seed(0)
-    rows, scheme = SAMPLED_ROWS, Scheme(bits=4, group_size=128, symmetric=False)
-    weight = (torch.randn(rows, width, generator=generator) * width**-0.5).to(device)
-    inputs = torch.randn(2 * width, width, generator=generator).to(device)
-    moment = inputs.T @ inputs / len(inputs)
-    statistics = InputStatistics(inputs.abs().mean(dim=0), moment, len(inputs))
-    linears, search = [ScaledLinear(weight, scheme)], SearchSpec()
-    fold = Fold(torch.ones(width, device=device), True, None, torch.float16)
-    tried = (evaluations(Recipe()) * SAMPLED_ROWS + FINALISTS * rows) * width
+class SearchSteps:
+    """The engine's own steps on a random linear (rows, width): AWQ's settings for 4 bits by default.
 
-    def rounded(recipe: Recipe) -> float:
-        linear = FoldedLinear("", weight, moment, scheme, weight)
-        seconds = seconds_of(lambda: round_linear(linear, recipe, torch.float16), device)
-        return seconds / rows / width
+    Seconds are per weight, and for scales per candidate.
+    """
 
-    nearest = rounded(Recipe(method="rtn"))
-    clipped = rounded(Recipe())
-    return {
-        "scales": seconds_of(lambda: search_scales(linears, statistics, fold, search), device) / tried,
-        "nearest": nearest,
-        "clip": max(0.0, clipped - nearest),
-        "gptq": max(0.0, rounded(Recipe(method="gptq")) - clipped),  # on all grids that follow a clip search
-    }
+    def __init__(self, width: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.width, self.device = width, device
+        self.scheme = Scheme(bits=4, group_size=128, symmetric=False)
+        self.weight = (torch.randn(SAMPLED_ROWS, width, generator=generator) * width**-0.5).to(device)
+        inputs = torch.randn(2 * width, width, generator=generator).to(device)
+        moment = inputs.T @ inputs / len(inputs)
+        self.statistics = InputStatistics(inputs.abs().mean(dim=0), moment, len(inputs))
+
+    @cached_property
+    def nearest(self) -> float:
+        return self.rounded(Recipe(method="rtn"))
+
+    @cached_property
+    def clipped(self) -> float:
+        return self.rounded(Recipe())
+
+    def clip(self) -> float:
+        return max(0.0, self.clipped - self.nearest)
+
+    def gptq(self) -> float:
+        """On all grids that follow a clip search."""
+        return max(0.0, self.rounded(Recipe(method="gptq")) - self.clipped)
+
+    def rounded(self, recipe: Recipe) -> float:
+        linear = FoldedLinear("", self.weight, self.statistics.moment, self.scheme, self.weight)
+        seconds = seconds_of(lambda: round_linear(linear, recipe, torch.float16), self.device)
+        return seconds / SAMPLED_ROWS / self.width
+
+    def scales(self) -> float:
+        linears, search = [ScaledLinear(self.weight, self.scheme)], SearchSpec()
+        fold = Fold(torch.ones(self.width, device=self.device), True, None, torch.float16)
+        tried = (evaluations(Recipe()) + FINALISTS) * SAMPLED_ROWS * self.width
+        return seconds_of(lambda: search_scales(linears, self.statistics, fold, search), self.device) / tried
 
 
 def disk_rate(folder: Path) -> float:
@@ -116,27 +123,39 @@ def disk_rate(folder: Path) -> float:
         return DISK_BYTES / (time.perf_counter() - started)
 
 
-def measure(device: torch.device, folder: Path) -> DeviceProfile:
-    values = torch.ones(ARRAY_VALUES, device=device)
-    elementwise = rate(2 * 4 * ARRAY_VALUES, lambda: values.mul_(1.0), device)
-    float32 = matmul_rates(device, torch.float32)
-    cuda = device.type == "cuda"
-    return DeviceProfile(
-        device="cuda" if cuda else "cpu",
-        matmul=matmul_rates(device, torch.bfloat16) if cuda else float32,
-        matmul_float32=float32,
-        elementwise=elementwise,
-        disk=disk_rate(folder),
-        search=search_seconds(device),
-    )
+def measurements(device: torch.device, folder: Path) -> dict[str, Callable[[], float]]:
+    """How each of `rate_names` is measured."""
+    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    ways: dict[str, Callable[[], float]] = {
+        "elementwise": lambda: elementwise_rate(device),
+        "disk": lambda: disk_rate(folder),
+    }
+    for size in SIZES[kind]:
+        ways[f"matmul_float32 {size}"] = partial(matmul_rate, size, torch.float32, device)
+        ways[f"matmul {size}"] = partial(matmul_rate, size, torch.bfloat16, device)
+    for width in WIDTHS[kind]:
+        steps = SearchSteps(width, device)
+        ways[f"nearest {width}"] = partial(getattr, steps, "nearest")
+        ways |= {f"{name} {width}": getattr(steps, name) for name in ("scales", "clip", "gptq")}
+    return {name: ways[name] for name in rate_names(kind)}
+
+
+def measure(device: torch.device, folder: Path, skipped: list[str]) -> Iterator[tuple[str, float]]:
+    """Each rate by its name, but for those in `skipped`."""
+    for name, way in measurements(device, folder).items():
+        if name not in skipped:
+            yield name, way()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where jobs write")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a rate that is measured")
     options = parser.parse_args()
-    sys.stdout.write(measure(select_device(options.device), options.folder).model_dump_json() + "\n")
+    for name, measured in measure(select_device(options.device), options.folder, options.skip):
+        sys.stdout.write(json.dumps({name: measured}) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

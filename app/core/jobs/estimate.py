@@ -7,7 +7,7 @@ from typing import Literal
 from app.core.formats.registry import FormatName
 from app.core.jobs.submission import CheckedSubmission
 from app.core.planning.cost_model import predict
-from app.core.planning.device_profile import NOMINAL, DeviceKind, DeviceProfile
+from app.core.planning.device_profile import NOMINAL, Basis, DeviceKind, DeviceProfile, rates_notes
 from app.core.planning.plan import CandidatePlan
 from app.core.records.job import Stage
 from app.core.records.specs import Frozen
@@ -44,7 +44,7 @@ class Estimate(Frozen):
     parameters: int
     layers: int
     device: DeviceKind
-    basis: str  # measured by a living worker, or nominal
+    basis: Basis  # of the rates of the best living worker's device
     time_s: float
     stages: dict[Stage, float]
     ram_bytes: int
@@ -61,7 +61,8 @@ def estimate(
 ) -> Estimate:
     """On a device of this kind, with the rates of `profile` if one was measured."""
     plan, spec = checked.plan, checked.spec
-    prediction = predict(plan, spec, profile or NOMINAL[device])
+    profile = profile or NOMINAL[device]
+    prediction = predict(plan, spec, profile)
     output = sum(prediction.output_bytes)
     return Estimate(
         model=spec.model,
@@ -78,7 +79,7 @@ def estimate(
         disk_bytes=checked.download_bytes + prediction.disk_bytes + output,
         download_bytes=checked.download_bytes,
         output_bytes=output,
-        notes=plan.notes,
+        notes=(*rates_notes(profile), *plan.notes),
         candidates=tuple(
             candidate_estimate(candidate, sum(own.values()))
             for candidate, own in zip(plan.candidates, prediction.candidate_seconds, strict=True)

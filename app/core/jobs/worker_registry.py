@@ -10,7 +10,7 @@ from redis import Redis
 
 from app.core.changes.redis_keys import WORKERS, WORKERS_STAMP, worker_key
 from app.core.changes.stamps import KEPT_S
-from app.core.planning.device_profile import DeviceProfile
+from app.core.planning.device_profile import Basis, DeviceProfile
 from app.core.records.specs import Kept
 
 
@@ -22,7 +22,8 @@ class WorkerRecord(Kept):
     pid: int
     device: str  # cpu, cuda:0
     device_name: str = ""
-    profile: DeviceProfile | None = None
+    profile: DeviceProfile | None = None  # None as long as nothing is measured
+    measuring: bool = False  # its device, while it waits for jobs
     queue: Literal["jobs", "serve"] = "jobs"
     engines: tuple[str, ...] = ()  # that a worker of the queue `serve` can run
     servers: int = 0  # that it runs
@@ -32,6 +33,19 @@ class WorkerRecord(Kept):
     tenant: str | None = None  # the job's
     started_at: datetime
     heartbeat_at: datetime
+
+    @property
+    def state(self) -> Literal["idle", "measuring", "busy"]:
+        if self.job is not None or self.servers:
+            return "busy"
+        return "measuring" if self.measuring else "idle"
+
+    @property
+    def rates(self) -> Basis | None:
+        """What predictions for its device rest on; None for a worker that runs no jobs."""
+        if self.queue != "jobs":
+            return None
+        return "nominal" if self.profile is None else self.profile.basis
 
 
 class WorkerRegistry:

@@ -6,7 +6,7 @@ engine's own code was measured at, everything else in bytes that pass through me
 
 from __future__ import annotations
 
-from app.core.planning.device_profile import DeviceProfile, SearchStep
+from app.core.planning.device_profile import Basis, DeviceProfile, SearchStep
 from app.core.planning.plan import CandidatePlan, LinearPlan, Plan
 from app.core.records.job import Stage
 from app.core.records.specs import Frozen, JobSpec, Recipe
@@ -44,7 +44,7 @@ FOLDER_SECONDS = 0.02  # of writing one format's folder, and of reading it back
 class Prediction(Frozen):
     """Predicted time and sizes of a run. Output sizes are exact except for the files' metadata."""
 
-    basis: str  # measured or nominal
+    basis: Basis  # of the rates
     seconds: dict[Stage, float]  # of the whole job
     candidate_seconds: tuple[dict[Stage, float], ...]  # of each recipe alone
     ram_bytes: int
@@ -65,13 +65,12 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile) -> Prediction:
     for stages in own:
         for stage, spent in stages.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
-    evaluation = costs.forward(spec.evaluation.num_samples) + costs.head(spec.evaluation.num_samples)
-    seconds[Stage.EVALUATING] = seconds.get(Stage.EVALUATING, 0.0) + evaluation
+    seconds[Stage.EVALUATING] = seconds.get(Stage.EVALUATING, 0.0) + costs.evaluation()
     working = working_bytes(plan, spec)
     cuda = profile.device == "cuda"
     output = tuple(sum(candidate.output_bytes.values()) for candidate in plan.candidates)
     return Prediction(
-        basis="measured" if profile.measured else "nominal",
+        basis=profile.basis,
         seconds=seconds,
         candidate_seconds=own,
         ram_bytes=BASE_RAM_BYTES + working,
@@ -103,25 +102,26 @@ class Costs:
     def passes(self, values: float, bytes_per_value: float) -> float:
         return values * bytes_per_value / self.profile.elementwise
 
-    def forward(self, samples: int) -> float:
-        """Seconds of one model's decoder layers over `samples` windows."""
-        tokens = samples * self.length
+    def forward(self, samples: int, length: int | None = None) -> float:
+        """Seconds of one model's decoder layers over `samples` windows of `length`, else calibration's."""
+        length = length or self.length
+        tokens = samples * length
         linears = sum(
             self.product(self.tokens(each, tokens), each.in_features, each.out_features)
             for each in self.linears
         )
         hidden, windows = self.plan.hidden_size, self.plan.num_layers * samples
-        attention = 2 * windows * self.product(self.length, hidden, self.length)
-        scores = self.passes(windows * self.plan.num_heads * self.length**2, ATTENTION_BYTES)
+        attention = 2 * windows * self.product(length, hidden, length)
+        scores = self.passes(windows * self.plan.num_heads * length**2, ATTENTION_BYTES)
         values = sum(self.tokens(each, tokens) * each.out_features for each in self.linears)
         return linears + attention + scores + self.passes(values, LAYER_BYTES)
 
-    def head(self, samples: int) -> float:
-        """Seconds of the logits and their losses."""
-        tokens, vocabulary = samples * self.length, self.plan.vocab_size
-        chunks = tokens / min(CHUNK_TOKENS, self.length)
-        product = chunks * self.product(min(CHUNK_TOKENS, self.length), self.plan.hidden_size, vocabulary)
-        return product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
+    def evaluation(self) -> float:
+        """Seconds of one model's forward pass over the evaluation text, its logits and their losses."""
+        samples, length = self.spec.evaluation.num_samples, self.spec.evaluation_length
+        tokens, vocabulary, chunk = samples * length, self.plan.vocab_size, min(CHUNK_TOKENS, length)
+        product = tokens / chunk * self.product(chunk, self.plan.hidden_size, vocabulary)
+        return self.forward(samples, length) + product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
 
     def calibration(self) -> float:
         """Seconds of one pass of the original, with the second moments and histograms."""
@@ -155,7 +155,6 @@ class Costs:
         quantized = sum(each.parameters for each in candidate.linears if each.scheme is not None)
         written = sum(candidate.output_bytes.values())
         packed = quantized * len(candidate.output_bytes)
-        samples = self.spec.evaluation.num_samples
         reading = self.passes(quantized, VERIFY_BYTES)
         checking = self.forward(1) + quantized / self.profile.disk  # each layer is checked, then kept
         checking += self.plan.num_layers * LAYER_SECONDS
@@ -164,7 +163,7 @@ class Costs:
             Stage.SEARCHING: self.scales(candidate) + self.rounding(candidate) + checking,
             Stage.PACKING: folders + self.passes(packed, PACK_BYTES) + written / self.profile.disk,
             Stage.VERIFYING: folders + self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
-            Stage.EVALUATING: self.forward(samples) + self.head(samples) + reading,
+            Stage.EVALUATING: self.evaluation() + reading,
         }
         if candidate.recipe.has_own_chain:
             own[Stage.CALIBRATING] = self.chain()
@@ -258,18 +257,19 @@ def largest_layer_moments(plan: Plan) -> int:
 def working_bytes(plan: Plan, spec: JobSpec) -> int:
     """The larger of calibrating with search, and evaluating."""
     layer = plan.layer_bytes // (4 if plan.dtype == "float32" else 2)  # parameters
-    length = spec.calibration.sequence_length
-    hidden = 4 * length * plan.hidden_size
+    length, channels = spec.calibration.sequence_length, 4 * plan.hidden_size
     batch = max(1, BATCH_TOKENS // length)
     widest = max(each.out_features for each in plan.candidates[0].linears)
     activations = 4 * 4 * min(batch, spec.calibration.num_samples) * length * widest
     embedding = 4 * plan.vocab_size * plan.hidden_size
     solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
     chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
-    calibrating = (1 + 2 * chains) * spec.calibration.num_samples * hidden + activations + solving
+    calibrating = (1 + 2 * chains) * spec.calibration.num_samples * length * channels
+    calibrating += activations + solving
     models = 1 + len(plan.candidates)
-    logits = 4 * 4 * min(CHUNK_TOKENS, length) * plan.vocab_size
-    evaluating = models * spec.evaluation.num_samples * hidden + 2 * 4 * layer + logits
+    logits = 4 * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size
+    evaluating = models * spec.evaluation.num_samples * spec.evaluation_length * channels
+    evaluating += 2 * 4 * layer + logits
     return embedding + max(calibrating, evaluating)
 
 

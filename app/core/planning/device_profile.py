@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -11,19 +12,33 @@ from app.core.records.specs import Kept
 DeviceKind = Literal["cpu", "cuda"]
 # Steps of the engine that are measured as they are. `scales` counts every candidate of a weight once.
 SearchStep = Literal["scales", "nearest", "clip", "gptq"]
+Basis = Literal["measured", "measured in part", "nominal"]
+Table = dict[int, float]
+# Where rates are measured: sizes of square matrices, and in_features of linears that are searched.
+SIZES: dict[DeviceKind, tuple[int, ...]] = {
+    "cpu": (256, 512, 1024, 2048), "cuda": (256, 512, 1024, 2048, 4096),
+}  # fmt: skip
+WIDTHS: dict[DeviceKind, tuple[int, ...]] = {"cpu": (256, 1024), "cuda": (1024, 4096)}
 
 
 class DeviceProfile(Kept):
     """Sustained rates of one device."""
 
     device: DeviceKind
-    measured: bool = True
-    matmul: dict[int, float] = Field(min_length=1)  # operations/s by size of square matrices, compute dtype
-    matmul_float32: dict[int, float] = Field(min_length=1)  # the same in float32: second moments, search
+    assumed: tuple[str, ...] = ()  # the rates that were not measured, by `rate_names`
+    matmul: Table = Field(min_length=1)  # operations/s by size of square matrices, compute dtype
+    matmul_float32: Table = Field(min_length=1)  # the same in float32: second moments, search
     elementwise: float = Field(gt=0)  # bytes/s of reading and writing arrays
     disk: float = Field(gt=0)  # bytes/s of writing a file
     # Seconds per weight by in_features; workers of older versions have not measured them.
-    search: dict[SearchStep, dict[int, float]] = Field(default_factory=dict)
+    search: dict[SearchStep, Table] = Field(default_factory=dict)
+
+    @property
+    def basis(self) -> Basis:
+        """What predictions with these rates rest on."""
+        if not self.assumed:
+            return "measured"
+        return "nominal" if set(self.assumed) == set(rate_names(self.device)) else "measured in part"
 
     def matmul_rate(self, size: int, *, float32: bool = False) -> float:
         """Operations per second for matrices of about `size`, from the nearest measured size below."""
@@ -39,10 +54,62 @@ class DeviceProfile(Kept):
         return max(min(first, last), last + (last - first) * (width - high) / (high - low))
 
 
+def rate_names(device: DeviceKind) -> tuple[str, ...]:
+    """Every rate of a device that is measured: the cheap ones and those that matter most come first."""
+    sizes, widths = SIZES[device], WIDTHS[device]
+    compute = [f"matmul {size}" for size in sizes] if device == "cuda" else []  # a CPU computes in float32
+    return (
+        "elementwise", *[f"matmul_float32 {size}" for size in sizes], *compute, "disk",
+        *[f"{step} {width}" for step in get_args(SearchStep) for width in widths],
+    )  # fmt: skip
+
+
+def rates_notes(profile: DeviceProfile) -> tuple[str, ...]:
+    """What a reader of times should know that were predicted with these rates."""
+    if profile.basis == "measured":
+        return ()
+    if profile.basis == "nominal":
+        return ("times are rough: no rate of this device is measured yet, all are assumed",)
+    names = ", ".join(profile.assumed)
+    return (f"times are rough: some rates of this device are not measured but assumed ({names})",)
+
+
+def profile_of(device: DeviceKind, rates: Mapping[str, float]) -> DeviceProfile:
+    """The profile with these rates, by `rate_names`.
+
+    What is missing is nominal, at the pace at which this device multiplies matrices, if that was measured.
+    """
+    nominal, names = NOMINAL[device], rate_names(device)
+    measured: dict[str, Table] = {}
+    for name in filter(rates.__contains__, names):
+        kind, _, size = name.partition(" ")
+        measured.setdefault(kind, {})[int(size or 0)] = rates[name]
+    float32 = measured.get("matmul_float32", {})
+    size = min(float32, default=0)
+    pace = float32[size] / nominal.matmul_rate(size, float32=True) if float32 else 1.0
+
+    def scaled(table: Table, factor: float) -> Table:
+        return {size: rate * factor for size, rate in table.items()}
+
+    matmul_float32 = float32 or nominal.matmul_float32
+    return DeviceProfile(
+        device=device,
+        assumed=tuple(name for name in names if name not in rates),
+        matmul=measured.get("matmul")
+        or (matmul_float32 if device == "cpu" else scaled(nominal.matmul, pace)),
+        matmul_float32=matmul_float32,
+        elementwise=rates.get("elementwise", nominal.elementwise * pace),
+        disk=rates.get("disk", nominal.disk),
+        search={
+            step: measured.get(step) or scaled(table, 1 / pace) for step, table in nominal.search.items()
+        },
+    )
+
+
 # Assumptions: a small host, a data centre GPU.
 NOMINAL: dict[DeviceKind, DeviceProfile] = {
     "cpu": DeviceProfile(
-        device="cpu", measured=False, matmul={256: 80e9}, matmul_float32={256: 80e9},
+        device="cpu", assumed=rate_names("cpu"), matmul={256: 80e9}, matmul_float32={256: 80e9},
         elementwise=8e9, disk=5e8,
         search={
             "scales": {256: 5e-9, 1024: 6.5e-9}, "nearest": {256: 1.6e-8, 1024: 2e-8},
@@ -50,7 +117,7 @@ NOMINAL: dict[DeviceKind, DeviceProfile] = {
         },
     ),
     "cuda": DeviceProfile(
-        device="cuda", measured=False, matmul={256: 10e12, 1024: 100e12, 4096: 300e12},
+        device="cuda", assumed=rate_names("cuda"), matmul={256: 10e12, 1024: 100e12, 4096: 300e12},
         matmul_float32={256: 5e12, 1024: 30e12}, elementwise=1.5e12, disk=1e9,
         search={
             "scales": {4096: 3.5e-11, 14336: 4.5e-11}, "nearest": {4096: 1.2e-10},

@@ -7,7 +7,7 @@ import { html } from "../ui.js";
 
 function runs(worker) {
   if (worker.job) return html`<a href=${`#/jobs/${worker.job}`}>${worker.job}</a>`;
-  if (worker.state === "idle") return "–";
+  if (worker.state !== "busy") return "–";
   return worker.queue === "serve" ? `${worker.servers} server${worker.servers === 1 ? "" : "s"}` : "a job of another tenant";
 }
 
@@ -16,6 +16,7 @@ const COLUMNS = [
   ["State", (worker) => html`<${State} state=${worker.state} />`],
   ["Takes", (worker) => (worker.queue === "serve" ? "deployments" : "jobs")],
   ["Device", (worker) => html`${worker.device} <small>${worker.device_name}</small>`],
+  ["Rates", (worker) => worker.rates || "–"],
   ["Memory in use", (worker) => (worker.memory_total ? `${bytes(worker.memory_bytes)} of ${bytes(worker.memory_total)}` : "–")],
   ["Runs", runs],
   ["Host", (worker) => worker.host],

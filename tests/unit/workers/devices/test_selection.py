@@ -109,7 +109,7 @@ def calibrate(folder: Path, work: Path) -> None:
 def profile(_: Path, work: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["profile_measurement", "--device", GPU, "--folder", str(work)])
-        patch.setattr(profile_measurement, "measure", lambda device, _: profile_measurement.wait_for(device))
+        patch.setattr(profile_measurement, "measure", lambda device, *_: profile_measurement.wait_for(device))
         profile_measurement.main()
 
 

@@ -63,7 +63,7 @@ def test_more_work_takes_longer(bundled: Path, less: dict[str, object], more: di
 
 def test_a_faster_device_takes_less_time_and_other_memory(bundled: Path) -> None:
     slow = NOMINAL["cpu"]
-    fast = slow.model_copy(update={"measured": True, "matmul": {256: 9e12}, "matmul_float32": {256: 9e12}})
+    fast = slow.model_copy(update={"assumed": (), "matmul": {256: 9e12}, "matmul_float32": {256: 9e12}})
     assert predicted(bundled, fast).total_seconds < predicted(bundled, slow).total_seconds
     assert (predicted(bundled, fast).basis, predicted(bundled, slow).basis) == ("measured", "nominal")
     assert predicted(bundled, slow).vram_bytes == 0
