@@ -76,11 +76,14 @@ class JobOptions:
         ),
     ] = None
     num_samples: Annotated[int | None, option("Number of calibration windows.")] = None
-    sequence_length: Annotated[int | None, option("Tokens per window.")] = None
+    sequence_length: Annotated[int | None, option("Tokens per window of calibration.")] = None
     dataset: Annotated[
         str | None, option("Calibration text: builtin:…, hf:…, s3://…, file://… or a file.")
     ] = None
     eval_samples: Annotated[int | None, option("Number of evaluation windows.")] = None
+    eval_sequence_length: Annotated[
+        int | None, option("Tokens per window of evaluation; default as calibration's.")
+    ] = None
     spec: Annotated[
         Path | None,
         option(
@@ -127,6 +130,7 @@ PLACES = {
     "sequence_length": ("calibration", "sequence_length"),
     "dataset": ("calibration", "dataset"),
     "eval_samples": ("evaluation", "num_samples"),
+    "eval_sequence_length": ("evaluation", "sequence_length"),
 }
 
 

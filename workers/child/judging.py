@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from app.core.formats.registry import FormatName
-from app.core.jobs.report import LayerReport
+from app.core.jobs.report import LayerReport, Quality
 from app.core.planning.plan import CandidatePlan
 from app.core.records.job import Stage
 from app.core.records.specs import TargetSpec
@@ -19,7 +20,7 @@ from workers.child.stage_clock import StageClock
 from workers.child.work import Work
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
-from workers.quantization.evaluation import Quality, compare, final_states
+from workers.quantization.evaluation import compare, final_states
 from workers.texts.windows import Windows
 
 
@@ -37,24 +38,49 @@ class JudgedCandidate:
 
     candidate: CandidatePlan
     quality: Quality
-    perplexity_ratio: float  # to the original's
     folders: tuple[FormatFolder, ...]
     bytes: dict[FormatName, int]
     layers: list[LayerReport]
     rung: str = AS_ASKED  # of the ladder to the target
     reason: str = "the job's recipe"  # why it was tried
 
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.quality.perplexity_ratio
+
     def excess(self, target: TargetSpec) -> float:
         """How far it misses the target; at most 1 where it meets it."""
         return target.excess(self.perplexity_ratio, self.quality.kl)
 
+    def verdict(self, target: TargetSpec) -> str:
+        """Whether it meets the target, and what the noise of the evaluation text leaves open."""
+        met, doubt = "met" if self.excess(target) <= 1 else "missed", self.doubt(target)
+        return met if doubt is None else f"{met}, but {doubt}"
+
+    def doubt(self, target: TargetSpec) -> str | None:
+        """Why other text of the kind might lead to another verdict; None where the intervals rule it out."""
+        quality, met = self.quality, self.excess(target) <= 1
+        doubts = []
+        for name, limit, figure, interval in (
+            ("perplexity ratio", target.max_perplexity_ratio, quality.perplexity_ratio,
+             quality.perplexity_ratio_interval),
+            ("KL", target.max_kl, quality.kl, quality.kl_interval),
+        ):  # fmt: skip
+            if limit is None or (figure <= limit) != met:
+                continue
+            if interval is not None and interval.low <= limit <= interval.high:
+                bound = f"reaches {interval.high:.5f}" if met else f"begins at {interval.low:.5f}"
+                doubts.append(f"the 95 % interval of the {name} {bound}")
+            elif not met:
+                return None  # a limit that is certainly missed decides
+        return " and ".join(doubts) or None
+
     @property
-    def figures(self) -> dict[str, float | str]:
+    def figures(self) -> dict[str, Any]:
+        """The summary of an artifact."""
         return {
             "label": self.candidate.label,
-            "perplexity": self.quality.perplexity,
-            "perplexity_ratio": self.perplexity_ratio,
-            "kl": self.quality.kl,
+            **self.quality.model_dump(exclude_none=True),
             "bits_per_weight": self.candidate.bits_per_weight,
         }
 
@@ -80,7 +106,6 @@ def judge(
         JudgedCandidate(
             candidate=one.candidate,
             quality=quality,
-            perplexity_ratio=quality.perplexity / original.quality.perplexity,
             folders=one.folders,
             bytes={folder.name: folder.weight_bytes for folder in one.folders},
             layers=one.layer_reports(),

@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 
-from app.core.child.assignment import digest_of
-from app.core.jobs.report import CandidateReport, LayerReport, OriginalReport, Report, TryReport
-from app.core.planning.cost_model import predict
+from app.core.child.assignment import Noted, digest_of
+from app.core.jobs.report import (
+    CandidateReport,
+    LayerReport,
+    OriginalReport,
+    Quality,
+    Report,
+    TryReport,
+)
+from app.core.jobs.unfinished import PREDICTION
+from app.core.planning.cost_model import Prediction, predict
 from app.core.planning.device_profile import NOMINAL, DeviceKind
 from app.core.records.specs import TargetSpec, TextSpec
 from kernels.search.search_operators import search_backend
@@ -21,7 +29,6 @@ from workers.child.judging import JudgedCandidate
 from workers.child.layer_loop import SolvedLayers
 from workers.child.stage_clock import StageClock
 from workers.child.work import JobTexts, Work
-from workers.quantization.evaluation import Quality
 from workers.texts.windows import Windows
 
 
@@ -78,15 +85,12 @@ def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock)
 def candidate_report(
     judged: JudgedCandidate, target: TargetSpec | None, clock: StageClock
 ) -> CandidateReport:
-    candidate, quality = judged.candidate, judged.quality
+    candidate = judged.candidate
     return CandidateReport(
         recipe_index=candidate.recipe_index,
         label=candidate.label,
         inputs=candidate.recipe.inputs,
         recipe=candidate.recipe,
-        perplexity=quality.perplexity,
-        perplexity_ratio=judged.perplexity_ratio,
-        kl=quality.kl,
         bytes=judged.bytes,
         bits_per_weight=candidate.bits_per_weight,
         meets_target=None if target is None else judged.excess(target) <= 1,
@@ -97,6 +101,7 @@ def candidate_report(
 
 
 def try_report(judged: JudgedCandidate, target: TargetSpec, clock: StageClock) -> TryReport:
+        **dict(judged.quality),
     candidate = judged.candidate
     return TryReport(
         rung=judged.rung,
@@ -104,9 +109,8 @@ def try_report(judged: JudgedCandidate, target: TargetSpec, clock: StageClock) -
         recipe_index=candidate.recipe_index,
         label=candidate.label,
         recipe=candidate.recipe,
-        perplexity_ratio=judged.perplexity_ratio,
-        kl=judged.quality.kl,
         bytes=judged.bytes,
+        verdict=None if target is None else judged.verdict(target),
         bits_per_weight=candidate.bits_per_weight,
         seconds=sum(clock.candidate_seconds[candidate.recipe_index].values()),
         meets_target=judged.excess(target) <= 1,
@@ -116,6 +120,7 @@ def try_report(judged: JudgedCandidate, target: TargetSpec, clock: StageClock) -
 def gain_over_rounding(layers: Iterable[LayerReport]) -> float | None:
     """How much lower the expected output errors are than plain rounding's at the same bits and groups."""
     errors = [
+        **dict(judged.quality),
         (linear.loss / linear.energy, linear.loss_rounding / linear.energy)
         for layer in layers
         for linear in layer.linears
@@ -127,6 +132,7 @@ def gain_over_rounding(layers: Iterable[LayerReport]) -> float | None:
 
 def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:
     """The report's entry on a text and how much of it was read."""
+        verdict=judged.verdict(target),
     return {
         "dataset": spec.source,
         "windows": windows.tokens.shape[0],

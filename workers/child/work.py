@@ -62,7 +62,7 @@ class Work:
         return Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
 
     def batches(self, windows: Windows) -> list[Tensor]:
-        return windows.batches(max(1, BATCH_TOKENS // self.spec.calibration.sequence_length))
+        return windows.batches(max(1, BATCH_TOKENS // windows.tokens.shape[1]))
 
     def full_precision(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """A layer's weights as float32 on the device, where they are searched."""
@@ -102,7 +102,7 @@ def read_texts(work: Work) -> JobTexts:
     tokenizer = load_tokenizer(folder)
     calibration = calibration_windows(spec.calibration, tokenizer, assignment.calibration_file)
     evaluation = evaluation_windows(
-        spec.evaluation, spec.calibration.sequence_length, tokenizer, assignment.evaluation_file
+        spec.evaluation, spec.evaluation_length, tokenizer, assignment.evaluation_file
     )
     refuse_foreign_tokens(torch.cat([calibration.tokens, evaluation.tokens]), work.plan.vocab_size)
     return JobTexts(calibration, evaluation, template_note(tokenizer))

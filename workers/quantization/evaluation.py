@@ -1,4 +1,8 @@
-"""Perplexity and KL against the original, streaming: all models advance layer by layer together."""
+"""Perplexity, KL and agreement with the original, streaming: all models advance layer by layer together.
+
+Both models see the same text, so the losses are compared token by token: what makes a text hard is in both
+and cancels, and the interval of the ratio is far narrower than those of the two perplexities.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
+from app.core.jobs.report import Interval, Quality
 from workers.modeling.decoder import Decoder
 from workers.modeling.prefetch import WeightPrefetch
 
 CHUNK_TOKENS = 256  # logits are (tokens, vocabulary): a window at once could outgrow the largest layer
+CONFIDENCE = 0.95  # of intervals
 LoadWeights = Callable[[int], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Over all predicted tokens of the evaluation windows."""
-
-    perplexity: float  # exp of the mean loss
-    kl: float  # mean KL(original || this), nats; 0 for the original
 
 
 @torch.no_grad()
@@ -54,36 +53,97 @@ def final_states(
     return states
 
 
+@dataclass(frozen=True)
+class TokenFigures:
+    """Of one model, for each predicted token: (windows, predicted tokens of a window), on the device.
+
+    That is 17 bytes a token; the hidden states, which are there as well, have 4 for each channel.
+    """
+
+    loss: Tensor  # float64
+    kl: Tensor  # float64, nats
+    agrees: Tensor  # bool: the original's likeliest token is this model's, too
+
+    @classmethod
+    def of_original(cls, windows: int, predicted: int, device: torch.device) -> TokenFigures:
+        """Losses to be filled in; what compares it with itself is there."""
+        loss, kl = torch.zeros(2, windows, predicted, dtype=torch.float64, device=device)
+        return cls(loss, kl, torch.ones(windows, predicted, dtype=torch.bool, device=device))
+
+
 @torch.no_grad()
 def compare(decoder: Decoder, batches: list[Tensor], states: list[list[Tensor]]) -> list[Quality]:
     """The quality of each model by its final states; the first is the original."""
     with decoder.head() as head:
-        return measure(head, batches, states)
+        figures = token_figures(head, batches, states)
+    return [quality_of(figures[0], own) for own in figures]
 
 
-def measure(head: nn.Module, batches: list[Tensor], states: list[list[Tensor]]) -> list[Quality]:
-    loss = torch.zeros(len(states), dtype=torch.float64)
-    divergence = torch.zeros(len(states), dtype=torch.float64)
-    num_tokens = 0
-    for index, batch in enumerate(batches):
-        for row in range(batch.shape[0]):
-            targets = batch[row, 1:]
-            num_tokens += targets.numel()
-            for start in range(0, targets.numel(), CHUNK_TOKENS):
-                chunk = slice(start, start + CHUNK_TOKENS)
-                expected = targets[chunk].to(states[0][index].device)
-                original = log_probabilities(head, states[0][index][row, :-1][chunk])
-                for model, own in enumerate(states):
-                    mine = original if model == 0 else log_probabilities(head, own[index][row, :-1][chunk])
-                    loss[model] -= mine.gather(1, expected[:, None]).sum(dtype=torch.float64).cpu()
-                    if model:
-                        terms = original.exp() * (original - mine)
-                        divergence[model] += terms.sum(dtype=torch.float64).cpu()
-    means = (loss / num_tokens).tolist()
-    return [
-        Quality(perplexity=math.exp(min(mean, 700.0)), kl=kl)
-        for mean, kl in zip(means, (divergence / num_tokens).tolist(), strict=True)
-    ]
+def token_figures(head: nn.Module, batches: list[Tensor], states: list[list[Tensor]]) -> list[TokenFigures]:
+    """What each model makes of each token. A chunk of logits is held for two models at a time."""
+    length = batches[0].shape[1] - 1
+    windows = sum(batch.shape[0] for batch in batches)
+    device = states[0][0].device
+    figures = [TokenFigures.of_original(windows, length, device) for _ in states]
+    rows = ((index, row) for index, batch in enumerate(batches) for row in range(batch.shape[0]))
+    for window, (index, row) in enumerate(rows):
+        targets = batches[index][row, 1:].to(device)
+        for start in range(0, length, CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            expected = targets[chunk, None]
+            original = log_probabilities(head, states[0][index][row, :-1][chunk])
+            figures[0].loss[window, chunk] = -original.gather(1, expected)[:, 0].double()
+            if len(states) == 1:
+                continue
+            probabilities, likeliest = original.exp(), original.argmax(dim=1, keepdim=True)
+            for own, hidden in zip(figures[1:], states[1:], strict=True):
+                mine = log_probabilities(head, hidden[index][row, :-1][chunk])
+                terms = probabilities * (original - mine)
+                own.loss[window, chunk] = -mine.gather(1, expected)[:, 0].double()
+                own.kl[window, chunk] = terms.sum(dim=1, dtype=torch.float64)
+                own.agrees[window, chunk] = mine.gather(1, likeliest)[:, 0] == mine.amax(dim=1)
+    return figures
+
+
+def quality_of(original: TokenFigures, own: TokenFigures) -> Quality:
+    perplexities = [math.exp(min(float(each.loss.mean()), 700.0)) for each in (own, original)]
+    ratio, agrees = exponential(interval(own.loss - original.loss)), own.agrees.double()
+    return Quality(
+        perplexity=perplexities[0],
+        perplexity_ratio=perplexities[0] / perplexities[1],
+        perplexity_ratio_interval=ratio,
+        beyond_noise=None if ratio is None else not ratio.holds(1.0),
+        kl=float(own.kl.mean()),
+        kl_interval=interval(own.kl),
+        kl_p99=percentile(own.kl, 0.99),
+        top1_agreement=float(agrees.mean()),
+        top1_agreement_interval=interval(agrees),
+    )
+
+
+def interval(tokens: Tensor) -> Interval | None:
+    """Of the mean of (windows, tokens) figures; None for one window, or a figure that is no number."""
+    means = tokens.mean(dim=1)
+    windows = len(means)
+    if windows < 2 or not bool(torch.isfinite(means).all()):
+        return None
+    mean, error = float(means.mean()), float(means.std(correction=1)) / math.sqrt(windows)
+    reach = float(stdtrit(windows - 1, (1 + CONFIDENCE) / 2)) * error
+    return Interval(standard_error=error, low=mean - reach, high=mean + reach)
+
+
+def exponential(logarithm: Interval | None) -> Interval | None:
+    """The interval of exp of a mean; its standard error is the logarithm's, as a share of exp of the mean."""
+    if logarithm is None:
+        return None
+    low, high = (math.exp(min(bound, 700.0)) for bound in (logarithm.low, logarithm.high))
+    return Interval(standard_error=logarithm.standard_error * math.sqrt(low * high), low=low, high=high)
+
+
+def percentile(tokens: Tensor, share: float) -> float:
+    """The smallest figure that at least `share` of the tokens do not exceed."""
+    figures = tokens.flatten()
+    return float(figures.kthvalue(math.ceil(share * len(figures))).values)
 
 
 def log_probabilities(head: nn.Module, states: Tensor) -> Tensor:

@@ -56,25 +56,57 @@ class LayerReport(Frozen):
     linears: tuple[LinearReport, ...]
 
 
-class CandidateReport(Frozen):
+class Interval(Frozen):
+    """The 95 % confidence interval of a mean over tokens.
+
+    Tokens of one window are correlated, so the windows are the sample: with the means `m` of `n` windows the
+    standard error is `sqrt(sum((m - mean(m))²) / (n (n - 1)))`, the clustered one for clusters of one size
+    (Miller, Adding Error Bars to Evals, arXiv:2411.00640, sections 2.2 and 4.2), and the interval is Student's
+    with `n - 1` degrees of freedom.
+    """
+
+    standard_error: float
+    low: float
+    high: float
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+class Quality(Frozen):
+    """A model beside the original, over all predicted tokens of the evaluation windows.
+
+    An interval is None where there is one window, or a figure that is no number.
+    """
+
+    perplexity: float  # exp of the mean loss
+    perplexity_ratio: float  # to the original's
+    perplexity_ratio_interval: Interval | None = None  # exp of that of the mean difference of the losses
+    beyond_noise: bool | None = None  # whether that interval leaves out 1
+    kl: float  # mean KL(original || this) per token, nats; 0 for the original
+    kl_interval: Interval | None = None
+    kl_p99: float | None = None  # 99 % of the tokens have at most this KL
+    top1_agreement: float | None = None  # share of tokens where the original's likeliest is this one's, too
+    top1_agreement_interval: Interval | None = None
+
+
+class CandidateReport(Quality):
     """One recipe: quality on the evaluation text, size, decisions."""
 
     recipe_index: int
     label: str
     recipe: Recipe
     inputs: str  # the chain whose outputs its layers were calibrated on
-    perplexity: float
-    perplexity_ratio: float  # quantized / original
-    kl: float  # mean KL(original || quantized) per token, nats
     bytes: dict[FormatName, int]  # of the safetensors files
     bits_per_weight: float
     meets_target: bool | None = None  # None: no target was given
     gain_over_rounding: float | None = None  # share of plain rounding's relative output error that is gone
+    verdict: str | None = None  # on the target, in words, with what the intervals say of it
     seconds: dict[str, float]  # of this candidate alone: searching, packing, verifying
     layers: tuple[LayerReport, ...]
 
 
-class TryReport(Frozen):
+class TryReport(Quality):
     """One candidate on the way to the target."""
 
     rung: str
@@ -82,13 +114,12 @@ class TryReport(Frozen):
     recipe_index: int
     label: str
     recipe: Recipe
-    perplexity_ratio: float
-    kl: float
     bytes: dict[FormatName, int]
     bits_per_weight: float
     seconds: float  # of this candidate alone
     meets_target: bool
 
+    verdict: str | None = None
 
 class WeightHistogram(Frozen):
     """Of one linear's original weights: equal bins between `low` and `high`."""

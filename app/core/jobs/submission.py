@@ -59,8 +59,8 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     pinned = {"calibration": calibration, "evaluation": evaluation, "model": model}
     spec = spec.with_recipes(recipes).model_copy(update=pinned)
     contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
-    require_length(spec.calibration, spec.calibration.sequence_length, param="calibration.texts")
-    require_length(spec.evaluation, spec.calibration.sequence_length, param="evaluation.texts")
+    require_length(spec.calibration, spec.calibration.sequence_length, section="calibration")
+    require_length(spec.evaluation, spec.evaluation_length, section="evaluation")
     return CheckedSubmission(
         spec=spec,
         plan=plan,
@@ -142,7 +142,7 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[Tex
     return spec.model_copy(update={"dataset": pinned}), key
 
 
-def require_length(spec: TextSpec, sequence_length: int, *, param: str) -> None:
+def require_length(spec: TextSpec, sequence_length: int, *, section: str) -> None:
     """Refuse inline texts that can't fill the windows: a token covers at least a byte.
 
     What passes here can still be too short once tokenized. How much a chat template adds is not known here.
@@ -155,6 +155,6 @@ def require_length(spec: TextSpec, sequence_length: int, *, param: str) -> None:
         raise TextRefused(
             f"{size} bytes of text are too few for {spec.num_samples} windows of {sequence_length} tokens",
             code="text_too_short",
-            remedy="send more text, or lower num_samples or calibration.sequence_length",
-            param=param,
+            remedy=f"send more text, or lower {section}.num_samples or {section}.sequence_length",
+            param=f"{section}.texts",
         )

@@ -112,16 +112,23 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
 
 def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, object]) -> Iterator[str]:
     """A note on windows longer than the model's maximum. RecipeUnsupported if it can't read them."""
-    length, longest = spec.calibration.sequence_length, config.get("max_position_embeddings")
-    if not isinstance(longest, int) or length <= longest:
-        return
-    message = f"windows of {length} tokens are longer than the model's max_position_embeddings of {longest}"
-    if architecture.learned_positions:
-        raise RecipeUnsupported(
-            message, code="sequence_too_long", remedy=f"lower calibration.sequence_length to {longest}",
-            param="calibration.sequence_length",
-        )  # fmt: skip
-    yield f"{message}: perplexities say little"
+    longest = config.get("max_position_embeddings")
+    for section, length in (
+        ("calibration", spec.calibration.sequence_length),
+        ("evaluation", spec.evaluation.sequence_length),  # None: as calibration's
+    ):
+        if length is None or not isinstance(longest, int) or length <= longest:
+            continue
+        message = (
+            f"{section} windows of {length} tokens are longer than the model's max_position_embeddings of "
+            f"{longest}"
+        )
+        if architecture.learned_positions:
+            raise RecipeUnsupported(
+                message, code="sequence_too_long", remedy=f"lower {section}.sequence_length to {longest}",
+                param=f"{section}.sequence_length",
+            )  # fmt: skip
+        yield f"{message}: perplexities say little"
 
 
 def plan_notes(

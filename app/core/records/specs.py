@@ -191,7 +191,7 @@ class CalibrationSpec(TextSpec):
 
 
 class EvaluationSpec(TextSpec):
-    """Held-out windows, taken from the start; their length is the calibration's `sequence_length`."""
+    """Held-out windows, taken from the start; without `sequence_length` they are as long as calibration's."""
 
     num_samples: int = Field(default=64, ge=1, le=65536)
 
@@ -203,6 +203,16 @@ class TargetSpec(Frozen):
     max_kl: float | None = Field(default=None, gt=0, le=100)  # nats per token
     on_miss: Literal["fail", "publish"] = "fail"
 
+    sequence_length: int | None = Field(default=None, ge=8, le=131072)
+    tasks: tuple[TaskName, ...] = Field(default=(), max_length=32)  # of lm-eval, scored on original and result
+    task_limit: int | None = Field(default=None, ge=1, le=1_000_000)  # documents of each task, from the start
+
+    @field_validator("tasks")
+    @classmethod
+    def tasks_differ(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError("each task may be named once")
+        return tasks
     @model_validator(mode="after")
     def has_a_limit(self) -> TargetSpec:
         if self.max_perplexity_ratio is None and self.max_kl is None:
@@ -318,3 +328,8 @@ class JobSpec(Frozen):
     def recipe_field(self, index: int) -> str:
         """The path of a recipe in the body: `recipe`, or `recipe.<index>` in a list."""
         return f"recipe.{index}" if isinstance(self.recipe, tuple) else "recipe"
+    @property
+    def evaluation_length(self) -> int:
+        """Tokens of an evaluation window."""
+        return self.evaluation.sequence_length or self.calibration.sequence_length
+

@@ -53,7 +53,7 @@ def fingerprint(spec: JobSpec, contents: Contents) -> str:
         [recipe.model_dump(mode="json") for recipe in spec.recipes],
         sorted(spec.formats),
         without_source(spec.calibration),
-        without_source(spec.evaluation),
+        {**without_source(spec.evaluation), "sequence_length": spec.evaluation_length},
         spec.target.model_dump(mode="json") if spec.target is not None else None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

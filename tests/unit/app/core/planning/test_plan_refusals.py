@@ -9,7 +9,7 @@ import pytest
 from app.core.errors import ModelRefused, NibbleError, RecipeUnsupported
 from app.core.planning.architectures import ARCHITECTURES
 from app.core.planning.plan import plan_job, refuse_without_head, window_notes
-from app.core.records.specs import CalibrationSpec, JobSpec
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec
 from app.core.sources.safetensors_header import TensorHeader
 from tests.unit.app.core.planning.headers import CONFIG, asked, header, planned, tensors
 
@@ -292,8 +292,19 @@ def test_the_second_recipe_is_checked_too() -> None:
 def test_windows_beyond_the_models_positions() -> None:
     spec = asked().model_copy(update={"calibration": CalibrationSpec(sequence_length=64)})
     (note,) = planned(spec, {"max_position_embeddings": 32}).notes
-    assert note.startswith("windows of 64 tokens are longer than")
+    assert note.startswith("calibration windows of 64 tokens are longer than")
     assert planned(spec, {"max_position_embeddings": 64}).notes == ()
-    with pytest.raises(RecipeUnsupported) as refusal:
-        list(window_notes(spec, ARCHITECTURES["opt"], {"max_position_embeddings": 32}))
-    assert (refusal.value.code, refusal.value.param) == ("sequence_too_long", "calibration.sequence_length")
+    own = asked().model_copy(
+        update={
+            "calibration": CalibrationSpec(sequence_length=32),
+            "evaluation": EvaluationSpec(sequence_length=48),
+        }
+    )
+    (note,) = planned(own, {"max_position_embeddings": 32}).notes
+    assert note.startswith("evaluation windows of 48 tokens are longer than")
+    for each, section in ((spec, "calibration"), (own, "evaluation")):
+        with pytest.raises(RecipeUnsupported) as refusal:
+            list(window_notes(each, ARCHITECTURES["opt"], {"max_position_embeddings": 32}))
+        assert (refusal.value.code, refusal.value.param) == (
+            "sequence_too_long", f"{section}.sequence_length",
+        )  # fmt: skip
