@@ -65,12 +65,12 @@ def publish(work: Work, texts: JobTexts, result: RunResult, clock: StageClock) -
     missed = None if target is None else target_missed(target, result.best(target))
     if missed is not None and chosen:
         clock.note("target_missed", f"{missed.message}; it is published as asked")
-    for sentence in fallbacks.noted():
     if target is not None:
         for judged in chosen or [result.best(target)]:
             if judged.doubt(target) is not None:
                 message = f"{judged.candidate.label}: target {judged.verdict(target)}"
                 clock.note("target_within_noise", message)
+    for sentence in fallbacks.noted():
         clock.note("kernel_fallback", sentence)
     report = report_of(work, texts, result, clock)
     (folder / REPORT).write_text(report.model_dump_json(indent=1), "utf-8")

@@ -87,6 +87,7 @@ def candidate_report(
 ) -> CandidateReport:
     candidate = judged.candidate
     return CandidateReport(
+        **dict(judged.quality),
         recipe_index=candidate.recipe_index,
         label=candidate.label,
         inputs=candidate.recipe.inputs,
@@ -94,6 +95,7 @@ def candidate_report(
         bytes=judged.bytes,
         bits_per_weight=candidate.bits_per_weight,
         meets_target=None if target is None else judged.excess(target) <= 1,
+        verdict=None if target is None else judged.verdict(target),
         gain_over_rounding=gain_over_rounding(judged.layers),
         seconds=dict(clock.candidate_seconds[candidate.recipe_index]),
         layers=tuple(judged.layers),
@@ -101,26 +103,25 @@ def candidate_report(
 
 
 def try_report(judged: JudgedCandidate, target: TargetSpec, clock: StageClock) -> TryReport:
-        **dict(judged.quality),
     candidate = judged.candidate
     return TryReport(
+        **dict(judged.quality),
         rung=judged.rung,
         reason=judged.reason,
         recipe_index=candidate.recipe_index,
         label=candidate.label,
         recipe=candidate.recipe,
         bytes=judged.bytes,
-        verdict=None if target is None else judged.verdict(target),
         bits_per_weight=candidate.bits_per_weight,
         seconds=sum(clock.candidate_seconds[candidate.recipe_index].values()),
         meets_target=judged.excess(target) <= 1,
+        verdict=judged.verdict(target),
     )
 
 
 def gain_over_rounding(layers: Iterable[LayerReport]) -> float | None:
     """How much lower the expected output errors are than plain rounding's at the same bits and groups."""
     errors = [
-        **dict(judged.quality),
         (linear.loss / linear.energy, linear.loss_rounding / linear.energy)
         for layer in layers
         for linear in layer.linears
@@ -132,7 +133,6 @@ def gain_over_rounding(layers: Iterable[LayerReport]) -> float | None:
 
 def text_entry(spec: TextSpec, windows: Windows) -> dict[str, Any]:
     """The report's entry on a text and how much of it was read."""
-        verdict=judged.verdict(target),
     return {
         "dataset": spec.source,
         "windows": windows.tokens.shape[0],

@@ -100,8 +100,8 @@ class CandidateReport(Quality):
     bytes: dict[FormatName, int]  # of the safetensors files
     bits_per_weight: float
     meets_target: bool | None = None  # None: no target was given
-    gain_over_rounding: float | None = None  # share of plain rounding's relative output error that is gone
     verdict: str | None = None  # on the target, in words, with what the intervals say of it
+    gain_over_rounding: float | None = None  # share of plain rounding's relative output error that is gone
     seconds: dict[str, float]  # of this candidate alone: searching, packing, verifying
     layers: tuple[LayerReport, ...]
 
@@ -120,6 +120,7 @@ class TryReport(Quality):
     meets_target: bool
 
     verdict: str | None = None
+
 
 class WeightHistogram(Frozen):
     """Of one linear's original weights: equal bins between `low` and `high`."""

@@ -319,6 +319,11 @@ class JobSpec(Frozen):
     def recipes(self) -> tuple[Recipe, ...]:
         return self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
 
+    @property
+    def evaluation_length(self) -> int:
+        """Tokens of an evaluation window."""
+        return self.evaluation.sequence_length or self.calibration.sequence_length
+
     def with_recipes(self, recipes: Sequence[Recipe]) -> JobSpec:
         """The same job for as many other recipes; a single one stays single."""
         return self.model_copy(
@@ -328,8 +333,3 @@ class JobSpec(Frozen):
     def recipe_field(self, index: int) -> str:
         """The path of a recipe in the body: `recipe`, or `recipe.<index>` in a list."""
         return f"recipe.{index}" if isinstance(self.recipe, tuple) else "recipe"
-    @property
-    def evaluation_length(self) -> int:
-        """Tokens of an evaluation window."""
-        return self.evaluation.sequence_length or self.calibration.sequence_length
-
