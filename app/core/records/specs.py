@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -43,6 +44,14 @@ LabelKey = Annotated[
 ]
 LabelValue = Annotated[str, StringConstraints(max_length=128)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1_000_000)]
+BUNDLED_TASKS = ("builtin:continuation", "builtin:agreement")
+TaskName = Annotated[
+    str,
+    Form(
+        rf"^({'|'.join(BUNDLED_TASKS)}|[A-Za-z0-9][A-Za-z0-9_.()+-]{{0,127}})$",
+        f"a task: {', '.join(BUNDLED_TASKS)}, or the name of one of lm-eval's",
+    ),
+]
 
 
 class Frozen(BaseModel):
@@ -194,15 +203,6 @@ class EvaluationSpec(TextSpec):
     """Held-out windows, taken from the start; without `sequence_length` they are as long as calibration's."""
 
     num_samples: int = Field(default=64, ge=1, le=65536)
-
-
-class TargetSpec(Frozen):
-    """The worst quality that may be published, relative to the original model."""
-
-    max_perplexity_ratio: float | None = Field(default=None, gt=0, le=1000)
-    max_kl: float | None = Field(default=None, gt=0, le=100)  # nats per token
-    on_miss: Literal["fail", "publish"] = "fail"
-
     sequence_length: int | None = Field(default=None, ge=8, le=131072)
     tasks: tuple[TaskName, ...] = Field(default=(), max_length=32)  # of lm-eval, scored on original and result
     task_limit: int | None = Field(default=None, ge=1, le=1_000_000)  # documents of each task, from the start
@@ -213,19 +213,31 @@ class TargetSpec(Frozen):
         if len(set(tasks)) != len(tasks):
             raise ValueError("each task may be named once")
         return tasks
+
+
+class TargetSpec(Frozen):
+    """The worst quality that may be published, relative to the original model."""
+
+    max_perplexity_ratio: float | None = Field(default=None, gt=0, le=1000)
+    max_kl: float | None = Field(default=None, gt=0, le=100)  # nats per token
+    min_recovery: float | None = Field(default=None, gt=0, le=2)  # of the original's task scores, their mean
+    on_miss: Literal["fail", "publish"] = "fail"
+
     @model_validator(mode="after")
     def has_a_limit(self) -> TargetSpec:
-        if self.max_perplexity_ratio is None and self.max_kl is None:
-            raise ValueError("give `max_perplexity_ratio`, `max_kl`, or both")
+        if self.max_perplexity_ratio is None and self.max_kl is None and self.min_recovery is None:
+            raise ValueError("give `max_perplexity_ratio`, `max_kl`, `min_recovery`, or several of them")
         return self
 
-    def excess(self, perplexity_ratio: float, kl: float) -> float:
+    def excess(self, perplexity_ratio: float, kl: float, recovery: float | None = None) -> float:
         """The largest share of a limit that the figures use; the target is met up to 1."""
         shares = [
             figure / limit
             for figure, limit in ((perplexity_ratio, self.max_perplexity_ratio), (kl, self.max_kl))
             if limit is not None
         ]
+        if self.min_recovery is not None:
+            shares.append(self.min_recovery / recovery if recovery else math.inf)
         return math.inf if any(math.isnan(share) for share in shares) else max(shares)
 
     @property
@@ -233,7 +245,8 @@ class TargetSpec(Frozen):
         """The limits in words."""
         ratio = f"at most {self.max_perplexity_ratio} times" if self.max_perplexity_ratio is not None else ""
         kl = f"a KL of at most {self.max_kl}" if self.max_kl is not None else ""
-        return " and ".join(filter(None, (ratio, kl)))
+        recovery = f"{self.min_recovery:.4g} of the task scores" if self.min_recovery is not None else ""
+        return " and ".join(filter(None, (ratio, kl, recovery)))
 
 
 WebhookEvent = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled"]
@@ -314,6 +327,14 @@ class JobSpec(Frozen):
         if len(set(formats)) != len(formats):
             raise ValueError("each format may be named once")
         return formats
+
+    @field_validator("target")
+    @classmethod
+    def recovery_has_tasks(cls, target: TargetSpec | None, body: ValidationInfo) -> TargetSpec | None:
+        evaluation = body.data.get("evaluation")  # absent where it was refused
+        if target is not None and target.min_recovery is not None and evaluation and not evaluation.tasks:
+            raise ValueError("`min_recovery` needs tasks to score: name some in `evaluation.tasks`")
+        return target
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
