@@ -26,7 +26,9 @@ from app.api.waiting import wait_for_job
 from app.core.access.api_keys import Scope
 from app.core.changes.redis_keys import job_key, jobs_stamp
 from app.core.errors import Conflict, MalformedRequest, NotFound
+from app.core.jobs.job_scripts import MAX_EVENTS
 from app.core.jobs.job_store import JobFilter
+from app.core.jobs.unfinished import unfinished_report
 from app.core.records.job import Job, JobState
 from app.core.records.job_changes import cancel_requested
 from app.core.records.specs import JobSpec
@@ -158,15 +160,23 @@ async def read_job(
 
 @router.get("/{job_id}/report")
 def read_report(job_id: str, services: ServicesParam, principal: JobsReader) -> Response:
-    """The quality report of a job."""
+    """The quality report of a job.
+
+    A job that failed or was cancelled before it had one gets a report on what it did until then, with
+    `complete: false`: layers, seconds per stage, notes, prediction.
+    """
     job = services.jobs.get(principal.tenant, job_id)
     try:
         report = services.objects.get(report_key(job.id))
     except NotFound as fault:
+        if job.has_no_result:
+            events = services.jobs.events(job.id, limit=2 * MAX_EVENTS)
+            return JSONResponse(unfinished_report(job, events).model_dump(mode="json"))
+        remedy = "wait until the job has ended"
+        if job.is_terminal:
+            remedy = "it went with the job that made the artifacts; submit this one again with force"
         raise NotFound(
-            f"job {job.id} is {job.state} and has no report",
-            code="report_not_found",
-            remedy="wait until the job has evaluated its result",
+            f"job {job.id} is {job.state} and has no report", code="report_not_found", remedy=remedy
         ) from fault
     return Response(report, media_type="application/json")
 

@@ -41,7 +41,7 @@ class JobView(BaseModel):
     def of(cls, job: Job) -> Self:
         here = f"/v1/jobs/{job.id}"
         links = {"self": here, "events": f"{here}/events"}
-        if job.state is JobState.SUCCEEDED or (job.error is not None and job.error.code == "target_missed"):
+        if job.is_terminal:
             links["report"] = f"{here}/report"
         links |= {"retry": f"{here}/retry"} if job.is_terminal else {"cancel": f"{here}/cancel"}
         return cls(

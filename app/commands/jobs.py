@@ -93,8 +93,8 @@ def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
             stderr().print(f"nibble cancel {job_id} stops it")
             raise
         show_job(console, job)
-        if job.state == "succeeded":
-            console.print(f"its figures: nibble report {job_id}")
+        said = "its figures" if job.state == "succeeded" else "what it did until then"
+        console.print(f"{said}: nibble report {job_id}")
     if job is None or job.state != "succeeded":
         raise typer.Exit(ExitCode.FAILED)
 

@@ -151,18 +151,20 @@ def recipes_text(recipes: Any) -> str:
 
 def show_report(console: Console, report: Mapping[str, Any]) -> None:
     """Print a report: one row per candidate, the tries for the target, the seconds of each stage."""
+    if report.get("complete") is False:
+        show_unfinished(console, report)
+        return
     candidates = report.get("candidates", [])
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
-        "candidate", ">perplexity", ">ratio", ">KL", *[f">{name}" for name in formats], ">bits/weight",
-        ">error vs RTN", title=escape(str(report.get("model", ""))),
+        "candidate", ">perplexity", ">ratio", ">95 % interval", ">KL", ">KL of 99 %", ">same top token",
+        *[f">{name}" for name in formats], ">bits/weight", ">error vs RTN", title=escape(str(report.get("model", ""))),
     )  # fmt: skip
     original = report.get("original", {})
     grid.add_row(
         "original",
         figure(original.get("perplexity"), 3),
-        "",
-        "",
+        *[""] * 5,
         *[size_text(original.get("bytes"))] * len(formats),
         figure(original.get("bits_per_weight"), 2),
         "",
@@ -173,7 +175,10 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             escape(str(candidate.get("label", ""))),
             figure(candidate.get("perplexity"), 3),
             figure(candidate.get("perplexity_ratio"), 5),
+            interval_text(candidate.get("perplexity_ratio_interval"), candidate.get("beyond_noise")),
             figure(candidate.get("kl"), 5),
+            figure(candidate.get("kl_p99"), 4),
+            share_text(candidate.get("top1_agreement")),
             *[size_text(sizes.get(name)) for name in formats],
             figure(candidate.get("bits_per_weight"), 2),
             less_text(candidate.get("gain_over_rounding")),
@@ -181,6 +186,28 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
     console.print(grid)
     show_tries(console, report.get("tries", []))
     show_stages(console, report.get("stages", {}), report.get("prediction") or {})
+    show_notes(console, report)
+
+
+def show_unfinished(console: Console, report: Mapping[str, Any]) -> None:
+    """Print what a job without a result did until its end."""
+    finished, layers, stage = report.get("finished_layers"), report.get("layers"), report.get("stage")
+    recipes = ", ".join(report.get("recipes", []))
+    console.print(f"{escape(str(report.get('model', '')))}, {escape(recipes)}: {report.get('state')}")
+    error = report.get("error")
+    if error is not None:
+        console.print(f"[bold red]error[/] {escape(str(error.get('message')))}")
+    if not report.get("attempts"):
+        console.print(f"no worker had begun with it in {human_seconds(report.get('waited_s'))}")
+    elif stage is None:
+        console.print(f"it ended in attempt {report['attempts']}, before any stage")
+    else:
+        done = f", {finished} of {layers} layers finished" if finished is not None else ""
+        console.print(f"it ended in the stage {escape(stage)}{done}, attempt {report.get('attempts')}")
+        show_stages(console, report.get("stages", {}), report.get("prediction") or {})
+    show_notes(console, report)
+    if report.get("output"):
+        console.print(escape(str(report["output"])))
 
 
 def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:
@@ -194,7 +221,7 @@ def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:
             figure(one.get("kl"), 5),
             figure(one.get("bits_per_weight"), 2),
             figure(one.get("seconds"), 2),
-            "met" if one.get("meets_target") else "missed",
+            escape(str(one.get("verdict") or ("met" if one.get("meets_target") else "missed"))),
         )
     if grid.row_count:
         console.print(grid)
@@ -217,6 +244,17 @@ def figure(number: float | None, digits: int) -> str:
     return "" if number is None else f"{number:.{digits}f}"
 
 
+def interval_text(interval: Mapping[str, float] | None, beyond_noise: bool | None) -> str:
+    """`0.99950 to 1.00120, noise` where the evaluation text can't tell the model from the original."""
+    if interval is None:
+        return ""
+    return f"{interval['low']:.5f} to {interval['high']:.5f}{'' if beyond_noise else ', noise'}"
+
+
+def share_text(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
 def less_text(share: float | None) -> str:
     """A reduction as a signed percentage: `-48 %` for 0.48."""
     return "" if share is None else f"{0.0 - 100 * share:+.0f} %"
@@ -237,7 +275,11 @@ def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
     show_candidate_estimates(console, estimate.get("candidates", []))
     for candidate in estimate.get("candidates", []):
         show_decisions(console, candidate)
-    for note in estimate.get("notes", []):
+    show_notes(console, estimate)
+
+
+def show_notes(console: Console, document: Mapping[str, Any]) -> None:
+    for note in document.get("notes", []):
         console.print(f"[yellow]note[/] {escape(str(note))}")
 
 

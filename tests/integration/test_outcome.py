@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,7 @@ from app.core.records.job import Job, JobState, transition
 from app.core.records.job_changes import cancel_requested
 from app.core.settings import Settings
 from app.core.storage.reuse import ReuseIndex
-from app.core.storage.storage_keys import FOLDERS, checkpoint_prefix
+from app.core.storage.storage_keys import FOLDERS, checkpoint_prefix, report_key
 from app.core.upkeep.garbage import GarbageCollector
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 from tests.integration.workshop import Workshop
@@ -344,6 +345,53 @@ def test_all_follows_from_each_end_and_doing_it_again_changes_nothing(
     floor.redis.sadd(ENDED, job_id)
     assert floor.service.outcome.follow_up(job_id)
     assert facts_of(floor, job_id) == before
+
+
+# What the report of each end without a result states: attempts, stage, finished layers, stages that took
+# time, words of its notes or output.
+UNFINISHED: dict[Way, tuple[int, str | None, int | None, set[str], str]] = {
+    cancelled_while_queued: (0, None, None, set(), ""),
+    cancelled_after_it_was_requeued_between_two_formats: (1, None, None, set(), "stopped renewing its lease"),
+    cancelled_while_running: (1, "calibrating", 2, {"fetching", "calibrating"}, ""),
+    cancelled_as_its_worker_was_lost: (1, None, None, set(), "stopped renewing its lease"),
+    cancelled_as_its_worker_gave_it_back: (1, None, None, set(), ""),
+    child_failed: (1, "calibrating", 2, {"fetching", "calibrating"}, "the last words"),
+    timed_out: (1, "calibrating", 2, {"fetching", "calibrating"}, ""),
+    killed_in_every_attempt: (3, "calibrating", 2, {"fetching", "calibrating"}, "attempt 2 failed"),
+    lost_in_every_attempt: (3, None, None, set(), "stopped renewing its lease in attempt 2; requeued"),
+    waited_too_long: (0, None, None, set(), ""),
+}
+
+
+@pytest.mark.parametrize(("way", "state"), TABLE)
+def test_every_end_has_a_report(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch, way: Way, state: JobState
+) -> None:
+    job_id = way(floor, monkeypatch)
+    client, job = floor.service.client, floor.store.load(job_id)
+    answer = client.get(client.get(f"/v1/jobs/{job_id}").json()["links"]["report"])
+    report = answer.json()
+    assert answer.status_code == 200
+    if state is JobState.SUCCEEDED or way is target_was_missed:
+        assert report == json.loads(floor.objects.get(report_key(job_id)))
+        return
+    attempts, stage, layers, stages, words = UNFINISHED[way]
+    assert (report["complete"], report["job"], report["state"]) == (False, job_id, state)
+    assert (report["attempts"], report["stage"]) == (attempts, stage)
+    assert report["error"] == (None if job.error is None else job.error.model_dump())
+    assert (report["finished_layers"] or 0) <= (layers or 0)  # progress is recorded twice a second
+    assert report["checkpoints"] == (layers or 0)
+    assert set(report["stages"]) == stages
+    assert sum(report["stages"].values()) + report["waited_s"] > 0
+    assert words in "\n".join([*report["notes"], report["output"] or ""])
+
+
+def test_a_job_that_has_not_ended_has_no_report_yet(floor: Floor) -> None:
+    job_id = floor.submit()
+    job = floor.service.client.get(f"/v1/jobs/{job_id}").json()
+    answer = floor.service.client.get(f"/v1/jobs/{job_id}/report")
+    assert "report" not in job["links"]
+    assert (answer.status_code, answer.json()["remedy"]) == (404, "wait until the job has ended")
 
 
 class Mortal:

@@ -19,7 +19,7 @@ from kernels import fallbacks
 from workers.child.candidate_files import CandidateFiles
 from workers.child.judging import JudgedCandidate, judge
 from workers.child.layer_loop import solve_layers
-from workers.child.quality_report import RunResult, report_of
+from workers.child.quality_report import RunResult, prediction_note, report_of
 from workers.child.stage_clock import Send, StageClock
 from workers.child.target_search import TargetSearch
 from workers.child.work import JobTexts, Work, check_weights, read_texts, with_checked_shapes
@@ -31,6 +31,7 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
     work = Work.open(assignment)
     target = work.spec.target
     clock = StageClock(send, work.device, work.plan.num_layers)
+    send(prediction_note(work))
     for message in assignment.model_notes:
         clock.note("model_files", message)
     for message in (*assignment.choices, *work.plan.notes):

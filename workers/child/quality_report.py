@@ -71,7 +71,7 @@ def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock)
         published=tuple(judged.candidate.recipe_index for judged in result.chosen(target)),
         tries=() if target is None else tuple(try_report(judged, target, clock) for judged in result.judged),
         histograms=tuple(result.solved.histograms),
-        prediction=predict(work.plan, spec, work.assignment.profile or NOMINAL[kind]),
+        prediction=prediction(work),
         stages=dict(clock.seconds),
         cpu_seconds=dict(clock.cpu_seconds),
         resumed_at_layer=result.solved.resumed_at,
@@ -80,6 +80,22 @@ def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock)
         environment=environment(work),
         notes=tuple(clock.notes),
     )
+
+
+def prediction(work: Work) -> Prediction:
+    """Of the recipes as asked, with the rates of the device."""
+    kind: DeviceKind = "cuda" if work.device.type == "cuda" else "cpu"
+    return predict(work.plan, work.spec, work.assignment.profile or NOMINAL[kind])
+
+
+def prediction_note(work: Work) -> Noted:
+    """The prediction as a note: a job that ends without a result is reported from its events."""
+    expected = prediction(work)
+    message = (
+        f"{expected.total_seconds:.0f} s and {expected.ram_bytes / 1e9:.1f} GB of memory are expected "
+        f"({expected.basis} rates)"
+    )
+    return Noted(code=PREDICTION, message=message, detail=expected.model_dump(mode="json"))
 
 
 def candidate_report(

@@ -45,14 +45,17 @@ def encode(job: Job) -> str:
 def announcement(before: Job, after: Job) -> tuple[str, str]:
     """Kind and payload of a change's event: its new state, else its new stage, else empty."""
     if before.state is not after.state:
-        return "state", state_payload(after)
+        return "state", state_payload(after, before)
     if before.stage is not after.stage:
         return "stage", json.dumps({"stage": after.stage, "attempt": after.attempt})
     return "", ""
 
 
-def state_payload(job: Job) -> str:
+def state_payload(job: Job, before: Job | None = None) -> str:
+    """The event of a new state, with the layers that were finished until then."""
     payload: dict[str, Any] = {"state": job.state, "attempt": job.attempt}
+    if before is not None and before.progress.layer is not None:
+        payload |= before.progress.model_dump(include={"layer", "layers"})
     if job.worker is not None and job.state is JobState.RUNNING:
         payload["worker"] = job.worker
     if job.error is not None:

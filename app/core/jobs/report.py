@@ -141,6 +141,7 @@ class Report(Frozen):
     """Everything that is known about the outcome of a job."""
 
     version: int = 1
+    complete: bool = True  # a job that ended without a result has an UnfinishedReport
     model: str
     model_digest: str
     calibration_digest: str

@@ -7,7 +7,13 @@ import { Table } from "../table.js";
 import { html, useState } from "../ui.js";
 
 const size = (candidate) => Math.max(...Object.values(candidate.bytes));
+const share = (value) => (typeof value === "number" ? `${(100 * value).toFixed(1)} %` : "–");
 const sum = (values) => values.reduce((total, value) => total + (value ?? 0), 0);
+
+/** Of the perplexity ratio, and whether the text can tell it from the original's. */
+function intervalInWords({ perplexity_ratio_interval: interval, beyond_noise: beyond }) {
+  return interval ? `${change(interval.low)} to ${change(interval.high)}${beyond ? "" : ", noise"}` : "–";
+}
 
 function Candidates({ report }) {
   const plain = report.candidates.filter((each) => each.recipe.method === "rtn");
@@ -16,7 +22,10 @@ function Candidates({ report }) {
     ["Recipe", (each) => html`${each.label}${report.published.includes(each.recipe_index) ? html` <span class="label">published</span>` : ""}`],
     ["Perplexity", (each) => number(each.perplexity, 5), "number"],
     ["Against original", (each) => change(each.perplexity_ratio), "number"],
+    ["95 % interval", intervalInWords, "number"],
     ["KL per token", (each) => number(each.kl, 3), "number"],
+    ["KL of 99 %", (each) => number(each.kl_p99, 3), "number"],
+    ["Same top token", (each) => share(each.top1_agreement), "number"],
     ["Size", (each) => bytes(size(each)), "number"],
     ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
     ["Own time", (each) => duration(sum(Object.values(each.seconds))), "number"],
@@ -38,7 +47,7 @@ function Tries({ report }) {
     ["Against original", (each) => change(each.perplexity_ratio), "number"],
     ["KL", (each) => number(each.kl, 3), "number"],
     ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
-    ["Target", (each) => (each.meets_target ? "✓ met" : "✕ missed")],
+    ["Target", (each) => `${each.meets_target ? "✓" : "✕"} ${each.verdict || (each.meets_target ? "met" : "missed")}`],
   ];
   return html`<${Table} caption="Tries for the target" columns=${columns} rows=${report.tries} />`;
 }
@@ -146,7 +155,29 @@ function ReportBody({ report }) {
   </section>`;
 }
 
+/** Of a job that ended without a result. */
+function Unfinished({ report }) {
+  const predicted = report.prediction?.seconds || {};
+  const layers = report.finished_layers === null ? null : `${report.finished_layers} of ${report.layers} finished`;
+  return html`<section class="stack" aria-labelledby="report">
+    <h2 id="report">What it did until then</h2>
+    <${Facts} rows=${[
+      ["Ended in", report.stage || (report.attempts ? "no stage" : "the queue: no worker had begun with it")],
+      ["Layers", layers],
+      ["Attempts", report.attempts || null],
+      ["Waited", duration(report.waited_s)],
+    ]} />
+    <${Table} caption="Time per stage" rows=${Object.entries(report.stages)} keyOf=${([stage]) => stage} columns=${[
+      ["Stage", ([stage]) => stage],
+      ["Seconds", ([, spent]) => duration(spent), "number"],
+      ["Predicted for the whole", ([stage]) => duration(predicted[stage]), "number"],
+    ]} />
+    ${report.notes.length > 0 && html`<div><h3>Notes</h3><ul>${report.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul></div>`}
+    ${report.output && html`<div><h3>Last output</h3><pre>${report.output}</pre></div>`}
+  </section>`;
+}
+
 export function ReportSection({ path }) {
   const polled = usePolled(path, () => null);
-  return html`<${Loaded} polled=${polled}>${(report) => html`<${ReportBody} report=${report} />`}<//>`;
+  return html`<${Loaded} polled=${polled}>${(report) => (report.complete === false ? html`<${Unfinished} report=${report} />` : html`<${ReportBody} report=${report} />`)}<//>`;
 }

@@ -16,8 +16,11 @@ REPORT = {
         {
             "label": "awq w4 g128", "perplexity": 59.6, "perplexity_ratio": 1.00365, "kl": 0.01234,
             "bytes": {"awq": 3_400_000, "compressed-tensors": 3_500_000}, "bits_per_weight": 4.25,
+            "perplexity_ratio_interval": {"standard_error": 0.001, "low": 1.00169, "high": 1.00561},
+            "beyond_noise": True, "kl_p99": 0.1357, "top1_agreement": 0.9432,
         },
     ],
+    "notes": ["16 evaluation windows leave much noise"],
     "stages": {"calibrating": 9.5, "searching": 1.25},
 }  # fmt: skip
 
@@ -31,8 +34,23 @@ def text_of(show: object, document: dict[str, object]) -> str:
 
 def test_a_report_shows_every_figure() -> None:
     text = text_of(show_report, REPORT)
-    for figure in ("59.383", "59.600", "1.00365", "0.01234", "3.4 MB", "3.5 MB", "4.25", "9.50", "10.75"):
+    for figure in (
+        "59.383", "59.600", "1.00365", "1.00169 to 1.00561", "0.01234", "0.1357", "94.3%", "3.4 MB",
+        "3.5 MB", "4.25", "9.50", "10.75", "16 evaluation windows leave much noise",
+    ):  # fmt: skip
         assert figure in text
+    assert "noise" not in text.replace("leave much noise", "")
+
+
+def test_a_report_says_where_the_text_cannot_tell_a_model_from_the_original() -> None:
+    interval = {"standard_error": 0.001, "low": 0.9995, "high": 1.0012}
+    candidate = {"label": "a", "perplexity_ratio_interval": interval, "beyond_noise": False}
+    assert "0.99950 to 1.00120, noise" in text_of(show_report, {**REPORT, "candidates": [candidate]})
+
+
+def test_a_report_of_an_earlier_version_lacks_figures() -> None:
+    candidate = {"label": "a", "perplexity": 59.6, "perplexity_ratio": 1.00365, "kl": 0.01234}
+    assert "1.00365" in text_of(show_report, {**REPORT, "candidates": [candidate]})
 
 
 def test_a_report_shows_the_tries_and_the_prediction_beside_the_fact() -> None:
@@ -42,9 +60,30 @@ def test_a_report_shows_the_tries_and_the_prediction_beside_the_fact() -> None:
     }  # fmt: skip
     document = {**REPORT, "tries": [tried], "prediction": {"seconds": {"calibrating": 8.25}}}
     text = text_of(show_report, document)
+    verdict = "met, but the 95 % interval of the perplexity ratio reaches 1.01300"
+    assert verdict in text_of(show_report, {**REPORT, "tries": [{**tried, "verdict": verdict}]})
     for part in ("awq w3 g128 mixed 3.61", "more bits", "1.00412", "7.50", "met", "predicted", "8.25"):
         assert part in text
     assert "predicted" not in text_of(show_report, REPORT)
+
+
+def test_the_report_of_a_job_without_a_result_shows_what_it_did() -> None:
+    document: dict[str, object] = {
+        "complete": False, "state": "failed", "model": "a/b", "recipes": ["awq w4 g64"], "attempts": 2,
+        "error": {"code": "child_crashed", "message": "it ended with exit code 3"}, "stage": "searching",
+        "finished_layers": 7, "layers": 30, "stages": {"calibrating": 9.5, "searching": 1.25},
+        "prediction": {"seconds": {"calibrating": 8.25}}, "notes": ["lm_head keeps its precision"],
+        "output": "the last words",
+    }  # fmt: skip
+    text = text_of(show_report, document)
+    for part in (
+        "a/b, awq w4 g64: failed", "exit code 3",
+        "it ended in the stage searching, 7 of 30 layers finished, attempt 2",
+        "9.50", "8.25", "10.75", "lm_head keeps its precision", "the last words",
+    ):  # fmt: skip
+        assert part in text
+    waited: dict[str, object] = {"complete": False, "state": "cancelled", "attempts": 0, "waited_s": 60}
+    assert "no worker had begun with it in 1 min 00 s" in text_of(show_report, waited)
 
 
 def test_an_estimate_shows_figures_and_notes() -> None:

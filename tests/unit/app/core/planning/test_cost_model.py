@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from app.core.child.assignment import Noted
+from app.core.jobs.unfinished import PREDICTION
 from app.core.planning import cost_model
 from app.core.planning.cost_model import Prediction, predict
 from app.core.planning.device_profile import NOMINAL, DeviceProfile
@@ -108,3 +110,5 @@ def test_the_report_holds_prediction_and_fact(tmp_path: Path) -> None:
     headers = written - prediction.output_bytes[0]
     assert 0 < headers < 8192  # the files' own headers: names, shapes and offsets of the tensors
     assert prediction.basis == "nominal"
+    note = next(each for each in run.messages if isinstance(each, Noted) and each.code == PREDICTION)
+    assert Prediction.model_validate(note.detail) == prediction
