@@ -158,7 +158,8 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
         "candidate", ">perplexity", ">ratio", ">95 % interval", ">KL", ">KL of 99 %", ">same top token",
-        *[f">{name}" for name in formats], ">bits/weight", ">error vs RTN", title=escape(str(report.get("model", ""))),
+        *[f">{name}" for name in formats], ">bits/weight", ">error vs RTN",
+        title=escape(str(report.get("model", ""))),
     )  # fmt: skip
     original = report.get("original", {})
     grid.add_row(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from app.core.child import assignment
+from app.core.jobs.report import Quality
 from app.core.records.specs import Override, Recipe, SearchSpec
 from kernels.layouts import packed_words
 from tests.tiny_models import (
@@ -115,7 +117,24 @@ def test_transformers_opens_what_was_evaluated(tmp_path: Path, name: str) -> Non
     assert original == pytest.approx(report.original.perplexity, rel=1e-5)
     ratio = report.candidates[0].perplexity / report.original.perplexity
     assert report.candidates[0].perplexity_ratio == pytest.approx(ratio)
-    assert report.candidates[0].kl > 0
+    assert_compared(report.candidates[0], opened(run.opened.checkpoint.folder), loaded, windows)
+
+
+@torch.no_grad()
+def assert_compared(
+    figures: Quality, original: PreTrainedModel, loaded: PreTrainedModel, windows: Tensor
+) -> None:
+    """KL, its percentile and the agreement of the likeliest tokens, by transformers' logits in float64."""
+    first, second = (model(windows).logits[:, :-1].double().log_softmax(-1) for model in (original, loaded))
+    kl = (first.exp() * (first - second)).sum(-1)
+    assert figures.kl == pytest.approx(float(kl.mean()), rel=1e-3)
+    percentile = np.quantile(kl.numpy(), 0.99, method="inverted_cdf")
+    assert figures.kl_p99 == pytest.approx(float(percentile), rel=2e-3)
+    agrees = first.argmax(-1) == second.argmax(-1)
+    nearly = 1 / agrees.numel()  # two logits may be equal but for float32's rounding
+    assert figures.top1_agreement == pytest.approx(float(agrees.double().mean()), abs=nearly)
+    assert figures.kl_interval is not None
+    assert figures.kl_interval.low < figures.kl < figures.kl_interval.high
 
 
 SEVERAL = {

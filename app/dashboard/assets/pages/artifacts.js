@@ -70,6 +70,7 @@ function Artifact({ artifact }) {
       ["Perplexity", number(summary.perplexity, 5)],
       ["Against the original", summary.perplexity_ratio && change(summary.perplexity_ratio)],
       ["KL per token", number(summary.kl, 3)],
+      ["Same top token", summary.top1_agreement && `${(100 * summary.top1_agreement).toFixed(1)} %`],
       ["Published", date(artifact.created_at)],
     ]} />
     <${Use} artifact=${artifact} />
