@@ -48,7 +48,9 @@ LINEAR = Sources(
     "linear.cpp", ("registers.h", "digits.h", "output.h", "rows.h", "tiles.h"), ("-mprefer-vector-width=512",)
 )
 # Without contraction every product and sum is rounded, as PyTorch's are.
-SEARCH = Sources("search.cpp", ("registers.h", "vectors.h", "search_products.h"), ("-ffp-contract=off",))
+SEARCH = Sources(
+    "search.cpp", ("registers.h", "vectors.h", "search_products.h", "columns.h"), ("-ffp-contract=off",)
+)
 
 
 class NotCompiled(Exception):

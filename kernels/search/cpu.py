@@ -47,8 +47,20 @@ class ClipStruct(ctypes.Structure):
     )
 
 
-def rows_of(tensor: Tensor) -> RowsStruct:
-    return RowsStruct(tensor.data_ptr(), tensor.stride(0))
+class ColumnsStruct(ctypes.Structure):
+    """`ColumnBlock` of columns.h."""
+
+    _fields_ = (
+        *((name, RowsStruct) for name in ("target", "before", "rounded", "change")),
+        *((name, RowsStruct) for name in ("coefficients", "scale", "low")),
+        ("group", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("columns", "rows", "threads")),
+        ("steps", ctypes.c_float),
+    )
+
+
+def rows_of(tensor: Tensor | None) -> RowsStruct:
+    return RowsStruct() if tensor is None else RowsStruct(tensor.data_ptr(), tensor.stride(0))
 
 
 def rule_struct(rule: GridRule, range_factor: float = 1.0) -> RuleStruct:
@@ -88,8 +100,9 @@ def typed(library: ctypes.CDLL) -> ctypes.CDLL:
     ]  # fmt: skip
     library.nibble_clip_step.argtypes = [ctypes.POINTER(ClipStruct), rule]
     library.nibble_row_dots.argtypes = [pointer, number, pointer, number, pointer, number, number, threads]
-    for function in (library.nibble_rounding_errors, library.nibble_clip_step, library.nibble_row_dots):
-        function.restype = None
+    library.nibble_round_columns.argtypes = [ctypes.POINTER(ColumnsStruct)]
+    for name in ("rounding_errors", "clip_step", "row_dots", "round_columns"):
+        getattr(library, "nibble_" + name).restype = None
     return library
 
 
@@ -148,3 +161,20 @@ def add_row_dots(left: Tensor, right: Tensor, total: Tensor) -> None:
         left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), total.data_ptr(), *left.shape,
         threads_for(left.numel()),
     )  # fmt: skip
+
+
+def round_columns(values: Sequence[Tensor | None], grid: Sequence[Tensor], steps: int) -> bool:
+    """Fills the third and fourth of target, before, rounded, change, coefficients; False if it can't.
+
+    grid: scale, low and the group of each column, int64.
+    """
+    compiled = library()
+    if compiled is None:
+        return False
+    target, (scale, low, group) = values[0], grid
+    assert target is not None
+    rows = (rows_of(tensor) for tensor in (*values, scale, low))
+    compiled.nibble_round_columns(
+        ColumnsStruct(*rows, group.data_ptr(), *target.shape, threads_for(target.numel()), steps)
+    )
+    return True

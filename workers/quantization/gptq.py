@@ -1,24 +1,25 @@
 """GPTQ: rounding column by column, each error spread over the columns that are not rounded yet.
 
 Frantar et al., arXiv 2210.17323, with static activation order: grids are fixed per group first, then
-columns are visited by descending diagonal of H, so a group stays a run of neighbours in the file. Sweeps of
+columns are visited by descending diagonal of H, so a group stays a run of neighbours in the file. That is
+done on several grids, and each row goes on from the one that leaves it the smallest loss. Sweeps of
 coordinate descent follow (QuantEase, arXiv 2309.01885): a column is moved to its best grid point given all
 others. In between the scales of all groups of a row are fitted to its integers. Either can only lower
-`tr(E H E^T)`. All of that is done on several grids, and each row keeps the one with the smallest loss.
+`tr(E H E^T)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from app.core.errors import RecipeUnsupported
 from app.core.formats.file_format import Scheme
+from kernels.search.columns import ColumnGrid, round_columns
 from kernels.search.grids import stored_scale
-from kernels.search.losses import row_losses
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.grid import Grid
 
@@ -29,30 +30,6 @@ SWEEPS = 2
 REFITS = 2  # of the scales, each followed by sweeps
 FIT_RANGE = (0.25, 4.0)  # of a fitted scale, relative to the one before
 FIT_VALUES = 2**24  # of the normal equations at once: rows x groups x groups
-
-
-@dataclass(frozen=True)
-class ColumnGrid:
-    """The grid of every column, transposed like the weights: (C, rows) float32.
-
-    Transposed, a column of the weight is contiguous, and all work here goes column by column.
-    """
-
-    scale: Tensor
-    low: Tensor  # the smallest and the largest step from zero
-    high: Tensor
-
-    @classmethod
-    def of(cls, grid: Grid, order: Tensor) -> ColumnGrid:
-        """Of the columns in `order`."""
-        group = order // (order.numel() // grid.scale.shape[1])
-        scale, zero = (values.squeeze(-1).T[group].contiguous() for values in (grid.scale, grid.zero))
-        return cls(scale, -zero, 2**grid.bits - 1 - zero)
-
-    def nearest(self, values: Tensor, column: int) -> Tensor:
-        """Grid points nearest to the values (rows,) of one column."""
-        scale = self.scale[column]
-        return (values / scale).round_().clamp_(self.low[column], self.high[column]).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -72,22 +49,39 @@ def round_gptq(
     Raises RecipeUnsupported if H can't be made positive definite.
     """
     linear = OrderedLinear.of(weight, moment)
-    best, least = linear.rounded(grids[0], scheme, dtype)
-    for grid in grids[1:]:
-        rounded, losses = linear.rounded(grid, scheme, dtype)
-        best, least = rounded.where(losses < least, best), torch.minimum(losses, least)
-    return GptqRounding(best, least, linear.damping)
+    rounded, columns = linear.started([linear.columns(grid) for grid in grids])
+    gradient = linear.descend(rounded, columns)
+    for _ in range(REFITS):
+        steps = columns.steps_of(rounded)
+        columns = linear.fitted(steps, gradient, columns, dtype)
+        rounded = columns.values_of(steps)
+        gradient = linear.descend(rounded, columns)
+    losses = (gradient * (rounded - linear.values)).sum(dim=0)
+    integers = torch.empty_like(rounded)
+    integers[linear.order] = columns.steps_of(rounded) - columns.low[columns.group]
+    stored = [values.T.contiguous() for values in (integers, columns.scale, -columns.low)]
+    return GptqRounding(
+        QuantizedWeight(stored[0].to(torch.uint8), stored[1], stored[2].to(torch.uint8), scheme),
+        losses,
+        linear.damping,
+    )
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Runs of columns."""
+    return (slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
 @dataclass(frozen=True)
 class OrderedLinear:
-    """A linear and the second moment of its input, the columns in the order in which they are rounded."""
+    """A linear and the second moment of its input, the columns in the order in which they are rounded.
 
-    weight: Tensor  # (rows, C), in the file's order
-    moment: Tensor  # (C, C), in the file's order
-    order: Tensor
-    values: Tensor  # (C, rows), in the order of rounding, as all below
-    ordered_moment: Tensor  # with 1 on the diagonal where nothing was seen
+    Matrices of weights are transposed, (C, rows): all work goes column by column.
+    """
+
+    values: Tensor  # the weights; zero where nothing was seen
+    order: Tensor  # (C,): the columns' numbers in the file
+    moment: Tensor  # H, with 1 on the diagonal where nothing was seen
     factor: Tensor
     damping: float
 
@@ -96,70 +90,101 @@ class OrderedLinear:
         diagonal = moment.diagonal()
         order = diagonal.argsort(descending=True, stable=True)
         dead = (diagonal <= 0)[order]
-        ordered = moment[order][:, order].clone()
+        ordered = moment[order][:, order]
         ordered.diagonal()[dead] = 1.0
         values = weight.T[order].contiguous()
         values[dead] = 0.0  # never read: any value will do, zero is the cheapest
-        return cls(weight, moment, order, values, ordered, *inverse_factor(ordered))
+        return cls(values, order, ordered, *inverse_factor(ordered))
 
-    def rounded(self, grid: Grid, scheme: Scheme, dtype: torch.dtype) -> tuple[QuantizedWeight, Tensor]:
-        """The integers on this grid, its scales fitted to them, and the loss per row."""
-        columns = ColumnGrid.of(grid, self.order)
-        rounded = spread_errors(self.values.clone(), columns, self.factor)
-        rounded = descend(self.values, rounded, columns, self.ordered_moment)
-        integers = integers_of(rounded, columns, self.order)
-        for _ in range(REFITS):
-            grid = fitted_scales(self.weight, integers, grid, self.moment, dtype)
-            columns = ColumnGrid.of(grid, self.order)
-            rounded = (integers.T[self.order] + columns.low) * columns.scale
-            rounded = descend(self.values, rounded, columns, self.ordered_moment)
-            integers = integers_of(rounded, columns, self.order)
-        zero = grid.zero.squeeze(-1).to(torch.uint8)
-        weights = QuantizedWeight(integers.to(torch.uint8), grid.scale.squeeze(-1), zero, scheme)
-        return weights, row_losses(weights.dequantize() - self.weight, self.moment)
+    def columns(self, grid: Grid) -> ColumnGrid:
+        """The grid of every column."""
+        scale, zero = (values.squeeze(-1).T.contiguous() for values in (grid.scale, grid.zero))
+        return ColumnGrid(scale, -zero, self.order // (len(self.order) // len(scale)), 2**grid.bits - 1)
+
+    def started(self, grids: Sequence[ColumnGrid]) -> tuple[Tensor, ColumnGrid]:
+        """GPTQ on all grids; of each row the best outcome, and its grid."""
+        columns = grids[0]
+        rounded, least = self.spread_errors(columns)
+        for grid in grids[1:]:
+            other, losses = self.spread_errors(grid)
+            better = losses < least
+            rounded, least = torch.where(better, other, rounded), torch.minimum(losses, least)
+            scale, low = (
+                torch.where(better, new, old)
+                for new, old in ((grid.scale, columns.scale), (grid.low, columns.low))
+            )
+            columns = replace(columns, scale=scale, low=low)
+        return rounded, columns
+
+    def spread_errors(self, columns: ColumnGrid) -> tuple[Tensor, Tensor]:
+        """The rounded matrix, and the loss of each row by the damped H."""
+        values, rounded = self.values.clone(), torch.empty_like(self.values)
+        diagonal, losses = self.factor.diagonal()[:, None], self.values.new_zeros(self.values.shape[1])
+        for block in blocks(len(values)):
+            rows = self.factor[block] / diagonal[block]
+            rounded[block], change = round_columns(values[block], -rows[:, block], columns.of(block))
+            values[block.stop :].addmm_(rows[:, block.stop :].T, change, alpha=-1)
+            losses += (change / diagonal[block]).square_().sum(dim=0)
+        return rounded, losses
+
+    def descend(self, rounded: Tensor, columns: ColumnGrid) -> Tensor:
+        """Coordinate descent on `tr(E H E^T)`, E = rounded - values, in place; H E at its end."""
+        gradient = self.moment @ (rounded - self.values)
+        diagonal = self.moment.diagonal().clamp(min=1e-30)
+        for _ in range(SWEEPS):
+            for block in blocks(len(rounded)):
+                target = rounded[block] - gradient[block] / diagonal[block, None]
+                coefficients = -self.moment[block, block] / diagonal[block]
+                rounded[block], change = round_columns(
+                    target, coefficients, columns.of(block), rounded[block]
+                )
+                gradient.addmm_(self.moment[:, block], change)
+        return gradient
+
+    def fitted(self, steps: Tensor, gradient: Tensor, columns: ColumnGrid, dtype: torch.dtype) -> ColumnGrid:
+        """The grids with the scales that suit these steps from zero best, for the rows whose loss they lower.
+
+        A row's loss is quadratic in the scales of its groups: a change d of them adds `d A d + 2 d r`, with
+        A_gh = v_g H_gh v_h of the steps v and r_g = v_g (H e)_g of the error e. The best scales are rounded
+        to what files hold.
+        """
+        groups, rows = columns.scale.shape
+        by_group = columns.group.argsort(stable=True)
+        slope = (steps * gradient)[by_group].view(groups, -1, rows).sum(dim=1)
+        matrix = self.normal_matrix(steps[by_group], by_group, groups)
+        scale = columns.scale.clone()
+        chunk = max(1, FIT_VALUES // groups**2)
+        for start in range(0, rows, chunk):
+            some = slice(start, start + chunk)
+            before, r, a = columns.scale[:, some].T, slope[:, some].T, matrix[:, :, some].permute(2, 0, 1)
+            ratio = (before - solution(a, r)) / before
+            within = (ratio > FIT_RANGE[0]) & (ratio < FIT_RANGE[1])
+            after = stored_scale(torch.where(within, ratio * before, before), dtype)
+            change = after - before
+            gain = ((a @ change[..., None]).squeeze(-1) + 2 * r).mul_(change).sum(dim=1)
+            scale[:, some] = torch.where(gain[:, None] < 0, after, before).T
+        return replace(columns, scale=scale)
+
+    def normal_matrix(self, steps: Tensor, by_group: Tensor, groups: int) -> Tensor:
+        """A of `fitted`, (groups, groups, rows), of steps that lie group by group."""
+        size, rows = len(steps) // groups, steps.shape[1]
+        moment = self.moment[by_group][:, by_group]
+        matrix = steps.new_empty(groups, groups, rows)
+        for group, start in enumerate(range(0, len(steps), size)):
+            columns = slice(start, start + size)
+            product = (moment[start:, columns] @ steps[columns]).mul_(steps[start:])
+            sums = product.view(-1, size, rows).sum(dim=1)
+            matrix[group, group:] = matrix[group:, group] = sums
+        return matrix
 
 
-def integers_of(rounded: Tensor, columns: ColumnGrid, order: Tensor) -> Tensor:
-    """(rows, C) integers as float32, in the file's order of columns."""
-    integers = torch.empty_like(rounded)
-    integers[order] = (rounded / columns.scale - columns.low).round_()
-    return integers.T.contiguous()
-
-
-def fitted_scales(weight: Tensor, integers: Tensor, grid: Grid, moment: Tensor, dtype: torch.dtype) -> Grid:
-    """The grid with the scales that suit these integers best, for the rows whose loss they lower.
-
-    For given steps from zero v a row's loss is quadratic in the scales of its groups: the best ones solve
-    `A s = b` with A_gh = v_g H_gh v_h and b_g = v_g (H w)_g. They are rounded to what files hold.
-    """
-    rows, groups = grid.scale.shape[:2]
-    scales = grid.scale.clone()
-    products = weight @ moment
-    chunk = max(1, FIT_VALUES // groups**2)
-    for start in range(0, rows, chunk):
-        some = slice(start, min(start + chunk, rows))
-        steps = integers[some].view(-1, groups, integers.shape[1] // groups) - grid.zero[some]
-        fitted = best_scales(steps, products[some].view_as(steps), moment)
-        ratio = fitted / grid.scale[some]
-        within = (ratio > FIT_RANGE[0]) & (ratio < FIT_RANGE[1])
-        fitted = stored_scale(torch.where(within, fitted, grid.scale[some]), dtype)
-        errors = [(steps * s).flatten(1) - weight[some] for s in (grid.scale[some], fitted)]
-        before, after = (((error @ moment) * error).sum(dim=1) for error in errors)
-        scales[some] = torch.where((after < before)[:, None, None], fitted, grid.scale[some])
-    return Grid(scales, grid.zero, grid.bits)
-
-
-def best_scales(steps: Tensor, products: Tensor, moment: Tensor) -> Tensor:
-    """(rows, groups, 1): the solution of the normal equations; NaN or infinite where there is none."""
-    rows, groups, size = steps.shape
-    matrix = steps.new_empty(rows, groups, groups)
-    for group in range(groups):
-        spread = steps[:, group] @ moment[group * size : (group + 1) * size]
-        matrix[:, group] = (spread.view(rows, groups, size) * steps).sum(dim=2)
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
+def solution(matrix: Tensor, right: Tensor) -> Tensor:
+    """(rows, groups): of the normal equations; NaN or infinite where there is none."""
+    damped = matrix.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(dim=1, keepdim=True) + 1e-30  # groups of zeros have no scale
-    solution: Tensor = torch.linalg.solve_ex(matrix, (products * steps).sum(dim=2, keepdim=True))[0]
-    return solution
+    values: Tensor = torch.linalg.solve_ex(damped, right[..., None])[0].squeeze(-1)
+    return values
 
 
 def inverse_factor(moment: Tensor) -> tuple[Tensor, float]:
@@ -173,47 +198,10 @@ def inverse_factor(moment: Tensor) -> tuple[Tensor, float]:
         if not bool(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return upper, damping
+                return upper.contiguous(), damping
         damping *= 2
     raise RecipeUnsupported(
         "the second moment of a linear's input is not positive definite",
         code="moment_singular",
         remedy="use more calibration text, or method awq or rtn with rounding nearest",
     )
-
-
-def spread_errors(values: Tensor, columns: ColumnGrid, factor: Tensor) -> Tensor:
-    """The rounded (C, rows) matrix; `values` is used up."""
-    rounded = torch.empty_like(values)
-    count = values.shape[0]
-    for start in range(0, count, BLOCK):
-        stop = min(start + BLOCK, count)
-        errors = torch.empty_like(values[start:stop])
-        for column in range(start, stop):
-            rounded[column] = columns.nearest(values[column], column)
-            error = torch.div(
-                values[column] - rounded[column], factor[column, column], out=errors[column - start]
-            )
-            values[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
-        values[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return rounded
-
-
-def descend(values: Tensor, rounded: Tensor, columns: ColumnGrid, moment: Tensor) -> Tensor:
-    """Coordinate descent on `tr(E H E^T)`, E = rounded - values, over the grid points; all (C, rows)."""
-    gradient = moment @ (rounded - values)
-    diagonal = moment.diagonal().clamp(min=1e-30).tolist()
-    for _ in range(SWEEPS):
-        for start in range(0, values.shape[0], BLOCK):
-            stop = min(start + BLOCK, values.shape[0])
-            inner = moment[start:stop, start:stop]
-            local, moved = gradient[start:stop].clone(), rounded[start:stop].clone()
-            for index in range(stop - start):
-                column = start + index
-                target = torch.sub(moved[index], local[index], alpha=1 / diagonal[column])
-                step = columns.nearest(target, column).sub_(moved[index])
-                local.addr_(inner[index], step)
-                moved[index].add_(step)
-            gradient.addmm_(moment[:, start:stop], moved - rounded[start:stop])
-            rounded[start:stop] = moved
-    return rounded

@@ -113,7 +113,7 @@ NOMINAL: dict[DeviceKind, DeviceProfile] = {
         elementwise=8e9, disk=5e8,
         search={
             "scales": {256: 5e-9, 1024: 6.5e-9}, "nearest": {256: 1.6e-8, 1024: 2e-8},
-            "clip": {256: 1.4e-7, 1024: 1.1e-7}, "gptq": {256: 2.4e-6, 1024: 3.2e-6},
+            "clip": {256: 1.4e-7, 1024: 1.1e-7}, "gptq": {256: 3e-7, 1024: 7e-7},
         },
     ),
     "cuda": DeviceProfile(

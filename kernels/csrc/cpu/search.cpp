@@ -334,6 +334,8 @@ void clip_panel(const ClipStep& step, const Rule& rule, const Block& block, int6
 
 }  // namespace
 
+#include "columns.h"
+
 extern "C" {
 
 // Whether the system grants AMX's registers; true without AMX.
@@ -364,6 +366,12 @@ void nibble_clip_step(const ClipStep* step, const Rule* rule) {
     for (int64_t row = 0; row < step->rows; row += kPanel) clip_panel(*step, *rule, block, row, *panel);
     delete panel;
   }
+}
+
+void nibble_round_columns(const ColumnBlock* block) {
+  const Coefficients coefficients(*block);
+#pragma omp parallel for num_threads(int(block->threads)) schedule(static)
+  for (int64_t row = 0; row < block->rows; row += kPanel) round_panel(*block, coefficients, row);
 }
 
 // total[row] += sum over columns of left * right, both bfloat16.
