@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from app.core.records.specs import VllmOptions
 from tests.integration.api_service import Service
 from tests.integration.serving_floor import Floor
 from tests.integration.workshop import REPOSITORY
 from tests.waiting import wait_until
+from workers.replicas.server_process import Launch, vllm_environment
 
 
 @pytest.fixture
@@ -39,6 +41,7 @@ def test_vllm_is_started_with_its_own_words(floor: Floor, path_with_vllm: str) -
         "gpu_memory_utilization": 0.5,
         "enforce_eager": True,
         "enable_prefix_caching": False,
+        "tool_call_parser": "hermes",
     }
     variables = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_API_KEY": "of another server"}
     with floor.worker("one", PATH=path_with_vllm, **variables) as worker:
@@ -51,7 +54,8 @@ def test_vllm_is_started_with_its_own_words(floor: Floor, path_with_vllm: str) -
             "'serve', '", "'--served-model-name', 'tiny', '--host', '127.0.0.1', '--port', '",
             "'--tensor-parallel-size', '2', '--pipeline-parallel-size', '2'",
             "'--distributed-executor-backend', 'ray'", "'--gpu-memory-utilization', '0.5'",
-            "'--enforce-eager'", "'--no-enable-prefix-caching'", "vllm ['VLLM_LOGGING_LEVEL']",
+            "'--enforce-eager'", "'--no-enable-prefix-caching'",
+            "'--enable-auto-tool-choice'", "'--tool-call-parser', 'hermes'", "vllm ['VLLM_LOGGING_LEVEL']",
         ):  # fmt: skip
             assert words in log
         # The guard, the server, and a process that the server has started: none outlives the worker.
@@ -79,3 +83,24 @@ def test_a_worker_without_vllm_refuses_it_by_name(floor: Floor) -> None:
         job = {"model": "x", "deploy": {"name": "tiny", "engine": "vllm"}}
         refused = floor.client.post("/v1/jobs", json=job)
         assert (refused.status_code, refused.json()["code"]) == (422, "vllm_not_installed")
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "set_by_host", "cache_gib"),
+    [
+        ("cpu", None, None, "4"),
+        ("cpu", None, "9", "9"),
+        ("cpu", 0.3, None, None),
+        ("cuda:0", None, None, None),
+    ],
+)
+def test_on_a_cpu_several_servers_of_vllm_share_the_memory(
+    device: str, share: float | None, set_by_host: str | None, cache_gib: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    if set_by_host is not None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", set_by_host)
+    options = VllmOptions(gpu_memory_utilization=share)
+    launch = Launch(tmp_path, tmp_path, "tiny", "127.0.0.1", device, "auto", 1.0, options)
+    assert vllm_environment(launch).get("VLLM_CPU_KVCACHE_SPACE") == cache_gib

@@ -31,6 +31,8 @@ SERVER_MODULE = "workers.serving"
 PROBE_LIMIT_S = 5.0
 # Environment variables that vLLM reads, besides those that every child gets.
 VLLM_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "RAY_", "TORCH_", "TRITON_")
+# GiB. Else vLLM wants 0.92 of the memory where it computes on the CPU: no two servers could have that.
+VLLM_CPU_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "4"}
 VLLM_KEY = "VLLM_API_KEY"  # with it vLLM would refuse the gateway, which has checked the caller's own key
 LOAD = re.compile(r"^vllm:num_requests_(running|waiting)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
 
@@ -212,7 +214,7 @@ def vllm_missing() -> ServerRefused:
 
 def vllm_arguments(options: VllmOptions) -> list[str]:
     """The options in vLLM's spelling; only names of the record's fields occur."""
-    arguments = []
+    arguments = ["--enable-auto-tool-choice"] if options.tool_call_parser is not None else []
     for name, value in options.model_dump(exclude_none=True).items():
         flag = "--" + name.replace("_", "-")
         if value is True:
@@ -228,6 +230,8 @@ def vllm_environment(launch: Launch) -> dict[str, str]:
     """As every child's, with vLLM's own variables, and the GPUs from this worker's on."""
     options = launch.vllm or VllmOptions()
     environment = child_environment(os.environ, launch.work_folder)
+    if launch.device == "cpu" and options.gpu_memory_utilization is None:
+        environment |= VLLM_CPU_CACHE
     environment |= {name: value for name, value in os.environ.items() if name.startswith(VLLM_PREFIXES)}
     environment.pop(VLLM_KEY, None)
     count = (options.tensor_parallel_size or 1) * (options.pipeline_parallel_size or 1)

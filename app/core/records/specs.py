@@ -204,7 +204,8 @@ class EvaluationSpec(TextSpec):
 
     num_samples: int = Field(default=64, ge=1, le=65536)
     sequence_length: int | None = Field(default=None, ge=8, le=131072)
-    tasks: tuple[TaskName, ...] = Field(default=(), max_length=32)  # of lm-eval, scored on original and result
+    # of lm-eval, scored on original and result
+    tasks: tuple[TaskName, ...] = Field(default=(), max_length=32)
     task_limit: int | None = Field(default=None, ge=1, le=1_000_000)  # documents of each task, from the start
 
     @field_validator("tasks")
@@ -286,6 +287,8 @@ class VllmOptions(Frozen):
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] | None = None
     enforce_eager: bool = False
     enable_prefix_caching: bool | None = None
+    # vLLM's name of how the model writes tool calls; without it vLLM refuses requests with tools
+    tool_call_parser: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_-]{0,63}$")
 
 
 class DeploymentOptions(Frozen):
