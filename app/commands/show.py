@@ -232,10 +232,9 @@ def show_stages(console: Console, stages: Mapping[str, float], prediction: Mappi
     """The seconds of each stage, beside the prediction."""
     predicted = prediction.get("seconds", {})
     grid = table("stage", ">seconds", *([">predicted"] if predicted else []))
-    for stage, seconds in stages.items():
-        grid.add_row(
-            escape(stage), f"{seconds:.2f}", *([figure(predicted.get(stage), 2)] if predicted else [])
-        )
+    for stage in dict.fromkeys((*predicted, *stages)):
+        expected = [figure(predicted.get(stage), 2)] if predicted else []
+        grid.add_row(escape(stage), figure(stages.get(stage), 2), *expected)
     total = [f"{sum(predicted.values()):.2f}"] if predicted else []
     grid.add_row("total", f"{sum(stages.values()):.2f}", *total)
     console.print(grid)
@@ -269,11 +268,12 @@ def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
     """Print an estimate's figures and recipes; `--json` lists every linear."""
     grid = table("figure", ">estimate")
     for name, value in estimate.items():
-        if name == "object" or isinstance(value, bool | list | dict) or value is None:
+        if name in ("object", "shared_s") or isinstance(value, bool | list | dict) or value is None:
             continue
         grid.add_row(escape(FIGURES.get(name, name.replace("_", " "))), estimate_text(name, value))
     console.print(grid)
-    show_candidate_estimates(console, estimate.get("candidates", []))
+    show_stage_estimates(console, estimate)
+    show_candidate_estimates(console, estimate)
     for candidate in estimate.get("candidates", []):
         show_decisions(console, candidate)
     show_notes(console, estimate)
@@ -284,19 +284,32 @@ def show_notes(console: Console, document: Mapping[str, Any]) -> None:
         console.print(f"[yellow]note[/] {escape(str(note))}")
 
 
-def show_candidate_estimates(console: Console, candidates: Iterable[Mapping[str, Any]]) -> None:
-    """One row per recipe: its own time, and its size in each format."""
-    rows = list(candidates)
+def show_stage_estimates(console: Console, estimate: Mapping[str, Any]) -> None:
+    """The seconds of each stage, and their sum."""
+    stages = estimate.get("stages", {})
+    grid = table("stage", ">seconds")
+    for stage, seconds in stages.items():
+        grid.add_row(escape(stage), figure(seconds, 1))
+    grid.add_row("total", figure(estimate.get("time_s"), 1))
+    if stages:
+        console.print(grid)
+
+
+def show_candidate_estimates(console: Console, estimate: Mapping[str, Any]) -> None:
+    """One row per recipe: its own time, with what all share the total, and its size in each format."""
+    rows = list(estimate.get("candidates", []))
     formats = list(dict.fromkeys(name for row in rows for name in row.get("output_bytes", {})))
-    grid = table("candidate", ">time", ">bits/weight", *[f">{name}" for name in formats])
+    grid = table("candidate", ">seconds", ">bits/weight", *[f">{name}" for name in formats])
+    grid.add_row("shared by all", figure(estimate.get("shared_s"), 1))
     for row in rows:
         sizes = row.get("output_bytes", {})
         grid.add_row(
             escape(str(row.get("label", ""))),
-            human_seconds(row.get("time_s")),
+            figure(row.get("time_s"), 1),
             figure(row.get("bits_per_weight"), 2),
             *[size_text(sizes.get(name)) for name in formats],
         )
+    grid.add_row("total", figure(estimate.get("time_s"), 1))
     if rows:
         console.print(grid)
 

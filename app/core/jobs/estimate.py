@@ -6,10 +6,9 @@ from typing import Literal
 
 from app.core.formats.registry import FormatName
 from app.core.jobs.submission import CheckedSubmission
-from app.core.planning.cost_model import predict
+from app.core.planning.cost_model import NETWORK, Step, predict
 from app.core.planning.device_profile import NOMINAL, Basis, DeviceKind, DeviceProfile, rates_notes
 from app.core.planning.plan import CandidatePlan
-from app.core.records.job import Stage
 from app.core.records.specs import Frozen
 
 
@@ -30,13 +29,16 @@ class CandidateEstimate(Frozen):
     recipe_index: int
     label: str
     bits_per_weight: float
-    time_s: float  # of this recipe alone
+    time_s: float  # of this recipe alone: its share of the stages
     output_bytes: dict[FormatName, int]
     linears: tuple[LinearEstimate, ...]
 
 
 class Estimate(Frozen):
-    """The figures of a job. Times are rough; sizes of outputs are exact but for their metadata."""
+    """The figures of a job. Times are rough; sizes of outputs are exact but for their metadata.
+
+    `time_s` is the sum of `stages`, and also the sum of `shared_s` and the times of the candidates.
+    """
 
     object: Literal["estimate"] = "estimate"
     model: str
@@ -46,7 +48,10 @@ class Estimate(Frozen):
     device: DeviceKind
     basis: Basis  # of the rates of the best living worker's device
     time_s: float
-    stages: dict[Stage, float]
+    stages: dict[Step, float]
+    shared_s: (
+        float  # what all candidates have in common: start, fetching, calibration, the original's figures
+    )
     ram_bytes: int
     vram_bytes: int
     disk_bytes: int
@@ -62,8 +67,14 @@ def estimate(
     """On a device of this kind, with the rates of `profile` if one was measured."""
     plan, spec = checked.plan, checked.spec
     profile = profile or NOMINAL[device]
-    prediction = predict(plan, spec, profile)
+    prediction = predict(plan, spec, profile, download_bytes=checked.download_bytes)
     output = sum(prediction.output_bytes)
+    stages = {step: rounded(spent) for step, spent in prediction.seconds.items()}
+    candidates = tuple(
+        candidate_estimate(candidate, sum(own.values()))
+        for candidate, own in zip(plan.candidates, prediction.candidate_seconds, strict=True)
+    )
+    time_s = rounded(sum(stages.values()))
     return Estimate(
         model=spec.model,
         architecture=plan.architecture.model_type,
@@ -71,20 +82,29 @@ def estimate(
         layers=plan.num_layers,
         device=device,
         basis=prediction.basis,
-        time_s=round(prediction.total_seconds, 1),
-        stages={stage: round(spent, 2) for stage, spent in prediction.seconds.items()},
+        time_s=time_s,
+        stages=stages,
+        shared_s=rounded(time_s - sum(candidate.time_s for candidate in candidates)),
         ram_bytes=prediction.ram_bytes,
         vram_bytes=prediction.vram_bytes,
         # Outputs lie in the work folder and in storage.
         disk_bytes=checked.download_bytes + prediction.disk_bytes + output,
         download_bytes=checked.download_bytes,
         output_bytes=output,
-        notes=(*rates_notes(profile), *plan.notes),
-        candidates=tuple(
-            candidate_estimate(candidate, sum(own.values()))
-            for candidate, own in zip(plan.candidates, prediction.candidate_seconds, strict=True)
-        ),
+        notes=(*rates_notes(profile), *download_notes(checked.download_bytes), *plan.notes),
+        candidates=candidates,
     )
+
+
+def rounded(seconds: float) -> float:
+    """To what is shown, so that what is shown adds up."""
+    return round(seconds, 1)
+
+
+def download_notes(size: int) -> tuple[str, ...]:
+    if size == 0:
+        return ()
+    return (f"fetching assumes {NETWORK / 1e6:.0f} MB/s, and that the worker does not have the model yet",)
 
 
 def candidate_estimate(candidate: CandidatePlan, time_s: float) -> CandidateEstimate:
@@ -92,7 +112,7 @@ def candidate_estimate(candidate: CandidatePlan, time_s: float) -> CandidateEsti
         recipe_index=candidate.recipe_index,
         label=candidate.label,
         bits_per_weight=candidate.bits_per_weight,
-        time_s=round(time_s, 2),
+        time_s=rounded(time_s),
         output_bytes=candidate.output_bytes,
         linears=tuple(
             LinearEstimate(

@@ -20,7 +20,7 @@ from app.core.records.specs import CalibrationSpec, EvaluationSpec, Frozen, JobS
 from app.core.settings import Settings
 from app.core.sources.model_headers import ModelHeaders, with_code
 from app.core.sources.model_reference import parse_model_reference
-from app.core.sources.model_source import HubModel, inspect_model, open_model
+from app.core.sources.model_source import HubModel, LocalModel, inspect_model, open_model
 from app.core.sources.text_source import check_text, is_remote, open_text
 from app.core.storage.reuse import Contents, fingerprint, text_key
 from app.core.storage.storage_keys import FOLDERS
@@ -36,7 +36,7 @@ class CheckedSubmission(Frozen):
 
     spec: JobSpec
     plan: Plan
-    download_bytes: int
+    download_bytes: int  # 0 for a folder of this host, which is read in place
     fingerprint: str
 
 
@@ -64,7 +64,7 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     return CheckedSubmission(
         spec=spec,
         plan=plan,
-        download_bytes=sum(headers.files.values()),
+        download_bytes=0 if isinstance(files, LocalModel) else sum(headers.files.values()),
         fingerprint=fingerprint(spec, contents),
     )
 

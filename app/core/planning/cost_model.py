@@ -6,6 +6,8 @@ engine's own code was measured at, everything else in bytes that pass through me
 
 from __future__ import annotations
 
+from typing import Literal
+
 from app.core.planning.device_profile import Basis, DeviceProfile, SearchStep
 from app.core.planning.plan import CandidatePlan, LinearPlan, Plan
 from app.core.records.job import Stage
@@ -18,6 +20,14 @@ BATCH_TOKENS = 8192
 CHUNK_TOKENS = 256
 EXPERT = ".experts."  # in the names of linears that see only the tokens routed to them
 POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
+
+Step = Literal["starting"] | Stage  # what takes a job's time, in order: the start of its process, and stages
+
+START_SECONDS = 5.0  # the job's process: interpreter, torch, transformers
+TEXT_SECONDS = 3.0  # the tokenizer, and tokenizing the texts
+NETWORK = 5e7  # bytes/s from a hub or a bucket, assumed
+HASHING = 1e9  # bytes/s
+READING_BYTES = 8  # per weight, of looking for NaN and infinity
 
 BASE_RAM_BYTES = 700_000_000  # interpreter, torch, transformers, tokenizer
 BASE_VRAM_BYTES = 600_000_000  # the CUDA context
@@ -45,7 +55,7 @@ class Prediction(Frozen):
     """Predicted time and sizes of a run. Output sizes are exact except for the files' metadata."""
 
     basis: Basis  # of the rates
-    seconds: dict[Stage, float]  # of the whole job
+    seconds: dict[Step, float]  # of the whole job
     candidate_seconds: tuple[dict[Stage, float], ...]  # of each recipe alone
     ram_bytes: int
     vram_bytes: int
@@ -57,11 +67,15 @@ class Prediction(Frozen):
         return sum(self.seconds.values())
 
 
-def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile) -> Prediction:
+def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes: int = 0) -> Prediction:
     """Predict the recipes as given; further recipes that a target may try are not included."""
     costs = Costs(plan, spec, profile)
     own = tuple(costs.candidate(candidate) for candidate in plan.candidates)
-    seconds = {Stage.CALIBRATING: costs.calibration()}
+    seconds: dict[Step, float] = {
+        "starting": START_SECONDS,
+        Stage.FETCHING: costs.fetching(download_bytes),
+        Stage.CALIBRATING: costs.calibration(),
+    }
     for stages in own:
         for stage, spent in stages.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
@@ -123,6 +137,11 @@ class Costs:
         product = tokens / chunk * self.product(chunk, self.plan.hidden_size, vocabulary)
         return self.forward(samples, length) + product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
 
+    def fetching(self, download_bytes: int) -> float:
+        """Seconds of bringing the model here, looking at every weight and tokenizing the texts."""
+        read = self.passes(self.plan.parameters, READING_BYTES)
+        return download_bytes / NETWORK + self.plan.model_bytes / HASHING + read + TEXT_SECONDS
+
     def calibration(self) -> float:
         """Seconds of one pass of the original, with the second moments and histograms."""
         samples = self.spec.calibration.num_samples
@@ -164,6 +183,7 @@ class Costs:
             Stage.PACKING: folders + self.passes(packed, PACK_BYTES) + written / self.profile.disk,
             Stage.VERIFYING: folders + self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
             Stage.EVALUATING: self.evaluation() + reading,
+            Stage.PUBLISHING: written / HASHING + written / self.profile.disk,
         }
         if candidate.recipe.has_own_chain:
             own[Stage.CALIBRATING] = self.chain()

@@ -37,7 +37,8 @@ function EstimatePanel({ estimate, hasModel }) {
     ${!hasModel && html`<p>Name a model to see time, memory and size before you submit.</p>`}
     <${Problem} error=${error} title="This job would be refused" />
     ${value && html`<${Facts} rows=${[
-        ["Time", `${duration(value.time_s)} on a ${value.device === "cuda" ? "GPU" : "CPU"} (${value.basis} rates)`],
+        ["Time", `${value.time_s.toFixed(1)} s${value.time_s < 90 ? "" : ` (${duration(value.time_s)})`} on a ${value.device === "cuda" ? "GPU" : "CPU"} (${value.basis} rates)`],
+        ...Object.entries(value.stages).map(([stage, seconds]) => [`– ${stage}`, `${seconds.toFixed(1)} s`]),
         ["Memory", bytes(value.ram_bytes)],
         ["GPU memory", value.vram_bytes ? bytes(value.vram_bytes) : null],
         ["Disk", bytes(value.disk_bytes)],

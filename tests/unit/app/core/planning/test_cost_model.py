@@ -105,7 +105,7 @@ def test_the_report_holds_prediction_and_fact(tmp_path: Path) -> None:
     run = EngineRun(tiny_spec(), tiny_model(tmp_path / "model"), tmp_path / "work")
     prediction, (candidate,) = run.report.prediction, run.report.candidates
     assert prediction is not None
-    assert set(prediction.seconds) <= set(run.report.stages)
+    assert set(run.report.stages) <= set(prediction.seconds)
     written = sum(candidate.bytes.values())
     headers = written - prediction.output_bytes[0]
     assert 0 < headers < 8192  # the files' own headers: names, shapes and offsets of the tensors
