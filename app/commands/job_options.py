@@ -17,7 +17,7 @@ import typer
 from app.commands.terminal import among
 from app.core.errors import InvalidRequest
 from app.core.formats.registry import FormatName
-from app.core.records.specs import Method
+from app.core.records.specs import BUNDLED_TASKS, Method
 from app.core.sources.json_file import json_fault
 
 IdempotencyKey = Annotated[
@@ -49,7 +49,10 @@ class JobOptions:
         str | None, option("rtn, awq (default), gptq or omniquant.", values=get_args(Method))
     ] = None
     bits: Annotated[int | None, option("2, 3, 4 (default) or 8.")] = None
-    group_size: Annotated[int | None, option("32, 64, 128, or -1 for whole rows; default: the largest of 128, 64 and 32 that fits.")] = None
+    group_size: Annotated[
+        int | None,
+        option("32, 64, 128, or -1 for whole rows; default: the largest of 128, 64 and 32 that fits."),
+    ] = None
     symmetric: Annotated[
         bool | None,
         option(
@@ -66,6 +69,10 @@ class JobOptions:
             "Quality target: recipes are tried until one meets it; 1.01 allows one percent more perplexity.",
             "--max-perplexity-ratio",
         ),
+    ] = None
+    min_recovery: Annotated[
+        float | None,
+        option("Quality target: the least share of the original's task scores, such as 0.99; needs --task."),
     ] = None
     formats: Annotated[
         list[str] | None,
@@ -84,6 +91,11 @@ class JobOptions:
     eval_sequence_length: Annotated[
         int | None, option("Tokens per window of evaluation; default as calibration's.")
     ] = None
+    tasks: Annotated[
+        list[str] | None,
+        option(f"A task to score: {', '.join(BUNDLED_TASKS)} or one of lm-eval's; repeatable.", "--task"),
+    ] = None
+    task_limit: Annotated[int | None, option("Documents of each task; default all.")] = None
     spec: Annotated[
         Path | None,
         option(
@@ -126,6 +138,9 @@ PLACES = {
     "symmetric": ("recipe", "symmetric"),
     "rounding": ("recipe", "rounding"),
     "max_ratio": ("target", "max_perplexity_ratio"),
+    "min_recovery": ("target", "min_recovery"),
+    "tasks": ("evaluation", "tasks"),
+    "task_limit": ("evaluation", "task_limit"),
     "num_samples": ("calibration", "num_samples"),
     "sequence_length": ("calibration", "sequence_length"),
     "dataset": ("calibration", "dataset"),
@@ -201,8 +216,8 @@ def model_reference(model: str) -> str:
         raise InvalidRequest(
             f"{model} is a file" if is_file else f"there is no folder {model}",
             code="model_not_found",
-            remedy="give the folder that holds config.json and the safetensors files, or a reference such as "
-            "hf:org/name",
+            remedy="give the folder that holds config.json and the safetensors files, or one GGUF file, or a "
+            "reference such as hf:org/name",
             param="model",
         )
     return model

@@ -13,6 +13,7 @@ OPERATIONS, KEYS = f"{INTEGRATION}/test_api_operations.py", f"{INTEGRATION}/test
 ATTACKS, LIMITS = f"{INTEGRATION}/test_attacks.py", f"{INTEGRATION}/test_api_limits.py"
 SECURITY, OUTGOING = f"{INTEGRATION}/test_security.py", f"{UNIT}/outgoing/test_address_guard.py"
 SOURCE, HEADER = f"{UNIT}/sources/test_model_source.py", f"{UNIT}/sources/test_safetensors_header.py"
+GGUF = f"{UNIT}/sources/test_gguf_header.py"
 CHOICE, JSON = f"{UNIT}/sources/test_file_choice.py", f"{UNIT}/sources/test_json_file.py"
 CHILD, TEMPLATE = f"{UNIT}/child/test_job_child.py", "tests/unit/workers/texts/test_chat_template.py"
 
@@ -253,6 +254,15 @@ MODELS = (
           f"{HEADER}::test_a_header_that_lies_is_refused"),
     Guard("a name that occurs twice", f"{CORE}/sources/safetensors_header.py",
           "if len(set(keys)) != len(keys):", "if False:", f"{HEADER}::test_a_header_that_lies_is_refused"),
+    Guard("millions of texts in a GGUF file", f"{CORE}/sources/gguf_header.py",
+          "if self.items > MAX_ITEMS:", "if False:", f"{GGUF}::test_a_damaged_file_is_refused"),
+    Guard("a text of megabytes in a GGUF file", f"{CORE}/sources/gguf_header.py",
+          "if length > MAX_TEXT_BYTES:", "if False:", f"{GGUF}::test_a_damaged_file_is_refused"),
+    Guard("tensors of a GGUF file that overlap", f"{CORE}/sources/gguf_header.py",
+          "if start < free or offset % alignment:", "if False:", f"{GGUF}::test_a_damaged_file_is_refused"),
+    Guard("tensors beyond the end of a GGUF file", f"{CORE}/sources/gguf_header.py",
+          "if end > cursor.size:\n            raise damaged(\n", "if False:\n            raise damaged(\n",
+          f"{GGUF}::test_a_damaged_file_is_refused"),
     Guard("keys in the job child's environment", f"{CORE}/child/confinement.py",
           "if name in PASSED_ON or name.startswith(PASSED_PREFIXES)", "if True",
           f"{INTEGRATION}/test_supervisor.py::test_the_child_sees_no_keys"),

@@ -62,6 +62,7 @@ def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock)
     return Report(
         model=work.assignment.model_name,
         model_digest=work.assignment.model_digest,
+        source=work.checkpoint.source,
         calibration_digest=texts.calibration.digest,
         recipe_digests=tuple(digest_of(judged.candidate.recipe.model_dump()) for judged in result.judged),
         calibration={**text_entry(spec.calibration, texts.calibration), "seed": spec.calibration.seed},
@@ -171,4 +172,5 @@ def environment(work: Work) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "compute_dtype": str(work.compute_dtype).removeprefix("torch."),
         "search_backend": search_backend(work.device),
+        **({"lm_eval": version("lm_eval")} if work.spec.evaluation.tasks else {}),
     }

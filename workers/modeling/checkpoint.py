@@ -1,4 +1,7 @@
-"""Weights on disk, read tensor by tensor: nothing is mapped, so nothing stays resident."""
+"""Weights on disk, read tensor by tensor: nothing is mapped, so nothing stays resident.
+
+Encoded ones (`TensorHeader.encoding`) are decoded in chunks while they are read, so they take no more memory.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from app.core.errors import ModelRefused
 from app.core.sources.local_model import LocalModel
 from app.core.sources.model_headers import inspect_model
 from app.core.sources.safetensors_header import TensorHeader
+from workers.modeling.gguf_tensors import dequantized_chunks
+from workers.modeling.stored_bytes import read_into
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -22,7 +27,7 @@ DTYPES = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-COPY_BYTES = 16 * 1024**2
+CHUNK_BYTES = 16 * 1024**2
 
 
 class Checkpoint:
@@ -38,6 +43,8 @@ class Checkpoint:
         self.config: dict[str, Any] = headers.config
         self.tensors: dict[str, TensorHeader] = headers.tensors
         self.side_files = headers.side_files
+        self.source = headers.source
+        self.gguf = None if headers.gguf is None else folder / headers.gguf
         self.unused: frozenset[str] = frozenset()  # tensors that the model of the config does not use
 
     def without(self, unused: Iterable[str]) -> Checkpoint:
@@ -56,8 +63,13 @@ class Checkpoint:
         """
         header = self.tensors[name]
         values = torch.empty(header.shape, dtype=DTYPES[header.dtype], pin_memory=pinned)
-        if values.numel():
+        if values.numel() and header.encoding is None:
             read_into(self.folder / header.file, header.start, values)
+        elif values.numel():
+            filled, flat = 0, values.view(-1)
+            for chunk in self.chunks(name):
+                flat[filled : filled + chunk.numel()] = chunk
+                filled += chunk.numel()
         if values.is_floating_point() and not all_finite(values):
             raise self.broken(name)
         return values
@@ -75,13 +87,23 @@ class Checkpoint:
         names = [name for name in self.names(prefix) if name not in without]
         return {name.removeprefix(prefix): self.tensor(name, pinned=pinned) for name in names}
 
-    def raw_bytes(self, name: str) -> Iterator[bytes]:
-        """A tensor's bytes in pieces, for copying it unchanged."""
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """A tensor's values in order, flat, about CHUNK_BYTES at a time; each is valid until the next."""
         header = self.tensors[name]
-        with (self.folder / header.file).open("rb") as file:
-            file.seek(header.start)
-            for start in range(0, header.size, COPY_BYTES):
-                yield file.read(min(COPY_BYTES, header.size - start))
+        path, dtype = self.folder / header.file, DTYPES[header.dtype]
+        if header.encoding is not None:
+            yield from (chunk.to(dtype) for chunk in dequantized_chunks(path, header, CHUNK_BYTES))
+            return
+        buffer = torch.empty(min(CHUNK_BYTES, header.size), dtype=torch.uint8)
+        for start in range(header.start, header.end, CHUNK_BYTES):
+            values = buffer[: min(CHUNK_BYTES, header.end - start)].view(dtype)
+            read_into(path, start, values)
+            yield values
+
+    def raw_bytes(self, name: str) -> Iterator[bytes]:
+        """A tensor's bytes in chunks, for copying its values unchanged."""
+        for chunk in self.chunks(name):
+            yield chunk.view(torch.uint8).numpy().tobytes()
 
 
 def all_finite(values: Tensor) -> bool:
@@ -89,21 +111,6 @@ def all_finite(values: Tensor) -> bool:
     if values.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and values.numel():
         return all(bool(torch.isfinite(bound)) for bound in values.aminmax())
     return bool(torch.isfinite(values).all())
-
-
-def read_into(path: Path, start: int, values: Tensor) -> None:
-    """Fill a contiguous CPU tensor from a file."""
-    buffer = values.view(-1).view(torch.uint8).numpy().data
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while buffer:
-            count = file.readinto(buffer) or 0
-            if count == 0:
-                raise ModelRefused(
-                    f"{path.name} ended early while a tensor was read",
-                    code="model_header_invalid", remedy="the file changed under the job: submit it again",
-                )  # fmt: skip
-            buffer = buffer[count:]
 
 
 def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -6,27 +6,33 @@ import json
 from pathlib import Path
 from typing import Any
 
+from app.core.sources.file_choice import CONFIG, TOKENIZER
 from app.core.sources.json_file import as_utf8, parse_json
 from workers.modeling.checkpoint import Checkpoint
-
-CONFIG = "config.json"  # the names of the other files that can name code end like it
+from workers.modeling.gguf_tensors import write_tokenizer
 
 
 def write_side_files(source: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
     """Copy the tokenizer, templates and settings of `source` into `folder`, beside `config`.
 
-    Raises ModelRefused for JSON that can't be read.
+    Raises ModelRefused for JSON that can't be read, and for a tokenizer in GGUF that can't be used.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_bytes(to_json(config))
+    if source.gguf is not None and TOKENIZER not in source.side_files:
+        write_tokenizer(source.gguf, folder)
     for path in source.side_files:
+        if path == CONFIG:
+            continue
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         content = (source.folder / path).read_bytes()
         if path.endswith(".json"):
             content = as_utf8(path, content)
-        if path.endswith(CONFIG):
+        if path.endswith(CONFIG):  # the other files that can name code
             settings = parse_json(path, content)
             content = to_json(settings.value) if settings.code else content
-        target.write_bytes(to_json(config) if path == CONFIG else content)
+        target.write_bytes(content)
 
 
 def to_json(content: dict[str, Any]) -> bytes:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from app.core.errors import ModelRefused
-from workers.modeling.checkpoint import DTYPES, Checkpoint, all_finite, read_into
+from workers.modeling.checkpoint import DTYPES, Checkpoint, all_finite
 from workers.modeling.decoder import Decoder
-
-PIECE = 16 * 1024**2
 
 
 def refuse_misfits(decoder: Decoder) -> list[str]:
@@ -64,16 +61,11 @@ def refuse_broken_weights(checkpoint: Checkpoint) -> None:
 
     Each is checked when it is used, too: for the last layer that can be hours later.
     """
-    buffer = torch.empty(PIECE, dtype=torch.uint8)
     for name, header in checkpoint.tensors.items():
-        dtype = DTYPES[header.dtype]
-        if not dtype.is_floating_point or name in checkpoint.unused:
+        if not DTYPES[header.dtype].is_floating_point or name in checkpoint.unused:
             continue
-        for start in range(header.start, header.end, PIECE):
-            values = buffer[: min(PIECE, header.end - start)].view(dtype)
-            read_into(checkpoint.folder / header.file, start, values)
-            if not all_finite(values):
-                raise checkpoint.broken(name)
+        if not all(all_finite(chunk) for chunk in checkpoint.chunks(name)):
+            raise checkpoint.broken(name)
 
 
 def refuse_foreign_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field
 from app.core.formats.registry import FormatName
 from app.core.planning.cost_model import Prediction
 from app.core.records.specs import Frozen, Recipe
+from app.core.sources.model_headers import SourceFormat
 
 
 class LinearReport(Frozen):
@@ -73,6 +74,32 @@ class Interval(Frozen):
         return self.low <= value <= self.high
 
 
+class TaskScore(Frozen):
+    """One metric of a task, of the original and of the quantized model on the same documents.
+
+    Standard errors are lm-eval's, but that of the difference, which is paired: document by document.
+    """
+
+    task: str
+    metric: str
+    documents: int
+    original: float | None
+    original_standard_error: float | None = None
+    quantized: float | None
+    quantized_standard_error: float | None = None
+    difference_standard_error: float | None = None  # None where the metric is no mean over documents
+    recovery: float | None = None  # quantized / original; the inverse where less is better
+    recovery_interval: Interval | None = None
+
+
+class TaskScores(Frozen):
+    """The scores of a job's tasks, in order; a task's first metric is the one that counts."""
+
+    recovery: float | None = None  # mean over the tasks; None where the original scores nothing
+    recovery_interval: Interval | None = None
+    scores: tuple[TaskScore, ...]
+
+
 class Quality(Frozen):
     """A model beside the original, over all predicted tokens of the evaluation windows.
 
@@ -88,6 +115,7 @@ class Quality(Frozen):
     kl_p99: float | None = None  # 99 % of the tokens have at most this KL
     top1_agreement: float | None = None  # share of tokens where the original's likeliest is this one's, too
     top1_agreement_interval: Interval | None = None
+    tasks: TaskScores | None = None  # None: no tasks were named
 
 
 class CandidateReport(Quality):
@@ -118,7 +146,6 @@ class TryReport(Quality):
     bits_per_weight: float
     seconds: float  # of this candidate alone
     meets_target: bool
-
     verdict: str | None = None
 
 
@@ -144,6 +171,7 @@ class Report(Frozen):
     complete: bool = True  # a job that ended without a result has an UnfinishedReport
     model: str
     model_digest: str
+    source: SourceFormat | None = None  # the form in which the model came
     calibration_digest: str
     recipe_digests: tuple[str, ...]
     calibration: dict[str, Any]  # samples used and available, sequence length, chain

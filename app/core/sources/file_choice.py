@@ -1,8 +1,8 @@
 """Chooses the files of a model, once for plan, digest, download, engine and artifact.
 
-Weights are the files of the index, else `model.safetensors`, else the safetensors files at the top. Beside
-them count the files that loaders open by name. Everything else is left out: copies of the weights in another
-layout, adapters, pickles, code, what other tools have written. Notes say so.
+Weights are the files of the index, else `model.safetensors`, else the safetensors files at the top, else the
+one GGUF file there. Beside them count the files that loaders open by name. Everything else is left out:
+copies of the weights in another layout, adapters, pickles, code, what other tools have written. Notes say so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from app.core.sources.json_file import ReadableFiles, read_json, refused
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+GGUF, SPLIT = ".gguf", re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.ASCII | re.IGNORECASE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SIDE_FILES = re.compile(
     "|".join(
@@ -55,6 +57,44 @@ class FileChoice(Frozen):
     def side_files(self) -> tuple[str, ...]:
         """All but the weights and their index."""
         return tuple(sorted(path for path in self.files if path != INDEX and path not in self.weights))
+
+
+def gguf_file(name: str, sizes: Mapping[str, int]) -> str | None:
+    """The GGUF file that is the model, None where there are weights in safetensors or no such file.
+
+    Raises ModelRefused for several.
+    """
+    top = [path for path in sizes if "/" not in path]
+    if any(path.endswith(".safetensors") or path == INDEX for path in top):
+        return None
+    candidates = sorted(path for path in top if path.lower().endswith(GGUF))
+    if len(candidates) > 1:
+        split = all(SPLIT.search(path) for path in candidates)
+        raise refused(
+            "gguf_several",
+            f"{name} holds {'one model in ' if split else ''}{len(candidates)} GGUF files: "
+            + ", ".join(candidates[:3])
+            + (", …" if len(candidates) > 3 else ""),
+            "merge them with llama.cpp's `llama-gguf-split --merge`" if split else "give a folder with one",
+        )
+    if candidates and SPLIT.search(candidates[0]):
+        raise refused(
+            "gguf_several",
+            f"{name} holds {candidates[0]}, one of several files of a model",
+            "merge all of them with llama.cpp's `llama-gguf-split --merge`",
+        )
+    return candidates[0] if candidates else None
+
+
+def choose_gguf(files: ReadableFiles, path: str) -> FileChoice:
+    """A GGUF file, which has its own config, and the tokenizer beside it: the file has one too, but a
+    tokenizer.json is what the file's was made of."""
+    sizes = files.list()
+    chosen = {path: sizes[path]}
+    if TOKENIZER in sizes:
+        chosen |= {side: size for side, size in side_files(sizes).items() if side != CONFIG}
+    notes = left_out_note(other for other in sizes if other not in chosen)
+    return FileChoice(weights=(path,), index=None, files=chosen, notes=tuple(notes))
 
 
 def choose_files(files: ReadableFiles) -> FileChoice:

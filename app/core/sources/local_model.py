@@ -30,7 +30,7 @@ class LocalModel:
             raise ModelRefused(
                 f"there is no folder {folder}",
                 code="model_not_found",
-                remedy="give the folder that holds config.json and the safetensors files",
+                remedy="give the folder that holds config.json and the safetensors files, or one GGUF file",
                 param="model",
             )
         self.name = self.folder.as_uri()

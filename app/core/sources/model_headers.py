@@ -1,4 +1,4 @@
-"""Reads a model's config.json and safetensors headers, and refuses unsafe models. No weight is read.
+"""Reads a model's config and the headers of its weights, and refuses unsafe models. No weight is read.
 
 Which files count is decided by `app.core.sources.file_choice`. Code that lies beside them is never run,
 downloaded or copied; a model whose type transformers does not know itself is refused for it.
@@ -7,13 +7,24 @@ downloaded or copied; a model whose type transformers does not know itself is re
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 from app.core.errors import ModelRefused
 from app.core.records.specs import Frozen
-from app.core.sources.file_choice import INDEX, FileChoice, choose_files, is_code
+from app.core.sources.file_choice import (
+    GGUF,
+    INDEX,
+    FileChoice,
+    choose_files,
+    choose_gguf,
+    gguf_file,
+    is_code,
+)
+from app.core.sources.gguf_header import read_gguf_header
+from app.core.sources.gguf_model import gguf_model
 from app.core.sources.git_lfs import MAX_POINTER_BYTES, refuse_pointer
 from app.core.sources.json_file import ReadableFiles, read_json, refused
 from app.core.sources.safetensors_header import TensorHeader, header_length, parse_header
@@ -22,6 +33,13 @@ MAX_JSON_BYTES = 4 * 1024**2
 MAX_ALL_HEADERS = 200 * 1024**2
 FIRST_READ = 64 * 1024
 READERS = 8  # files that are read at a time: over a network each costs a round trip
+
+
+class SourceFormat(Frozen):
+    """The form in which a model came, with the number of tensors of each type."""
+
+    format: Literal["safetensors", "gguf"]
+    types: dict[str, int]
 
 
 class ModelHeaders(Frozen):
@@ -38,6 +56,17 @@ class ModelHeaders(Frozen):
     code: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def source(self) -> SourceFormat:
+        types = Counter(tensor.encoding or tensor.dtype for tensor in self.tensors.values())
+        is_gguf = self.gguf is not None
+        return SourceFormat(format="gguf" if is_gguf else "safetensors", types=dict(types.most_common()))
+
+    @property
+    def gguf(self) -> str | None:
+        """The one file that holds the model, if it is GGUF."""
+        return next((path for path in self.files if path.lower().endswith(GGUF)), None)
+
 
 def inspect_model(files: ReadableFiles) -> ModelHeaders:
     """The model's config and tensors.
@@ -45,6 +74,9 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
     Raises ModelRefused for unsafe, missing, damaged and contradicting files.
     """
     sizes = files.list()
+    gguf = gguf_file(files.name, sizes)
+    if gguf is not None:
+        return inspect_gguf(files, gguf)
     if "config.json" not in sizes:
         raise refused(
             "model_config_missing",
@@ -67,6 +99,27 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
         code=(*code, *sorted(filter(is_code, sizes))),
         notes=(*code_note(config.value, code), *choice.notes),
     )
+
+
+def inspect_gguf(files: ReadableFiles, path: str) -> ModelHeaders:
+    choice = choose_gguf(files, path)
+    refuse_tokenizer_code(files, choice.files)
+    refuse_pointers(files, choice)
+    config, tensors = gguf_model(path, read_gguf_header(files, path))
+    headers = ModelHeaders(
+        config=config,
+        tensors=tensors,
+        files=choice.files,
+        side_files=choice.side_files,
+        code=tuple(sorted(filter(is_code, files.list()))),
+        notes=choice.notes,
+    )
+    types = ", ".join(f"{count} of {name}" for name, count in headers.source.types.items())
+    note = (
+        f"read from {path} (GGUF; tensors: {types}) as {config['dtype']}: what was lost when that file was "
+        "made is lost in the original of this job, and in none of its figures"
+    )
+    return headers.model_copy(update={"notes": (note, *choice.notes)})
 
 
 def refuse_pointers(files: ReadableFiles, choice: FileChoice) -> None:

@@ -24,17 +24,24 @@ DTYPE_BITS = {
 
 
 class TensorHeader(Frozen):
-    """The position of one tensor: `start` and `end` are absolute byte offsets in `file`."""
+    """One tensor: `start` and `end` are absolute byte offsets in `file`.
+
+    `dtype` and `shape` are those of its values, which lie there as they are unless `encoding` names a type of
+    GGML. `interleaved` is the number of heads in whose rows the two halves of rotary pairs alternate there.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
     start: int
     end: int
+    encoding: str | None = None
+    interleaved: int = 0
 
     @property
     def size(self) -> int:
-        return self.end - self.start
+        """Bytes of the values."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def refuse(file: str, why: str) -> ModelRefused:

@@ -53,11 +53,11 @@ def test_a_layer_is_read_by_names_within_it(tmp_path: Path) -> None:
 
 
 def test_raw_bytes_are_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.modeling.checkpoint.COPY_BYTES", 7)
+    monkeypatch.setattr("workers.modeling.checkpoint.CHUNK_BYTES", 8)
     values = torch.randn(5, 3)
     checkpoint = Checkpoint(model_folder(tmp_path, {"first": torch.zeros(3), "x": values}))
     pieces = list(checkpoint.raw_bytes("x"))
-    assert max(map(len, pieces)) == 7
+    assert max(map(len, pieces)) == 8
     assert b"".join(pieces) == values.numpy().tobytes()
 
 

@@ -23,7 +23,7 @@ def checkpoint(folder: Path, **tensors: torch.Tensor) -> Checkpoint:
 def test_every_weight_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, place: int
 ) -> None:
-    monkeypatch.setattr(soundness, "PIECE", 64)
+    monkeypatch.setattr("workers.modeling.checkpoint.CHUNK_BYTES", 64)
     sound, broken = torch.ones(1000, dtype=dtype), torch.ones(1000, dtype=dtype)
     broken[place] = float("nan")
     stored = checkpoint(tmp_path, a=sound, numbers=torch.arange(3), old_bias=broken)
