@@ -3,6 +3,7 @@
 #   make chat     start the service, quantize the bundled model, serve it, and talk to it here and in the browser
 #   make demo     start the service, quantize the bundled model over HTTP, check the result, stop
 #   make test     lint, types, import rules and every test
+#   make tasks    install lm-eval, for `evaluation.tasks` and its tests
 #   make quick    the same for what changed, with its unit tests alone, in under a minute
 #
 #   make latest   the tests against the newest versions that pyproject.toml admits
@@ -28,10 +29,10 @@ PYTEST_WORKERS ?= 3
 # the order of testpaths, long ones first, so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install chat demo test quick latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
+.PHONY: help install tasks chat demo test quick latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
 
 help:
-	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -40,6 +41,11 @@ $(STAMP): pyproject.toml constraints.txt .ci/install .ci/find-python
 	@test -x $(BIN)/python || "$$(.ci/find-python $(PYTHON))" -m venv $(VENV)
 	.ci/install $(VENV) $(VERSIONS)
 	touch $(STAMP)
+
+# lm-eval and what it needs take a minute and 500 MB, so only those who score tasks have it.
+tasks: $(STAMP)
+	$(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint $(VENV)/constraints.txt \
+		--editable '.[tasks]'
 
 # PROMPT="My lord, I pray you" asks one question instead of holding a conversation; without a terminal that is the default.
 chat: $(STAMP)

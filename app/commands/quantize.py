@@ -132,7 +132,7 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     """Check the job as the service would, fetch its model and texts, and return the assignment."""
     from app.core.child.assignment import CHECKPOINTS, Assignment
     from app.core.jobs.submission import check_submission
-    from app.core.sources.fetching import ModelCache, fetch_texts
+    from app.core.sources.fetching import ModelCache, fetch_task_data, fetch_texts
 
     # Users may read any file that they can read, including links such as those in the hub's cache.
     settings = read_settings().model_copy(update={"model_roots": (Path("/"),)})
@@ -142,6 +142,7 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     with ModelCache(work / "model", settings) as cache:
         model = cache.fetch(spec.model, no_news)
     texts = fetch_texts(spec, settings, work, no_news, in_place=True)
+    fetch_task_data(spec.evaluation.tasks, work, no_news)
     (work / CHECKPOINTS).mkdir()
     return Assignment(
         spec=spec,

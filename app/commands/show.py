@@ -185,6 +185,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             less_text(candidate.get("gain_over_rounding")),
         )
     console.print(grid)
+    show_tasks(console, candidates)
     show_tries(console, report.get("tries", []))
     show_stages(console, report.get("stages", {}), report.get("prediction") or {})
     show_notes(console, report)
@@ -209,6 +210,36 @@ def show_unfinished(console: Console, report: Mapping[str, Any]) -> None:
     show_notes(console, report)
     if report.get("output"):
         console.print(escape(str(report["output"])))
+
+
+def show_tasks(console: Console, candidates: Iterable[Mapping[str, Any]]) -> None:
+    """The task scores of each candidate beside the original's, with standard errors."""
+    scored = [(each.get("label", ""), each["tasks"]) for each in candidates if each.get("tasks")]
+    if not scored:
+        return
+    grid = table(
+        "candidate", "task", "metric", ">documents", ">original", ">quantized", ">recovery", ">95 % interval",
+        title="task scores ± standard error",
+    )  # fmt: skip
+    for label, tasks in scored:
+        for score in tasks["scores"]:
+            grid.add_row(
+                escape(str(label)), escape(score["task"]), escape(score["metric"]), str(score["documents"]),
+                score_text(score, "original"), score_text(score, "quantized"),
+                share_text(score.get("recovery")), shares_text(score.get("recovery_interval")),
+            )  # fmt: skip
+        mean = share_text(tasks.get("recovery")), shares_text(tasks.get("recovery_interval"))
+        grid.add_row(escape(str(label)), "mean of each task's first metric", "", "", "", "", *mean)
+    console.print(grid)
+
+
+def score_text(score: Mapping[str, Any], model: str) -> str:
+    error = score.get(f"{model}_standard_error")
+    return figure(score.get(model), 4) + ("" if error is None else f" ± {error:.4f}")
+
+
+def shares_text(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else f"{100 * interval['low']:.1f} to {share_text(interval['high'])}"
 
 
 def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:

@@ -35,7 +35,13 @@ from app.core.errors import (
 )
 from app.core.planning.device_profile import NOMINAL, rates_notes
 from app.core.records.job import Job, Progress, Stage
-from app.core.sources.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
+from app.core.sources.fetching import (
+    FetchedModel,
+    FetchedTexts,
+    ModelCache,
+    fetch_task_data,
+    fetch_texts,
+)
 from app.core.storage.published import published_before
 from app.core.storage.reuse import Contents, JobResult, fingerprint
 from app.core.storage.storage_keys import report_key
@@ -130,6 +136,7 @@ class Attempt:
         result = self._earlier_result(model, texts)
         if result is not None:
             return result
+        fetch_task_data(self._job.spec.evaluation.tasks, self._work_folder, self._watch.on_bytes)
         assignment, mirror = self._prepare(model, texts)
         finished = self._run_child(assignment, mirror)
         self._set_stage(Stage.PUBLISHING)

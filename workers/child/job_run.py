@@ -50,7 +50,7 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
     clock.begin(open_ended=target is not None)
     statistics = None if target is None else work.statistics()
     solved = solve_layers(work, texts.calibration, files, statistics, clock)
-    original, judged = judge(work, texts.evaluation, files, clock)
+    original, judged = judge(work, texts, files, clock)
     if target is not None and statistics is not None:
         judged = TargetSearch(work, texts, original, statistics, clock).run(target, judged)
     return publish(work, texts, RunResult(solved, original.quality, judged), clock)
@@ -96,7 +96,7 @@ def target_missed(target: TargetSpec, best: JudgedCandidate) -> TargetMissed | N
     if best.excess(target) <= 1:
         return None
     return TargetMissed(
-        f"the best candidate ({best.candidate.label}) has {best.perplexity_ratio:.4f} times the original's "
-        f"perplexity and a KL of {best.quality.kl:.4f}; {target.limits_text} was asked for",
+        f"the best candidate ({best.candidate.label}) has {best.figures_text}; "
+        f"{target.limits_text} was asked for",
         remedy="use more bits or smaller groups, or set target.on_miss to publish",
     )

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from app.core.formats.registry import FormatName
-from app.core.jobs.report import LayerReport, Quality
+from app.core.jobs.report import Interval, LayerReport, Quality
 from app.core.planning.plan import CandidatePlan
 from app.core.records.job import Stage
 from app.core.records.specs import TargetSpec
 from workers.child.candidate_files import CandidateFiles
 from workers.child.ladder import AS_ASKED
 from workers.child.stage_clock import StageClock
-from workers.child.work import Work
+from workers.child.task_scores import task_scores
+from workers.child.work import JobTexts, Work
 from workers.formats.folder import FormatFolder
 from workers.modeling.checkpoint import Checkpoint
 from workers.quantization.evaluation import compare, final_states
-from workers.texts.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,30 @@ class MeasuredOriginal:
 
     quality: Quality
     states: list[Tensor]  # after the last layer, by batch
+
+
+class Bound(NamedTuple):
+    """A limit of a target, and the figure that may not pass it."""
+
+    name: str
+    limit: float | None
+    figure: float | None
+    interval: Interval | None
+    is_least: bool = False  # else the limit is the most
+
+    @property
+    def holds(self) -> bool:
+        if self.limit is None or self.figure is None:
+            return False
+        return self.figure >= self.limit if self.is_least else self.figure <= self.limit
+
+    def doubt(self) -> str | None:
+        """What the interval leaves open; None if it is clear of the limit."""
+        if self.limit is None or self.interval is None or not self.interval.holds(self.limit):
+            return None
+        beyond = self.holds is not self.is_least
+        edge = f"reaches {self.interval.high:.5f}" if beyond else f"begins at {self.interval.low:.5f}"
+        return f"the 95 % interval of the {self.name} {edge}"
 
 
 @dataclass(frozen=True)
@@ -48,9 +72,14 @@ class JudgedCandidate:
     def perplexity_ratio(self) -> float:
         return self.quality.perplexity_ratio
 
+    @property
+    def recovery(self) -> float | None:
+        """Of the original's task scores; None without tasks, or where the original scores nothing."""
+        return None if self.quality.tasks is None else self.quality.tasks.recovery
+
     def excess(self, target: TargetSpec) -> float:
         """How far it misses the target; at most 1 where it meets it."""
-        return target.excess(self.perplexity_ratio, self.quality.kl)
+        return target.excess(self.perplexity_ratio, self.quality.kl, self.recovery)
 
     def verdict(self, target: TargetSpec) -> str:
         """Whether it meets the target, and what the noise of the evaluation text leaves open."""
@@ -59,21 +88,30 @@ class JudgedCandidate:
 
     def doubt(self, target: TargetSpec) -> str | None:
         """Why other text of the kind might lead to another verdict; None where the intervals rule it out."""
-        quality, met = self.quality, self.excess(target) <= 1
-        doubts = []
-        for name, limit, figure, interval in (
-            ("perplexity ratio", target.max_perplexity_ratio, quality.perplexity_ratio,
-             quality.perplexity_ratio_interval),
-            ("KL", target.max_kl, quality.kl, quality.kl_interval),
-        ):  # fmt: skip
-            if limit is None or (figure <= limit) != met:
-                continue
-            if interval is not None and interval.low <= limit <= interval.high:
-                bound = f"reaches {interval.high:.5f}" if met else f"begins at {interval.low:.5f}"
-                doubts.append(f"the 95 % interval of the {name} {bound}")
-            elif not met:
-                return None  # a limit that is certainly missed decides
-        return " and ".join(doubts) or None
+        met = self.excess(target) <= 1
+        doubts = [bound.doubt() for bound in self.bounds(target) if bound.holds == met]
+        if not met and None in doubts:
+            return None  # a limit that is certainly missed decides
+        return " and ".join(filter(None, doubts)) or None
+
+    def bounds(self, target: TargetSpec) -> list[Bound]:
+        """The limits of a target beside what they bound."""
+        quality = self.quality
+        ratio_interval = quality.perplexity_ratio_interval
+        recovery_interval = None if quality.tasks is None else quality.tasks.recovery_interval
+        bounds = (
+            Bound("perplexity ratio", target.max_perplexity_ratio, quality.perplexity_ratio, ratio_interval),
+            Bound("KL", target.max_kl, quality.kl, quality.kl_interval),
+            Bound("recovery", target.min_recovery, self.recovery, recovery_interval, is_least=True),
+        )
+        return [bound for bound in bounds if bound.limit is not None]
+
+    @property
+    def figures_text(self) -> str:
+        """What a target looks at, in words."""
+        ratio = f"{self.perplexity_ratio:.4f} times the original's perplexity"
+        recovery = "" if self.recovery is None else f" and {self.recovery:.4f} of its task scores"
+        return f"{ratio} and a KL of {self.quality.kl:.4f}{recovery}"
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -87,7 +125,7 @@ class JudgedCandidate:
 
 def judge(
     work: Work,
-    evaluation: Windows,
+    texts: JobTexts,
     files: Sequence[CandidateFiles],
     clock: StageClock,
     original: MeasuredOriginal | None = None,
@@ -101,7 +139,7 @@ def judge(
         clock.progress(0.6 + 0.1 * number / len(files), work.plan.num_layers)
     single = None if original is None else files[0].candidate.recipe_index
     with clock.stage(Stage.EVALUATING, single):
-        original, qualities = measure(work, evaluation, files, clock, original)
+        original, qualities = measure(work, texts, files, clock, original)
     judged = [
         JudgedCandidate(
             candidate=one.candidate,
@@ -127,14 +165,15 @@ def pack(files: CandidateFiles, clock: StageClock) -> None:
 
 def measure(
     work: Work,
-    evaluation: Windows,
+    texts: JobTexts,
     files: Sequence[CandidateFiles],
     clock: StageClock,
     original: MeasuredOriginal | None,
 ) -> tuple[MeasuredOriginal, list[Quality]]:
     """The original and every candidate, the latter as its first format's files say it is."""
-    decoder, batches, num_layers = work.decoder(), work.batches(evaluation), work.plan.num_layers
+    decoder, batches, num_layers = work.decoder(), work.batches(texts.evaluation), work.plan.num_layers
     pinned = work.device.type == "cuda"
+    share = 0.29 if texts.tasks is None else 0.14  # of the progress
     folders = [one.folders[0] for one in files]
     models = [partial(folder.read_weights, Checkpoint(folder.folder)) for folder in folders]
     originals = [partial(decoder.layer_weights, pinned=pinned)] if original is None else []
@@ -142,9 +181,14 @@ def measure(
         decoder,
         batches,
         [*originals, *models],
-        lambda layer: clock.progress(0.7 + 0.29 * (layer + 1) / num_layers, num_layers),
+        lambda layer: clock.progress(0.7 + share * (layer + 1) / num_layers, num_layers),
     )
     if original is not None:
         states = [original.states, *states]
     quality, *qualities = compare(decoder, batches, states)
+    if texts.tasks is not None:
+        scores = task_scores(work, texts.tasks, models, clock)
+        qualities = [
+            each.model_copy(update={"tasks": own}) for each, own in zip(qualities, scores, strict=True)
+        ]
     return MeasuredOriginal(quality, states[0]), qualities

@@ -67,16 +67,13 @@ class TargetSearch:
     def attempt(self, step: Step, recipe: Recipe, tries: Sequence[JudgedCandidate]) -> JudgedCandidate:
         """Solve, pack and judge one more recipe."""
         base, index = tries[step.base], len(tries)
-        reason = (
-            f"recipe {step.base} has {base.perplexity_ratio:.4f} times the "
-            f"original's perplexity and a KL of {base.quality.kl:.4f}"
-        )
+        reason = f"recipe {step.base} has {base.figures_text}"
         self.clock.note("ladder", f"{reason}; trying {step.rung} as recipe {index}")
         self.clock.next_span()
         candidate = self.work.candidate(recipe, index)
         files = CandidateFiles.of(self.work, candidate, self.work.checkpoints(self.clock, [recipe]))
         self.solve_layers(files)
-        _, (judged,) = judge(self.work, self.texts.evaluation, [files], self.clock, self.original)
+        _, (judged,) = judge(self.work, self.texts, [files], self.clock, self.original)
         return replace(judged, rung=step.rung, reason=reason)
 
     def solve_layers(self, files: CandidateFiles) -> None:

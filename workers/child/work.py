@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from app.core.child.assignment import CHECKPOINTS, Assignment
-from app.core.errors import ModelRefused
+from app.core.errors import JobFault, ModelRefused
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.records.specs import JobSpec, Recipe
 from workers.child.layer_files import LayerCheckpoints, StatisticsStore
 from workers.child.stage_clock import StageClock
 from workers.devices.selection import select_device
 from workers.modeling.checkpoint import Checkpoint
-from workers.modeling.decoder import Decoder
+from workers.modeling.decoder import Decoder, text_config
 from workers.modeling.side_files import write_side_files
 from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits, some
 from workers.texts.chat_template import chat_template
 from workers.texts.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
+
+if TYPE_CHECKING:  # an extra of the installation
+    from workers.child.lm_eval_tasks import LmEvalTasks
 
 BATCH_TOKENS = 8192
 TOKENIZER, STATISTICS = "tokenizer", "statistics"  # folders of the work folder
@@ -91,6 +95,7 @@ class JobTexts(NamedTuple):
     calibration: Windows
     evaluation: Windows
     note: str | None
+    tasks: LmEvalTasks | None = None
 
 
 def read_texts(work: Work) -> JobTexts:
@@ -105,7 +110,28 @@ def read_texts(work: Work) -> JobTexts:
         spec.evaluation, spec.evaluation_length, tokenizer, assignment.evaluation_file
     )
     refuse_foreign_tokens(torch.cat([calibration.tokens, evaluation.tokens]), work.plan.vocab_size)
-    return JobTexts(calibration, evaluation, template_note(tokenizer))
+    return JobTexts(calibration, evaluation, template_note(tokenizer), open_tasks(work, tokenizer))
+
+
+def open_tasks(work: Work, tokenizer: PreTrainedTokenizerBase) -> LmEvalTasks | None:
+    """The tasks of the evaluation, read; None if there are none.
+
+    Raises TextRefused for what lm-eval can't read or a stream can't answer, JobFault without lm-eval.
+    """
+    spec = work.spec.evaluation
+    if not spec.tasks:
+        return None
+    if find_spec("lm_eval") is None:
+        raise JobFault(
+            "tasks are scored by lm-eval, which is not installed where the job runs", code="lm_eval_missing",
+            remedy="pip install 'nibble[tasks]' on the worker, or leave evaluation.tasks out",
+        )  # fmt: skip
+    from workers.child.lm_eval_tasks import LmEvalTasks
+
+    tasks = LmEvalTasks.open(spec.tasks, spec.task_limit, tokenizer, text_config(work.checkpoint.config))
+    tokens = [token for request in tasks.requests for token in (*request.context, *request.tokens)]
+    refuse_foreign_tokens(torch.tensor(tokens), work.plan.vocab_size)
+    return tasks
 
 
 def template_note(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -1,5 +1,6 @@
-"""How likely models find continuations of texts, streaming: requests of about one length pass through all models
-layer by layer together, so that a task of any size needs no more memory than one section of it.
+"""How likely models find continuations of texts, streaming: all models advance layer by layer together.
+
+Requests of about one length pass in sections, so a task of any size needs no more memory than a section.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Predictions:
         batches: list[Tensor],
         requests: Sequence[Continuation],
         readers: dict[tuple[int, ...], list[int]],
-    ) -> Places:
+    ) -> Predictions:
         size = batches[0].shape[0]
         entries = [
             (number // size, number % size, len(requests[index].context) - 1 + step, token, index)

@@ -21,6 +21,8 @@ CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
+OFFLINE = "HF_HUB_OFFLINE"
+QUIET = {OFFLINE: "1", "TQDM_DISABLE": "1"}  # no network is asked for, no bar is drawn
 MAX_FILE_BYTES = 256 * 1024**3
 NETWORK = "NIBBLE_CHILD_NETWORK"  # tells the child's module: on or off
 PASSED_ON = frozenset({"PATH", "HOME", "LANG", "LD_LIBRARY_PATH"})
@@ -37,7 +39,7 @@ def child_environment(environment: Mapping[str, str], work_folder: Path) -> dict
         for name, value in environment.items()
         if name in PASSED_ON or name.startswith(PASSED_PREFIXES)
     }
-    return {"OMP_WAIT_POLICY": "passive", **passed, "TMPDIR": str(work_folder), "HF_HUB_OFFLINE": "1"}
+    return {"OMP_WAIT_POLICY": "passive", **passed, **QUIET, "TMPDIR": str(work_folder)}
 
 
 def confine() -> bool:

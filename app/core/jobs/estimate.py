@@ -9,7 +9,7 @@ from app.core.jobs.submission import CheckedSubmission
 from app.core.planning.cost_model import NETWORK, Step, predict
 from app.core.planning.device_profile import NOMINAL, Basis, DeviceKind, DeviceProfile, rates_notes
 from app.core.planning.plan import CandidatePlan
-from app.core.records.specs import Frozen
+from app.core.records.specs import BUNDLED_TASKS, Frozen, JobSpec
 
 
 class LinearEstimate(Frozen):
@@ -91,7 +91,12 @@ def estimate(
         disk_bytes=checked.download_bytes + prediction.disk_bytes + output,
         download_bytes=checked.download_bytes,
         output_bytes=output,
-        notes=(*rates_notes(profile), *download_notes(checked.download_bytes), *plan.notes),
+        notes=(
+            *rates_notes(profile),
+            *download_notes(checked.download_bytes),
+            *task_notes(spec),
+            *plan.notes,
+        ),
         candidates=candidates,
     )
 
@@ -99,6 +104,15 @@ def estimate(
 def rounded(seconds: float) -> float:
     """To what is shown, so that what is shown adds up."""
     return round(seconds, 1)
+
+
+def task_notes(spec: JobSpec) -> tuple[str, ...]:
+    unknown = [name for name in spec.evaluation.tasks if name not in BUNDLED_TASKS]
+    return (
+        (f"the time of {', '.join(unknown)} is not included: its documents are not counted",)
+        if unknown
+        else ()
+    )
 
 
 def download_notes(size: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ engine's own code was measured at, everything else in bytes that pass through me
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from app.core.planning.device_profile import Basis, DeviceProfile, SearchStep
 from app.core.planning.plan import CandidatePlan, LinearPlan, Plan
@@ -38,7 +38,7 @@ LESSON_WINDOWS = 32
 HELD_BACK = 5
 STEP_WINDOWS = 4
 LESSON_FORWARDS = 3  # forward, and backward as two
-CHAIN_FORWARDS = 6  # of both models up to each group of a layer, and through it
+CHAIN_FORWARDS = 4  # of the original through a layer, of the copy up to each group and through it
 LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
 PACK_BYTES = 40
 VERIFY_BYTES = 60
@@ -49,6 +49,21 @@ MOMENT_BYTES = 12  # means of |x|
 MOMENT_BLOCK = {"cpu": 256, "cuda": 1024}  # columns; of each product the upper blocks are computed
 LAYER_SECONDS = 0.01  # of a layer for one recipe: many small operations, whatever its size
 FOLDER_SECONDS = 0.02  # of writing one format's folder, and of reading it back
+
+
+class TaskSize(NamedTuple):
+    """Of a bundled task; tokens are means of common tokenizers."""
+
+    documents: int
+    choices: int
+    tokens: int  # that a choice reads
+    scored: int  # tokens of a choice
+
+
+TASK_SIZES = {
+    "builtin:continuation": TaskSize(200, 4, 36, 11), "builtin:agreement": TaskSize(200, 2, 11, 5),
+}  # fmt: skip
+LM_EVAL_SECONDS = 1.5  # of its own work on a task of some hundred documents
 
 
 class Prediction(Frozen):
@@ -135,7 +150,21 @@ class Costs:
         samples, length = self.spec.evaluation.num_samples, self.spec.evaluation_length
         tokens, vocabulary, chunk = samples * length, self.plan.vocab_size, min(CHUNK_TOKENS, length)
         product = tokens / chunk * self.product(chunk, self.plan.hidden_size, vocabulary)
-        return self.forward(samples, length) + product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
+        text = self.forward(samples, length) + product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
+        return text + sum(self.task(name) for name in self.spec.evaluation.tasks)
+
+    def task(self, name: str) -> float:
+        """Seconds of one model's answers to a bundled task, and of lm-eval; of others the size is unknown."""
+        size = TASK_SIZES.get(name)
+        if size is None:
+            return LM_EVAL_SECONDS
+        rows = min(size.documents, self.spec.evaluation.task_limit or size.documents) * size.choices
+        scored = rows * size.scored
+        product = (
+            scored / CHUNK_TOKENS * self.product(CHUNK_TOKENS, self.plan.hidden_size, self.plan.vocab_size)
+        )
+        softmax = self.passes(scored * self.plan.vocab_size, SOFTMAX_BYTES)
+        return LM_EVAL_SECONDS + self.forward(rows, size.tokens) + product + softmax
 
     def fetching(self, download_bytes: int) -> float:
         """Seconds of bringing the model here, looking at every weight and tokenizing the texts."""
@@ -284,7 +313,7 @@ def working_bytes(plan: Plan, spec: JobSpec) -> int:
     embedding = 4 * plan.vocab_size * plan.hidden_size
     solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
     chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
-    calibrating = (1 + 2 * chains) * spec.calibration.num_samples * length * channels
+    calibrating = (1 + 6 * chains) * spec.calibration.num_samples * length * channels
     calibrating += activations + solving
     models = 1 + len(plan.candidates)
     logits = 4 * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size

@@ -117,8 +117,11 @@ function asRequest(spec) {
   -H 'Content-Type: application/json' -d '${body}'`;
 }
 
-function targetInWords({ max_perplexity_ratio: ratio, max_kl: kl, on_miss: onMiss }) {
-  const parts = [ratio && `perplexity at most ${change(ratio)}`, kl && `KL at most ${number(kl)}`].filter(Boolean);
+function targetInWords({ max_perplexity_ratio: ratio, max_kl: kl, min_recovery: recovery, on_miss: onMiss }) {
+  const parts = [
+    ratio && `perplexity at most ${change(ratio)}`, kl && `KL at most ${number(kl)}`,
+    recovery && `at least ${number(100 * recovery, 4)} % of the task scores`,
+  ].filter(Boolean);
   return `${parts.join(" and ")}, else ${onMiss === "fail" ? "nothing is published" : "the best try is published"}`;
 }
 

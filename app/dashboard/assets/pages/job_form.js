@@ -40,7 +40,7 @@ function calibrationOf(form) {
 function targetOf(form) {
   const before = form.template?.target;
   if (form.ratio.trim()) return { ...before, max_perplexity_ratio: numberOr(form.ratio, null) };
-  return typeof before?.max_kl === "number" ? { ...before, max_perplexity_ratio: null } : undefined;
+  return typeof (before?.max_kl ?? before?.min_recovery) === "number" ? { ...before, max_perplexity_ratio: null } : undefined;
 }
 
 /** The body to send. Text that is not a number stays text, so that the service's error names the field. */

@@ -38,6 +38,31 @@ function Candidates({ report }) {
     columns=${columns} rows=${report.candidates} keyOf=${(each) => each.recipe_index} />`;
 }
 
+const scored = (value, error) => (typeof error === "number" ? `${number(value, 4)} ± ${number(error, 2)}` : number(value, 4));
+
+function recoveryInWords({ recovery, recovery_interval: interval }) {
+  return `${share(recovery)}${interval ? ` (${share(interval.low)} to ${share(interval.high)})` : ""}`;
+}
+
+/** Scores of lm-eval's tasks; each candidate's last row is what a target looks at. */
+function Tasks({ report }) {
+  const rows = report.candidates.filter((each) => each.tasks).flatMap(({ label, recipe_index: index, tasks }) => [
+    ...tasks.scores.map((score) => ({ ...score, label, key: `${index} ${score.task} ${score.metric}` })),
+    { ...tasks, label, task: "mean of each task's first metric", key: `${index}` },
+  ]);
+  if (rows.length === 0) return null;
+  const columns = [
+    ["Recipe", (each) => each.label],
+    ["Task", (each) => each.task],
+    ["Metric", (each) => each.metric ?? ""],
+    ["Documents", (each) => each.documents ?? "", "number"],
+    ["Original", (each) => (each.metric ? scored(each.original, each.original_standard_error) : ""), "number"],
+    ["Quantized", (each) => (each.metric ? scored(each.quantized, each.quantized_standard_error) : ""), "number"],
+    ["Recovered (95 % interval)", recoveryInWords, "number"],
+  ];
+  return html`<${Table} caption="Task scores ± standard error" columns=${columns} rows=${rows} keyOf=${(each) => each.key} />`;
+}
+
 function Tries({ report }) {
   if (report.tries.length === 0) return null;
   const columns = [
@@ -143,6 +168,7 @@ function ReportBody({ report }) {
   return html`<section class="stack" aria-labelledby="report">
     <h2 id="report">Report</h2>
     <${Candidates} report=${report} />
+    <${Tasks} report=${report} />
     <${Tries} report=${report} />
     ${report.candidates.length > 1 && html`<${QualityPlot} candidates=${report.candidates} nameOf=${nameOf} original=${report.original} />
       <label>Details of <select value=${index} onChange=${(event) => setIndex(Number(event.target.value))}>

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from app.core.jobs.report import Interval, Quality
+from app.core.jobs.report import Interval, Quality, TaskScores
 from app.core.records.specs import TargetSpec
 from workers.child.judging import JudgedCandidate
 
 if TYPE_CHECKING:
     from app.core.planning.plan import CandidatePlan
 
+SHARE = "the 95 % interval of the recovery"
 RATIO, KL = "the 95 % interval of the perplexity ratio", "the 95 % interval of the KL"
 
 
-def judged(ratio: float, kl: float, *, reach: float = 0.0) -> JudgedCandidate:
+def judged(ratio: float, kl: float, *, reach: float = 0.0, recovery: float | None = None) -> JudgedCandidate:
     """With intervals that go `reach` of the figure to both sides; none for 0."""
 
     def around(figure: float) -> Interval | None:
@@ -27,6 +28,9 @@ def judged(ratio: float, kl: float, *, reach: float = 0.0) -> JudgedCandidate:
     quality = Quality(
         perplexity=20 * ratio, perplexity_ratio=ratio, perplexity_ratio_interval=around(ratio),
         kl=kl, kl_interval=around(kl),
+        tasks=None
+        if recovery is None
+        else TaskScores(recovery=recovery, recovery_interval=around(recovery), scores=()),
     )  # fmt: skip
     return JudgedCandidate(cast("CandidatePlan", None), quality, (), {}, [])
 
@@ -55,6 +59,18 @@ def judged(ratio: float, kl: float, *, reach: float = 0.0) -> JudgedCandidate:
         ({"max_perplexity_ratio": 1.01}, judged(1.005, 9), "met"),  # one window: nothing is known of noise
         ({"max_perplexity_ratio": 1.01}, judged(1.015, 9), "missed"),
         ({"max_kl": 0.02}, judged(math.nan, math.nan), "missed"),
+        ({"min_recovery": 0.99}, judged(9, 9, reach=0.001, recovery=0.995), "met"),
+        (
+            {"min_recovery": 0.99}, judged(9, 9, reach=0.01, recovery=0.995),
+            f"met, but {SHARE} begins at 0.98505",
+        ),
+        (
+            {"min_recovery": 0.99}, judged(9, 9, reach=0.01, recovery=0.985),
+            f"missed, but {SHARE} reaches 0.99485",
+        ),
+        ({"min_recovery": 0.99}, judged(9, 9, reach=0.001, recovery=0.9), "missed"),
+        ({"min_recovery": 0.99}, judged(9, 9), "missed"),  # the original scores nothing
+        ({"min_recovery": 0.9, "max_kl": 0.1}, judged(9, 0.2, reach=0.1, recovery=0.95), "missed"),
     ],
 )  # fmt: skip
 def test_verdicts(target: dict[str, float], candidate: JudgedCandidate, verdict: str) -> None:

@@ -25,7 +25,7 @@ MODELS = {
 
 
 def some_requests(count: int, seed: int = 0) -> list[Continuation]:
-    """Of every length up to 60; each second one reads what the one before it reads, and asks for another end."""
+    """Of every length up to 60; each second one asks for another end of what the one before it reads."""
     dice = random.Random(seed)
     requests = []
     for _ in range(count // 2):

@@ -178,6 +178,7 @@ def test_the_environment_is_an_allow_list(tmp_path: Path) -> None:
         "OMP_WAIT_POLICY": "passive",
         "TMPDIR": str(tmp_path),
         "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
     }
     assert child_environment({"OMP_WAIT_POLICY": "active"}, tmp_path)["OMP_WAIT_POLICY"] == "active"
 

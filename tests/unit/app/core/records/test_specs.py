@@ -61,3 +61,40 @@ def test_one_limit_leaves_the_other_free() -> None:
 
 def test_broken_figures_never_meet_a_target() -> None:
     assert TargetSpec(max_kl=1.0).excess(1.0, math.nan) == math.inf
+
+
+def test_a_recovery_that_is_too_low_misses_beside_other_limits() -> None:
+    target = TargetSpec(max_kl=0.1, min_recovery=0.99)
+    assert target.excess(1.0, 0.05, 0.99) == pytest.approx(1)
+    assert target.excess(1.0, 0.05, 0.9) == pytest.approx(1.1)
+    assert target.excess(1.0, 0.2, 1.0) == pytest.approx(2)
+    assert target.excess(1.0, 0.05, None) == target.excess(1.0, 0.05, 0.0) == math.inf
+    assert TargetSpec(max_kl=0.1).excess(1.0, 0.05, None) == pytest.approx(0.5)
+    assert target.limits_text == "a KL of at most 0.1 and 0.99 of the task scores"
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "target", "field"),
+    [
+        ({}, {"min_recovery": 0.99}, ("target",)),
+        ({"tasks": ["builtin:nothing"]}, None, ("evaluation", "tasks", 0)),
+        ({"tasks": ["../tasks/own.yaml"]}, None, ("evaluation", "tasks", 0)),
+        ({"tasks": ["arc_easy", "arc_easy"]}, None, ("evaluation", "tasks")),
+        ({"tasks": ["arc_easy"], "task_limit": 0}, None, ("evaluation", "task_limit")),
+        ({"tasks": ["arc_easy"]}, {"min_recovery": 0}, ("target", "min_recovery")),
+    ],
+)
+def test_tasks_and_their_target_are_checked(
+    evaluation: dict[str, object], target: dict[str, object] | None, field: tuple[str | int, ...]
+) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        JobSpec.model_validate({"model": "hf:a/b", "evaluation": evaluation, "target": target})
+    assert [fault["loc"] for fault in refusal.value.errors()] == [field]
+
+
+def test_tasks_have_bundled_names_or_those_of_lm_eval() -> None:
+    names = ("builtin:continuation", "builtin:agreement", "mmlu", "darijammlu_arabic_language_(general)")
+    spec = JobSpec.model_validate(
+        {"model": "hf:a/b", "evaluation": {"tasks": names}, "target": {"min_recovery": 0.99}}
+    )
+    assert spec.evaluation.tasks == names
