@@ -1,10 +1,11 @@
 # Needs Python 3.11 or 3.12, gcc and make. Everything else is installed into $(VENV).
 #
-#   make chat     start the service, quantize the bundled model, serve it, and talk to it here and in the browser
-#   make demo     start the service, quantize the bundled model over HTTP, check the result, stop
+#   make chat     start the service, quantize SmolLM2, serve it, and talk to it beside its original
+#   make demo     start the service, quantize SmolLM2 over HTTP, check the result, stop
 #   make test     lint, types, import rules and every test
 #   make tasks    install lm-eval, for `evaluation.tasks` and its tests
-#   make quick    the same for what changed, with its unit tests alone, in under a minute
+#   make judges   our files opened and served by vLLM and llama.cpp, which it installs
+#   make quick    what changed, with its unit tests alone, in under a minute
 #
 #   make latest   the tests against the newest versions that pyproject.toml admits
 #   make lock     record those versions in constraints.txt
@@ -25,14 +26,17 @@ LOCK_PYTHONS ?= python3.11 python3.12
 # Each test process computes with one thread. Three keep two cores busy, since tests wait for processes that start
 # (480 s; with two processes 560 s).
 PYTEST_WORKERS ?= 3
+# Where the environments of judges are, and which of their forms runs: short or long.
+JUDGES ?= .judges
+FORM ?= short
 # A file stays in one process: what its tests share (a service, a quantized model) is made once. Files are taken in
 # the order of testpaths, long ones first, so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install tasks chat demo test quick latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
+.PHONY: help install tasks chat demo test judges quick latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
 
 help:
-	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -47,15 +51,23 @@ tasks: $(STAMP)
 	$(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint $(VENV)/constraints.txt \
 		--editable '.[tasks]'
 
-# PROMPT="My lord, I pray you" asks one question instead of holding a conversation; without a terminal that is the default.
+# PROMPT="Who was Ada Lovelace?" asks one question instead of holding a conversation; without a terminal that is the default.
+# MODEL=bundled takes the small model of this repository, as both do where SmolLM2 can't be had.
+MODEL ?= smollm2
 chat: $(STAMP)
-	@$(BIN)/python examples/chat.py "$(PROMPT)"
+	@$(BIN)/python examples/chat.py --model $(MODEL) "$(PROMPT)"
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py --model $(MODEL)
 
 test: lint types imports $(STAMP)
 	$(PYTEST)
+
+# Programs that are not ours judge our files, each in an environment of its own (JUDGES=folder). FORM=long judges every
+# group size and method; with RECORD=1 it writes the guide's table anew.
+judges: $(STAMP)
+	tests/judges/install $(BIN)/python $(JUDGES) vllm llama_cpp
+	JUDGES=$(JUDGES) FORM=$(FORM) OMP_NUM_THREADS=1 $(BIN)/pytest tests/judges --timeout 3600
 
 # While one works: it needs no service but a Valkey of its own, and says how much time it took.
 quick: $(STAMP)

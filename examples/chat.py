@@ -1,18 +1,30 @@
-"""From nothing to a model that answers: start the service, quantize the bundled model, serve it, talk to it.
+"""From nothing to an assistant that answers: start the service, quantize a model, serve it, talk to it.
 
 `make chat` runs this. On a terminal a conversation follows; else one question is asked, the first argument,
-and its answer printed. Everything is kept in a temporary folder that goes away at the end.
+and its answer printed. The original answers each question, too, from a server of its own. Everything but the
+fetched model is kept in a temporary folder that goes away at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
-from local_service import MODEL, DemoFailed, ended, free_port, running_service
+from demo_model import CHOICES, DemoModel, demo_model
+from local_service import (
+    ORIGINAL,
+    DemoFailed,
+    ended,
+    free_port,
+    running_service,
+    serving_original,
+)
 from rich.console import Console
 from rich.markup import escape
 
@@ -22,73 +34,111 @@ from app.commands.deployments import await_ready
 from app.commands.jobs import watch_job
 
 PORT = 8420  # where `nibble up` listens; another one if it is taken
-NAME = "wikitext"
-OPENING = "My lord, I pray you, tell me what the king"
-# The bundled model continues texts. Short answers suit it best.
-PARAMETERS: dict[str, float | int] = {"temperature": 0.6, "max_tokens": 64}
 
 
-def job_body(num_samples: int) -> dict[str, object]:
+def job_body(model: DemoModel, num_samples: int | None) -> dict[str, object]:
+    """AWQ with 4 bits; the groups are the largest that fit."""
     return {
-        "model": MODEL.as_uri(),
-        "recipe": {"method": "awq", "bits": 4, "group_size": 128},
-        "calibration": {"num_samples": num_samples},
-        "evaluation": {"num_samples": num_samples},
+        "model": model.folder.as_uri(),
+        "recipe": {"method": "awq", "bits": 4},
+        **model.text(num_samples),
         "formats": ["compressed-tensors"],
-        "deploy": {"name": NAME},
+        "deploy": {"name": model.name},
     }
 
 
-def quantized(client: NibbleClient, console: Console, num_samples: int) -> JobAnswer:
-    job = client.submit(job_body(num_samples))
+def quantized(client: NibbleClient, console: Console, model: DemoModel, num_samples: int | None) -> JobAnswer:
+    texts = model.text(num_samples)
+    console.print(
+        f"quantizing {model.name} to 4 bits with AWQ; text: {texts['calibration']['num_samples']} windows of "
+        f"{model.sequence_length} tokens to calibrate, {texts['evaluation']['num_samples']} to judge"
+    )
+    job = client.submit(job_body(model, num_samples))
     job = watch_job(client, job.id, console)
     if job.state != "succeeded":
         raise DemoFailed(f"the job is {job.state}: {job.error.message if job.error else ''}")
-    (candidate,) = client.report(job.id)["candidates"]
+    report = client.report(job.id)
+    (candidate,) = report["candidates"]
     console.print(
-        f"quantized to {candidate['bits_per_weight']:.2f} bits per weight: "
+        f"quantized to {candidate['bits_per_weight']:.2f} bits per weight ({candidate['label']}): "
         f"perplexity {candidate['perplexity']:.2f}, {candidate['perplexity_ratio']:.4f} times the original's"
     )
     return job
 
 
-def talk(client: NibbleClient, console: Console, prompt: str) -> None:
-    """A conversation on a terminal; else one answer."""
-    conversation = Conversation(model=NAME, parameters=dict(PARAMETERS))
+def original_folder(client: NibbleClient, job: JobAnswer, model: DemoModel, folder: Path) -> Path:
+    """The unquantized model as the inference server opens it: a GGUF file with a tokenizer beside it."""
+    if (model.folder / "config.json").exists():
+        return model.folder
+    artifact, original = folder / "artifact", folder / ORIGINAL
+    client.download(job.artifacts[0], artifact)
+    original.mkdir()
+    for file in model.folder.iterdir():
+        (original / file.name).symlink_to(file)
+    for pattern in ("tokenizer*", "chat_template*"):
+        for file in artifact.glob(pattern):
+            shutil.copyfile(file, original / file.name)
+    return original
+
+
+def with_original(original: NibbleClient, console: Console) -> Callable[[Conversation], None]:
+    """Prints what the original answers to the same conversation; its answer is not added."""
+
+    def speak(talk: Conversation) -> None:
+        console.print(f"[bold yellow]{ORIGINAL}[/] ", end="")
+        other = deepcopy(talk)
+        other.model = ORIGINAL
+        answer(original, other, console)
+
+    return speak
+
+
+def talk_to(
+    client: NibbleClient, original: NibbleClient, console: Console, model: DemoModel, prompt: str
+) -> None:
+    """A conversation on a terminal; else one answer of each."""
+    conversation = Conversation(model=model.name, parameters=dict(model.parameters))
+    beside = with_original(original, console)
     if prompt or not sys.stdin.isatty():
-        question = prompt or OPENING
+        question = prompt or model.opening
         conversation.say(question)
-        console.print(f"[bold cyan]you[/] {escape(question)}\n[bold green]{NAME}[/] ", end="")
+        console.print(f"[bold cyan]you[/] {escape(question)}")
+        beside(conversation)
+        console.print(f"[bold green]{model.name}[/] ", end="")
         answer(client, conversation, console)
         return
-    console.print(
-        "[dim]It is small and has read plays, novels and articles: start a sentence, it goes on.[/]"
-    )
+    console.print(f"[dim]{model.advice} Each question is answered twice: by the original, then quantized.[/]")
     console.print("[dim]/help lists the commands; Ctrl-D ends the conversation and the service.[/]")
-    converse(client, conversation, console)
+    converse(client, conversation, console, beside=beside)
 
 
-def run(console: Console, prompt: str, num_samples: int) -> None:
+def run(console: Console, prompt: str, choice: str, num_samples: int | None) -> None:
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="nibble-chat-") as folder:
+    model = demo_model(choice, console)
+    with tempfile.TemporaryDirectory(prefix="nibble-chat-") as temporary:
+        folder = Path(temporary)
         console.print("starting the service")
-        with running_service(Path(folder) / "state", free_port(PORT)) as client:
-            console.print("quantizing the bundled model to 4 bits")
-            quantized(client, console, num_samples)
-            await_ready(client, client.deployment_named(NAME), console, quiet=True)
-            link = client.login_link().path
-            console.print(f"served after {time.monotonic() - started:.0f} s")
-            console.print(f"dashboard (the link logs a browser in, once): [bold]{client.url}{link}[/]\n")
-            talk(client, console, prompt)
+        with running_service(folder / "state", free_port(PORT), model.folder) as client:
+            job = quantized(client, console, model, num_samples)
+            served = original_folder(client, job, model, folder)
+            with serving_original(served, folder / "original.log") as original:
+                await_ready(client, client.deployment_named(model.name), console, quiet=True)
+                link = client.login_link().path
+                console.print(f"served after {time.monotonic() - started:.0f} s")
+                console.print(f"dashboard (the link logs a browser in, once): [bold]{client.url}{link}[/]\n")
+                talk_to(client, original, console, model, prompt)
     console.print("the service is stopped and its folder removed")
 
 
 def main() -> int:
-    reader = argparse.ArgumentParser(description="Serve the bundled model, quantized, and talk to it.")
+    reader = argparse.ArgumentParser(
+        description="Serve a model, quantized, beside its original; talk to both."
+    )
     reader.add_argument("prompt", nargs="?", default="", help="one question, instead of a conversation")
-    reader.add_argument("--num-samples", type=int, default=32, help="windows of calibration and evaluation")
-    given = reader.parse_args()
-    return ended(lambda console: run(console, given.prompt.strip(), given.num_samples))
+    reader.add_argument("--model", choices=CHOICES, default=CHOICES[0])
+    reader.add_argument("--num-samples", type=int, help="windows of calibration")
+    asked = reader.parse_args()
+    return ended(lambda console: run(console, asked.prompt.strip(), asked.model, asked.num_samples))
 
 
 if __name__ == "__main__":

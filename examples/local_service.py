@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from app.core.access.api_keys import KEY_FILE
 from app.core.errors import NibbleError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
+ORIGINAL = "original"  # what its server calls it
 START_LIMIT_S = 210.0  # what `nibble up` allows itself, and a little
 STOP_LIMIT_S = 40.0
 
@@ -43,25 +44,28 @@ def free_port(preferred: int = 0) -> int:
     raise DemoFailed("no TCP port of 127.0.0.1 is free")
 
 
-def service_environment(state: Path, port: int) -> dict[str, str]:
+def service_environment(state: Path, port: int, models: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("NIBBLE_")}
     return {
         **kept,
         "NIBBLE_STATE_DIR": str(state),
         "NIBBLE_HOST": "127.0.0.1",
         "NIBBLE_PORT": str(port),
-        "NIBBLE_MODEL_ROOTS": str(REPOSITORY / "examples"),
+        "NIBBLE_MODEL_ROOTS": str(models),
     }
 
 
 @contextmanager
-def running_service(state: Path, port: int) -> Iterator[NibbleClient]:
-    """`nibble up`, ready, with a client; stopped at the end together with all that it started."""
+def running_service(state: Path, port: int, models: Path) -> Iterator[NibbleClient]:
+    """`nibble up`, ready, with a client; stopped at the end together with all that it started.
+
+    `models` is the folder from which models may be read.
+    """
     log = state.parent / "nibble-up.log"
     command = [sys.executable, "-m", "app.core.child.start", str(os.getpid()), "app.cli", "up"]
     with log.open("wb") as out:
         service = subprocess.Popen(
-            command, cwd=REPOSITORY, env=service_environment(state, port), stdout=out, stderr=out,
+            command, cwd=REPOSITORY, env=service_environment(state, port, models), stdout=out, stderr=out,
             # Ctrl-C is for this program, which stops the service when it ends.
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
@@ -75,6 +79,32 @@ def running_service(state: Path, port: int) -> Iterator[NibbleClient]:
         raise
     finally:
         stop(service)
+
+
+@contextmanager
+def serving_original(folder: Path, log: Path) -> Iterator[NibbleClient]:
+    """The inference server on an unquantized model, under the name `ORIGINAL`."""
+    reading, writing = os.pipe()
+    command = [
+        sys.executable, "-m", "app.core.child.start", str(os.getpid()), "workers.serving",
+        "--artifact", str(folder), "--name", ORIGINAL, "--ready-fd", str(writing),
+    ]  # fmt: skip
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            command, cwd=REPOSITORY, pass_fds=(writing,), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    os.close(writing)
+    try:
+        with os.fdopen(reading) as pipe:
+            message = next((said for said in map(json.loads, pipe) if said["kind"] != "loading"), None)
+        if message is None or message["kind"] != "ready":
+            sys.stderr.write(log.read_text(errors="replace"))
+            raise DemoFailed(f"the original is not served: {message}")
+        with NibbleClient(f"http://127.0.0.1:{message['port']}") as client:
+            yield client
+    finally:
+        stop(server)
 
 
 def await_ready(url: str, service: subprocess.Popen[bytes]) -> None:

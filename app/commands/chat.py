@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,9 +30,13 @@ if TYPE_CHECKING:
     from app.client import NibbleClient
 
 HELP = """[dim]/new    forget the conversation      /system TEXT  set the system prompt
-/undo   forget the last exchange    /set NAME VALUE  temperature, top_p, max_tokens, seed
+/undo   forget the last exchange    /set NAME VALUE  top_p, top_k, max_tokens, …
 /help   this list                   /quit, Ctrl-D    leave      Ctrl-C  stop an answer[/]"""
-PARAMETERS = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
+PARAMETERS = {
+    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
+    "max_tokens": int, "seed": int,
+}  # fmt: skip
+SOURCES = {"model": "the model's own", "default": "the usual: the model names none"}
 
 
 @dataclass
@@ -77,6 +82,18 @@ def chat(
         float | None,
         typer.Option(min=0, help="0 always picks the likeliest token.", show_default=False),
     ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Choose among this share of likely tokens.", show_default=False
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Choose among so many likeliest tokens.", show_default=False)
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0.01, help="Above 1: repeat less.", show_default=False)
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer in tokens.", show_default=False)
     ] = None,
@@ -87,16 +104,24 @@ def chat(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Chat with a deployment. With --json: one question, its answer as one document."""
+    """Chat with a deployment. With --json: one question, its answer as one document.
+
+    Without options it is sampled as the model's generation_config.json asks, else at temperature 0.7.
+    """
     if as_json and prompt is None and sys.stdin.isatty():
         raise typer.BadParameter(
             "--json needs a question: there is no conversation in JSON", param_hint="PROMPT"
         )
-    options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    parameters = {key: value for key, value in options.items() if value is not None}
-    talk = Conversation(model=name, parameters=parameters, system=system)
+    options = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "seed": seed,
+    }  # fmt: skip
+    asked = {key: value for key, value in options.items() if value is not None}
     console = stdout()
     with connect(url, api_key) as client:
+        sampling = client.model(name).get("sampling") or {}
+        parameters = {**sampling.get("parameters", {}), **asked}
+        talk = Conversation(model=name, parameters=parameters, system=system)
         if prompt is not None or not sys.stdin.isatty():
             talk.say(prompt if prompt is not None else sys.stdin.read())
             if as_json:
@@ -105,11 +130,30 @@ def chat(
                 answer(client, talk, console)
             return
         console.print(f"[bold]{escape(name)}[/] [dim]/help lists the commands[/]")
+        console.print(f"[dim]{sampling_text(sampling, asked)}[/]")
         converse(client, talk, console)
 
 
-def converse(client: NibbleClient, talk: Conversation, console: Console) -> None:
-    """Alternate questions and answers until the input ends."""
+def sampling_text(sampling: Mapping[str, Any], asked: Mapping[str, float | int]) -> str:
+    """`temperature 0.7, top_p 0.95 (the usual: the model names none); seed 3 (yours)`."""
+    rest = {name: value for name, value in sampling.get("parameters", {}).items() if name not in asked}
+    origin = SOURCES.get(str(sampling.get("source")), "the server's")
+    listed = [
+        ", ".join(f"{name} {value:g}" for name, value in values.items()) + f" ({source})"
+        for values, source in ((rest, origin), (asked, "yours"))
+        if values
+    ]
+    return "; ".join(listed) or "sampled as the server does by itself"
+
+
+def converse(
+    client: NibbleClient,
+    talk: Conversation,
+    console: Console,
+    *,
+    beside: Callable[[Conversation], None] = lambda talk: None,
+) -> None:
+    """Alternate questions and answers until the input ends. `beside` sees each question before its answer."""
     while True:
         try:
             line = console.input("\n[bold cyan]you[/] ").strip()
@@ -122,8 +166,9 @@ def converse(client: NibbleClient, talk: Conversation, console: Console) -> None
             command(talk, line, console)
         elif line:
             talk.say(line)
-            console.print(f"[bold green]{escape(talk.model)}[/] ", end="")
             try:
+                beside(talk)
+                console.print(f"[bold green]{escape(talk.model)}[/] ", end="")
                 answer(client, talk, console)
             except NibbleError as error:
                 talk.undo()
@@ -183,7 +228,10 @@ def answer(client: NibbleClient, talk: Conversation, console: Console) -> None:
 def whole_answer(client: NibbleClient, talk: Conversation) -> dict[str, Any]:
     """The answer with its finish reason and token usage."""
     texts: list[str] = []
-    document: dict[str, Any] = {"model": talk.model, "content": "", "finish_reason": None, "usage": None}
+    document: dict[str, Any] = {
+        "model": talk.model, "content": "", "finish_reason": None, "usage": None,
+        "parameters": talk.parameters,
+    }  # fmt: skip
     for chunk in client.chat(talk.body(), on_wait=lambda seconds: waiting(stderr(), seconds)):
         document["usage"] = chunk.get("usage") or document["usage"]
         for choice in chunk.get("choices", ()):
