@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from app.core.errors import TextRefused
 from app.core.records.specs import BUNDLED_TASKS
 from app.core.system_faults import system_number
-from workers.child.recovery import Outcome
+from workers.child.recovery import TaskOutcome
 from workers.quantization.continuations import Continuation
 
 STREAMED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # of lm-eval's types of output
@@ -71,7 +71,7 @@ class LmEvalTasks:
             raise refused(fault, f"{', '.join(names)}: lm-eval can't read the documents") from fault
         return cls(tasks, limit, model, tuple(model.asked))
 
-    def outcomes(self, answers: Mapping[Continuation, Answer]) -> list[Outcome]:
+    def outcomes(self, answers: Mapping[Continuation, Answer]) -> list[TaskOutcome]:
         """The metrics of the model that gave these answers, as each task orders them."""
         results = self.run(answers, bootstraps=BOOTSTRAPS)
         return [outcome for name in self.tasks for outcome in outcomes_of(name, results)]
@@ -134,7 +134,7 @@ def refused(fault: Exception, what: str) -> Exception:
     )  # fmt: skip
 
 
-def outcomes_of(name: str, results: Any) -> Iterator[Outcome]:
+def outcomes_of(name: str, results: Any) -> Iterator[TaskOutcome]:
     """The metrics of one task, in its order, from lm-eval's results, whose keys are `metric,filter`."""
     scores, samples = results["results"][name], results["samples"][name]
     better = results["higher_is_better"][name]
@@ -145,7 +145,7 @@ def outcomes_of(name: str, results: Any) -> Iterator[Outcome]:
         value = scores[f"{metric},{chosen}"]
         values = [sample.get(metric) for sample in samples if sample["filter"] == chosen]
         error = scores.get(f"{metric}_stderr,{chosen}")
-        yield Outcome(
+        yield TaskOutcome(
             task=ASKED_AS.get(name, name),
             metric=metric if chosen == "none" else f"{metric} ({chosen})",
             higher_is_better=better.get(metric) is not False,

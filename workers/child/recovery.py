@@ -17,7 +17,7 @@ from workers.quantization.evaluation import interval
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """One metric of a task for one model."""
 
     task: str
@@ -29,7 +29,7 @@ class Outcome:
     documents: tuple[float, ...]  # whose mean is the value; empty where it is no mean
 
 
-def compared(original: Sequence[Outcome], own: Sequence[Outcome]) -> TaskScores:
+def compared(original: Sequence[TaskOutcome], own: Sequence[TaskOutcome]) -> TaskScores:
     """Both models' metrics side by side. A task counts by the metric that it names first."""
     scores = tuple(score_of(*pair) for pair in zip(original, own, strict=True))
     first = {score.task: score for score in reversed(scores)}.values()
@@ -43,7 +43,7 @@ def compared(original: Sequence[Outcome], own: Sequence[Outcome]) -> TaskScores:
     )
 
 
-def score_of(original: Outcome, own: Outcome) -> TaskScore:
+def score_of(original: TaskOutcome, own: TaskOutcome) -> TaskScore:
     upper, lower = (own, original) if own.higher_is_better else (original, own)
     pairs = list(zip(upper.documents, lower.documents, strict=bool(upper.documents and lower.documents)))
     difference = interval_of([above - below for above, below in pairs])

@@ -9,16 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from workers.child.recovery import Outcome, compared, score_of
+from workers.child.recovery import TaskOutcome, compared, score_of
 
 
-def outcome(documents: list[float], task: str = "one", metric: str = "acc", **changes: object) -> Outcome:
+def outcome(documents: list[float], task: str = "one", metric: str = "acc", **changes: object) -> TaskOutcome:
     mean = sum(documents) / len(documents)
     values = {
         "task": task, "metric": metric, "higher_is_better": True, "value": mean, "standard_error": 0.02,
         "count": len(documents), "documents": tuple(documents),
     }  # fmt: skip
-    return Outcome(**{**values, **changes})  # type: ignore[arg-type]
+    return TaskOutcome(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_a_score_has_the_paired_error_and_the_ratio() -> None:
