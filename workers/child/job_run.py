@@ -22,6 +22,7 @@ from workers.child.layer_loop import solve_layers
 from workers.child.quality_report import RunResult, prediction_note, report_of
 from workers.child.stage_clock import Send, StageClock
 from workers.child.target_search import TargetSearch
+from workers.child.text_checks import perplexity_note, repetition_notes
 from workers.child.work import JobTexts, Work, check_weights, read_texts, with_checked_shapes
 from workers.formats.folder import FormatFolder
 
@@ -42,6 +43,8 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
         texts = read_texts(work)
         if texts.note is not None:
             clock.note("chat_template_invalid", texts.note)
+        for message in repetition_notes(texts.calibration, texts.evaluation):
+            clock.note("text", message)
         checkpoints = work.checkpoints(clock)
         files = [CandidateFiles.of(work, candidate, checkpoints) for candidate in work.plan.candidates]
         if not checkpoints.is_done(0, len(files)):
@@ -51,6 +54,9 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
     statistics = None if target is None else work.statistics()
     solved = solve_layers(work, texts.calibration, files, statistics, clock)
     original, judged = judge(work, texts, files, clock)
+    unusual = perplexity_note(original.quality.perplexity, work.plan.vocab_size)
+    if unusual is not None:
+        clock.note("text", unusual)
     if target is not None and statistics is not None:
         judged = TargetSearch(work, texts, original, statistics, clock).run(target, judged)
     return publish(work, texts, RunResult(solved, original.quality, judged), clock)
@@ -63,14 +69,14 @@ def publish(work: Work, texts: JobTexts, result: RunResult, clock: StageClock) -
     """
     target, folder = work.spec.target, work.assignment.work_folder
     chosen = result.chosen(target)
-    missed = None if target is None else target_missed(target, result.best(target))
-    if missed is not None and chosen:
-        clock.note("target_missed", f"{missed.message}; it is published as asked")
     if target is not None:
         for judged in chosen or [result.best(target)]:
             if judged.doubt(target) is not None:
                 message = f"{judged.candidate.label}: target {judged.verdict(target)}"
                 clock.note("target_within_noise", message)
+    missed = None if target is None else target_missed(target, result.best(target))
+    if missed is not None and chosen:
+        clock.note("target_missed", f"{missed.message}; it is published as asked")
     for sentence in fallbacks.noted():
         clock.note("kernel_fallback", sentence)
     report = report_of(work, texts, result, clock)

@@ -21,6 +21,7 @@ from app.core.settings import Settings
 from app.core.sources.model_headers import ModelHeaders, with_code
 from app.core.sources.model_reference import parse_model_reference
 from app.core.sources.model_source import HubModel, LocalModel, inspect_model, open_model
+from app.core.sources.text_repetition import text_notes
 from app.core.sources.text_source import check_text, is_remote, open_text
 from app.core.storage.reuse import Contents, fingerprint, text_key
 from app.core.storage.storage_keys import FOLDERS
@@ -61,9 +62,10 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
     require_length(spec.calibration, spec.calibration.sequence_length, section="calibration")
     require_length(spec.evaluation, spec.evaluation_length, section="evaluation")
+    repeats = text_notes(*("\n".join(text.texts or ()) for text in (calibration, evaluation)), "characters")
     return CheckedSubmission(
         spec=spec,
-        plan=plan,
+        plan=plan.model_copy(update={"notes": (*plan.notes, *repeats)}),
         download_bytes=0 if isinstance(files, LocalModel) else sum(headers.files.values()),
         fingerprint=fingerprint(spec, contents),
     )

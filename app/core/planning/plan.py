@@ -17,6 +17,9 @@ from app.core.planning.architectures import Architecture, architecture_of
 from app.core.records.specs import Frozen, GroupSize, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
+# Of an evaluation whose noise is below the loss of four bits, which are the first that people ask for.
+LEAST_WINDOWS = 8
+LEAST_TOKENS = 4096
 TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multiplied
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 # Values of `quantization_config.quant_method` in which models are originally published.
@@ -105,6 +108,7 @@ def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, Tensor
         notes=(
             *choices,
             *window_notes(spec, architecture, config),
+            *size_notes(spec, candidates),
             *plan_notes(spec, architecture, candidates),
         ),
     )
@@ -129,6 +133,33 @@ def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, ob
                 param=f"{section}.sequence_length",
             )  # fmt: skip
         yield f"{message}: perplexities say little"
+
+
+def size_notes(spec: JobSpec, candidates: tuple[CandidatePlan, ...]) -> Iterator[str]:
+    """Notes on texts of too few tokens."""
+    windows, length = spec.evaluation.num_samples, spec.evaluation_length
+    if windows < LEAST_WINDOWS or windows * length < LEAST_TOKENS:
+        yield (
+            f"{windows} evaluation windows of {length} tokens leave more noise than four bits cost: raise "
+            f"evaluation.num_samples to {max(LEAST_WINDOWS, -(-LEAST_TOKENS // length))} or more"
+        )
+    tokens = spec.calibration.num_samples * spec.calibration.sequence_length
+    widest = max(
+        (
+            linear.in_features
+            for candidate in candidates
+            if candidate.recipe.method != "rtn"
+            for linear in candidate.linears
+            if linear.scheme is not None
+        ),
+        default=0,
+    )
+    if tokens < widest:
+        yield (
+            f"{tokens} calibration tokens are fewer than the {widest} inputs of a linear, so part of what it "
+            f"reads is unseen: raise calibration.num_samples to "
+            f"{-(-widest // spec.calibration.sequence_length)} or more"
+        )
 
 
 def plan_notes(
