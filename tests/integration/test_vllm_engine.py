@@ -55,7 +55,8 @@ def test_vllm_is_started_with_its_own_words(floor: Floor, path_with_vllm: str) -
             "'--tensor-parallel-size', '2', '--pipeline-parallel-size', '2'",
             "'--distributed-executor-backend', 'ray'", "'--gpu-memory-utilization', '0.5'",
             "'--enforce-eager'", "'--no-enable-prefix-caching'",
-            "'--enable-auto-tool-choice'", "'--tool-call-parser', 'hermes'", "vllm ['VLLM_LOGGING_LEVEL']",
+            "'--enable-auto-tool-choice'", "'--tool-call-parser', 'hermes'",
+            "vllm ['VLLM_LOGGING_LEVEL', 'VLLM_RPC_BASE_PATH']",
         ):  # fmt: skip
             assert words in log
         # The guard, the server, and a process that the server has started: none outlives the worker.

@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,12 +179,15 @@ class VllmServer(ServerProcess):
             raise vllm_missing()
         port = free_port(launch.host)
         self._address = f"http://{launch.host}:{port}"
+        # vLLM names its Unix sockets by UUIDs. Among the server's other temporary files their paths could be
+        # longer than the 107 characters that a socket's may have.
+        self._sockets = tempfile.TemporaryDirectory(prefix="nibble-")
         words = [
             *("app.core.child.parent_guard", program, "serve", str(launch.folder)),
             *("--served-model-name", launch.name, "--host", launch.host, "--port", str(port)),
             *vllm_arguments(launch.vllm or VllmOptions()),
         ]
-        super().__init__(words, vllm_environment(launch))
+        super().__init__(words, {"VLLM_RPC_BASE_PATH": self._sockets.name} | vllm_environment(launch))
 
     def is_ready(self) -> bool:
         try:
@@ -192,6 +196,10 @@ class VllmServer(ServerProcess):
         except httpx.TransportError:
             return False
         return self.url is not None
+
+    def close(self) -> None:
+        super().close()
+        self._sockets.cleanup()
 
 
 def start_server(engine: str, launch: Launch) -> ServerProcess:
