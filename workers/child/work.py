@@ -109,7 +109,8 @@ def read_texts(work: Work) -> JobTexts:
     evaluation = evaluation_windows(
         spec.evaluation, spec.evaluation_length, tokenizer, assignment.evaluation_file
     )
-    refuse_foreign_tokens(torch.cat([calibration.tokens, evaluation.tokens]), work.plan.vocab_size)
+    ids = torch.cat([calibration.tokens.flatten(), evaluation.tokens.flatten()])
+    refuse_foreign_tokens(ids, work.plan.vocab_size)
     return JobTexts(calibration, evaluation, template_note(tokenizer), open_tasks(work, tokenizer))
 
 
