@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.cpu.aten import AtenBackend
 from kernels.cpu.native import NativeBackend
+from kernels.cpu.vector_backend import VectorBackend
 from kernels.cuda.backend import CudaBackend
 from kernels.product import LinearProduct
 from kernels.torch_backend import TorchBackend
@@ -58,7 +59,13 @@ class Selection:
 
 # The best first. On every device PyTorch's own operators are the last resort.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "cpu": (NativeBackend(tiles=True), NativeBackend(tiles=False), AtenBackend(), TorchBackend()),
+    "cpu": (
+        NativeBackend(tiles=True),
+        NativeBackend(tiles=False),
+        VectorBackend(),
+        AtenBackend(),
+        TorchBackend(),
+    ),
     "cuda": (CudaBackend(), TritonBackend(), TorchBackend()),
 }
 

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from kernels import reference
+from kernels.cpu.decoder import NativeDecoder
 from tests.tiny_models import TEXTS, TOKENIZER
 from workers.formats.packings import packing_of
 from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.native_decoder import native_decoder
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, EngineLimits
 from workers.serving.loading import LoadRequest, load_model
@@ -34,12 +36,18 @@ LIMITS = {
 class Served:
     """A loaded artifact behind a running engine."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype | None = None, **limits: int) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype | None = None, native: bool = True, **limits: int
+    ) -> None:
         self.loaded = load_model(LoadRequest(folder, torch.device("cpu"), dtype))
         self.limits = EngineLimits(**{**LIMITS, **limits})
         self.tokenization = Tokenization(folder, self.loaded.model.config.vocab_size)
         self.metrics = ServerMetrics("tiny")
-        batch = Batch(self.loaded.model, self.limits.max_cells)
+        decoder = native_decoder(self.loaded.model, self.limits.max_model_len) if native else None
+        self.native = isinstance(decoder, NativeDecoder)
+        batch = Batch(
+            self.loaded.model, self.limits.max_cells, decoder if isinstance(decoder, NativeDecoder) else None
+        )
         self.engine = Engine(
             batch, self.tokenization, self.limits, self.metrics, self.tokenization.end_tokens
         )

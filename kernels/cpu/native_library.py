@@ -31,7 +31,8 @@ FLAGS = (
 TILES = "-DNIBBLE_AMX"
 COMPILE_TIMEOUT_S = 300
 
-ROWS_NEED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"})
+VECTORS_NEED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+ROWS_NEED = VECTORS_NEED | {"avx512_bf16", "avx512_vnni"}
 TILES_NEED = ROWS_NEED | {"amx_tile", "amx_bf16"}
 
 
@@ -45,7 +46,14 @@ class Sources:
 
 
 LINEAR = Sources(
-    "linear.cpp", ("registers.h", "digits.h", "output.h", "rows.h", "tiles.h"), ("-mprefer-vector-width=512",)
+    "linear.cpp",
+    ("blocks.h", "registers.h", "digits.h", "output.h", "rows.h", "tiles.h"),
+    ("-mprefer-vector-width=512",),
+)
+DECODER = Sources(
+    "decoder.cpp",
+    ("blocks.h", "registers.h", "vectors.h", "numbers.h", "products.h", "attention.h"),
+    ("-std=c++20", "-mprefer-vector-width=512"),
 )
 # Without contraction every product and sum is rounded, as PyTorch's are.
 SEARCH = Sources(
@@ -117,14 +125,19 @@ def library_or_reason(*, tiles: bool) -> ctypes.CDLL | str:
 
 
 def made_library(*, tiles: bool) -> ctypes.CDLL:
-    model, features = processor()
-    missing = sorted((TILES_NEED if tiles else ROWS_NEED) - features)
-    if missing:
-        raise NotCompiled(f"the processor ({model}) lacks {', '.join(missing)}")
+    check_processor(TILES_NEED if tiles else ROWS_NEED)
     library = typed(built(LINEAR, tiles=tiles), tiles=tiles)
     if tiles and not library.nibble_tiles_ready():
         raise NotCompiled("the system does not grant AMX's registers")
     return library
+
+
+def check_processor(needed: frozenset[str]) -> None:
+    """Raises NotCompiled if the processor lacks one of the features."""
+    model, features = processor()
+    missing = sorted(needed - features)
+    if missing:
+        raise NotCompiled(f"the processor ({model}) lacks {', '.join(missing)}")
 
 
 def built(sources: Sources, *, tiles: bool) -> ctypes.CDLL:

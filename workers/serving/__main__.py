@@ -25,11 +25,14 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from app.core.errors import NibbleError, OutOfMemory
 from app.core.system_faults import STATE_FOLDER, system_fault
 from app.core.telemetry.logs import log_warnings
+from kernels.cpu.decoder import NativeDecoder
 from workers.devices.selection import select_device
+from workers.modeling.native_decoder import native_decoder
 from workers.process import leave
 from workers.serving.batch import Batch
 from workers.serving.engine import Engine, EngineLimits
@@ -39,6 +42,8 @@ from workers.serving.routes import create_app
 from workers.serving.served_model import ServedModel
 from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
+
+log = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,6 +124,18 @@ def bytes_per_token(loaded: LoadedModel) -> int:
     return int(config.num_hidden_layers * 2 * heads * size * loaded.dtype.itemsize)
 
 
+def decoder_of(model: PreTrainedModel, positions: int, metrics: ServerMetrics) -> NativeDecoder | None:
+    """The decoder that runs all layers in one call, or None; the log and the metrics say which."""
+    decoder = native_decoder(model, positions)
+    if isinstance(decoder, str):
+        log.info("the decoder runs in PyTorch, layer by layer; no native call: %s", decoder)
+        metrics.decoder("torch", decoder)
+        return None
+    log.info("the decoder runs as one native call a step")
+    metrics.decoder("native", "")
+    return decoder
+
+
 def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -128,7 +145,7 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
     tokenization = Tokenization(options.artifact, int(loaded.model.config.vocab_size))
     metrics = ServerMetrics(options.name)
     limits = limits_of(options, loaded, device)
-    batch = Batch(loaded.model, limits.max_cells)
+    batch = Batch(loaded.model, limits.max_cells, decoder_of(loaded.model, limits.max_model_len, metrics))
     engine = Engine(batch, tokenization, limits, metrics, tokenization.end_tokens)
     served = ServedModel(options.name, engine, tokenization, metrics)
     gc.freeze()  # collections then skip these objects and pause the engine less

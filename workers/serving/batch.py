@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from kernels.cpu.decoder import NativeDecoder, TokenPlaces
 from workers.serving.requests import Sequence
-from workers.serving.row_cache import RowCache
+from workers.serving.row_cache import PromptCache, RowCache
 
 
 class Prefill:
@@ -20,8 +21,7 @@ class Prefill:
         self.sequences = sequences
         self.tokens = list(sequences[0].tokens)
         self.done = 0
-        # Without the model's config: windows of sliding layers are masked, not cut, as in the rows.
-        self.cache = DynamicCache()
+        self.cache: DynamicCache | PromptCache | None = None  # until its first tokens are read
 
     @property
     def left(self) -> int:
@@ -31,8 +31,8 @@ class Prefill:
 class Batch:
     """The sequences that run, one row of the cache each."""
 
-    def __init__(self, model: PreTrainedModel, max_cells: int) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, max_cells: int, native: NativeDecoder | None = None) -> None:
+        self.model, self.native = model, native
         self.device: torch.device = model.device
         self.cache = RowCache(max_cells)
         self._cache_argument = cache_argument(model)
@@ -41,13 +41,31 @@ class Batch:
     def read(self, prefill: Prefill, limit: int) -> Tensor | None:
         """Up to `limit` tokens of a prompt; after the last one, float32 logits (1, vocabulary)."""
         tokens = prefill.tokens[prefill.done : prefill.done + limit]
+        if self.native is not None and self.native.reads_prompts:
+            return self.read_natively(self.native, prefill, tokens)
+        if prefill.cache is None:
+            # Without the model's config: windows of sliding layers are masked, not cut, as in the rows.
+            prefill.cache = DynamicCache()
         positions = torch.arange(prefill.done, prefill.done + len(tokens), device=self.device)[None]
         logits = self.forward([tokens], positions, prefill.cache, None)
         prefill.done += len(tokens)
         return None if prefill.left else logits
 
+    def read_natively(self, native: NativeDecoder, prefill: Prefill, tokens: list[int]) -> Tensor | None:
+        if prefill.cache is None:
+            config = self.model.config
+            shape = (1, native.kv_heads, len(prefill.tokens), native.head_size)
+            prefill.cache = PromptCache(shape, config.num_hidden_layers, self.model.dtype)
+        count, columns = len(tokens), range(prefill.done, prefill.done + len(tokens))
+        prefill.done += count
+        asked = [] if prefill.left else [count - 1]
+        places = TokenPlaces(tokens, columns, [0] * count, columns, [0] * count, asked)
+        logits = native(places, *prefill.cache.tensors())
+        return None if prefill.left else logits
+
     def join(self, prefill: Prefill) -> None:
         """The sequences of a prompt that was read get a row each."""
+        assert prefill.cache is not None
         for sequence in prefill.sequences:
             self.cache.join(prefill.cache, prefill.done)
             self.sequences.append(sequence)
@@ -63,11 +81,22 @@ class Batch:
     def advance(self) -> Tensor:
         """Run the last token of every row: float32 logits (rows, vocabulary)."""
         self.cache.reserve(len(self.sequences), self.cache.window.width)
+        if self.native is not None:
+            logits = self.native(self.places(), *self.cache.tensors())
+            self.cache.advance()
+            return logits
         positions = torch.tensor([[length] for length in self.cache.lengths], device=self.device)
         mask = self.cache.mask(self.device)
         logits = self.forward([[s.tokens[-1]] for s in self.sequences], positions, self.cache, mask)
         self.cache.advance()
         return logits
+
+    def places(self) -> TokenPlaces:
+        """The last token of every row, and its place in the cache."""
+        lengths, end = self.cache.lengths, self.cache.window.end
+        rows = range(len(self.sequences))
+        tokens = [sequence.tokens[-1] for sequence in self.sequences]
+        return TokenPlaces(tokens, lengths, rows, [end] * len(rows), [end - n for n in lengths], rows)
 
     def forward(
         self, tokens: list[list[int]], positions: Tensor, cache: DynamicCache | RowCache, mask: Tensor | None

@@ -99,7 +99,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
     ) -> tuple[Tensor, Tensor]:
         return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
 
-    def join(self, prefilled: Cache, length: int) -> None:
+    def join(self, prefilled: Cache | PromptCache, length: int) -> None:
         """Append a row with the `length` tokens of a cache of one sequence."""
         while len(self.layers) < len(prefilled.layers):
             layer = RowLayer(self.window)
@@ -152,6 +152,10 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
         self.window.end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each layer."""
+        return [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
+
     def mask(self, device: torch.device) -> Tensor:
         """bool (rows, columns): where a row has a token, the next one included."""
         width = self.window.width + 1
@@ -162,6 +166,26 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
     def cells(self) -> int:
         """Tokens that the rows in use would hold if all were as long as the longest."""
         return self.window.rows * self.window.width
+
+
+@dataclass
+class PromptLayer:
+    """One layer's keys and values of a prompt: (1, heads, tokens, head size)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class PromptCache:
+    """A cache of one prompt with room for all of its tokens from the start."""
+
+    def __init__(self, shape: tuple[int, int, int, int], layers: int, dtype: torch.dtype) -> None:
+        pairs = [torch.zeros(2, *shape, dtype=dtype) for _ in range(layers)]
+        self.layers = [PromptLayer(keys, values) for keys, values in pairs]
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each layer."""
+        return [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
 
 
 def empty_rows(states: Tensor) -> Tensor:

@@ -51,6 +51,12 @@ class ServerMetrics:
         metric = kind(f"vllm:{name}", text, LABELS, registry=self.registry, **options)
         return metric.labels(**self._labels)
 
+    def decoder(self, path: str, reason: str) -> None:
+        """How layers are computed: `native` in one call a step, or `torch`, and why."""
+        labels = {"model_name": self._labels["model_name"], "path": path, "reason": reason}
+        gauge = Gauge("nibble:decoder_info", "How layers are computed", tuple(labels), registry=self.registry)
+        gauge.labels(**labels).set(1)
+
     def admitted(self, generation: Generation) -> None:
         self._queued.observe(time.monotonic() - generation.arrived)
         self.prompt_tokens.inc(len(generation.prompt))

@@ -1,13 +1,5 @@
 // W4A16 and W8A16 matrix products on AVX-512 with bfloat16 dot products, and on AMX where there is one.
 //
-// Layout (kernels/cpu/blocked_layout.py makes it):
-//   codes  [N/16][K/128][16 rows][planes] of 64 bytes: 32 words of 16 bits, of which word j holds in its nibble
-//          i the code of channel 32 i + j of the 128. Codes of 2, 3 and 4 bits take one plane; codes of 8 bits
-//          are two digits of 4: the plane of the low ones, then that of the high ones.
-//   scale  [N/16][groups][16 rows], float16, bfloat16 or float32
-//   zero   [N/16][groups][16 rows] bytes
-// N is filled up to 64 rows, K to 128 channels with scales of 0.
-//
 // A nibble becomes a bfloat16 by `vpermw`: it reads 5 bits of each word as an index into 32 entries, so with the
 // 16 values of a code twice in the table no mask is needed, and a shift by 4 i picks the nibble. The table of a
 // group's row is code - zero, which bfloat16 holds exactly; products are scaled in float32. Where the table is
@@ -28,29 +20,12 @@
 #include <unistd.h>
 #endif
 
+#include "blocks.h"
 #include "registers.h"
 
 namespace {
 
-constexpr int kRows = 16;        // rows of a block
-constexpr int kChunk = 128;      // channels of a chunk
-constexpr int kPlane = 64;       // bytes of a plane
 constexpr int kPrefetch = 4096;  // bytes ahead
-
-enum ScaleType : int { kHalf = 0, kBfloat = 1, kFloat = 2 };
-
-struct Weight {
-  const uint8_t* codes;
-  const void* scale;
-  const uint8_t* zero;  // or null
-  int64_t blocks;       // of 16 rows
-  int64_t chunks;       // of 128 channels
-  int64_t groups;       // of a row
-  int64_t per_chunk;    // groups of a chunk: 1, 2, 4; 0: one group for the whole row
-  int64_t scale_type;
-  int64_t planes;
-  const uint8_t* midpoints;  // where there are no zero points: 64 times 2^(bits-1)
-};
 
 struct Tables {
   alignas(64) uint16_t bf16[48];       // -15 .. 15
@@ -91,11 +66,6 @@ inline __m512 scales_of(const Weight& w, int64_t block, int64_t group) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half));
   if (w.scale_type == kHalf) return _mm512_cvtph_ps(bits);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// Of the 16 rows; those of the next group follow.
-inline const uint8_t* zeros_of(const Weight& w, int64_t block, int64_t group) {
-  return w.zero ? w.zero + (block * w.groups + group) * kRows : w.midpoints;
 }
 
 template <int I>

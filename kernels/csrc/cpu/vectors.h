@@ -7,6 +7,7 @@ namespace {
 constexpr int kLanes = 16;  // values of a vector
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2)));
 
 inline Floats all(float value) { return value - Floats{}; }

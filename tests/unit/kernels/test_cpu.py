@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["amx", "avx512"])
+@pytest.mark.parametrize("name", ["amx", "avx512", "vector"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),

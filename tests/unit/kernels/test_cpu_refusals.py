@@ -11,6 +11,7 @@ import torch
 from kernels.backend import select_backend
 from kernels.cpu import native_library
 from kernels.cpu.blocked_layout import to_blocks
+from kernels.cpu.decoder import decoder_library
 from kernels.cpu.native import NativeBackend
 from kernels.cpu.native_library import NotCompiled, compiled, processor
 from tests.unit.kernels.cpu_kernels import BACKENDS, kernel_of, problem_of
@@ -20,6 +21,7 @@ from tests.unit.kernels.weights import random_input, random_weight
 def test_a_processor_without_the_instructions_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_library, "processor", lambda: ("Old One", frozenset({"avx512f"})))
     native_library.library_or_reason.cache_clear()
+    decoder_library.cache_clear()
     try:
         weight = random_weight(16, 128)
         selection = select_backend(problem_of(weight, torch.bfloat16))
@@ -27,10 +29,15 @@ def test_a_processor_without_the_instructions_is_told(monkeypatch: pytest.Monkey
         assert selection.refusals[1][1] == (
             "the processor (Old One) lacks avx512_bf16, avx512_vnni, avx512bw, avx512dq, avx512vl"
         )
+        assert selection.refusals[2] == (
+            "vector",
+            "the processor (Old One) lacks avx512bw, avx512dq, avx512vl",
+        )
         with pytest.raises(ValueError, match=r"'amx' can't compute .*Old One.* lacks amx_bf16"):
             select_backend(problem_of(weight, torch.bfloat16), "amx")
     finally:
         native_library.library_or_reason.cache_clear()
+        decoder_library.cache_clear()
 
 
 def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

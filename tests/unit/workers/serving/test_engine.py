@@ -59,7 +59,7 @@ async def ask(served: Served, *bodies: dict[str, Any]) -> list[httpx.Response]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failure_ends_streams_with_an_error_and_the_health(folder: Path) -> None:
-    served = Served(folder)
+    served = Served(folder, native=False)
     fail_after(served, 5, RuntimeError("a broken kernel"))
     streamed, refused, health = asyncio.run(ask(served, BODY | {"stream": True}, BODY))
     *frames, error, done, rest = streamed.text.split("\n\n")
@@ -73,7 +73,7 @@ def test_a_failure_ends_streams_with_an_error_and_the_health(folder: Path) -> No
 
 
 def test_a_failure_before_the_first_token_is_an_ordinary_error(folder: Path) -> None:
-    served = Served(folder)
+    served = Served(folder, native=False)
     fail_after(served, 0, RuntimeError("a broken kernel"))
     streamed, _ = asyncio.run(ask(served, BODY | {"stream": True}))
     assert streamed.status_code == 503
@@ -81,7 +81,7 @@ def test_a_failure_before_the_first_token_is_an_ordinary_error(folder: Path) -> 
 
 
 def test_output_that_is_not_finite_fails_the_request_alone(folder: Path) -> None:
-    served = Served(folder)
+    served = Served(folder, native=False)
     forward = served.engine.batch.forward
     broken = iter([True, False])
 
@@ -188,7 +188,7 @@ async def listening(served: Served, drain_s: float) -> AsyncIterator[httpx.Async
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failed_engine_ends_the_server(folder: Path) -> None:
     """The worker starts another one; a server that only refuses would stay."""
-    served = Served(folder)
+    served = Served(folder, native=False)
     fail_after(served, 0, RuntimeError("a broken kernel"))
 
     async def run() -> int:
@@ -217,7 +217,7 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(folder: Path) ->
 
 
 def test_a_caller_that_goes_while_its_stream_waits_is_not_served(folder: Path) -> None:
-    served = Served(folder, max_sequences=1)
+    served = Served(folder, native=False, max_sequences=1)
     forward = served.engine.batch.forward
 
     def slow(*arguments: Any) -> Tensor:
