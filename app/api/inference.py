@@ -6,10 +6,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import Inferrer, ServicesParam
 from app.api.gateway import unknown_model
+from app.api.services import Services
+from app.core.deployments.chat_sampling import chat_sampling
 from app.core.deployments.deployment import DeploymentState, LiveDeployment
+from app.core.errors import NibbleError
+from app.core.storage.artifact_store import file_key
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 
@@ -58,11 +63,22 @@ async def list_models(services: ServicesParam, principal: Inferrer) -> JSONRespo
 
 @router.get("/models/{name:path}")  # clients ask for names such as org/model
 async def read_model(name: str, services: ServicesParam, principal: Inferrer) -> JSONResponse:
-    """One deployment as OpenAI's model object."""
+    """One deployment as OpenAI's model object, with the parameters that a chat should start with."""
     live = services.routes.find(principal.tenant, name)
     if live is None:
         raise unknown_model(name)
-    return JSONResponse(model_card(live))
+    sampling = await run_in_threadpool(sampling_of, services, principal.tenant, live.spec.artifact)
+    return JSONResponse({**model_card(live), "sampling": sampling})
+
+
+def sampling_of(services: Services, tenant: str, artifact: str) -> dict[str, Any] | None:
+    """None if the artifact can't be read now."""
+    try:
+        manifest = services.artifacts.get(tenant, artifact)
+        sampling = chat_sampling(lambda path: services.objects.get(file_key(manifest, path)))
+    except NibbleError:
+        return None
+    return sampling.model_dump()
 
 
 def model_card(live: LiveDeployment) -> dict[str, Any]:

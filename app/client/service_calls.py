@@ -235,6 +235,11 @@ class Operations:
         """Yield the deployment now and after each change, without end."""
         return deployment_changes(self.exchange, deployment_id)
 
+    @returns
+    def model(self, name: str) -> Flow[dict[str, Any]]:
+        """A deployment as OpenAI's model object; `sampling` is what a chat should start with."""
+        return self.exchange.document(Call("GET", route("models", name)))
+
     @yields
     def chat(self, body: Mapping[str, Any], *, on_wait: OnWait = ignore_seconds) -> Stream[Chunk]:
         """Yield the chunks of a streamed answer; waits for a loading model."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from app.cli import main
+from app.core.storage.artifact_store import ArtifactStore, file_key
 from tests.integration.api_service import ADMIN_KEY, Service
 from tests.integration.serving_floor import Floor
 from tests.waiting import wait_until
@@ -54,6 +55,7 @@ def test_deploy_chat_and_delete(
     assert nibble("chat", "tiny") == 0
     spoken = capsys.readouterr().out
     assert "t0 t1 t2" in spoken
+    assert "temperature 0.7, top_p 0.95 (the usual: the model names none)" in spoken
     assert "temperature is 0.5" in spoken
     assert "0 messages are left" in spoken
 
@@ -61,6 +63,23 @@ def test_deploy_chat_and_delete(
     assert nibble("chat", "tiny", "hello") == 1
     assert nibble("deployments", "delete", "tiny") == 1
     assert "deployment_not_found" in capsys.readouterr().err
+
+
+def test_a_chat_is_sampled_as_its_model_asks_unless_its_user_says_otherwise(
+    floor: Floor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = floor.artifact()
+    floor.deploy("tiny", artifact)
+    manifest = ArtifactStore(floor.service.objects).get("default", artifact)
+    settings = {"temperature": 0.6, "top_k": 20, "do_sample": True}
+    floor.service.objects.put(file_key(manifest, "generation_config.json"), json.dumps(settings).encode())
+    wait_until(lambda: floor.chat("tiny").status_code == 200)
+    assert nibble("chat", "tiny", "hello", "--json", "--top-p", "0.9", "--temperature", "0") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["parameters"] == {"temperature": 0.0, "top_k": 20, "top_p": 0.9}
+    monkeypatch.setattr(sys, "stdin", Terminal("/quit\n"))
+    assert nibble("chat", "tiny", "--seed", "3") == 0
+    assert "temperature 0.6, top_k 20 (the model's own); seed 3 (yours)" in capsys.readouterr().out
 
 
 class Terminal(io.StringIO):

@@ -51,6 +51,7 @@ ANSWERS: dict[str, tuple[int, object]] = {
     "GET /v1/deployments": (200, {**PAGE, "data": [DEPLOYMENT]}),
     "GET /v1/deployments/dep_1": (200, DEPLOYMENT),
     "GET /v1/workers": (200, PAGE),
+    "GET /v1/models/tiny": (200, {"id": "tiny", "sampling": None}),
     "POST /v1/keys": (201, KEY),
     "GET /v1/keys": (200, {**PAGE, "data": [KEY]}),
     "POST /v1/login-links": (201, {"path": "/login?code=x", "expires_at": "2026-01-01T00:00:00Z"}),

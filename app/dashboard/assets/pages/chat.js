@@ -1,5 +1,5 @@
 // A playground for one deployment: streaming, with a stop button and the usual parameters.
-import { stream } from "../api.js";
+import { read, stream } from "../api.js";
 import { duration } from "../format.js";
 import { Problem, Title } from "../parts.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
@@ -53,8 +53,26 @@ function inWords({ tokens, first, rate }) {
   return parts.join(", ");
 }
 
-function Parameters({ values, onChange }) {
-  return html`<details class="parameters"><summary>Parameters</summary>
+const SOURCES = { model: "the model's own", default: "the usual, as the model names none" };
+const UNTIL_READ = { max_tokens: 128 };
+
+/** The parameters that a chat with the model starts with, and who named them. */
+function useParameters(model) {
+  const [parameters, setParameters] = useState(UNTIL_READ);
+  const [source, setSource] = useState(null);
+  useEffect(() => {
+    const take = ({ value: { sampling } }) => {
+      setParameters({ ...UNTIL_READ, ...sampling?.parameters });
+      setSource(sampling?.source);
+    };
+    read(`/v1/models/${encodeURIComponent(model)}`).then(take, () => {});
+  }, [model]);
+  return [parameters, setParameters, source];
+}
+
+function Parameters({ values, source, onChange }) {
+  const listed = Object.entries(values).map(([name, value]) => `${name} ${value}`).join(", ");
+  return html`<details class="parameters"><summary>Parameters: ${listed}${source && ` (at first ${SOURCES[source]})`}</summary>
     <div class="fields">${PARAMETERS.map(([name, label, limits]) => html`<label key=${name}>${label}
       <input type="number" ...${limits} value=${values[name]}
         onInput=${(event) => event.target.value !== "" && onChange({ ...values, [name]: Number(event.target.value) })} />
@@ -84,12 +102,12 @@ function Composer({ chat }) {
 }
 
 export function ChatPage({ id: model }) {
-  const [parameters, setParameters] = useState({ temperature: 0.8, top_p: 0.95, max_tokens: 128 });
+  const [parameters, setParameters, source] = useParameters(model);
   const chat = useChat(model, parameters);
   const end = useRef(null);
   useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [chat.messages]);
   return html`<${Title} text=${`Chat with ${model}`} aside=${html`<button type="button" class="quiet" onClick=${chat.clear}>Start anew</button>`}>${model}<//>
-    <${Parameters} values=${parameters} onChange=${setParameters} />
+    <${Parameters} values=${parameters} source=${source} onChange=${setParameters} />
     <div class="messages" role="log" aria-live="polite" aria-label="Conversation">
       ${chat.messages.map((message, index) => html`<div key=${index} class=${`message message-${message.role}`}>
         <small>${message.role === "user" ? "You" : model}</small>
