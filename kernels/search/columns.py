@@ -60,9 +60,9 @@ def round_columns(
     """
     if len(target) > MOST_COLUMNS:
         raise ValueError(f"{len(target)} columns; allowed: at most {MOST_COLUMNS}")
-    for name, values in (("target", target), ("before", before), ("coefficients", coefficients)):
-        if values is not None and values.stride(1) != 1:
-            raise ValueError(f"{name} has strides {values.stride()}; allowed: neighbours in a row at 1")
+    for name, tensor in (("target", target), ("before", before), ("coefficients", coefficients)):
+        if tensor is not None and tensor.stride(1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; allowed: neighbours in a row at 1")
     rounded, change = torch.empty_like(target), torch.empty_like(target)
     if target.device.type == "cpu":
         values = (target, before, rounded, change, coefficients)

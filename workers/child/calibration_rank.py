@@ -27,6 +27,8 @@ def run(rank: RankAssignment) -> None:
         )
         chains = QuantizedChains(shared.candidates, decoder, work.batches(calibration), ranks, clock)
         chains.catch_up(shared.start, checkpoints)
+        if original is not None:
+            chains.read_from(original)
         with closing(WeightPrefetch(decoder.device, layer_reads(decoder, shared.layers))) as prefetch:
             for _ in shared.layers:
                 weights = prefetch.take()

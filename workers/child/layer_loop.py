@@ -60,6 +60,7 @@ def solve_layers(
             shared.candidates, run.decoder, work.batches(calibration), ranks, clock
         )  # fmt: skip
         chains.catch_up(resumed_at, checkpoints)
+        chains.read_from(run)
         solver = LayerSolver(work, run, chains, writer, clock)
         saved = time.monotonic()  # when the hidden states were
         with closing(WeightPrefetch(work.device, layer_reads(run.decoder, shared.layers))) as weights:

@@ -18,6 +18,7 @@ from app.core.records.job import Stage
 from workers.child.layer_files import LayerCheckpoints
 from workers.child.stage_clock import StageClock
 from workers.modeling.decoder import Decoder
+from workers.quantization.calibration import CalibrationPass
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.layer import LayerResult, OwnChain
 from workers.quantization.omniquant import Lesson
@@ -45,6 +46,11 @@ class QuantizedChains:
             for candidate in candidates
             if candidate.recipe.has_own_chain
         }
+
+    def read_from(self, run: CalibrationPass) -> None:
+        """Take what the original gives from a pass that collects each layer before a recipe comes to it."""
+        for chain in self.passes.values():
+            chain.read_from(run)
 
     def timed(self, recipe: int) -> AbstractContextManager[None]:
         return self.clock.counted(Stage.CALIBRATING, recipe)

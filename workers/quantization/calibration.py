@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.modeling.decoder import Decoder
+from app.core.planning.architectures import LAYER_OUTPUT
+from workers.modeling.decoder import Decoder, LayerArguments
 from workers.quantization.input_statistics import InputStatistics, LayerStatistics, collecting
+from workers.quantization.observation import References, reference_names, watching_names
 from workers.quantization.reduction import ALONE, Ranks
 
 STATES_SHARE = 0.1  # of a GPU's free memory
@@ -29,6 +31,7 @@ class CalibrationPass:
         self.decoder, self.ranks = decoder, ranks
         batches = ranks.share(batches)
         self.layer = 0
+        self.refers, self.references = False, References()  # of the last layer, for quantized copies
         self.on_host = exceeds_device(decoder, sum(batch.numel() for batch in batches))
         with torch.no_grad():
             # One window by itself, so that self-checks need not run a whole batch.
@@ -71,14 +74,20 @@ class CalibrationPass:
     def observe(self, weights: dict[str, Tensor], *, advance: bool = False) -> list[InputStatistics]:
         """The statistics of the layer with these weights; its outputs become the states if asked."""
         architecture = self.decoder.architecture.at(self.layer)
+        names = reference_names(architecture) if self.refers and advance else {LAYER_OUTPUT}
+        self.references = []
         with (
             self.decoder.layer(self.layer, weights) as module,
+            watching_names(module, architecture, names) as seen,
             collecting(module, architecture, self.ranks) as collectors,
         ):
             for index, batch in enumerate(self.states):
-                output = self.advance(module, batch)
+                states = batch.to(self.decoder.device, non_blocking=True)
+                values = seen.reference(module, states, self.called_with(states))
                 if advance:
-                    self.states[index] = self.stowed(output)
+                    self.states[index] = self.stowed(values[LAYER_OUTPUT].view_as(states))
+                if self.refers:
+                    self.references.append(values)
         if not self.ranks.is_first:
             return []
         prefix = self.decoder.architecture.layer_prefix(self.layer)
@@ -89,7 +98,10 @@ class CalibrationPass:
 
     def advance(self, module: torch.nn.Module, batch: Tensor) -> Tensor:
         states = batch.to(self.decoder.device, non_blocking=True)
-        return self.decoder.advance(module, states, self.arguments[batch.shape[0]][self.layer])
+        return self.decoder.advance(module, states, self.called_with(states))
+
+    def called_with(self, batch: Tensor) -> LayerArguments:
+        return self.arguments[batch.shape[0]][self.layer]
 
 
 def exceeds_device(decoder: Decoder, num_tokens: int) -> bool:

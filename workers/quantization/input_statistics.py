@@ -99,9 +99,10 @@ class InputCollector:
         self.abs_sum: Tensor | None = None
         self.moment: Tensor | None = None
         self.num_tokens = 0
+        self.weight = 0.0  # of all tokens
 
-    def add(self, x: Tensor) -> None:
-        """x: (..., C)."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """x: (..., C); weights: (tokens,), by which their squares count, one each by default."""
         rows = x.reshape(-1, x.shape[-1])
         if self.samples and sum(map(len, self.sample)) < EXPERT_TOKENS:
             self.sample.append(rows[:: max(1, len(rows) // EXPERT_TOKENS)][:EXPERT_TOKENS].clone())
@@ -109,7 +110,13 @@ class InputCollector:
             rows = rows.to(torch.float32)
         if self.abs_sum is None or self.moment is None:
             self.abs_sum, self.moment = empty_sums(rows.shape[1], rows.device)
-        self.abs_sum += rows.abs().sum(dim=0, dtype=torch.float32)
+        if weights is None:
+            self.abs_sum += rows.abs().sum(dim=0, dtype=torch.float32)
+            self.weight += len(rows)
+        else:
+            self.abs_sum += weights @ rows.abs()
+            self.weight += float(weights.sum())
+            rows = rows * weights.sqrt()[:, None]
         for start, stop in blocks(self.moment):
             add_product(self.moment[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
         self.num_tokens += rows.shape[0]
@@ -120,15 +127,15 @@ class InputCollector:
             return
         assert self.abs_sum is not None
         assert self.moment is not None
-        count = torch.tensor(self.num_tokens, device=self.moment.device)
-        ranks.add_up([self.abs_sum, self.moment, count])
-        self.num_tokens = int(count)
+        counts = torch.tensor([self.num_tokens, self.weight], dtype=torch.float64, device=self.moment.device)
+        ranks.add_up([self.abs_sum, self.moment, counts])
+        self.num_tokens, self.weight = int(counts[0]), float(counts[1])
 
     def result(self, name: str) -> InputStatistics:
         """Raises ModelRefused if the activations overflowed: no scale can be found on infinity."""
         assert self.abs_sum is not None
         assert self.moment is not None
-        moment = self.moment.div_(self.num_tokens)
+        moment = self.moment.div_(self.weight)
         for start, stop in blocks(moment):
             upper = moment[start:stop, start:stop].triu()
             moment[start:stop, start:stop] = upper + upper.triu(1).T
@@ -140,7 +147,7 @@ class InputCollector:
                 code="activations_not_finite",
                 remedy="check that the model gives finite outputs in its own dtype",
             )
-        return InputStatistics(self.abs_sum / self.num_tokens, moment, self.num_tokens, self.routed_tokens)
+        return InputStatistics(self.abs_sum / self.weight, moment, self.num_tokens, self.routed_tokens)
 
 
 def empty_sums(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:

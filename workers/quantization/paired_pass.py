@@ -5,21 +5,26 @@ its own weights would keep that damage. What it should reproduce is what the ori
 token, so each group of linears is observed in both models: the second moment of its input in the copy, and
 the expected product of what is missing in its output with that input. Groups are observed in turn, the
 linears before them rounded already, so `o` sees what became of `v`, and `down` what became of `up`.
+
+Some tokens, often the first, have a residual stream hundreds of times as large as others, and would decide
+alone. Norms see errors relative to the stream; but all tokens attend to such a one, so it must be more exact.
+So squared errors of what is added to the stream count by one over its size, half way between both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from app.core.planning.architectures import LAYER_OUTPUT, Architecture, ScaleGroup
+from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup
 from workers.modeling.decoder import Decoder, LayerArguments
+from workers.quantization.calibration import CalibrationPass
 from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
+from workers.quantization.observation import References, reference_names, watching, watching_names
 from workers.quantization.omniquant import Lesson
 from workers.quantization.reduction import ALONE, Ranks
 
@@ -40,6 +45,8 @@ class PairedPass:
     def __init__(self, decoder: Decoder, batches: list[Tensor], ranks: Ranks = ALONE) -> None:
         self.decoder, self.layer, self.ranks = decoder, 0, ranks
         self.windows = [batch.shape[0] for batch in batches]  # of each batch of all ranks
+        self.references: References = []  # of the present layer, once it is observed
+        self.run: CalibrationPass | None = None  # through the original model, one layer ahead
         with torch.no_grad():
             self.original, self.arguments = decoder.start(ranks.share(batches))
             self.size = min(STEP_WINDOWS, self.windows[0])
@@ -49,11 +56,32 @@ class PairedPass:
     @torch.no_grad()
     def advance(self, original: Weights, own: Weights) -> None:
         """Both models by one layer."""
-        for states, weights in ((self.original, original), (self.own, own)):
-            with self.decoder.layer(self.layer, weights) as module:
-                for index, batch in enumerate(states):
-                    states[index] = self.decoder.advance(module, batch, self.called_with(batch))
+        references, self.references = self.referenced(original), []
+        for index, values in enumerate(references):
+            self.original[index] = values[LAYER_OUTPUT].view_as(self.original[index])
+        with self.decoder.layer(self.layer, own) as module:
+            for index, batch in enumerate(self.own):
+                self.own[index] = self.decoder.advance(module, batch, self.called_with(batch))
         self.layer += 1
+
+    def read_from(self, run: CalibrationPass) -> None:
+        """Take what the original gives from a pass that collects each layer before this one comes to it."""
+        self.run, run.refers = run, True
+
+    def referenced(self, original: Weights) -> References:
+        """Of each batch in the original: what groups read or join, and the output; one run a layer."""
+        if not self.references and self.run is not None and self.run.layer == self.layer + 1:
+            self.references = self.run.references
+        if not self.references:
+            architecture = self.decoder.architecture.at(self.layer)
+            with (
+                self.decoder.layer(self.layer, original) as module,
+                watching_names(module, architecture, reference_names(architecture)) as seen,
+            ):
+                self.references = [
+                    seen.reference(module, batch, self.called_with(batch)) for batch in self.original
+                ]
+        return self.references
 
     def called_with(self, batch: Tensor) -> LayerArguments:
         return self.arguments[batch.shape[0]][self.layer]
@@ -68,16 +96,12 @@ class PairedPass:
         if any(group.expert is not None for group in chosen):
             return self.observe_experts(groups, own)
         watched = [Drift(group, factor) for group, factor in zip(chosen, scales, strict=True)]
-        with (
-            self.decoder.layer(self.layer, original) as module,
-            watching(module, architecture, chosen) as seen,
-        ):
-            state = self.state_of(module, own)
-            for mine, theirs in zip(self.own, self.original, strict=True):
-                original_values = seen.run(module, {}, theirs, self.called_with(theirs))
-                own_values = seen.run(module, state, mine, self.called_with(mine))
+        references = self.referenced(original)
+        with self.decoder.layer(self.layer, own) as module, watching(module, architecture, chosen) as seen:
+            for mine, theirs in zip(self.own, references, strict=True):
+                own_values = seen.run(module, {}, mine, self.called_with(mine))
                 for drift in watched:
-                    drift.add(original_values, own_values)
+                    drift.add(theirs, own_values)
         for drift in watched:
             drift.add_up(self.ranks)
         if not self.ranks.is_first:
@@ -104,19 +128,19 @@ class PairedPass:
     def lesson(self, original: Weights) -> Lesson:
         """The present layer's training data: states of the copy, and outputs of the original."""
         inputs, targets, sections = list[Tensor](), list[Tensor](), self.lesson_sections()
-        with self.decoder.layer(self.layer, original) as module:
-            for batch, start in sections:
-                owner = self.ranks.owner(batch)
-                if self.ranks.rank == owner:
-                    windows, number = slice(start, start + self.size), batch // self.ranks.size
-                    mine, theirs = self.own[number][windows].contiguous(), self.original[number][windows]
-                    target = self.decoder.advance(module, theirs, self.called_with(theirs)).contiguous()
-                else:
-                    mine = self.own[0].new_empty(self.size, *self.own[0].shape[1:])
-                    target = torch.empty_like(mine)
-                for value, values in ((mine, inputs), (target, targets)):
-                    self.ranks.bring(value, owner)
-                    values.append(value)
+        references = self.referenced(original)
+        for batch, start in sections:
+            owner = self.ranks.owner(batch)
+            if self.ranks.rank == owner:
+                windows, number = slice(start, start + self.size), batch // self.ranks.size
+                mine = self.own[number][windows].contiguous()
+                target = references[number][LAYER_OUTPUT].view_as(self.own[number])[windows].contiguous()
+            else:
+                mine = self.own[0].new_empty(self.size, *self.own[0].shape[1:])
+                target = torch.empty_like(mine)
+            for value, values in ((mine, inputs), (target, targets)):
+                self.ranks.bring(value, owner)
+                values.append(value)
         return Lesson(inputs, targets, held_back(len(sections)), self.forward)
 
     def lesson_sections(self) -> list[tuple[int, int]]:
@@ -155,53 +179,13 @@ def held_back(count: int) -> int:
     return 0 if count == 1 else max(1, count // HELD_BACK)
 
 
-class Reached(Exception):
-    """All watched modules were called."""
+def stream_weights(stream: Tensor) -> Tensor:
+    """(tokens,): by which squared errors of a stream (tokens, C) count: one over its size.
 
-
-class Seen:
-    """Inputs of the watched modules in the last run of a layer."""
-
-    def __init__(self, watched: set[str], *, whole: bool) -> None:
-        self.watched, self.whole = watched, whole
-        self.inputs: dict[str, Tensor] = {}
-
-    def note(self, name: str, value: Tensor) -> None:
-        self.inputs[name] = value
-        if not self.whole and self.watched <= self.inputs.keys():
-            raise Reached
-
-    def run(
-        self, module: nn.Module, state: Weights, batch: Tensor, arguments: LayerArguments
-    ) -> dict[str, Tensor]:
-        """Inputs by name, and the layer's output if it was run to its end; `state` replaces its weights."""
-        self.inputs = {}
-        try:
-            output = functional_call(module, state, (batch,), arguments)
-            self.inputs[LAYER_OUTPUT] = output[0] if isinstance(output, tuple) else output
-        except Reached:
-            pass
-        return {name: value.reshape(-1, value.shape[-1]).float() for name, value in self.inputs.items()}
-
-
-@contextmanager
-def watching(module: nn.Module, architecture: Architecture, groups: Sequence[ScaleGroup]) -> Iterator[Seen]:
-    """Record the inputs of the groups' linears, and the residual stream after them."""
-    names = {name for group in groups for name in (group.source, group.joins) if name is not None}
-    seen = Seen(names - {LAYER_OUTPUT}, whole=LAYER_OUTPUT in names)
-
-    def noting(name: str):  # type: ignore[no-untyped-def]  # a hook of torch
-        return lambda _module, inputs: seen.note(name, inputs[0])
-
-    hooks = [
-        module.get_submodule(architecture.module_name(name)).register_forward_pre_hook(noting(name))
-        for name in sorted(seen.watched)
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    Far below the usual size, at a thirtieth of it, tokens count no more.
+    """
+    energy = stream.square().mean(dim=1)
+    return (energy + 1e-3 * energy.median()).clamp(min=1e-30).rsqrt()
 
 
 class Drift:
@@ -214,14 +198,17 @@ class Drift:
 
     def add(self, original: dict[str, Tensor], copy: dict[str, Tensor]) -> None:
         """Add one batch's inputs in the original and in the copy."""
-        own = copy[self.group.source]
-        self.collector.add(own)
+        own, weights = copy[self.group.source], None
+        reference = original[self.group.joins or self.group.source].float()
         if self.group.joins is not None:
-            missing = original[self.group.joins] - copy[self.group.joins]
+            missing, weights = reference - copy[self.group.joins], stream_weights(reference)
         elif self.scales is not None:
-            missing = original[self.group.source] / self.scales - own
+            missing = reference / self.scales - own
         else:
-            missing = original[self.group.source] - own
+            missing = reference - own
+        self.collector.add(own, weights)
+        if weights is not None:
+            missing *= weights[:, None]
         product = missing.T @ own
         self.total = product if self.total is None else self.total.add_(product)
 
@@ -234,7 +221,7 @@ class Drift:
     def result(self, name: str) -> InputStatistics:
         statistics = self.collector.result(name)
         assert self.total is not None
-        mean = self.total / statistics.num_tokens
+        mean = self.total / self.collector.weight
         if self.group.joins is not None:
             return replace(statistics, output_drift=mean)
         return replace(statistics, input_drift=mean)

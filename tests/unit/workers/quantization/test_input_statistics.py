@@ -44,6 +44,17 @@ def test_blocks_join_to_the_whole_matrix(channels: int) -> None:
     torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_token_of_weight_two_counts_as_two() -> None:
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    weighted, repeated = InputCollector(), InputCollector()
+    weighted.add(rows, torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 1.0]))
+    repeated.add(torch.cat([rows, rows[[1, 3]]]))
+    ours, theirs = weighted.result("x"), repeated.result("x")
+    torch.testing.assert_close(ours.moment, theirs.moment)
+    torch.testing.assert_close(ours.abs_mean, theirs.abs_mean)
+    assert (ours.num_tokens, theirs.num_tokens) == (6, 8)
+
+
 def test_half_precision_inputs_are_summed_in_float32() -> None:
     rows = torch.full((70000, 1), 3.0, dtype=torch.float16)  # the sum leaves what float16 can hold
     collector = InputCollector()

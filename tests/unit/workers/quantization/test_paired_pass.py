@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.planning.architectures import LAYER_OUTPUT, architecture_of
+from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup, architecture_of
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization.folding import Heads, fold_scales
 from workers.quantization.input_statistics import InputStatistics
-from workers.quantization.paired_pass import PairedPass, watching
+from workers.quantization.observation import watching
+from workers.quantization.paired_pass import Drift, PairedPass
 from workers.quantization.scale_search import ScaleChoice
 
 MODELS = {"llama": ("llama", {}), "qwen2": ("qwen2", {}), **OTHER_MODELS}
@@ -132,6 +133,38 @@ def test_experts_have_moments_but_no_pairs(tmp_path: Path) -> None:
         assert seen.routed_tokens is not None
         value = torch.randn(8, seen.moment.shape[0])
         assert torch.equal(seen.corrected(value), value)
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+def test_a_token_with_a_large_stream_does_not_decide_alone(factor: float) -> None:
+    """What the stream lacks is a linear function of the input for all tokens but the first."""
+    generator = torch.Generator().manual_seed(0)
+    own, stream = torch.randn(500, 8, generator=generator), torch.randn(500, 16, generator=generator)
+    missing = own @ torch.randn(8, 16, generator=generator)
+    missing[0] = torch.randn(16, generator=generator)
+    for value in (stream, missing):
+        value[0] *= factor
+    drift = Drift(ScaleGroup(balance_layers=("down",), joins=LAYER_OUTPUT), None)
+    drift.add({LAYER_OUTPUT: stream}, {"down": own, LAYER_OUTPUT: stream - missing})
+    correction = drift.result("down").corrected(torch.zeros(16, 8))
+    left = (missing - own @ correction.T)[1:].norm() / missing[1:].norm()
+    assert left < 0.05
+
+
+@torch.no_grad()
+def test_the_original_runs_once_a_layer(tmp_path: Path) -> None:
+    run = paired(tmp_path)
+    weights, architecture = weights_of(run), run.decoder.architecture.at(0)
+    own = disturbed(weights, "self_attn.v_proj")
+    alone = paired(tmp_path / "alone")
+    alone.advance(weights, own)
+    first = run.referenced(weights)
+    for stage in architecture.stages:
+        run.observe(stage, weights, own, [None] * len(stage))
+        assert run.references is first
+    run.advance(weights, own)
+    for mine, other in ((run.original, alone.original), (run.own, alone.own)):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
 def statistics(moment: Tensor, tokens: int, drift: Tensor) -> InputStatistics:
