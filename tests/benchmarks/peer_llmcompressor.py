@@ -1,7 +1,7 @@
 """llm-compressor on given token windows, timed inside its process; prints one JSON line.
 
 Runs in an environment of its own (`pip install llmcompressor==0.14.0.1`), started by `quantize.py` and
-`fidelity.py`. With `--evaluation` the line holds perplexity and KL on those windows too.
+`fidelity.py`. With `--evaluation` the line holds perplexity, KL and top-1 agreement on those windows too.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ def modifiers(method: str, bits: int, group_size: int) -> list[Any]:
 
 @torch.no_grad()
 def judged(model: Any, original: Any, windows: list[list[int]]) -> dict[str, float]:
-    """Perplexity, and KL from the original in nats per token."""
-    losses, divergences = [], []
+    """Perplexity, KL from the original in nats per token, and how often both agree on the likeliest one."""
+    losses, divergences, agreed = [], [], []
     for window in windows:
         tokens = torch.tensor([window])
         answer = model(input_ids=tokens, labels=tokens)
         losses.append(answer.loss.double())
         ours, theirs = (logits[0, :-1].log_softmax(-1) for logits in (answer.logits, original(tokens).logits))
         divergences.append((theirs.exp() * (theirs - ours)).sum(-1).double().mean())
+        agreed.append((theirs.argmax(-1) == ours.argmax(-1)).double().mean())
     return {
         "perplexity": math.exp(float(torch.stack(losses).mean())),
         "kl": float(torch.stack(divergences).mean()),
+        "top1": float(torch.stack(agreed).mean()),
     }
 
 
@@ -68,7 +70,7 @@ def main() -> None:
         windows = json.load(file)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     samples = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(w) for w in windows]})
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     oneshot(
         model=model,
         dataset=samples,
@@ -76,7 +78,12 @@ def main() -> None:
         max_seq_length=len(windows[0]),
         num_calibration_samples=len(windows),
     )
-    line = {"seconds": time.perf_counter() - started, "dtype": str(model.dtype), "torch": torch.__version__}
+    line = {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - busy,
+        "dtype": str(model.dtype),
+        "torch": torch.__version__,
+    }
     if options.evaluation:
         with open(options.evaluation, encoding="utf-8") as file:
             original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)

