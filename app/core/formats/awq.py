@@ -20,6 +20,7 @@ class AwqFormat(FileFormat):
     suffixes = ("qweight", "qzeros", "scales")
     multiples = (8, 1)
     scale_dtype = "F16"
+    transformers_needs = ("gptqmodel", "accelerate")
 
     def tensors(
         self, out_features: int, in_features: int, scheme: Scheme, dtype: str

@@ -23,6 +23,7 @@ class CompressedTensorsFormat(FileFormat):
 
     # g_idx is written by others alone: channels out of order, which the reader refuses.
     suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    transformers_needs = ("compressed-tensors>=0.15.0",)
 
     def tensors(
         self, out_features: int, in_features: int, scheme: Scheme, dtype: str

@@ -86,6 +86,8 @@ class FileFormat(ABC):
     multiples: tuple[int, int] = (1, 1)
     scale_dtype: Literal["F16"] | None = None  # None: the model's
     config_file: str | None = None  # a further file with the entry of config.json
+    # Packages without which transformers 5.24 raises ImportError for such files (its quantizers' checks).
+    transformers_needs: tuple[str, ...] = ()
 
     @abstractmethod
     def tensors(

@@ -22,6 +22,7 @@ class GptqFormat(FileFormat):
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
     multiples = (32, 32)
     scale_dtype = "F16"
+    transformers_needs = ("gptqmodel>=1.4.3", "optimum>=1.24.0")
     config_file = "quantize_config.json"  # GPTQ's own place for what is in config.json too
 
     def tensors(
