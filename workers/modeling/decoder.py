@@ -122,10 +122,12 @@ class Decoder:
 
         `weights` go by the checkpoint's names.
         """
-        state = {}
-        for name in names:
+
+        def placed(name: str) -> Tensor:
             value = weights[self.architecture.stored_name(name)] if weights else self.stored(prefix + name)
-            state[name] = value.to(self.device, self.dtype)
+            return value.to(self.device, self.dtype)  # the head as it is stored may go: it can be large
+
+        state = {name: placed(name) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
         try:
             yield module

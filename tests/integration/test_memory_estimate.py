@@ -1,0 +1,57 @@
+"""Predicted memory is at or a little above what a job's process takes, whatever takes most of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.core.child.assignment import CHECKPOINTS, Finished
+from app.core.child.job_child import JobChild
+from app.core.jobs.report import Report
+from tests.tiny_models import assignment, random_model, save_model, some_text, tiny_spec
+
+ABOVE = 1.2  # the base counts the bundled texts, of which all but the first case read a little
+BUNDLED: dict[str, Any] = {"dataset": "builtin:wikitext2"}
+LARGE = {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 512}
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "small": ({}, BUNDLED),
+    "large vocabulary, tied": ({**LARGE, "tie_word_embeddings": True}, {}),
+    "large vocabulary, head of its own, two bytes": (
+        {**LARGE, "hidden_size": 1024, "tie_word_embeddings": False, "dtype": torch.bfloat16},
+        {},
+    ),
+    "long windows, wide layer": (
+        {"hidden_size": 256, "intermediate_size": 4096},
+        {"num_samples": 2, "sequence_length": 1024},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "text"), SHAPES.values(), ids=SHAPES)
+def test_predicted_memory_is_at_or_above_the_fact(
+    model: dict[str, Any], text: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_model(random_model("llama", **model), tmp_path / "model")
+    window = {"num_samples": 4, "sequence_length": 256, **text}
+    calibration = {"texts": [some_text("valid") * 2], **window}
+    evaluation = {"texts": [some_text("test") * 2], "num_samples": 2}
+    if text is BUNDLED:
+        del calibration["texts"], evaluation["texts"]  # the dataset counts, of which all is tokenized
+    spec = tiny_spec(
+        calibration=calibration, evaluation=evaluation, recipe={"method": "rtn", "group_size": 32}
+    )
+    work = tmp_path / "work"
+    (work / CHECKPOINTS).mkdir(parents=True)
+    with JobChild(assignment(spec, folder, work, threads=1)) as child:
+        messages = list(child.messages())
+        assert isinstance(messages[-1], Finished), child.output_tail()
+        report = Report.model_validate_json((work / messages[-1].report).read_text())
+    assert report.prediction is not None
+    ratio = report.prediction.ram_bytes / report.peak_rss_bytes
+    assert 1.0 <= ratio <= ABOVE, (
+        f"{ratio:.3f} of {report.peak_rss_bytes / 1e6:.0f} MB, {os.cpu_count()} CPUs"
+    )
