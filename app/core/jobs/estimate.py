@@ -107,12 +107,9 @@ def rounded(seconds: float) -> float:
 
 
 def task_notes(spec: JobSpec) -> tuple[str, ...]:
-    unknown = [name for name in spec.evaluation.tasks if name not in BUNDLED_TASKS]
-    return (
-        (f"the time of {', '.join(unknown)} is not included: its documents are not counted",)
-        if unknown
-        else ()
-    )
+    unknown = ", ".join(name for name in spec.evaluation.tasks if name not in BUNDLED_TASKS)
+    note = f"the time of {unknown} is not included: how many documents there are is not known"
+    return (note,) if unknown else ()
 
 
 def download_notes(size: int) -> tuple[str, ...]:

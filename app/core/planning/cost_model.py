@@ -18,6 +18,7 @@ SAMPLED_ROWS = 512
 FINALISTS = 4
 BATCH_TOKENS = 8192
 CHUNK_TOKENS = 256
+SECTION_TOKENS = 65_536
 EXPERT = ".experts."  # in the names of linears that see only the tokens routed to them
 POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
 
@@ -29,11 +30,7 @@ NETWORK = 5e7  # bytes/s from a hub or a bucket, assumed
 HASHING = 1e9  # bytes/s
 READING_BYTES = 8  # per weight, of looking for NaN and infinity
 
-BASE_RAM_BYTES = 720_000_000  # interpreter, torch, transformers, tokenizer, and what the heap holds back
-TEXT_RAM_BYTES = 40_000_000  # more than that while the texts are tokenized, before any weight is read
-# Arrays of (tokens of a chunk, vocabulary) in float32 at once: the last chunk's two log-probabilities, its
-# probabilities and its terms, while the next chunk's logits become log-probabilities.
-LOGIT_ARRAYS = 6
+BASE_RAM_BYTES = 700_000_000  # interpreter, torch, transformers, tokenizer
 BASE_VRAM_BYTES = 600_000_000  # the CUDA context
 # Bytes of memory traffic per value, from the number of passes over float32 arrays.
 ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
@@ -62,6 +59,10 @@ class TaskSize(NamedTuple):
     choices: int
     tokens: int  # that a choice reads
     scored: int  # tokens of a choice
+
+    def rows(self, spec: JobSpec) -> int:
+        """Of the documents that the job takes, one for each choice."""
+        return min(self.documents, spec.evaluation.task_limit or self.documents) * self.choices
 
 
 TASK_SIZES = {
@@ -106,7 +107,7 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes
         basis=profile.basis,
         seconds=seconds,
         candidate_seconds=own,
-        ram_bytes=BASE_RAM_BYTES + max(TEXT_RAM_BYTES, working),
+        ram_bytes=BASE_RAM_BYTES + working,
         vram_bytes=BASE_VRAM_BYTES + working if cuda else 0,
         disk_bytes=sum(output) + checkpoint_bytes(plan, spec),
         output_bytes=output,
@@ -162,7 +163,7 @@ class Costs:
         size = TASK_SIZES.get(name)
         if size is None:
             return LM_EVAL_SECONDS
-        rows = min(size.documents, self.spec.evaluation.task_limit or size.documents) * size.choices
+        rows = size.rows(self.spec)
         scored = rows * size.scored
         product = (
             scored / CHUNK_TOKENS * self.product(CHUNK_TOKENS, self.plan.hidden_size, self.plan.vocab_size)
@@ -307,29 +308,31 @@ def largest_layer_moments(plan: Plan) -> int:
     return max(per_layer.values())
 
 
+def task_tokens(spec: JobSpec) -> int:
+    """Tokens of tasks whose hidden states are held at once; where the size is unknown as many as may be."""
+    sizes = [TASK_SIZES.get(name) for name in spec.evaluation.tasks]
+    tokens = sum(SECTION_TOKENS if one is None else one.rows(spec) * one.tokens for one in sizes)
+    return min(SECTION_TOKENS, tokens)
+
+
 def working_bytes(plan: Plan, spec: JobSpec) -> int:
-    """The largest of looking tokens up, calibrating with search, passing windows on, and comparing logits."""
+    """The larger of calibrating with search, and evaluating."""
     layer = plan.layer_bytes // (4 if plan.dtype == "float32" else 2)  # parameters
-    table = 4 * plan.vocab_size * plan.hidden_size  # the embedding, or the head, in float32
-    stored = 0 if plan.dtype == "float32" else table // 2  # as the checkpoint has it, while it is read
-    channels = 4 * plan.hidden_size
-    calibration, evaluation = spec.calibration, spec.evaluation
-    length = calibration.sequence_length
-    states = calibration.num_samples * length * channels
-    chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
-    solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
-    calibrating = (1 + 6 * chains) * states + activations(plan, calibration.num_samples, length) + solving
-    models = 1 + len(plan.candidates)
-    outputs = models * evaluation.num_samples * spec.evaluation_length * channels
-    passing = 2 * 4 * layer + activations(plan, evaluation.num_samples, spec.evaluation_length)
-    logits = LOGIT_ARRAYS * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size
-    return max(table + stored + states, calibrating, outputs + passing, outputs + table + max(stored, logits))
-
-
-def activations(plan: Plan, samples: int, length: int) -> int:
-    """Bytes inside a decoder layer while a batch of windows passes."""
+    length, channels = spec.calibration.sequence_length, 4 * plan.hidden_size
+    batch = max(1, BATCH_TOKENS // length)
     widest = max(each.out_features for each in plan.candidates[0].linears)
-    return 4 * 4 * min(max(1, BATCH_TOKENS // length), samples) * length * widest
+    activations = 4 * 4 * min(batch, spec.calibration.num_samples) * length * widest
+    embedding = 4 * plan.vocab_size * plan.hidden_size
+    solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
+    chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
+    calibrating = (1 + 6 * chains) * spec.calibration.num_samples * length * channels
+    calibrating += activations + solving
+    models = 1 + len(plan.candidates)
+    logits = 4 * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size
+    text = spec.evaluation.num_samples * spec.evaluation_length * channels
+    evaluating = max(models * text, text + models * task_tokens(spec) * channels)
+    evaluating += 2 * 4 * layer + logits
+    return embedding + max(calibrating, evaluating)
 
 
 def checkpoint_bytes(plan: Plan, spec: JobSpec) -> int:

@@ -53,6 +53,23 @@ def test_a_report_of_an_earlier_version_lacks_figures() -> None:
     assert "1.00365" in text_of(show_report, {**REPORT, "candidates": [candidate]})
 
 
+def test_a_report_shows_task_scores_with_their_errors() -> None:
+    interval = {"standard_error": 0.01, "low": 0.951, "high": 1.002}
+    score = {
+        "task": "builtin:agreement", "metric": "acc", "documents": 200, "original": 0.76,
+        "original_standard_error": 0.0302, "quantized": 0.745, "quantized_standard_error": None,
+        "recovery": 0.98, "recovery_interval": interval,
+    }  # fmt: skip
+    tasks = {"recovery": 0.9731, "recovery_interval": None, "scores": [score]}
+    text = text_of(show_report, {**REPORT, "candidates": [{"label": "awq w3", "tasks": tasks}]})
+    for part in (
+        "builtin:agreement", "acc", "200", "0.7600 ± 0.0302", "0.7450", "98.0%", "95.1 to 100.2%", "97.3%",
+        "mean of each task's first metric",
+    ):  # fmt: skip
+        assert part in text
+    assert "task scores" not in text_of(show_report, REPORT)
+
+
 def test_a_report_shows_the_tries_and_the_prediction_beside_the_fact() -> None:
     tried = {
         "label": "awq w3 g128 mixed 3.61", "rung": "more bits", "perplexity_ratio": 1.00412, "kl": 0.02,

@@ -102,3 +102,9 @@ def test_a_download_takes_time_and_says_what_is_assumed(folders: dict[str, Path]
     assert remote.disk_bytes == here.disk_bytes + 10**9
     assert any("fetching assumes 50 MB/s" in note for note in remote.notes)
     assert not any("fetching" in note for note in here.notes)
+
+
+def test_tasks_of_unknown_size_are_named(folders: dict[str, Path]) -> None:
+    tasks = {"tasks": ["builtin:agreement", "arc_easy", "mmlu"]}
+    answer = estimated(folders["llama"], {**RECIPES["usual"], "evaluation": tasks}, "cpu")
+    assert any("the time of arc_easy, mmlu is not included" in note for note in answer.notes)

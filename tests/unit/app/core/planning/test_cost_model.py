@@ -13,11 +13,11 @@ from app.core.planning.cost_model import Prediction, predict
 from app.core.planning.device_profile import NOMINAL, DeviceProfile
 from app.core.planning.plan import plan_job
 from app.core.records.job import Stage
-from app.core.records.specs import JobSpec
+from app.core.records.specs import BUNDLED_TASKS, JobSpec
 from app.core.sources.model_source import inspect_model, open_model
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
 from workers.child import work
-from workers.quantization import evaluation, input_statistics, paired_pass, scale_search
+from workers.quantization import continuations, evaluation, input_statistics, paired_pass, scale_search
 
 
 @pytest.fixture
@@ -40,6 +40,8 @@ def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.FINALISTS == scale_search.FINALISTS
     assert cost_model.BATCH_TOKENS == work.BATCH_TOKENS
     assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
+    assert cost_model.SECTION_TOKENS == continuations.SECTION_TOKENS
+    assert set(cost_model.TASK_SIZES) == set(BUNDLED_TASKS)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,15 @@ def test_the_engine_has_the_same_constants() -> None:
         ({"recipe": {}}, {"recipe": {"search": {"strategy": "evolutionary"}}}),
         ({"recipe": {"rounding": "gptq"}}, {"recipe": {"method": "omniquant", "rounding": "gptq"}}),
         ({"recipe": [{}]}, {"recipe": [{}, {"bits": 3}]}),
+        ({"evaluation": {}}, {"evaluation": {"tasks": ["builtin:agreement"]}}),
+        (
+            {"evaluation": {"tasks": ["builtin:agreement"]}},
+            {"evaluation": {"tasks": ["builtin:continuation"]}},
+        ),
+        (
+            {"evaluation": {"tasks": ["builtin:continuation"], "task_limit": 50}},
+            {"evaluation": {"tasks": ["builtin:continuation"], "task_limit": 100}},
+        ),
     ],
 )
 def test_more_work_takes_longer(bundled: Path, less: dict[str, object], more: dict[str, object]) -> None:
