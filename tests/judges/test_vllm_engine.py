@@ -102,10 +102,12 @@ def streamed(floor: Floor, name: str) -> str:
 def called(floor: Floor, name: str) -> dict[str, Any]:
     """The arguments of a call that the server must write, and that its grammar shapes."""
     choice = {"type": "function", "function": {"name": "look_up"}}
-    fields = QUESTION | {"max_tokens": 40, "tools": [TOOL], "tool_choice": choice}
+    fields = QUESTION | {"max_tokens": 120, "tools": [TOOL], "tool_choice": choice}
     answer = floor.chat(name, **fields)
     assert answer.status_code == 200, answer.text
-    (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+    message = answer.json()["choices"][0]["message"]
+    assert "tool_calls" in message, answer.text
+    (call,) = message["tool_calls"]
     assert call["function"]["name"] == "look_up"
     arguments: dict[str, Any] = json.loads(call["function"]["arguments"])
     return arguments
