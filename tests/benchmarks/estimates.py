@@ -3,7 +3,7 @@
     python tests/benchmarks/estimates.py                       the bundled model, and wider random layers
     python tests/benchmarks/estimates.py --only "gptq w4"      the cases whose name contains this
 
-The device's rates are measured first, as a worker does at its start, with the same number of threads.
+The device's rates are measured first, as a worker does while it waits, with the same number of threads.
 Facts are processor seconds divided by the threads: those of a busy host hardly differ from an idle one's.
 Reading the texts is not predicted, nor is what a target tries beyond the recipe as asked.
 """
@@ -23,6 +23,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
+from app.core.planning.device_profile import profile_of  # noqa: E402
 from quantize import MODEL, run_child  # noqa: E402
 from random_model import write_model  # noqa: E402
 
@@ -67,8 +68,10 @@ def measured_profile(options: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
     )
-    profile: dict[str, Any] = json.loads(done.stdout)
-    return profile
+    rates: dict[str, float] = {}
+    for line in done.stdout.splitlines():
+        rates |= json.loads(line)
+    return profile_of("cpu" if options.device == "cpu" else "cuda", rates).model_dump(mode="json")
 
 
 def compare(name: str, changes: dict[str, Any], model: Path, options: argparse.Namespace) -> list[float]:
