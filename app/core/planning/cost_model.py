@@ -30,7 +30,11 @@ NETWORK = 5e7  # bytes/s from a hub or a bucket, assumed
 HASHING = 1e9  # bytes/s
 READING_BYTES = 8  # per weight, of looking for NaN and infinity
 
-BASE_RAM_BYTES = 700_000_000  # interpreter, torch, transformers, tokenizer
+BASE_RAM_BYTES = 720_000_000  # interpreter, torch, transformers, tokenizer, and what the heap holds back
+TEXT_RAM_BYTES = 40_000_000  # more than that while the texts are tokenized, before any weight is read
+# Arrays of (tokens of a chunk, vocabulary) in float32 at once: the last chunk's two log-probabilities, its
+# probabilities and its terms, while the next chunk's logits become log-probabilities.
+LOGIT_ARRAYS = 6
 BASE_VRAM_BYTES = 600_000_000  # the CUDA context
 # Bytes of memory traffic per value, from the number of passes over float32 arrays.
 ROUNDING_BYTES = 60  # scale, round, clamp, scale back, difference
@@ -107,7 +111,7 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes
         basis=profile.basis,
         seconds=seconds,
         candidate_seconds=own,
-        ram_bytes=BASE_RAM_BYTES + working,
+        ram_bytes=BASE_RAM_BYTES + max(TEXT_RAM_BYTES, working),
         vram_bytes=BASE_VRAM_BYTES + working if cuda else 0,
         disk_bytes=sum(output) + checkpoint_bytes(plan, spec),
         output_bytes=output,
@@ -316,23 +320,29 @@ def task_tokens(spec: JobSpec) -> int:
 
 
 def working_bytes(plan: Plan, spec: JobSpec) -> int:
-    """The larger of calibrating with search, and evaluating."""
+    """The largest of looking tokens up, calibrating with search, passing windows on, and comparing logits."""
     layer = plan.layer_bytes // (4 if plan.dtype == "float32" else 2)  # parameters
-    length, channels = spec.calibration.sequence_length, 4 * plan.hidden_size
-    batch = max(1, BATCH_TOKENS // length)
-    widest = max(each.out_features for each in plan.candidates[0].linears)
-    activations = 4 * 4 * min(batch, spec.calibration.num_samples) * length * widest
-    embedding = 4 * plan.vocab_size * plan.hidden_size
-    solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
+    table = 4 * plan.vocab_size * plan.hidden_size  # the embedding, or the head, in float32
+    stored = 0 if plan.dtype == "float32" else table // 2  # as the checkpoint has it, while it is read
+    channels = 4 * plan.hidden_size
+    calibration, evaluation = spec.calibration, spec.evaluation
+    length = calibration.sequence_length
+    states = calibration.num_samples * length * channels
     chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
-    calibrating = (1 + 6 * chains) * spec.calibration.num_samples * length * channels
-    calibrating += activations + solving
+    solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
+    calibrating = (1 + 6 * chains) * states + activations(plan, calibration.num_samples, length) + solving
     models = 1 + len(plan.candidates)
-    logits = 4 * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size
-    text = spec.evaluation.num_samples * spec.evaluation_length * channels
-    evaluating = max(models * text, text + models * task_tokens(spec) * channels)
-    evaluating += 2 * 4 * layer + logits
-    return embedding + max(calibrating, evaluating)
+    text = evaluation.num_samples * spec.evaluation_length * channels
+    outputs = max(models * text, text + models * task_tokens(spec) * channels)
+    passing = 2 * 4 * layer + activations(plan, evaluation.num_samples, spec.evaluation_length)
+    logits = LOGIT_ARRAYS * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size
+    return max(table + stored + states, calibrating, outputs + passing, outputs + table + max(stored, logits))
+
+
+def activations(plan: Plan, samples: int, length: int) -> int:
+    """Bytes inside a decoder layer while a batch of windows passes."""
+    widest = max(each.out_features for each in plan.candidates[0].linears)
+    return 4 * 4 * min(max(1, BATCH_TOKENS // length), samples) * length * widest
 
 
 def checkpoint_bytes(plan: Plan, spec: JobSpec) -> int:
