@@ -9,7 +9,6 @@ import re
 import socket
 import threading
 from datetime import UTC, datetime
-from pathlib import Path
 
 from redis import Redis
 
@@ -19,7 +18,7 @@ from app.core.deployments.deployment_store import DeploymentStore
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
 from app.core.jobs.worker_registry import WorkerRecord
-from app.core.planning.host_devices import DEVICE, gpu_names
+from app.core.planning.host_devices import DEVICE, gpu_names, has_gpu
 from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings, make_folder
 from app.core.storage.object_store import ObjectStore
@@ -64,7 +63,7 @@ def resolve_device(setting: str) -> str:
     """The device for the setting: for `auto` the first GPU, if any, detected without torch."""
     if setting != "auto":
         return setting
-    return "cuda:0" if Path("/dev/nvidia0").exists() or gpu_names() else "cpu"
+    return "cuda:0" if has_gpu() else "cpu"
 
 
 def describe_device(device: str) -> str:

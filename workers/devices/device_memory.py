@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from app.core.planning.host_devices import driver_name
+
 MEMORY_TABLE = Path("/proc/meminfo")
 SMI_LIMIT_S = 5
 
@@ -26,7 +28,7 @@ def device_memory(device: str) -> DeviceMemory:
 def gpu_memory(index: str) -> DeviceMemory:
     """As nvidia-smi reports it."""
     fields = "--query-gpu=memory.used,memory.total"
-    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", "-i", index]
+    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", "-i", driver_name(int(index))]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_LIMIT_S, check=True)
         used, total = (int(number) * 1024**2 for number in answer.stdout.split(","))

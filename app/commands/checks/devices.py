@@ -14,7 +14,7 @@ from typing import Any
 
 from app.commands.checks.check import Check
 from app.core.errors import InvalidRequest
-from app.core.planning.host_devices import DEVICE, gpu_names
+from app.core.planning.host_devices import DEVICE, gpu_names, listed_gpus
 
 PROBE_LIMIT_S = 180
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
@@ -43,7 +43,7 @@ def chosen_device(device: str) -> str:
 
 def check_devices() -> list[Check]:
     """Check the driver, PyTorch and the compilers."""
-    names = gpu_names()
+    names = [gpu.name for gpu in listed_gpus()]  # also those that CUDA_VISIBLE_DEVICES hides
     if importlib.util.find_spec("torch") is None:
         return [Check("pytorch", "ok", "not installed: this host can run the API but no worker")]
     facts = probed()

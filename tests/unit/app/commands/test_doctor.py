@@ -160,7 +160,8 @@ def test_what_is_said_of_gpus(
 
 
 def test_a_driver_tool_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program(tmp_path, "nvidia-smi", "echo NVIDIA A; echo NVIDIA B")
+    program(tmp_path, "nvidia-smi", "echo GPU-1, NVIDIA A; echo GPU-2, NVIDIA B")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert devices.gpu_names() == ["NVIDIA A", "NVIDIA B"]
     program(tmp_path, "nvidia-smi", "exit 9")
