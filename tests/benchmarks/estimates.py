@@ -23,9 +23,10 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
-from app.core.planning.device_profile import profile_of  # noqa: E402
 from quantize import MODEL, run_child  # noqa: E402
 from random_model import write_model  # noqa: E402
+
+from app.core.planning.device_profile import profile_of  # noqa: E402
 
 STAGES = ("calibrating", "searching", "packing", "verifying", "evaluating")
 FACTOR = 2.0  # each stage should be within this

@@ -54,7 +54,8 @@ def valkey(tmp_path: Path) -> Iterator[DurableValkey]:
 
 def test_a_job_outlives_a_restart_of_redis(valkey: DurableValkey, tmp_path: Path) -> None:
     redis = connect(valkey.url)
-    workshop = Workshop(redis, valkey.url, tmp_path / "state", lease_s=20)
+    # The lease outlives a slow start of the server on a busy host.
+    workshop = Workshop(redis, valkey.url, tmp_path / "state", lease_s=60)
     job = workshop.submit(layers="8", pause="0.3")
 
     def restart() -> None:
@@ -68,7 +69,10 @@ def test_a_job_outlives_a_restart_of_redis(valkey: DurableValkey, tmp_path: Path
     ended = workshop.run(job)
     thread.join()
     assert (ended.state, ended.attempt) == (JobState.SUCCEEDED, 1)
-    assert workshop.kinds(job).count("checkpoint") == 8
+    # An event is written again if the server died between writing it and its answer.
+    written = [each.payload["key"] for each in workshop.store.events(job.id) if each.kind == "checkpoint"]
+    assert list(dict.fromkeys(written)) == [f"layer-{layer}" for layer in range(8)]
+    assert len(written) <= 9
     redis.close()
 
 
