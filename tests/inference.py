@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from kernels import reference
-from kernels.cpu.decoder import NativeDecoder
+from kernels.cpu.whole_decoder import NativeDecoder
 from tests.tiny_models import TEXTS, TOKENIZER
 from workers.formats.packings import packing_of
 from workers.modeling.checkpoint import Checkpoint

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kernels.checks import check_bias, check_input
 from kernels.cpu.blocked_layout import BlockedWeight, to_blocks
-from kernels.cpu.decoder import CHANNEL_MULTIPLE, LinearStruct, decoder_library
 from kernels.cpu.native import Blocks, threads_for
 from kernels.cpu.native_library import NotCompiled
+from kernels.cpu.whole_decoder import CHANNEL_MULTIPLE, LinearStruct, decoder_library
 from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 

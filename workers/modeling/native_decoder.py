@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels.cpu.blocked_layout import BlockedWeight
-from kernels.cpu.decoder import DecoderWeights, LayerWeights, NativeDecoder, Weight, unsupported
 from kernels.cpu.native import NativeKernel
+from kernels.cpu.whole_decoder import DecoderWeights, LayerWeights, NativeDecoder, Weight, unsupported
 from workers.modeling.quantized_linear import QuantizedLinear
 
 # Decoders whose layers are those of csrc/cpu/decoder.cpp: norm, attention, norm, gated MLP.
@@ -38,10 +38,13 @@ def native_decoder(model: PreTrainedModel, positions: int) -> NativeDecoder | st
     if why is not None:
         return why
     weights = decoder_weights(model, positions)
+    why = unsupported(weights)
+    if why is not None:
+        return why
     # Units for bfloat16 multiply many rows faster than the call does.
     kernels = (module.kernel for module in model.modules() if isinstance(module, QuantizedLinear))
     units = any(isinstance(kernel, NativeKernel) for kernel in kernels)
-    return unsupported(weights) or NativeDecoder(weights, reads_prompts=not units)
+    return NativeDecoder(weights, reads_prompts=not units)
 
 
 def refusals(model: PreTrainedModel) -> Iterator[str]:
@@ -115,9 +118,8 @@ def window_of(layer: nn.Module, config: Any) -> int:
     Qwen's layers have a window of their own, Mistral's that of the config.
     """
     attention: Any = layer.self_attn
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window or 0
-    return (config.sliding_window or 0) if type(layer).__name__.startswith("Mistral") else 0
+    mistral = type(layer).__name__.startswith("Mistral")
+    return int(getattr(config if mistral else attention, "sliding_window", None) or 0)
 
 
 def rotary_table(model: PreTrainedModel, positions: int, head_size: int) -> tuple[Tensor, Tensor]:

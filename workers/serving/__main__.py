@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from app.core.errors import NibbleError, OutOfMemory
 from app.core.system_faults import STATE_FOLDER, system_fault
 from app.core.telemetry.logs import log_warnings
-from kernels.cpu.decoder import NativeDecoder
+from kernels.cpu.whole_decoder import NativeDecoder
 from workers.devices.selection import select_device
 from workers.modeling.native_decoder import native_decoder
 from workers.process import leave

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kernels.cpu.decoder import NativeDecoder, TokenPlaces
+from kernels.cpu.whole_decoder import NativeDecoder, TokenPlaces
 from workers.serving.requests import Sequence
 from workers.serving.row_cache import PromptCache, RowCache
 

@@ -267,7 +267,7 @@ void nibble_product(const Linear* linear, const float* x, int64_t rows, float* o
   }
 }
 
-// logits: (outputs, vocabulary). Sizes and addresses are the caller's to check (kernels/cpu/decoder.py).
+// logits: (outputs, vocabulary). Sizes and addresses are the caller's to check (kernels/cpu/whole_decoder.py).
 void nibble_decode(const Decoder* decoder, const Tokens* tokens, const CacheRows* cache, float* logits, int threads) {
   thread_local Shared shared;
   shared.size(*decoder, tokens->count);

@@ -11,9 +11,9 @@ import torch
 from kernels.backend import select_backend
 from kernels.cpu import native_library
 from kernels.cpu.blocked_layout import to_blocks
-from kernels.cpu.decoder import decoder_library
 from kernels.cpu.native import NativeBackend
 from kernels.cpu.native_library import NotCompiled, compiled, processor
+from kernels.cpu.whole_decoder import decoder_library
 from tests.unit.kernels.cpu_kernels import BACKENDS, kernel_of, problem_of
 from tests.unit.kernels.weights import random_input, random_weight
 

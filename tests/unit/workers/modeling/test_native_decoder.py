@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernels.cpu.decoder import NativeDecoder, decoder_library
+from kernels.cpu.whole_decoder import NativeDecoder, decoder_library
 from tests.tiny_models import random_model
 from tests.unit.kernels.weights import random_weight
 from workers.modeling.native_decoder import native_decoder

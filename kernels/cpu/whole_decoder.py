@@ -174,11 +174,11 @@ class NativeDecoder:
         if isinstance(library, str):
             raise NotCompiled(library)
         self._decode = library.nibble_decode
-        self._kept: list[object] = []  # what the structs hold addresses of
+        self._alive: list[object] = []  # what the structs hold addresses of
         self.vocabulary = weights.head.sizes[0]
         self.kv_heads, self.head_size = weights.kv_heads, weights.head_size
         layers = (LayerStruct * len(weights.layers))(*map(self._layer, weights.layers))
-        self._kept.append(layers)
+        self._alive.append(layers)
         self._struct = DecoderStruct(
             layers=layers,
             num_layers=len(weights.layers),
@@ -231,7 +231,7 @@ class NativeDecoder:
         if isinstance(linear.weight, BlockedWeight):
             weight = linear.weight
             blocks = Blocks(weight.codes, weight.scale, weight.zero, weight.bits, weight.group_size)
-            self._kept.append(blocks)
+            self._alive.append(blocks)
             struct.packed = ctypes.pointer(blocks.struct)
         else:
             struct.dense, struct.type = self._address(linear.weight), TYPES[linear.weight.dtype]
@@ -243,5 +243,5 @@ class NativeDecoder:
     def _address(self, values: Tensor) -> int:
         """Of a tensor that stays."""
         whole = values.contiguous()
-        self._kept.append(whole)
+        self._alive.append(whole)
         return whole.data_ptr()
