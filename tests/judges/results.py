@@ -8,6 +8,7 @@ judges all cells and writes both anew.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -78,4 +79,9 @@ def verdict(cells: list[Cell], outcomes: list[Outcome]) -> str:
     groups = ", ".join(str(size) for size in sorted({cell.group_size for cell in cells}))
     perplexity = max(outcome.perplexity_off for outcome in outcomes)
     kl = max(outcome.kl_off for outcome in outcomes)
-    return f"runs; groups of {groups}; perplexity within {perplexity:.2%} of the report's, KL within {kl:.2%}"
+    return f"runs; groups of {groups}; perplexity within {upward(perplexity)} of the report's, KL within {upward(kl)}"
+
+
+def upward(share: float) -> str:
+    """A share in hundredths of a percent that it does not exceed."""
+    return f"{math.ceil(share * 10_000) / 10_000:.2%}"
