@@ -77,9 +77,9 @@ def verdict(cells: list[Cell], outcomes: list[Outcome]) -> str:
     if refusals != {None}:
         return "refused: " + "; ".join(f"`{refusal}`" for refusal in sorted(refusals, key=str))
     groups = ", ".join(str(size) for size in sorted({cell.group_size for cell in cells}))
-    perplexity = max(outcome.perplexity_off for outcome in outcomes)
-    kl = max(outcome.kl_off for outcome in outcomes)
-    return f"runs; groups of {groups}; perplexity within {upward(perplexity)} of the report's, KL within {upward(kl)}"
+    perplexity = upward(max(outcome.perplexity_off for outcome in outcomes))
+    kl = upward(max(outcome.kl_off for outcome in outcomes))
+    return f"runs; groups of {groups}; perplexity within {perplexity} of the report's, KL within {kl}"
 
 
 def upward(share: float) -> str:
