@@ -18,9 +18,9 @@ def text_notes(calibration: Sequence[Hashable], evaluation: Sequence[Hashable], 
     seen = {
         name: runs(text, unit) for name, text in (("calibration", calibration), ("evaluation", evaluation))
     }
-    for name, found in seen.items():
-        repeated = 1 - len(set(found)) / max(1, len(found))
-        if found and repeated >= MOST_REPEATED:
+    for name, compared in seen.items():
+        repeated = 1 - len(set(compared)) / max(1, len(compared))
+        if compared and repeated >= MOST_REPEATED:
             yield (
                 f"the {name} text repeats itself: {repeated:.0%} of its runs of {RUNS[unit]} {unit} stand in "
                 "it before, so it says less than its length; give text that differs"

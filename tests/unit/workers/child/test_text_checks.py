@@ -52,7 +52,7 @@ def test_a_run_on_little_text_says_so(tmp_path: Path) -> None:
     text = some_text("valid")
     spec = tiny_spec(
         recipes,
-        calibration=CalibrationSpec(texts=(text,), num_samples=4, sequence_length=32),
+        calibration=CalibrationSpec(texts=(text,), num_samples=40, sequence_length=32),
         evaluation=EvaluationSpec(texts=(text,), num_samples=6, sequence_length=48),
     )
     run = EngineRun(spec, tiny_model(tmp_path / "model"), tmp_path / "work")

@@ -23,7 +23,9 @@ def in_units(text: str, unit: str) -> Sequence[str]:
 
 
 @pytest.mark.parametrize("unit", RUNS)
-@pytest.mark.parametrize(("calibration", "evaluation"), [(VALID, TEST), (TEST, VALID), (CODE, TEST), ("", "")])
+@pytest.mark.parametrize(
+    ("calibration", "evaluation"), [(VALID, TEST), (TEST, VALID), (CODE, TEST), ("", "")]
+)
 def test_usual_texts_have_no_note(calibration: str, evaluation: str, unit: str) -> None:
     assert notes(in_units(calibration, unit), in_units(evaluation, unit), unit) == []
 
@@ -31,7 +33,12 @@ def test_usual_texts_have_no_note(calibration: str, evaluation: str, unit: str) 
 @pytest.mark.parametrize("unit", RUNS)
 @pytest.mark.parametrize(
     "repeated",
-    ["The quick brown fox jumps over the lazy dog.\n" * 500, "a " * 5000, TEST[:3000] * 20, TEST[:20_000] * 2],
+    [
+        "The quick brown fox jumps over the lazy dog.\n" * 500,
+        "a " * 5000,
+        TEST[:3000] * 20,
+        TEST[:20_000] * 2,
+    ],
     ids=["a line", "a word", "a page", "twice the same"],
 )
 def test_a_text_that_repeats_itself(repeated: str, unit: str) -> None:
