@@ -8,6 +8,7 @@ fetched model is kept in a temporary folder that goes away at the end.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def quantized(client: NibbleClient, console: Console, model: DemoModel, num_samp
 
 
 def original_folder(client: NibbleClient, job: JobAnswer, model: DemoModel, folder: Path) -> Path:
-    """The unquantized model as the inference server opens it: a GGUF file with a tokenizer beside it."""
+    """The unquantized model as the inference server opens it: beside a GGUF file, config and tokenizer."""
     if (model.folder / "config.json").exists():
         return model.folder
     artifact, original = folder / "artifact", folder / ORIGINAL
@@ -78,6 +79,9 @@ def original_folder(client: NibbleClient, job: JobAnswer, model: DemoModel, fold
     for pattern in ("tokenizer*", "chat_template*"):
         for file in artifact.glob(pattern):
             shutil.copyfile(file, original / file.name)
+    config = json.loads((artifact / "config.json").read_text("utf-8"))
+    del config["quantization_config"]
+    (original / "config.json").write_text(json.dumps(config))
     return original
 
 
