@@ -6,7 +6,6 @@ with the process that started it. A lock file lets one process start it; the oth
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,6 +23,7 @@ from redis.retry import Retry
 from app.core.child.owned_process import OwnedProcess
 from app.core.child.start import PROGRAM
 from app.core.errors import InvalidRequest, Unavailable
+from app.core.file_lock import try_lock
 from app.core.redis.redis_programs import find_program, note_writer
 from app.core.settings import Settings
 
@@ -117,7 +117,7 @@ def own_server(settings: Settings) -> RedisServer:
     url = f"unix://{socket}"
     with (folder / "lock").open("wb") as lock:
         deadline = time.monotonic() + START_LIMIT_S
-        while not locked(lock):
+        while not try_lock(lock):
             if answers(url):
                 return RedisServer(url, "shared", f"another process runs the server of {folder}")
             refuse_late(deadline, folder)
@@ -133,15 +133,6 @@ def own_server(settings: Settings) -> RedisServer:
         server.stop()
         raise
     return server
-
-
-def locked(lock: IO[bytes]) -> bool:
-    """Try to take the lock file; returns whether this process holds it now."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def answers(url: str) -> bool:

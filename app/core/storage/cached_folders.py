@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from app.core.file_lock import try_lock
+
 USE = ".use"
 PARTIAL = ".partial"
 WAIT_S = 0.2
@@ -112,15 +114,6 @@ class CachedFolders:
     def _last_use(self, folder: Path) -> float:
         use = self._use(folder)
         return use.stat().st_mtime if use.exists() else 0.0
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Try to take the file's exclusive lock; returns whether this process holds it now."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def folder_bytes(path: Path) -> int:
