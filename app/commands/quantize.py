@@ -131,8 +131,9 @@ def read_job_spec(body: dict[str, Any]) -> JobSpec:
 def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     """Check the job as the service would, fetch its model and texts, and return the assignment."""
     from app.core.child.assignment import CHECKPOINTS, Assignment
+    from app.core.child.task_process import fetch_task_data
     from app.core.jobs.submission import check_submission
-    from app.core.sources.fetching import ModelCache, fetch_task_data, fetch_texts
+    from app.core.sources.fetching import ModelCache, fetch_texts
 
     # Users may read any file that they can read, including links such as those in the hub's cache.
     settings = read_settings().model_copy(update={"model_roots": (Path("/"),)})

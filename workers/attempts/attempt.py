@@ -25,6 +25,7 @@ from app.core.child.assignment import (
     StageStarted,
 )
 from app.core.child.job_child import JobChild
+from app.core.child.task_process import fetch_task_data
 from app.core.errors import (
     Conflict,
     JobFault,
@@ -35,13 +36,7 @@ from app.core.errors import (
 )
 from app.core.planning.device_profile import NOMINAL, rates_notes
 from app.core.records.job import Job, Progress, Stage
-from app.core.sources.fetching import (
-    FetchedModel,
-    FetchedTexts,
-    ModelCache,
-    fetch_task_data,
-    fetch_texts,
-)
+from app.core.sources.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
 from app.core.storage.published import published_before
 from app.core.storage.reuse import Contents, JobResult, fingerprint
 from app.core.storage.storage_keys import report_key

@@ -7,29 +7,20 @@ the cache of the state folder, under a key that names their content; workers of 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
 from pydantic import ValidationError
 
-from app.core.child.confinement import OFFLINE, child_environment
-from app.core.child.owned_process import OwnedProcess, exit_words
-from app.core.errors import TextRefused
-from app.core.records.specs import BUNDLED_TASKS, Frozen, JobSpec, Kept, TextSpec
+from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.settings import Settings
 from app.core.sources.file_digest import file_sha256
 from app.core.sources.model_source import LocalModel, inspect_model, model_digest, open_model
 from app.core.sources.text_source import is_remote, open_text
 from app.core.storage.cached_folders import CachedFolders
 from app.core.storage.reuse import text_key
-
-TASK_DATA_MODULE = "workers.task_data"
-TASK_FAULTS = ("task_unknown", "task_generates", "task_unavailable")
-HUB_VARIABLES = ("HF_TOKEN", "HF_ENDPOINT")
-POLL_S = 0.2
 
 OnBytes = Callable[[int], None]  # gets the bytes of each read, and may raise to stop
 
@@ -147,34 +138,6 @@ def fetch_texts(
         calibration_digest=text_digest(spec.calibration, calibration, on_bytes),
         evaluation_digest=text_digest(spec.evaluation, evaluation, on_bytes),
     )
-
-
-def fetch_task_data(
-    names: Sequence[str], folder: Path, on_bytes: OnBytes, *, module: str = TASK_DATA_MODULE
-) -> None:
-    """Have a process bring the data sets of lm-eval's tasks into the hub's cache of this host.
-
-    It has the network, which the job's process has not, and no keys but the hub's; `folder` takes its
-    temporary files. Raises TextRefused with its reason.
-    """
-    remote = [name for name in names if name not in BUNDLED_TASKS]
-    if not remote:
-        return
-    environment = child_environment(os.environ, folder)
-    del environment[OFFLINE]
-    environment |= {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ}
-    with OwnedProcess([module, *remote], environment=environment) as process:
-        while (code := process.wait(POLL_S)) is None:
-            on_bytes(0)
-        process.close()
-        if code != 0:
-            lines = process.output_tail().strip().splitlines()
-            reason, _, message = (lines or [exit_words(code)])[-1].partition(": ")
-            raise TextRefused(
-                message or reason, code=reason if message and reason in TASK_FAULTS else "task_unavailable",
-                remedy="name other tasks, or let this host reach the hub (huggingface.co)",
-                param="evaluation.tasks",
-            )  # fmt: skip
 
 
 def text_digest(spec: TextSpec, file: Path | None, on_bytes: OnBytes) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from app.core.child.task_process import fetch_task_data
 from app.core.errors import TextRefused
-from app.core.sources.fetching import fetch_task_data
 
 REFUSING = """
 import os, sys
