@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from app.core.child.assignment import Noted, digest_of
+from app.core.child.assignment import PREDICTION, Noted, digest_of
 from app.core.jobs.report import (
     CandidateReport,
     LayerReport,
@@ -20,7 +20,6 @@ from app.core.jobs.report import (
     Report,
     TryReport,
 )
-from app.core.jobs.unfinished import PREDICTION
 from app.core.planning.cost_model import Prediction, predict
 from app.core.planning.device_profile import NOMINAL, DeviceKind
 from app.core.records.specs import TargetSpec, TextSpec

@@ -113,6 +113,9 @@ ProgressMessage = Annotated[
 progress_messages: TypeAdapter[ProgressMessage] = TypeAdapter(ProgressMessage)
 
 
+PREDICTION = "prediction"  # code of the note in whose detail a child says what it expects
+
+
 def digest_of(value: object) -> str:
     """SHA-256 of a value as JSON, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -8,12 +8,11 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from app.core.child.assignment import PREDICTION
 from app.core.jobs.job_store import JobEvent
 from app.core.planning.cost_model import Prediction
 from app.core.records.job import Job, JobState, Problem, Stage
 from app.core.records.specs import Frozen
-
-PREDICTION = "prediction"  # code of the note in whose detail an attempt says what it expects
 
 
 class UnfinishedReport(Frozen):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from app.core.child.assignment import PREDICTION
 from app.core.jobs.job_encoding import announcement
 from app.core.jobs.job_store import JobEvent
-from app.core.jobs.unfinished import PREDICTION, UnfinishedReport, unfinished_report
+from app.core.jobs.unfinished import UnfinishedReport, unfinished_report
 from app.core.planning.cost_model import Prediction
 from app.core.records.ids import new_id
 from app.core.records.job import Job, JobState, Progress, Stage

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.child.assignment import Noted
-from app.core.jobs.unfinished import PREDICTION
+from app.core.child.assignment import PREDICTION, Noted
 from app.core.planning import cost_model
 from app.core.planning.cost_model import Prediction, predict
 from app.core.planning.device_profile import NOMINAL, DeviceProfile
