@@ -12,6 +12,7 @@ from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup, architectu
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
+from workers.quantization.calibration import CalibrationPass
 from workers.quantization.folding import Heads, fold_scales
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.observation import watching
@@ -165,6 +166,30 @@ def test_the_original_runs_once_a_layer(tmp_path: Path) -> None:
     run.advance(weights, own)
     for mine, other in ((run.original, alone.original), (run.own, alone.own)):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def test_a_pass_that_is_ahead_gives_the_same_bits(tmp_path: Path) -> None:
+    """A resumed job runs the original by itself up to where it was killed."""
+    alone, shared = paired(tmp_path / "alone"), paired(tmp_path / "shared")
+    run = CalibrationPass(shared.decoder, [some_tokens(2), some_tokens(2, seed=1)])
+    shared.read_from(run)
+    for _ in range(2):
+        weights = weights_of(alone)
+        own = disturbed(weights, "self_attn.v_proj")
+        run.collect(weights)
+        for stage in alone.decoder.architecture.at(alone.layer).stages:
+            mine, theirs = (
+                each.observe(stage, weights, own, [None] * len(stage)) for each in (alone, shared)
+            )
+            for one, other in zip(mine, theirs, strict=True):
+                assert torch.equal(one.moment, other.moment)
+                for name in ("input_drift", "output_drift"):
+                    drifts = getattr(one, name), getattr(other, name)
+                    assert drifts == (None, None) or torch.equal(*drifts)
+        assert shared.references is run.references
+        for each in (alone, shared):
+            each.advance(weights, own)
+        assert all(torch.equal(a, b) for a, b in zip(alone.original, shared.original, strict=True))
 
 
 def statistics(moment: Tensor, tokens: int, drift: Tensor) -> InputStatistics:
