@@ -149,3 +149,42 @@ def test_what_lies_in_the_services_own_storage_is_no_source(settings: Settings, 
         assert refusal.value.param == "calibration.dataset"
     for other in ("s3://bucket/nibble/models/x", "s3://other/nibble/artifacts/x", "s3://bucket/artifacts/x"):
         refuse_own_storage(other, bucket, param="model")
+
+
+def test_a_length_of_evaluation_that_is_calibrations_is_the_same_work(
+    settings: Settings, example_model: Path
+) -> None:
+    fingerprints = [
+        check_submission(
+            JobSpec(model=example_model.as_uri(), evaluation=EvaluationSpec(sequence_length=length)), settings
+        ).fingerprint
+        for length in (None, 512, 256)
+    ]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_inline_text_that_repeats_itself_is_noted_before_the_run(
+    settings: Settings, example_model: Path
+) -> None:
+    texts = ("The quick brown fox jumps over the lazy dog. " * 200,)
+    spec = JobSpec(
+        model=example_model.as_uri(),
+        calibration=CalibrationSpec(texts=texts, num_samples=4, sequence_length=64),
+        evaluation=EvaluationSpec(texts=texts, num_samples=8),
+    )
+    starts = ("the calibration text repeats", "the evaluation text repeats", "the recipes are calibrated on")
+    notes = estimate(check_submission(spec, settings), "cpu").notes
+    for start in starts:
+        assert sum(note.startswith(start) for note in notes) == 1
+
+
+def test_too_little_text_names_the_length_of_its_own_windows(settings: Settings, example_model: Path) -> None:
+    spec = JobSpec(
+        model=example_model.as_uri(),
+        evaluation=EvaluationSpec(texts=("A river. " * 20,), num_samples=2, sequence_length=128),
+    )
+    with pytest.raises(TextRefused) as refusal:
+        check_submission(spec, settings)
+    assert (refusal.value.code, refusal.value.param) == ("text_too_short", "evaluation.texts")
+    assert "2 windows of 128 tokens" in refusal.value.message
+    assert "evaluation.sequence_length" in str(refusal.value.remedy)

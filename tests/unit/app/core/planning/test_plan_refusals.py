@@ -297,7 +297,7 @@ def test_windows_beyond_the_models_positions() -> None:
     own = asked().model_copy(
         update={
             "calibration": CalibrationSpec(sequence_length=32),
-            "evaluation": EvaluationSpec(sequence_length=48),
+            "evaluation": EvaluationSpec(num_samples=128, sequence_length=48),
         }
     )
     (note,) = planned(own, {"max_position_embeddings": 32}).notes
@@ -308,3 +308,32 @@ def test_windows_beyond_the_models_positions() -> None:
         assert (refusal.value.code, refusal.value.param) == (
             "sequence_too_long", f"{section}.sequence_length",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "raised"),
+    [
+        ({"num_samples": 7}, 8),
+        ({"num_samples": 8}, None),
+        ({"num_samples": 15, "sequence_length": 256}, 16),
+        ({"num_samples": 16, "sequence_length": 256}, None),
+    ],
+)
+def test_few_evaluation_tokens_have_a_note(evaluation: dict[str, int], raised: int | None) -> None:
+    spec = asked().model_copy(update={"evaluation": EvaluationSpec.model_validate(evaluation)})
+    notes = planned(spec).notes
+    if raised is None:
+        assert notes == ()
+    else:
+        assert [note.partition("raise ")[2] for note in notes] == [
+            f"evaluation.num_samples to {raised} or more"
+        ]
+
+
+def test_fewer_calibration_tokens_than_inputs_have_a_note() -> None:
+    """Plain rounding needs none."""
+    calibration = CalibrationSpec(num_samples=1, sequence_length=8)
+    update = {"calibration": calibration, "evaluation": EvaluationSpec(sequence_length=512)}
+    (note,) = planned(asked().model_copy(update=update)).notes
+    assert note.startswith("8 calibration tokens are fewer than the ")
+    assert planned(asked(method="rtn").model_copy(update=update)).notes == ()
