@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -240,6 +241,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.llama_python and not options.gguf:
         parser.error("--llama-python needs --gguf")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers end too
     print(versions(options), f"load before: {os.getloadavg()[0]:.1f}", sep="\n")
     for threads in map(int, options.threads.split(",")):
         with ExitStack() as stack:
