@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -115,12 +116,14 @@ def call_of(floor: Floor, name: str) -> dict[str, Any]:
 def kill_engine(floor: Floor, deployment_id: str) -> None:
     """End the process in which vLLM computes: it changes its name, but not its group."""
     groups = {os.getpgid(pid) for pid in floor.server_pids(deployment_id)}
-    (pid,) = (
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"EngineCore" in path.read_bytes() and os.getpgid(int(path.parent.name)) in groups
-    )
-    os.kill(pid, signal.SIGKILL)
+    engines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
+            pid = int(path.parent.name)
+            if b"EngineCore" in path.read_bytes() and os.getpgid(pid) in groups:
+                engines.append(pid)
+    (engine,) = engines
+    os.kill(engine, signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("worker")
