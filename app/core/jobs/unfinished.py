@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -76,7 +77,8 @@ def spent_seconds(events: Sequence[JobEvent]) -> tuple[dict[Stage, float], float
     """Seconds of each stage, and of waiting in queues: each lasts until the next event that ends it."""
     stages: dict[Stage, float] = defaultdict(float)
     waited_s = 0.0
-    since, current = None, None  # when what goes on now began, and what it is: a stage, a state or nothing
+    since: datetime | None = None  # when what goes on now began
+    current: Stage | JobState | None = None
     for event in events:
         if event.kind not in ("state", "stage"):
             continue

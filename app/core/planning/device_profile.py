@@ -85,8 +85,8 @@ def profile_of(device: DeviceKind, rates: Mapping[str, float]) -> DeviceProfile:
         kind, _, size = name.partition(" ")
         measured.setdefault(kind, {})[int(size or 0)] = rates[name]
     float32 = measured.get("matmul_float32", {})
-    size = min(float32, default=0)
-    pace = float32[size] / nominal.matmul_rate(size, float32=True) if float32 else 1.0
+    smallest = min(float32, default=0)
+    pace = float32[smallest] / nominal.matmul_rate(smallest, float32=True) if float32 else 1.0
 
     def scaled(table: Table, factor: float) -> Table:
         return {size: rate * factor for size, rate in table.items()}
