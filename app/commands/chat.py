@@ -84,9 +84,7 @@ def chat(
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, help="Choose among this share of likely tokens.", show_default=False
-        ),
+        typer.Option(min=0, max=1, help="Choose among this share of likely tokens.", show_default=False),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, help="Choose among so many likeliest tokens.", show_default=False)

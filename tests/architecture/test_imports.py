@@ -31,8 +31,9 @@ ENGINE_MAY_IMPORT = frozenset(
     for name in (
         "child.assignment", "errors", "formats.awq", "formats.file_format", "formats.registry", "jobs.report",
         "planning.architectures", "planning.plan", "records.artifact", "records.job", "records.specs",
-        "sources.file_choice", "sources.gguf_header", "sources.json_file", "sources.local_model", "sources.model_headers", "sources.safetensors_header",
-        "sources.text_content", "sources.text_shapes", "system_faults",
+        "sources.file_choice", "sources.gguf_header", "sources.json_file", "sources.local_model",
+        "sources.model_headers", "sources.safetensors_header", "sources.text_content",
+        "sources.text_shapes", "system_faults",
     )
 )  # fmt: skip
 ENGINE_PARTS = ("quantization", "modeling", "formats", "texts")

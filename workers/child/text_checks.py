@@ -12,8 +12,10 @@ NEARLY_CERTAIN = 1.5  # a line again and again has 1.3, log lines of one kind 1.
 
 def repetition_notes(calibration: Windows, evaluation: Windows) -> Iterator[str]:
     """What is seen in the tokens, before the run."""
-    ids = [windows.tokens.flatten()[:LOOKED_AT].tolist() for windows in (calibration, evaluation)]
-    return text_notes(*ids, unit="tokens")
+    calibrates, judges = (
+        windows.tokens.flatten()[:LOOKED_AT].tolist() for windows in (calibration, evaluation)
+    )
+    return text_notes(calibrates, judges, "tokens")
 
 
 def perplexity_note(perplexity: float, vocab_size: int) -> str | None:

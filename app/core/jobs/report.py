@@ -62,8 +62,8 @@ class Interval(Frozen):
 
     Tokens of one window are correlated, so the windows are the sample: with the means `m` of `n` windows the
     standard error is `sqrt(sum((m - mean(m))²) / (n (n - 1)))`, the clustered one for clusters of one size
-    (Miller, Adding Error Bars to Evals, arXiv:2411.00640, sections 2.2 and 4.2), and the interval is Student's
-    with `n - 1` degrees of freedom.
+    (Miller, Adding Error Bars to Evals, arXiv:2411.00640), and the interval is Student's with `n - 1`
+    degrees of freedom.
     """
 
     standard_error: float

@@ -62,7 +62,8 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
     require_length(spec.calibration, spec.calibration.sequence_length, section="calibration")
     require_length(spec.evaluation, spec.evaluation_length, section="evaluation")
-    repeats = text_notes(*("\n".join(text.texts or ()) for text in (calibration, evaluation)), "characters")
+    calibrates, judges = ("\n".join(text.texts or ()) for text in (calibration, evaluation))
+    repeats = text_notes(calibrates, judges, "characters")
     return CheckedSubmission(
         spec=spec,
         plan=plan.model_copy(update={"notes": (*plan.notes, *repeats)}),
