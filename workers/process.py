@@ -1,4 +1,4 @@
-"""Settings of a process that loads PyTorch: how it returns freed memory, and how it exits."""
+"""A process that loads PyTorch: how much memory it has, how it returns what is freed, and how it exits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 # Of malloc.h: allocations from the first on are mappings of their own; free bytes at the heap's end.
@@ -15,6 +16,14 @@ JOB_MAPPED = 4 * 2**20  # below, many short-lived tensors would cost page faults
 JOB_FREE = 64 * 2**20
 LOADING_MAPPED = 2**20
 SERVING_MAPPED = 32 * 2**20  # the most that glibc would choose itself: reuse is faster while serving
+STATUS_KIB = 1024  # the kernel counts in these
+
+
+def status_bytes(field: str) -> int:
+    """A size from the kernel's account of this process; getrusage's peak has the parent's memory in it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field + ":"))
+    return int(line.split()[1]) * STATUS_KIB
 
 
 def glibc() -> ctypes.CDLL | None:

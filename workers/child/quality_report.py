@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from workers.child.judging import JudgedCandidate
 from workers.child.layer_loop import SolvedLayers
 from workers.child.stage_clock import StageClock
 from workers.child.work import JobTexts, Work
+from workers.process import status_bytes
 from workers.texts.windows import Windows
 
 
@@ -75,7 +75,7 @@ def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock)
         stages=dict(clock.seconds),
         cpu_seconds=dict(clock.cpu_seconds),
         resumed_at_layer=result.solved.resumed_at,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=status_bytes("VmHWM"),
         peak_vram_bytes=torch.cuda.max_memory_allocated(work.device) if kind == "cuda" else None,
         environment=environment(work),
         notes=tuple(clock.notes),

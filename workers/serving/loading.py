@@ -27,11 +27,10 @@ from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import empty_model, restore_buffers
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
 from workers.modeling.soundness import parts_of, some
-from workers.process import returned_at_once
+from workers.process import returned_at_once, status_bytes
 
 log = logging.getLogger(__name__)
 
-STATUS_KIB = 1024
 REMEDY = "publish the artifact again; if it happens again, report it with the artifact's config.json"
 
 
@@ -222,13 +221,6 @@ def described(weight: PackedWeight, module: QuantizedLinear) -> str:
     group = "rows" if weight.group_size == -1 else f"groups of {weight.group_size}"
     shape = f"{weight.out_features}x{weight.in_features}"
     return f"{shape}, {weight.bits} bits, {group}, {grid}: {module.selection}"
-
-
-def status_bytes(field: str) -> int:
-    """A size from the kernel's account of this process; getrusage's peak has the parent's memory in it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(field + ":"))
-    return int(line.split()[1]) * STATUS_KIB
 
 
 def forget_peak() -> None:
