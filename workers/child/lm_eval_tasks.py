@@ -164,7 +164,7 @@ def summands(values: list[Any], mean: float) -> tuple[float, ...]:
 
 
 class AnsweredModel(TemplateLM):  # type: ignore[misc]  # lm-eval comes without types
-    """A model that lm-eval asks: it has the answers that were computed, and notes what is asked besides."""
+    """A model that lm-eval asks: it has the computed answers, or notes what is asked while there are none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
         """`longest` is the number of tokens that the model can read."""
@@ -182,9 +182,10 @@ class AnsweredModel(TemplateLM):  # type: ignore[misc]  # lm-eval comes without 
             raise ValueError(f"a continuation has {len(tokens)} tokens, the model reads {self.longest}")
         space = self.longest + 1 - len(tokens)
         request = Continuation(tuple(context)[-space:], tuple(tokens))
-        if request not in self.answers:
-            self.asked[request] = None
-        return self.answers.get(request, (0.0, False))
+        if self.answers:
+            return self.answers[request]  # a KeyError: lm-eval asks what it did not ask at first
+        self.asked[request] = None
+        return 0.0, False
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
         answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)

@@ -56,9 +56,7 @@ def write_tokenizer(gguf: Path, folder: Path) -> None:
         (Path(alone) / "model.gguf").symlink_to(gguf.absolute())
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
-        except (
-            Exception
-        ) as fault:  # what a file can hold is a matter of transformers, which raises what it likes
+        except Exception as fault:  # transformers raises what it likes of what a file can hold
             raise unsupported(gguf, f"{type(fault).__name__}: {fault}") from fault
     tokenizer.name_or_path = ""
     tokenizer.save_pretrained(folder)
