@@ -14,7 +14,7 @@ from app.core.child.job_child import JobChild
 from app.core.jobs.report import Report
 from tests.tiny_models import assignment, random_model, save_model, tiny_spec
 
-ABOVE = 1.2  # the base is a round figure, and counts the bundled texts
+ABOVE = 1.25  # the base is a round figure, and hosts differ: 1,226 and 1,239 MB were seen for one job
 LARGE = {"vocab_size": 49_152, "hidden_size": 256, "intermediate_size": 512}
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small": ({}, {}),

@@ -30,7 +30,8 @@ NETWORK = 5e7  # bytes/s from a hub or a bucket, assumed
 HASHING = 1e9  # bytes/s
 READING_BYTES = 8  # per weight, of looking for NaN and infinity
 
-BASE_RAM_BYTES = 720_000_000  # interpreter, torch, transformers, tokenizer, and what the heap holds back
+BASE_RAM_BYTES = 730_000_000  # interpreter, torch, transformers, tokenizer, and what the heap holds back
+WORKING_SLACK = 1.05  # pages that the allocator holds between tensors; hosts differ by 2 %
 TEXT_RAM_BYTES = 40_000_000  # more than that while the texts are tokenized, before any weight is read
 # Arrays of (tokens of a chunk, vocabulary) in float32 at once: the last chunk's two log-probabilities, its
 # probabilities and its terms, while the next chunk's logits become log-probabilities.
@@ -336,7 +337,8 @@ def working_bytes(plan: Plan, spec: JobSpec) -> int:
     outputs = max(models * text, text + models * task_tokens(spec) * channels)
     passing = 2 * 4 * layer + activations(plan, evaluation.num_samples, spec.evaluation_length)
     logits = LOGIT_ARRAYS * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size
-    return max(table + stored + states, calibrating, outputs + passing, outputs + table + max(stored, logits))
+    comparing = outputs + table + max(stored, logits)
+    return int(WORKING_SLACK * max(table + stored + states, calibrating, outputs + passing, comparing))
 
 
 def activations(plan: Plan, samples: int, length: int) -> int:
