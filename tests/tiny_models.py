@@ -22,6 +22,10 @@ from workers.child.work import JobTexts, Work, read_texts, with_checked_shapes
 TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
 TEXTS = TOKENIZER.parent.parent / "workers" / "texts" / "builtin" / "wikitext2"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FIRST_TYPES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "cohere", "opt", "gpt_neox",
+    "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3",
+)  # fmt: skip
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, **ALTERNATING}

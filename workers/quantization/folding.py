@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from app.core.planning.architectures import ScaleGroup
+from app.core.planning.family import ScaleGroup, text_settings
 from workers.quantization.scale_search import Fold, ScaleChoice
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads of the model."""
+    """How many heads config.json says that a model has, by key."""
 
-    query: int
-    key_value: int
+    settings: Mapping[str, object]
 
     @staticmethod
-    def of(config: dict[str, object]) -> Heads:
-        query = config["num_attention_heads"]
-        assert isinstance(query, int)
-        key_value = config.get("num_key_value_heads")
-        return Heads(query, key_value if isinstance(key_value, int) else query)
+    def of(config: Mapping[str, object]) -> Heads:
+        return Heads(text_settings(config))
+
+    def query(self, group: ScaleGroup) -> int:
+        """Those that the group's input has."""
+        count = self.settings[group.heads]
+        assert isinstance(count, int)
+        return count
+
+    def key_value(self, group: ScaleGroup) -> int:
+        """Those that its smooth layer gives."""
+        count = self.settings.get(group.shared_heads)
+        return count if isinstance(count, int) else self.query(group)
 
 
 @dataclass(frozen=True)
@@ -37,17 +44,31 @@ class SmoothRows:
 
 def smooth_rows(group: ScaleGroup, heads: Heads, rows: int, channels: int) -> SmoothRows:
     """Which of a smooth layer's `rows` feed the `channels` of the balance layers, and how often each."""
-    head_dim = channels // heads.query
+    if group.smooth_rows == "tiled":
+        return SmoothRows(slice(None), (1, channels // rows, rows) if rows != channels else None)
     count, head_shape = channels, None
-    key_value = rows // head_dim if group.smooth_rows == "all" else heads.key_value
-    if group.repeats_heads and key_value != heads.query:
-        count = key_value * head_dim
-        head_shape = (key_value, heads.query // key_value, head_dim)
-    if group.smooth_rows == "all":
-        return SmoothRows(slice(None), head_shape)
-    if group.smooth_rows == "last":
-        return SmoothRows(slice(rows - count, rows), head_shape)
-    return SmoothRows(torch.arange(rows).view(heads.query, -1)[:, -head_dim:].flatten(), head_shape)
+    if group.repeats_heads:
+        head_dim = channels // heads.query(group)
+        whole = group.smooth_rows == "all"
+        key_value = rows // head_dim if whole else heads.key_value(group)
+        if key_value != heads.query(group):
+            count = key_value * head_dim
+            head_shape = (key_value, heads.query(group) // key_value, head_dim)
+    match group.smooth_rows:
+        case "all":
+            return SmoothRows(slice(None), head_shape)
+        case "last":
+            return SmoothRows(slice(rows - count, rows), head_shape)
+        case "block":
+            assert group.block is not None
+            number, blocks = group.block
+            size = rows // blocks
+            return SmoothRows(slice(number * size, number * size + count), head_shape)
+    shares = head_shape[0] if head_shape is not None else heads.query(group)
+    head_dim = count // shares
+    each = torch.arange(rows).view(shares, -1)
+    chosen = each[:, -head_dim:] if group.smooth_rows == "last of each head" else each[:, :head_dim]
+    return SmoothRows(chosen.flatten(), head_shape)
 
 
 def smooth_rows_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup) -> SmoothRows:

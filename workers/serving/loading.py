@@ -65,7 +65,7 @@ class Loader:
         self.config = {**self.checkpoint.config}
         self.quantization = self.config.pop("quantization_config", None) or {}
         self.format_name = format_of(self.quantization) if self.quantization else None
-        self.architecture = architecture_of(self.config)
+        self.architecture = architecture_of(self.config, self.checkpoint.tensors)
         self.dtype = request.dtype or model_dtype(self.config, self.device)
         self.used: set[str] = set()
         self.kernels: Counter[str] = Counter()

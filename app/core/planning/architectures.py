@@ -1,339 +1,241 @@
-"""Decoder architectures as data: which linears share an input, and what precedes them.
-
-Names are those of checkpoints, relative to one decoder layer. Sources: the model classes and the weight
-conversions of transformers, and the mappings of AutoAWQ and llm-compressor as compared in their published
-code.
-"""
+"""A model family fitted to one model: of which kind each layer is, and where its tensors lie in the files."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
+
 from app.core.errors import ModelRefused
-from app.core.planning.layer_groups import (
+from app.core.formats.targets import FUSED_NAMES
+from app.core.planning.family import (
     EXPERT,
     LAYER_OUTPUT,
-    Architecture,
-    Condition,
     Experts,
+    Family,
+    LayerKind,
     ScaleGroup,
-    SmoothKind,
+    each_expert,
+    text_settings,
 )
+from app.core.planning.family_choice import family_of
+from app.core.sources.safetensors_header import TensorHeader
 
-__all__ = ["ARCHITECTURES", "LAYER_OUTPUT", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
+__all__ = ["LAYER_OUTPUT", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
 
-
-def attention_groups(
-    norm: str, joins: str | None, *, kind: SmoothKind = "norm", out: str = "o_proj"
-) -> tuple[ScaleGroup, ...]:
-    """q, k and v after a norm; the output projection after v."""
-    return (
-        ScaleGroup(
-            smooth_layer=norm,
-            smooth_kind=kind,
-            balance_layers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ),
-        ScaleGroup(
-            smooth_layer="self_attn.v_proj",
-            balance_layers=(f"self_attn.{out}",),
-            repeats_heads=True,
-            joins=joins,
-        ),
-    )
-
-
-def gated_groups(norm: str, joins: str | None, *, kind: SmoothKind = "norm") -> tuple[ScaleGroup, ...]:
-    """gate and up after a norm; down after up, which the activation does not touch."""
-    return (
-        ScaleGroup(smooth_layer=norm, smooth_kind=kind, balance_layers=("mlp.gate_proj", "mlp.up_proj")),
-        ScaleGroup(smooth_layer="mlp.up_proj", balance_layers=("mlp.down_proj",), joins=joins),
-    )
-
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-ATTENTION = attention_groups("input_layernorm", "post_attention_layernorm")
-DENSE = gated_groups("post_attention_layernorm", LAYER_OUTPUT)
-LLAMA_GROUPS = ATTENTION + DENSE
-# Norms stand between these groups' outputs and the stream.
-GEMMA_GROUPS = attention_groups("input_layernorm", None, kind="offset norm") + gated_groups(
-    "pre_feedforward_layernorm", None, kind="offset norm"
+EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)\d+(?=\.)", re.ASCII)
+LAYER_NUMBER = re.compile(
+    r"(?P<stack>(?:[^.]+\.)*?)(?P<last>[^.\d]+)\.(?P<number>\d+)\.(?P<local>.+)", re.ASCII
 )
-CURVED = "no scales: the activation function before it is not linear"
+# Stacks of layers that are not the decoder's.
+OTHER_STACKS = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|vit|mtp|encoder)", re.ASCII)
+MAX_EXPERTS = 4096
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # of config.json
 
 
-def llama_like(model_type: str, class_name: str, groups: tuple[ScaleGroup, ...]) -> Architecture:
-    return Architecture(model_type=model_type, class_name=class_name, groups=groups, fused=(QKV, GATE_UP))
+class Architecture(Family):
+    """A family with what the headers and config.json of one model say; `at` gives one layer's groups.
 
-
-PHI3 = Architecture(
-    model_type="phi3",
-    class_name="Phi3ForCausalLM",
-    groups=(
-        ScaleGroup(
-            smooth_layer="input_layernorm", smooth_kind="norm", balance_layers=("self_attn.qkv_proj",)
-        ),
-        ScaleGroup(
-            smooth_layer="self_attn.qkv_proj",
-            smooth_rows="last",
-            balance_layers=("self_attn.o_proj",),
-            repeats_heads=True,
-            joins="post_attention_layernorm",
-        ),
-        ScaleGroup(
-            smooth_layer="post_attention_layernorm", smooth_kind="norm", balance_layers=("mlp.gate_up_proj",)
-        ),
-        ScaleGroup(
-            smooth_layer="mlp.gate_up_proj",
-            smooth_rows="last",
-            balance_layers=("mlp.down_proj",),
-            joins=LAYER_OUTPUT,
-        ),
-    ),
-)
-
-# One norm feeds attention and MLP, which run side by side.
-COHERE = Architecture(
-    model_type="cohere",
-    class_name="CohereForCausalLM",
-    groups=(
-        ScaleGroup(smooth_layer="input_layernorm", smooth_kind="norm", balance_layers=QKV + GATE_UP),
-        ScaleGroup(
-            smooth_layer="self_attn.v_proj",
-            balance_layers=("self_attn.o_proj",),
-            repeats_heads=True,
-            joins=LAYER_OUTPUT,
-        ),
-        ScaleGroup(smooth_layer="mlp.up_proj", balance_layers=("mlp.down_proj",), joins=LAYER_OUTPUT),
-    ),
-    fused=(QKV, GATE_UP),
-    tied=True,
-)
-
-RELU = Condition(key="activation_function", values=("relu", None))
-OPT = Architecture(
-    model_type="opt",
-    class_name="OPTForCausalLM",
-    groups=(
-        *attention_groups("self_attn_layer_norm", "final_layer_norm", out="out_proj"),
-        ScaleGroup(smooth_layer="final_layer_norm", smooth_kind="norm", balance_layers=("fc1",)),
-        # A positive factor passes through ReLU, but through no other function.
-        ScaleGroup(smooth_layer="fc1", balance_layers=("fc2",), joins=LAYER_OUTPUT, only_if=RELU),
-        ScaleGroup(
-            balance_layers=("fc2",),
-            unscaled=CURVED,
-            joins=LAYER_OUTPUT,
-            only_if=RELU.model_copy(update={"negated": True}),
-        ),
-    ),
-    fused=(QKV,),
-    layers="model.decoder.layers",
-    embedding="model.decoder.embed_tokens",
-    final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
-    learned_positions=True,
-    tied=True,
-    presumes=(Condition(key="do_layer_norm_before", values=(True, None)),),
-)
-
-# query_key_value holds a head's q, k and v after another, head by head.
-GPT_NEOX = Architecture(
-    model_type="gpt_neox",
-    class_name="GPTNeoXForCausalLM",
-    groups=(
-        ScaleGroup(
-            smooth_layer="input_layernorm", smooth_kind="norm", balance_layers=("attention.query_key_value",)
-        ),
-        ScaleGroup(
-            smooth_layer="attention.query_key_value",
-            smooth_rows="last of each head",
-            balance_layers=("attention.dense",),
-        ),
-        ScaleGroup(
-            smooth_layer="post_attention_layernorm", smooth_kind="norm", balance_layers=("mlp.dense_h_to_4h",)
-        ),
-        ScaleGroup(balance_layers=("mlp.dense_4h_to_h",), unscaled=CURVED, joins=LAYER_OUTPUT),
-    ),
-    layers="gpt_neox.layers",
-    embedding="gpt_neox.embed_in",
-    final=("gpt_neox.final_layer_norm",),
-    stored_names=(("lm_head.", "embed_out."),),
-)
-
-
-def sparse_groups(experts: str, router: str, names: tuple[str, str, str]) -> tuple[ScaleGroup, ...]:
-    """gate and up of all experts after the norm that feeds the router too; down of each after its up."""
-    gate, up, down = names
-    return (
-        ScaleGroup(
-            smooth_layer="post_attention_layernorm",
-            smooth_kind="norm",
-            balance_layers=(f"{experts}.{EXPERT}.{gate}", f"{experts}.{EXPERT}.{up}"),
-            compensated=(router,),
-            observed=router,
-            blocks="experts",
-        ),
-        ScaleGroup(
-            smooth_layer=f"{experts}.{EXPERT}.{up}",
-            balance_layers=(f"{experts}.{EXPERT}.{down}",),
-            expert=f"{experts}.{EXPERT}",
-            blocks="experts",
-        ),
-    )
-
-
-SHARED_GATE_UP = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
-
-
-def with_shared_experts(groups: tuple[ScaleGroup, ...]) -> tuple[ScaleGroup, ...]:
-    """The groups of a sparse block of which some experts see every token."""
-    first, *others = groups
-    joined = first.model_copy(update={"balance_layers": first.balance_layers + SHARED_GATE_UP})
-    down = ScaleGroup(
-        smooth_layer=SHARED_GATE_UP[1],
-        balance_layers=("mlp.shared_experts.down_proj",),
-        joins=LAYER_OUTPUT,
-        blocks="experts",
-    )
-    return (joined, *others, down)
-
-
-def dense_only(groups: tuple[ScaleGroup, ...]) -> tuple[ScaleGroup, ...]:
-    return tuple(group.model_copy(update={"blocks": "dense"}) for group in groups)
-
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Servers hold the experts of a layer in one tensor.
-EXPERT_SET = tuple(f"mlp.experts.{EXPERT}.{name}" for name in PROJECTIONS)
-DENSE_MLP = dense_only(DENSE)
-MIXTRAL = Architecture(
-    model_type="mixtral",
-    class_name="MixtralForCausalLM",
-    groups=ATTENTION + sparse_groups("block_sparse_moe.experts", "block_sparse_moe.gate", ("w1", "w3", "w2")),
-    fused=(QKV, tuple(f"block_sparse_moe.experts.{EXPERT}.{name}" for name in ("w1", "w3", "w2"))),
-    stored_names=(("mlp.", "block_sparse_moe."),),
-    experts=Experts(module="mlp.experts", gate="w1", up="w3", down="w2", count_keys=("num_local_experts",)),
-)
-QWEN3_MOE = Architecture(
-    model_type="qwen3_moe",
-    class_name="Qwen3MoeForCausalLM",
-    groups=ATTENTION + DENSE_MLP + sparse_groups("mlp.experts", "mlp.gate", PROJECTIONS),
-    fused=(QKV, GATE_UP, EXPERT_SET),
-    experts=Experts(
-        module="mlp.experts",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        count_keys=("num_experts", "num_local_experts"),
-        dense_layers_key="mlp_only_layers",
-        step_key="decoder_sparse_step",
-    ),
-)
-
-LOW_RANK = Condition(key="q_lora_rank", values=(None,), negated=True)
-FULL_RANK = Condition(key="q_lora_rank", values=(None,))
-
-
-def latent_attention(first: tuple[str, ...], condition: Condition) -> ScaleGroup:
-    return ScaleGroup(
-        smooth_layer="input_layernorm",
-        smooth_kind="norm",
-        balance_layers=tuple(f"self_attn.{name}" for name in first),
-        only_if=condition,
-    )
-
-
-# Keys and values, and in larger models queries, go through a projection of low rank with a norm of its own.
-# kv_b_proj holds a head's keys and values after another, head by head.
-DEEPSEEK_GROUPS = (
-    latent_attention(("q_a_proj", "kv_a_proj_with_mqa"), LOW_RANK),
-    latent_attention(("q_proj", "kv_a_proj_with_mqa"), FULL_RANK),
-    ScaleGroup(
-        smooth_layer="self_attn.q_a_layernorm",
-        smooth_kind="norm",
-        balance_layers=("self_attn.q_b_proj",),
-        only_if=LOW_RANK,
-    ),
-    ScaleGroup(
-        smooth_layer="self_attn.kv_a_layernorm", smooth_kind="norm", balance_layers=("self_attn.kv_b_proj",)
-    ),
-    ScaleGroup(
-        smooth_layer="self_attn.kv_b_proj",
-        smooth_rows="last of each head",
-        balance_layers=("self_attn.o_proj",),
-        joins="post_attention_layernorm",
-    ),
-    *DENSE_MLP,
-    *with_shared_experts(sparse_groups("mlp.experts", "mlp.gate", PROJECTIONS)),
-)
-
-
-def deepseek(model_type: str, class_name: str) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        class_name=class_name,
-        groups=DEEPSEEK_GROUPS,
-        fused=(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), GATE_UP, SHARED_GATE_UP, EXPERT_SET),
-        experts=Experts(
-            module="mlp.experts",
-            gate="gate_proj",
-            up="up_proj",
-            down="down_proj",
-            count_keys=("n_routed_experts",),
-            first_dense_key="first_k_dense_replace",
-        ),
-    )
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    architecture.model_type: architecture
-    for architecture in (
-        llama_like("llama", "LlamaForCausalLM", LLAMA_GROUPS),
-        llama_like("mistral", "MistralForCausalLM", LLAMA_GROUPS),
-        llama_like("qwen2", "Qwen2ForCausalLM", LLAMA_GROUPS),
-        llama_like("qwen3", "Qwen3ForCausalLM", LLAMA_GROUPS),
-        llama_like("gemma2", "Gemma2ForCausalLM", GEMMA_GROUPS).model_copy(
-            update={"attention": "eager", "tied": True}
-        ),
-        llama_like("gemma3_text", "Gemma3ForCausalLM", GEMMA_GROUPS).model_copy(update={"tied": True}),
-        PHI3,
-        COHERE,
-        OPT,
-        GPT_NEOX,
-        MIXTRAL,
-        QWEN3_MOE,
-        deepseek("deepseek_v2", "DeepseekV2ForCausalLM"),
-        deepseek("deepseek_v3", "DeepseekV3ForCausalLM"),
-    )
-}
-
-
-def architecture_of(config: dict[str, object]) -> Architecture:
-    """The architecture named by a model's config.json, with the groups that its settings leave.
-
-    Raises ModelRefused for one that is not in the table: a wrong mapping would go unnoticed.
+    `stored_layers` and `stored_root` are the names in the files of the module list and of the module around
+    it, `stored_heads` those that the head may have there. `to_find` is why the groups are those of another
+    model's function or of none, and are to be found by tracing when the job starts.
     """
-    model_type = config.get("model_type")
-    entry = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    classes = config.get("architectures")
-    if entry is None or (isinstance(classes, list) and classes and entry.class_name not in classes):
-        named = f"{model_type} ({', '.join(map(str, classes))})" if isinstance(classes, list) else model_type
-        raise ModelRefused(
-            f"the architecture {named} is not supported",
-            code="architecture_unsupported",
-            remedy=f"use a causal language model of one of: {', '.join(sorted(ARCHITECTURES))}",
-            param="model",
+
+    stored_layers: str
+    stored_heads: tuple[str, ...] = ()
+    num_experts: int = 0
+    layer_kinds: tuple[int, ...] = ()  # of the first layers; of later ones the last
+    to_find: str | None = None
+    groups: tuple[ScaleGroup, ...] = ()
+    fused: tuple[tuple[str, ...], ...] = ()  # linears that servers make one matrix of
+    experts: Experts | None = None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears that are quantized, in the order in which data meets them."""
+        return tuple(name for group in self.groups for name in group.balance_layers)
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the groups in steps, each of which reads outputs of earlier ones; experts are one."""
+        steps: list[tuple[int, ...]] = []
+        for index, group in enumerate(self.groups):
+            if group.expert is not None and self.groups[index - 1].expert is not None:
+                steps[-1] += (index,)
+            else:
+                steps.append((index,))
+        return tuple(steps)
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The possible names of the head's weights in checkpoints; the first that exists counts."""
+        shared = (self.checkpoint_name(self.embedding + ".weight"),) if self.tied else ()
+        return (*(f"{module}.weight" for module in self.head_modules), *shared)
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """Names of the head, in transformers and in checkpoints."""
+        return tuple(
+            dict.fromkeys((self.head, self.checkpoint_name(self.head + ".")[:-1], *self.stored_heads))
         )
-    for condition in entry.presumes:
-        if not condition.holds(config):
-            raise ModelRefused(
-                f"{model_type} with {condition.key}={config.get(condition.key)!r} is not supported",
-                code="architecture_unsupported",
-                remedy=f"use a model whose {condition.key} is {condition.values[0]!r}",
-                param="model",
-            )
-    groups = tuple(g for g in entry.groups if g.only_if is None or g.only_if.holds(config))
-    fitted: dict[str, object] = {
-        "groups": groups,
-        "tied": bool(config.get("tie_word_embeddings", entry.tied)),
-    }
-    if entry.experts is not None:
-        fitted |= entry.experts.fitted(config)
-    return entry.model_copy(update=fitted)
+
+    def layer_prefix(self, layer: int) -> str:
+        """Of the layer's tensors in checkpoints."""
+        return f"{self.stored_layers}.{layer}."
+
+    def kind(self, layer: int) -> LayerKind:
+        return self.kinds[self.layer_kinds[layer] if layer < len(self.layer_kinds) else 0]
+
+    def at(self, layer: int) -> Architecture:
+        """The architecture with the groups of this layer."""
+        kind = self.kind(layer)
+        groups, fused = expanded(kind, self.num_experts if kind.experts is not None else 0)
+        return self.model_copy(update={"groups": groups, "fused": fused, "experts": kind.experts})
+
+    def has_experts(self, layer: int) -> bool:
+        return self.kind(layer).experts is not None
+
+    def fused_set(self, linear: str) -> tuple[str, ...]:
+        """The linears of a layer that must share one scheme with this one, itself included."""
+        return next((names for names in self.fused if linear in names), (linear,))
+
+    def stored_name(self, name: str) -> str:
+        """The name in checkpoints of a parameter or module within a layer, or of one outside of them."""
+        for inside, stored in self.stored_names:
+            if name.startswith(inside):
+                return stored + name.removeprefix(inside)
+        return name
+
+    def checkpoint_name(self, name: str) -> str:
+        """As `stored_name` for a full name of transformers."""
+        layers = self.layers + "."
+        if name.startswith(layers):
+            number, _, local = name.removeprefix(layers).partition(".")
+            return f"{self.stored_layers}.{number}.{self.stored_name(local)}"
+        inside, stored = self.roots
+        if inside != stored and name.startswith(inside):
+            return stored + name.removeprefix(inside)
+        return self.stored_name(name)
+
+    @cached_property
+    def roots(self) -> tuple[str, str]:
+        """Prefixes of what lies beside the layers, in transformers and in checkpoints."""
+        inside, stored = (path.rpartition(".")[0] for path in (self.layers, self.stored_layers))
+        return inside + ".", stored + "." if stored else ""
+
+    def module_name(self, name: str) -> str:
+        """The name in transformers of a module within a layer of a checkpoint."""
+        for inside, stored in self.stored_names:
+            if name.startswith(stored):
+                return inside + name.removeprefix(stored)
+        return name
+
+
+@cache
+def expanded(kind: LayerKind, experts: int) -> tuple[tuple[ScaleGroup, ...], tuple[tuple[str, ...], ...]]:
+    """The groups of a layer, and its sets of linears that servers make one matrix of.
+
+    Such are linears of one module that read one input, by their names where those say it, and all experts of
+    a layer.
+    """
+    groups = tuple(group for template in kind.groups for group in template.expanded(experts))
+    together: dict[str, list[str]] = {}
+    for number, template in enumerate(kind.groups):
+        for name in template.balance_layers:
+            parent, _, last = name.rpartition(".")
+            whole = f"{number} {parent} {FUSED_NAMES.get(last)}"
+            together.setdefault(name.partition(f".{EXPERT}")[0] if EXPERT in name else whole, []).append(name)
+    sets = (each_expert(tuple(names), experts) for names in together.values())
+    return groups, tuple(names for names in sets if len(names) > 1)
+
+
+def architecture_of(
+    config: Mapping[str, object], tensors: Mapping[str, TensorHeader], family: Family | None = None
+) -> Architecture:
+    """The architecture of a model by its config.json and headers; `family` if it was found by tracing.
+
+    Raises ModelRefused for one that can't be quantized.
+    """
+    to_find = None
+    if family is None:
+        family, to_find = family_of(config, tensors)
+    stored_layers = stored_stack(family, tensors)
+    layers = layer_modules(stored_layers, tensors)
+    tied = config.get("tie_word_embeddings", text_settings(config).get("tie_word_embeddings"))
+    suffix = f".{family.head.rpartition('.')[2]}.weight"
+    return Architecture.model_validate(
+        {
+            **{key: getattr(family, key) for key in Family.model_fields},
+            "tied": family.tied if tied is None else bool(tied),
+            "stored_layers": stored_layers,
+            "stored_heads": tuple(name[: -len(".weight")] for name in tensors if name.endswith(suffix)),
+            "num_experts": claimed_experts(family, config) or count_experts(layers, stored_layers, tensors),
+            "layer_kinds": tuple(kinds_of_layers(family, layers)),
+            "to_find": to_find,
+        }
+    )
+
+
+def stored_stack(family: Family, tensors: Mapping[str, TensorHeader]) -> str:
+    """The name in the files of the module list of the decoder layers."""
+    expected, last = family.layers, family.layers.rpartition(".")[2]
+    stacks: Counter[str] = Counter()
+    for name in tensors:
+        if name.startswith(expected + "."):
+            return expected
+        match = LAYER_NUMBER.fullmatch(name)
+        if match and match["last"] == last and not OTHER_STACKS.search(match["stack"]):
+            stacks[match["stack"] + last] += 1
+    return stacks.most_common(1)[0][0] if stacks else expected
+
+
+def layer_modules(stored_layers: str, tensors: Mapping[str, TensorHeader]) -> dict[int, set[str]]:
+    """The modules with tensors in each layer, all experts under one name."""
+    layers: dict[int, set[str]] = {}
+    for name in tensors:
+        if name.startswith(stored_layers + "."):
+            number, _, local = name.removeprefix(stored_layers + ".").partition(".")
+            if number.isdecimal() and len(number) < 7:
+                module = EXPERT_NUMBER.sub(EXPERT, local).rpartition(".")[0]
+                layers.setdefault(int(number), set()).add(module)
+    return layers
+
+
+def kinds_of_layers(family: Family, layers: Mapping[int, set[str]]) -> Iterator[int]:
+    """The number of each layer's kind: the one whose linears it has, else the one with most of them."""
+    linears = [set(kind.linears) for kind in family.kinds]
+    every = set().union(*linears)
+    by_names: dict[frozenset[str], int] = {}
+    for number in range(max(layers, default=-1) + 1):
+        names = frozenset(layers.get(number, set()) & every)
+        if names not in by_names:
+            by_names[names] = min(range(len(linears)), key=lambda kind: len(linears[kind] ^ names))
+        yield by_names[names]
+
+
+def claimed_experts(family: Family, config: Mapping[str, object]) -> int | None:
+    """How many experts config.json says that a block has. Raises ModelRefused for an impossible number."""
+    settings = text_settings(config)
+    key = next((key for key in EXPERT_COUNTS if settings.get(key) is not None), None)
+    if key is None or all(kind.experts is None for kind in family.kinds):
+        return None
+    count = settings[key]
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MAX_EXPERTS:
+        raise ModelRefused(
+            f"config.json: {key} is {str(count)[:100]!r}, expected a number of experts up to {MAX_EXPERTS}",
+            code="config_invalid", remedy="restore the model's original config.json", param="model",
+        )  # fmt: skip
+    return count
+
+
+def count_experts(
+    layers: Mapping[int, set[str]], stored_layers: str, tensors: Mapping[str, TensorHeader]
+) -> int:
+    """How many experts the files have, by the largest number."""
+    sparse = next((n for n, names in layers.items() if any(EXPERT in name for name in names)), None)
+    if sparse is None:
+        return 0
+    prefix = f"{stored_layers}.{sparse}."
+    matches = (EXPERT_NUMBER.search(name) for name in tensors if name.startswith(prefix))
+    return min(MAX_EXPERTS, 1 + max(int(match[0]) for match in matches if match and len(match[0]) < 7))

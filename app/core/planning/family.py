@@ -6,7 +6,12 @@ job can be planned without torch. Names within a layer are those of checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Literal
+
+from pydantic import Field
 
 from app.core.records.specs import Frozen
 
@@ -126,5 +131,28 @@ class Family(Frozen):
     attention: Literal["sdpa", "eager"] = "sdpa"  # of transformers; some models have no fast one
     learned_positions: bool = False  # a table: it ends
     stored_names: tuple[tuple[str, str], ...] = ()
-    settings: dict[str, Setting] = {}  # of config.json, by dotted key, under which the kinds were found
+    settings: dict[str, Setting] = Field(default={})  # of config.json, by dotted key, under which the kinds were found
     kinds: tuple[LayerKind, ...] = ()
+
+
+FAMILIES = Path(__file__).parent / "families"
+
+
+def text_settings(config: Mapping[str, object]) -> dict[str, object]:
+    """The settings of the language model: wrappers of several kinds of input have them in `text_config`."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else {**config}
+
+
+@cache
+def known_family(model_type: str) -> Family | None:
+    """The family of the checked-in file."""
+    path = FAMILIES / f"{model_type}.json"
+    if model_type not in known_types():
+        return None
+    return Family.model_validate_json(path.read_bytes())
+
+
+@cache
+def known_types() -> frozenset[str]:
+    return frozenset(path.stem for path in FAMILIES.glob("*.json"))

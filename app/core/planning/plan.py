@@ -14,6 +14,7 @@ from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.formats.file_format import ModuleSchemes, Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
+from app.core.planning.family import Family, text_settings
 from app.core.records.specs import Frozen, GroupSize, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
@@ -24,6 +25,8 @@ TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multi
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 # Values of `quantization_config.quant_method` in which models are originally published.
 PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
+# Of config.json: to how many experts a token goes.
+ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -77,14 +80,20 @@ class Plan(Frozen):
     notes: tuple[str, ...] = ()  # the choices included
 
 
-def plan_job(spec: JobSpec, config: dict[str, object], tensors: dict[str, TensorHeader]) -> Plan:
-    """The plan of a job.
+def plan_job(
+    spec: JobSpec,
+    config: dict[str, object],
+    tensors: dict[str, TensorHeader],
+    family: Family | None = None,
+) -> Plan:
+    """The plan of a job; `family` if it was found by tracing.
 
     Raises ModelRefused if the model can't be quantized at all, RecipeUnsupported if this recipe can't be
     applied to it or a requested format can't hold the outcome.
     """
-    architecture = architecture_of(config)
     refuse_quantized(config)
+    architecture = architecture_of(config, tensors, family)
+    config = text_settings(config)
     num_layers = positive_integer(config, "num_hidden_layers")
     shapes = linear_shapes(architecture, num_layers, tensors)
     refuse_without_head(architecture, tensors)
@@ -166,6 +175,8 @@ def plan_notes(
     spec: JobSpec, architecture: Architecture, candidates: tuple[CandidatePlan, ...]
 ) -> Iterator[str]:
     """Notes for the caller that are no reason to refuse."""
+    if architecture.to_find is not None:
+        yield architecture.to_find
     for index, candidate in enumerate(candidates):
         recipe = candidate.recipe
         if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
@@ -219,14 +230,8 @@ def positive_integer(config: dict[str, object], key: str) -> int:
 
 def routed_share(architecture: Architecture, config: dict[str, object]) -> float:
     """Experts per token as a share of all experts; 1 without any."""
-    if architecture.experts is None:
-        return 1.0
-    keys = architecture.experts.count_keys
-    count = next((config[key] for key in keys if config.get(key)), None)
-    chosen = config.get("num_experts_per_tok")
-    if not isinstance(count, int) or not isinstance(chosen, int) or not 0 < chosen <= count:
-        return 1.0
-    return chosen / count
+    count, chosen = architecture.num_experts, next((config[key] for key in ROUTED if key in config), None)
+    return chosen / count if isinstance(chosen, int) and 0 < chosen <= count else 1.0
 
 
 def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]) -> int:
@@ -397,7 +402,7 @@ def full_precision_modules(
 ) -> tuple[str, ...]:
     """The head by all of its names, and every matrix of the files that no recipe quantizes: routers,
     projections beside the layers (OPT), layers beyond those of config.json (drafts of further tokens)."""
-    head = ("lm_head", architecture.head, architecture.stored_name(architecture.head + ".")[:-1])
+    head = ("lm_head", *architecture.head_modules)
     matrices = (
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
@@ -518,8 +523,9 @@ def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ..
 
 def layer_number(architecture: Architecture, name: str) -> int | None:
     """The decoder layer that a tensor belongs to."""
-    number = name.removeprefix(architecture.layers + ".").partition(".")[0]
-    return int(number) if name.startswith(architecture.layers + ".") and number.isdecimal() else None
+    stack = architecture.stored_layers + "."
+    number = name.removeprefix(stack).partition(".")[0]
+    return int(number) if name.startswith(stack) and number.isdecimal() else None
 
 
 def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:

@@ -9,9 +9,10 @@ import pytest
 
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS
-from app.core.planning.architectures import ARCHITECTURES, architecture_of
+from app.core.planning.family import LayerKind, each_expert, known_family
 from app.core.planning.plan import CandidatePlan, plan_job
 from app.core.sources.safetensors_header import TensorHeader
+from tests.tiny_models import FIRST_TYPES
 from tests.unit.app.core.planning.headers import asked, header
 from tests.unit.workers.formats.loaders import (
     awq_server,
@@ -41,19 +42,26 @@ RECIPES: dict[str, dict[str, Any]] = {
 OUTSIDE = ("model.embed_vision.embedding_projection", "mtp.fc", "v_head.summary")
 
 
+def kind_of(kinds: tuple[LayerKind, ...], *, sparse: bool) -> LayerKind:
+    """The first layers' or the later ones', with queries of low rank where the family has them."""
+    ranked = [kind for kind in kinds if "self_attn.q_a_proj" in kind.linears] or list(kinds)
+    return next((kind for kind in ranked if (kind.experts is not None) is sparse), ranked[0])
+
+
 def model(model_type: str) -> tuple[dict[str, object], dict[str, TensorHeader]]:
     """Config and headers with a layer beyond the config's, as drafts of further tokens are stored."""
     config: dict[str, object] = {
         "model_type": model_type, "num_hidden_layers": LAYERS, "hidden_size": 64, "vocab_size": 100,
         "tie_word_embeddings": True, "q_lora_rank": 8, "num_nextn_predict_layers": 1, **EXPERTS,
     }  # fmt: skip
-    architecture = architecture_of(config)
-    names = [architecture.embedding, *OUTSIDE]
+    family = known_family(model_type)
+    assert family is not None
+    names = [family.embedding, *OUTSIDE]
     for layer in range(LAYERS + 1):
-        fitted, prefix = architecture.at(layer), architecture.layer_prefix(layer)
-        names += [prefix + name for name in fitted.linears]
-        names += [prefix + router for group in fitted.groups for router in group.compensated]
-    beyond = architecture.layer_prefix(LAYERS)
+        kind, prefix = kind_of(family.kinds, sparse=layer > 0), f"{family.layers}.{layer}."
+        names += [prefix + name for name in each_expert(kind.linears, 3)]
+        names += [prefix + router for group in kind.groups for router in group.compensated]
+    beyond = f"{family.layers}.{LAYERS}."
     names += [beyond + name for name in ("eh_proj", "shared_head.head", "embed_tokens")]
     return config, {name + ".weight": header((64, 64)) for name in names}
 
@@ -63,11 +71,16 @@ def candidate(model_type: str, name: str, recipe: str) -> CandidatePlan:
     return plan_job(spec, *model(model_type)).candidates[0]
 
 
+def has_experts(model_type: str) -> bool:
+    family = known_family(model_type)
+    return family is not None and any(kind.experts is not None for kind in family.kinds)
+
+
 CASES = [
     (model_type, recipe)
-    for model_type, architecture in ARCHITECTURES.items()
+    for model_type in FIRST_TYPES
     for recipe in RECIPES
-    if "experts" not in recipe or architecture.experts is not None
+    if "experts" not in recipe or has_experts(model_type)
 ]
 EVERY = pytest.mark.parametrize(("model_type", "recipe"), CASES)
 
@@ -134,7 +147,9 @@ def test_compressed_tensors(model_type: str, recipe: str) -> None:
         for name, scheme in wholes(schemes, fused).items():
             for listed in (fused, {}):  # most classes of SGLang and vLLM's of drafts list no fused matrices
                 assert ct_server(entry, name, listed, suffix=suffix) == scheme, name
-    experts = ARCHITECTURES[model_type].experts
+    family = known_family(model_type)
+    assert family is not None
+    experts = kind_of(family.kinds, sparse=True).experts
     for module, scheme in expert_sets(schemes).items():
         assert experts is not None
         for leaf in {experts.gate, experts.up, experts.down}:

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from app.core.formats.file_format import Scheme
-from app.core.planning.architectures import ARCHITECTURES, architecture_of
+from app.core.planning.architectures import architecture_of
+from app.core.planning.family import known_family, known_types
 from app.core.records.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
@@ -26,15 +27,17 @@ RECIPE = Recipe(group_size=32, search=SearchSpec(grid_points=4))
 
 def decoder_of(folder: Path) -> Decoder:
     checkpoint = Checkpoint(folder)
-    return Decoder(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"), torch.float32)
+    return Decoder(
+        checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), torch.device("cpu"), torch.float32
+    )
 
 
 @torch.no_grad()
 def streamed_logits(decoder: Decoder) -> list[Tensor]:
-    states, arguments = decoder.start(BATCHES)
+    states, calls = decoder.start(BATCHES)
     for index in range(decoder.num_layers):
         with decoder.layer(index, decoder.layer_weights(index)) as layer:
-            states = [decoder.advance(layer, batch, arguments[batch.shape[0]][index]) for batch in states]
+            states = [calls.of(number, index)(layer, batch) for number, batch in enumerate(states)]
     with decoder.head() as head:
         return [head(batch) for batch in states]
 
@@ -56,16 +59,10 @@ def layer_task(decoder: Decoder, run: CalibrationPass, layer: int) -> tuple[Laye
     return task, statistics.probe
 
 
-def test_the_table_is_covered() -> None:
-    tested = {model_type for model_type, _ in OTHER_MODELS.values()}
-    assert tested | {"llama", "mistral", "qwen2", "qwen3"} == set(ARCHITECTURES)
-
-
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", sorted(known_types()))
 def test_a_silent_config_ties_the_head_as_transformers_does(model_type: str) -> None:
-    architecture = architecture_of({"model_type": model_type, "n_routed_experts": 1, "num_experts": 1,
-                                    "num_local_experts": 1})  # fmt: skip
-    assert architecture.tied == AutoConfig.for_model(model_type).tie_word_embeddings
+    config = AutoConfig.for_model(model_type)
+    assert architecture_of({"model_type": model_type}, {}).tied == bool(config.tie_word_embeddings)
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
@@ -107,11 +104,12 @@ def test_scales_of_the_search_keep_the_function(tmp_path: Path, name: str) -> No
 def test_scales_of_an_offset_norm_are_exact_in_its_dtype(dtype: torch.dtype) -> None:
     weights = {"norm.weight": (0.3 * torch.randn(64)).to(dtype).float(), "fed.weight": torch.randn(8, 64)}
     group = (
-        ARCHITECTURES["gemma2"]
+        known_family("gemma2")
+        .kinds[0]
         .groups[0]
         .model_copy(update={"smooth_layer": "norm", "balance_layers": ("fed",)})
     )
-    fold = fold_of(weights, Heads(1, 1), group, dtype)
+    fold = fold_of(weights, Heads({"num_attention_heads": 1}), group, dtype)
     scales = fold.representable(torch.linspace(0.2, 5, 64))
     stored = (1 + weights["norm.weight"]) / scales - 1
     torch.testing.assert_close(stored.to(dtype).float(), stored, rtol=0, atol=1e-6)
@@ -124,7 +122,7 @@ def test_the_check_of_a_fold_bears_half_precision(tmp_path: Path, name: str) -> 
     model_type, changes = OTHER_MODELS[name]
     model = random_model(model_type, torch.bfloat16, **changes)  # type: ignore[arg-type]
     checkpoint = Checkpoint(save_model(model, tmp_path))
-    architecture = architecture_of(checkpoint.config)
+    architecture = architecture_of(checkpoint.config, checkpoint.tensors)
     decoder = Decoder(checkpoint, architecture, torch.device("cpu"), torch.bfloat16)
     run = CalibrationPass(decoder, [some_tokens(2, 64)])
     for layer in range(2):

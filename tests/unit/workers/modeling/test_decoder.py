@@ -42,15 +42,15 @@ CASES = {
 
 def decoder_of(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     checkpoint = Checkpoint(folder)
-    return Decoder(checkpoint, architecture_of(checkpoint.config), CPU, dtype)
+    return Decoder(checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), CPU, dtype)
 
 
 @torch.no_grad()
 def streamed_logits(decoder: Decoder, batches: list[Tensor]) -> list[Tensor]:
-    states, arguments = decoder.start(batches)
+    states, calls = decoder.start(batches)
     for index in range(decoder.num_layers):
         with decoder.layer(index, decoder.layer_weights(index)) as layer:
-            states = [decoder.advance(layer, batch, arguments[batch.shape[0]][index]) for batch in states]
+            states = [calls.of(number, index)(layer, batch) for number, batch in enumerate(states)]
     with decoder.head() as head:
         return [head(batch) for batch in states]
 

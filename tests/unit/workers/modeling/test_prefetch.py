@@ -71,7 +71,7 @@ def test_evaluating_with_read_ahead_gives_the_same_states(
 ) -> None:
     """Layer by layer, in each layer model by model: that order is what may be read ahead."""
     checkpoint = Checkpoint(tiny_model(tmp_path / "model"))
-    decoder = Decoder(checkpoint, architecture_of(checkpoint.config), CPU, torch.float32)
+    decoder = Decoder(checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), CPU, torch.float32)
     order: list[tuple[str, int]] = []
 
     def model(name: str, factor: float, layer: int) -> dict[str, Tensor]:

@@ -24,7 +24,9 @@ BATCHES = [some_tokens(3, 40, 0), some_tokens(2, 40, 1)]
 
 def decoder_of(folder: Path) -> Decoder:
     checkpoint = Checkpoint(folder)
-    return Decoder(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"), torch.float32)
+    return Decoder(
+        checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), torch.device("cpu"), torch.float32
+    )
 
 
 def inputs_of(model: PreTrainedModel, linear: str) -> Tensor:

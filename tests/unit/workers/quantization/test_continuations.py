@@ -47,7 +47,9 @@ def by_transformers(model: PreTrainedModel, request: Continuation) -> tuple[floa
 
 def decoder_of(folder: Path) -> Decoder:
     checkpoint = Checkpoint(folder)
-    return Decoder(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"), torch.float32)
+    return Decoder(
+        checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), torch.device("cpu"), torch.float32
+    )
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class LayerCase:
     def __init__(self, folder: Path) -> None:
         checkpoint = Checkpoint(folder)
         self.config = checkpoint.config
-        architecture = architecture_of(self.config)
+        architecture = architecture_of(self.config, checkpoint.tensors)
         decoder = Decoder(checkpoint, architecture, torch.device("cpu"), torch.float32)
         self.run = CalibrationPass(decoder, [some_tokens(4, 64, seed) for seed in range(2)])
         self.weights = {name: value.float() for name, value in decoder.layer_weights(0).items()}

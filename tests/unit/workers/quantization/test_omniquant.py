@@ -42,7 +42,12 @@ class LayerCase:
         model_type, changes = MODELS[name]
         save_model(random_model(model_type, **changes), folder)  # type: ignore[arg-type]
         checkpoint = Checkpoint(folder)
-        decoder = Decoder(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"), torch.float32)
+        decoder = Decoder(
+            checkpoint,
+            architecture_of(checkpoint.config, checkpoint.tensors),
+            torch.device("cpu"),
+            torch.float32,
+        )
         self.pair, self.run, self.dtype = (
             PairedPass(decoder, list(batches)),
             CalibrationPass(decoder, list(batches)),

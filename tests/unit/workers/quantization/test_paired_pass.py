@@ -25,7 +25,9 @@ MODELS = {"llama": ("llama", {}), "qwen2": ("qwen2", {}), **OTHER_MODELS}
 def paired(folder: Path, model_type: str = "llama", **changes: object) -> PairedPass:
     folder = save_model(random_model(model_type, **changes), folder)  # type: ignore[arg-type]
     checkpoint = Checkpoint(folder)
-    decoder = Decoder(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"), torch.float32)
+    decoder = Decoder(
+        checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), torch.device("cpu"), torch.float32
+    )
     return PairedPass(decoder, [some_tokens(2), some_tokens(2, seed=1)])
 
 
@@ -58,10 +60,10 @@ def test_groups_join_the_residual_stream_where_the_table_says(tmp_path: Path, na
                 run.decoder.layer(run.layer, weights) as module,
                 watching(module, architecture, [group]) as seen,
             ):
-                batch, arguments = run.own[0], run.called_with(run.own[0])
-                once = seen.run(module, {}, batch, arguments)
+                batch, call = run.own[0], run.call(0)
+                once = seen.run(module, {}, batch, call)
                 doubled = run.state_of(module, {**weights, key: 2 * weights[key]})
-                twice = seen.run(module, doubled, batch, arguments)
+                twice = seen.run(module, doubled, batch, call)
             added = once[group.source] @ weights[key].T
             assert group.joins is not None
             torch.testing.assert_close(twice[group.joins] - once[group.joins], added, rtol=1e-3, atol=1e-4)
@@ -105,9 +107,9 @@ def test_the_correction_brings_the_stream_nearer_to_the_original(
             run.decoder.layer(0, weights) as module,
             watching(module, run.decoder.architecture, [group]) as watched,
         ):
-            batch, arguments = run.own[0], run.called_with(run.own[0])
-            wanted = watched.run(module, {}, batch, arguments)
-            found = watched.run(module, run.state_of(module, mine), batch, arguments)
+            batch, call = run.own[0], run.call(0)
+            wanted = watched.run(module, {}, batch, call)
+            found = watched.run(module, run.state_of(module, mine), batch, call)
         assert group.joins is not None
         return float((wanted[group.joins] - found[group.joins]).square().mean())
 
@@ -121,7 +123,7 @@ def test_a_forward_pass_ends_where_nothing_more_is_needed(tmp_path: Path) -> Non
         for stage, whole in ((0, False), (1, False), (2, False), (3, True)):
             group = run.decoder.architecture.groups[stage]
             with watching(module, run.decoder.architecture, [group]) as seen:
-                found = seen.run(module, {}, run.own[0], run.called_with(run.own[0]))
+                found = seen.run(module, {}, run.own[0], run.call(0))
             assert (LAYER_OUTPUT in found) is whole
 
 

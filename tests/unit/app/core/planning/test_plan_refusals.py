@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.core.errors import ModelRefused, NibbleError, RecipeUnsupported
-from app.core.planning.architectures import ARCHITECTURES
+from app.core.planning.architectures import architecture_of
 from app.core.planning.plan import plan_job, refuse_without_head, window_notes
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec
 from app.core.sources.safetensors_header import TensorHeader
@@ -22,16 +22,48 @@ def refused(kind: type[NibbleError], spec: JobSpec | None = None, **config: obje
 
 
 @pytest.mark.parametrize("changes", [
-    {"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]},
-    {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+    {"model_type": "no_such_type", "architectures": ["NoSuchForCausalLM"]},
     {"model_type": None},
     {"model_type": ["llama"]},
+    {"model_type": "../llama"},
 ])  # fmt: skip
 def test_an_unknown_architecture_is_refused_with_the_list(changes: dict[str, object]) -> None:
     error = refused(ModelRefused, **changes)
     assert error.code == "architecture_unsupported"
-    assert "gpt_neox, llama, mistral" in error.remedy
+    assert ", llama, " in error.remedy
     assert str(changes["model_type"]) in error.message
+
+
+def test_another_class_of_a_known_type_is_refused_with_the_one_that_is_taken() -> None:
+    error = refused(ModelRefused, architectures=["LlamaForSequenceClassification"])
+    assert error.code == "architecture_unsupported"
+    assert "LlamaForSequenceClassification" in error.message
+    assert "LlamaForCausalLM" in error.remedy
+
+
+UNKNOWN = {"model_type": "gpt_j", "architectures": ["SomeForCausalLM"]}
+
+
+def test_a_type_that_transformers_has_is_planned_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.core.planning.family_choice.transformers_has", lambda _: True)
+    plan = planned(config=UNKNOWN)
+    names = {linear.name for linear in plan.candidates[0].linears}
+    assert names == {name.removesuffix(".weight") for name in tensors() if "_proj" in name}
+    assert any("found when the job starts" in note for note in plan.notes)
+    with pytest.raises(RecipeUnsupported, match=r"q_proj and .*k_proj would get different schemes"):
+        planned(asked(overrides=[{"match": "re:.*q_proj", "bits": 8}]), UNKNOWN)
+    with pytest.raises(ModelRefused) as refusal:
+        plan_job(asked(), {**CONFIG, **UNKNOWN}, {"model.embed_tokens.weight": header((1000, 192))})
+    assert refusal.value.code == "architecture_unsupported"
+
+
+def test_a_setting_under_which_nothing_was_traced_leaves_the_groups_open() -> None:
+    traced = {"model_type": "opt", "activation_function": "relu"}
+    assert architecture_of(traced, {}).to_find is None
+    assert architecture_of({"model_type": "opt"}, {}).to_find is None
+    to_find = architecture_of({**traced, "activation_function": "gelu"}, {}).to_find
+    assert to_find is not None
+    assert "activation_function is 'gelu'" in to_find
 
 
 @pytest.mark.parametrize(
@@ -96,10 +128,11 @@ def test_a_head_without_weights_is_refused_unless_it_is_tied() -> None:
 
 
 def test_a_head_is_known_by_its_other_name() -> None:
-    architecture = ARCHITECTURES["gpt_neox"]
-    refuse_without_head(architecture, {"embed_out.weight": header((1000, 192))})
+    with_head = {"embed_out.weight": header((1000, 192))}
+    without = {"gpt_neox.embed_in.weight": header((1000, 192))}
+    refuse_without_head(architecture_of({"model_type": "gpt_neox"}, with_head), with_head)
     with pytest.raises(ModelRefused, match=r"^lm_head\.weight or embed_out\.weight is missing"):
-        refuse_without_head(architecture, {"gpt_neox.embed_in.weight": header((1000, 192))})
+        refuse_without_head(architecture_of({"model_type": "gpt_neox"}, without), without)
 
 
 def test_a_claim_of_more_layers_than_there_are_is_refused_at_once() -> None:
@@ -304,7 +337,11 @@ def test_windows_beyond_the_models_positions() -> None:
     assert note.startswith("evaluation windows of 48 tokens are longer than")
     for each, section in ((spec, "calibration"), (own, "evaluation")):
         with pytest.raises(RecipeUnsupported) as refusal:
-            list(window_notes(each, ARCHITECTURES["opt"], {"max_position_embeddings": 32}))
+            list(
+                window_notes(
+                    each, architecture_of({"model_type": "opt"}, {}), {"max_position_embeddings": 32}
+                )
+            )
         assert (refusal.value.code, refusal.value.param) == (
             "sequence_too_long", f"{section}.sequence_length",
         )  # fmt: skip
