@@ -73,7 +73,7 @@ def solve_layers(
                     solver.solve(one, calibrated)
                 # Of several ranks none has all states.
                 late = time.monotonic() - saved > STATES_INTERVAL_S
-                if late and ranks.size == 1 and run.layer < num_layers:
+                if late and ranks.size == 1 and run.can_restore and run.layer < num_layers:
                     writer.put(partial(checkpoints.save_states, run.layer, list(run.states)))
                     saved = time.monotonic()
                 clock.progress(0.6 * (layer + 1) / num_layers, layer + 1)

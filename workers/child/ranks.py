@@ -147,7 +147,7 @@ def start_pass(
 ) -> CalibrationPass:
     """A rank's pass, brought before `layer` from the hidden states that were saved nearest to it."""
     run = CalibrationPass(work.decoder(), work.batches(calibration), ranks)
-    saved = checkpoints.latest_states(layer)
+    saved = checkpoints.latest_states(layer) if run.can_restore else None
     if saved is not None:
         run.restore(*saved)
     while run.layer < layer:

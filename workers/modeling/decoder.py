@@ -7,30 +7,49 @@ that alternate between layers are right without knowledge of the architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import split_experts
+from workers.modeling.layer_calls import ArgumentStore, LayerArguments, LayerCalls, LayerForm
 
-LayerArguments = dict[str, Any]
+CLASSES = (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+OUTPUTS = (0, 2, 1, 3)  # lengths of the tuples that layers may return, as they are tried; 0: no tuple
+
+
+class Unsuited(Exception):
+    """The model calls its layers in a way that can't be taken apart."""
 
 
 class Recorder(nn.Module):
-    """Replaces a decoder layer: records its arguments and returns the states unchanged."""
+    """Replaces a decoder layer: records its arguments and gives the states on, in the form of its family."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(
+        self, layer: nn.Module, number: int, form: LayerForm, before: Recorder | None = None
+    ) -> None:
         super().__init__()
-        self._layer = (layer,)  # in a tuple: not a submodule, it has no weights yet
+        self._layer, self._before = (layer,), (before,)  # in tuples: not submodules
+        self.number, self.form = number, form
         self.states: Tensor | None = None
         self.arguments: LayerArguments = {}
 
@@ -40,36 +59,67 @@ class Recorder(nn.Module):
         except AttributeError:
             return getattr(self._layer[0], name)
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.states, self.arguments = hidden_states, arguments
-        return hidden_states
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        if self.states is not None:
+            raise Unsuited(f"layer {self.number} is called more than once")
+        self.states, self.arguments = arguments_by_name(self._layer[0], arguments, named)
+        before = self._before[0]
+        if before is not None and self.states is not before.states:
+            raise Unsuited(f"layer {self.number} does not get what layer {self.number - 1} returns")
+        return self.form.output(self.states, self.number)
 
 
-class Final(nn.Module):
-    """Replaces all modules before the head: returns the given states after the final norm."""
+def arguments_by_name(
+    layer: nn.Module, arguments: tuple[Any, ...], named: LayerArguments
+) -> tuple[Tensor, LayerArguments]:
+    """The states that a layer is called with, and its other arguments."""
+    parameters = inspect.signature(layer.forward).parameters.values()
+    by_position = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    if len(arguments) > len(by_position):
+        raise Unsuited(f"{type(layer).__name__} has arguments without a name")
+    values = {**dict(zip(by_position, arguments, strict=False)), **named}
+    states = values.pop(by_position[0], None)
+    if not isinstance(states, Tensor):
+        raise Unsuited(f"{type(layer).__name__} does not get the states first")
+    return states, values
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+
+class Replay(Recorder):
+    """Replaces a decoder layer while the head runs: the first one returns the states after the last."""
+
+    after: Tensor | None = None
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        states, _ = arguments_by_name(self._layer[0], arguments, named)
+        return self.form.output(states if self.after is None else self.after, self.number)
+
+
+class Blank(nn.Module):
+    """Replaces an embedding while the head runs: zeros, as states come from elsewhere."""
+
+    def __init__(self, embedding: nn.Embedding, device: torch.device) -> None:
         super().__init__()
-        self.after_layers = nn.Sequential(*modules)
-        self.states: Tensor | None = None
+        self.weight = torch.empty(0, embedding.embedding_dim, dtype=embedding.weight.dtype, device=device)
 
-    def forward(self, *_tokens: Any, **_arguments: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.after_layers(self.states))
+    def forward(self, tokens: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
+        return self.weight.new_zeros(*tokens.shape, self.weight.shape[1])
 
 
 class Head(nn.Module):
-    """From hidden states to logits by the model's own class, which applies logit scales and caps."""
+    """From hidden states to logits by the model's own class: all of its forward pass but the layers."""
 
-    def __init__(self, model: nn.Module, final: Final) -> None:
+    def __init__(self, model: nn.Module, first: Replay) -> None:
         super().__init__()
-        self.model, self.final = model, final
+        self.model, self.first = model, first
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., tokens, hidden) to (..., tokens, vocabulary)."""
-        self.final.states = states if states.dim() == 3 else states[None]
-        tokens = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+        """(batch, tokens, …), or (tokens, …) of one row, to the same with the vocabulary as last axis."""
+        form = self.first.form
+        batch = states if states.dim() == form.axes else states[None]
+        self.first.after = form.inside(batch)
+        tokens = torch.zeros(batch.shape[:2], dtype=torch.long, device=states.device)
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        return logits if states.dim() == 3 else logits[0]
+        return logits if batch is states else logits[0]
 
 
 class Decoder:
@@ -83,36 +133,99 @@ class Decoder:
         self.model = empty_model(checkpoint.config, architecture, dtype)
         self.model.requires_grad_(requires_grad=False)
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
-        restore_buffers(self.model, device)
+        path = architecture.layers.rpartition(".")[0]
+        self.around, self.around_path = self.model.get_submodule(path), path + "." if path else ""
+        self.form: LayerForm | None = None
+        restore_buffers(self.model, device, layers=architecture.layers)
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     def start(
-        self, batches: list[Tensor], transform: Callable[[Tensor], Tensor] = lambda states: states
-    ) -> tuple[list[Tensor], dict[int, list[LayerArguments]]]:
-        """Hidden states before the first layer per batch, each as `transform` returns it, and each layer's
-        arguments by batch size."""
-        path, _, name = self.architecture.layers.rpartition(".")
-        base = self.model.get_submodule(path)
-        recorders = [Recorder(layer) for layer in self.layers]
-        states: list[Tensor] = []
-        arguments: dict[int, list[LayerArguments]] = {}
-        outside = [key for key in base.state_dict() if not key.startswith(f"{name}.")]
-        with self.loaded(base, path + ".", outside):
-            setattr(base, name, nn.ModuleList(recorders))
+        self,
+        batches: list[Tensor],
+        transform: Callable[[Tensor], Tensor] = lambda states: states,
+        further: Sequence[Tensor] = (),
+    ) -> tuple[list[Tensor], LayerCalls]:
+        """Hidden states before the first layer per batch, each as `transform` returns it, and what layers are
+        called with: for each batch, and after them for each of the `further` ones.
+
+        Raises ModelRefused for a model whose layers can't be run one by one.
+        """
+        states, store = [], ArgumentStore()
+        with self.loaded(self.around, self.around_path, self.outside()), self.without_head():
+            for number, batch in enumerate((*batches, *further)):
+                recorders = self.recorded(batch.to(self.device))
+                store.add(tuple(batch.shape), [recorder.arguments for recorder in recorders])
+                first = recorders[0].states
+                assert first is not None
+                assert self.form is not None
+                if number < len(batches):
+                    states.append(transform(self.form.outside(first)))
+        assert self.form is not None
+        return states, LayerCalls(store.recorded, self.form, self.device)
+
+    def outside(self) -> list[str]:
+        """The parameters beside the layers, in the module around them."""
+        inside = self.architecture.layers.rpartition(".")[2] + "."
+        return [key for key in self.around.state_dict() if not key.startswith(inside)]
+
+    def recorded(self, tokens: Tensor) -> list[Recorder]:
+        """The recorders after the model's own pass over the tokens; the first pass finds the layers' form."""
+        if self.form is not None:
+            return self.recorded_as(self.form, tokens)
+        why: Exception | None = None
+        for outputs in OUTPUTS:
             try:
-                for batch in batches:
-                    base(input_ids=batch.to(self.device), use_cache=False)
-                    first = recorders[0].states
-                    assert first is not None
-                    states.append(transform(first))
-                    if batch.shape[0] not in arguments:
-                        arguments[batch.shape[0]] = [recorder.arguments for recorder in recorders]
-            finally:
-                setattr(base, name, self.layers)
-        return states, arguments
+                recorders = self.recorded_as(LayerForm(outputs), tokens)
+                self.form = LayerForm(outputs, *axes_of(recorders[0].states, tokens))
+            except torch.OutOfMemoryError:
+                raise
+            except (Unsuited, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as fault:
+                why = why or fault
+            else:
+                return recorders
+        raise ModelRefused(
+            f"the layers of {self.architecture.class_name} can't be run one by one: "
+            f"{type(why).__name__}: {why}",
+            code="architecture_unsupported",
+            remedy="use a causal language model whose layers follow each other",
+            param="model",
+        ) from why
+
+    def recorded_as(self, form: LayerForm, tokens: Tensor) -> list[Recorder]:
+        """The recorders after a pass in which layers return their states in this form."""
+        recorders: list[Recorder] = []
+        for number, layer in enumerate(self.layers):
+            recorders.append(Recorder(layer, number, form, recorders[-1] if recorders else None))
+        with self.replaced(recorders):
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        if logits.shape[:2] != tokens.shape:
+            raise Unsuited(f"after the layers states are {tuple(logits.shape)}")
+        if recorders[-1].states is None:
+            raise Unsuited("not every layer is called")
+        return recorders
+
+    @contextmanager
+    def replaced(self, layers: Sequence[nn.Module]) -> Iterator[None]:
+        """The model with other layers."""
+        name = self.architecture.layers.rpartition(".")[2]
+        setattr(self.around, name, nn.ModuleList(layers))
+        try:
+            yield
+        finally:
+            setattr(self.around, name, self.layers)
+
+    @contextmanager
+    def without_head(self) -> Iterator[None]:
+        """The model with states in place of logits."""
+        head = self.model.get_submodule(self.architecture.head)
+        self.model.set_submodule(self.architecture.head, nn.Identity())
+        try:
+            yield
+        finally:
+            self.model.set_submodule(self.architecture.head, head)
 
     @contextmanager
     def loaded(
@@ -125,7 +238,8 @@ class Decoder:
 
         def placed(name: str) -> Tensor:
             value = weights[self.architecture.stored_name(name)] if weights else self.stored(prefix + name)
-            return value.to(self.device, self.dtype)  # the head as it is stored may go: it can be large
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            return value.to(self.device, dtype)  # the head as it is stored may go: it can be large
 
         state = {name: placed(name) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
@@ -161,32 +275,49 @@ class Decoder:
         with self.loaded(layer, "", list(layer.state_dict()), weights) as filled:
             yield filled
 
-    def advance(self, layer: nn.Module, states: Tensor, arguments: LayerArguments) -> Tensor:
-        """One decoder layer over one batch: (batch, tokens, hidden) in and out."""
-        output: Tensor | tuple[Tensor, ...] = layer(states, **arguments)
-        return output[0] if isinstance(output, tuple) else output
-
     @contextmanager
     def head(self) -> Iterator[nn.Module]:
-        """Final norm and language model head, as one module from hidden states to logits."""
-        path = self.architecture.layers.rpartition(".")[0]
-        base, head = self.model.get_submodule(path), self.model.get_submodule(self.architecture.head)
-        parts = {name: self.optional(name) for name in self.architecture.final}
-        final = Final([module for module in parts.values() if module is not None])
-        with ExitStack() as loaded:
-            for name, module in (*parts.items(), (self.architecture.head, head)):
-                if module is not None:
-                    loaded.enter_context(self.loaded(module, name + ".", list(module.state_dict())))
-            self.model.set_submodule(path, final)
-            try:
-                yield Head(self.model, final)
-            finally:
-                self.model.set_submodule(path, base)
+        """All that comes after the layers, as one module from hidden states to logits."""
+        if self.form is None:
+            self.start([torch.zeros(1, 2, dtype=torch.long)])
+        assert self.form is not None
+        replays = [Replay(layer, number, self.form) for number, layer in enumerate(self.layers)]
+        head, path = self.model.get_submodule(self.architecture.head), self.architecture.head
+        with ExitStack() as stack:
+            blanks = stack.enter_context(self.blank_embeddings())
+            names = [name for name in self.outside() if name.rpartition(".")[0] not in blanks]
+            stack.enter_context(self.loaded(self.around, self.around_path, names))
+            stack.enter_context(self.loaded(head, path + ".", list(head.state_dict())))
+            stack.enter_context(self.replaced(replays))
+            yield Head(self.model, replays[0])
 
-    def optional(self, path: str) -> nn.Module | None:
-        """A submodule that a model may do without."""
-        parent, _, name = path.rpartition(".")
-        return getattr(self.model.get_submodule(parent), name, None)
+    @contextmanager
+    def blank_embeddings(self) -> Iterator[list[str]]:
+        """The model without the embeddings beside its layers; yields their names."""
+        tables = {
+            name: module for name, module in self.around.named_modules()
+            if isinstance(module, nn.Embedding) and not self.is_inside(name)
+        }  # fmt: skip
+        for name, table in tables.items():
+            self.around.set_submodule(name, Blank(table, self.device))
+        try:
+            yield list(tables)
+        finally:
+            for name, table in tables.items():
+                self.around.set_submodule(name, table)
+
+    def is_inside(self, name: str) -> bool:
+        """Whether a module of the one around the layers is of a layer."""
+        return name.startswith(self.architecture.layers.rpartition(".")[2] + ".")
+
+
+def axes_of(states: Tensor | None, tokens: Tensor) -> tuple[int, int]:
+    """The axis of the batch, which that of the tokens follows, and the number of axes of states."""
+    assert states is not None
+    for axis in range(states.dim() - 2):
+        if states.shape[axis : axis + 2] == tokens.shape:
+            return axis, states.dim()
+    raise Unsuited(f"states are {tuple(states.shape)} for tokens {tuple(tokens.shape)}")
 
 
 def empty_model(raw: dict[str, Any], architecture: Architecture, dtype: torch.dtype) -> PreTrainedModel:
@@ -195,19 +326,46 @@ def empty_model(raw: dict[str, Any], architecture: Architecture, dtype: torch.dt
     Raises ModelRefused if the config's values give none.
     """
     try:
+        model_class = class_of(architecture)
+        config = text_config(raw)
+        if not isinstance(config, model_class.config_class):
+            config = config.get_text_config()
+        for each in (config, config.get_text_config()):
+            each.output_router_logits = False  # no layer stays to give any
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                text_config(raw), dtype=dtype, attn_implementation=architecture.attention
+            model: PreTrainedModel = model_class._from_config(
+                config, dtype=dtype, attn_implementation=architecture.attention
             )
+        for number, layer in enumerate(model.get_submodule(architecture.layers)):
+            experts = architecture.at(number).experts
+            if experts is not None:
+                split_experts(layer, experts)
+    except ModelRefused:
+        raise
     except Exception as fault:  # a config is code of transformers, which raises what it likes
         raise ModelRefused(
             f"config.json gives no model: {type(fault).__name__}: {fault}",
             code="config_invalid", remedy="restore the model's original config.json",
         ) from fault  # fmt: skip
-    if architecture.experts is not None:
-        for layer in model.get_submodule(architecture.layers):
-            split_experts(layer, architecture.experts)
     return model.eval()
+
+
+def class_of(architecture: Architecture) -> type[PreTrainedModel]:
+    """transformers' class by its name, which must be one of those that give text.
+
+    Raises ModelRefused for another.
+    """
+    names = chain.from_iterable(
+        (entry,) if isinstance(entry, str) else entry for classes in CLASSES for entry in classes.values()
+    )
+    if architecture.class_name not in names:
+        raise ModelRefused(
+            f"{architecture.class_name} is no class of transformers {transformers.__version__} "
+            "that gives text",
+            code="architecture_unsupported", remedy="use a causal language model", param="model",
+        )  # fmt: skip
+    found: type[PreTrainedModel] = getattr(transformers, architecture.class_name)
+    return found
 
 
 def text_config(raw: dict[str, Any]) -> PretrainedConfig:
@@ -216,13 +374,23 @@ def text_config(raw: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(raw["model_type"], **values)
 
 
-def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies, factors) are computed anew on the device."""
-    for module in model.modules():
+def restore_buffers(model: PreTrainedModel, device: torch.device, *, layers: str = "") -> None:
+    """Buffers that no checkpoint holds (rotary frequencies, factors) are computed anew on the device.
+
+    With the path of the decoder layers those of other models within a wrapper stay as they are.
+    """
+    owners: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        owner = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
+        owners[name] = owner
+        path = next(path for path, each in owners.items() if each is owner)
         lost = module._non_persistent_buffers_set
-        if lost:
-            for name in lost:
-                setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-            model._init_weights(module)
-            for name in lost:
-                setattr(module, name, getattr(module, name).to(device))
+        if not lost or not (path == "" or f"{layers or path}.".startswith(f"{path}.")):
+            continue
+        for key in lost:
+            if getattr(module, key) is not None:
+                setattr(module, key, torch.empty_like(getattr(module, key), device="cpu"))
+        owner._init_weights(module)
+        for key in lost:
+            if getattr(module, key) is not None:
+                setattr(module, key, getattr(module, key).to(device))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from app.core.planning.architectures import LAYER_OUTPUT
-from workers.modeling.decoder import Decoder, LayerArguments
+from workers.modeling.decoder import Decoder
+from workers.modeling.layer_calls import LayerArguments, LayerCall
 from workers.quantization.input_statistics import InputStatistics, LayerStatistics, collecting
 from workers.quantization.observation import References, reference_names, watching_names
 from workers.quantization.reduction import ALONE, Ranks
@@ -35,8 +36,7 @@ class CalibrationPass:
         self.on_host = exceeds_device(decoder, sum(batch.numel() for batch in batches))
         with torch.no_grad():
             # One window by itself, so that self-checks need not run a whole batch.
-            self.states, self.arguments = decoder.start([*batches, batches[0][:1]], self.stowed)
-            self.states.pop()
+            self.states, self.calls = decoder.start(batches, self.stowed, [batches[0][:1]])
 
     def stowed(self, states: Tensor) -> Tensor:
         """One batch's states, moved to where they wait."""
@@ -45,8 +45,13 @@ class CalibrationPass:
         host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
         return host.copy_(states, non_blocking=True)
 
+    @property
+    def can_restore(self) -> bool:
+        """Whether hidden states are all that a layer gets from those before it."""
+        return not self.calls.carries
+
     def restore(self, layer: int, states: list[Tensor]) -> None:
-        """Go on before `layer` with the hidden states saved there."""
+        """Go on before `layer` with the hidden states saved there, if the pass `can_restore`."""
         self.layer = layer
         self.states = [self.stowed(batch.to(self.decoder.device)) for batch in self.ranks.share(states)]
 
@@ -59,7 +64,8 @@ class CalibrationPass:
         """Advance by one layer that has these weights."""
         with self.decoder.layer(self.layer, weights) as module:
             for index, batch in enumerate(self.states):
-                self.states[index] = self.stowed(self.advance(module, batch))
+                states = batch.to(self.decoder.device, non_blocking=True)
+                self.states[index] = self.stowed(self.call(index)(module, states))
         self.layer += 1
 
     def collect(self, weights: dict[str, Tensor]) -> LayerStatistics:
@@ -83,7 +89,7 @@ class CalibrationPass:
         ):
             for index, batch in enumerate(self.states):
                 states = batch.to(self.decoder.device, non_blocking=True)
-                values = seen.reference(module, states, self.called_with(states))
+                values = seen.reference(module, states, self.call(index))
                 if advance:
                     self.states[index] = self.stowed(values[LAYER_OUTPUT].view_as(states))
                 if self.refers:
@@ -96,19 +102,29 @@ class CalibrationPass:
             for collector, group in zip(collectors, architecture.groups, strict=True)
         ]
 
-    def advance(self, module: torch.nn.Module, batch: Tensor) -> Tensor:
-        states = batch.to(self.decoder.device, non_blocking=True)
-        return self.decoder.advance(module, states, self.called_with(states))
+    def call(self, index: int) -> LayerCall:
+        """The present layer on a batch."""
+        return self.calls.of(index, self.layer)
 
-    def called_with(self, batch: Tensor) -> LayerArguments:
-        return self.arguments[batch.shape[0]][self.layer]
+    def probe_call(self, layer: int) -> LayerCall:
+        """A layer on the first window of the first batch.
+
+        A pass that did not come to the layer, as it serves such checks alone, is brought there if earlier
+        layers hand anything on.
+        """
+        carried: LayerArguments = {}
+        if self.calls.carries:
+            while self.layer < layer:
+                self.skip()
+            carried = self.calls.carried(0, layer, slice(0, 1), self.states[0].shape[0])
+        return self.calls.of(len(self.states), layer, carried)
 
 
 def exceeds_device(decoder: Decoder, num_tokens: int) -> bool:
     """Whether the hidden states of `num_tokens` would take too large a share of the GPU's free memory."""
     if decoder.device.type != "cuda":
         return False
-    size = num_tokens * decoder.model.config.hidden_size * decoder.dtype.itemsize
+    size = num_tokens * decoder.model.config.get_text_config().hidden_size * decoder.dtype.itemsize
     return bool(size > STATES_SHARE * torch.cuda.mem_get_info(decoder.device)[0])
 
 
@@ -122,12 +138,12 @@ def equivalence_error(
     router's near ties fall to other experts for some tokens, which says nothing about the fold: of layers
     with experts the quarter of the tokens that differ most is left out.
     """
-    inputs, expected = probe
+    (inputs, expected), call = probe, run.probe_call(layer)
     with run.decoder.layer(layer, folded) as module:
-        output = run.decoder.advance(module, inputs, run.arguments[1][layer])
+        output = call(module, inputs)
     errors = (output - expected).float().norm(dim=-1).flatten()
     changes = (expected - inputs).float().norm(dim=-1).flatten()  # without the residual
-    if run.decoder.architecture.has_experts(layer) and run.decoder.dtype != torch.float32:
+    if run.decoder.architecture.at(layer).experts is not None and run.decoder.dtype != torch.float32:
         alike = errors.argsort()[: -(-3 * len(errors) // 4)]
         errors, changes = errors[alike], changes[alike]
     return float(errors.norm() / changes.norm().clamp(min=1e-30))

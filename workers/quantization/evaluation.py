@@ -37,7 +37,8 @@ def final_states(
     batches: (batch, sequence_length) token ids each. On a GPU the next model's layer is read, and where it
     is packed unpacked, while the present one computes.
     """
-    first, arguments = decoder.start(batches)
+    first, calls = decoder.start(batches)
+    own_calls = [calls.fork() for _ in models]
     states = [list(first) for _ in models]
     layers = range(decoder.num_layers)
     reads = (partial(load_weights, layer) for layer in layers for load_weights in models)
@@ -46,8 +47,8 @@ def final_states(
             for model in range(len(models)):
                 with decoder.layer(layer, weights.take()) as module:
                     states[model] = [
-                        decoder.advance(module, batch, arguments[batch.shape[0]][layer])
-                        for batch in states[model]
+                        own_calls[model].of(index, layer)(module, batch)
+                        for index, batch in enumerate(states[model])
                     ]
             on_layer(layer)
     return states

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from app.core.planning.architectures import LAYER_OUTPUT, Architecture, ScaleGroup
-from workers.modeling.decoder import LayerArguments
+from workers.modeling.layer_calls import LayerCall
 
 References = list[dict[str, Tensor]]  # of each batch, by module: (tokens, C)
 
@@ -31,20 +30,17 @@ class Seen:
             raise Reached
 
     def run(
-        self, module: nn.Module, state: dict[str, Tensor], batch: Tensor, arguments: LayerArguments
+        self, module: nn.Module, state: dict[str, Tensor], batch: Tensor, call: LayerCall
     ) -> dict[str, Tensor]:
         """Inputs by name, and the layer's output if it was run to its end; `state` replaces its weights."""
         self.inputs = {}
-        try:
-            output = functional_call(module, state, (batch,), arguments)
-            self.inputs[LAYER_OUTPUT] = output[0] if isinstance(output, tuple) else output
-        except Reached:
-            pass
+        with suppress(Reached):
+            self.inputs[LAYER_OUTPUT] = call(module, batch, state)
         return {name: value.reshape(-1, value.shape[-1]).float() for name, value in self.inputs.items()}
 
-    def reference(self, module: nn.Module, batch: Tensor, arguments: LayerArguments) -> dict[str, Tensor]:
+    def reference(self, module: nn.Module, batch: Tensor, call: LayerCall) -> dict[str, Tensor]:
         """The same for the module's own weights, in the dtype of the states."""
-        values = self.run(module, {}, batch, arguments)
+        values = self.run(module, {}, batch, call)
         return {name: value.to(batch.dtype) for name, value in values.items()}
 
 

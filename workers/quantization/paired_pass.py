@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup
-from workers.modeling.decoder import Decoder, LayerArguments
+from workers.modeling.decoder import Decoder
+from workers.modeling.layer_calls import LayerArguments, LayerCall, rebuilt
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
 from workers.quantization.observation import References, reference_names, watching, watching_names
@@ -45,13 +46,14 @@ class PairedPass:
     def __init__(self, decoder: Decoder, batches: list[Tensor], ranks: Ranks = ALONE) -> None:
         self.decoder, self.layer, self.ranks = decoder, 0, ranks
         self.windows = [batch.shape[0] for batch in batches]  # of each batch of all ranks
+        self.size = min(STEP_WINDOWS, self.windows[0])  # of a lesson's parts
         self.references: References = []  # of the present layer, once it is observed
         self.run: CalibrationPass | None = None  # through the original model, one layer ahead
         with torch.no_grad():
-            self.original, self.arguments = decoder.start(ranks.share(batches))
-            self.size = min(STEP_WINDOWS, self.windows[0])
-            self.arguments = {**decoder.start([batches[0][: self.size]])[1], **self.arguments}
-        self.own = list(self.original)
+            sections = [batches[batch][first : first + self.size] for batch, first in self.lesson_sections()]
+            further = sections if ranks.is_first else []
+            self.original, self.calls = decoder.start(ranks.share(batches), further=further)
+        self.own, self.original_calls = list(self.original), self.calls.fork()
 
     @torch.no_grad()
     def advance(self, original: Weights, own: Weights) -> None:
@@ -61,12 +63,13 @@ class PairedPass:
             self.original[index] = values[LAYER_OUTPUT].view_as(self.original[index])
         with self.decoder.layer(self.layer, own) as module:
             for index, batch in enumerate(self.own):
-                self.own[index] = self.decoder.advance(module, batch, self.called_with(batch))
+                self.own[index] = self.call(index)(module, batch)
         self.layer += 1
 
     def read_from(self, run: CalibrationPass) -> None:
         """Take what the original gives from a pass that collects each layer before this one comes to it."""
         self.run, run.refers = run, True
+        self.original_calls = run.calls
 
     def referenced(self, original: Weights) -> References:
         """Of each batch in the original: what groups read or join, and the output; one run a layer."""
@@ -79,12 +82,14 @@ class PairedPass:
                 watching_names(module, architecture, reference_names(architecture)) as seen,
             ):
                 self.references = [
-                    seen.reference(module, batch, self.called_with(batch)) for batch in self.original
+                    seen.reference(module, batch, self.original_calls.of(index, self.layer))
+                    for index, batch in enumerate(self.original)
                 ]
         return self.references
 
-    def called_with(self, batch: Tensor) -> LayerArguments:
-        return self.arguments[batch.shape[0]][self.layer]
+    def call(self, index: int) -> LayerCall:
+        """The present layer of the copy on a batch."""
+        return self.calls.of(index, self.layer)
 
     @torch.no_grad()
     def observe(
@@ -98,8 +103,8 @@ class PairedPass:
         watched = [Drift(group, factor) for group, factor in zip(chosen, scales, strict=True)]
         references = self.referenced(original)
         with self.decoder.layer(self.layer, own) as module, watching(module, architecture, chosen) as seen:
-            for mine, theirs in zip(self.own, references, strict=True):
-                own_values = seen.run(module, {}, mine, self.called_with(mine))
+            for index, (mine, theirs) in enumerate(zip(self.own, references, strict=True)):
+                own_values = seen.run(module, {}, mine, self.call(index))
                 for drift in watched:
                     drift.add(theirs, own_values)
         for drift in watched:
@@ -116,8 +121,8 @@ class PairedPass:
             self.decoder.layer(self.layer, own) as module,
             collecting(module, architecture, self.ranks) as collectors,
         ):
-            for batch in self.own:
-                self.decoder.advance(module, batch, self.called_with(batch))
+            for index, batch in enumerate(self.own):
+                self.call(index)(module, batch)
         if not self.ranks.is_first:
             return []
         prefix = architecture.layer_prefix(self.layer)
@@ -128,6 +133,7 @@ class PairedPass:
     def lesson(self, original: Weights) -> Lesson:
         """The present layer's training data: states of the copy, and outputs of the original."""
         inputs, targets, sections = list[Tensor](), list[Tensor](), self.lesson_sections()
+        calls: list[LayerCall] = []
         references = self.referenced(original)
         for batch, start in sections:
             owner = self.ranks.owner(batch)
@@ -141,7 +147,34 @@ class PairedPass:
             for value, values in ((mine, inputs), (target, targets)):
                 self.ranks.bring(value, owner)
                 values.append(value)
-        return Lesson(inputs, targets, held_back(len(sections)), self.forward)
+            carried = self.brought(batch, start)
+            if self.ranks.is_first:
+                calls.append(self.calls.of(len(self.own) + len(calls), self.layer, carried))
+
+        def forward(weights: Mapping[str, Tensor], part: Tensor) -> Tensor:
+            number = next(number for number, each in enumerate(inputs) if each is part)
+            return self.forward(weights, part, calls[number])
+
+        return Lesson(inputs, targets, held_back(len(sections)), forward)
+
+    def brought(self, batch: int, start: int) -> LayerArguments:
+        """What other layers of the copy hand to the present one for a part of the lesson, on its owner's
+        rank and the first."""
+        owner, carries = self.ranks.owner(batch), bool(self.calls.carried_names[self.layer])
+        if not carries or self.ranks.rank not in (owner, 0):
+            return {}
+        mine = self.ranks.rank == owner
+        windows = slice(start, start + self.size) if mine else slice(0, self.size)
+        number = batch // self.ranks.size if mine else 0
+        values = self.calls.carried(number, self.layer, windows, self.own[number].shape[0])
+
+        def bring(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                leaf = leaf.clone(memory_format=torch.contiguous_format)
+                self.ranks.bring(leaf, owner)
+            return leaf
+
+        return {key: rebuilt(values[key], bring, {}) for key in sorted(values)}
 
     def lesson_sections(self) -> list[tuple[int, int]]:
         """Batch and first window of each part of the lesson: the first windows of the text that fit.
@@ -156,14 +189,10 @@ class PairedPass:
         learned = -(-LESSON_WINDOWS // self.size)
         return sections[: learned + held_back(learned * HELD_BACK // (HELD_BACK - 1))]
 
-    def forward(self, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
+    def forward(self, weights: Mapping[str, Tensor], batch: Tensor, call: LayerCall) -> Tensor:
         """The present layer's output with these weights; gradients reach them."""
         module = self.decoder.layers[self.layer]
-        state = self.state_of(module, weights)
-        output: Tensor | tuple[Tensor, ...] = functional_call(
-            module, state, (batch,), self.called_with(batch)
-        )
-        return output[0] if isinstance(output, tuple) else output
+        return call(module, batch, self.state_of(module, weights))
 
     def state_of(self, module: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
         """The weights by the module's own names, on its device and in its dtype."""

@@ -101,7 +101,7 @@ def test_the_correction_brings_the_stream_nearer_to_the_original(
     corrected = {**own, linear + ".weight": seen.corrected(own[linear + ".weight"])}
 
     def distance(mine: dict[str, Tensor]) -> float:
-        group = run.decoder.architecture.groups[stage]
+        group = run.decoder.architecture.at(0).groups[stage]
         with (
             torch.no_grad(),
             run.decoder.layer(0, weights) as module,
@@ -121,7 +121,7 @@ def test_a_forward_pass_ends_where_nothing_more_is_needed(tmp_path: Path) -> Non
     weights = weights_of(run)
     with run.decoder.layer(0, weights) as module, torch.no_grad():
         for stage, whole in ((0, False), (1, False), (2, False), (3, True)):
-            group = run.decoder.architecture.groups[stage]
+            group = run.decoder.architecture.at(0).groups[stage]
             with watching(module, run.decoder.architecture, [group]) as seen:
                 found = seen.run(module, {}, run.own[0], run.call(0))
             assert (LAYER_OUTPUT in found) is whole
