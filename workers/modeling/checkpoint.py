@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from app.core.errors import ModelRefused
+from app.core.planning.family import LayerKind
+from app.core.planning.fused_experts import split_fused_experts
 from app.core.sources.local_model import LocalModel
 from app.core.sources.model_headers import inspect_model
 from app.core.sources.safetensors_header import TensorHeader
@@ -53,6 +55,12 @@ class Checkpoint:
         other.unused = frozenset(unused)
         return other
 
+    def with_experts(self, layers: str, kinds: Iterable[LayerKind]) -> Checkpoint:
+        """The same checkpoint, in which fused experts of the decoder layers `layers`.N are matrices each."""
+        other = copy(self)
+        other.tensors = split_fused_experts(self.tensors, layers, kinds)
+        return other
+
     def names(self, prefix: str) -> list[str]:
         return [name for name in self.tensors if name.startswith(prefix)]
 
@@ -63,7 +71,7 @@ class Checkpoint:
         """
         header = self.tensors[name]
         values = torch.empty(header.shape, dtype=DTYPES[header.dtype], pin_memory=pinned)
-        if values.numel() and header.encoding is None:
+        if values.numel() and header.encoding is None and not header.strides:
             read_into(self.folder / header.file, header.start, values)
         elif values.numel():
             filled, flat = 0, values.view(-1)
@@ -88,11 +96,17 @@ class Checkpoint:
         return {name.removeprefix(prefix): self.tensor(name, pinned=pinned) for name in names}
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """A tensor's values in order, flat, about CHUNK_BYTES at a time; each is valid until the next."""
+        """A tensor's values in order, flat, about CHUNK_BYTES at a time; each is valid until the next.
+
+        One that lies among others (an expert's matrix) comes at once, and what lies between is read too.
+        """
         header = self.tensors[name]
         path, dtype = self.folder / header.file, DTYPES[header.dtype]
         if header.encoding is not None:
             yield from (chunk.to(dtype) for chunk in dequantized_chunks(path, header, CHUNK_BYTES))
+            return
+        if header.strides:
+            yield strided(path, header, dtype)
             return
         buffer = torch.empty(min(CHUNK_BYTES, header.size), dtype=torch.uint8)
         for start in range(header.start, header.end, CHUNK_BYTES):
@@ -104,6 +118,13 @@ class Checkpoint:
         """A tensor's bytes in chunks, for copying its values unchanged."""
         for chunk in self.chunks(name):
             yield chunk.view(torch.uint8).numpy().tobytes()
+
+
+def strided(path: Path, header: TensorHeader, dtype: torch.dtype) -> Tensor:
+    """The values of a tensor that lies among others, in order and flat."""
+    span = torch.empty((header.end - header.start) // dtype.itemsize, dtype=dtype)
+    read_into(path, header.start, span)
+    return span.as_strided(header.shape, header.strides).contiguous().view(-1)
 
 
 def all_finite(values: Tensor) -> bool:

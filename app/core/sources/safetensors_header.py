@@ -28,6 +28,7 @@ class TensorHeader(Frozen):
 
     `dtype` and `shape` are those of its values, which lie there as they are unless `encoding` names a type of
     GGML. `interleaved` is the number of heads in whose rows the two halves of rotary pairs alternate there.
+    With `strides`, in values, they lie among others: the first at `start`, the last before `end`.
     """
 
     dtype: str
@@ -37,6 +38,7 @@ class TensorHeader(Frozen):
     end: int
     encoding: str | None = None
     interleaved: int = 0
+    strides: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:

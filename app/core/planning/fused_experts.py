@@ -1,0 +1,128 @@
+"""Experts that a checkpoint holds in one tensor each way, as the matrices of every expert. No weight is read.
+
+Everyone else sees linears alone: the fused tensors go, and in their stead come headers of their parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from app.core.errors import ModelRefused
+from app.core.planning.family import EXPERT, Experts, LayerKind
+from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
+
+MAX_EXPERTS = 4096
+
+
+def split_fused_experts(
+    tensors: Mapping[str, TensorHeader], layers: str, kinds: Iterable[LayerKind]
+) -> dict[str, TensorHeader]:
+    """The tensors of a checkpoint whose decoder layers are `layers`.0, `layers`.1, …
+
+    Raises ModelRefused if shapes of fused tensors contradict each other, or for more than MAX_EXPERTS.
+    """
+    split = dict(tensors)
+    for kind in kinds:
+        if kind.experts is None or not kind.experts.fused_up:
+            continue
+        pattern = re.compile(rf"{re.escape(layers)}\.\d+\.(?={re.escape(kind.experts.fused_up)}$)")
+        for prefix in (found[0] for name in tensors if (found := pattern.match(name))):
+            split |= expert_tensors(split, prefix, kind)
+            for name in fused_names(kind.experts):
+                split.pop(prefix + name, None)
+    return split
+
+
+def fused_names(experts: Experts) -> tuple[str, ...]:
+    fused = (experts.fused_up, experts.fused_down)
+    return fused + tuple(name + "_bias" for name in fused) * experts.biased
+
+
+def expert_tensors(
+    tensors: Mapping[str, TensorHeader], prefix: str, kind: LayerKind
+) -> dict[str, TensorHeader]:
+    """The linears' tensors of a layer's experts, by the names that the kind has for them."""
+    experts = kind.experts
+    assert experts is not None
+    missing = next((name for name in fused_names(experts) if prefix + name not in tensors), None)
+    if missing is not None:
+        raise mismatch(f"{prefix}{missing} is missing beside {prefix}{experts.fused_up}")
+    up, down, *biases = (tensors[prefix + name] for name in fused_names(experts))
+    if up.encoding is not None or down.encoding is not None:
+        raise mismatch(f"{prefix}{experts.fused_up} is encoded as {up.encoding}, and can't be split")
+    end = f".{EXPERT}.{experts.down}"
+    stem = next(name.removesuffix(end) for name in kind.linears if name.endswith(end))
+    names = (experts.gate, experts.up) if experts.gate else (experts.up,)
+    transposed = lie_transposed(prefix + experts.fused_up, up, down, experts)
+    found = {}
+    for leaves, matrices, kind_of in [
+        (names, up, "weight"), ((experts.down,), down, "weight"),
+        *((each, bias, "bias") for each, bias in zip((names, (experts.down,)), biases, strict=False)),
+    ]:  # fmt: skip
+        across = transposed and kind_of == "weight"
+        views = expert_views(matrices, len(leaves), transposed=across, interleaved=experts.interleaved)
+        for number, leaf_views in enumerate(views):
+            for leaf, view in zip(leaves, leaf_views, strict=True):
+                found[f"{prefix}{stem}.{number}.{leaf}.{kind_of}"] = view
+    return found
+
+
+def lie_transposed(name: str, up: TensorHeader, down: TensorHeader, experts: Experts) -> bool:
+    """Whether matrices lie as (in, out). Shapes of gated ones tell: a family's files have either."""
+    outer = 2 if experts.gate else 1
+    if up.shape[:1] > (MAX_EXPERTS,):
+        raise mismatch(f"{name} holds {up.shape[0]} experts; at most {MAX_EXPERTS} are supported")
+    if len(up.shape) == len(down.shape) == 3 and up.shape[0] == down.shape[0]:
+        _, rows, columns = down.shape
+        fitting = {False: (outer * columns, rows), True: (columns, outer * rows)}
+        ways = [way for way, shape in fitting.items() if up.shape[1:] == shape]
+        if ways:
+            return ways[0] if len(ways) == 1 else experts.transposed
+    raise mismatch(
+        f"{name} has the shape {up.shape}, which does not fit {down.shape} of {experts.fused_down}"
+    )
+
+
+def expert_views(
+    fused: TensorHeader, outer: int, *, transposed: bool, interleaved: bool
+) -> Iterator[list[TensorHeader]]:
+    """Per expert, the headers of its `outer` projections: (out, in), or (out,) of a bias."""
+    count, *shape = fused.shape
+    if transposed:
+        columns, rows = shape
+        steps = (1, rows)
+    else:
+        rows, *inner = shape
+        columns = inner[0] if inner else 1
+        steps = (columns, 1)
+    dimensions = len(shape)
+    height, step = rows // outer, steps[0] * (outer if interleaved else 1)
+    for number in range(count):
+        first = number * rows * columns
+        offsets = [p * steps[0] * (1 if interleaved else height) for p in range(outer)]
+        yield [
+            view(fused, first + offset, (height, columns)[:dimensions], (step, steps[1])[:dimensions])
+            for offset in offsets
+        ]
+
+
+def view(fused: TensorHeader, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorHeader:
+    """The values of `fused` from its `first` one on, at `strides`."""
+    size = DTYPE_BITS[fused.dtype] // 8
+    last = first + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    in_order = strides == (*shape[1:], 1)
+    return fused.model_copy(
+        update={
+            "shape": shape,
+            "start": fused.start + first * size,
+            "end": fused.start + (last + 1) * size,
+            "strides": () if in_order else strides,
+        }
+    )
+
+
+def mismatch(message: str) -> ModelRefused:
+    return ModelRefused(
+        message, code="weights_mismatch", remedy="restore the model's original files", param="model"
+    )
