@@ -13,6 +13,7 @@ from app.core.planning.family import EXPERT, Experts, LayerKind
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
 MAX_EXPERTS = 4096
+FUSED, FUSED_DOWN = ("up_proj", "gate_up_proj"), "down_proj"  # of transformers: without and with a gate
 
 
 def split_fused_experts(
@@ -24,47 +25,60 @@ def split_fused_experts(
     """
     split = dict(tensors)
     for kind in kinds:
-        if kind.experts is None or not kind.experts.fused_up:
-            continue
-        pattern = re.compile(rf"{re.escape(layers)}\.\d+\.(?={re.escape(kind.experts.fused_up)}$)")
-        for prefix in (found[0] for name in tensors if (found := pattern.match(name))):
-            split |= expert_tensors(split, prefix, kind)
-            for name in fused_names(kind.experts):
-                split.pop(prefix + name, None)
+        for names in fused_names(kind):
+            pattern = re.compile(rf"{re.escape(layers)}\.\d+\.(?={re.escape(names[0])}$)")
+            for prefix in [found[0] for name in split if (found := pattern.match(name))]:
+                split |= expert_tensors(split, prefix, names, kind)
+                for name in names:
+                    del split[prefix + name]
     return split
 
 
-def fused_names(experts: Experts) -> tuple[str, ...]:
-    fused = (experts.fused_up, experts.fused_down)
-    return fused + tuple(name + "_bias" for name in fused) * experts.biased
+def fused_names(kind: LayerKind) -> list[tuple[str, ...]]:
+    """The names that a file may have: those of the family, and those of transformers' module.
+
+    In this order: the first projections, the last one, and their biases.
+    """
+    experts = kind.experts
+    if experts is None:
+        return []
+    own = f"{stem_of(kind)}."
+    pairs = {(experts.fused_up, experts.fused_down), (own + FUSED[experts.gate != ""], own + FUSED_DOWN)}
+    return [
+        pair + tuple(name + "_bias" for name in pair) * experts.biased for pair in sorted(pairs) if all(pair)
+    ]
+
+
+def stem_of(kind: LayerKind) -> str:
+    """What stands before an expert's number."""
+    assert kind.experts is not None
+    end = f".{EXPERT}.{kind.experts.down}"
+    return next(name.removesuffix(end) for name in kind.linears if name.endswith(end))
 
 
 def expert_tensors(
-    tensors: Mapping[str, TensorHeader], prefix: str, kind: LayerKind
+    tensors: Mapping[str, TensorHeader], prefix: str, fused: tuple[str, ...], kind: LayerKind
 ) -> dict[str, TensorHeader]:
     """The linears' tensors of a layer's experts, by the names that the kind has for them."""
-    experts = kind.experts
+    experts, stem = kind.experts, stem_of(kind)
     assert experts is not None
-    missing = next((name for name in fused_names(experts) if prefix + name not in tensors), None)
+    missing = next((name for name in fused if prefix + name not in tensors), None)
     if missing is not None:
-        raise mismatch(f"{prefix}{missing} is missing beside {prefix}{experts.fused_up}")
-    up, down, *biases = (tensors[prefix + name] for name in fused_names(experts))
+        raise mismatch(f"{prefix}{missing} is missing beside {prefix}{fused[0]}")
+    up, down, *biases = (tensors[prefix + name] for name in fused)
     if up.encoding is not None or down.encoding is not None:
-        raise mismatch(f"{prefix}{experts.fused_up} is encoded as {up.encoding}, and can't be split")
-    end = f".{EXPERT}.{experts.down}"
-    stem = next(name.removesuffix(end) for name in kind.linears if name.endswith(end))
-    names = (experts.gate, experts.up) if experts.gate else (experts.up,)
-    transposed = lie_transposed(prefix + experts.fused_up, up, down, experts)
+        raise mismatch(f"{prefix}{fused[0]} is encoded as {up.encoding}, and can't be split")
+    first = (experts.gate, experts.up) if experts.gate else (experts.up,)
+    transposed = lie_transposed(prefix + fused[0], up, down, experts)
+    whole = [(first, up, "weight"), ((experts.down,), down, "weight")]
+    whole += [(leaves, bias, "bias") for (leaves, _, _), bias in zip(whole, biases, strict=False)]
     found = {}
-    for leaves, matrices, kind_of in [
-        (names, up, "weight"), ((experts.down,), down, "weight"),
-        *((each, bias, "bias") for each, bias in zip((names, (experts.down,)), biases, strict=False)),
-    ]:  # fmt: skip
-        across = transposed and kind_of == "weight"
-        views = expert_views(matrices, len(leaves), transposed=across, interleaved=experts.interleaved)
-        for number, leaf_views in enumerate(views):
-            for leaf, view in zip(leaves, leaf_views, strict=True):
-                found[f"{prefix}{stem}.{number}.{leaf}.{kind_of}"] = view
+    for leaves, values, parameter in whole:
+        across = transposed and parameter == "weight"
+        views = expert_views(values, len(leaves), transposed=across, interleaved=experts.interleaved)
+        for number, each in enumerate(views):
+            for leaf, view in zip(leaves, each, strict=True):
+                found[f"{prefix}{stem}.{number}.{leaf}.{parameter}"] = view
     return found
 
 

@@ -136,6 +136,21 @@ def test_files_of_transformers_hold_the_experts_of_its_modules(
             assert torch.equal(checkpoint.tensor(f"{LAYERS}.{number}.{kind.experts.module}.{name}"), value)
 
 
+def test_names_of_transformers_count_where_the_family_stores_a_matrix_for_each_expert() -> None:
+    """As hub files of Qwen3.5 MoE are, which transformers itself writes with one matrix for each expert."""
+    for gate, first in (("gate_proj", "gate_up_proj"), ("", "up_proj")):
+        file = {
+            f"{LAYERS}.0.{STEM}.{first}": header((COUNT, (2 if gate else 1) * INNER, HIDDEN)),
+            f"{LAYERS}.0.{STEM}.down_proj": header((COUNT, HIDDEN, INNER)),
+        }
+        split = split_fused_experts(file, LAYERS, [kind_of(gate=gate, fused_up="", fused_down="")])
+        leaves = [leaf for leaf in (gate, "up_proj", "down_proj") if leaf]
+        assert {*split} == {
+            f"{LAYERS}.0.{STEM}.{n}.{leaf}.weight" for n, leaf in product(range(COUNT), leaves)
+        }
+        assert all(view.end - view.start == view.size for view in split.values())
+
+
 def test_the_shapes_tell_whether_gated_experts_lie_transposed(tmp_path: Path) -> None:
     """Files of one family have either, and transformers takes both."""
     for lie in (True, False):
