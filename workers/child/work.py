@@ -18,6 +18,7 @@ from app.core.records.specs import JobSpec, Recipe
 from workers.child.layer_files import LayerCheckpoints, StatisticsStore
 from workers.child.stage_clock import StageClock
 from workers.devices.selection import select_device
+from workers.discovery.family_file import traced_family
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder, text_config
 from workers.modeling.side_files import write_side_files
@@ -48,6 +49,10 @@ class Work:
         device = select_device(assignment.device)
         checkpoint = Checkpoint(assignment.model_folder)
         plan = plan_job(assignment.spec, checkpoint.config, checkpoint.tensors)
+        if plan.architecture.to_find is not None:
+            family = traced_family(assignment.work_folder, checkpoint.config)
+            plan = plan_job(assignment.spec, checkpoint.config, checkpoint.tensors, family)
+        checkpoint = checkpoint.with_experts(plan.architecture.stored_layers, plan.architecture.kinds)
         compute_dtype = torch.float32 if device.type == "cpu" else getattr(torch, plan.dtype)
         return cls(assignment, checkpoint, plan, device, compute_dtype)
 
@@ -75,7 +80,7 @@ class Work:
     def candidate(self, recipe: Recipe, index: int) -> CandidatePlan:
         """A further recipe as a candidate. Raises RecipeUnsupported if the model can't hold it."""
         spec = self.spec.model_copy(update={"recipe": recipe})
-        plan = plan_job(spec, self.checkpoint.config, self.checkpoint.tensors)
+        plan = plan_job(spec, self.checkpoint.config, self.checkpoint.tensors, self.plan.architecture)
         return plan.candidates[0].model_copy(update={"recipe_index": index})
 
     def checkpoints(self, clock: StageClock, recipes: Sequence[Recipe] = ()) -> LayerCheckpoints:
@@ -153,7 +158,7 @@ def with_checked_shapes(work: Work, clock: StageClock) -> Work:
     if unused:
         clock.note(
             "unused_tensors",
-            "by config.json no part of the model, copied as they are and not loaded by Nibble's server: "
+            "no part of the language model, copied as they are and not loaded by Nibble's server: "
             + some(unused),
         )
     return replace(work, checkpoint=work.checkpoint.without(unused))

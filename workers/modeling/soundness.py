@@ -12,13 +12,15 @@ from workers.modeling.decoder import Decoder
 
 
 def refuse_misfits(decoder: Decoder) -> list[str]:
-    """The tensors that the model does not use.
+    """The tensors that the language model does not use: those of towers for images, of drafts, old buffers.
 
     Raises ModelRefused unless the checkpoint holds every weight that its config asks for, and no more of a
     linear than it asks for: a bias or scale that is left out changes what the linear computes.
     """
     stored, used = decoder.checkpoint.tensors, set()
     for name, value in decoder.model.state_dict().items():
+        if not decoder.architecture.of_language(name):
+            continue
         key = decoder.stored_name(name)
         shape = list(value.shape)
         used.add(key)
@@ -34,7 +36,11 @@ def refuse_misfits(decoder: Decoder) -> list[str]:
                 code="weights_mismatch", remedy="restore the model's original config.json",
             )  # fmt: skip
     unused = [name for name in stored if name not in used]
-    linears = [n for n, module in decoder.model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [
+        name
+        for name, module in decoder.model.named_modules()
+        if isinstance(module, nn.Linear) and decoder.architecture.of_language(name)
+    ]
     named = {decoder.stored_name(f"{name}.weight").removesuffix(".weight") for name in linears}
     tensor = next(parts_of(unused, named), None)
     if tensor is not None:

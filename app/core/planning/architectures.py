@@ -20,6 +20,8 @@ from app.core.planning.family import (
     text_settings,
 )
 from app.core.planning.family_choice import family_of
+from app.core.planning.fused_experts import split_fused_experts
+from app.core.planning.fused_experts import MAX_EXPERTS, split_fused_experts
 from app.core.sources.safetensors_header import TensorHeader
 
 __all__ = ["LAYER_OUTPUT", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
@@ -30,7 +32,6 @@ LAYER_NUMBER = re.compile(
 )
 # Stacks of layers that are not the decoder's.
 OTHER_STACKS = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|vit|mtp|encoder)", re.ASCII)
-MAX_EXPERTS = 4096
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # of config.json
 
 
@@ -92,6 +93,10 @@ class Architecture(Family):
         kind = self.kind(layer)
         groups, fused = expanded(kind, self.num_experts if kind.experts is not None else 0)
         return self.model_copy(update={"groups": groups, "fused": fused, "experts": kind.experts})
+
+    def of_language(self, name: str) -> bool:
+        """Whether a name of transformers is one of the language model's, not of a tower for images or sound."""
+        return name.startswith(self.roots[0]) or f"{name}.".startswith(f"{self.head}.")
 
     def has_experts(self, layer: int) -> bool:
         return self.kind(layer).experts is not None
@@ -161,6 +166,8 @@ def architecture_of(
     if family is None:
         family, to_find = family_of(config, tensors)
     stored_layers = stored_stack(family, tensors)
+    tensors = split_fused_experts(tensors, stored_layers, family.kinds)
+    tensors = split_fused_experts(tensors, stored_layers, family.kinds)
     layers = layer_modules(stored_layers, tensors)
     tied = config.get("tie_word_embeddings", text_settings(config).get("tie_word_embeddings"))
     suffix = f".{family.head.rpartition('.')[2]}.weight"
