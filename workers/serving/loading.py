@@ -66,6 +66,8 @@ class Loader:
         self.quantization = self.config.pop("quantization_config", None) or {}
         self.format_name = format_of(self.quantization) if self.quantization else None
         self.architecture = architecture_of(self.config, self.checkpoint.tensors)
+        stack, kinds = self.architecture.stored_layers, self.architecture.kinds
+        self.checkpoint = self.checkpoint.with_experts(stack, kinds)
         self.dtype = request.dtype or model_dtype(self.config, self.device)
         self.used: set[str] = set()
         self.kernels: Counter[str] = Counter()

@@ -18,6 +18,9 @@ FUSED_NAMES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
     **dict.fromkeys(("gate_proj", "up_proj"), ("gate_up_proj",)),
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")),
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), ("in_proj_qkvz",)),
+    **dict.fromkeys(("in_proj_b", "in_proj_a"), ("in_proj_ba",)),
+    **dict.fromkeys(("w1", "w3"), ("w13",)),
 }
 # SGLang 0.5.23 looks up the scheme of experts by these names, whatever the checkpoint calls them.
 EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}

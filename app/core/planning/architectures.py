@@ -20,7 +20,6 @@ from app.core.planning.family import (
     text_settings,
 )
 from app.core.planning.family_choice import family_of
-from app.core.planning.fused_experts import split_fused_experts
 from app.core.planning.fused_experts import MAX_EXPERTS, split_fused_experts
 from app.core.sources.safetensors_header import TensorHeader
 
@@ -166,7 +165,6 @@ def architecture_of(
     if family is None:
         family, to_find = family_of(config, tensors)
     stored_layers = stored_stack(family, tensors)
-    tensors = split_fused_experts(tensors, stored_layers, family.kinds)
     tensors = split_fused_experts(tensors, stored_layers, family.kinds)
     layers = layer_modules(stored_layers, tensors)
     tied = config.get("tie_word_embeddings", text_settings(config).get("tie_word_embeddings"))

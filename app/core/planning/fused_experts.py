@@ -49,6 +49,14 @@ def fused_names(kind: LayerKind) -> list[tuple[str, ...]]:
     ]
 
 
+def unsplit_linears(tensors: Mapping[str, TensorHeader]) -> Iterator[str]:
+    """Linears of experts that stay fused, as in drafts: those of the first, for which vLLM 0.32 asks."""
+    for name, tensor in tensors.items():
+        block, _, last = name.rpartition(".")
+        if len(tensor.shape) == 3 and last in (*FUSED, FUSED_DOWN) and block.endswith("experts"):
+            yield from (f"{block}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj"))
+
+
 def stem_of(kind: LayerKind) -> str:
     """What stands before an expert's number."""
     assert kind.experts is not None

@@ -15,13 +15,18 @@ from app.core.formats.file_format import ModuleSchemes, Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
 from app.core.planning.family import Family, text_settings
+from app.core.planning.fused_experts import split_fused_experts, unsplit_linears
 from app.core.records.specs import Frozen, GroupSize, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
 # Of an evaluation whose noise is below the loss of four bits, which are the first that people ask for.
 LEAST_WINDOWS = 8
 LEAST_TOKENS = 4096
-TABLES = ("embed_tokens", "embed_positions", "embed_in")  # looked up, not multiplied
+# Looked up, not multiplied.
+TABLES = (
+    "embed_tokens", "embed_tokens_per_layer", "embed_positions", "embed_in", "embeddings", "word_embeddings",
+    "wte", "wpe",
+)  # fmt: skip
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 # Values of `quantization_config.quant_method` in which models are originally published.
 PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
@@ -93,6 +98,7 @@ def plan_job(
     """
     refuse_quantized(config)
     architecture = architecture_of(config, tensors, family)
+    tensors = split_fused_experts(tensors, architecture.stored_layers, architecture.kinds)
     config = text_settings(config)
     num_layers = positive_integer(config, "num_hidden_layers")
     shapes = linear_shapes(architecture, num_layers, tensors)
@@ -401,7 +407,8 @@ def full_precision_modules(
     architecture: Architecture, linears: tuple[LinearPlan, ...], tensors: dict[str, TensorHeader]
 ) -> tuple[str, ...]:
     """The head by all of its names, and every matrix of the files that no recipe quantizes: routers,
-    projections beside the layers (OPT), layers beyond those of config.json (drafts of further tokens)."""
+    projections beside the layers (OPT), layers beyond those of config.json (drafts of further tokens), their
+    experts included."""
     head = ("lm_head", *architecture.head_modules)
     matrices = (
         name.removesuffix(".weight")
@@ -410,7 +417,7 @@ def full_precision_modules(
     )
     planned = {linear.name for linear in linears}
     others = (name for name in matrices if name not in planned and name.rpartition(".")[2] not in TABLES)
-    return tuple(dict.fromkeys((*head, *others)))
+    return tuple(dict.fromkeys((*head, *others, *unsplit_linears(tensors))))
 
 
 def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:

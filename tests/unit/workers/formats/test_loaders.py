@@ -9,6 +9,7 @@ import pytest
 
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS
+from app.core.formats.targets import fused_names
 from app.core.planning.family import LayerKind, each_expert, known_family
 from app.core.planning.plan import CandidatePlan, plan_job
 from app.core.sources.safetensors_header import TensorHeader
@@ -165,3 +166,36 @@ def test_tables_are_not_listed_and_linears_with_such_a_name_are() -> None:
     assert "model.embed_vision.embedding_projection" in planned.full_precision
     assert {f"model.layers.{LAYERS}.eh_proj", f"model.layers.{LAYERS}.mlp.gate"} <= {*planned.full_precision}
     assert not [name for name in planned.full_precision if name.endswith("embed_tokens")]
+
+
+def test_experts_of_drafts_that_stay_fused_are_found_unquantized_by_every_server() -> None:
+    """As hub files of Qwen3.5 MoE hold those of `mtp.layers.0`, which vLLM builds with the same entry."""
+    config, tensors = model("qwen3_moe")
+    block = "mtp.layers.0.mlp.experts"
+    tensors |= {f"{block}.gate_up_proj": header((3, 128, 64)), f"{block}.down_proj": header((3, 64, 64))}
+    for name in ("awq", "gptq", "compressed-tensors"):
+        planned = plan_job(asked(name, symmetric=name == "gptq"), config, tensors).candidates[0]
+        entry = FORMATS[name].entry(planned.modules)
+        if name == "awq":
+            assert awq_server(entry, block, VLLM) is None
+        if name == "gptq":
+            assert gptq_server(entry, block) is None
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            expert = f"{block}.0.{leaf}"
+            if name == "gptq":
+                assert gptq_server(entry, expert) is None
+            elif name == "compressed-tensors":
+                assert ct_server(entry, expert, VLLM) is None
+                assert ct_server(entry, expert, {}, suffix=True) is None
+
+
+def test_matrices_that_servers_fuse_are_named_as_a_whole_too() -> None:
+    """In hybrid models (vLLM 0.32: qwen3_5.py, lfm2.py)."""
+    wholes_of = {
+        "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+        "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+        "feed_forward.w13": ("feed_forward.w1", "feed_forward.w3"),
+    }
+    for whole, parts in wholes_of.items():
+        assert {fused for part in parts for fused in fused_names(part)} == {whole}
+    assert fused_names("feed_forward.experts.0.w1") == ()

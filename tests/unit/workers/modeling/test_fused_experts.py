@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from app.core.errors import ModelRefused
 from app.core.planning.family import Experts, LayerKind, ScaleGroup
 from app.core.planning.fused_experts import split_fused_experts
-from tests.tiny_models import random_model, save_model
+from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 from tests.unit.app.core.planning.headers import header
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import experts_of, split_weights
@@ -194,3 +195,31 @@ def test_files_with_a_matrix_for_each_expert_stay_as_they_are() -> None:
         **file,
         **outside,
     }
+
+
+def test_a_model_with_fused_experts_is_planned_and_quantized_as_with_a_matrix_for_each(
+    tmp_path: Path,
+) -> None:
+    """The file as transformers writes it, and with both forms of fused tensors in two layers."""
+    model = random_model(
+        "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hidden_layers=2
+    )
+    plain = save_model(model, tmp_path / "plain")
+    tensors = load_file(plain / "model.safetensors")
+    assert f"{LAYERS}.0.{STEM}.3.up_proj.weight" in tensors
+    fused_file = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for number, transposed in ((0, False), (1, True)):
+        for name, value in model.get_submodule(f"{LAYERS}.{number}.{STEM}").named_parameters():
+            stored = value.detach().transpose(1, 2) if transposed else value.detach()
+            fused_file[f"{LAYERS}.{number}.{STEM}.{name}"] = stored.contiguous()
+    shutil.copytree(plain, tmp_path / "fused")
+    save_file(fused_file, tmp_path / "fused" / "model.safetensors")
+    runs = [EngineRun(tiny_spec(), tmp_path / name, tmp_path / f"work-{name}") for name in ("plain", "fused")]
+    first, second = (
+        [load_file(f) for f in run.folder("compressed-tensors").glob("*.safetensors")] for run in runs
+    )
+    assert len(first) == len(second) == 1
+    assert first[0].keys() == second[0].keys()
+    assert f"{LAYERS}.1.{STEM}.3.up_proj.weight_packed" in second[0]
+    for name, value in first[0].items():
+        assert torch.equal(second[0][name], value), name
