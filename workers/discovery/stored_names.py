@@ -1,0 +1,152 @@
+"""The names that checkpoints give the tensors of a model, by values: each tensor of a random model is unique."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from app.core.planning.family import Experts
+from workers.discovery.random_weights import refused
+from workers.discovery.tracing import digest
+from workers.modeling.experts import ExpertsForm, experts_of, split_weights
+
+Pairs = tuple[tuple[str, str], ...]
+PLAIN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """Names within one layer: of transformers' tensors in checkpoints, and of its experts."""
+
+    prefix: str
+    names: dict[str, str]
+    experts: Experts | None
+
+
+class StoredModel:
+    """A model as save_pretrained would write it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        try:
+            stored = revert_weight_conversion(model, dict(model.state_dict()))
+        except Exception as fault:  # conversions are code of transformers, which raises what it likes
+            raise refused(f"its checkpoint can't be written: {type(fault).__name__}: {fault}") from fault
+        self.by_value: dict[bytes, list[str]] = {}
+        self.model = model
+        for name, value in stored.items():
+            self.by_value.setdefault(digest(value), []).append(name)
+
+    def name_of(self, name: str, value: Tensor) -> str | None:
+        """The stored name of a value; its own where several tensors hold the same."""
+        names = self.by_value.get(digest(value), [])
+        return name if name in names else next(iter(names), None)
+
+    def layer(self, path: str, layer: nn.Module) -> StoredLayer:
+        """Names in one layer of the unchanged model. Raises ModelRefused for experts of an unknown form."""
+        full = {name: self.name_of(f"{path}.{name}", value) for name, value in layer.state_dict().items()}
+        prefix = common_prefix([each for each in full.values() if each], path.rpartition(".")[2])
+        names = {name: each.removeprefix(prefix) for name, each in full.items() if each and each.startswith(prefix)}
+        experts = None
+        for module_path, module in layer.named_modules():
+            form = experts_of(module)
+            if form is None:
+                continue
+            if experts is not None:
+                raise refused("a layer has several blocks of experts")
+            experts, of_experts = self.experts(f"{path}.{module_path}", module, form, prefix)
+            experts = experts.model_copy(update={"module": module_path})
+            names |= {f"{module_path}.{name}": each for name, each in of_experts.items()}
+        return StoredLayer(prefix, names, experts)
+
+    def outside(self, path: str, prefix: str, called: set[str]) -> dict[str, str]:
+        """Stored names of the tensors that a text reaches outside of the layers, unless the layers' roots give them.
+
+        path: of the module list; prefix: of its first layer in checkpoints.
+        """
+        inside = path.rpartition(".")[0] + "."
+        root = prefix.removesuffix(".").rpartition(".")[0].rpartition(".")[0]
+        root = root + "." if root else ""
+        names = {}
+        for name, value in self.model.state_dict().items():
+            if name.rpartition(".")[0] not in called or name.startswith(path + "."):
+                continue
+            stored = self.name_of(name, value)
+            expected = root + name.removeprefix(inside) if name.startswith(inside) else name
+            if stored is not None and stored != expected:
+                names[name] = stored
+        return names
+
+    def experts(
+        self, path: str, module: nn.Module, form: ExpertsForm, prefix: str
+    ) -> tuple[Experts, dict[str, str]]:
+        """The record of fused experts, and the stored names of their linears by name within the module."""
+        plain = Experts(module=path, **PLAIN)
+        weights = dict(split_weights(module, form, plain))
+        found = {name: self.name_of(name, value) for name, value in weights.items()}
+        record, names = {"biased": form.biased, "transposed": form.transposed, "interleaved": form.interleaved}, {}
+        first = "gate_up_proj" if form.gated else "up_proj"
+        fused = {"fused_up": (first, form), "fused_down": ("down_proj", form)}
+        for key, (own, _) in fused.items():
+            value = getattr(module, own)
+            for transposed in (False, True):
+                name = self.name_of("", value.transpose(1, 2) if transposed else value)
+                if name is not None:
+                    record |= {key: name.removeprefix(prefix), "transposed": form.transposed ^ transposed}
+                    names[own] = name.removeprefix(prefix)
+            record.setdefault(key, own)
+        linears = {kind: found.get(f"0.{name}.weight") for kind, name in PLAIN.items()}
+        for kind, stored in linears.items():
+            own = stored.rpartition(".")[0].rpartition(".")[2] if stored else PLAIN[kind]
+            record[kind] = own if kind != "gate" or form.gated else ""
+        for name, stored in found.items():
+            number, linear, tensor = name.split(".")
+            kind = next(kind for kind, each in PLAIN.items() if each == linear)
+            if stored is not None:
+                names[f"{number}.{record[kind]}.{tensor}"] = stored.removeprefix(prefix)
+        if not names:
+            raise refused(f"checkpoints store its experts ({type(module).__name__}) in a form that is not known")
+        return Experts(module=path, **record), names
+
+
+def common_prefix(names: Iterable[str], number: str) -> str:
+    """The stored prefix of a layer's names, up to its number."""
+    found: Counter[str] = Counter()
+    for name in names:
+        for match in re.finditer(rf"(?:^|(?<=\.)){number}\.", name):
+            found[name[: match.end()]] += 1
+    if not found:
+        raise refused("checkpoints do not store its layers one by one")
+    return max(found, key=lambda prefix: (found[prefix], -len(prefix)))
+
+
+def prefix_pairs(names: Mapping[str, str]) -> Pairs:
+    """The shortest prefixes in transformers and in checkpoints that turn all of the names into the stored ones."""
+    pairs: dict[str, str] = {}
+    for name, stored in names.items():
+        if renamed(name, pairs) == stored:
+            continue
+        ours, theirs = name.split("."), stored.split(".")
+        shared: list[str] = []
+        while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
+            shared.insert(0, ours.pop())
+            theirs.pop()
+        for used in range(len(shared) + 1):
+            end = "." if used < len(shared) else ""
+            start = ".".join([*ours, *shared[:used]]) + end, ".".join([*theirs, *shared[:used]]) + end
+            if all(renamed(n, {start[0]: start[1]}) == s for n, s in names.items() if n.startswith(start[0])):
+                break
+        pairs[start[0]] = start[1]
+    return tuple(sorted(pairs.items(), key=lambda pair: (-len(pair[0]), pair)))
+
+
+def renamed(name: str, pairs: Mapping[str, str]) -> str:
+    for inside, stored in sorted(pairs.items(), key=lambda pair: -len(pair[0])):
+        if name.startswith(inside):
+            return stored + name.removeprefix(inside)
+    return name
