@@ -41,7 +41,7 @@ class Served:
     ) -> None:
         self.loaded = load_model(LoadRequest(folder, torch.device("cpu"), dtype))
         self.limits = EngineLimits(**{**LIMITS, **limits})
-        self.tokenization = Tokenization(folder, self.loaded.model.config.vocab_size)
+        self.tokenization = Tokenization(folder, self.loaded.model.config.get_text_config().vocab_size)
         self.metrics = ServerMetrics("tiny")
         decoder = native_decoder(self.loaded.model, self.limits.max_model_len) if native else None
         self.native = isinstance(decoder, NativeDecoder)

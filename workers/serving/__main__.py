@@ -28,13 +28,14 @@ import torch
 from transformers import PreTrainedModel
 
 from app.core.errors import NibbleError, OutOfMemory
+from app.core.planning.family import text_settings
 from app.core.system_faults import STATE_FOLDER, system_fault
 from app.core.telemetry.logs import log_warnings
 from kernels.cpu.whole_decoder import NativeDecoder
 from workers.devices.selection import select_device
 from workers.modeling.native_decoder import native_decoder
 from workers.process import leave
-from workers.serving.batch import Batch
+from workers.serving.batch import Batch, bytes_per_token
 from workers.serving.engine import Engine, EngineLimits
 from workers.serving.http_server import listen, serve
 from workers.serving.loading import LoadedModel, LoadRequest, load_model
@@ -92,7 +93,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def limits_of(options: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> EngineLimits:
-    longest = int(loaded.config.get("max_position_embeddings") or 2048)
+    longest = int(text_settings(loaded.config).get("max_position_embeddings") or 2048)  # type: ignore[call-overload]
     cells = options.cache_tokens or cache_cells(loaded, device)
     length = min(options.max_model_len or longest, longest, cells)
     return EngineLimits(
@@ -110,18 +111,7 @@ def cache_cells(loaded: LoadedModel, device: torch.device) -> int:
         free = int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE)
     else:
         free = int(psutil.virtual_memory().available * CACHE_SHARE)
-    return max(free // bytes_per_token(loaded), 1)
-
-
-def bytes_per_token(loaded: LoadedModel) -> int:
-    """Of keys and values, at most: some architectures keep fewer."""
-    config = loaded.model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = max(
-        size, (getattr(config, "qk_nope_head_dim", 0) or 0) + (getattr(config, "qk_rope_head_dim", 0) or 0)
-    )
-    return int(config.num_hidden_layers * 2 * heads * size * loaded.dtype.itemsize)
+    return max(free // bytes_per_token(loaded.model), 1)
 
 
 def decoder_of(model: PreTrainedModel, positions: int, metrics: ServerMetrics) -> NativeDecoder | None:
@@ -142,7 +132,7 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
     pipe.send("loading", artifact=str(options.artifact), device=options.device)
     device = select_device(options.device)
     loaded = load_model(LoadRequest(options.artifact, device, DTYPES[options.dtype], options.kernel_backend))
-    tokenization = Tokenization(options.artifact, int(loaded.model.config.vocab_size))
+    tokenization = Tokenization(options.artifact, int(loaded.model.config.get_text_config().vocab_size))
     metrics = ServerMetrics(options.name)
     limits = limits_of(options, loaded, device)
     batch = Batch(loaded.model, limits.max_cells, decoder_of(loaded.model, limits.max_model_len, metrics))

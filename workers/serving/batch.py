@@ -11,7 +11,10 @@ from transformers.cache_utils import DynamicCache
 
 from kernels.cpu.whole_decoder import NativeDecoder, TokenPlaces
 from workers.serving.requests import Sequence
-from workers.serving.row_cache import PromptCache, RowCache
+from workers.serving.row_cache import PromptCache, RowCache, has_states, prompt_cache
+
+PIECES = (9, 2, 5, 1, 3)  # of a trial prompt
+PIECES_DIFFER = 0.05  # relative, in half precision
 
 
 class Prefill:
@@ -33,19 +36,20 @@ class Batch:
 
     def __init__(self, model: PreTrainedModel, max_cells: int, native: NativeDecoder | None = None) -> None:
         self.model, self.native = model, native
-        self.device: torch.device = model.device
+        self.device = device_of(model)
         self.cache = RowCache(max_cells)
         self._cache_argument = cache_argument(model)
+        self._in_pieces = native is not None or reads_in_pieces(model)
         self.sequences: list[Sequence] = []
 
     def read(self, prefill: Prefill, limit: int) -> Tensor | None:
         """Up to `limit` tokens of a prompt; after the last one, float32 logits (1, vocabulary)."""
+        limit = limit if self._in_pieces else len(prefill.tokens)
         tokens = prefill.tokens[prefill.done : prefill.done + limit]
         if self.native is not None and self.native.reads_prompts:
             return self.read_natively(self.native, prefill, tokens)
         if prefill.cache is None:
-            # Without the model's config: windows of sliding layers are masked, not cut, as in the rows.
-            prefill.cache = DynamicCache()
+            prefill.cache = prompt_cache(self.model)
         positions = torch.arange(prefill.done, prefill.done + len(tokens), device=self.device)[None]
         logits = self.forward([tokens], positions, prefill.cache, None)
         prefill.done += len(tokens)
@@ -117,3 +121,45 @@ class Batch:
 def cache_argument(model: PreTrainedModel) -> str:
     """The name of the argument that takes a cache: transformers 5.24 renamed it in most classes."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where its weights are; towers that no text reaches have none."""
+    return next(each.device for each in model.state_dict().values() if each.device.type != "meta")
+
+
+@torch.no_grad()
+def reads_in_pieces(model: PreTrainedModel) -> bool:
+    """Whether a prompt may be read piece by piece.
+
+    With keys and values alone it may. Recurrences of some models of transformers 5.24 (jamba) start anew with
+    a piece that is shorter than their convolution: theirs are tried, and prompts read whole if it matters.
+    """
+    if not has_states(prompt_cache(model)):
+        return True
+    tokens = torch.arange(1, 1 + sum(PIECES), device=device_of(model))[None]
+    ends = []
+    for pieces in ((sum(PIECES),), PIECES):
+        cache, done = prompt_cache(model), 0
+        for size in pieces:
+            positions = torch.arange(done, done + size, device=device_of(model))[None]
+            output = model(
+                input_ids=tokens[:, done : done + size], position_ids=positions, use_cache=True,
+                **{cache_argument(model): cache},
+            )  # fmt: skip
+            done += size
+        ends.append(output.logits[:, -1].float())
+    return bool((ends[0] - ends[1]).norm() <= PIECES_DIFFER * ends[0].norm())
+
+
+@torch.no_grad()
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Of keys and values, as the model itself keeps them.
+
+    Raises ModelRefused for a model that keeps what rows can't hold.
+    """
+    cache, tokens = prompt_cache(model), torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
+    model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
+    pairs = ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers)
+    kept = sum(each.numel() * each.element_size() for pair in pairs for each in pair if each is not None)
+    return max(1, kept // tokens.numel())

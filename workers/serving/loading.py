@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from app.core.errors import ModelRefused
 from app.core.formats.registry import FORMATS, FormatName
-from app.core.planning.architectures import architecture_of
+from app.core.planning.architectures import Architecture, architecture_of
+from app.core.planning.family import known_family
 from kernels.weight import PackedWeight
 from workers.devices.selection import select_device
+from workers.discovery.family_discovery import discover
 from workers.formats.packings import packing_of
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import empty_model, restore_buffers
@@ -65,13 +67,19 @@ class Loader:
         self.config = {**self.checkpoint.config}
         self.quantization = self.config.pop("quantization_config", None) or {}
         self.format_name = format_of(self.quantization) if self.quantization else None
-        self.architecture = architecture_of(self.config, self.checkpoint.tensors)
+        self.architecture = self.known_architecture()
         stack, kinds = self.architecture.stored_layers, self.architecture.kinds
         self.checkpoint = self.checkpoint.with_experts(stack, kinds)
         self.dtype = request.dtype or model_dtype(self.config, self.device)
         self.used: set[str] = set()
         self.kernels: Counter[str] = Counter()
         self.packed_bytes = 0
+
+    def known_architecture(self) -> Architecture:
+        """The names of the model's modules; those of a type that is not known are found by tracing."""
+        is_known = known_family(self.config.get("model_type", "")) is not None
+        family = None if is_known else discover(self.config)
+        return architecture_of(self.config, self.checkpoint.tensors, family)
 
     def load(self) -> LoadedModel:
         before = status_bytes("VmRSS")
@@ -137,7 +145,7 @@ class Loader:
         head = self.architecture.head + ".weight"
         embedding = self.architecture.embedding + ".weight"
         for name, empty in list(model.state_dict().items()):
-            if empty.device.type != "meta":
+            if empty.device.type != "meta" or not self.architecture.of_language(name):
                 continue
             stored = self.architecture.checkpoint_name(name)
             if stored not in self.checkpoint.tensors and name == head and self.architecture.tied:
@@ -166,7 +174,11 @@ class Loader:
         Raises ModelRefused for one of a linear: without it, the linear would compute something else.
         """
         left = [name for name in self.checkpoint.tensors if name not in self.used]
-        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+        linears = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | QuantizedLinear) and self.architecture.of_language(name)
+        ]
         modules = {self.architecture.checkpoint_name(name + ".")[:-1] for name in linears}
         tensor = next(parts_of(left, modules), None)
         if tensor is not None:
@@ -175,7 +187,8 @@ class Loader:
                 code="artifact_unsupported", remedy=REMEDY,
             )  # fmt: skip
         if left:
-            log.warning("not loaded, as no part of %s: %s", self.architecture.class_name, some(left))
+            owner = f"the language model of {self.architecture.class_name}"
+            log.warning("not loaded, as no part of %s: %s", owner, some(left))
 
 
 def load_model(request: LoadRequest) -> LoadedModel:

@@ -12,9 +12,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from app.core.errors import ModelRefused
 
 COLUMN_STEP = 256
+States = dict[int, Tensor | None]
 
 
 @dataclass
@@ -61,15 +75,22 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not ch
     def get_max_length(self) -> int:
         return -1
 
-    def put(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """A sequence's (heads, tokens, head size) at the end of its row."""
+    def join(self, row: int, source: CacheLayerMixin | PromptLayer) -> None:
+        """Keys and values of a cache of one sequence, at the end of a row."""
+        keys, values = source.keys[0], source.values[0]
         columns = slice(self.window.end - keys.shape[1], self.window.end)
         self.keys[row, :, columns], self.values[row, :, columns] = keys, values
 
-    def move(self, source: int, target: int) -> None:
-        columns = slice(self.window.start, self.window.end)
-        self.keys[target, :, columns] = self.keys[source, :, columns]
-        self.values[target, :, columns] = self.values[source, :, columns]
+    def leave(self, row: int, last: int) -> None:
+        """Drop a row; the last one takes its place."""
+        if row != last:
+            columns = slice(self.window.start, self.window.end)
+            self.keys[row, :, columns] = self.keys[last, :, columns]
+            self.values[row, :, columns] = self.values[last, :, columns]
+
+    def release(self) -> None:
+        """Free the memory of all rows."""
+        self.lazy_initialization(self.keys, self.values)
 
     def lay_out(self, rows: int, columns: int, end: int) -> None:
         """Move what is in use into new buffers, so that its last token is before column `end`."""
@@ -82,6 +103,118 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not ch
         used = self.window
         new[: used.rows, :, end - used.width : end] = old[: used.rows, :, used.start : used.end]
         return new
+
+
+class StateRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not checked
+    """One layer's states of one size, of convolutions and recurrences, a row for each sequence."""
+
+    def join(self, _row: int, source: LinearAttentionCacheLayerMixin) -> None:
+        """Append the states of a cache of one sequence."""
+        self.dtype, self.device = source.dtype, source.device
+        for field in ("conv_kernel_size", "is_conv_states_initialized", "is_recurrent_states_initialized",
+                      "has_previous_state"):  # fmt: skip
+            getattr(self, field).update(getattr(source, field))
+        for mine, theirs in zip(self.states(), states_of(source), strict=True):
+            for number in [number for number, value in theirs.items() if value is not None]:
+                row, rows = theirs[number][:1], mine[number]
+                mine[number] = row.clone() if rows is None else torch.cat([rows, row])
+
+    def leave(self, row: int, last: int) -> None:
+        """Drop a row; the last one takes its place."""
+        for states in self.states():
+            for number, rows in states.items():
+                if rows is not None:
+                    rows[row] = rows[last]
+                    states[number] = rows[:last].clone() if last else None
+
+    def states(self) -> tuple[States, States]:
+        return states_of(self)
+
+    def lay_out(self, rows: int, columns: int, end: int) -> None:
+        """Nothing: these states have no columns."""
+
+    def release(self) -> None:
+        """Nothing: the last row took its memory along."""
+
+
+class MixedRows(RowLayer, StateRows):
+    """One layer with attention and a recurrence side by side."""
+
+    def __init__(self, window: Window, number_of_states: int) -> None:
+        StateRows.__init__(self, number_of_states)
+        RowLayer.__init__(self, window)
+
+    def join(self, row: int, source: LinearAttentionAndFullAttentionLayer) -> None:
+        RowLayer.join(self, row, source)
+        StateRows.join(self, row, source)
+
+    def leave(self, row: int, last: int) -> None:
+        RowLayer.leave(self, row, last)
+        StateRows.leave(self, row, last)
+
+    def lay_out(self, rows: int, columns: int, end: int) -> None:
+        RowLayer.lay_out(self, rows, columns, end)
+
+    def release(self) -> None:
+        RowLayer.release(self)
+
+
+class NoRows(DummyLayer):  # type: ignore[misc]  # transformers is not checked
+    """A layer that keeps nothing: it has no attention, or reads what another layer keeps."""
+
+    def join(self, row: int, source: DummyLayer) -> None:
+        """Nothing."""
+
+    def leave(self, row: int, last: int) -> None:
+        """Nothing."""
+
+    def lay_out(self, rows: int, columns: int, end: int) -> None:
+        """Nothing."""
+
+    def release(self) -> None:
+        """Nothing."""
+
+
+def states_of(layer: LinearAttentionCacheLayerMixin) -> tuple[States, States]:
+    return layer.conv_states, layer.recurrent_states
+
+
+def row_layer(window: Window, source: CacheLayerMixin | PromptLayer) -> RowLayer | StateRows | NoRows:
+    """Rows for what a layer of a cache of one sequence holds."""
+    if isinstance(source, DummyLayer):
+        return NoRows()
+    if isinstance(source, LinearAttentionAndFullAttentionLayer):
+        layer = MixedRows(window, source.number_of_states)
+    elif isinstance(source, LinearAttentionCacheLayerMixin):
+        return StateRows(source.number_of_states)
+    else:
+        layer = RowLayer(window)
+    layer.lazy_initialization(source.keys, source.values)
+    return layer
+
+
+def prompt_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for one prompt: windows of sliding layers are masked, not cut, as in the rows.
+
+    Raises ModelRefused for a model that keeps what rows can't hold.
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and isinstance(layer, DynamicLayer):
+            cache.layers[number] = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[number] = DynamicLayer()
+        elif type(layer) not in (DynamicLayer, LinearAttentionLayer, DummyLayer):
+            raise ModelRefused(
+                f"{type(model).__name__} keeps a {type(layer).__name__}, which is not served here",
+                code="model_not_served", remedy="deploy the artifact with engine: vllm",
+            )  # fmt: skip
+    return cache
+
+
+def has_states(cache: Cache) -> bool:
+    """Whether any layer keeps states beside keys and values."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
 class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
@@ -101,25 +234,21 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
 
     def join(self, prefilled: Cache | PromptCache, length: int) -> None:
         """Append a row with the `length` tokens of a cache of one sequence."""
-        while len(self.layers) < len(prefilled.layers):
-            layer = RowLayer(self.window)
-            source = prefilled.layers[len(self.layers)]
-            layer.lazy_initialization(source.keys, source.values)
-            self.layers.append(layer)
+        for source in prefilled.layers[len(self.layers) :]:
+            self.layers.append(row_layer(self.window, source))
         self.reserve(self.window.rows + 1, max(length, self.window.width))
         row = self.window.rows
         self.window.rows += 1
         self.window.start = min(self.window.start, self.window.end - length)
         self.lengths.append(length)
         for layer, source in zip(self.layers, prefilled.layers, strict=True):
-            layer.put(row, source.keys[0], source.values[0])
+            layer.join(row, source)
 
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
         last = self.window.rows - 1
-        if row != last:
-            for layer in self.layers:
-                layer.move(last, row)
+        for layer in self.layers:
+            layer.leave(row, last)
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
         self.window.rows = last
@@ -131,7 +260,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
         """Free the memory that only a burst needed."""
         self.window.start = self.window.end = self.rows_allocated = self.columns_allocated = 0
         for layer in self.layers:
-            layer.lazy_initialization(layer.keys, layer.values)
+            layer.release()
 
     def reserve(self, rows: int, width: int) -> None:
         """Room for `rows` rows of `width` columns and one more."""
