@@ -27,7 +27,7 @@ from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import split_experts
-from workers.modeling.layer_calls import ArgumentStore, LayerArguments, LayerCalls, LayerForm
+from workers.modeling.layer_calls import ArgumentStore, LayerArguments, LayerCalls, LayerForm, alike
 
 CLASSES = (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -41,8 +41,15 @@ class Unsuited(Exception):
     """The model calls its layers in a way that can't be taken apart."""
 
 
+class Entangled(Unsuited):
+    """More than the states goes from layer to layer."""
+
+
 class Recorder(nn.Module):
-    """Replaces a decoder layer: records its arguments and gives the states on, in the form of its family."""
+    """Replaces a decoder layer: records its arguments and returns its states, in the form of its family.
+
+    With a `seed` it returns random states in their place.
+    """
 
     def __init__(
         self, layer: nn.Module, number: int, form: LayerForm, before: Recorder | None = None
@@ -50,7 +57,10 @@ class Recorder(nn.Module):
         super().__init__()
         self._layer, self._before = (layer,), (before,)  # in tuples: not submodules
         self.number, self.form = number, form
+        self.seed: int | None = None
         self.states: Tensor | None = None
+        self.returned: Tensor | None = None
+        self.version = 0  # of the memory of what is returned
         self.arguments: LayerArguments = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -64,9 +74,22 @@ class Recorder(nn.Module):
             raise Unsuited(f"layer {self.number} is called more than once")
         self.states, self.arguments = arguments_by_name(self._layer[0], arguments, named)
         before = self._before[0]
-        if before is not None and self.states is not before.states:
+        if before is not None and not before.gave(self.states):
             raise Unsuited(f"layer {self.number} does not get what layer {self.number - 1} returns")
-        return self.form.output(self.states, self.number)
+        self.returned = self.states
+        if self.seed is not None:
+            noise = torch.randn(self.states.shape, generator=torch.Generator().manual_seed(self.seed))
+            self.returned = noise.to(self.states)
+        self.version = self.returned._version
+        return self.form.output(self.returned, self.number)
+
+    def gave(self, states: Tensor) -> bool:
+        """Whether these are the returned states, unchanged: one tensor, or views of all of it."""
+        mine = self.returned
+        return mine is not None and (
+            (states.data_ptr(), states.shape, states.stride(), states._version)
+            == (mine.data_ptr(), mine.shape, mine.stride(), self.version)
+        )
 
 
 def arguments_by_name(
@@ -99,10 +122,22 @@ class Blank(nn.Module):
 
     def __init__(self, embedding: nn.Embedding, device: torch.device) -> None:
         super().__init__()
-        self.weight = torch.empty(0, embedding.embedding_dim, dtype=embedding.weight.dtype, device=device)
+        zero = torch.zeros(1, 1, dtype=embedding.weight.dtype, device=device)
+        self.weight = zero.expand(embedding.num_embeddings, embedding.embedding_dim)  # takes no memory
 
     def forward(self, tokens: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
         return self.weight.new_zeros(*tokens.shape, self.weight.shape[1])
+
+
+class NoHead(nn.Module):
+    """Replaces the head where the states alone count."""
+
+    def __init__(self, head: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.weight = torch.empty(0, dtype=getattr(head, "weight", torch.empty(0)).dtype, device=device)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states
 
 
 class Head(nn.Module):
@@ -135,8 +170,13 @@ class Decoder:
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.layers)
         path = architecture.layers.rpartition(".")[0]
         self.around, self.around_path = self.model.get_submodule(path), path + "." if path else ""
+        self.towers = tuple(
+            name + "." for name, module in self.model.named_modules()
+            if isinstance(module, PreTrainedModel) and name and not architecture.layers.startswith(name + ".")
+        )  # fmt: skip
         self.form: LayerForm | None = None
         restore_buffers(self.model, device, layers=architecture.layers)
+        state_device(self.model, device)
 
     @property
     def num_layers(self) -> int:
@@ -154,7 +194,11 @@ class Decoder:
         Raises ModelRefused for a model whose layers can't be run one by one.
         """
         states, store = [], ArgumentStore()
-        with self.loaded(self.around, self.around_path, self.outside()), self.without_head():
+        with (
+            self.loaded(self.around, self.around_path, self.outside()),
+            self.loaded_when_called(),
+            self.without_head(),
+        ):
             for number, batch in enumerate((*batches, *further)):
                 recorders = self.recorded(batch.to(self.device))
                 store.add(tuple(batch.shape), [recorder.arguments for recorder in recorders])
@@ -167,24 +211,27 @@ class Decoder:
         return states, LayerCalls(store.recorded, self.form, self.device)
 
     def outside(self) -> list[str]:
-        """The parameters beside the layers, in the module around them."""
-        inside = self.architecture.layers.rpartition(".")[2] + "."
-        return [key for key in self.around.state_dict() if not key.startswith(inside)]
+        """The parameters beside the layers, in the module around them but not in a tower."""
+        inside = (self.architecture.layers + ".", *self.towers)
+        path = self.around_path
+        return [key for key in self.around.state_dict() if not (path + key).startswith(inside)]
 
     def recorded(self, tokens: Tensor) -> list[Recorder]:
         """The recorders after the model's own pass over the tokens; the first pass finds the layers' form."""
         if self.form is not None:
-            return self.recorded_as(self.form, tokens)
+            return self.recorded_as(self.form, tokens)[0]
         why: Exception | None = None
         for outputs in OUTPUTS:
             try:
-                recorders = self.recorded_as(LayerForm(outputs), tokens)
-                self.form = LayerForm(outputs, *axes_of(recorders[0].states, tokens))
+                recorders, _ = self.recorded_as(LayerForm(outputs), tokens)
+                form = LayerForm(outputs, *axes_of(recorders[0].states, tokens))
+                self.refuse_entangled(form, tokens[:1, :4])
             except torch.OutOfMemoryError:
                 raise
             except (Unsuited, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as fault:
-                why = why or fault
+                why = fault if why is None or isinstance(fault, Entangled) else why
             else:
+                self.form = form
                 return recorders
         raise ModelRefused(
             f"the layers of {self.architecture.class_name} can't be run one by one: "
@@ -194,18 +241,34 @@ class Decoder:
             param="model",
         ) from why
 
-    def recorded_as(self, form: LayerForm, tokens: Tensor) -> list[Recorder]:
-        """The recorders after a pass in which layers return their states in this form."""
+    def recorded_as(
+        self, form: LayerForm, tokens: Tensor, seeds: Sequence[int] | None = None
+    ) -> tuple[list[Recorder], Tensor]:
+        """The recorders after a pass in which layers return states in this form, and what comes out."""
         recorders: list[Recorder] = []
         for number, layer in enumerate(self.layers):
-            recorders.append(Recorder(layer, number, form, recorders[-1] if recorders else None))
+            before = recorders[-1] if recorders else None
+            recorders.append(Recorder(layer, number, form, before))
+            recorders[-1].seed = seeds[number] if seeds else None
         with self.replaced(recorders):
             logits = self.model(input_ids=tokens, use_cache=False).logits
         if logits.shape[:2] != tokens.shape:
             raise Unsuited(f"after the layers states are {tuple(logits.shape)}")
         if recorders[-1].states is None:
             raise Unsuited("not every layer is called")
-        return recorders
+        return recorders, logits
+
+    def refuse_entangled(self, form: LayerForm, tokens: Tensor) -> None:
+        """Raise Entangled if anything but a layer reads the states before the last layer's."""
+        count = self.num_layers
+        (one, first), (other, second) = (
+            self.recorded_as(form, tokens, [*range(start, start + count - 1), 0]) for start in (1, 1 + count)
+        )
+        for mine, theirs in zip(one, other, strict=True):
+            if not alike(mine.arguments, theirs.arguments):
+                raise Entangled(f"layer {mine.number} is called with something made of earlier states")
+        if not alike(first, second):
+            raise Entangled("what comes after the layers reads the states of several")
 
     @contextmanager
     def replaced(self, layers: Sequence[nn.Module]) -> Iterator[None]:
@@ -221,7 +284,7 @@ class Decoder:
     def without_head(self) -> Iterator[None]:
         """The model with states in place of logits."""
         head = self.model.get_submodule(self.architecture.head)
-        self.model.set_submodule(self.architecture.head, nn.Identity())
+        self.model.set_submodule(self.architecture.head, NoHead(head, self.device))
         try:
             yield
         finally:
@@ -248,6 +311,29 @@ class Decoder:
         finally:
             meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
             module.load_state_dict(meta, strict=False, assign=True)
+
+    @contextmanager
+    def loaded_when_called(self) -> Iterator[None]:
+        """Towers, and modules beyond that around the layers, get their weights when they are called first.
+
+        What a text does not reach is never loaded.
+        """
+        head = self.architecture.head
+        with ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                own = [key for key in module.state_dict() if "." not in key]
+                around = f"{name}.".startswith(self.around_path) and not f"{name}.".startswith(self.towers)
+                if own and name != head and not around:
+                    self.load_at_call(stack, module, name, own)
+            yield
+
+    def load_at_call(self, stack: ExitStack, module: nn.Module, name: str, own: list[str]) -> None:
+        def load(*_call: Any) -> None:
+            handle.remove()
+            stack.enter_context(self.loaded(module, name + "." if name else "", own))
+
+        handle = module.register_forward_pre_hook(load)
+        stack.callback(handle.remove)
 
     def stored(self, name: str) -> Tensor:
         """A tensor of the checkpoint by transformers' name."""
@@ -285,8 +371,11 @@ class Decoder:
         head, path = self.model.get_submodule(self.architecture.head), self.architecture.head
         with ExitStack() as stack:
             blanks = stack.enter_context(self.blank_embeddings())
-            names = [name for name in self.outside() if name.rpartition(".")[0] not in blanks]
+            names = [
+                name for name in self.outside() if self.around_path + name.rpartition(".")[0] not in blanks
+            ]
             stack.enter_context(self.loaded(self.around, self.around_path, names))
+            stack.enter_context(self.loaded_when_called())
             stack.enter_context(self.loaded(head, path + ".", list(head.state_dict())))
             stack.enter_context(self.replaced(replays))
             yield Head(self.model, replays[0])
@@ -294,21 +383,18 @@ class Decoder:
     @contextmanager
     def blank_embeddings(self) -> Iterator[list[str]]:
         """The model without the embeddings beside its layers; yields their names."""
+        layers = self.architecture.layers + "."
         tables = {
-            name: module for name, module in self.around.named_modules()
-            if isinstance(module, nn.Embedding) and not self.is_inside(name)
+            name: module for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and not name.startswith(layers)
         }  # fmt: skip
         for name, table in tables.items():
-            self.around.set_submodule(name, Blank(table, self.device))
+            self.model.set_submodule(name, Blank(table, self.device))
         try:
             yield list(tables)
         finally:
             for name, table in tables.items():
-                self.around.set_submodule(name, table)
-
-    def is_inside(self, name: str) -> bool:
-        """Whether a module of the one around the layers is of a layer."""
-        return name.startswith(self.architecture.layers.rpartition(".")[2] + ".")
+                self.model.set_submodule(name, table)
 
 
 def axes_of(states: Tensor | None, tokens: Tensor) -> tuple[int, int]:
@@ -350,6 +436,14 @@ def empty_model(raw: dict[str, Any], architecture: Architecture, dtype: torch.dt
     return model.eval()
 
 
+def state_device(model: PreTrainedModel, device: torch.device) -> None:
+    """Let a model say it is on the device; else it looks at its first parameter, which may have no memory."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            own = type(module)
+            module.__class__ = type(own.__name__, (own,), {"device": device, "__module__": own.__module__})
+
+
 def class_of(architecture: Architecture) -> type[PreTrainedModel]:
     """transformers' class by its name, which must be one of those that give text.
 
@@ -371,7 +465,8 @@ def class_of(architecture: Architecture) -> type[PreTrainedModel]:
 def text_config(raw: dict[str, Any]) -> PretrainedConfig:
     """The configuration by our own knowledge of its type: no code of the model's folder is looked at."""
     values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
-    return AutoConfig.for_model(raw["model_type"], **values)
+    # As transformers reads its own files, in which infinity is an object.
+    return AutoConfig.for_model(raw["model_type"], **PretrainedConfig._decode_special_floats(values))
 
 
 def restore_buffers(model: PreTrainedModel, device: torch.device, *, layers: str = "") -> None:

@@ -178,6 +178,19 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any], twins: Twins) -> Any:
     return twins[id(value)][1]
 
 
+def alike(value: Any, other: Any) -> bool:
+    """Whether nested containers hold equal tensors."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value.nan_to_num(), other.nan_to_num())
+    if isinstance(value, Handed) or type(value) is not type(other):
+        return bool(value == other)
+    if isinstance(value, dict | UserDict):
+        return value.keys() == other.keys() and all(alike(value[key], other[key]) for key in value)
+    if isinstance(value, tuple | list):
+        return len(value) == len(other) and all(alike(a, b) for a, b in zip(value, other, strict=True))
+    return True
+
+
 def is_empty(value: Any) -> bool:
     """Whether it is a container that waits to be filled by a layer."""
     return isinstance(value, CONTAINERS) and len(value) == 0
