@@ -150,7 +150,7 @@ class StatisticsStore(StampedFolder):
         tensors = {"probe.input": statistics.probe[0], "probe.output": statistics.probe[1]}
         for index, group in enumerate(statistics.groups):
             tensors |= {f"{index:04d}.abs_mean": group.abs_mean, f"{index:04d}.moment": group.moment}
-        counts = [(group.num_tokens, group.routed_tokens) for group in statistics.groups]
+        counts = [(group.num_tokens, group.routed_tokens, group.all_shown) for group in statistics.groups]
         self.write(self.layer_key(layer), tensors, json.dumps(counts))
 
     def load(self, layer: int) -> LayerStatistics:

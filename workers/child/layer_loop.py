@@ -14,7 +14,7 @@ from app.core.jobs.report import WeightHistogram
 from app.core.records.job import Stage
 from workers.child.candidate_files import CandidateFiles
 from workers.child.layer_files import StatisticsStore, resume_layer
-from workers.child.layer_solver import CalibratedLayer, LayerSolver
+from workers.child.layer_solver import CalibratedLayer, LayerSolver, expert_tokens
 from workers.child.layer_writer import LayerWriter
 from workers.child.quantized_chains import QuantizedChains
 from workers.child.ranks import SharedLayers, start_pass, started
@@ -90,10 +90,14 @@ def calibrate_layer(
     with clock.stage(Stage.CALIBRATING):
         weights = prefetch.take()
         statistics = run.collect(weights)
-    few = sum(group.confidence < 1 for group in statistics.groups)
-    if few:
-        experts = sum(group.routed_tokens is not None for group in statistics.groups)
-        clock.note("few_tokens", f"layer {layer}: {few} of {experts} experts saw too few calibration tokens")
+    seen = expert_tokens(statistics, work.plan.architecture.at(layer))
+    if seen is not None and seen.few and not seen.all_shown:
+        clock.note(
+            "few_tokens",
+            f"layer {layer}: {seen.few} of {seen.experts} experts saw fewer than {seen.needed} calibration "
+            f"tokens (least {seen.least}, median {seen.median:g}); more of them, or "
+            "`calibration.all_experts`, give each its own scales",
+        )
     return CalibratedLayer(layer, work.full_precision(weights), statistics)
 
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from torch import Tensor
 
 from app.core.errors import RecipeUnsupported, VerificationFailed
-from app.core.jobs.report import LayerReport, LinearReport
+from app.core.jobs.report import ExpertTokens, LayerReport, LinearReport
+from app.core.planning.architectures import Architecture
 from app.core.planning.plan import CandidatePlan, Plan
 from app.core.records.job import Stage
 from workers.child.candidate_files import CandidateFiles
@@ -20,7 +22,7 @@ from workers.child.stage_clock import StageClock
 from workers.child.work import Work
 from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
 from workers.quantization.folding import Heads
-from workers.quantization.input_statistics import LayerStatistics
+from workers.quantization.input_statistics import EXPERT_TOKENS, LayerStatistics
 from workers.quantization.layer import LayerResult, LayerTask, OwnChain, quantize_layer
 
 
@@ -80,6 +82,7 @@ class LayerSolver:
             layer=layer,
             seconds=time.monotonic() - started,
             equivalence_error=error,
+            experts=expert_tokens(calibrated.statistics, self.work.plan.architecture.at(layer)),
             learning=result.learning,
             linears=(
                 *planned_reasons(self.work.plan, candidate, layer, result.report),
@@ -87,6 +90,26 @@ class LayerSolver:
             ),
         )
         return result, report
+
+
+def expert_tokens(statistics: LayerStatistics, architecture: Architecture) -> ExpertTokens | None:
+    """How many tokens each of a layer's experts saw; None without experts."""
+    by_expert = {
+        group.expert: seen
+        for group, seen in zip(architecture.groups, statistics.groups, strict=True)
+        if group.expert is not None
+    }
+    counts = [seen.routed_tokens or 0 for seen in by_expert.values()]
+    if not counts:
+        return None
+    return ExpertTokens(
+        experts=len(counts),
+        least=min(counts),
+        median=median(counts),
+        few=sum(count < EXPERT_TOKENS for count in counts),
+        needed=EXPERT_TOKENS,
+        all_shown=all(seen.all_shown for seen in by_expert.values()),
+    )
 
 
 def layer_task(

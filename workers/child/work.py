@@ -21,6 +21,7 @@ from workers.devices.selection import select_device
 from workers.discovery.family_file import traced_family
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder, text_config
+from workers.modeling.experts import show_all_tokens
 from workers.modeling.side_files import write_side_files
 from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits, some
 from workers.texts.chat_template import chat_template
@@ -68,7 +69,10 @@ class Work:
 
     def decoder(self) -> Decoder:
         """The model, without a layer's weights."""
-        return Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
+        decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
+        if self.spec.calibration.all_experts:
+            show_all_tokens(decoder.model)
+        return decoder
 
     def batches(self, windows: Windows) -> list[Tensor]:
         return windows.batches(max(1, BATCH_TOKENS // windows.tokens.shape[1]))

@@ -107,9 +107,13 @@ class Expert(nn.Module):
 class SplitExperts(nn.Module):
     """Replaces transformers' fused experts; computes the same sum over the experts of each token."""
 
+    shows_all = False  # the experts every token while statistics are collected
+    observed = False  # statistics are collected now
+
     def __init__(self, names: Experts, form: ExpertsForm, fused: nn.Module) -> None:
         super().__init__()
         self.form = form
+        self.routed = [0] * form.count  # tokens sent to each expert
         for number in range(form.count):
             self.add_module(str(number), Expert(names, form, fused))
         norm = getattr(fused, "post_expert_norm", None)
@@ -126,9 +130,15 @@ class SplitExperts(nn.Module):
         output = torch.zeros_like(states)
         for number in range(self.form.count):
             token, slot = torch.where(chosen == number)
-            if token.numel():
-                share = self.expert(number, states[token]) * weights[token, slot, None]
-                output.index_add_(0, token, share.to(output.dtype))
+            self.routed[number] += token.numel()
+            if self.observed and self.shows_all:
+                result = self.expert(number, states)[token]
+            elif token.numel():
+                result = self.expert(number, states[token])
+            else:
+                continue
+            share = result * weights[token, slot, None]
+            output.index_add_(0, token, share.to(output.dtype))
         if self.form.identities:
             passed = (weights * (chosen >= self.form.count)).sum(-1, keepdim=True)
             output += (states * passed).to(output.dtype)
@@ -136,16 +146,27 @@ class SplitExperts(nn.Module):
 
 
 class SortedExperts(SplitExperts):
-    """Experts that are called with every token for each of them: those not routed there are zeros."""
+    """Experts that are called with every token for each of them: those not routed there are zeros.
+
+    Nothing shows them further tokens: the router's weights are part of their input.
+    """
 
     def forward(self, states: Tensor) -> Tensor:  # type: ignore[override] # transformers' other call
         """states: (experts * tokens, hidden)."""
         output = torch.zeros_like(states).view(self.form.count, -1, self.form.hidden)
         for number, routed in enumerate(states.view_as(output)):
             (token,) = torch.where(routed.any(-1))
+            self.routed[number] += token.numel()
             if token.numel():
                 output[number, token] = self.expert(number, routed[token])
         return output.view_as(states)
+
+
+def show_all_tokens(model: nn.Module) -> None:
+    """Show the experts every token while statistics are collected."""
+    for module in model.modules():
+        if isinstance(module, SplitExperts):
+            module.shows_all = not module.form.sorted_input
 
 
 def split_experts(layer: nn.Module, names: Experts) -> None:

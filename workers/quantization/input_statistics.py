@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture, ScaleGroup
+from workers.modeling.experts import SplitExperts
 from workers.quantization.reduction import ALONE, Ranks
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
@@ -37,13 +38,16 @@ class InputStatistics:
     moment: Tensor  # (C, C) float32, symmetric
     num_tokens: int
     routed_tokens: int | None = None  # of an expert: how many of them were routed to it
+    all_shown: bool = False  # of an expert: it was shown every token
     input_drift: Tensor | None = None  # (C, C): mean of (original input - own input) times own input
     output_drift: Tensor | None = None  # (rows, C): mean of what the residual stream lacks times own input
 
     @property
     def confidence(self) -> float:
         """1 where the tokens represent the linears' inputs, 0 for an expert that no token was routed to."""
-        return 1.0 if self.routed_tokens is None else min(1.0, self.routed_tokens / EXPERT_TOKENS)
+        if self.routed_tokens is None or self.all_shown:
+            return 1.0
+        return min(1.0, self.routed_tokens / EXPERT_TOKENS)
 
     def scaled(self, scales: Tensor | None) -> InputStatistics:
         """Statistics of the input as linears with these scales folded in read it."""
@@ -96,6 +100,7 @@ class InputCollector:
     def __init__(self, *, samples: bool = False) -> None:
         self.samples, self.sample = samples, list[Tensor]()
         self.routed_tokens: int | None = None
+        self.all_shown = False
         self.abs_sum: Tensor | None = None
         self.moment: Tensor | None = None
         self.num_tokens = 0
@@ -105,7 +110,8 @@ class InputCollector:
         """x: (..., C); weights: (tokens,), by which their squares count, one each by default."""
         rows = x.reshape(-1, x.shape[-1])
         if self.samples and sum(map(len, self.sample)) < EXPERT_TOKENS:
-            self.sample.append(rows[:: max(1, len(rows) // EXPERT_TOKENS)][:EXPERT_TOKENS].clone())
+            seen = rows[rows.any(-1)]  # rows of zeros stand for tokens that an expert does not get
+            self.sample.append(seen[:: max(1, len(seen) // EXPERT_TOKENS)][:EXPERT_TOKENS].clone())
         if rows.device.type == "cpu":
             rows = rows.to(torch.float32)
         if self.abs_sum is None or self.moment is None:
@@ -127,9 +133,15 @@ class InputCollector:
             return
         assert self.abs_sum is not None
         assert self.moment is not None
-        counts = torch.tensor([self.num_tokens, self.weight], dtype=torch.float64, device=self.moment.device)
+        counts = torch.tensor(
+            [self.num_tokens, self.weight, self.routed_tokens or 0],
+            dtype=torch.float64,
+            device=self.moment.device,
+        )
         ranks.add_up([self.abs_sum, self.moment, counts])
         self.num_tokens, self.weight = int(counts[0]), float(counts[1])
+        if self.routed_tokens is not None:
+            self.routed_tokens = int(counts[2])
 
     def result(self, name: str) -> InputStatistics:
         """Raises ModelRefused if the activations overflowed: no scale can be found on infinity."""
@@ -147,7 +159,9 @@ class InputCollector:
                 code="activations_not_finite",
                 remedy="check that the model gives finite outputs in its own dtype",
             )
-        return InputStatistics(self.abs_sum / self.weight, moment, self.num_tokens, self.routed_tokens)
+        return InputStatistics(
+            self.abs_sum / self.weight, moment, self.num_tokens, self.routed_tokens, self.all_shown
+        )
 
 
 def empty_sums(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -190,14 +204,20 @@ def collecting(
         )
         for group, collector in zip(architecture.groups, collectors, strict=True)
     ]
+    blocks = [module for module in layer.modules() if isinstance(module, SplitExperts)]
+    for block in blocks:
+        block.observed, block.routed = True, [0] * block.form.count
     try:
         yield collectors
+        count_routed(layer, architecture, collectors)
         add_up(layer, architecture, collectors, ranks)
         if ranks.is_first:
             complete_experts(layer, architecture, collectors)
     finally:
         for hook in hooks:
             hook.remove()
+        for block in blocks:
+            block.observed = False
 
 
 def add_up(
@@ -214,6 +234,16 @@ def add_up(
         collector.add_up(ranks)
 
 
+def count_routed(layer: nn.Module, architecture: Architecture, collectors: Sequence[InputCollector]) -> None:
+    """Of each expert the tokens that this rank's router sent to it."""
+    for group, collector in zip(architecture.groups, collectors, strict=True):
+        if group.expert is not None:
+            path, _, number = architecture.module_name(group.expert).rpartition(".")
+            block = layer.get_submodule(path)
+            assert isinstance(block, SplitExperts)
+            collector.routed_tokens, collector.all_shown = block.routed[int(number)], block.shows_all
+
+
 def feeding_group(architecture: Architecture, group: ScaleGroup) -> int:
     """The group whose input is that of the expert: it holds the expert's first linears."""
     return next(
@@ -226,8 +256,7 @@ def feeding_group(architecture: Architecture, group: ScaleGroup) -> int:
 def complete_experts(layer: nn.Module, architecture: Architecture, collectors: list[InputCollector]) -> None:
     """Show experts that saw few tokens some of those that went to others, so that each has statistics."""
     for group, collector in zip(architecture.groups, collectors, strict=True):
-        if group.expert is not None:
-            collector.routed_tokens = collector.num_tokens
+        if group.expert is not None and not collector.all_shown:
             missing = EXPERT_TOKENS - collector.num_tokens
             if missing > 0:
                 others = torch.cat(collectors[feeding_group(architecture, group)].sample)

@@ -47,12 +47,24 @@ class LearningReport(Frozen):
     loss: float  # of the best epoch; never above the start
 
 
+class ExpertTokens(Frozen):
+    """How many calibration tokens the router sent to each of a layer's experts."""
+
+    experts: int
+    least: int
+    median: float
+    few: int  # experts that fewer than `needed` were sent to
+    needed: int
+    all_shown: bool = False  # each expert's statistics are of every token (`calibration.all_experts`)
+
+
 class LayerReport(Frozen):
     """One decoder layer of one candidate."""
 
     layer: int
     seconds: float
     equivalence_error: float  # relative output error of the scaled, unrounded layer
+    experts: ExpertTokens | None = None
     learning: LearningReport | None = None
     linears: tuple[LinearReport, ...]
 

@@ -95,11 +95,14 @@ class Prediction(Frozen):
 def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes: int = 0) -> Prediction:
     """Predict the recipes as given; further recipes that a target may try are not included."""
     costs = Costs(plan, spec, profile)
+    collecting = costs
+    if spec.calibration.all_experts:  # while statistics are collected no token passes an expert by
+        collecting = Costs(plan.model_copy(update={"routed_share": 1.0}), spec, profile)
     own = tuple(costs.candidate(candidate) for candidate in plan.candidates)
     seconds: dict[Step, float] = {
         "starting": START_SECONDS,
         Stage.FETCHING: costs.fetching(download_bytes),
-        Stage.CALIBRATING: costs.calibration(),
+        Stage.CALIBRATING: collecting.calibration(),
     }
     for stages in own:
         for stage, spent in stages.items():

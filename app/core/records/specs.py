@@ -193,10 +193,15 @@ class TextSpec(Frozen):
 
 
 class CalibrationSpec(TextSpec):
-    """Calibration windows: `num_samples` of `sequence_length` tokens, drawn with `seed`."""
+    """Calibration windows: `num_samples` of `sequence_length` tokens, drawn with `seed`.
+
+    With `all_experts` each expert's statistics are of every token, not of those alone that are routed to it;
+    outputs stay the router's.
+    """
 
     sequence_length: int = Field(default=512, ge=8, le=131072)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    all_experts: bool = False
 
 
 class EvaluationSpec(TextSpec):

@@ -79,7 +79,7 @@ def test_the_input_of_the_first_linear_of_each_group_is_collected() -> None:
         ScaleGroup(smooth_layer="norm", smooth_kind="norm", balance_layers=("first", "second")),
         ScaleGroup(smooth_layer="first", smooth_kind="linear", balance_layers=("third",)),
     )
-    architecture = Architecture(model_type="toy", class_name="Toy", groups=groups)
+    architecture = Architecture(model_type="toy", class_name="Toy", stored_layers="layers", groups=groups)
     x = torch.randn(5, 3)
     with torch.no_grad(), collecting(layer, architecture) as collectors:
         hidden = layer["first"](x) + layer["second"](x)

@@ -97,6 +97,19 @@ def test_tokens_go_to_few_of_many_experts(tmp_path: Path) -> None:
     assert many.seconds[Stage.SEARCHING] > 1.3 * few.seconds[Stage.SEARCHING]
 
 
+def test_showing_every_token_to_all_experts_costs_calibration_alone(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, "mixtral", num_local_experts=8, num_experts_per_tok=2)
+    routed, shown = (
+        predicted(model, recipe={"group_size": 32}, calibration={"all_experts": asked})
+        for asked in (False, True)
+    )
+    assert shown.seconds[Stage.CALIBRATING] > 1.3 * routed.seconds[Stage.CALIBRATING]
+    others = set(Stage) - {Stage.CALIBRATING}
+    assert {key: value for key, value in shown.seconds.items() if key in others} == {
+        key: value for key, value in routed.seconds.items() if key in others
+    }
+
+
 def test_rates_of_the_search_follow_the_width() -> None:
     rates = {step: {256: 2e-8, 1024: 5e-8} for step in NOMINAL["cpu"].search}
     profile = NOMINAL["cpu"].model_copy(update={"search": rates})
