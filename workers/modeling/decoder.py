@@ -458,8 +458,8 @@ def class_of(architecture: Architecture) -> type[PreTrainedModel]:
             "that gives text",
             code="architecture_unsupported", remedy="use a causal language model", param="model",
         )  # fmt: skip
-    found: type[PreTrainedModel] = getattr(transformers, architecture.class_name)
-    return found
+    model_class: type[PreTrainedModel] = getattr(transformers, architecture.class_name)
+    return model_class
 
 
 def text_config(raw: dict[str, Any]) -> PretrainedConfig:

@@ -82,6 +82,7 @@ class LayerCalls:
 
     def __init__(self, recorded: list[list[LayerArguments]], form: LayerForm, device: torch.device) -> None:
         self.recorded, self.form, self.device = recorded, form, device
+        self.on_host = False  # where what layers hand on waits
         self.handed: list[dict[Handed, Any]] = [{} for _ in recorded]
         self.readers = {
             value: layer
@@ -108,7 +109,9 @@ class LayerCalls:
         for batch in self.recorded:
             twins: Twins = {}
             copies.append([rebuilt(each, lambda value: value, twins) for each in batch])
-        return LayerCalls(copies, self.form, self.device)
+        other = LayerCalls(copies, self.form, self.device)
+        other.on_host = self.on_host
+        return other
 
     def of(self, batch: int, layer: int, carried: LayerArguments | None = None) -> LayerCall:
         """The call of a layer on a batch; with `carried`, on what other layers hand to it nothing is kept."""
@@ -123,11 +126,11 @@ class LayerCalls:
 
         def keep(others: tuple[Any, ...]) -> None:
             for name in self.carried_names[layer]:
-                self.refill(self.recorded[batch][layer][name], arguments[name])
+                self.refill(self.recorded[batch][layer][name], self.rested(arguments[name]))
             values = self.handed[batch]
             for position, value in enumerate(others, start=1):
                 if Handed(layer, position) in self.readers:
-                    values[Handed(layer, position)] = value
+                    values[Handed(layer, position)] = self.rested(value)
             for handed in [each for each in values if self.readers[each] < layer]:
                 del values[handed]
 
@@ -135,22 +138,29 @@ class LayerCalls:
 
     def carried(self, batch: int, layer: int, windows: slice, size: int) -> LayerArguments:
         """What other layers hand to this one, for some windows of a batch of `size`."""
-        arguments = self.recorded[batch][layer]
 
-        def part(leaf: Any) -> Any:
-            value = self.placed(batch, leaf)
-            if not isinstance(value, Tensor):
-                return value
-            rows = value.shape[0] // size
-            return value[windows.start * rows : windows.stop * rows]
+        def cut(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            rows = leaf.shape[0] // size
+            return leaf[windows.start * rows : windows.stop * rows]
 
-        return {key: rebuilt(arguments[key], part, {}) for key in self.carried_names[layer]}
+        arguments = {key: self.recorded[batch][layer][key] for key in self.carried_names[layer]}
+        whole = rebuilt(arguments, lambda leaf: self.placed(batch, leaf), {})
+        parts: LayerArguments = rebuilt(whole, cut, {})
+        return parts
 
     def placed(self, batch: int, leaf: Any) -> Any:
         """A value of the recorded arguments as the layer gets it."""
         if isinstance(leaf, Handed):
-            return self.handed[batch][leaf]
+            return rebuilt(self.handed[batch][leaf], lambda value: self.placed(batch, value), {})
         return leaf.to(self.device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+    def rested(self, value: Any) -> Any:
+        """What a layer hands on, where it waits for later layers."""
+        if not self.on_host:
+            return value
+        return rebuilt(value, lambda leaf: on_host(leaf) if isinstance(leaf, Tensor) else leaf, {})
 
     def refill(self, container: Any, filled: Any) -> None:
         """Take over what a layer filled its copy of a container with."""

@@ -37,6 +37,7 @@ class CalibrationPass:
         with torch.no_grad():
             # One window by itself, so that self-checks need not run a whole batch.
             self.states, self.calls = decoder.start(batches, self.stowed, [batches[0][:1]])
+        self.calls.on_host = self.on_host
 
     def stowed(self, states: Tensor) -> Tensor:
         """One batch's states, moved to where they wait."""

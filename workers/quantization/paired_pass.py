@@ -151,9 +151,9 @@ class PairedPass:
             if self.ranks.is_first:
                 calls.append(self.calls.of(len(self.own) + len(calls), self.layer, carried))
 
-        def forward(weights: Mapping[str, Tensor], part: Tensor) -> Tensor:
-            number = next(number for number, each in enumerate(inputs) if each is part)
-            return self.forward(weights, part, calls[number])
+        def forward(weights: Mapping[str, Tensor], states: Tensor) -> Tensor:
+            number = next(number for number, each in enumerate(inputs) if each is states)
+            return self.forward(weights, states, calls[number])
 
         return Lesson(inputs, targets, held_back(len(sections)), forward)
 
