@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.core.errors import ModelRefused
-from app.core.planning.family import EXPERT, LAYER_OUTPUT, Experts, Family, LayerKind, ScaleGroup
+from app.core.planning.family import LAYER_OUTPUT, Family, LayerKind, ScaleGroup
 from workers.discovery.joins import joined
-from workers.discovery.random_weights import refused, signature, tiny_model
+from workers.discovery.random_weights import classes_of, refused, signature, tiny_model
 from workers.discovery.settings import settings_of
 from workers.discovery.shrunk_config import POSITIONS, whole_config
 from workers.discovery.smooth_layers import UNSCALED, LayerProbe, is_linear, layer_groups
@@ -99,7 +100,11 @@ def variants(text: PretrainedConfig) -> list[dict[str, Any]]:
     combined: list[dict[str, Any]] = [{}]
     for key, values in VARIANTS.items():
         default = getattr(text, key, ...)
-        others = [v for v in values if default is not ... and v != default and (v is None or default is None or key != "q_lora_rank")]
+        others = [
+            v
+            for v in values
+            if default is not ... and v != default and (v is None or default is None or key != "q_lora_rank")
+        ]
         combined += [{**each, key: value} for each in combined for value in others]
     return combined[1:]
 
@@ -110,18 +115,18 @@ def working_model(config: Mapping[str, Any]) -> tuple[PreTrainedModel, str]:
     Raises ModelRefused if its forward pass fails, is not repeatable, or looks ahead.
     """
     fault: Exception | None = None
-    for grouped in (True, False):
+    for chosen, grouped in product(classes_of(config), (True, False)):
         try:
-            model = tiny_model(config, grouped=grouped)
+            model = tiny_model(config, grouped=grouped, chosen=chosen)
             attention = attention_of(model)
             logits = logits_of(model, some_ids())
         except ModelRefused:
             raise
-        except Exception as error:  # a model is code of transformers, which raises what it likes
+        except Exception as error:  # noqa: BLE001  # a model is code of transformers, which raises what it likes
             fault = fault or error
-            continue
-        check_logits(model, logits)
-        return model, attention
+        else:
+            check_logits(model, logits)
+            return model, attention
     raise refused(f"its tiny model does not run: {one_line(fault)}") from fault
 
 
@@ -232,16 +237,22 @@ def outside_modules(model: PreTrainedModel, layers: Sequence[TracedLayer]) -> di
     """The fields of a Family for what lies before and after its layers."""
     path = layers[0].path.rpartition(".")[0]
     names = {id(module): name for name, module in model.named_modules()}
-    head, embedding = (names.get(id(m)) for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    head, embedding = (
+        names.get(id(m)) for m in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
     if head is None or embedding is None:
         raise refused("its class does not name its embedding or its head")
     parent = head.rpartition(".")[0]
     below = path.removeprefix(parent + ".") if parent else path
     trunk = ".".join(filter(None, (parent, below.split(".")[0])))
     return {
-        "layers": path, "embedding": embedding, "final": after_layers(model, layers[-1], head), "head": head, "trunk": trunk,
+        "layers": path,
+        "embedding": embedding,
+        "final": after_layers(model, layers[-1], head),
+        "head": head,
+        "trunk": trunk,
         "learned_positions": positions_end(model),
-    }  # fmt: skip
+    }
 
 
 def after_layers(model: PreTrainedModel, last: TracedLayer, head: str) -> tuple[str, ...]:

@@ -57,34 +57,37 @@ def model_classes(config: PretrainedConfig, architectures: Sequence[str] = ()) -
             f"{classes[0].__name__} needs a package that is absent: {missing_package(classes[0])}",
             "install that package on the worker",
         )
-    return sorted(present, key=lambda each: (each.__name__ not in named, each.config_class is not type(config)))
+    return sorted(
+        present, key=lambda each: (each.__name__ not in named, each.config_class is not type(config))
+    )
 
 
 def missing_package(stand_in: Any) -> str:
     return ", ".join(getattr(stand_in, "_backends", ())) or "its name is not given"
 
 
-def tiny_model(raw: Mapping[str, Any], *, grouped: bool = True) -> PreTrainedModel:
+def tiny_model(
+    raw: Mapping[str, Any], *, grouped: bool = True, chosen: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """The model of a config.json at tiny size, with as many layers as it takes to have every kind of them.
 
     Raises ModelRefused if transformers has no class for it, or its size stays large.
     """
-    classes = model_classes(whole_config(raw), raw.get("architectures") or ())
-    for number, chosen in enumerate(classes, 1):
-        try:
-            config = fewest_layers(chosen, raw, grouped=grouped)
-            torch.manual_seed(0)
-            model = built(chosen, config)
-        except ImportError as fault:
-            if number == len(classes):
-                raise refused(f"its class needs a package that is absent: {fault}") from fault
-        else:
-            break
+    chosen = chosen or classes_of(raw)[0]
+    config = fewest_layers(chosen, raw, grouped=grouped)
+    torch.manual_seed(0)
+    model = built(chosen, config)
     randomize(model)
     return model.eval()
 
 
-def fewest_layers(chosen: type[PreTrainedModel], raw: Mapping[str, Any], *, grouped: bool) -> PretrainedConfig:
+def classes_of(raw: Mapping[str, Any]) -> list[type[PreTrainedModel]]:
+    return model_classes(whole_config(raw), raw.get("architectures") or ())
+
+
+def fewest_layers(
+    chosen: type[PreTrainedModel], raw: Mapping[str, Any], *, grouped: bool
+) -> PretrainedConfig:
     """The tiny config with the first layers only, if they are of as many kinds as all."""
     config = shrunk_config(raw, grouped=grouped)
     with torch.device("meta"):
@@ -98,7 +101,9 @@ def fewest_layers(chosen: type[PreTrainedModel], raw: Mapping[str, Any], *, grou
             if layer_signatures(model) == signatures[: first + 2]:
                 config, size = fewer, sum(p.numel() for p in model.parameters())
     if size > MAX_PARAMETERS:
-        raise refused(f"its tiny model has {size / 1e6:.0f} M parameters, more than {MAX_PARAMETERS / 1e6:.0f} M")
+        raise refused(
+            f"its tiny model has {size / 1e6:.0f} M parameters, more than {MAX_PARAMETERS / 1e6:.0f} M"
+        )
     return config
 
 

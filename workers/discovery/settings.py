@@ -13,7 +13,7 @@ from app.core.planning.family import Setting
 NUMBER = "number"
 IGNORED = re.compile(
     r"(_token_id|_token_ids|_token_index|_dim|_size|_window|_std|_range|_dropout|_drop|_prob|_coef|_eps|_theta"
-    r"|_factor|_heads|_layers|_embeddings|_freqs|_len|_length)$"
+    r"|_factor|_heads|_layers|_embeddings|_freqs|_len|_length|_per_tok|_group)$"
     r"|^(_|id2label|label2id|rope|tie_|use_cache|output_|return_|torch_dtype|dtype|architectures|problem_type"
     r"|transformers_version|model_type|is_encoder_decoder|pretraining_tp|initializer|gradient|chunk_size_feed"
     r"|use_mamba_kernels|auto_map|n_positions|quantization|finetuning_task|summary_|scale_attn|tokenizer|"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,12 +38,12 @@ TEXT_SIZES: dict[str, int] = {
         ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "linear_num_key_heads"),
         SHARED_HEADS,
     ),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads", "linear_num_heads"), 8),
     **dict.fromkeys(
         (
-            "head_dim", "global_head_dim", "attention_head_dim", "swa_head_dim", "qk_nope_head_dim", "v_head_dim",
-            "linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim", "index_head_dim",
-            "hidden_size_per_layer_input", "v_head_dim", "kv_channels",
+            "head_dim", "global_head_dim", "attention_head_dim", "swa_head_dim", "qk_nope_head_dim",
+            "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_head",
+            "mamba_head_dim", "index_head_dim", "hidden_size_per_layer_input", "v_head_dim", "kv_channels",
         ),
         32,
     ),
@@ -68,7 +69,9 @@ TEXT_SIZES: dict[str, int] = {
         1,
     ),
     **dict.fromkeys(("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), POSITIONS),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), POSITIONS
+    ),
 }  # fmt: skip
 OTHER_SIZES: dict[str, int] = {  # towers for images and sound, which a text never reaches
     **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "width"), 64),
@@ -96,21 +99,45 @@ OTHER_SIZES: dict[str, int] = {  # towers for images and sound, which a text nev
 # Lists of a tower that name its layers.
 OTHER_LAYERS = {"deepstack_visual_indexes": [0, 1], "fullatt_block_indexes": [1]}
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-NOT_PASSED = ("model_type", "transformers_version", "_name_or_path", "architectures", "dtype", "auto_map")
+COUNTS = re.compile(r"heads$|^n_head|expert(?!.*_size)|top_?k|group|moe_k")  # one stays one
+NOT_PASSED = (
+    "model_type",
+    "quantization_config",
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "auto_map",
+)
 
 # Types whose code has the shares of a head's rotary frequencies that the config leaves out.
-SECTIONED = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "hunyuan_vl_text", "glm4v_text", "glm_ocr_text",
-             "glm46v_text", "glm4v_moe_text", "glmga_text")
+SECTIONED = (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen2_5_omni_text",
+    "hunyuan_vl_text",
+    "glm4v_text",
+    "glm_ocr_text",
+    "glm46v_text",
+    "glm4v_moe_text",
+    "glmga_text",
+)
 
 # Sizes that depend on each other in a way of the family's own.
 OF_TYPE: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_experts_per_tok": 2},
     "mamba2": {"num_heads": 8, "head_dim": 32},
     "falcon_mamba": {"time_step_rank": 8},
     "mamba": {"time_step_rank": 8},
     "llama4_text": {"num_experts_per_tok": 1},
     "gpt_neo": {"num_heads": 4},
     "gemma3n_text": {"altup_num_inputs": 2},
+}
+# What a type's own defaults lack, and every checkpoint of it has.
+WHERE_NULL: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "hunyuan_v1_moe": {"head_dim": 32},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 
 
@@ -158,6 +185,8 @@ def shrunk_values(values: Mapping[str, Any], *, grouped: bool) -> dict[str, Any]
             if TEXT_SIZES.get(key) == SHARED_HEADS and "head" in key and not grouped and value is not None:
                 result[key] = HEADS
     result.update(related_sizes(values))
+    missing = WHERE_NULL.get(values.get("model_type", ""), {})
+    result.update({key: value for key, value in missing.items() if values.get(key) is None})
     result.update(OF_TYPE.get(values.get("model_type", ""), {}))
     return fitting_rotary(result)
 
@@ -170,8 +199,12 @@ def related_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         sums = {rotary: "qk_rope_head_dim", rotary + plain: "qk_head_dim"}
         related["head_dim"] = TEXT_SIZES[sums.get(values["head_dim"], "head_dim")]
         if rotary == plain:  # a part of each head turns, by a fraction of its own
-            related |= {"qk_nope_head_dim": TEXT_SIZES["qk_rope_head_dim"]}
-            related |= {key: 2 * TEXT_SIZES["qk_rope_head_dim"] for key in ("qk_head_dim", "head_dim") if key in values}
+            related["qk_nope_head_dim"] = TEXT_SIZES["qk_rope_head_dim"]
+            related |= {
+                key: 2 * TEXT_SIZES["qk_rope_head_dim"]
+                for key in ("qk_head_dim", "head_dim")
+                if key in values
+            }
     for key in ("word_embed_proj_dim", "embedding_size"):
         if values.get(key) not in (None, values.get("hidden_size")):
             related[key] = TEXT_SIZES["hidden_size"] // 2
@@ -197,7 +230,9 @@ def shrunk_value(key: str, value: Any, sizes: Mapping[str, int]) -> Any:
         return PLAIN_TOKENS + value % (VOCABULARY - PLAIN_TOKENS)
     if key == "sliding_window":
         return min(value, WINDOW)
-    return min(value, sizes[key]) if key in sizes else value
+    if key not in sizes or value <= 0:
+        return value
+    return min(value, sizes[key]) if COUNTS.search(key) else sizes[key]
 
 
 def fitting_rotary(values: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +243,7 @@ def fitting_rotary(values: dict[str, Any]) -> dict[str, Any]:
 
     def fitting(value: dict[str, Any], partial: float) -> dict[str, Any]:
         pairs = int(head_dim * value.get("partial_rotary_factor", partial)) // 2
-        result = {}
+        result: dict[str, Any] = {}
         for key, inner in value.items():
             if isinstance(inner, dict):
                 result[key] = fitting(inner, partial)

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from app.core.planning.family import EXPERT, ScaleGroup
 from workers.discovery.tracing import Call, Trace, run, trace, unchanged
-from workers.modeling.experts import SplitExperts
-from workers.quantization.folding import Heads, fold_scales
+from workers.modeling.experts import Expert, SplitExperts
+from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.scale_search import ScaleChoice
 
 LEAST_ROWS = 16  # a linear with fewer gives one number a head, or an expert: it is compensated
@@ -32,7 +32,7 @@ HEAD_KEYS = (
     ("mamba_n_heads", "mamba_n_groups"),
     ("mamba_num_heads", "n_groups"),
 )
-FUNCTIONS_OF_POWERS = torch.tensor([0.25, 0.5, 2.0, 4.0])
+POWERS_OF_TWO = torch.tensor([0.25, 0.5, 2.0, 4.0])
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class LayerProbe:
         return unchanged(run(self.layer, self.call), self.expected, self.call.states)
 
     def columns(self, group: ScaleGroup) -> int:
-        return self.weights[self.expanded(group)[0].balance_layers[0] + ".weight"].shape[1]
+        return int(self.weights[group.balance_layers[0].replace(EXPERT, "0") + ".weight"].shape[1])
 
     def rows(self, name: str) -> int:
-        return self.weights[name.replace(EXPERT, "0") + ".weight"].shape[0]
+        return int(self.weights[name.replace(EXPERT, "0") + ".weight"].shape[0])
 
     def expanded(self, group: ScaleGroup) -> tuple[ScaleGroup, ...]:
         return group.expanded(self.block.count if self.block else 0)
@@ -77,7 +77,7 @@ class LayerProbe:
         generator = torch.Generator().manual_seed(1)
         each = [one for group in groups for one in self.expanded(group)]
         try:
-            choices = [self.choice(group, generator) for group in each]
+            choices: list[ScaleChoice | None] = [self.choice(group, generator) for group in each]
             weights = fold_scales(self.weights, self.heads, each, choices)
         except (AssertionError, IndexError, KeyError, RuntimeError, ZeroDivisionError):
             return False  # the candidate's rows do not exist in this layer
@@ -85,11 +85,9 @@ class LayerProbe:
 
     def choice(self, group: ScaleGroup, generator: torch.Generator) -> ScaleChoice:
         """Random powers of two, equal where channels share a scale."""
-        from workers.quantization.folding import fold_of
-
         fold = fold_of(self.weights, self.heads, group, torch.float32)
         columns = self.weights[group.balance_layers[0] + ".weight"].shape[1]
-        drawn = FUNCTIONS_OF_POWERS[torch.randint(0, 4, (columns,), generator=generator)]
+        drawn = POWERS_OF_TWO[torch.randint(0, 4, (columns,), generator=generator)]
         if fold.head_shape is not None:
             drawn = drawn.view(fold.head_shape)[:, :1].expand(fold.head_shape).flatten()
         return ScaleChoice(drawn, 0.0, 0.0, 0.0, 0.0)
@@ -98,9 +96,11 @@ class LayerProbe:
 def split_block(modules: Mapping[str, nn.Module]) -> SplitBlock | None:
     for path, module in modules.items():
         if isinstance(module, SplitExperts):
-            names = module.get_submodule("0").names
-            gated = module.form.gated
-            return SplitBlock(path, module.form.count, (names.gate, names.up) if gated else (names.up,), names.down)
+            first = module.get_submodule("0")
+            assert isinstance(first, Expert)
+            names = first.names
+            read = (names.gate, names.up) if module.form.gated else (names.up,)
+            return SplitBlock(path, module.form.count, read, names.down)
     return None
 
 
@@ -122,25 +122,18 @@ def input_groups(probe: LayerProbe) -> list[ScaleGroup]:
             readers.setdefault(tuple(probe.trace.inputs[name]), []).append(name)
     groups: list[ScaleGroup] = []
     for names in readers.values():
-        sparse = block is not None and block.path in names
-        linears = [n for n in names if is_linear(probe.modules[n])]
-        balance = [n for n in linears if probe.rows(n) >= LEAST_ROWS]
-        templates = block.templates(block.up) if sparse and block is not None else ()
-        if not balance and not templates:
+        linears = [n for n in names if is_linear(probe.modules[n]) and probe.rows(n) >= LEAST_ROWS]
+        sparse = block if block is not None and block.path in names else None
+        balance = (*(sparse.templates(sparse.up) if sparse else ()), *linears)
+        if not balance:
             continue
-        columns = probe.columns(ScaleGroup(balance_layers=tuple(balance) or templates).expanded(1)[0])
-        others = [n for n in names if n not in balance and is_small_reader(probe.modules[n], columns)]
-        groups.append(
-            ScaleGroup(
-                balance_layers=(*templates, *balance),
-                compensated=tuple(others),
-                observed=(*others, *balance, block.path)[0] if sparse and block is not None else None,
-            )
-        )
-        if sparse and block is not None:
-            groups.append(
-                ScaleGroup(balance_layers=block.templates([block.down]), expert=f"{block.path}.{EXPERT}")
-            )
+        columns = probe.columns(ScaleGroup(balance_layers=balance))
+        others = [n for n in names if n not in linears and is_small_reader(probe.modules[n], columns)]
+        observed = (*others, *linears, sparse.path)[0] if sparse else None
+        groups.append(ScaleGroup(balance_layers=balance, compensated=tuple(others), observed=observed))
+        if sparse:
+            down, expert = sparse.templates([sparse.down]), f"{sparse.path}.{EXPERT}"
+            groups.append(ScaleGroup(balance_layers=down, expert=expert))
     return groups
 
 
@@ -154,7 +147,7 @@ def smoothed(probe: LayerProbe, group: ScaleGroup) -> ScaleGroup:
     for candidate in candidates(probe, group):
         if probe.holds([candidate]):
             return candidate
-    return group.model_copy(update={"unscaled": UNSCALED, "compensated": (), "observed": group.observed})
+    return group.model_copy(update={"unscaled": UNSCALED, "compensated": ()})
 
 
 def candidates(probe: LayerProbe, group: ScaleGroup) -> Iterator[ScaleGroup]:
@@ -163,12 +156,13 @@ def candidates(probe: LayerProbe, group: ScaleGroup) -> Iterator[ScaleGroup]:
     for name in norms_before(probe, group):
         rows = probe.rows(name)
         if columns % rows == 0:
-            tiled = {"smooth_rows": "tiled"} if rows != columns else {}
+            pattern = "all" if rows == columns else "tiled"
             for kind in ("norm", "offset norm"):
-                yield group.model_copy(update={"smooth_layer": name, "smooth_kind": kind, **tiled})
+                fields = {"smooth_layer": name, "smooth_kind": kind, "smooth_rows": pattern}
+                yield group.model_copy(update=fields)
     for name in linears_before(probe, group):
-        for rows in row_patterns(probe.heads.settings, probe.rows(name), columns):
-            yield group.model_copy(update={"smooth_layer": name, **rows})
+        for chosen in row_patterns(probe.heads.settings, probe.rows(name), columns):
+            yield group.model_copy(update={"smooth_layer": name, **chosen})
 
 
 def position(probe: LayerProbe, group: ScaleGroup) -> int:
@@ -181,14 +175,13 @@ def norms_before(probe: LayerProbe, group: ScaleGroup) -> list[str]:
     """Modules with a vector of factors that run before the group: first those that give its input."""
     if group.expert is not None:
         return []
-    source = group.source if EXPERT not in group.source else probe.block.path  # type: ignore[union-attr]
-    source_input = probe.trace.inputs[source][0]
+    read = probe.trace.inputs[group.source][0]
     names = [
         name
         for name in probe.trace.order[: position(probe, group)]
         if name in probe.trace.outputs and is_norm(probe.modules[name])
     ]
-    producing = [name for name in names if source_input in probe.trace.outputs[name]]
+    producing = [name for name in names if read in probe.trace.outputs[name]]
     return producing + [name for name in reversed(names) if name not in producing]
 
 
@@ -224,16 +217,20 @@ def row_patterns(settings: Mapping[str, object], rows: int, columns: int) -> Ite
         heads, shared = settings.get(key), settings.get(shared_key)
         if not isinstance(heads, int) or columns % heads:
             continue
-        named: dict[str, object] = {"heads": key} if key != "num_attention_heads" else {}
+        keys: dict[str, object] = {"heads": key}
         if rows > columns and rows % heads == 0:
-            yield {**named, "smooth_rows": "last of each head"}
-            yield {**named, "smooth_rows": "first of each head"}
+            yield {**keys, "smooth_rows": "last of each head"}
+            yield {**keys, "smooth_rows": "first of each head"}
         if isinstance(shared, int) and 0 < shared < heads and heads % shared == 0:
-            if shared_key != "num_key_value_heads":
-                named = {**named, "shared_heads": shared_key}
-            width = shared * (columns // heads)
-            patterns = ["all"] if rows == width else ["last", "last of each head", "first of each head"]
-            for pattern in patterns if rows >= width else []:
-                yield {**named, "smooth_rows": pattern, "repeats_heads": True}
+            yield from shared_patterns(
+                rows, shared * (columns // heads), {**keys, "shared_heads": shared_key}
+            )
 
 
+def shared_patterns(rows: int, width: int, keys: Mapping[str, object]) -> Iterator[dict[str, object]]:
+    """As `row_patterns` where `width` rows are repeated by heads."""
+    if rows == width:
+        yield {**keys, "smooth_rows": "all", "repeats_heads": True}
+    elif rows > width:
+        for pattern in ("last", "last of each head", "first of each head"):
+            yield {**keys, "smooth_rows": pattern, "repeats_heads": True}

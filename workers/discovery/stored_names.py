@@ -1,4 +1,4 @@
-"""The names that checkpoints give the tensors of a model, by values: each tensor of a random model is unique."""
+"""The names that checkpoints give a model's tensors, by values: each tensor of a random model is unique."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -51,7 +52,9 @@ class StoredModel:
         """Names in one layer of the unchanged model. Raises ModelRefused for experts of an unknown form."""
         full = {name: self.name_of(f"{path}.{name}", value) for name, value in layer.state_dict().items()}
         prefix = common_prefix([each for each in full.values() if each], path.rpartition(".")[2])
-        names = {name: each.removeprefix(prefix) for name, each in full.items() if each and each.startswith(prefix)}
+        names = {
+            name: each.removeprefix(prefix) for name, each in full.items() if each and each.startswith(prefix)
+        }
         experts = None
         for module_path, module in layer.named_modules():
             form = experts_of(module)
@@ -65,7 +68,7 @@ class StoredModel:
         return StoredLayer(prefix, names, experts)
 
     def outside(self, path: str, prefix: str, called: set[str]) -> dict[str, str]:
-        """Stored names of the tensors that a text reaches outside of the layers, unless the layers' roots give them.
+        """Stored names of what a text reaches outside of the layers, where its root does not give them.
 
         path: of the module list; prefix: of its first layer in checkpoints.
         """
@@ -89,10 +92,12 @@ class StoredModel:
         plain = Experts(module=path, **PLAIN)
         weights = dict(split_weights(module, form, plain))
         found = {name: self.name_of(name, value) for name, value in weights.items()}
-        record, names = {"biased": form.biased, "transposed": form.transposed, "interleaved": form.interleaved}, {}
-        first = "gate_up_proj" if form.gated else "up_proj"
-        fused = {"fused_up": (first, form), "fused_down": ("down_proj", form)}
-        for key, (own, _) in fused.items():
+        record: dict[str, Any] = {
+            "biased": form.biased, "transposed": form.transposed, "interleaved": form.interleaved,
+        }  # fmt: skip
+        names: dict[str, str] = {}
+        fused = {"fused_up": "gate_up_proj" if form.gated else "up_proj", "fused_down": "down_proj"}
+        for key, own in fused.items():
             value = getattr(module, own)
             for transposed in (False, True):
                 name = self.name_of("", value.transpose(1, 2) if transposed else value)
@@ -110,7 +115,9 @@ class StoredModel:
             if stored is not None:
                 names[f"{number}.{record[kind]}.{tensor}"] = stored.removeprefix(prefix)
         if not names:
-            raise refused(f"checkpoints store its experts ({type(module).__name__}) in a form that is not known")
+            raise refused(
+                f"checkpoints store its experts ({type(module).__name__}) in a form that is not known"
+            )
         return Experts(module=path, **record), names
 
 
@@ -126,7 +133,7 @@ def common_prefix(names: Iterable[str], number: str) -> str:
 
 
 def prefix_pairs(names: Mapping[str, str]) -> Pairs:
-    """The shortest prefixes in transformers and in checkpoints that turn all of the names into the stored ones."""
+    """The shortest prefixes, in transformers and in checkpoints, that turn all names into the stored ones."""
     pairs: dict[str, str] = {}
     for name, stored in names.items():
         if renamed(name, pairs) == stored:

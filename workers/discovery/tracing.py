@@ -32,7 +32,10 @@ class Call:
     @property
     def states(self) -> Tensor:
         """The first argument that can be hidden states."""
-        return next(v for v in tree_leaves((self.positional, self.named)) if is_states(v))
+        states = first_states((self.positional, self.named))
+        if states is None:
+            raise refused("a layer is called without hidden states")
+        return states
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ def find_layers(model: PreTrainedModel) -> str:
     sizes: dict[str, int] = {}
     for path, module in model.named_modules():
         inner = any(path.startswith(outer + ".") for outer in sizes)
-        if isinstance(module, nn.ModuleList) and not inner and any(f"{path}.{n}" in called for n in range(len(module))):
+        if not isinstance(module, nn.ModuleList) or inner:
+            continue
+        if any(f"{path}.{number}" in called for number in range(len(module))):
             sizes[path] = sum(p.numel() for p in module.parameters())
     if not sizes:
         raise refused("its forward pass calls no list of layers")
@@ -120,7 +125,10 @@ def find_layers(model: PreTrainedModel) -> str:
 
 
 def traced_layers(model: PreTrainedModel, path: str) -> list[TracedLayer]:
-    """Every layer's call and output. Raises ModelRefused unless each is called once with the last's output."""
+    """Every layer's call and output.
+
+    Raises ModelRefused unless each is called once, with the output of the one before.
+    """
     layers = list(model.get_submodule(path))
     calls: list[tuple[int, Call]] = []
     outputs: list[Tensor | None] = []
@@ -131,12 +139,14 @@ def traced_layers(model: PreTrainedModel, path: str) -> list[TracedLayer]:
             calls.append((number, Call(args, kwargs).copied()))
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(layer.register_forward_hook(lambda m, a, out: outputs.append(cloned(first_states(out)))))
+        handles.append(
+            layer.register_forward_hook(lambda _m, _a, out: outputs.append(cloned(first_states(out))))
+        )
     with hooked(handles):
         logits_of(model, some_ids())
     if [number for number, _ in calls] != list(range(len(layers))):
         raise refused("its layers are not called once each, one after another")
-    traced = []
+    traced: list[TracedLayer] = []
     for (number, call), output in zip(calls, outputs, strict=True):
         if output is None:
             raise refused("a layer returns no hidden states")

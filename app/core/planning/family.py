@@ -1,6 +1,6 @@
 """What is known of a model family: the kinds of its decoder layers, and the groups of linears in each.
 
-Found by tracing (workers/modeling/discovery), and kept for known families as one JSON file each, so that a
+Found by tracing (workers/discovery), and kept for known families as one JSON file each, so that a
 job can be planned without torch. Names within a layer are those of checkpoints.
 """
 
