@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from app.commands import chat, doctor, jobs, keys, quantize, serve, storage
+from app.commands import chat, discover, doctor, jobs, keys, quantize, serve, storage
 from app.commands.artifacts import artifacts
 from app.commands.deployments import deploy, deployments
 from app.commands.terminal import report_error
@@ -23,7 +23,7 @@ COMMANDS = (
     serve.up, serve.api, serve.worker,
     jobs.submit, jobs.watch, jobs.jobs, jobs.cancel, jobs.retry, jobs.events, jobs.report, jobs.estimate,
     jobs.workers,
-    quantize.quantize, doctor.doctor, keys.login, deploy, chat.chat, storage.gc,
+    quantize.quantize, discover.discover, doctor.doctor, keys.login, deploy, chat.chat, storage.gc,
 )  # fmt: skip
 
 

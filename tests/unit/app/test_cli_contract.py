@@ -72,7 +72,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "keys create": ("--scopes", "jobs:read"), "keys list": (), "keys revoke": ("key_1",),
 }  # fmt: skip
 # Those that run something here have tests of their own.
-WITHOUT_SERVICE = {"up", "api", "worker", "quantize", "doctor"}
+WITHOUT_SERVICE = {"up", "api", "worker", "quantize", "doctor", "discover"}
 
 
 Command = TyperCommand | TyperGroup
