@@ -30,7 +30,8 @@ ENGINE_MAY_IMPORT = frozenset(
     f"app.core.{name}"
     for name in (
         "child.assignment", "errors", "formats.awq", "formats.file_format", "formats.registry", "jobs.report",
-        "planning.architectures", "planning.plan", "records.artifact", "records.job", "records.specs",
+        "planning.architectures", "planning.family", "planning.fused_experts", "planning.plan",
+        "records.artifact", "records.job", "records.specs",
         "sources.file_choice", "sources.gguf_header", "sources.json_file", "sources.local_model",
         "sources.model_headers", "sources.safetensors_header", "sources.text_content",
         "sources.text_shapes", "system_faults",

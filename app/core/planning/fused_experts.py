@@ -27,7 +27,7 @@ def split_fused_experts(
     for kind in kinds:
         for names in fused_names(kind):
             pattern = re.compile(rf"{re.escape(layers)}\.\d+\.(?={re.escape(names[0])}$)")
-            for prefix in [found[0] for name in split if (found := pattern.match(name))]:
+            for prefix in [start[0] for name in split if (start := pattern.match(name))]:
                 split |= expert_tensors(split, prefix, names, kind)
                 for name in names:
                     del split[prefix + name]
@@ -80,14 +80,14 @@ def expert_tensors(
     transposed = lie_transposed(prefix + fused[0], up, down, experts)
     whole = [(first, up, "weight"), ((experts.down,), down, "weight")]
     whole += [(leaves, bias, "bias") for (leaves, _, _), bias in zip(whole, biases, strict=False)]
-    found = {}
+    matrices = {}
     for leaves, values, parameter in whole:
         across = transposed and parameter == "weight"
         views = expert_views(values, len(leaves), transposed=across, interleaved=experts.interleaved)
         for number, each in enumerate(views):
             for leaf, view in zip(leaves, each, strict=True):
-                found[f"{prefix}{stem}.{number}.{leaf}.{parameter}"] = view
-    return found
+                matrices[f"{prefix}{stem}.{number}.{leaf}.{parameter}"] = view
+    return matrices
 
 
 def lie_transposed(name: str, up: TensorHeader, down: TensorHeader, experts: Experts) -> bool:
