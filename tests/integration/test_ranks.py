@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from app.core.child.assignment import Noted
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from tests.families_in_memory import family_model
 from tests.tiny_models import (
     OTHER_MODELS,
     TEXTS,
@@ -63,7 +65,9 @@ class Witness:
                 scales = [None if index % 2 else self.scales(run.decoder, layer, index) for index in stage]
                 self.pairs += view.observe(stage, own, scales)
             lesson = view.lesson()
-            self.lessons += [*lesson.inputs, *lesson.targets]
+            with torch.no_grad():
+                outputs = [lesson.forward(own, inputs) for inputs in lesson.inputs]
+            self.lessons += [*lesson.inputs, *lesson.targets, *outputs]
             chains.advance(candidate, original, Copied(own))  # type: ignore[arg-type]
         assert chain.layer == work.plan.num_layers
 
@@ -83,6 +87,18 @@ class Copied:
         return self.own
 
 
+def model_of(name: str) -> PreTrainedModel:
+    if name == "gemma3n":
+        kinds = ["sliding_attention", "full_attention"] * 2
+        sparse = [0.95, 0.0, 0.0, 0.0]
+        return family_model(
+            "gemma3n_text", num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds,
+            intermediate_size=[256] * 4, activation_sparsity_pattern=sparse,
+        )  # fmt: skip
+    model_type, changes = OTHER_MODELS[name]
+    return random_model(model_type, **changes)  # type: ignore[arg-type]
+
+
 def assert_same_sums(found: InputStatistics, expected: InputStatistics) -> None:
     """Documented tolerance: float32 sums of the same terms in another order."""
     assert found.num_tokens == expected.num_tokens
@@ -92,12 +108,13 @@ def assert_same_sums(found: InputStatistics, expected: InputStatistics) -> None:
     torch.testing.assert_close(found.moment, expected.moment, rtol=1e-4, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])  # the first layer of the latter is dense
+# The first layer of qwen3-moe is dense; layers of gemma3n read keys and values of earlier ones.
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "gemma3n"])
 def test_two_processes_give_the_sums_of_one(name: str, tmp_path: Path) -> None:
     """Of the original, of experts and of a recipe's own chain; OmniQuant's lesson is the same, too."""
-    model_type, changes = OTHER_MODELS[name]
-    model = save_model(random_model(model_type, **changes), tmp_path / "model")
-    given = assignment(spec(OMNIQUANT), model, tmp_path, threads=1, calibration_devices=["cpu"])
+    model = save_model(model_of(name), tmp_path / "model")
+    recipe = OMNIQUANT.model_copy(update={"indivisible": "skip"})
+    given = assignment(spec(recipe), model, tmp_path, threads=1, calibration_devices=["cpu"])
     messages: list[object] = []
     work = Work.open(given)
     clock = StageClock(messages.append, work.device, work.plan.num_layers)
