@@ -77,4 +77,4 @@ def unconverted(modules: ModuleSchemes) -> list[str]:
     for name in modules.unquantized:
         experts = expert_set(name)
         names |= dict.fromkeys((name, *fused_names(name)) if experts is None else (experts,))
-    return list(names)
+    return list(names | dict.fromkeys(modules.towers))

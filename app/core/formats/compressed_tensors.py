@@ -58,7 +58,10 @@ class CompressedTensorsFormat(FileFormat):
             "format": LAYOUT,
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": asked_names(modules.unquantized),
+            "ignore": [
+                *asked_names(modules.unquantized),
+                *(f"re:{tower}" for tower in modules.tower_patterns),
+            ],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "version": VERSION,
@@ -98,7 +101,7 @@ class CompressedTensorsFormat(FileFormat):
 def asked_names(names: Iterable[str]) -> list[str]:
     """The names, replaced by those that servers ask for: of fused matrices, and of experts' linears.
 
-    Not patterns in `ignore`: vLLM and SGLang rename modules there where their classes have other names.
+    Not patterns alone in `ignore`: vLLM and SGLang rename modules there where their classes have other names.
     """
     return list(
         dict.fromkeys(other for name in names for other in (name, *fused_names(name), *expert_names(name)))

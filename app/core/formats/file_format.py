@@ -9,6 +9,7 @@ compressed-tensors 0.17, 0.18 and 0.20 and GPTQModel 7.7.0 were run.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,12 @@ class ModuleSchemes:
 
     linears: Mapping[str, Scheme | None]  # by the checkpoint's names, in the order of data
     full_precision: tuple[str, ...] = ()  # modules beside them that no recipe quantizes
+    towers: tuple[str, ...] = ()  # the names, in their paths, of modules that hold some of these
+
+    @property
+    def tower_patterns(self) -> tuple[str, ...]:
+        """Match what is in the towers, whatever loaders call the model around them."""
+        return tuple(rf"(.*\.)?{re.escape(tower)}\..*" for tower in self.towers)
 
     @property
     def distinct(self) -> tuple[Scheme, ...]:

@@ -79,7 +79,7 @@ def dynamic_rules(modules: ModuleSchemes) -> dict[str, dict[str, int]]:
     # The whole has the scheme of its parts: sets that servers fuse share one.
     schemes |= {whole: scheme for name, scheme in schemes.items() for whole in wholes(name)}
     base = modules.common
-    rules: dict[str, dict[str, int]] = {}
+    rules: dict[str, dict[str, int]] = {f"-:{tower}": {} for tower in modules.tower_patterns}
     for scheme in dict.fromkeys(schemes.values()):
         if scheme == base:
             continue

@@ -94,7 +94,7 @@ class Architecture(Family):
         return self.model_copy(update={"groups": groups, "fused": fused, "experts": kind.experts})
 
     def of_language(self, name: str) -> bool:
-        """Whether a name of transformers is one of the language model's, not of a tower for images or sound."""
+        """Whether a name of transformers is the language model's, not that of a tower for images or sound."""
         return name.startswith(self.roots[0]) or f"{name}.".startswith(f"{self.head}.")
 
     def has_experts(self, layer: int) -> bool:
@@ -122,6 +122,13 @@ class Architecture(Family):
             return stored + name.removeprefix(inside)
         return self.stored_name(name)
 
+    def loaded_name(self, name: str) -> str | None:
+        """What transformers calls a module of a layer, where the files have another path to the layers."""
+        stored = self.stored_layers + "."
+        if stored == self.layers + "." or not name.startswith(stored):
+            return None
+        return f"{self.layers}.{name.removeprefix(stored)}"
+
     @cached_property
     def roots(self) -> tuple[str, str]:
         """Prefixes of what lies beside the layers, in transformers and in checkpoints."""
@@ -131,8 +138,8 @@ class Architecture(Family):
     def module_name(self, name: str) -> str:
         """The name in transformers of a module within a layer of a checkpoint."""
         for inside, stored in self.stored_names:
-            if name.startswith(stored):
-                return inside + name.removeprefix(stored)
+            if f"{name}.".startswith(stored):  # a pair may name the module itself
+                return (inside + f"{name}.".removeprefix(stored)).removesuffix(".")
         return name
 
 

@@ -8,6 +8,7 @@ servers fuse, the formats.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from app.core.errors import ModelRefused, RecipeUnsupported
@@ -58,13 +59,15 @@ class CandidatePlan(Frozen):
     recipe: Recipe
     linears: tuple[LinearPlan, ...]
     full_precision: tuple[str, ...] = ("lm_head",)  # modules that no recipe quantizes, for loaders to know
+    towers: tuple[str, ...] = ()  # that hold some of them, as for images
     output_bytes: dict[FormatName, int]
     bits_per_weight: float  # over the quantized linears, scales and zero points included
 
     @property
     def modules(self) -> ModuleSchemes:
         """The candidate as formats see it."""
-        return ModuleSchemes({linear.name: linear.scheme for linear in self.linears}, self.full_precision)
+        schemes = {linear.name: linear.scheme for linear in self.linears}
+        return ModuleSchemes(schemes, self.full_precision, self.towers)
 
 
 class Plan(Frozen):
@@ -377,12 +380,14 @@ def plan_candidate(
     }
     quantized = sum(linear.parameters for linear in linears if linear.scheme)
     bits_per_weight = 8 * packed[spec.formats[0]] / quantized
+    full_precision = full_precision_modules(architecture, linears, tensors)
     return CandidatePlan(
         recipe_index=index,
         label=f"{recipe.label} mixed {bits_per_weight:.2f}" if len(schemes) > 1 else recipe.label,
         recipe=recipe,
         linears=linears,
-        full_precision=full_precision_modules(architecture, linears, tensors),
+        full_precision=full_precision,
+        towers=towers(architecture, linears, full_precision),
         output_bytes={name: unquantized + size for name, size in packed.items()},
         bits_per_weight=bits_per_weight,
     )
@@ -416,8 +421,27 @@ def full_precision_modules(
         if len(tensor.shape) == 2 and name.endswith(".weight")
     )
     planned = {linear.name for linear in linears}
-    others = (name for name in matrices if name not in planned and name.rpartition(".")[2] not in TABLES)
-    return tuple(dict.fromkeys((*head, *others, *unsplit_linears(tensors))))
+    others = [name for name in matrices if name not in planned and name.rpartition(".")[2] not in TABLES]
+    kept = (linear.name for linear in linears if linear.scheme is None)
+    renamed = filter(None, map(architecture.loaded_name, (*others, *kept)))
+    return tuple(dict.fromkeys((*head, *others, *unsplit_linears(tensors), *renamed)))
+
+
+def towers(
+    architecture: Architecture, linears: tuple[LinearPlan, ...], full_precision: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The modules beside the decoder that hold several linears: for images, for sound, for drafts.
+
+    Each by its own name in the path: transformers and servers may call the model around it otherwise.
+    """
+    around = architecture.stored_layers.split(".")
+    counts: Counter[str] = Counter()
+    for name in full_precision:
+        path = name.split(".")
+        depth = next((n for n, (a, b) in enumerate(zip(path, around, strict=False)) if a != b), len(path))
+        counts.update(path[depth : depth + 1] if depth < len(path) - 1 else ())
+    planned = ".".join(linear.name for linear in linears)
+    return tuple(name for name, count in counts.items() if count > 1 and name not in planned)
 
 
 def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:
