@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from app.core.errors import ModelRefused
 from app.core.planning.family import LAYER_OUTPUT, Family, LayerKind, ScaleGroup
@@ -36,6 +37,20 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "first_k_dense_replace": (1,),
     "q_lora_rank": (None, 64),
     "word_embed_proj_dim": (64,),
+    "interleave_moe_layer_step": (2,),
+    "attn_layer_indices": ([1, 3],),
+}
+NO_INPUTS = {"hidden_size_per_layer_input": 0}
+GEMMA_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 128}
+VARIANTS_OF_TYPE: dict[str, tuple[dict[str, Any], ...]] = {
+    "gemma4_text": (
+        NO_INPUTS,
+        {**NO_INPUTS, "attention_k_eq_v": True},
+        {**NO_INPUTS, **GEMMA_EXPERTS},
+        {**NO_INPUTS, **GEMMA_EXPERTS, "attention_k_eq_v": True},
+    ),
+    "granitemoehybrid": ({"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2},),
+    "lfm2": ({"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},),
 }
 
 
@@ -106,7 +121,7 @@ def variants(text: PretrainedConfig) -> list[dict[str, Any]]:
             if default is not ... and v != default and (v is None or default is None or key != "q_lora_rank")
         ]
         combined += [{**each, key: value} for each in combined for value in others]
-    return combined[1:]
+    return [*combined[1:], *VARIANTS_OF_TYPE.get(text.model_type, ())]
 
 
 def working_model(config: Mapping[str, Any]) -> tuple[PreTrainedModel, str]:
@@ -131,6 +146,8 @@ def working_model(config: Mapping[str, Any]) -> tuple[PreTrainedModel, str]:
 
 
 def check_logits(model: PreTrainedModel, logits: Tensor) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise refused("it has an encoder and a decoder: it is no causal language model")
     if not torch.isfinite(logits).all() or not near(logits_of(model, some_ids()), logits):
         raise refused("its forward pass is not repeatable: it keeps state, or draws random numbers")
     other = some_ids().clone()
@@ -182,7 +199,10 @@ def layer_kind(
     if not probe.holds([group for group in groups if group.smooth_layer is not None]):
         raise refused("the scales of its groups change what a layer computes when all are folded in")
     if not groups:
-        raise refused("a layer has no linears")
+        transposed = any(isinstance(module, Conv1D) for module in probe.modules.values())
+        raise refused(
+            "a layer has no linears" + (": its matrices are stored transposed" if transposed else "")
+        )
     return LayerKind(groups=tuple(in_files(group, pairs) for group in groups), experts=inside.experts)
 
 

@@ -112,6 +112,7 @@ NOT_PASSED = (
 
 # Types whose code has the shares of a head's rotary frequencies that the config leaves out.
 SECTIONED = (
+    "paddleocr_vl_text",
     "qwen2_vl_text",
     "qwen2_5_vl_text",
     "qwen2_5_omni_text",
@@ -137,6 +138,10 @@ WHERE_NULL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 32},
     "hunyuan_v1_moe": {"head_dim": 32},
+    "hunyuan_vl_text": {"head_dim": 32},
+    "ministral": {"head_dim": 32},
+    "nemotron": {"num_key_value_heads": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 
@@ -215,8 +220,9 @@ def shrunk_part(key: str, values: Mapping[str, Any], *, grouped: bool) -> dict[s
     named = {"model_type": values["model_type"]} if values.get("model_type") else {}
     if any(word in key for word in TEXT_PARTS):
         return named | shrunk_values(values, grouped=grouped)
-    kept = {k: v for k, v in values.items() if k not in NOT_PASSED}
-    return named | {k: OTHER_LAYERS.get(k, shrunk_value(k, v, OTHER_SIZES)) for k, v in kept.items()}
+    passed = {key: value for key, value in values.items() if key not in NOT_PASSED}
+    fewer = with_layers(passed, OTHER_SIZES["num_hidden_layers"])
+    return named | {k: OTHER_LAYERS.get(k, shrunk_value(k, v, OTHER_SIZES)) for k, v in fewer.items()}
 
 
 def shrunk_value(key: str, value: Any, sizes: Mapping[str, int]) -> Any:

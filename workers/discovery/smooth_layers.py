@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from app.core.planning.family import EXPERT, ScaleGroup
 from workers.discovery.tracing import Call, Trace, run, trace, unchanged
@@ -105,7 +105,17 @@ def split_block(modules: Mapping[str, nn.Module]) -> SplitBlock | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """Whether the module computes what nn.Linear does; some classes of it don't."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    some = torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(4))
+    try:
+        output = module(some)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(output, Tensor) and unchanged(
+        [output], [nn.functional.linear(some, module.weight, module.bias)], torch.empty(0)
+    )
 
 
 def layer_groups(probe: LayerProbe) -> tuple[ScaleGroup, ...]:
