@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from app.core.errors import ModelRefused
+from app.core.planning.architectures import Architecture
 from app.core.planning.family import Experts, LayerKind, ScaleGroup
 from app.core.planning.fused_experts import split_fused_experts
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
@@ -223,3 +224,12 @@ def test_a_model_with_fused_experts_is_planned_and_quantized_as_with_a_matrix_fo
     assert f"{LAYERS}.1.{STEM}.3.up_proj.weight_packed" in second[0]
     for name, value in first[0].items():
         assert torch.equal(second[0][name], value), name
+
+
+def test_a_module_that_checkpoints_name_longer_is_found_by_its_own_name() -> None:
+    """As the router of Granite, whose groups observe it by the name in the files."""
+    pairs = (("block_sparse_moe.router.", "block_sparse_moe.router.layer."),)
+    granite = Architecture(model_type="g", class_name="G", stored_layers=LAYERS, stored_names=pairs)
+    assert granite.module_name("block_sparse_moe.router.layer") == "block_sparse_moe.router"
+    assert granite.module_name("block_sparse_moe.router.layer.norm") == "block_sparse_moe.router.norm"
+    assert granite.module_name("block_sparse_moe.router.layers") == "block_sparse_moe.router.layers"
