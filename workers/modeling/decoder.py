@@ -475,17 +475,19 @@ def restore_buffers(model: PreTrainedModel, device: torch.device, *, layers: str
     With the path of the decoder layers those of other models within a wrapper stay as they are.
     """
     owners: dict[str, PreTrainedModel] = {}
-    for name, module in model.named_modules():
-        owner = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
-        owners[name] = owner
-        path = next(path for path, each in owners.items() if each is owner)
-        lost = module._non_persistent_buffers_set
-        if not lost or not (path == "" or f"{layers or path}.".startswith(f"{path}.")):
-            continue
-        for key in lost:
-            if getattr(module, key) is not None:
+    modules, lost = dict(model.named_modules()), dict[str, list[str]]()
+    for name, module in modules.items():
+        owners[name] = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
+        path = next(path for path, each in owners.items() if each is owners[name])
+        keys = [key for key in module._non_persistent_buffers_set if getattr(module, key) is not None]
+        if keys and (path == "" or f"{layers or path}.".startswith(f"{path}.")):
+            lost[name] = keys
+            for key in keys:
                 setattr(module, key, torch.empty_like(getattr(module, key), device="cpu"))
-        owner._init_weights(module)
-        for key in lost:
-            if getattr(module, key) is not None:
-                setattr(module, key, getattr(module, key).to(device))
+    around = {"", *lost, *(name[:end] for name in lost for end in range(len(name)) if name[end] == ".")}
+    for name in reversed(list(modules)):  # as transformers does: some fill the buffers of modules within them
+        if lost and name in around:
+            owners[name]._init_weights(modules[name])
+    for name, keys in lost.items():
+        for key in keys:
+            setattr(modules[name], key, getattr(modules[name], key).to(device))

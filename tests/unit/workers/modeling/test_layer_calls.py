@@ -32,6 +32,7 @@ FAMILIES = {
     "bloom": "tuples, and a norm after the embedding",
     "bamba": "tuples that are unpacked",
     "falcon_mamba": "recurrence alone",
+    "falcon_h1": "tuples, factors that the model around the layers gives them",
     "gpt_oss": "sinks",
     "granitemoehybrid": "recurrent layers between others",
     "lfm2": "convolutions",
