@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from app.core.planning.architectures import Architecture
 from app.core.planning.family import LayerKind
+from workers.discovery.layer_tracing import find_layers
 from workers.discovery.random_weights import tiny_model
-from workers.discovery.tracing import find_layers
 from workers.modeling.decoder import Decoder
 
 

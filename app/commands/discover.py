@@ -24,4 +24,4 @@ def discover(
     refuse_missing_engine()
     # The process becomes the engine's: app imports nothing of workers.
     options = ["--json"] if as_json else []
-    os.execv(sys.executable, [sys.executable, "-m", "workers.discovery.show", what, *options])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-m", "workers.discovery.printed_family", what, *options])  # noqa: S606

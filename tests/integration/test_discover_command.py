@@ -14,7 +14,7 @@ MODEL = Path(__file__).parent.parent.parent / "examples" / "wikitext-llama-6m"
 
 def discover(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.cli", "discover", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_type_is_shown_as_its_file_has_it() -> None:

@@ -21,9 +21,9 @@ from app.core.planning.family import FAMILIES, Family, ScaleGroup, known_family,
 from workers.discovery import smooth_layers
 from workers.discovery.__main__ import all_types, written
 from workers.discovery.family_discovery import discover, discover_type
+from workers.discovery.layer_tracing import find_layers, logits_of, some_ids, traced_layers
 from workers.discovery.random_weights import tiny_model
 from workers.discovery.smooth_layers import LayerProbe, layer_groups
-from workers.discovery.tracing import find_layers, logits_of, some_ids, traced_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HAND_WRITTEN = json.loads((GOLDEN / "hand_written_groups.json").read_text("utf-8"))

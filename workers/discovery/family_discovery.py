@@ -14,13 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from app.core.errors import ModelRefused
 from app.core.planning.family import LAYER_OUTPUT, Family, LayerKind, ScaleGroup
+from workers.discovery.family_settings import settings_of
 from workers.discovery.joins import joined
-from workers.discovery.random_weights import classes_of, refused, signature, tiny_model
-from workers.discovery.settings import settings_of
-from workers.discovery.shrunk_config import POSITIONS, whole_config
-from workers.discovery.smooth_layers import UNSCALED, LayerProbe, is_linear, layer_groups
-from workers.discovery.stored_names import StoredLayer, StoredModel, prefix_pairs, renamed
-from workers.discovery.tracing import (
+from workers.discovery.layer_tracing import (
     TracedLayer,
     called_modules,
     find_layers,
@@ -29,6 +25,10 @@ from workers.discovery.tracing import (
     some_ids,
     traced_layers,
 )
+from workers.discovery.random_weights import classes_of, refused, signature, tiny_model
+from workers.discovery.shrunk_config import POSITIONS, whole_config
+from workers.discovery.smooth_layers import UNSCALED, LayerProbe, is_linear, layer_groups
+from workers.discovery.stored_names import StoredLayer, StoredModel, prefix_pairs, renamed
 from workers.modeling.experts import split_experts
 
 # Settings that give a family layers with other linears, where its default has none of them.
@@ -85,7 +85,7 @@ def traced_family(config: Mapping[str, Any]) -> Family:
             "class_name": type(model).__name__,
             **outside,
             "attention": attention,
-            "tied": bool(getattr(whole.get_text_config(), "tie_word_embeddings", False)),
+            "tied": bool(getattr(whole, "tie_word_embeddings", False)),
             "stored_names": pairs,
             "settings": settings_of(whole),
             "kinds": kinds,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from app.core.planning.family import EXPERT, LAYER_OUTPUT, ScaleGroup
+from workers.discovery.layer_tracing import first_states, hooked, run
 from workers.discovery.smooth_layers import LayerProbe
-from workers.discovery.tracing import first_states, hooked, run
 
 CLOSE = 1e-5
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from app.core.planning.family import EXPERT, ScaleGroup
-from workers.discovery.tracing import Call, Trace, run, trace, unchanged
+from workers.discovery.layer_tracing import TracedCall, Trace, run, trace, unchanged
 from workers.modeling.experts import Expert, SplitExperts
 from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.scale_search import ScaleChoice
@@ -51,7 +51,7 @@ class SplitBlock:
 class LayerProbe:
     """One layer with its call and what it computes; tells whether a fold leaves that as it is."""
 
-    def __init__(self, layer: nn.Module, call: Call, config: Mapping[str, object]) -> None:
+    def __init__(self, layer: nn.Module, call: TracedCall, config: Mapping[str, object]) -> None:
         self.layer, self.call, self.heads = layer, call, Heads.of(config)
         self.weights = layer.state_dict()
         self.expected = run(layer, call)

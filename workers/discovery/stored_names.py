@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from app.core.planning.family import Experts
+from workers.discovery.layer_tracing import digest
 from workers.discovery.random_weights import refused
-from workers.discovery.tracing import digest
 from workers.modeling.experts import ExpertsForm, experts_of, split_weights
 
 Pairs = tuple[tuple[str, str], ...]
@@ -91,7 +91,7 @@ class StoredModel:
         """The record of fused experts, and the stored names of their linears by name within the module."""
         plain = Experts(module=path, **PLAIN)
         weights = dict(split_weights(module, form, plain))
-        found = {name: self.name_of(name, value) for name, value in weights.items()}
+        full = {name: self.name_of(name, value) for name, value in weights.items()}
         record: dict[str, Any] = {
             "biased": form.biased, "transposed": form.transposed, "interleaved": form.interleaved,
         }  # fmt: skip
@@ -104,12 +104,11 @@ class StoredModel:
                 if name is not None:
                     record |= {key: name.removeprefix(prefix), "transposed": form.transposed ^ transposed}
                     names[own] = name.removeprefix(prefix)
-            record.setdefault(key, own)
-        linears = {kind: found.get(f"0.{name}.weight") for kind, name in PLAIN.items()}
+        linears = {kind: full.get(f"0.{name}.weight") for kind, name in PLAIN.items()}
         for kind, stored in linears.items():
             own = stored.rpartition(".")[0].rpartition(".")[2] if stored else PLAIN[kind]
             record[kind] = own if kind != "gate" or form.gated else ""
-        for name, stored in found.items():
+        for name, stored in full.items():
             number, linear, tensor = name.split(".")
             kind = next(kind for kind, each in PLAIN.items() if each == linear)
             if stored is not None:
@@ -123,13 +122,13 @@ class StoredModel:
 
 def common_prefix(names: Iterable[str], number: str) -> str:
     """The stored prefix of a layer's names, up to its number."""
-    found: Counter[str] = Counter()
+    prefixes: Counter[str] = Counter()
     for name in names:
         for match in re.finditer(rf"(?:^|(?<=\.)){number}\.", name):
-            found[name[: match.end()]] += 1
-    if not found:
+            prefixes[name[: match.end()]] += 1
+    if not prefixes:
         raise refused("checkpoints do not store its layers one by one")
-    return max(found, key=lambda prefix: (found[prefix], -len(prefix)))
+    return max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix)))
 
 
 def prefix_pairs(names: Mapping[str, str]) -> Pairs:

@@ -20,14 +20,14 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Call:
+class TracedCall:
     """Arguments of a module, as they were before the call."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
 
-    def copied(self) -> Call:
-        return Call(*(tree_map(cloned, each) for each in (self.positional, self.named)))
+    def copied(self) -> TracedCall:
+        return TracedCall(*(tree_map(cloned, each) for each in (self.positional, self.named)))
 
     @property
     def states(self) -> Tensor:
@@ -44,7 +44,7 @@ class TracedLayer:
 
     path: str
     module: nn.Module
-    call: Call
+    call: TracedCall
     output: Tensor
 
 
@@ -130,13 +130,13 @@ def traced_layers(model: PreTrainedModel, path: str) -> list[TracedLayer]:
     Raises ModelRefused unless each is called once, with the output of the one before.
     """
     layers = list(model.get_submodule(path))
-    calls: list[tuple[int, Call]] = []
+    calls: list[tuple[int, TracedCall]] = []
     outputs: list[Tensor | None] = []
     handles: list[Any] = []
     for number, layer in enumerate(layers):
 
         def before(_: nn.Module, args: Any, kwargs: Any, number: int = number) -> None:
-            calls.append((number, Call(args, kwargs).copied()))
+            calls.append((number, TracedCall(args, kwargs).copied()))
 
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(
@@ -156,7 +156,7 @@ def traced_layers(model: PreTrainedModel, path: str) -> list[TracedLayer]:
     return traced
 
 
-def run(layer: nn.Module, call: Call, weights: dict[str, Tensor] | None = None) -> list[Tensor]:
+def run(layer: nn.Module, call: TracedCall, weights: dict[str, Tensor] | None = None) -> list[Tensor]:
     """Every tensor that a call of the layer returns or leaves in its arguments; its hidden states first."""
     fresh = call.copied()
     if weights is None:
@@ -184,23 +184,23 @@ def unchanged(values: list[Tensor], expected: list[Tensor], residual: Tensor) ->
     return True
 
 
-def trace(layer: nn.Module, call: Call) -> Trace:
-    found = Trace()
+def trace(layer: nn.Module, call: TracedCall) -> Trace:
+    record = Trace()
     handles: list[Any] = []
     for name, module in layer.named_modules():
         if not name:
             continue
 
         def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            if name not in found.inputs:
-                found.order.append(name)
-            found.inputs.setdefault(name, []).append(digest(first_states((args, kwargs))))
+            if name not in record.inputs:
+                record.order.append(name)
+            record.inputs.setdefault(name, []).append(digest(first_states((args, kwargs))))
 
         def after(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            found.outputs.setdefault(name, []).append(digest(first_states(output)))
+            record.outputs.setdefault(name, []).append(digest(first_states(output)))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
     with hooked(handles):
         run(layer, call)
-    return found
+    return record
