@@ -12,12 +12,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from app.core.child.assignment import Assignment, Finished, ProgressMessage
 from app.core.jobs.report import Report
+from app.core.planning.architectures import Architecture, architecture_of
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
 from app.core.sources.fetching import text_digest
 from workers.child.job_run import run_job
 from workers.child.layer_files import LayerCheckpoints
 from workers.child.stage_clock import StageClock
 from workers.child.work import JobTexts, Work, read_texts, with_checked_shapes
+from workers.discovery.family_discovery import discover
+from workers.modeling.checkpoint import Checkpoint
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "wikitext-llama-6m"
 TEXTS = TOKENIZER.parent.parent / "workers" / "texts" / "builtin" / "wikitext2"
@@ -90,6 +93,15 @@ def save_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "1
 
 def tiny_model(folder: Path, model_type: str = "llama", **changes: object) -> Path:
     return save_model(random_model(model_type, **changes), folder)  # type: ignore[arg-type]
+
+
+def fitted_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture as a job has it: groups that are not known are found by tracing."""
+    config, tensors = checkpoint.config, checkpoint.tensors
+    architecture = architecture_of(config, tensors)
+    return (
+        architecture if architecture.to_find is None else architecture_of(config, tensors, discover(config))
+    )
 
 
 def plant_outliers(model: PreTrainedModel, factor: float = 16.0) -> None:

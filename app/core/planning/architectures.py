@@ -174,7 +174,7 @@ def architecture_of(
     stored_layers = stored_stack(family, tensors)
     tensors = split_fused_experts(tensors, stored_layers, family.kinds)
     layers = layer_modules(stored_layers, tensors)
-    tied = config.get("tie_word_embeddings", text_settings(config).get("tie_word_embeddings"))
+    tied = config.get("tie_word_embeddings")  # that of a wrapper counts, not that of its text part
     suffix = f".{family.head.rpartition('.')[2]}.weight"
     return Architecture.model_validate(
         {

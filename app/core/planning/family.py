@@ -131,17 +131,38 @@ class Family(Frozen):
     attention: Literal["sdpa", "eager"] = "sdpa"  # of transformers; some models have no fast one
     learned_positions: bool = False  # a table: it ends
     stored_names: tuple[tuple[str, str], ...] = ()
-    settings: dict[str, Setting] = Field(default={})  # of config.json, by dotted key, under which the kinds were found
+    settings: dict[str, Setting] = Field(
+        default={}
+    )  # of config.json, by dotted key, under which the kinds were found
     kinds: tuple[LayerKind, ...] = ()
 
 
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder_config", "thinker_config")
+SETTING_NAMES = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "hidden_size": ("n_embd", "d_model", "model_dim"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "n_ctx"),
+}
 FAMILIES = Path(__file__).parent / "families"
 
 
 def text_settings(config: Mapping[str, object]) -> dict[str, object]:
-    """The settings of the language model: wrappers of several kinds of input have them in `text_config`."""
-    inner = config.get("text_config")
-    return {**config, **inner} if isinstance(inner, dict) else {**config}
+    """The settings of the language model, by the names that most models have for them.
+
+    Wrappers of several kinds of input have them in a part of their own.
+    """
+    inner = next((config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict)), None)
+    if isinstance(inner, dict):
+        outer = {key: value for key, value in config.items() if key not in TEXT_PARTS}
+        return text_settings({**outer, **inner})
+    settings = {**config}
+    for name, others in SETTING_NAMES.items():
+        value = next((config[key] for key in others if config.get(key) is not None), None)
+        if value is not None and settings.get(name) is None:
+            settings[name] = value
+    return settings
 
 
 @cache

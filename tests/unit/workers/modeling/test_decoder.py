@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.planning.architectures import architecture_of
-from tests.tiny_models import random_model, save_model, some_tokens
+from tests.tiny_models import fitted_architecture, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 
@@ -42,7 +41,7 @@ CASES = {
 
 def decoder_of(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     checkpoint = Checkpoint(folder)
-    return Decoder(checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), CPU, dtype)
+    return Decoder(checkpoint, fitted_architecture(checkpoint), CPU, dtype)
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.planning.architectures import architecture_of
-from tests.tiny_models import some_tokens, tiny_model
+from tests.tiny_models import fitted_architecture, some_tokens, tiny_model
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.modeling.prefetch import Read, WeightPrefetch
@@ -71,7 +70,7 @@ def test_evaluating_with_read_ahead_gives_the_same_states(
 ) -> None:
     """Layer by layer, in each layer model by model: that order is what may be read ahead."""
     checkpoint = Checkpoint(tiny_model(tmp_path / "model"))
-    decoder = Decoder(checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), CPU, torch.float32)
+    decoder = Decoder(checkpoint, fitted_architecture(checkpoint), CPU, torch.float32)
     order: list[tuple[str, int]] = []
 
     def model(name: str, factor: float, layer: int) -> dict[str, Tensor]:

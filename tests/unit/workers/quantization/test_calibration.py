@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from app.core.planning.architectures import architecture_of
-from tests.tiny_models import random_model, save_model, some_tokens
+from tests.tiny_models import fitted_architecture, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization.calibration import CalibrationPass
@@ -24,9 +23,7 @@ BATCHES = [some_tokens(3, 40, 0), some_tokens(2, 40, 1)]
 
 def decoder_of(folder: Path) -> Decoder:
     checkpoint = Checkpoint(folder)
-    return Decoder(
-        checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), torch.device("cpu"), torch.float32
-    )
+    return Decoder(checkpoint, fitted_architecture(checkpoint), torch.device("cpu"), torch.float32)
 
 
 def inputs_of(model: PreTrainedModel, linear: str) -> Tensor:

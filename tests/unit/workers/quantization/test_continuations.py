@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from app.core.planning.architectures import architecture_of
-from tests.tiny_models import random_model, save_model
+from tests.tiny_models import fitted_architecture, random_model, save_model
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization import continuations
@@ -47,9 +46,7 @@ def by_transformers(model: PreTrainedModel, request: Continuation) -> tuple[floa
 
 def decoder_of(folder: Path) -> Decoder:
     checkpoint = Checkpoint(folder)
-    return Decoder(
-        checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), torch.device("cpu"), torch.float32
-    )
+    return Decoder(checkpoint, fitted_architecture(checkpoint), torch.device("cpu"), torch.float32)
 
 
 @torch.no_grad()

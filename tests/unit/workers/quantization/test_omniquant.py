@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from app.core.formats.file_format import Scheme
-from app.core.planning.architectures import architecture_of
 from app.core.records.specs import Recipe, SearchSpec
-from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
+from tests.tiny_models import OTHER_MODELS, fitted_architecture, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization import omniquant
@@ -44,7 +43,7 @@ class LayerCase:
         checkpoint = Checkpoint(folder)
         decoder = Decoder(
             checkpoint,
-            architecture_of(checkpoint.config, checkpoint.tensors),
+            fitted_architecture(checkpoint),
             torch.device("cpu"),
             torch.float32,
         )

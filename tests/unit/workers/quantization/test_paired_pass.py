@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup, architecture_of
-from tests.tiny_models import OTHER_MODELS, random_model, save_model, some_tokens
+from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup
+from tests.tiny_models import OTHER_MODELS, fitted_architecture, random_model, save_model, some_tokens
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder
 from workers.quantization.calibration import CalibrationPass
@@ -25,9 +25,7 @@ MODELS = {"llama": ("llama", {}), "qwen2": ("qwen2", {}), **OTHER_MODELS}
 def paired(folder: Path, model_type: str = "llama", **changes: object) -> PairedPass:
     folder = save_model(random_model(model_type, **changes), folder)  # type: ignore[arg-type]
     checkpoint = Checkpoint(folder)
-    decoder = Decoder(
-        checkpoint, architecture_of(checkpoint.config, checkpoint.tensors), torch.device("cpu"), torch.float32
-    )
+    decoder = Decoder(checkpoint, fitted_architecture(checkpoint), torch.device("cpu"), torch.float32)
     return PairedPass(decoder, [some_tokens(2), some_tokens(2, seed=1)])
 
 
