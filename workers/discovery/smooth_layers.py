@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from app.core.planning.family import EXPERT, ScaleGroup
-from workers.discovery.layer_tracing import TracedCall, Trace, run, trace, unchanged
+from workers.discovery.layer_tracing import Trace, TracedCall, run, trace, unchanged
 from workers.modeling.experts import Expert, SplitExperts
 from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.scale_search import ScaleChoice
