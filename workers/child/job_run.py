@@ -22,7 +22,7 @@ from workers.child.layer_loop import solve_layers
 from workers.child.quality_report import RunResult, prediction_note, report_of
 from workers.child.stage_clock import Send, StageClock
 from workers.child.target_search import TargetSearch
-from workers.child.text_checks import perplexity_note, repetition_notes
+from workers.child.text_checks import left_out_notes, perplexity_note, repetition_notes
 from workers.child.work import JobTexts, Work, check_weights, read_texts, with_checked_shapes
 from workers.formats.folder import FormatFolder
 
@@ -43,8 +43,9 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
         texts = read_texts(work)
         if texts.note is not None:
             clock.note("chat_template_invalid", texts.note)
-        for message in repetition_notes(texts.calibration, texts.evaluation):
-            clock.note("text", message)
+        for notes in (left_out_notes, repetition_notes):
+            for message in notes(texts.calibration, texts.evaluation):
+                clock.note("text", message)
         checkpoints = work.checkpoints(clock)
         files = [CandidateFiles.of(work, candidate, checkpoints) for candidate in work.plan.candidates]
         if not checkpoints.is_done(0, len(files)):

@@ -18,6 +18,16 @@ def repetition_notes(calibration: Windows, evaluation: Windows) -> Iterator[str]
     return text_notes(calibrates, judges, "tokens")
 
 
+def left_out_notes(calibration: Windows, evaluation: Windows) -> Iterator[str]:
+    """What a reader of the report should know of conversations with images."""
+    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
+        if windows.left_out:
+            yield (
+                f"{windows.left_out} images, sounds or videos of the {name} text's conversations were left "
+                "out: the text around them is read alone"
+            )
+
+
 def perplexity_note(perplexity: float, vocab_size: int) -> str | None:
     """What the original's perplexity says of the evaluation text; None for the usual."""
     if perplexity <= NEARLY_CERTAIN:

@@ -30,6 +30,7 @@ class Windows:
 
     tokens: Tensor
     available: int  # windows that the text would have given
+    left_out: int = 0  # images, sounds and videos of its conversations
 
     @property
     def digest(self) -> str:
@@ -76,17 +77,23 @@ def calibration_windows(
     spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, file: Path | None
 ) -> Windows:
     """`num_samples` windows drawn without replacement with the seed of the spec."""
-    every = all_windows(spec, spec.sequence_length, tokenizer, read_documents(spec, file, split="valid"))
+    documents = read_documents(spec, file, split="valid")
+    every = all_windows(spec, spec.sequence_length, tokenizer, documents)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(spec.seed))
-    return Windows(every[order[: spec.num_samples]], len(every))
+    return Windows(every[order[: spec.num_samples]], len(every), left_out_of(documents))
 
 
 def evaluation_windows(
     spec: EvaluationSpec, sequence_length: int, tokenizer: PreTrainedTokenizerBase, file: Path | None
 ) -> Windows:
     """The first `num_samples` windows of the held-out text."""
-    every = all_windows(spec, sequence_length, tokenizer, read_documents(spec, file, split="test"))
-    return Windows(every[: spec.num_samples], len(every))
+    documents = read_documents(spec, file, split="test")
+    every = all_windows(spec, sequence_length, tokenizer, documents)
+    return Windows(every[: spec.num_samples], len(every), left_out_of(documents))
+
+
+def left_out_of(documents: list[Document]) -> int:
+    return sum(document.left_out for document in documents)
 
 
 def all_windows(
@@ -98,7 +105,7 @@ def all_windows(
     for number, document in enumerate(documents):
         if number and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        ids.extend(token_ids(tokenizer, document, template, as_turn=spec.chat_template))
+        ids.extend(token_ids(tokenizer, document, template, as_turn=spec.chat_template == "always"))
     count = len(ids) // sequence_length
     if count < spec.num_samples:
         raise TextRefused(
@@ -113,16 +120,18 @@ def all_windows(
 def needed_template(
     spec: TextSpec, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> ChatTemplate | None:
-    """The model's chat template, if a document or the spec asks for one.
+    """The model's chat template, if a document or the spec asks for one; another if it is not to be used.
 
     Raises TextRefused if there is none, ModelRefused for one that is no template.
     """
-    if not spec.chat_template and all(document.text is not None for document in documents):
+    if spec.chat_template != "always" and all(document.text is not None for document in documents):
         return None
+    if spec.chat_template == "never":
+        return ChatTemplate(None, tokenizer.special_tokens_map)
     if tokenizer.chat_template is None:
         raise TextRefused(
             "the model has no chat template, but the text needs one", code="chat_template_missing",
-            remedy="set chat_template to false and give plain text",
+            remedy="set chat_template to never, or to auto and give plain text",
         )  # fmt: skip
     return chat_template(tokenizer)
 
@@ -145,4 +154,5 @@ def token_ids(
             f"the model's chat template refuses a conversation: {refusal}", code="chat_template_failed",
             remedy="give conversations that follow the template, or plain text",
         ) from refusal  # fmt: skip
-    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+    # A model's own template writes the special tokens, too.
+    return list(tokenizer(rendered, add_special_tokens=template.is_default, verbose=False)["input_ids"])

@@ -153,7 +153,7 @@ def require_length(spec: TextSpec, sequence_length: int, *, section: str) -> Non
     if spec.texts is None:
         return
     size = sum(len(text.strip().encode()) for text in spec.texts)
-    most_tokens = math.inf if spec.chat_template else size + ADDED_TOKENS * len(spec.texts)
+    most_tokens = math.inf if spec.chat_template == "always" else size + ADDED_TOKENS * len(spec.texts)
     if size == 0 or most_tokens < spec.num_samples * sequence_length:
         raise TextRefused(
             f"{size} bytes of text are too few for {spec.num_samples} windows of {sequence_length} tokens",

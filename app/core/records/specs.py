@@ -34,6 +34,8 @@ Method = Literal["rtn", "awq", "gptq", "omniquant"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[32, 64, 128, -1]
 Engine = Literal["auto", "transformers", "vllm"]
+TemplateUse = Literal["auto", "never", "always"]
+OWN_ANSWERS = "self"  # the dataset that the model itself writes
 
 LabelKey = Annotated[
     str,
@@ -177,8 +179,15 @@ class TextSpec(Frozen):
 
     dataset: str | None = Field(default=None, max_length=1024)
     texts: tuple[Text, ...] | None = Field(default=None, min_length=1, max_length=4096)
-    chat_template: bool = False
+    # auto: for conversations; always: also a text, as a user's turn; never: roles and texts line by line
+    chat_template: TemplateUse = "auto"
     num_samples: int = Field(default=128, ge=1, le=65536)
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def older_values_have_names(cls, value: object) -> object:
+        """`true` and `false` were the values of earlier versions."""
+        return {True: "always", False: "auto"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def one_source(self) -> TextSpec:
@@ -190,6 +199,11 @@ class TextSpec(Frozen):
     def source(self) -> str:
         """The dataset reference; `inline` when the texts are in the request."""
         return "inline" if self.texts is not None else self.dataset or "builtin:wikitext2"
+
+    @property
+    def is_own_answers(self) -> bool:
+        """Whether the text is written by the model that is quantized."""
+        return self.source == OWN_ANSWERS
 
 
 class CalibrationSpec(TextSpec):
@@ -212,6 +226,13 @@ class EvaluationSpec(TextSpec):
     # of lm-eval, scored on original and result
     tasks: tuple[TaskName, ...] = Field(default=(), max_length=32)
     task_limit: int | None = Field(default=None, ge=1, le=1_000_000)  # documents of each task, from the start
+
+    @field_validator("dataset")
+    @classmethod
+    def text_is_not_the_models(cls, dataset: str | None) -> str | None:
+        if dataset == OWN_ANSWERS:
+            raise ValueError(f"{OWN_ANSWERS!r} is for calibration: no model may write what it is judged on")
+        return dataset
 
     @field_validator("tasks")
     @classmethod

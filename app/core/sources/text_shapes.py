@@ -31,6 +31,7 @@ class Document:
     text: str | None = None
     messages: list[Turn] | None = None
     tools: list[dict[str, Any]] | None = None
+    left_out: int = 0  # images, sounds and videos of the turns
 
     @property
     def is_empty(self) -> bool:
@@ -92,12 +93,14 @@ def conversation(row: Row, field: str, names: tuple[str, str]) -> Document:
         raise RowRefused(f"`{field}` is {kind_of(turns)} instead of a list of turns")
     if not turns:
         raise RowRefused(f"`{field}` is empty")
-    messages = [turn_of(number, turn, names) for number, turn in enumerate(turns, start=1)]
+    read = [turn_of(number, turn, names) for number, turn in enumerate(turns, start=1)]
+    messages = [without_media(turn) for turn in read]
+    left_out = sum(map(media_count, read))
     if row.get("system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": text_in(row, "system")})
     tools = tools_of(row.get("tools"))
     require_text(f"`{field}`", json.dumps([messages, tools], ensure_ascii=False))
-    return Document(messages=messages, tools=tools)
+    return Document(messages=messages, tools=tools, left_out=left_out)
 
 
 def prompt_and_completion(row: Row) -> Document:
@@ -188,6 +191,32 @@ def called(number: int, value: object) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+# Types of parts, in OpenAI's words and in transformers'.
+MEDIA = frozenset(
+    prefix + kind + suffix
+    for kind in ("image", "audio", "video")
+    for prefix, suffix in (("", ""), ("", "_url"), ("input_", ""))
+)
+
+
+def is_media(item: object) -> bool:
+    """Whether a part of a turn's content is no text but one of MEDIA."""
+    return isinstance(item, dict) and isinstance(item.get("type"), str) and item["type"] in MEDIA
+
+
+def media_count(turn: Turn) -> int:
+    content = turn["content"]
+    return sum(map(is_media, content)) if isinstance(content, list) else 0
+
+
+def without_media(turn: Turn) -> Turn:
+    """The turn with its text alone, which may be none: the turns before and after stay where they are."""
+    content = turn["content"]
+    if not isinstance(content, list):
+        return turn
+    return {**turn, "content": [item for item in content if not is_media(item)]}
+
+
 def check_parts(number: int, name: str, content: object) -> None:
     if not isinstance(content, list):
         raise RowRefused(f"`{name}` of turn {number} is {kind_of(content)} instead of text")
@@ -196,11 +225,12 @@ def check_parts(number: int, name: str, content: object) -> None:
             raise RowRefused(
                 f"turn {number} has a part that is {kind_of(item)} instead of an object of `text`"
             )
-        if not isinstance(item.get("text"), str):
+        if not is_media(item) and not isinstance(item.get("text"), str):
             kind = item.get("type", "text")
             if kind != "text":
                 raise RowRefused(
-                    f"turn {number} has a part that is {kind!r} instead of text; only text is read"
+                    f"turn {number} has a part that is {kind!r}: text is read, images, audio and video are "
+                    "left out"
                 )
             raise RowRefused(f"turn {number} has a part whose `text` is {kind_of(item.get('text'))}")
 

@@ -10,7 +10,7 @@ import torch
 from app.core.child.assignment import Noted
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, Recipe
 from tests.tiny_models import EngineRun, some_text, tiny_model, tiny_spec
-from workers.child.text_checks import perplexity_note, repetition_notes
+from workers.child.text_checks import left_out_notes, perplexity_note, repetition_notes
 from workers.texts.windows import Windows
 
 
@@ -84,3 +84,13 @@ def test_a_run_on_little_text_says_so(tmp_path: Path) -> None:
         assert after.model_dump(exclude={"seconds", "layers"}) == before.model_dump(
             exclude={"seconds", "layers"}
         )
+
+
+def test_what_was_left_out_of_conversations_is_counted() -> None:
+    whole = Windows(torch.zeros(1, 4), 1)
+    cut = Windows(torch.zeros(1, 4), 1, left_out=3)
+    assert list(left_out_notes(whole, whole)) == []
+    (note,) = left_out_notes(cut, whole)
+    assert "3 images, sounds or videos of the calibration text" in note
+    (note,) = left_out_notes(whole, cut)
+    assert "of the evaluation text" in note

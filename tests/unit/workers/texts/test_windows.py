@@ -168,9 +168,9 @@ def test_questions_and_answers_are_text_or_turns_as_asked(
     turns = [("user", "\n\n".join(question)), ("assistant", answer)]
     rendered = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     file = lines(tmp_path, row)
-    for chat_template, text in ((False, plain), (True, rendered)):
-        spec = EvaluationSpec(num_samples=1, chat_template=chat_template)
-        ids = tokenizer(text, add_special_tokens=not chat_template)["input_ids"]
+    for chat_template, text in (("auto", plain), ("never", plain), ("always", rendered)):
+        spec = EvaluationSpec.model_validate({"num_samples": 1, "chat_template": chat_template})
+        ids = tokenizer(text, add_special_tokens=text is plain)["input_ids"]
         assert stream(evaluation_windows(spec, LENGTH, tokenizer, file)) == ids[:LENGTH]
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path, tokenizer: PreTraine
 
 
 def test_text_becomes_a_user_turn_where_a_template_is_asked_for(tokenizer: PreTrainedTokenizerBase) -> None:
-    spec = calibration(texts=[WORDS], num_samples=2, chat_template=True)
+    spec = calibration(texts=[WORDS], num_samples=2, chat_template="always")
     windows = calibration_windows(spec, tokenizer, None)
     rendered = f"<|im_start|>user\n{WORDS}<|im_end|>\n"
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
@@ -226,10 +226,39 @@ def bare_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def test_a_missing_chat_template_is_refused(tmp_path: Path) -> None:
     tokenizer = bare_tokenizer(tmp_path)
     file = lines(tmp_path, {"messages": [{"role": "user", "content": WORDS}]})
-    for spec, source in ((calibration(texts=[WORDS], chat_template=True), None), (calibration(), file)):
+    always = calibration(texts=[WORDS], chat_template="always")
+    for spec, source in ((always, None), (calibration(), file)):
         with pytest.raises(TextRefused) as refusal:
             calibration_windows(spec, tokenizer, source)
         assert refusal.value.code == "chat_template_missing"
+
+
+def test_a_conversation_without_a_template_is_read_line_by_line_where_asked(tmp_path: Path) -> None:
+    tokenizer = bare_tokenizer(tmp_path)
+    turns = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": "yes"}]
+    spec = EvaluationSpec(num_samples=2, chat_template="never")
+    windows = evaluation_windows(spec, LENGTH, tokenizer, lines(tmp_path, {"messages": turns}))
+    assert stream(windows) == tokenizer(f"user: {WORDS}\nassistant: yes\n")["input_ids"][: 2 * LENGTH]
+
+
+def test_images_and_sounds_of_a_conversation_are_left_out_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    sound = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+    text = {"type": "text", "text": WORDS}
+    answer = {"role": "assistant", "content": "yes"}
+    shown, plain = (
+        lines(tmp_path, {"messages": [{"role": "user", "content": content}, answer]}, name=name)
+        for name, content in (("shown.jsonl", [picture, text, sound]), ("plain.jsonl", WORDS))
+    )
+    for read in (
+        lambda file: evaluation_windows(EvaluationSpec(num_samples=2), LENGTH, tokenizer, file),
+        lambda file: calibration_windows(calibration(num_samples=2), tokenizer, file),
+    ):
+        with_media, without = read(shown), read(plain)
+        assert torch.equal(with_media.tokens, without.tokens)
+        assert (with_media.left_out, without.left_out) == (2, 0)
 
 
 def test_a_conversation_that_the_template_refuses(

@@ -101,7 +101,7 @@ def test_texts_that_fill_no_window_are_refused(
 def test_what_a_chat_template_adds_is_not_known_at_submission(
     settings: Settings, example_model: Path
 ) -> None:
-    calibration = CalibrationSpec(texts=("hello",) * 100, chat_template=True)
+    calibration = CalibrationSpec(texts=("hello",) * 100, chat_template="always")
     spec = JobSpec(model=example_model.as_uri(), calibration=calibration)
     assert check_submission(spec, settings).spec.calibration == calibration
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from app.core.records.specs import JobSpec, Recipe, TargetSpec
+from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, TargetSpec
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,26 @@ def test_tasks_and_their_target_are_checked(
     with pytest.raises(ValidationError) as refusal:
         JobSpec.model_validate({"model": "hf:a/b", "evaluation": evaluation, "target": target})
     assert [fault["loc"] for fault in refusal.value.errors()] == [field]
+
+
+@pytest.mark.parametrize(
+    ("value", "use"),
+    [(True, "always"), (False, "auto"), ("auto", "auto"), ("never", "never"), ("always", "always")],
+)
+def test_uses_of_the_chat_template_have_names_and_older_values(value: object, use: str) -> None:
+    for section in (CalibrationSpec, EvaluationSpec):
+        assert section.model_validate({"chat_template": value}).chat_template == use
+        assert section().chat_template == "auto"
+    for bad in (1, "yes", None):
+        with pytest.raises(ValidationError):
+            CalibrationSpec.model_validate({"chat_template": bad})
+
+
+def test_no_model_writes_what_it_is_judged_on() -> None:
+    assert CalibrationSpec(dataset="self").is_own_answers
+    assert not CalibrationSpec(dataset="hf:org/self/a.txt").is_own_answers
+    with pytest.raises(ValidationError, match="no model may write what it is judged on"):
+        EvaluationSpec(dataset="self")
 
 
 def test_tasks_have_bundled_names_or_those_of_lm_eval() -> None:

@@ -62,6 +62,18 @@ ROWS: dict[str, tuple[dict[str, Any], Document]] = {
         {"messages": [{"role": "user", "content": PARTS}, ASSISTANT]},
         Document(messages=[{"role": "user", "content": PARTS}, ASSISTANT]),
     ),
+    **{
+        f"content with {kind}": (
+            {"messages": [{"role": "user", "content": [{"type": kind, kind: "x"}, *PARTS]}, ASSISTANT]},
+            Document(messages=[{"role": "user", "content": PARTS}, ASSISTANT], left_out=1),
+        )
+        for kind in ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video",
+                     "video_url")
+    },
+    "a turn of images alone": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": None}] * 2}, ASSISTANT]},
+        Document(messages=[{"role": "user", "content": []}, ASSISTANT], left_out=2),
+    ),
     "tool calls": (
         {
             "messages": [
@@ -273,8 +285,10 @@ BROKEN: list[tuple[object, str]] = [
      "turn 1 has a part whose `text` is null"),
     ({"messages": [{"role": "user", "content": [{"text": 5}]}]},
      "turn 1 has a part whose `text` is a number"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-     "turn 1 has a part that is 'image_url' instead of text; only text is read"),
+    ({"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+     "turn 1 has a part that is 'file': text is read, images, audio and video are left out"),
+    ({"messages": [{"role": "user", "content": [{"type": ["image"]}]}]},
+     "turn 1 has a part that is ['image']: text is read"),
     ({"messages": [{"role": "user", "content": "half \ud800"}]}, "`messages` holds half of a character"),
     ({"messages": [USER], "tools": {}}, None),  # no tools
     ({"messages": [USER], "tools": "[{"}, "`tools` is a text that is not valid JSON"),
