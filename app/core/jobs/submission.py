@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
+from app.core.deployments.served_families import unserved_note
 from app.core.errors import ModelRefused, TextRefused
 from app.core.outgoing.address_guard import DestinationRefused, OutgoingGuard
 from app.core.planning.plan import Plan, plan_job
@@ -78,7 +79,8 @@ def planned(spec: JobSpec, headers: ModelHeaders) -> Plan:
         plan = plan_job(spec, headers.config, headers.tensors)
     except ModelRefused as fault:
         raise with_code(fault, headers.code) from fault
-    return plan.model_copy(update={"notes": (*headers.notes, *plan.notes)})
+    deploy = spec.deploy and unserved_note(plan.architecture.model_type, spec.deploy.engine)
+    return plan.model_copy(update={"notes": (*headers.notes, *plan.notes, *filter(None, [deploy]))})
 
 
 def refuse_own_storage(reference: str, settings: Settings, *, param: str) -> None:

@@ -31,7 +31,7 @@ def family_of(config: Mapping[str, object], tensors: Mapping[str, TensorHeader])
     classes = config.get("architectures")
     classes = [str(each) for each in classes] if isinstance(classes, list) else []
     family = known_family(model_type) if isinstance(model_type, str) else None
-    if family is not None and (not classes or family.class_name in classes):
+    if family is not None and (not classes or stem(family.class_name) in map(stem, classes)):
         setting = differing_setting(family, config)
         return family, setting and f"{setting}: {TO_FIND}"
     if family is None and isinstance(model_type, str) and transformers_has(model_type):
@@ -39,6 +39,11 @@ def family_of(config: Mapping[str, object], tensors: Mapping[str, TensorHeader])
         if unknown is not None:
             return unknown, f"{model_type} is not among the families that are known: {TO_FIND}"
     raise unsupported(model_type, classes, family)
+
+
+def stem(class_name: str) -> str:
+    """A class without its task: the language model alone is quantized, and the same in both."""
+    return class_name.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
 
 
 def unsupported(model_type: object, classes: list[str], family: Family | None) -> ModelRefused:

@@ -1,0 +1,121 @@
+"""Tiny random models of families, quantized end to end and opened by transformers: `make families`.
+
+    python -m tests.families.table [TYPE ...] [--results FILE]
+
+Without types: every known family, then every other type of the installed transformers, which must be refused.
+The results are read by tests/families/page.py, which writes docs/models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from app.core.errors import NibbleError
+from app.core.planning.family import known_types
+from app.core.records.specs import Recipe, SearchSpec
+from tests.tiny_models import EngineRun, save_model, tiny_spec
+from workers.discovery.__main__ import all_types
+from workers.discovery.family_discovery import working_model
+
+RESULTS = Path(__file__).parent / "results.json"
+RECIPE = Recipe(symmetric=True, group_size=32, indivisible="skip", search=SearchSpec(grid_points=4))
+SECONDS = 180  # for one family
+SELF_CHECK = 2e-6
+OPENS_NEAR = 0.05  # relative difference of the KL that we state and that of what transformers opens
+
+
+def family_row(model_type: str, folder: Path) -> dict[str, Any]:
+    """What came of one type: figures, or the reason of a refusal or a fault."""
+    begun = time.monotonic()
+    row: dict[str, Any] = {}
+    try:
+        with torch.no_grad():
+            model, _ = working_model({"model_type": model_type})
+        row |= quantized(model, folder)
+    except NibbleError as refusal:
+        row["refused"] = refusal.message
+    except Exception as fault:  # noqa: BLE001  # a row of the table, whatever happened
+        row["fault"] = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+        if model_type not in known_types():
+            row["refused"] = row.pop("fault")
+        else:
+            traceback.print_exc()
+    return {**row, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def quantized(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Figures of a job on the model, and of its files opened by transformers."""
+    source = save_model(model, folder / "model")
+    run = EngineRun(tiny_spec(RECIPE), source, folder / "work")
+    report = run.report.candidates[0]
+    linears = [entry for layer in report.layers for entry in layer.linears if entry.bits]
+    row: dict[str, Any] = {
+        "class": type(model).__name__,
+        "self_check": max(layer.equivalence_error for layer in report.layers),
+        "linears": len(linears),
+        "scaled": sum(entry.ratio is not None for entry in linears),
+        "kl": report.kl,
+    }
+    try:
+        windows = run.texts().evaluation.tokens
+        row["opens"] = opened_difference(model, run.folder("compressed-tensors"), windows)
+    except Exception as fault:  # noqa: BLE001  # transformers' own words
+        row["transformers"] = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+    return row
+
+
+@torch.no_grad()
+def opened_difference(model: PreTrainedModel, folder: Path, windows: Tensor) -> float:
+    """KL of what transformers opens from the original, in nats a token."""
+    opened = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    ours, theirs = (
+        each(input_ids=windows, use_cache=False).logits.log_softmax(-1) for each in (opened, model)
+    )
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+class Late(Exception):
+    """The family takes too long."""
+
+
+def late(*_: object) -> None:
+    raise Late(f"more than {SECONDS} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, late)
+    results: dict[str, Any] = {}
+    if arguments.results.exists():
+        results = json.loads(arguments.results.read_text("utf-8"))
+    for model_type in arguments.types or all_types():
+        signal.alarm(SECONDS)
+        with tempfile.TemporaryDirectory() as folder:
+            results[model_type] = family_row(model_type, Path(folder))
+        signal.alarm(0)
+        print(model_type, json.dumps(results[model_type]), flush=True)  # noqa: T201  # a command
+        arguments.results.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
