@@ -223,7 +223,7 @@ def in_files(group: ScaleGroup, pairs: Mapping[str, str]) -> ScaleGroup:
     def each(name: str | None) -> str | None:
         if name is None or name == LAYER_OUTPUT:
             return name
-        return renamed(name + ".", pairs).removesuffix(".")
+        return renamed(name + ".weight", pairs).removesuffix(".weight")
 
     return group.model_copy(
         update={

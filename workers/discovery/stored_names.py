@@ -76,9 +76,12 @@ class StoredModel:
         root = prefix.removesuffix(".").rpartition(".")[0].rpartition(".")[0]
         root = root + "." if root else ""
         names = {}
+        table, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
         for name, value in self.model.state_dict().items():
             if name.rpartition(".")[0] not in called or name.startswith(path + "."):
                 continue
+            if table is head and value.data_ptr() == table.data_ptr():
+                continue  # either name may be in the files
             stored = self.name_of(name, value)
             expected = root + name.removeprefix(inside) if name.startswith(inside) else name
             if stored is not None and stored != expected:

@@ -58,7 +58,7 @@ class ModuleSchemes:
     @property
     def tower_patterns(self) -> tuple[str, ...]:
         """Match what is in the towers, whatever loaders call the model around them."""
-        return tuple(rf"(.*\.)?{re.escape(tower)}\..*" for tower in self.towers)
+        return tuple(rf"(.*\.)?{re.escape(tower)}(\..*)?$" for tower in self.towers)
 
     @property
     def distinct(self) -> tuple[Scheme, ...]:

@@ -117,17 +117,18 @@ class Architecture(Family):
         if name.startswith(layers):
             number, _, local = name.removeprefix(layers).partition(".")
             return f"{self.stored_layers}.{number}.{self.stored_name(local)}"
+        named = self.stored_name(name)
         inside, stored = self.roots
-        if inside != stored and name.startswith(inside):
+        if named == name and inside != stored and name.startswith(inside):
             return stored + name.removeprefix(inside)
-        return self.stored_name(name)
+        return named
 
     def loaded_name(self, name: str) -> str | None:
-        """What transformers calls a module of a layer, where the files have another path to the layers."""
-        stored = self.stored_layers + "."
-        if stored == self.layers + "." or not name.startswith(stored):
-            return None
-        return f"{self.layers}.{name.removeprefix(stored)}"
+        """What transformers calls a module of a layer, where the files have another name for it."""
+        stack = self.stored_layers + "."
+        number, _, local = name.removeprefix(stack).partition(".")
+        loaded = f"{self.layers}.{number}.{self.module_name(local)}"
+        return loaded if name.startswith(stack) and loaded != name else None
 
     @cached_property
     def roots(self) -> tuple[str, str]:
@@ -191,15 +192,20 @@ def architecture_of(
 
 def stored_stack(family: Family, tensors: Mapping[str, TensorHeader]) -> str:
     """The name in the files of the module list of the decoder layers."""
-    expected, last = family.layers, family.layers.rpartition(".")[2]
+    linears = {name for kind in family.kinds for name in kind.linears}
     stacks: Counter[str] = Counter()
     for name in tensors:
-        if name.startswith(expected + "."):
-            return expected
+        if name.startswith(family.layers + "."):
+            return family.layers
         match = LAYER_NUMBER.fullmatch(name)
-        if match and match["last"] == last and not OTHER_STACKS.search(match["stack"]):
-            stacks[match["stack"] + last] += 1
-    return stacks.most_common(1)[0][0] if stacks else expected
+        if match and EXPERT_NUMBER.sub(EXPERT, match["local"]).rpartition(".")[0] in linears:
+            stacks[match["stack"] + match["last"]] += 1
+    return max(stacks, key=lambda stack: likeness(stack, stacks[stack]), default=family.layers)
+
+
+def likeness(stack: str, linears: int) -> tuple[bool, bool, int]:
+    """How much a module list with so many of the family's linears looks like its decoder, for ordering."""
+    return "language" in stack, not OTHER_STACKS.search(stack), linears
 
 
 def layer_modules(stored_layers: str, tensors: Mapping[str, TensorHeader]) -> dict[int, set[str]]:

@@ -145,6 +145,7 @@ SETTING_NAMES = {
     "num_key_value_heads": ("num_kv_heads",),
     "max_position_embeddings": ("n_positions", "max_seq_len", "n_ctx"),
 }
+LAYER_LISTS = ("layers_block_type", "layer_types")
 FAMILIES = Path(__file__).parent / "families"
 
 
@@ -162,6 +163,9 @@ def text_settings(config: Mapping[str, object]) -> dict[str, object]:
         value = next((config[key] for key in others if config.get(key) is not None), None)
         if value is not None and settings.get(name) is None:
             settings[name] = value
+    of_layers = next((config[key] for key in LAYER_LISTS if isinstance(config.get(key), list)), None)
+    if settings.get("num_hidden_layers") is None and isinstance(of_layers, list):
+        settings["num_hidden_layers"] = len(of_layers)
     return settings
 
 

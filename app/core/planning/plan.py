@@ -435,13 +435,15 @@ def towers(
     Each by its own name in the path: transformers and servers may call the model around it otherwise.
     """
     around = architecture.stored_layers.split(".")
+    # Of a model whose paths differ, a linear by itself is not found by its name.
+    renamed = architecture.stored_layers != architecture.layers
     counts: Counter[str] = Counter()
     for name in full_precision:
         path = name.split(".")
         depth = next((n for n, (a, b) in enumerate(zip(path, around, strict=False)) if a != b), len(path))
-        counts.update(path[depth : depth + 1] if depth < len(path) - 1 else ())
+        counts.update(path[depth : depth + 1] if depth < len(path) - 1 or renamed else ())
     planned = ".".join(linear.name for linear in linears)
-    return tuple(name for name, count in counts.items() if count > 1 and name not in planned)
+    return tuple(name for name, count in counts.items() if (count > 1 or renamed) and name not in planned)
 
 
 def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:

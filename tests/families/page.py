@@ -1,0 +1,81 @@
+"""Writes docs/models.md from the results of the table: `python -m tests.families.page`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.families.table import OPENS_NEAR, RESULTS, SELF_CHECK
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"
+REFUSED = Path(__file__).parent.parent / "golden" / "refused_types.json"
+INTRODUCTION = """# Models
+
+Which linears of a model read one input, and what before them can absorb their scales, is found by tracing a tiny model
+of its class and accepted only if the scaled layer computes what the original does. `nibble discover MODEL|TYPE` shows
+it. What was found for the types below comes with Nibble; a type that is missing here, or a setting of config.json under
+which nothing was traced, is traced when the job starts.
+
+Of a model for images or sound the language model is quantized. Towers, projectors and drafts of further tokens keep
+every byte, and loaders are told so.
+
+"""
+MEASURED = """Each type was quantized once as a tiny random model (AWQ, 4 bits, groups of 32, compressed-tensors) with
+transformers 5.24: `make families`. "Scaled" counts linears that have a smooth layer, of all that are quantized; those
+without one are clipped and rounded all the same. "Opened" is what transformers makes of the files: `yes` if the KL from
+the original is the report's within 5 %. "Served" is whether Nibble's own server answers as transformers does.
+
+"""
+
+
+def page(results: dict[str, Any], refused: dict[str, str]) -> str:
+    good = {name: row for name, row in results.items() if "self_check" in row}
+    count = sum(opened(row) == "yes" for row in good.values())
+    lines = [
+        INTRODUCTION, f"## {len(good)} types that are quantized\n\n", MEASURED,
+        f"Of the {len(good)} types transformers opens {count}. The largest self-check (what the scaled layer changes, "
+        f"at most {SELF_CHECK:.0e} is asked) is {max(row['self_check'] for row in good.values()):.1e}.\n\n",
+        "| type | class | scaled | opened | served |\n|---|---|---|---|---|\n",
+        *(family_line(name, row) for name, row in good.items()),
+        "\n## Types that are refused\n\n| type | why |\n|---|---|\n",
+        *refused_lines({**{n: why_of(row) for n, row in results.items() if n not in good}, **refused}),
+    ]  # fmt: skip
+    return "".join(lines)
+
+
+def family_line(name: str, row: dict[str, Any]) -> str:
+    served = row.get("served", "not tried")
+    state = "yes" if served is True else f"no: {cell(served)}"
+    return f"| `{name}` | {row['class']} | {row['scaled']} of {row['linears']} | {opened(row)} | {state} |\n"
+
+
+def opened(row: dict[str, Any]) -> str:
+    if "opens" in row:
+        near = abs(row["opens"] - row["kl"]) <= OPENS_NEAR * row["kl"]
+        return "yes" if near else f"otherwise: KL {row['opens']:.3f}, {row['kl']:.3f} by the report"
+    return f"no: {cell(row['transformers'])}"
+
+
+def why_of(row: dict[str, Any]) -> str:
+    return str(row.get("refused") or row.get("fault"))
+
+
+def refused_lines(reasons: dict[str, str]) -> Iterator[str]:
+    for name, reason in sorted(reasons.items()):
+        yield f"| `{name}` | {cell(reason)} |\n"
+
+
+def cell(text: Any) -> str:
+    """A text that breaks no table and starts no markup."""
+    plain = " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return plain.replace("_", "\\_").replace("*", "\\*")
+
+
+def written() -> str:
+    return page(json.loads(RESULTS.read_text("utf-8")), json.loads(REFUSED.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(), "utf-8")
