@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from app.api.dependencies import JobsReader, ServicesParam
 from app.api.services import Services
 from app.core.jobs.estimate import Estimate, estimate
-from app.core.jobs.submission import check_submission
+from app.core.jobs.submission import check_submission, require_memory
 from app.core.planning.device_profile import DeviceKind, DeviceProfile
 from app.core.records.specs import JobSpec
 
@@ -18,6 +18,7 @@ router = APIRouter(prefix="/v1/estimates", tags=["jobs"])
 def estimate_job(spec: JobSpec, services: ServicesParam, principal: JobsReader) -> Estimate:
     """Time, memory, disk and every linear's width, for the job body that POST /v1/jobs takes."""
     checked = check_submission(spec, services.settings)
+    require_memory(checked, services.workers)
     device, profile = best_device(services)
     return estimate(checked, device, profile)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from app.api.deployments import require_engine
 from app.api.services import Services
 from app.core.errors import NotFound
-from app.core.jobs.submission import check_submission
+from app.core.jobs.submission import check_submission, require_memory
 from app.core.records.ids import new_id
 from app.core.records.job import Job, JobState, Progress
 from app.core.records.specs import JobSpec
@@ -37,6 +37,7 @@ def create_job(
     require_room(services, tenant)
     check_deploy(services, tenant, spec)
     checked = check_submission(spec, services.settings)
+    require_memory(checked, services.workers)
     job = Job(
         # Claimed after the checks, so that a refused body does not use up its key.
         id=services.idempotency.claim(tenant, idempotency_key, request, new_id("job")),

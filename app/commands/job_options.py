@@ -17,7 +17,7 @@ import typer
 from app.commands.terminal import among
 from app.core.errors import InvalidRequest
 from app.core.formats.registry import FormatName
-from app.core.records.specs import BUNDLED_TASKS, Method
+from app.core.records.specs import BUNDLED_TASKS, OWN_ANSWERS, Method
 from app.core.sources.json_file import json_fault
 
 IdempotencyKey = Annotated[
@@ -85,7 +85,8 @@ class JobOptions:
     num_samples: Annotated[int | None, option("Number of calibration windows.")] = None
     sequence_length: Annotated[int | None, option("Tokens per window of calibration.")] = None
     dataset: Annotated[
-        str | None, option("Calibration text: builtin:…, hf:…, s3://…, file://… or a file.")
+        str | None,
+        option("Calibration text: builtin:…, hf:…, s3://…, file://…, a file, or self: the model's answers."),
     ] = None
     eval_samples: Annotated[int | None, option("Number of evaluation windows.")] = None
     eval_sequence_length: Annotated[
@@ -225,15 +226,15 @@ def model_reference(model: str) -> str:
 
 def text_reference(dataset: str | None) -> str | None:
     """Turn a file into a `file://` reference. Raises InvalidRequest if it does not exist."""
-    if dataset is None or ":" in dataset:
+    if dataset is None or dataset == OWN_ANSWERS or ":" in dataset:
         return dataset
     file = os.path.expanduser(dataset)
     if not os.path.isfile(file):
         raise InvalidRequest(
             f"there is no file {dataset}",
             code="text_source_invalid",
-            remedy="give a file that ends in .jsonl, .json, .csv or .txt, or builtin:wikitext2, hf:…, s3://… "
-            "or file://…",
+            remedy="give a file that ends in .jsonl, .json, .csv or .txt, or builtin:wikitext2, self, hf:…, "
+            "s3://… or file://…",
             param="calibration.dataset",
         )
     return Path(file).resolve().as_uri()

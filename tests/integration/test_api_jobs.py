@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -11,6 +11,7 @@ import pytest
 
 from app.core.errors import JobFault
 from app.core.jobs.job_queue import Place
+from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
 from app.core.records.job import JobState, Problem, Progress
 from tests.integration.api_service import MODEL, Service
 from tests.waiting import wait_until
@@ -360,3 +361,36 @@ def test_an_estimate_names_figures_and_decisions(service: Service) -> None:
     assert estimate["output_bytes"] > estimate["download_bytes"] == 0
     assert {linear["bits"] for linear in estimate["candidates"][0]["linears"]} == {4}
     assert service.client.get("/v1/jobs").json()["data"] == []
+
+
+def test_own_answers_need_a_worker_with_room_for_the_model(service: Service) -> None:
+    registry, now = WorkerRegistry(service.redis), datetime.now(UTC)
+    body = {"model": MODEL, "calibration": {"dataset": "self"}}
+
+    def beat(name: str, memory: int | None, **changes: object) -> None:
+        record = {"name": name, "host": "h", "pid": 1, "device": "cpu", "memory_total": memory, **changes}
+        registry.beat(WorkerRecord(started_at=now, heartbeat_at=now, **record), ttl_s=30)
+
+    assert service.client.post("/v1/jobs", json=body).status_code == 202  # no worker says what it has
+    beat("small", 10**6)
+    beat("server", 10**12, queue="serve")
+    for route in ("/v1/jobs", "/v1/estimates"):
+        answer = service.client.post(route, json=body)
+        problem = answer.json()
+        assert (answer.status_code, problem["code"], problem["param"]) == (
+            422, "model_too_large", "calibration.dataset",
+        )  # fmt: skip
+        assert "the largest device of a worker has 0.0 GB" in problem["detail"]
+        assert service.client.post(route, json={"model": MODEL}).is_success
+    beat("silent", None)
+    assert service.client.post("/v1/jobs", json=body).status_code == 202
+    registry.remove("silent")
+    beat("large", 10**12)
+    estimate = service.client.post("/v1/estimates", json=body)
+    assert estimate.status_code == 200
+    assert any("65536 tokens, and is held whole" in note for note in estimate.json()["notes"])
+
+
+def test_no_model_writes_its_evaluation_text(service: Service) -> None:
+    answer = service.client.post("/v1/jobs", json={"model": MODEL, "evaluation": {"dataset": "self"}})
+    assert (answer.status_code, answer.json()["param"]) == (422, "evaluation.dataset")

@@ -23,6 +23,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**LARGE, "hidden_size": 1024, "tie_word_embeddings": False, "dtype": torch.bfloat16},
         {},
     ),
+    "own answers": (
+        {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_key_value_heads": 4},
+        {"dataset": "self"},
+    ),
     "long windows, wide layer": (
         {"hidden_size": 256, "intermediate_size": 2048},
         {"num_samples": 2, "sequence_length": 1024},

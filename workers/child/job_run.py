@@ -23,7 +23,7 @@ from workers.child.quality_report import RunResult, prediction_note, report_of
 from workers.child.stage_clock import Send, StageClock
 from workers.child.target_search import TargetSearch
 from workers.child.text_checks import left_out_notes, perplexity_note, repetition_notes
-from workers.child.work import JobTexts, Work, check_weights, read_texts, with_checked_shapes
+from workers.child.work import JobTexts, Work, check_weights, read_texts, with_checked_shapes, write_answers
 from workers.formats.folder import FormatFolder
 
 
@@ -40,6 +40,9 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
 
     with clock.stage(Stage.FETCHING):
         work = with_checked_shapes(work, clock)
+        if work.spec.calibration.is_own_answers:
+            with clock.stage(Stage.CALIBRATING):
+                write_answers(work, clock)
         texts = read_texts(work)
         if texts.note is not None:
             clock.note("chat_template_invalid", texts.note)

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from app.core.child.assignment import CHECKPOINTS, Assignment
-from app.core.errors import JobFault, ModelRefused
+from app.core.child.assignment import CHECKPOINTS, Assignment, Checkpointed
+from app.core.errors import JobFault, ModelRefused, OutOfMemory
+from app.core.planning.cost_model import answers_bytes
+from app.core.planning.device_profile import DeviceKind
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.records.specs import JobSpec, Recipe
 from workers.child.layer_files import LayerCheckpoints, StatisticsStore
+from workers.child.own_answers import KEY, AnswerSampling, AnswersFile, own_answers, prompt_ids
 from workers.child.stage_clock import StageClock
+from workers.devices.device_memory import device_memory
 from workers.devices.selection import select_device
 from workers.discovery.family_file import traced_family
 from workers.modeling.checkpoint import Checkpoint
@@ -74,6 +79,16 @@ class Work:
             show_all_tokens(decoder.model)
         return decoder
 
+    @property
+    def side_folder(self) -> Path:
+        """Files beside the weights, as they lie beside the artifact: no stray file, no code of the model."""
+        return self.assignment.work_folder / TOKENIZER
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's. Raises TextRefused if it can't be loaded."""
+        write_side_files(self.checkpoint, self.side_folder, self.checkpoint.config)
+        return load_tokenizer(self.side_folder)
+
     def batches(self, windows: Windows) -> list[Tensor]:
         return windows.batches(max(1, BATCH_TOKENS // windows.tokens.shape[1]))
 
@@ -110,17 +125,52 @@ class JobTexts(NamedTuple):
 def read_texts(work: Work) -> JobTexts:
     """Raises TextRefused, and ModelRefused for a tokenizer of another model."""
     assignment, spec = work.assignment, work.spec
-    # As it will lie beside the artifact: no stray file and no code of the model's folder is seen.
-    folder = assignment.work_folder / TOKENIZER
-    write_side_files(work.checkpoint, folder, work.checkpoint.config)
-    tokenizer = load_tokenizer(folder)
-    calibration = calibration_windows(spec.calibration, tokenizer, assignment.calibration_file)
+    tokenizer = work.tokenizer()
+    if spec.calibration.is_own_answers:  # written before, by `write_answers`
+        calibration = AnswersFile.of(assignment).load()
+    else:
+        calibration = calibration_windows(spec.calibration, tokenizer, assignment.calibration_file)
     evaluation = evaluation_windows(
         spec.evaluation, spec.evaluation_length, tokenizer, assignment.evaluation_file
     )
     ids = torch.cat([calibration.tokens.flatten(), evaluation.tokens.flatten()])
     refuse_foreign_tokens(ids, work.plan.vocab_size)
     return JobTexts(calibration, evaluation, template_note(tokenizer), open_tasks(work, tokenizer))
+
+
+def write_answers(work: Work, clock: StageClock) -> None:
+    """Have the model write its calibration text, unless an earlier attempt has done so.
+
+    Raises ModelRefused or TextRefused for a model that can't, OutOfMemory for one that has no room here.
+    """
+    answers, spec = AnswersFile.of(work.assignment), work.spec.calibration
+    if not answers.exists:
+        require_memory(work)
+        tokenizer = work.tokenizer()
+        asked = prompt_ids(spec, tokenizer)
+        refuse_foreign_tokens(torch.tensor([max(map(max, asked))]), work.plan.vocab_size)
+        # No expert is shown more than it is sent: `decoder()` may do so.
+        decoder = Decoder(work.checkpoint, work.plan.architecture, work.device, work.compute_dtype)
+        sampling = AnswerSampling.of(work.side_folder, tokenizer)
+        answers.save(own_answers(decoder, asked, spec, sampling, tokenizer.eos_token_id))
+        clock.send(Checkpointed(key=KEY))
+    way = "as plain text" if spec.chat_template == "never" else "by its chat template, if it has one"
+    clock.note("text", f"the calibration text is the model's own answers to bundled prompts, given {way}")
+
+
+def require_memory(work: Work) -> None:
+    """Raises OutOfMemory if the device has no room for the whole model and the cache of its answers."""
+    kind: DeviceKind = "cuda" if work.device.type == "cuda" else "cpu"
+    needed = answers_bytes(work.plan, work.spec, kind)
+    memory = device_memory(str(work.device))
+    if memory.total is None or memory.used is None or needed <= memory.total - memory.used:
+        return
+    raise OutOfMemory(
+        f"the model's own answers need {needed / 1e9:.1f} GB, as the whole model is held while it writes "
+        f"them; {(memory.total - memory.used) / 1e9:.1f} GB are free",
+        code="out_of_memory", param="calibration.dataset",
+        remedy="name another calibration.dataset: the job then needs little more than a layer",
+    )  # fmt: skip
 
 
 def open_tasks(work: Work, tokenizer: PreTrainedTokenizerBase) -> LmEvalTasks | None:

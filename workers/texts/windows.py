@@ -79,8 +79,13 @@ def calibration_windows(
     """`num_samples` windows drawn without replacement with the seed of the spec."""
     documents = read_documents(spec, file, split="valid")
     every = all_windows(spec, spec.sequence_length, tokenizer, documents)
+    return drawn_windows(spec, every, left_out_of(documents))
+
+
+def drawn_windows(spec: CalibrationSpec, every: Tensor, left_out: int = 0) -> Windows:
+    """`num_samples` of the windows, drawn without replacement with the seed of the spec."""
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(spec.seed))
-    return Windows(every[order[: spec.num_samples]], len(every), left_out_of(documents))
+    return Windows(every[order[: spec.num_samples]], len(every), left_out)
 
 
 def evaluation_windows(
@@ -106,6 +111,11 @@ def all_windows(
         if number and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         ids.extend(token_ids(tokenizer, document, template, as_turn=spec.chat_template == "always"))
+    return cut_windows(spec, ids, sequence_length)
+
+
+def cut_windows(spec: TextSpec, ids: list[int], sequence_length: int) -> Tensor:
+    """All windows of a text. Raises TextRefused if there are fewer than were asked for."""
     count = len(ids) // sequence_length
     if count < spec.num_samples:
         raise TextRefused(
@@ -150,9 +160,13 @@ def token_ids(
     try:
         rendered = template.render(turns, tools=document.tools)
     except RefusedByTemplate as refusal:
-        raise TextRefused(
-            f"the model's chat template refuses a conversation: {refusal}", code="chat_template_failed",
-            remedy="give conversations that follow the template, or plain text",
-        ) from refusal  # fmt: skip
+        raise refused_by_template(refusal) from refusal
     # A model's own template writes the special tokens, too.
     return list(tokenizer(rendered, add_special_tokens=template.is_default, verbose=False)["input_ids"])
+
+
+def refused_by_template(refusal: RefusedByTemplate) -> TextRefused:
+    return TextRefused(
+        f"the model's chat template refuses a conversation: {refusal}", code="chat_template_failed",
+        remedy="give conversations that follow the template, or plain text",
+    )  # fmt: skip

@@ -6,9 +6,9 @@ from typing import Literal
 
 from app.core.formats.registry import FormatName
 from app.core.jobs.submission import CheckedSubmission
-from app.core.planning.cost_model import NETWORK, Step, predict
+from app.core.planning.cost_model import NETWORK, Step, answers_bytes, predict
 from app.core.planning.device_profile import NOMINAL, Basis, DeviceKind, DeviceProfile, rates_notes
-from app.core.planning.plan import CandidatePlan
+from app.core.planning.plan import CandidatePlan, Plan
 from app.core.records.specs import BUNDLED_TASKS, Frozen, JobSpec
 
 
@@ -95,6 +95,7 @@ def estimate(
             *rates_notes(profile),
             *download_notes(checked.download_bytes),
             *task_notes(spec),
+            *answer_notes(spec, plan, device),
             *plan.notes,
         ),
         candidates=candidates,
@@ -110,6 +111,17 @@ def task_notes(spec: JobSpec) -> tuple[str, ...]:
     unknown = ", ".join(name for name in spec.evaluation.tasks if name not in BUNDLED_TASKS)
     note = f"the time of {unknown} is not included: how many documents there are is not known"
     return (note,) if unknown else ()
+
+
+def answer_notes(spec: JobSpec, plan: Plan, device: DeviceKind) -> tuple[str, ...]:
+    if not spec.calibration.is_own_answers:
+        return ()
+    tokens = spec.calibration.num_samples * spec.calibration.sequence_length
+    size = answers_bytes(plan, spec, device) / 1e9
+    return (
+        f"the model writes its calibration text itself, {tokens} tokens, and is held whole meanwhile: "
+        f"{size:.1f} GB, where a job with other text needs little more than a layer",
+    )
 
 
 def download_notes(size: int) -> tuple[str, ...]:

@@ -15,9 +15,12 @@ import httpx
 
 from app.core.deployments.served_families import unserved_note
 from app.core.errors import ModelRefused, TextRefused
+from app.core.jobs.worker_registry import WorkerRegistry
 from app.core.outgoing.address_guard import DestinationRefused, OutgoingGuard
+from app.core.planning.cost_model import answers_bytes
+from app.core.planning.device_profile import DeviceKind
 from app.core.planning.plan import Plan, plan_job
-from app.core.records.specs import CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
+from app.core.records.specs import OWN_ANSWERS, CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
 from app.core.settings import Settings
 from app.core.sources.model_headers import ModelHeaders, with_code
 from app.core.sources.model_reference import parse_model_reference
@@ -73,6 +76,24 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     )
 
 
+def require_memory(checked: CheckedSubmission, registry: WorkerRegistry) -> None:
+    """Refuse own answers of a model that is too large for every living worker which says what it has."""
+    if not checked.spec.calibration.is_own_answers:
+        return
+    workers = [worker for worker in registry.living() if worker.queue == "jobs"]
+    kinds: list[DeviceKind] = ["cuda" if worker.device.startswith("cuda") else "cpu" for worker in workers]
+    needed = [answers_bytes(checked.plan, checked.spec, kind) for kind in kinds]
+    room = [worker.memory_total for worker in workers]
+    if not workers or any(own is None or size <= own for size, own in zip(needed, room, strict=True)):
+        return
+    raise ModelRefused(
+        f"the model's own answers need {min(needed) / 1e9:.1f} GB, as the whole model is held while it "
+        f"writes them; the largest device of a worker has {max(filter(None, room)) / 1e9:.1f} GB",
+        code="model_too_large", param="calibration.dataset",
+        remedy="name another calibration.dataset: the job then needs little more than a layer",
+    )  # fmt: skip
+
+
 def planned(spec: JobSpec, headers: ModelHeaders) -> Plan:
     """The plan, with what was noted about the model's files."""
     try:
@@ -125,11 +146,12 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[Tex
     Raises TextRefused if its source does not exist.
     """
     if not is_remote(spec.source):
-        if spec.texts is None and spec.source not in BUILTIN_TEXTS:
+        if spec.texts is None and not spec.is_own_answers and spec.source not in BUILTIN_TEXTS:
             raise TextRefused(
                 f"there is no bundled dataset {spec.source!r}",
                 code="dataset_unknown",
-                remedy=f"use {', '.join(BUILTIN_TEXTS)}, an hf:, s3:// or file:// file, or inline texts",
+                remedy=f"use {', '.join(BUILTIN_TEXTS)}, {OWN_ANSWERS}, an hf:, s3:// or file:// file, "
+                "or inline texts",
                 param=f"{param}.dataset",
             )
         return spec, text_key(spec)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from app.core.planning.device_profile import Basis, DeviceProfile, SearchStep
+from app.core.planning.device_profile import Basis, DeviceKind, DeviceProfile, SearchStep
 from app.core.planning.plan import CandidatePlan, LinearPlan, Plan
 from app.core.records.job import Stage
 from app.core.records.specs import Frozen, JobSpec, Recipe
@@ -19,6 +19,7 @@ FINALISTS = 4
 BATCH_TOKENS = 8192
 CHUNK_TOKENS = 256
 SECTION_TOKENS = 65_536
+ANSWER_ROWS, ANSWER_TOKENS = 32, 256  # of the model's own answers: written together, tokens of one
 EXPERT = ".experts."  # in the names of linears that see only the tokens routed to them
 POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
 
@@ -70,6 +71,12 @@ class TaskSize(NamedTuple):
         return min(self.documents, spec.evaluation.task_limit or self.documents) * self.choices
 
 
+PROMPT_TOKENS = 64  # of the longest bundled prompt with its template, by common tokenizers
+KEYS = ("k_proj", "v_proj")  # linears whose outputs are cached; of others as much as hidden states is assumed
+IDLE_ROWS = 1.5  # steps over those that full rows would take: rows that end early wait for the longest
+STEP_SECONDS = 2e-3  # of a layer in one step beside its products: calls, attention, the cache
+SAMPLING_BYTES = 300  # of a row's logits: sorted, summed up, drawn from
+
 TASK_SIZES = {
     "builtin:continuation": TaskSize(200, 4, 36, 11), "builtin:agreement": TaskSize(200, 2, 11, 5),
 }  # fmt: skip
@@ -109,6 +116,9 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes
             seconds[stage] = seconds.get(stage, 0.0) + spent
     seconds[Stage.EVALUATING] = seconds.get(Stage.EVALUATING, 0.0) + costs.evaluation()
     working = working_bytes(plan, spec)
+    if spec.calibration.is_own_answers:
+        seconds[Stage.CALIBRATING] += costs.answers()
+        working = max(working, answers_bytes(plan, spec, profile.device))
     cuda = profile.device == "cuda"
     output = tuple(sum(candidate.output_bytes.values()) for candidate in plan.candidates)
     return Prediction(
@@ -190,6 +200,20 @@ class Costs:
         tokens = samples * self.length
         histograms = self.passes(sum(each.parameters for each in self.linears), ROUNDING_BYTES)
         return self.forward(samples) + self.moments(tokens) + histograms
+
+    def answers(self) -> float:
+        """Seconds in which the whole model is read, and writes the calibration text token by token."""
+        tokens = self.spec.calibration.num_samples * self.length
+        steps = IDLE_ROWS * tokens / ANSWER_ROWS
+        linears = sum(
+            self.product(self.tokens(each, ANSWER_ROWS), each.in_features, each.out_features)
+            for each in self.linears
+        )
+        head = self.product(ANSWER_ROWS, self.plan.hidden_size, self.plan.vocab_size)
+        weights = self.passes(self.plan.parameters, weight_bytes(self.plan, self.profile.device))
+        one = linears + head + weights + self.plan.num_layers * STEP_SECONDS
+        one += self.passes(ANSWER_ROWS * self.plan.vocab_size, SAMPLING_BYTES)
+        return self.passes(self.plan.parameters, READING_BYTES) + steps * one
 
     def moments(self, tokens: float) -> float:
         """Seconds of every group's second moment (blocks on and above the diagonal) and means."""
@@ -342,6 +366,24 @@ def working_bytes(plan: Plan, spec: JobSpec) -> int:
     logits = LOGIT_ARRAYS * 4 * min(CHUNK_TOKENS, spec.evaluation_length) * plan.vocab_size
     comparing = outputs + table + max(stored, logits)
     return int(WORKING_SLACK * max(table + stored + states, calibrating, outputs + passing, comparing))
+
+
+def weight_bytes(plan: Plan, device: DeviceKind) -> int:
+    """Of a weight as the engine computes with it."""
+    return 4 if device == "cpu" or plan.dtype == "float32" else 2
+
+
+def answers_bytes(plan: Plan, spec: JobSpec, device: DeviceKind) -> int:
+    """The whole model, its cache of keys and values, and logits, while it writes its calibration text."""
+    size = weight_bytes(plan, device)
+    cached = [each.out_features for each in plan.candidates[0].linears if each.name.endswith(KEYS)]
+    width = sum(cached) or 2 * plan.num_layers * plan.hidden_size
+    needed = spec.calibration.num_samples * spec.calibration.sequence_length
+    tokens = ANSWER_ROWS * (PROMPT_TOKENS + min(ANSWER_TOKENS, -(-needed // ANSWER_ROWS)))
+    cache = tokens * width * size * (1 + 1 / plan.num_layers)  # a layer's is copied when it grows
+    table = plan.vocab_size * plan.hidden_size * size  # a tied head is held twice
+    logits = LOGIT_ARRAYS * 4 * ANSWER_ROWS * plan.vocab_size
+    return int(WORKING_SLACK * (plan.parameters * size + table + cache + logits))
 
 
 def activations(plan: Plan, samples: int, length: int) -> int:

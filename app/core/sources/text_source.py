@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from app.core.errors import ModelRefused, TextRefused
 from app.core.outgoing.address_guard import IpNetwork
+from app.core.records.specs import OWN_ANSWERS
 from app.core.sources.model_reference import parse_model_reference
 from app.core.sources.model_source import HubModel, LocalModel, ModelFiles, S3Model
 from app.core.sources.text_content import (
@@ -24,13 +25,14 @@ from app.core.sources.text_content import (
 )
 from app.core.storage.object_store import open_bucket
 
-HERE = ("builtin:", "inline")
+BUNDLED = "builtin:"
+HERE = ("inline", OWN_ANSWERS)
 # Refusals of a model's files that say the same of a text's, with the right remedy.
 SAID = frozenset(
     {"hub_offline", "model_forbidden", "model_gated", "model_path_forbidden", "model_unreadable"}
 )
 FORMS = (
-    "write builtin:wikitext2, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
+    "write builtin:wikitext2, self, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
     "file:///folder/file.jsonl, or put the texts into the request"
 )
 
@@ -46,8 +48,8 @@ class TextFile:
 
 
 def is_remote(source: str) -> bool:
-    """Whether the text must be fetched: it is neither bundled nor in the request."""
-    return not source.startswith(HERE)
+    """Whether the text must be fetched: it is neither bundled, nor in the request, nor the model's own."""
+    return source not in HERE and not source.startswith(BUNDLED)
 
 
 def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence[IpNetwork] = ()) -> TextFile:

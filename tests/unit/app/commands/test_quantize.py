@@ -7,6 +7,7 @@ import pytest
 
 from app.cli import main
 from app.commands import quantize
+from app.commands.job_options import text_reference
 from app.core.child.assignment import REPORT, Finished, OutputFolder
 from app.core.child.job_child import exit_fault, protocol_fault
 from app.core.errors import (
@@ -113,6 +114,15 @@ def test_a_folder_without_a_model_is_refused_before_any_work(tmp_path: Path) -> 
     with pytest.raises(NibbleError) as caught:
         quantize.prepare(JobSpec(model=tmp_path.as_uri()), tmp_path, "cpu")
     assert caught.value.remedy
+
+
+def test_the_models_own_answers_are_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self.txt").write_text("text")
+    assert text_reference("self") == "self"
+    assert text_reference("./self.txt") == (tmp_path / "self.txt").resolve().as_uri()
+    assert calibrated_on("self", tmp_path) is None
 
 
 def calibrated_on(dataset: str | None, folder: Path) -> Path | None:

@@ -9,13 +9,13 @@ import pytest
 from app.core.child.assignment import PREDICTION, Noted
 from app.core.planning import cost_model
 from app.core.planning.cost_model import Prediction, predict
-from app.core.planning.device_profile import NOMINAL, DeviceProfile
+from app.core.planning.device_profile import NOMINAL, DeviceKind, DeviceProfile
 from app.core.planning.plan import plan_job
 from app.core.records.job import Stage
-from app.core.records.specs import BUNDLED_TASKS, JobSpec
+from app.core.records.specs import BUNDLED_TASKS, CalibrationSpec, JobSpec
 from app.core.sources.model_source import inspect_model, open_model
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
-from workers.child import work
+from workers.child import own_answers, work
 from workers.quantization import continuations, evaluation, input_statistics, paired_pass, scale_search
 
 
@@ -41,6 +41,7 @@ def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
     assert cost_model.SECTION_TOKENS == continuations.SECTION_TOKENS
     assert set(cost_model.TASK_SIZES) == set(BUNDLED_TASKS)
+    assert (cost_model.ANSWER_ROWS, cost_model.ANSWER_TOKENS) == (own_answers.ROWS, own_answers.ANSWER_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,11 @@ def test_the_engine_has_the_same_constants() -> None:
         ({"recipe": {}}, {"recipe": {"search": {"strategy": "evolutionary"}}}),
         ({"recipe": {"rounding": "gptq"}}, {"recipe": {"method": "omniquant", "rounding": "gptq"}}),
         ({"recipe": [{}]}, {"recipe": [{}, {"bits": 3}]}),
+        ({}, {"calibration": {"dataset": "self"}}),
+        (
+            {"calibration": {"dataset": "self"}},
+            {"calibration": {"dataset": "self", "num_samples": 256}},
+        ),
         ({"evaluation": {}}, {"evaluation": {"tasks": ["builtin:agreement"]}}),
         (
             {"evaluation": {"tasks": ["builtin:agreement"]}},
@@ -71,6 +77,25 @@ def test_more_work_takes_longer(bundled: Path, less: dict[str, object], more: di
     small, large = predicted(bundled, **less), predicted(bundled, **more)
     assert small.total_seconds < large.total_seconds
     assert small.ram_bytes <= large.ram_bytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_own_answers_hold_the_whole_model(bundled: Path, device: DeviceKind) -> None:
+    texts: tuple[dict[str, object], ...] = ({}, {"dataset": "self"})
+    usual, own = (
+        predicted(bundled, NOMINAL[device], calibration={"num_samples": 4, "sequence_length": 64, **text})
+        for text in texts
+    )
+    assert own.seconds[Stage.CALIBRATING] > usual.seconds[Stage.CALIBRATING]
+    others = set(Stage) - {Stage.CALIBRATING}
+    assert all(own.seconds.get(stage) == usual.seconds.get(stage) for stage in others)
+    headers = inspect_model(open_model(bundled.as_uri(), model_roots=(bundled.parent,)))
+    spec = JobSpec(model="m", calibration=CalibrationSpec(num_samples=4, sequence_length=64))
+    plan = plan_job(spec, headers.config, headers.tensors)
+    whole = cost_model.answers_bytes(plan, spec, device)
+    assert whole > plan.parameters * 4
+    held = own.vram_bytes if device == "cuda" else own.ram_bytes
+    assert held >= whole
 
 
 def test_a_faster_device_takes_less_time_and_other_memory(bundled: Path) -> None:

@@ -62,12 +62,13 @@ def test_bundled_and_inline_texts_need_no_file(tmp_path: Path) -> None:
     specs = [
         CalibrationSpec(),
         CalibrationSpec(dataset="builtin:other"),
+        CalibrationSpec(dataset="self"),
         CalibrationSpec(texts=("x",)),
         CalibrationSpec(texts=("y",)),
     ]
     for spec in specs:
         assert fetch_text(spec, Settings(), tmp_path / "text", nothing) is None
-    assert len({text_digest(spec, None, nothing) for spec in specs}) == 4
+    assert len({text_digest(spec, None, nothing) for spec in specs}) == 5
 
 
 def test_a_text_of_this_host_is_read_in_place_where_that_is_asked(tmp_path: Path) -> None:
