@@ -64,10 +64,15 @@ test: lint types imports $(STAMP)
 	$(PYTEST)
 
 # Programs that are not ours judge our files, each in an environment of its own (JUDGES=folder). FORM=long judges every
-# group size and method; with RECORD=1 it writes the guide's table anew.
+# group size and method; with RECORD=1 it writes the guide's table anew. FAMILIES=1 judges a tiny model of each family
+# that tests/judges/family_results.json lacks.
 judges: $(STAMP)
 	tests/judges/install $(BIN)/python $(JUDGES) vllm llama_cpp
+ifdef FAMILIES
+	JUDGES=$(JUDGES) OMP_NUM_THREADS=1 $(BIN)/python -m tests.judges.families
+else
 	JUDGES=$(JUDGES) FORM=$(FORM) OMP_NUM_THREADS=1 $(BIN)/pytest tests/judges --timeout 3600
+endif
 
 # While one works: it needs no service but a Valkey of its own, and says how much time it took.
 quick: $(STAMP)

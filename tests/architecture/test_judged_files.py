@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.judges import cells
+from tests.judges import cells, family_results
 from tests.judges.results import guide_table, recorded, table
 
 
@@ -17,3 +17,15 @@ def test_vllm_runs_all_of_4_bits_on_a_cpu_and_nothing_else() -> None:
 
 def test_the_guide_says_what_vllm_said() -> None:
     assert guide_table() == table(recorded(), cells.long_form())
+
+
+def test_the_guide_says_what_vllm_said_of_families() -> None:
+    assert family_results.guide_table() == family_results.table(family_results.recorded())
+
+
+def test_where_vllm_computes_a_family_our_files_are_within_the_tolerance() -> None:
+    for model_type, outcomes in family_results.recorded().families.items():
+        for name, outcome in outcomes.items():
+            sound = (outcomes["original"].perplexity_off or 0) <= family_results.TOLERANCE
+            if sound and outcome.perplexity_off is not None:
+                assert outcome.perplexity_off <= family_results.TOLERANCE, (model_type, name)
