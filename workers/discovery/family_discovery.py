@@ -203,7 +203,8 @@ def layer_kind(
         raise refused(
             "a layer has no linears" + (": its matrices are stored transposed" if transposed else "")
         )
-    return LayerKind(groups=tuple(in_files(group, pairs) for group in groups), experts=inside.experts)
+    groups = tuple(in_files(group, pairs) for group in groups)
+    return LayerKind(groups=groups, experts=inside.experts, joined=inside.joined)
 
 
 def check_stored(probe: LayerProbe, inside: StoredLayer) -> None:

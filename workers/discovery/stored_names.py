@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -18,6 +19,7 @@ from workers.discovery.random_weights import refused
 from workers.modeling.experts import ExpertsForm, experts_of, split_weights
 
 Pairs = tuple[tuple[str, str], ...]
+Joined = tuple[tuple[str, tuple[str, ...]], ...]
 PLAIN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -28,6 +30,7 @@ class StoredLayer:
     prefix: str
     names: dict[str, str]
     experts: Experts | None
+    joined: Joined = ()  # tensors that checkpoints hold in parts
 
 
 class StoredModel:
@@ -38,6 +41,7 @@ class StoredModel:
             stored = revert_weight_conversion(model, dict(model.state_dict()))
         except Exception as fault:  # conversions are code of transformers, which raises what it likes
             raise refused(f"its checkpoint can't be written: {type(fault).__name__}: {fault}") from fault
+        self.stored: dict[str, Tensor] = stored
         self.by_value: dict[bytes, list[str]] = {}
         self.model = model
         for name, value in stored.items():
@@ -65,7 +69,33 @@ class StoredModel:
             experts, of_experts = self.experts(f"{path}.{module_path}", module, form, prefix)
             experts = experts.model_copy(update={"module": module_path})
             names |= {f"{module_path}.{name}": each for name, each in of_experts.items()}
-        return StoredLayer(prefix, names, experts)
+        return StoredLayer(prefix, names, experts, self.joined(layer, full, prefix))
+
+    def joined(self, layer: nn.Module, full: Mapping[str, str | None], prefix: str) -> Joined:
+        """Tensors that are stored in parts, one below the other: convolutions of several inputs."""
+        stored = [(name, value) for name, value in self.stored.items() if name.startswith(prefix)]
+        found = []
+        for name, value in layer.state_dict().items():
+            if full[name] is not None or value.dim() != 3 or value.shape[1] != 1:
+                continue
+            parts: list[str] = []
+            rows = 0
+            while rows < len(value):
+                part = next(
+                    (
+                        (other, len(each))
+                        for other, each in stored
+                        if torch.equal(value[rows : rows + len(each)], each)
+                    ),
+                    None,
+                )
+                if part is None:
+                    break
+                parts.append(part[0].removeprefix(prefix))
+                rows += part[1]
+            if rows == len(value):
+                found.append((name, tuple(parts)))
+        return tuple(found)
 
     def outside(self, path: str, prefix: str, called: set[str]) -> dict[str, str]:
         """Stored names of what a text reaches outside of the layers, where its root does not give them.
@@ -135,7 +165,8 @@ def common_prefix(names: Iterable[str], number: str) -> str:
 
 
 def prefix_pairs(names: Mapping[str, str]) -> Pairs:
-    """The shortest prefixes, in transformers and in checkpoints, that turn all names into the stored ones."""
+    """The shortest prefixes, in transformers and in checkpoints, that turn names into the stored ones, and
+    back."""
     pairs: dict[str, str] = {}
     for name, stored in names.items():
         if renamed(name, pairs) == stored:
@@ -148,10 +179,17 @@ def prefix_pairs(names: Mapping[str, str]) -> Pairs:
         for used in range(len(shared) + 1):
             end = "." if used < len(shared) else ""
             start = ".".join([*ours, *shared[:used]]) + end, ".".join([*theirs, *shared[:used]]) + end
-            if all(renamed(n, {start[0]: start[1]}) == s for n, s in names.items() if n.startswith(start[0])):
+            if all(agrees(start, *each) for each in names.items()):
                 break
         pairs[start[0]] = start[1]
     return tuple(sorted(pairs.items(), key=lambda pair: (-len(pair[0]), pair)))
+
+
+def agrees(pair: tuple[str, str], name: str, stored: str) -> bool:
+    """Whether the prefixes, read either way, lead from one name to the other, or concern neither."""
+    inside, outside = pair
+    there = not name.startswith(inside) or outside + name.removeprefix(inside) == stored
+    return there and (not stored.startswith(outside) or inside + stored.removeprefix(outside) == name)
 
 
 def renamed(name: str, pairs: Mapping[str, str]) -> str:

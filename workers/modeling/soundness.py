@@ -23,7 +23,10 @@ def refuse_misfits(decoder: Decoder) -> list[str]:
             continue
         key = decoder.stored_name(name)
         shape = list(value.shape)
-        used.add(key)
+        parts = decoder.architecture.parts_of(name)
+        used.update(parts or (key,))
+        if parts and all(part in stored for part in parts):
+            continue
         if key not in stored:
             raise ModelRefused(
                 f"{key} is missing; config.json asks for it with the shape {shape}",

@@ -197,6 +197,7 @@ class PairedPass:
     def state_of(self, module: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
         """The weights by the module's own names, on its device and in its dtype."""
         decoder = self.decoder
+        weights = decoder.with_joined(self.layer, dict(weights))
         return {
             name: weights[decoder.architecture.stored_name(name)].to(decoder.device, decoder.dtype)
             for name in module.state_dict()

@@ -150,12 +150,14 @@ class Loader:
             stored = self.architecture.checkpoint_name(name)
             if stored not in self.checkpoint.tensors and name == head and self.architecture.tied:
                 continue  # tied: shared with the embedding below
-            if stored not in self.checkpoint.tensors:
+            parts = self.architecture.parts_of(name) or (stored,)
+            missing = next((part for part in parts if part not in self.checkpoint.tensors), None)
+            if missing is not None:
                 raise ModelRefused(
-                    f"the artifact lacks the tensor {stored}", code="artifact_incomplete", remedy=REMEDY
+                    f"the artifact lacks the tensor {missing}", code="artifact_incomplete", remedy=REMEDY
                 )
-            self.used.add(stored)
-            values = self.checkpoint.tensor(stored).to(self.device, empty.dtype)
+            self.used.update(parts)
+            values = torch.cat([self.checkpoint.tensor(part) for part in parts]).to(self.device, empty.dtype)
             if values.shape != empty.shape:
                 raise ModelRefused(
                     f"{stored} is {tuple(values.shape)} in the files, {tuple(empty.shape)} by config.json",

@@ -136,11 +136,20 @@ class Architecture(Family):
         inside, stored = (path.rpartition(".")[0] for path in (self.layers, self.stored_layers))
         return inside + ".", stored + "." if stored else ""
 
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The tensors of checkpoints that together are one of transformers, given by its full name."""
+        number, _, local = name.removeprefix(self.layers + ".").partition(".")
+        if not name.startswith(self.layers + ".") or not number.isdecimal():
+            return ()
+        parts = dict(self.kind(int(number)).joined).get(local, ())
+        return tuple(self.layer_prefix(int(number)) + part for part in parts)
+
     def module_name(self, name: str) -> str:
         """The name in transformers of a module within a layer of a checkpoint."""
         for inside, stored in self.stored_names:
-            if f"{name}.".startswith(stored):  # a pair may name the module itself
-                return (inside + f"{name}.".removeprefix(stored)).removesuffix(".")
+            whole = f"{name}.weight"  # a pair may name the module itself, or its weight
+            if whole.startswith(stored):
+                return (inside + whole.removeprefix(stored)).removesuffix(".weight")
         return name
 
 

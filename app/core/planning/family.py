@@ -101,10 +101,14 @@ class Experts(Frozen):
 
 
 class LayerKind(Frozen):
-    """Decoder layers with the same linears; a layer of a checkpoint is of the kind whose linears it has."""
+    """Decoder layers with the same linears; a layer of a checkpoint is of the kind whose linears it has.
+
+    `joined` are tensors of transformers that checkpoints hold in parts, one below the other.
+    """
 
     groups: tuple[ScaleGroup, ...]
     experts: Experts | None = None
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -1,0 +1,66 @@
+"""Families beyond the plain decoder, end to end: hybrids, towers, experts of several forms.
+
+The whole table is `make families`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import pytest
+
+from app.core.child.assignment import Checkpointed, ProgressMessage
+from app.core.records.specs import Recipe, SearchSpec
+from tests.families.table import OPENS_NEAR, RECIPE, SELF_CHECK, family_row
+from tests.tiny_models import EngineRun, assignment, save_model, tiny_spec
+from workers.child.job_run import run_job
+from workers.discovery.family_discovery import working_model
+
+SAMPLE = ("qwen3_5", "gemma3", "gemma4", "qwen2_moe", "bloom", "falcon_h1", "glm_moe_dsa")
+ANOTHER = Recipe(method="rtn", bits=8, group_size=32, indivisible="skip", search=SearchSpec(grid_points=4))
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_tiny_model_is_quantized_and_opened_by_transformers(model_type: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' classes
+        row = family_row(model_type, tmp_path)
+    assert row["self_check"] <= SELF_CHECK
+    assert row["scaled"] > 0
+    assert row["opens"] == pytest.approx(row["kl"], rel=OPENS_NEAR)
+
+
+class Broken(Exception):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_vl", "qwen3_moe", "gemma3n", "kimi_linear"])
+def test_a_job_of_two_recipes_goes_on_to_the_same_bytes(model_type: str, tmp_path: Path) -> None:
+    """A hybrid, a tower, experts, state that layers hand on, and tensors that files hold in parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _ = working_model({"model_type": model_type})
+        source = save_model(model, tmp_path / "model")
+        spec = tiny_spec((RECIPE, ANOTHER))
+        whole = EngineRun(spec, source, tmp_path / "whole")
+        written: list[ProgressMessage] = []
+
+        def until_the_second_layer(message: ProgressMessage) -> None:
+            written.append(message)
+            if sum(isinstance(each, Checkpointed) for each in written) == 3:
+                raise Broken
+
+        with pytest.raises(Broken):
+            run_job(assignment(spec, source, tmp_path / "broken"), until_the_second_layer)
+        resumed = EngineRun(spec, source, tmp_path / "broken")
+    for recipe in range(2):
+        folders = (run.folder("compressed-tensors", recipe) for run in (whole, resumed))
+        first, second = ([digest(path) for path in sorted(each.glob("*.safetensors"))] for each in folders)
+        assert first == second
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
