@@ -12,7 +12,7 @@ import pytest
 from tests.judges.families import files_of, judged, outcomes
 from tests.judges.family_results import TOLERANCE, Outcome, recorded
 
-SAMPLE = ("qwen3_5", "qwen3_vl", "qwen3_moe")
+SAMPLE = ("qwen3_5", "qwen3_vl", "qwen3_next")
 
 
 @pytest.fixture(scope="module")
