@@ -26,6 +26,9 @@ def test_the_guide_says_what_vllm_said_of_families() -> None:
 def test_where_vllm_computes_a_family_our_files_are_within_the_tolerance() -> None:
     for model_type, outcomes in family_results.recorded().families.items():
         for name, outcome in outcomes.items():
-            sound = (outcomes["original"].perplexity_off or 0) <= family_results.TOLERANCE
+            original = outcomes["original"]
+            # In float32 a difference is no rounding: vLLM's class computes another function than transformers'.
+            share = 0.1 if original.dtype == "float32" else 1
+            sound = (original.perplexity_off or 0) <= share * family_results.TOLERANCE
             if sound and outcome.perplexity_off is not None:
                 assert outcome.perplexity_off <= family_results.TOLERANCE, (model_type, name)
