@@ -27,7 +27,7 @@ def test_where_vllm_computes_a_family_our_files_are_within_the_tolerance() -> No
     for model_type, outcomes in family_results.recorded().families.items():
         for name, outcome in outcomes.items():
             original = outcomes["original"]
-            # In float32 a difference is no rounding: vLLM's class computes another function than transformers'.
+            # In float32 a difference is no rounding: vLLM's class computes another function.
             share = 0.1 if original.dtype == "float32" else 1
             sound = (original.perplexity_off or 0) <= share * family_results.TOLERANCE
             if sound and outcome.perplexity_off is not None:
