@@ -33,7 +33,7 @@ FORM ?= short
 # the order of testpaths, long ones first, so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install tasks chat demo test judges quick latest lock lint format types imports unit integration faults fuzz guards e2e gpu bench clean
+.PHONY: help install tasks chat demo test judges quick latest lock lint format types imports unit integration faults fuzz families guards e2e gpu bench clean
 
 help:
 	@sed -n '3,12s/^# \{0,1\}//p' Makefile
@@ -117,6 +117,13 @@ fuzz: $(STAMP)
 		tests/integration/test_openapi.py tests/unit/app/core/test_fuzz.py --timeout 3600
 
 # Takes away each guard against attacks, one at a time: its test must fail.
+# Tiny models of every family: quantized, opened by transformers, served; writes docs/models.md. About half an hour.
+families: $(STAMP)
+	FAMILIES=all $(BIN)/pytest tests/integration/test_discovery.py -n 0 --timeout 3600
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families.serving
+	$(BIN)/python -m tests.families.page
+
 guards: $(STAMP)
 	$(BIN)/python -m tests.attacks.prove
 

@@ -7,25 +7,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from app.core.formats.compressed_tensors import MISREAD
 from tests.families.table import OPENS_NEAR, RESULTS, SELF_CHECK
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"
 REFUSED = Path(__file__).parent.parent / "golden" / "refused_types.json"
 INTRODUCTION = """# Models
 
-Which linears of a model read one input, and what before them can absorb their scales, is found by tracing a tiny model
-of its class and accepted only if the scaled layer computes what the original does. `nibble discover MODEL|TYPE` shows
-it. What was found for the types below comes with Nibble; a type that is missing here, or a setting of config.json under
-which nothing was traced, is traced when the job starts.
+Which linears of a model read one input, and what before them can absorb their scales, is found by tracing a
+tiny model of its class. It is accepted only if the scaled layer computes what the original does.
+`nibble discover MODEL|TYPE` shows it. What was found for the types below comes with Nibble; a type that is
+missing here, or a setting of config.json under which nothing was traced, is traced when the job starts.
 
-Of a model for images or sound the language model is quantized. Towers, projectors and drafts of further tokens keep
-every byte, and loaders are told so.
+Of a model for images or sound the language model is quantized. Towers, projectors and drafts of further
+tokens keep every byte, and loaders are told so.
 
 """
-MEASURED = """Each type was quantized once as a tiny random model (AWQ, 4 bits, groups of 32, compressed-tensors) with
-transformers 5.24: `make families`. "Scaled" counts linears that have a smooth layer, of all that are quantized; those
-without one are clipped and rounded all the same. "Opened" is what transformers makes of the files: `yes` if the KL from
-the original is the report's within 5 %. "Served" is whether Nibble's own server answers as transformers does.
+MEASURED = """Each type was quantized once as a tiny random model (AWQ, 4 bits, groups of 32,
+compressed-tensors) with transformers 5.24: `make families`. "Scaled" counts linears that have a smooth layer,
+of all that are quantized; those without one are clipped and rounded all the same. "Opened" is what
+transformers makes of the files: `yes` if the KL from the original is the report's within 5 %. "Served" is
+whether Nibble's own server answers as transformers does.
 
 """
 
@@ -33,10 +35,11 @@ the original is the report's within 5 %. "Served" is whether Nibble's own server
 def page(results: dict[str, Any], refused: dict[str, str]) -> str:
     good = {name: row for name, row in results.items() if "self_check" in row}
     count = sum(opened(row) == "yes" for row in good.values())
+    worst = max(row["self_check"] for row in good.values())
     lines = [
         INTRODUCTION, f"## {len(good)} types that are quantized\n\n", MEASURED,
-        f"Of the {len(good)} types transformers opens {count}. The largest self-check (what the scaled layer changes, "
-        f"at most {SELF_CHECK:.0e} is asked) is {max(row['self_check'] for row in good.values()):.1e}.\n\n",
+        f"Of the {len(good)} types transformers opens {count}. The largest self-check (what the scaled layer "
+        f"changes; at most {SELF_CHECK:.0e} is asked) is {worst:.1e}.\n\n",
         "| type | class | scaled | opened | served |\n|---|---|---|---|---|\n",
         *(family_line(name, row) for name, row in good.items()),
         "\n## Types that are refused\n\n| type | why |\n|---|---|\n",
@@ -77,5 +80,12 @@ def written() -> str:
     return page(json.loads(RESULTS.read_text("utf-8")), json.loads(REFUSED.read_text("utf-8")))
 
 
+def misread(results: dict[str, Any]) -> list[str]:
+    """The types whose files transformers opens with other weights, without an error."""
+    return [name for name, row in results.items() if "opens" in row and opened(row) != "yes"]
+
+
 if __name__ == "__main__":
     PAGE.write_text(written(), "utf-8")
+    types = misread(json.loads(RESULTS.read_text("utf-8")))
+    MISREAD.write_text(json.dumps(types, indent=1) + "\n", "utf-8")

@@ -25,12 +25,17 @@ from workers.discovery.family_discovery import working_model
 
 NEW_TOKENS = 8
 SECONDS = 90
+# Hybrids that by default have no attention, which published ones have and transformers' cache needs.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2},
+    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
+}
 
 
 def served(model_type: str, folder: Path) -> str | bool:
     """Whether greedy answers, together and in pieces, are those of `generate`; else what is wrong."""
     with torch.no_grad():
-        model, _ = working_model({"model_type": model_type})
+        model, _ = working_model({"model_type": model_type, **SETTINGS.get(model_type, {})})
     prompts = [prompt[: 26 + number] for number, prompt in enumerate(prompts_of_text(4)) if prompt]
     server = Served(save_model(model, folder), dtype=torch.float32, prefill_tokens=17)
     answers = server.generate([greedy(prompt, NEW_TOKENS) for prompt in prompts])

@@ -73,29 +73,13 @@ class StoredModel:
 
     def joined(self, layer: nn.Module, full: Mapping[str, str | None], prefix: str) -> Joined:
         """Tensors that are stored in parts, one below the other: convolutions of several inputs."""
-        stored = [(name, value) for name, value in self.stored.items() if name.startswith(prefix)]
-        found = []
-        for name, value in layer.state_dict().items():
-            if full[name] is not None or value.dim() != 3 or value.shape[1] != 1:
-                continue
-            parts: list[str] = []
-            rows = 0
-            while rows < len(value):
-                part = next(
-                    (
-                        (other, len(each))
-                        for other, each in stored
-                        if torch.equal(value[rows : rows + len(each)], each)
-                    ),
-                    None,
-                )
-                if part is None:
-                    break
-                parts.append(part[0].removeprefix(prefix))
-                rows += part[1]
-            if rows == len(value):
-                found.append((name, tuple(parts)))
-        return tuple(found)
+        stored = {n.removeprefix(prefix): v for n, v in self.stored.items() if n.startswith(prefix)}
+        joined = {
+            name: rows_of(value, stored)
+            for name, value in layer.state_dict().items()
+            if full[name] is None and value.dim() == 3 and value.shape[1] == 1
+        }
+        return tuple((name, parts) for name, parts in joined.items() if parts)
 
     def outside(self, path: str, prefix: str, called: set[str]) -> dict[str, str]:
         """Stored names of what a text reaches outside of the layers, where its root does not give them.
@@ -151,6 +135,20 @@ class StoredModel:
                 f"checkpoints store its experts ({type(module).__name__}) in a form that is not known"
             )
         return Experts(module=path, **record), names
+
+
+def rows_of(value: Tensor, stored: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The stored tensors that are the value, one below the other; none if there are no such."""
+    names: list[str] = []
+    rows = 0
+    while rows < len(value):
+        match = (n for n, each in stored.items() if torch.equal(value[rows : rows + len(each)], each))
+        name = next(match, None)
+        if name is None:
+            return ()
+        names.append(name)
+        rows += len(stored[name])
+    return tuple(names)
 
 
 def common_prefix(names: Iterable[str], number: str) -> str:

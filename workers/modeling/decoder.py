@@ -351,14 +351,14 @@ class Decoder:
         """The checkpoint's tensors of a layer that the model uses, by name within the layer."""
         prefix = self.architecture.layer_prefix(index)
         used = {prefix + self.architecture.stored_name(name) for name in self.layers[index].state_dict()}
-        used |= {prefix + part for _, parts in self.architecture.kind(index).joined for part in parts}
+        used |= {prefix + stored for _, parts in self.architecture.kind(index).joined for stored in parts}
         unused = [name for name in self.checkpoint.names(prefix) if name not in used]
         return self.checkpoint.layer_tensors(prefix, unused, pinned=pinned)
 
     def with_joined(self, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a layer, and those that checkpoints hold in parts as transformers has them."""
         joined = self.architecture.kind(index).joined
-        return {**weights, **{name: torch.cat([weights[part] for part in parts]) for name, parts in joined}}
+        return {**weights, **{name: torch.cat([weights[each] for each in parts]) for name, parts in joined}}
 
     @contextmanager
     def layer(self, index: int, weights: dict[str, Tensor]) -> Iterator[nn.Module]:

@@ -17,7 +17,7 @@ def refuse_misfits(decoder: Decoder) -> list[str]:
     Raises ModelRefused unless the checkpoint holds every weight that its config asks for, and no more of a
     linear than it asks for: a bias or scale that is left out changes what the linear computes.
     """
-    stored, used = decoder.checkpoint.tensors, set()
+    stored, used = decoder.checkpoint.tensors, set[str]()
     for name, value in decoder.model.state_dict().items():
         if not decoder.architecture.of_language(name):
             continue
@@ -25,7 +25,7 @@ def refuse_misfits(decoder: Decoder) -> list[str]:
         shape = list(value.shape)
         parts = decoder.architecture.parts_of(name)
         used.update(parts or (key,))
-        if parts and all(part in stored for part in parts):
+        if parts and all(each in stored for each in parts):
             continue
         if key not in stored:
             raise ModelRefused(

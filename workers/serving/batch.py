@@ -125,7 +125,8 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where its weights are; towers that no text reaches have none."""
-    return next(each.device for each in model.state_dict().values() if each.device.type != "meta")
+    weights: dict[str, Tensor] = model.state_dict()
+    return next(each.device for each in weights.values() if each.device.type != "meta")
 
 
 @torch.no_grad()
@@ -161,5 +162,5 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     cache, tokens = prompt_cache(model), torch.zeros(1, 2, dtype=torch.long, device=device_of(model))
     model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     pairs = ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers)
-    kept = sum(each.numel() * each.element_size() for pair in pairs for each in pair if each is not None)
-    return max(1, kept // tokens.numel())
+    held = [each for pair in pairs for each in pair if each is not None]
+    return max(1, int(sum(each.nbytes for each in held)) // tokens.numel())

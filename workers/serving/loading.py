@@ -151,13 +151,13 @@ class Loader:
             if stored not in self.checkpoint.tensors and name == head and self.architecture.tied:
                 continue  # tied: shared with the embedding below
             parts = self.architecture.parts_of(name) or (stored,)
-            missing = next((part for part in parts if part not in self.checkpoint.tensors), None)
+            missing = next((each for each in parts if each not in self.checkpoint.tensors), None)
             if missing is not None:
                 raise ModelRefused(
                     f"the artifact lacks the tensor {missing}", code="artifact_incomplete", remedy=REMEDY
                 )
             self.used.update(parts)
-            values = torch.cat([self.checkpoint.tensor(part) for part in parts]).to(self.device, empty.dtype)
+            values = torch.cat([self.checkpoint.tensor(each) for each in parts]).to(self.device, empty.dtype)
             if values.shape != empty.shape:
                 raise ModelRefused(
                     f"{stored} is {tuple(values.shape)} in the files, {tuple(empty.shape)} by config.json",

@@ -116,8 +116,9 @@ class StateRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
             getattr(self, field).update(getattr(source, field))
         for mine, theirs in zip(self.states(), states_of(source), strict=True):
             for number in [number for number, value in theirs.items() if value is not None]:
-                row, rows = theirs[number][:1], mine[number]
-                mine[number] = row.clone() if rows is None else torch.cat([rows, row])
+                rows, row = mine[number], theirs[number]
+                assert row is not None
+                mine[number] = row[:1].clone() if rows is None else torch.cat([rows, row[:1]])
 
     def leave(self, row: int, last: int) -> None:
         """Drop a row; the last one takes its place."""
@@ -141,7 +142,7 @@ class MixedRows(RowLayer, StateRows):
     """One layer with attention and a recurrence side by side."""
 
     def __init__(self, window: Window, number_of_states: int) -> None:
-        StateRows.__init__(self, number_of_states)
+        StateRows.__init__(self, number_of_states)  # type: ignore[call-arg]  # transformers is not checked
         RowLayer.__init__(self, window)
 
     def join(self, row: int, source: LinearAttentionAndFullAttentionLayer) -> None:

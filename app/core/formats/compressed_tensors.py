@@ -6,7 +6,10 @@ added. Only asymmetric grids have zero points in the files.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from app.core.formats.file_format import FileFormat, ModuleSchemes, Scheme, StoredTensor, words
@@ -15,6 +18,8 @@ from app.core.formats.targets import compact_patterns, expert_names, fused_names
 LAYOUT = "pack-quantized"
 # Whose packing is followed: up to 0.17 the library left two bits of each word unused at 3 bits.
 VERSION = "0.20.0"
+# Of the table of families: types whose files transformers opens with other weights.
+MISREAD = Path(__file__).parent / "transformers_misreads.json"
 UNOPENED = "transformers cannot open compressed-tensors files"
 
 
@@ -69,6 +74,11 @@ class CompressedTensorsFormat(FileFormat):
 
     def loader_notes(self, modules: ModuleSchemes, model_type: str) -> Iterator[str]:
         schemes, experts = modules.distinct, modules.of_experts
+        if model_type in misread_types():
+            yield (
+                f"transformers 5.24 opens compressed-tensors files of {model_type} with other weights than "
+                "they hold, without an error; use another loader"
+            )
         if modules.narrow:
             yield (
                 f"vLLM 0.33 runs compressed-tensors files of {modules.narrow} bits on NVIDIA GPUs alone; "
@@ -96,6 +106,11 @@ class CompressedTensorsFormat(FileFormat):
         if any(group.get("input_activations") for group in (entry.get("config_groups") or {}).values()):
             return "quantized activations are not computed here, only weights"
         return None
+
+
+@cache
+def misread_types() -> frozenset[str]:
+    return frozenset(json.loads(MISREAD.read_text("utf-8")))
 
 
 def asked_names(names: Iterable[str]) -> list[str]:

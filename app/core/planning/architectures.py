@@ -142,7 +142,7 @@ class Architecture(Family):
         if not name.startswith(self.layers + ".") or not number.isdecimal():
             return ()
         parts = dict(self.kind(int(number)).joined).get(local, ())
-        return tuple(self.layer_prefix(int(number)) + part for part in parts)
+        return tuple(self.layer_prefix(int(number)) + stored for stored in parts)
 
     def module_name(self, name: str) -> str:
         """The name in transformers of a module within a layer of a checkpoint."""

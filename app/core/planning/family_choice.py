@@ -74,10 +74,10 @@ def transformers_has(model_type: str) -> bool:
     """Whether the installed transformers has models of the type; if none is installed here, it may."""
     if not TYPE_NAME.fullmatch(model_type):
         return False
-    found = find_spec("transformers")
-    if found is None or found.origin is None:
+    package = find_spec("transformers")
+    if package is None or package.origin is None:
         return True
-    models = Path(found.origin).parent / "models"
+    models = Path(package.origin).parent / "models"
     return any((models / name).is_dir() for name in (model_type, model_type.removesuffix("_text")))
 
 

@@ -422,8 +422,8 @@ def full_precision_modules(
     )
     planned = {linear.name for linear in linears}
     others = [name for name in matrices if name not in planned and name.rpartition(".")[2] not in TABLES]
-    kept = (linear.name for linear in linears if linear.scheme is None)
-    renamed = filter(None, map(architecture.loaded_name, (*others, *kept)))
+    ignored = (linear.name for linear in linears if linear.scheme is None)
+    renamed = filter(None, map(architecture.loaded_name, (*others, *ignored)))
     return tuple(dict.fromkeys((*head, *others, *unsplit_linears(tensors), *renamed)))
 
 
