@@ -19,7 +19,7 @@ from app.core.planning.family import (
     each_expert,
     text_settings,
 )
-from app.core.planning.family_choice import family_of
+from app.core.planning.family_choice import family_of, headers_family
 from app.core.planning.fused_experts import MAX_EXPERTS, split_fused_experts
 from app.core.sources.safetensors_header import TensorHeader
 
@@ -181,6 +181,8 @@ def architecture_of(
     to_find = None
     if family is None:
         family, to_find = family_of(config, tensors)
+        if to_find is not None and not fits(family, tensors):
+            family = headers_family(family.model_type, [family.class_name], config, tensors) or family
     stored_layers = stored_stack(family, tensors)
     tensors = split_fused_experts(tensors, stored_layers, family.kinds)
     layers = layer_modules(stored_layers, tensors)
@@ -197,6 +199,15 @@ def architecture_of(
             "to_find": to_find,
         }
     )
+
+
+def fits(family: Family, tensors: Mapping[str, TensorHeader]) -> bool:
+    """Whether each layer of the files has the linears of one of the family's kinds."""
+    stored_layers = stored_stack(family, tensors)
+    layers = layer_modules(stored_layers, split_fused_experts(tensors, stored_layers, family.kinds))
+    kinds = [set(kind.linears) for kind in family.kinds]
+    every = set().union(*kinds)
+    return all(names & every in kinds for names in layers.values())
 
 
 def stored_stack(family: Family, tensors: Mapping[str, TensorHeader]) -> str:

@@ -57,6 +57,17 @@ def test_a_type_that_transformers_has_is_planned_by_its_headers(monkeypatch: pyt
     assert refusal.value.code == "architecture_unsupported"
 
 
+def test_under_such_a_setting_the_layers_may_have_other_linears() -> None:
+    names = {key.replace("gate_proj", "gate_up_proj"): value for key, value in tensors().items()}
+    names = {key: value for key, value in names.items() if ".up_proj" not in key}
+    with pytest.raises(ModelRefused, match=r"gate_proj\.weight is missing"):
+        plan_job(asked(), CONFIG, names)
+    plan = plan_job(asked(), {**CONFIG, "attention_bias": True}, names)
+    planned_linears = {linear.name for linear in plan.candidates[0].linears}
+    assert "model.layers.0.mlp.gate_up_proj" in planned_linears
+    assert any("attention_bias is True" in note for note in plan.notes)
+
+
 def test_a_setting_under_which_nothing_was_traced_leaves_the_groups_open() -> None:
     traced = {"model_type": "opt", "activation_function": "relu"}
     assert architecture_of(traced, {}).to_find is None
