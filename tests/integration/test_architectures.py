@@ -90,7 +90,8 @@ def test_routers_keep_their_precision_and_loaders_are_told(tmp_path: Path) -> No
     run = EngineRun(tiny_spec(RECIPE), save_model(random_model("mixtral"), tmp_path / "m"), tmp_path / "work")
     config = json.loads((run.folder("compressed-tensors") / "config.json").read_text())
     routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in (0, 1)]
-    assert config["quantization_config"]["ignore"] == ["lm_head", *routers]
+    loaded = [f"model.layers.{layer}.mlp.gate" for layer in (0, 1)]  # transformers' name for them
+    assert config["quantization_config"]["ignore"] == ["lm_head", *routers, *loaded]
     before = load_file(run.opened.checkpoint.folder / "model.safetensors")
     after = load_file(run.folder("compressed-tensors") / "model.safetensors")
     for router in routers:
@@ -125,7 +126,7 @@ def test_an_expert_without_tokens_is_quantized_without_scales(tmp_path: Path) ->
         assert unseen.loss is not None
         assert 0 < unseen.loss < 100
         assert entries["block_sparse_moe.experts.0.w1"].scale_spread != 1.0
-    assert any("experts saw too few calibration tokens" in note for note in run.report.notes)
+    assert any("experts saw fewer than" in note for note in run.report.notes)
 
 
 def test_experts_of_a_layer_must_share_one_scheme(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_linears_without_scales_are_quantized_and_say_why(tmp_path: Path) -> Non
     entries = {entry.linear: entry for entry in report.layers[0].linears}
     assert entries["mlp.dense_4h_to_h"].bits == 4
     assert entries["mlp.dense_4h_to_h"].ratio is None
-    assert "activation function" in (entries["mlp.dense_4h_to_h"].reason or "")
+    assert "no layer before it can absorb them" in (entries["mlp.dense_4h_to_h"].reason or "")
     assert entries["attention.dense"].reason is None
 
 

@@ -83,7 +83,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a config with the wrong type": (edit_config(num_attention_heads="4"), "config_invalid"),
     "a truncated file": (truncate, "model_header_invalid"),
     "an unknown architecture": (
-        edit_config(model_type="bloom", architectures=["BloomForCausalLM"]), "architecture_unsupported",
+        edit_config(model_type="no_such", architectures=["NoSuchForCausalLM"]), "architecture_unsupported",
     ),
     "a quantized model": (edit_config(quantization_config={"quant_method": "gptq"}), "already_quantized"),
     "no layers": (edit_config(num_hidden_layers=0), "config_invalid"),
