@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from app.core.child.assignment import Checkpointed, ProgressMessage
+from app.core.planning.family import known_family
 from app.core.records.specs import Recipe, SearchSpec
 from tests.families.table import OPENS_NEAR, RECIPE, SELF_CHECK, family_row
 from tests.tiny_models import EngineRun, assignment, save_model, tiny_spec
 from workers.child.job_run import run_job
-from workers.discovery.family_discovery import working_model
+from workers.discovery.family_discovery import discover_type, working_model
 
 SAMPLE = ("qwen3_5", "gemma3", "gemma4", "qwen2_moe", "bloom", "falcon_h1", "glm_moe_dsa")
 ANOTHER = Recipe(method="rtn", bits=8, group_size=32, indivisible="skip", search=SearchSpec(grid_points=4))
@@ -64,3 +65,14 @@ def test_a_job_of_two_recipes_goes_on_to_the_same_bytes(model_type: str, tmp_pat
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@pytest.mark.parametrize("model_type", ["granite", "granitemoehybrid", "falcon_h1", "granite_speech"])
+def test_an_output_that_is_multiplied_before_it_joins_the_stream_does_not_join_it(model_type: str) -> None:
+    """The multiplier is 1 in transformers' default, and another number in every published model."""
+    family = known_family(model_type)
+    assert family is not None
+    assert all(
+        group.joins is None for kind in family.kinds for group in kind.groups if "o_proj" in str(group)
+    )
+    assert family == discover_type(model_type)

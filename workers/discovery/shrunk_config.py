@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+MULTIPLIER = re.compile(r"(?<!dim)_multiplier$")
+UNLIKE_ONE = 0.75
 VOCABULARY = 4352
 PLAIN_TOKENS = 4096  # ids below this one stand for no image, sound or special token
 HEADS, SHARED_HEADS = 4, 2
@@ -228,6 +230,8 @@ def shrunk_part(key: str, values: Mapping[str, Any], *, grouped: bool) -> dict[s
 def shrunk_value(key: str, value: Any, sizes: Mapping[str, int]) -> Any:
     if isinstance(value, list) and key in sizes and all(type(each) is int for each in value):
         return [sizes[key]] * len(value)
+    if value == 1.0 and MULTIPLIER.search(key):
+        return UNLIKE_ONE  # as published models have: their stream is joined by a share of the output
     if type(value) is not int:
         return value
     if key in ("bos_token_id", "eos_token_id", "pad_token_id"):
