@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def test_the_rounding_error_is_at_most_a_step(
 
 
 @given(st.floats(2**-40, 2.0**40), st.sampled_from(DTYPES))
+@example(1.02, torch.bfloat16)
 @settings(max_examples=300, deadline=None)
 def test_stored_scales_are_exact_in_both_dtypes(value: float, dtype: torch.dtype) -> None:
     scale = stored_scale(torch.tensor([value]), dtype)
@@ -70,7 +71,8 @@ def test_stored_scales_are_exact_in_both_dtypes(value: float, dtype: torch.dtype
     assert is_exact(scale, torch.float16)
     assert is_exact(scale, dtype)
     if 2**-14 <= value <= 65000:
-        assert float(scale) == pytest.approx(value, rel=2**-8)
+        # Rounded to one dtype, then to the other: 1.02 is a tie of bfloat16 once it has float16's digits.
+        assert float(scale) == pytest.approx(value, rel=2**-8 + 2**-11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
