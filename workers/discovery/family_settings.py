@@ -8,9 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import PretrainedConfig
 
-from app.core.planning.family import Setting
+from app.core.planning.family import NUMBER, Setting
 
-NUMBER = "number"
 IGNORED = re.compile(
     r"(_token_id|_token_ids|_token_index|_dim|_size|_window|_std|_range|_dropout|_drop|_prob|_coef|_eps|_theta"
     r"|_factor|_heads|_layers|_embeddings|_freqs|_len|_length|_per_tok|_group)$"

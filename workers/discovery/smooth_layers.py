@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from app.core.planning.family import EXPERT, ScaleGroup
+from app.core.planning.family import EXPERT, LEAST_ROWS, ScaleGroup
 from workers.discovery.layer_tracing import Trace, TracedCall, run, trace, unchanged
 from workers.modeling.experts import Expert, SplitExperts
 from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.scale_search import ScaleChoice
 
-LEAST_ROWS = 16  # a linear with fewer gives one number a head, or an expert: it is compensated
 NEAREST = 12  # linears before a group that are tried
 UNSCALED = "no scales: no layer before it can absorb them"
 HEAD_KEYS = (

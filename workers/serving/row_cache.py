@@ -114,7 +114,7 @@ class StateRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
         for field in ("conv_kernel_size", "is_conv_states_initialized", "is_recurrent_states_initialized",
                       "has_previous_state"):  # fmt: skip
             getattr(self, field).update(getattr(source, field))
-        for mine, theirs in zip(self.states(), states_of(source), strict=True):
+        for mine, theirs in zip(states_of(self), states_of(source), strict=True):
             for number in [number for number, value in theirs.items() if value is not None]:
                 rows, row = mine[number], theirs[number]
                 assert row is not None
@@ -122,14 +122,11 @@ class StateRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
 
     def leave(self, row: int, last: int) -> None:
         """Drop a row; the last one takes its place."""
-        for states in self.states():
+        for states in states_of(self):
             for number, rows in states.items():
                 if rows is not None:
                     rows[row] = rows[last]
                     states[number] = rows[:last].clone() if last else None
-
-    def states(self) -> tuple[States, States]:
-        return states_of(self)
 
     def lay_out(self, rows: int, columns: int, end: int) -> None:
         """Nothing: these states have no columns."""

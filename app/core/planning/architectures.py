@@ -11,6 +11,7 @@ from app.core.errors import ModelRefused
 from app.core.formats.targets import FUSED_NAMES
 from app.core.planning.family import (
     EXPERT,
+    EXPERT_NUMBER,
     LAYER_OUTPUT,
     Experts,
     Family,
@@ -25,7 +26,6 @@ from app.core.sources.safetensors_header import TensorHeader
 
 __all__ = ["LAYER_OUTPUT", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
 
-EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)\d+(?=\.)", re.ASCII)
 LAYER_NUMBER = re.compile(
     r"(?P<stack>(?:[^.]+\.)*?)(?P<last>[^.\d]+)\.(?P<number>\d+)\.(?P<local>.+)", re.ASCII
 )
@@ -37,15 +37,15 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_nu
 class Architecture(Family):
     """A family with what the headers and config.json of one model say; `at` gives one layer's groups.
 
-    `stored_layers` and `stored_root` are the names in the files of the module list and of the module around
-    it, `stored_heads` those that the head may have there. `to_find` is why the groups are those of another
+    `stored_layers` is the name in the files of the module list, `stored_heads` those that the head may have
+    there. `to_find` is why the groups are those of another
     model's function or of none, and are to be found by tracing when the job starts.
     """
 
     stored_layers: str
     stored_heads: tuple[str, ...] = ()
     num_experts: int = 0
-    layer_kinds: tuple[int, ...] = ()  # of the first layers; of later ones the last
+    layer_kinds: tuple[int, ...] = ()  # of the layers in the files; of others the first
     to_find: str | None = None
     groups: tuple[ScaleGroup, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()  # linears that servers make one matrix of

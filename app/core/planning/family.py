@@ -6,6 +6,7 @@ job can be planned without torch. Names within a layer are those of checkpoints.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,9 @@ Setting = str | bool | None
 
 LAYER_OUTPUT = "output"
 EXPERT = "{expert}"  # in names: every expert's number
+EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)\d+(?=\.)", re.ASCII)
+NUMBER = "number"  # in settings: any number
+LEAST_ROWS = 16  # a matrix with fewer gives one number a head, or an expert
 
 
 class ScaleGroup(Frozen):

@@ -8,18 +8,26 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from app.core.errors import ModelRefused
-from app.core.planning.family import Family, LayerKind, ScaleGroup, known_family, known_types, text_settings
+from app.core.planning.family import (
+    EXPERT,
+    EXPERT_NUMBER,
+    LEAST_ROWS,
+    NUMBER,
+    Family,
+    LayerKind,
+    ScaleGroup,
+    known_family,
+    known_types,
+    text_settings,
+)
 from app.core.sources.safetensors_header import TensorHeader
 
 TYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 NUMBERED = re.compile(r"(?P<stack>.+?)\.(?P<number>\d{1,6})\.(?P<local>.+)\.weight", re.ASCII)
-EXPERT_NUMBER = re.compile(r"(?<=\bexperts\.)\d+(?=\.)", re.ASCII)
-LEAST_ROWS = 16  # a matrix with fewer gives one number a head, or an expert
 ROUTERS = ("gate", "router", "shared_expert_gate")
 # Linears that read one input, by the names that most models give them.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 TO_FIND = "what its linears share is found when the job starts"
-NUMBER = "number"  # in a family's settings: any number
 
 
 def family_of(config: Mapping[str, object], tensors: Mapping[str, TensorHeader]) -> tuple[Family, str | None]:
@@ -91,9 +99,7 @@ def headers_family(
         match = NUMBERED.fullmatch(name)
         if match and is_linear(match["local"], tensor):
             numbered = stacks.setdefault(match["stack"], {})
-            numbered.setdefault(int(match["number"]), set()).add(
-                EXPERT_NUMBER.sub("{expert}", match["local"])
-            )
+            numbered.setdefault(int(match["number"]), set()).add(EXPERT_NUMBER.sub(EXPERT, match["local"]))
     stack = next((s for s, each in stacks.items() if isinstance(layers, int) and len(each) >= layers), None)
     if stack is None or not classes:
         return None
