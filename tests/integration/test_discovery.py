@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,16 @@ def test_groups_are_those_that_were_written_by_hand(model_type: str) -> None:
     assert not found
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Processor time is then that of the work: threads of tiny products wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "model_type", sorted(known_types()) if os.environ.get("FAMILIES") == "all" else SAMPLE
 )
