@@ -40,10 +40,13 @@ class AwqFormat(FileFormat):
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "zero_point": True,
+            **({"lm_head": True} if modules.head is not None else {}),
             "modules_to_not_convert": unconverted(modules),
         }
 
     def refusal(self, schemes: set[Scheme]) -> FormatRefusal | None:
+        if (refusal := super().refusal(schemes)) is not None:
+            return refusal
         if len(schemes) > 1:
             return FormatRefusal(
                 why="holds one bit width and group size for all linears, and here they have several",

@@ -1,7 +1,11 @@
-"""The `pack-quantized` layout of compressed-tensors: rows packed densely, zero points down the columns.
+"""The layouts of compressed-tensors, one for each kind of numbers.
 
-Source: compressed-tensors `compressors/pack_quantized`, where integers are signed and stored with 2^(bits-1)
-added. Only asymmetric grids have zero points in the files.
+- `pack-quantized`: integers, rows packed densely, zero points down the columns. Source: its
+  `compressors/pack_quantized`, where integers are signed and stored with 2^(bits-1) added. Only asymmetric
+  grids have zero points in the files.
+- `int-quantized` and `float-quantized`: int8 and FP8 as they are (`compressors/naive_quantized`).
+- `nvfp4-pack-quantized` and `mxfp4-pack-quantized`: two FP4 values a byte, the first in its low half
+  (`compressors/nvfp4`, `compressors/mxfp4`); the former divides its FP8 scales by one number for the matrix.
 """
 
 from __future__ import annotations
@@ -12,12 +16,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from app.core.formats.file_format import FileFormat, ModuleSchemes, Scheme, StoredTensor, words
+from app.core.formats.file_format import FileFormat, FormatRefusal, ModuleSchemes, Scheme, StoredTensor, words
+from app.core.formats.schemes import SCHEMES, InputRounding, Scales
 from app.core.formats.targets import compact_patterns, expert_names, fused_names
 
 LAYOUT = "pack-quantized"
+MIXED = "mixed-precision"
+LAYOUTS = {
+    ("int", "plain"): "int-quantized",
+    ("float", "plain"): "float-quantized",
+    ("float", "e4m3"): "nvfp4-pack-quantized",
+    ("float", "e8m0"): "mxfp4-pack-quantized",
+}
+SCALE_DTYPES = {"e4m3": "F8_E4M3", "e8m0": "U8"}  # as safetensors and torch name them
+TORCH_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 # Whose packing is followed: up to 0.17 the library left two bits of each word unused at 3 bits.
 VERSION = "0.20.0"
+HALF_BYTE, BYTE = 4, 8  # bits
+# Of the arguments of compressed-tensors: what an absent one means.
+ABSENT: Mapping[str, Any] = {"symmetric": True, "dynamic": False}
 # Of the table of families: types whose files transformers opens with other weights.
 MISREAD = Path(__file__).parent / "transformers_misreads.json"
 UNOPENED = "transformers cannot open compressed-tensors files"
@@ -27,20 +44,48 @@ class CompressedTensorsFormat(FileFormat):
     """All schemes, and several in one model."""
 
     # g_idx is written by others alone: channels out of order, which the reader refuses.
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    suffixes = (
+        "weight_scale", "weight_packed", "weight", "weight_shape", "weight_zero_point", "weight_global_scale",
+        "input_scale", "input_global_scale", "weight_g_idx",
+    )  # fmt: skip
     transformers_needs = ("compressed-tensors>=0.15.0",)
+
+    def refusal(self, schemes: set[Scheme]) -> FormatRefusal | None:
+        return None
+
+    def shape_refusal(self, out_features: int, in_features: int, scheme: Scheme) -> str | None:
+        if out_features % scheme.kind.block_rows:
+            return f"out_features={out_features} is not a multiple of {scheme.kind.block_rows}"
+        return None
 
     def tensors(
         self, out_features: int, in_features: int, scheme: Scheme, dtype: str
     ) -> dict[str, StoredTensor]:
-        groups = scheme.groups(in_features)
-        table = {
-            "weight_packed": StoredTensor((out_features, words(in_features, scheme.bits)), "I32"),
-            "weight_scale": StoredTensor((out_features, groups), dtype),
-            "weight_shape": StoredTensor((2,), "I64"),
-        }
-        if not scheme.symmetric:
-            table["weight_zero_point"] = StoredTensor((words(out_features, scheme.bits), groups), "I32")
+        groups, kind = scheme.groups(in_features), scheme.kind
+        if layout_of(scheme) == LAYOUT:
+            table = {
+                "weight_packed": StoredTensor((out_features, words(in_features, scheme.bits)), "I32"),
+                "weight_scale": StoredTensor((out_features, groups), dtype),
+                "weight_shape": StoredTensor((2,), "I64"),
+            }
+            if not scheme.symmetric:
+                table["weight_zero_point"] = StoredTensor((words(out_features, scheme.bits), groups), "I32")
+            return table
+        if scheme.bits == HALF_BYTE:
+            table = {"weight_packed": StoredTensor((out_features, in_features // 2), "U8")}
+        else:
+            numbers = "I8" if kind.numbers == "int" else "F8_E4M3"
+            table = {"weight": StoredTensor((out_features, in_features), numbers)}
+        scales = out_features // kind.block_rows, groups
+        table["weight_scale"] = StoredTensor(scales, SCALE_DTYPES.get(kind.scales, dtype))
+        if kind.scales == "e4m3":
+            table["weight_global_scale"] = StoredTensor((1,), "F32")
+        if kind.inputs is not None and kind.inputs.needs_range:
+            # vLLM and compressed-tensors have a float32 above FP8 scales, and else the weights' dtype.
+            below = kind.inputs.scales == "e4m3"
+            table["input_global_scale" if below else "input_scale"] = StoredTensor(
+                (1,), "F32" if below else dtype
+            )
         return table
 
     def entry(self, modules: ModuleSchemes) -> dict[str, Any]:
@@ -57,10 +102,11 @@ class CompressedTensorsFormat(FileFormat):
         # that works; other loaders don't read this key. With several schemes that route takes the first for
         # all linears and may silently give wrong weights, so then the loader must refuse the files.
         dequantize = only and not schemes[0].symmetric
+        layouts = {layout_of(scheme) for scheme in schemes}
         return {
             **({"dequantize": True} if dequantize else {}),
             "quant_method": "compressed-tensors",
-            "format": LAYOUT,
+            "format": layouts.pop() if len(layouts) == 1 else MIXED,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [
@@ -101,10 +147,12 @@ class CompressedTensorsFormat(FileFormat):
             )
 
     def unreadable(self, entry: Mapping[str, Any]) -> str | None:
-        if entry.get("format") != LAYOUT:
-            return f"the compressed-tensors format {entry.get('format')!r} is not {LAYOUT}"
-        if any(group.get("input_activations") for group in (entry.get("config_groups") or {}).values()):
-            return "quantized activations are not computed here, only weights"
+        for group in (entry.get("config_groups") or {}).values():
+            layout = group.get("format") or entry.get("format")
+            if layout not in (LAYOUT, *LAYOUTS.values()):
+                return f"the compressed-tensors format {layout!r} is not read here"
+            if scheme_of_group(group) is None:
+                return "a config group has numbers of another kind than the schemes that are served here"
         return None
 
 
@@ -123,21 +171,96 @@ def asked_names(names: Iterable[str]) -> list[str]:
     )
 
 
+def layout_of(scheme: Scheme) -> str:
+    kind = scheme.kind
+    packed = (kind.numbers == "int" and scheme.bits < BYTE) or scheme.is_plain
+    return LAYOUT if packed else LAYOUTS[kind.numbers, kind.scales]
+
+
 def config_group(modules: ModuleSchemes, scheme: Scheme, *, only: bool) -> dict[str, Any]:
-    names = asked_names(name for name, other in modules.linears.items() if other == scheme)
-    patterns = compact_patterns(names, asked_names(modules.linears))
+    names = asked_names(
+        name for name, other in modules.linears.items() if other == scheme and name != modules.head
+    )
+    patterns = compact_patterns(names, asked_names(name for name in modules.linears if name != modules.head))
+    # vLLM's class of heads is no Linear by its name, so the head has a target of its own.
+    has_head = modules.head is not None and modules.linears[modules.head] == scheme
     return {
-        "targets": ["Linear"] if only else ["re:" + pattern for pattern in patterns],
-        "weights": {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": "channel" if scheme.group_size == -1 else "group",
-            "group_size": None if scheme.group_size == -1 else scheme.group_size,
-            "actorder": None,
-            "dynamic": False,
-        },
-        "input_activations": None,
+        "targets": [
+            *(["Linear"] if only else ["re:" + pattern for pattern in patterns]),
+            *(["re:" + modules.head_pattern] if has_head else []),
+        ],
+        "weights": weight_arguments(scheme),
+        "input_activations": input_arguments(scheme.kind.inputs),
         "output_activations": None,
-        "format": LAYOUT,
+        "format": layout_of(scheme),
     }
+
+
+def weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    """The numbers of weights in the words of compressed-tensors."""
+    kind = scheme.kind
+    arguments: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": kind.numbers,
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size == -1 else "group",
+        "group_size": None if scheme.group_size == -1 else scheme.group_size,
+        "actorder": None,
+        "dynamic": False,
+    }
+    if kind.block_rows > 1:
+        block = [kind.block_rows, scheme.group_size]
+        return {**arguments, "strategy": "block", "group_size": None, "block_structure": block}
+    return {**arguments, **scale_arguments(kind.scales)}
+
+
+def scale_arguments(scales: Scales) -> dict[str, Any]:
+    """Of scales that are stored in a dtype of their own."""
+    if scales == "plain":
+        return {}
+    dtype = TORCH_DTYPES[scales]
+    strategy = {"strategy": "tensor_group"} if scales == "e4m3" else {}
+    return {**strategy, "scale_dtype": dtype, "zp_dtype": dtype}
+
+
+def input_arguments(inputs: InputRounding | None) -> dict[str, Any] | None:
+    """The rounding of inputs in the words of compressed-tensors."""
+    if inputs is None:
+        return None
+    dynamic: bool | str = "local" if inputs.scales == "e4m3" else not inputs.needs_range
+    return {
+        "num_bits": inputs.bits,
+        "type": inputs.numbers,
+        "symmetric": True,
+        "strategy": inputs.scope,
+        "group_size": inputs.group_size,
+        "actorder": None,
+        "dynamic": dynamic,
+        **scale_arguments(inputs.scales),
+    }
+
+
+def scheme_of_group(group: Mapping[str, Any]) -> Scheme | None:
+    """The scheme that a config group describes; None if it is none of ours."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    size = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
+    for name, kind in SCHEMES.items():
+        scheme = Scheme(
+            bits=kind.bits or weights.get("num_bits") or 0,
+            group_size=kind.group_size or size or 0,
+            symmetric=bool(weights.get("symmetric", True)),
+            name=name,
+        )
+        if same_arguments(weight_arguments(scheme), weights) and same_arguments(
+            input_arguments(kind.inputs), inputs
+        ):
+            return scheme
+    return None
+
+
+def same_arguments(own: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> bool:
+    """Whether both describe the same numbers; keys without influence on them may be absent."""
+    if own is None or stored is None:
+        return not own and not stored
+    keys = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "block_structure")
+    return all(stored.get(key, ABSENT.get(key)) == own.get(key, ABSENT.get(key)) for key in keys)

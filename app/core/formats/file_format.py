@@ -18,16 +18,28 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from app.core.formats.schemes import SCHEMES, SchemeKind, SchemeName
+
 WORD_BITS = 32
 EVERYWHERE = (4, 8)  # bits that all servers read
 
 
 class Scheme(BaseModel, frozen=True, extra="forbid"):
-    """The integer grid of one linear. `group_size` -1 is one group per output channel."""
+    """The numbers of one linear. `group_size` -1 is one group per output channel."""
 
     bits: int
     group_size: int
     symmetric: bool
+    name: SchemeName = "wna16"
+
+    @property
+    def kind(self) -> SchemeKind:
+        return SCHEMES[self.name]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is an integer grid for weights alone, which kernels compute from."""
+        return self.name == "wna16"
 
     def groups(self, in_features: int) -> int:
         return 1 if self.group_size == -1 else in_features // self.group_size
@@ -54,11 +66,18 @@ class ModuleSchemes:
     linears: Mapping[str, Scheme | None]  # by the checkpoint's names, in the order of data
     full_precision: tuple[str, ...] = ()  # modules beside them that no recipe quantizes
     towers: tuple[str, ...] = ()  # the names, in their paths, of modules that hold some of these
+    head: str | None = None  # of the linears the one that is the head, if it is quantized
 
     @property
     def tower_patterns(self) -> tuple[str, ...]:
         """Match what is in the towers, whatever loaders call the model around them."""
         return tuple(rf"(.*\.)?{re.escape(tower)}(\..*)?$" for tower in self.towers)
+
+    @property
+    def head_pattern(self) -> str:
+        """Matches the head, whatever loaders call the model around it."""
+        assert self.head is not None
+        return rf"(.*\.)?{re.escape(self.head.rpartition('.')[2])}$"
 
     @property
     def distinct(self) -> tuple[Scheme, ...]:
@@ -86,7 +105,7 @@ class ModuleSchemes:
 
 
 class FileFormat(ABC):
-    """A format of quantized models. By default it holds every scheme and every shape."""
+    """A format of quantized models. By default it holds integer weights of every grid and every shape."""
 
     suffixes: tuple[str, ...]  # of all tensors that a linear may have; the first marks a quantized one
     # Of out_features and in_features: formats that pad nothing pack whole words.
@@ -108,9 +127,14 @@ class FileFormat(ABC):
 
     def refusal(self, schemes: set[Scheme]) -> FormatRefusal | None:
         """Why the format can't hold a model of these schemes, or None."""
-        return None
+        other = next((scheme.name for scheme in schemes if not scheme.is_plain), None)
+        if other is None:
+            return None
+        return FormatRefusal(
+            why=f"holds integer weights alone, not {other}", nearest="the format compressed-tensors"
+        )
 
-    def shape_refusal(self, out_features: int, in_features: int) -> str | None:
+    def shape_refusal(self, out_features: int, in_features: int, scheme: Scheme) -> str | None:
         """Why the format can't hold a linear of this shape, or None."""
         for name, size, multiple in zip(
             ("out_features", "in_features"), (out_features, in_features), self.multiples, strict=True

@@ -46,13 +46,15 @@ class GptqFormat(FileFormat):
             "group_size": modules.common.group_size,
             "desc_act": False,
             "sym": True,
-            "lm_head": False,
+            "lm_head": modules.head is not None,
             "pack_dtype": "int32",
             **({"dynamic": dynamic} if dynamic else {}),
             "meta": {"quantizer": [f"nibble:{version('nibble')}"]},
         }
 
     def refusal(self, schemes: set[Scheme]) -> FormatRefusal | None:
+        if (refusal := super().refusal(schemes)) is not None:
+            return refusal
         if not all(scheme.symmetric for scheme in schemes):
             return FormatRefusal(why="holds symmetric grids only", nearest="symmetric true")
         return None

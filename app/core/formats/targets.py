@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 Numbers = tuple[str, ...]
 MARK = "#"  # in place of a number in a module's name
+ANYWHERE = r"(.*\.)?"  # the beginning of a pattern
 
 # Of a linear: the matrices that it becomes a part of. The last two are vLLM's and SGLang's name for one.
 FUSED_NAMES = {
@@ -49,10 +50,11 @@ def expert_names(name: str) -> tuple[str, ...]:
 
 
 def compact_patterns(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Anchored patterns that match the `chosen` of `names` and no others.
+    """Patterns that match the `chosen` of `names` and no others.
 
     Names that differ in their numbers or their last part share a pattern: all layers' `mlp.gate_proj` and
-    `mlp.up_proj` are one. Where the numbers follow no such rule, each name is a pattern of its own.
+    `mlp.up_proj` are one. Where the numbers follow no such rule, each name is a pattern of its own. What
+    comes before the layers may be anything, as servers put them into other modules than the checkpoint.
     """
     every = list(names)
     existing, grouped = by_stem(every), by_stem(chosen)
@@ -61,14 +63,25 @@ def compact_patterns(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
         alike.setdefault((stem, frozenset(numbered), frozenset(existing[stem, leaf])), []).append(leaf)
     patterns = []
     for (stem, _, possible), leaves in alike.items():
-        pattern = numbered_pattern(stem, list(grouped[stem, leaves[0]]), possible)
         members = [name for leaf in leaves for name in grouped[stem, leaf].values()]
-        if pattern is not None:
-            pattern = f"^{pattern}{choice([re.escape(leaf) for leaf in leaves])}$"
-        proven = pattern is not None and matched([pattern], every) == set(members)
-        patterns += [pattern] if pattern is not None and proven else [exact(name) for name in members]
+        patterns += next(
+            (
+                [pattern]
+                for beginning, text in ((ANYWHERE, from_layers(stem)), ("", stem))
+                if (middle := numbered_pattern(text, list(grouped[stem, leaves[0]]), possible)) is not None
+                and (pattern := f"^{beginning}{middle}{choice([re.escape(leaf) for leaf in leaves])}$")
+                and matched([pattern], every) == set(members)
+            ),
+            [exact(name) for name in members],
+        )
     assert matched(patterns, every) == set(chosen)
     return patterns
+
+
+def from_layers(stem: str) -> str:
+    """The stem without what comes before the list of layers."""
+    before, mark, rest = stem.partition(MARK)
+    return before[before.rstrip(".").rfind(".") + 1 :] + mark + rest if mark else stem
 
 
 def matched(patterns: Sequence[str], names: Iterable[str]) -> set[str]:

@@ -22,9 +22,10 @@ from app.core.planning.family import (
 )
 from app.core.planning.family_choice import family_of, headers_family
 from app.core.planning.fused_experts import MAX_EXPERTS, split_fused_experts
+from app.core.records.specs import Frozen
 from app.core.sources.safetensors_header import TensorHeader
 
-__all__ = ["LAYER_OUTPUT", "Architecture", "Experts", "ScaleGroup", "architecture_of"]
+__all__ = ["LAYER_OUTPUT", "Architecture", "Experts", "HeadStep", "ScaleGroup", "architecture_of"]
 
 LAYER_NUMBER = re.compile(
     r"(?P<stack>(?:[^.]+\.)*?)(?P<last>[^.\d]+)\.(?P<number>\d+)\.(?P<local>.+)", re.ASCII
@@ -32,6 +33,13 @@ LAYER_NUMBER = re.compile(
 # Stacks of layers that are not the decoder's.
 OTHER_STACKS = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|vit|mtp|encoder)", re.ASCII)
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # of config.json
+
+
+class HeadStep(Frozen):
+    """The head as one more layer behind the others, where a recipe quantizes it."""
+
+    number: int
+    linear: str  # in checkpoints
 
 
 class Architecture(Family):
@@ -47,6 +55,7 @@ class Architecture(Family):
     num_experts: int = 0
     layer_kinds: tuple[int, ...] = ()  # of the layers in the files; of others the first
     to_find: str | None = None
+    head_step: HeadStep | None = None
     groups: tuple[ScaleGroup, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()  # linears that servers make one matrix of
     experts: Experts | None = None
@@ -81,10 +90,27 @@ class Architecture(Family):
         )
 
     def layer_prefix(self, layer: int) -> str:
-        """Of the layer's tensors in checkpoints."""
+        """Of the layer's tensors in checkpoints; of the head's step, of the head's own name."""
+        if self.is_head(layer):
+            assert self.head_step is not None
+            return "".join(self.head_step.linear.rpartition(".")[:2])
         return f"{self.stored_layers}.{layer}."
 
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a tensor or module of checkpoints belongs to; the head's step for the head."""
+        if self.head_step is not None and name.removesuffix(".weight") == self.head_step.linear:
+            return self.head_step.number
+        stack = self.stored_layers + "."
+        number = name.removeprefix(stack).partition(".")[0]
+        return int(number) if name.startswith(stack) and number.isdecimal() else None
+
+    def is_head(self, layer: int) -> bool:
+        """Whether this is the step behind the layers, in which the head is quantized."""
+        return self.head_step is not None and layer == self.head_step.number
+
     def kind(self, layer: int) -> LayerKind:
+        if self.head_step is not None and self.is_head(layer):
+            return head_kind(self.head_step.linear.rpartition(".")[2])
         return self.kinds[self.layer_kinds[layer] if layer < len(self.layer_kinds) else 0]
 
     def at(self, layer: int) -> Architecture:
@@ -92,6 +118,11 @@ class Architecture(Family):
         kind = self.kind(layer)
         groups, fused = expanded(kind, self.num_experts if kind.experts is not None else 0)
         return self.model_copy(update={"groups": groups, "fused": fused, "experts": kind.experts})
+
+    def expert_linears(self, layer: int) -> tuple[str, ...]:
+        """The linears of a layer's experts, by name in it."""
+        marked = tuple(name for name in self.kind(layer).linears if EXPERT in name)
+        return each_expert(marked, self.num_experts)
 
     def of_language(self, name: str) -> bool:
         """Whether a name of transformers is the language model's, not that of a tower for images or sound."""
@@ -151,6 +182,13 @@ class Architecture(Family):
             if whole.startswith(stored):
                 return (inside + whole.removeprefix(stored)).removesuffix(".weight")
         return name
+
+
+@cache
+def head_kind(name: str) -> LayerKind:
+    """The head by itself. The norm before it is no part of any layer, and absorbs no scales."""
+    group = ScaleGroup(balance_layers=(name,), unscaled="no scales: it is behind the layers")
+    return LayerKind(groups=(group,))
 
 
 @cache

@@ -17,6 +17,16 @@ from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
 from app.core.planning.family import Family, text_settings
 from app.core.planning.fused_experts import split_fused_experts, unsplit_linears
+from app.core.planning.linear_shapes import (
+    head_shape,
+    linear_shapes,
+    names_of,
+    recipe_shapes,
+    refuse_without_head,
+    takes_head,
+    weight_dtype,
+    with_head_step,
+)
 from app.core.records.specs import Frozen, GroupSize, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
@@ -33,7 +43,6 @@ GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
 PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
 # Of config.json: to how many experts a token goes.
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
-WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class LinearPlan(Frozen):
@@ -58,7 +67,8 @@ class CandidatePlan(Frozen):
     label: str
     recipe: Recipe
     linears: tuple[LinearPlan, ...]
-    full_precision: tuple[str, ...] = ("lm_head",)  # modules that no recipe quantizes, for loaders to know
+    head: str | None = None  # the linear that is the head, if it is quantized
+    full_precision: tuple[str, ...] = ("lm_head",)  # modules that keep it, for loaders to know
     towers: tuple[str, ...] = ()  # that hold some of them, as for images
     output_bytes: dict[FormatName, int]
     bits_per_weight: float  # over the quantized linears, scales and zero points included
@@ -67,7 +77,13 @@ class CandidatePlan(Frozen):
     def modules(self) -> ModuleSchemes:
         """The candidate as formats see it."""
         schemes = {linear.name: linear.scheme for linear in self.linears}
-        return ModuleSchemes(schemes, self.full_precision, self.towers)
+        return ModuleSchemes(schemes, self.full_precision, self.towers, self.head)
+
+    def of_layer(self, architecture: Architecture, layer: int) -> dict[str, LinearPlan]:
+        """The linears of a layer, or of the head's step, by their names in it."""
+        prefix = architecture.layer_prefix(layer)
+        names = {prefix + name: name for name in architecture.at(layer).linears}
+        return {names[linear.name]: linear for linear in self.linears if linear.name in names}
 
 
 class Plan(Frozen):
@@ -86,6 +102,11 @@ class Plan(Frozen):
     candidates: tuple[CandidatePlan, ...]
     choices: tuple[str, ...] = ()  # what the recipes leave open, and is not the usual
     notes: tuple[str, ...] = ()  # the choices included
+
+    @property
+    def steps(self) -> int:
+        """What is solved in turn: the decoder layers, and the head if a recipe quantizes it."""
+        return self.num_layers + (self.architecture.head_step is not None)
 
 
 def plan_job(
@@ -106,7 +127,9 @@ def plan_job(
     num_layers = positive_integer(config, "num_hidden_layers")
     shapes = linear_shapes(architecture, num_layers, tensors)
     refuse_without_head(architecture, tensors)
-    spec, choices = with_group_sizes(spec, shapes)
+    architecture = with_head_step(spec, architecture, num_layers, tensors)
+    shapes |= head_shape(architecture, tensors)
+    spec, choices = with_group_sizes(spec, architecture, shapes)
     candidates = tuple(
         plan_candidate(spec, index, architecture, shapes, tensors) for index in range(len(spec.recipes))
     )
@@ -188,9 +211,8 @@ def plan_notes(
         yield architecture.to_find
     for index, candidate in enumerate(candidates):
         recipe = candidate.recipe
-        if not any(matches(pattern, architecture.head) for pattern in recipe.ignore):
-            head = architecture.head
-            yield f"recipe {index}: {head} keeps its precision although `ignore` does not name it"
+        if takes_head(recipe, architecture):
+            yield f"recipe {index}: {head_note(candidate, architecture)}"
         for note in (*unmatched(candidate, architecture), *idle_options(recipe)):
             yield f"recipe {index}: {note}"
         fitted = [linear.reason for linear in candidate.linears if linear.fitted]
@@ -199,6 +221,17 @@ def plan_notes(
         for name in spec.formats:
             for note in FORMATS[name].loader_notes(candidate.modules, architecture.model_type):
                 yield f"recipe {index}: {note}"
+
+
+def head_note(candidate: CandidatePlan, architecture: Architecture) -> str:
+    """What becomes of a head that `ignore` does not name."""
+    if candidate.head is not None:
+        return f"{candidate.head} is quantized too, as `ignore` does not name it"
+    return (
+        f"{architecture.head} keeps its precision although `ignore` does not name it: its weights are the "
+        "embedding's (tie_word_embeddings); to quantize it, save the model with a copy of them as "
+        f"{architecture.head}.weight and tie_word_embeddings false"
+    )
 
 
 def idle_options(recipe: Recipe) -> Iterator[str]:
@@ -217,7 +250,7 @@ def idle_options(recipe: Recipe) -> Iterator[str]:
 
 def unmatched(candidate: CandidatePlan, architecture: Architecture) -> Iterator[str]:
     """Notes on patterns that match no linear: probably a mistake."""
-    names = [linear.name for linear in candidate.linears]
+    names = [name for linear in candidate.linears for name in names_of(architecture, linear.name)]
     outside = (*candidate.full_precision, architecture.head, "lm_head")
     patterns = [("ignore", pattern) for pattern in candidate.recipe.ignore]
     patterns += [("overrides", override.match) for override in candidate.recipe.overrides]
@@ -244,9 +277,10 @@ def routed_share(architecture: Architecture, config: dict[str, object]) -> float
 
 
 def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]) -> int:
-    sizes = dict.fromkeys(range(num_layers), 0)
+    step = architecture.head_step
+    sizes = dict.fromkeys(range(num_layers + (step is not None)), 0)
     for name, tensor in tensors.items():
-        layer = layer_number(architecture, name)
+        layer = architecture.layer_of(name)
         if layer in sizes:
             sizes[layer] += tensor.size
     return max(sizes.values())
@@ -267,61 +301,14 @@ def refuse_quantized(config: dict[str, object]) -> None:
     )  # fmt: skip
 
 
-def linear_shapes(
-    architecture: Architecture, num_layers: int, tensors: dict[str, TensorHeader]
-) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every linear by full name, in the order of data."""
-    shapes = {}
-    for layer in range(num_layers):
-        for linear in architecture.at(layer).linears:
-            name = architecture.layer_prefix(layer) + linear
-            tensor = tensors.get(name + ".weight")
-            if tensor is None or not is_matrix(tensor):
-                state = "missing" if tensor is None else f"{tensor.dtype} of shape {list(tensor.shape)}"
-                raise ModelRefused(
-                    f"{name}.weight is {state}; expected a matrix of {', '.join(sorted(WEIGHT_DTYPES))}",
-                    code="weights_missing" if tensor is None else "weights_unsupported",
-                    remedy="check that all shards are there and that config.json belongs to them",
-                    param="model",
-                )
-            shapes[name] = (tensor.shape[0], tensor.shape[1])
-    return shapes
-
-
-def refuse_without_head(architecture: Architecture, tensors: dict[str, TensorHeader]) -> None:
-    """Raises ModelRefused unless the head has weights of its own or config.json gives it the embedding's."""
-    if not architecture.tied and not any(name in tensors for name in architecture.head_names):
-        raise ModelRefused(
-            f"{' or '.join(architecture.head_names)} is missing, and config.json does not give the head the "
-            f"embedding (tie_word_embeddings is false, the default of {architecture.model_type} if absent)",
-            code="weights_missing",
-            remedy="check that all shards are there; if the model was trained with one matrix for both, set "
-            "tie_word_embeddings to true in config.json",
-            param="model",
-        )
-
-
-def is_matrix(tensor: TensorHeader) -> bool:
-    """Whether the tensor is a non-empty matrix in a dtype that can be quantized."""
-    return len(tensor.shape) == 2 and 0 not in tensor.shape and tensor.dtype in WEIGHT_DTYPES
-
-
-def weight_dtype(shapes: dict[str, tuple[int, int]], tensors: dict[str, TensorHeader]) -> str:
-    dtypes = {tensors[name + ".weight"].dtype for name in shapes}
-    if len(dtypes) > 1:
-        raise ModelRefused(
-            f"the linears have several dtypes: {', '.join(sorted(dtypes))}",
-            code="weights_unsupported", remedy="save the model in one dtype", param="model",
-        )  # fmt: skip
-    return WEIGHT_DTYPES[dtypes.pop()]
-
-
-def with_group_sizes(spec: JobSpec, shapes: dict[str, tuple[int, int]]) -> tuple[JobSpec, tuple[str, ...]]:
+def with_group_sizes(
+    spec: JobSpec, architecture: Architecture, shapes: dict[str, tuple[int, int]]
+) -> tuple[JobSpec, tuple[str, ...]]:
     """The spec with a number for every group size, and a note on each that is not the usual."""
     choices: list[str] = []
     recipes: list[Recipe] = []
     for index, recipe in enumerate(spec.recipes):
-        size, obstacle = chosen_group_size(recipe, shapes)
+        size, obstacle = chosen_group_size(recipe, recipe_shapes(recipe, architecture, shapes))
         recipes.append(recipe.model_copy(update={"group_size": size}))
         if obstacle is not None:
             choices.append(
@@ -359,6 +346,7 @@ def plan_candidate(
     tensors: dict[str, TensorHeader],
 ) -> CandidatePlan:
     recipe = spec.recipes[index]
+    shapes = recipe_shapes(recipe, architecture, shapes)
     linears = plan_linears(spec.recipe_field(index), recipe, architecture, shapes)
     schemes = {linear.scheme for linear in linears if linear.scheme is not None}
     for name in spec.formats:
@@ -386,6 +374,7 @@ def plan_candidate(
         label=f"{recipe.label} mixed {bits_per_weight:.2f}" if len(schemes) > 1 else recipe.label,
         recipe=recipe,
         linears=linears,
+        head=next((head for head in head_shape(architecture, tensors) if head in shapes), None),
         full_precision=full_precision,
         towers=towers(architecture, linears, full_precision),
         output_bytes={name: unquantized + size for name, size in packed.items()},
@@ -400,8 +389,11 @@ def plan_linears(
 
     `field` is where the caller wrote the recipe.
     """
-    linears = tuple(plan_linear(recipe, name, shape) for name, shape in shapes.items())
+    linears = tuple(
+        plan_linear(recipe, names_of(architecture, name), name, shape) for name, shape in shapes.items()
+    )
     refuse_split_sets(field, architecture, linears)
+    refuse_head_scheme(field, architecture, linears)
     if recipe.indivisible == "refuse":
         refuse_indivisible(field, linears)
         return linears
@@ -411,7 +403,7 @@ def plan_linears(
 def full_precision_modules(
     architecture: Architecture, linears: tuple[LinearPlan, ...], tensors: dict[str, TensorHeader]
 ) -> tuple[str, ...]:
-    """The head by all of its names, and every matrix of the files that no recipe quantizes: routers,
+    """The head by all of its names unless it is quantized, and every other matrix of the files: routers,
     projections beside the layers (OPT), layers beyond those of config.json (drafts of further tokens), their
     experts included."""
     head = ("lm_head", *architecture.head_modules)
@@ -421,6 +413,8 @@ def full_precision_modules(
         if len(tensor.shape) == 2 and name.endswith(".weight")
     )
     planned = {linear.name for linear in linears}
+    if not planned.isdisjoint(head):
+        head = ()
     others = [name for name in matrices if name not in planned and name.rpartition(".")[2] not in TABLES]
     ignored = (linear.name for linear in linears if linear.scheme is None)
     renamed = filter(None, map(architecture.loaded_name, (*others, *ignored)))
@@ -446,19 +440,16 @@ def towers(
     return tuple(name for name, count in counts.items() if (count > 1 or renamed) and name not in planned)
 
 
-def plan_linear(recipe: Recipe, name: str, shape: tuple[int, int]) -> LinearPlan:
+def plan_linear(recipe: Recipe, names: tuple[str, ...], name: str, shape: tuple[int, int]) -> LinearPlan:
+    """A linear under the recipe, whose patterns find it by any of `names`."""
     scheme, reason = None, None
-    ignored = next((pattern for pattern in recipe.ignore if matches(pattern, name)), None)
+    ignored = next(
+        (pattern for pattern in recipe.ignore if any(matches(pattern, each) for each in names)), None
+    )
     if ignored is not None:
         reason = f"ignored by {ignored!r}"
     else:
-        assert recipe.group_size != "auto"
-        bits, group_size = recipe.bits, recipe.group_size
-        for override in recipe.overrides:
-            if override.matches(name):
-                bits = override.bits or bits
-                group_size = override.group_size or group_size
-        scheme = Scheme(bits=bits, group_size=group_size, symmetric=recipe.symmetric)
+        scheme = recipe.scheme_of(*names)
     return LinearPlan(name=name, out_features=shape[0], in_features=shape[1], scheme=scheme, reason=reason)
 
 
@@ -476,12 +467,12 @@ def refuse_indivisible(field: str, linears: tuple[LinearPlan, ...]) -> None:
     """Every group must be whole: loaders index scales by in_features // group_size."""
     for linear in linears:
         if linear.scheme is not None and not divides(linear.scheme.group_size, linear):
-            fitting = [size for size in GROUP_SIZES if linear.in_features % size == 0]
-            remedy = (
-                f"use group_size {fitting[0]}"
-                if fitting
-                else f"use group_size -1, or add {linear.name.split('.')[-1]!r} to `ignore`"
-            )
+            fitting = [f"group_size {size}" for size in GROUP_SIZES if linear.in_features % size == 0]
+            last = linear.name.split(".")[-1]
+            if not linear.scheme.is_plain:
+                fitting = []
+            whole = "group_size -1" if linear.scheme.is_plain else "scheme fp8"
+            remedy = f"use {fitting[0]}" if fitting else f"use {whole}, or add {last!r} to `ignore`"
             raise RecipeUnsupported(
                 f"{linear.name}: {misfit(linear)}", code="group_size_indivisible",
                 remedy=f"{remedy}, or set `indivisible` to nearest or skip",
@@ -504,7 +495,8 @@ def fit_groups(
         wrong = next((m for m in members if m.scheme and not divides(m.scheme.group_size, m)), None)
         if scheme is None or wrong is None:
             continue
-        sizes = [size for size in GROUP_SIZES if size < scheme.group_size] * (recipe.indivisible == "nearest")
+        sizes = [size for size in GROUP_SIZES if size < scheme.group_size and scheme.is_plain]
+        sizes *= recipe.indivisible == "nearest"
         size = next((size for size in sizes if all(divides(size, member) for member in members)), None)
         changed = None if size is None else scheme.model_copy(update={"group_size": size})
         outcome = "kept" if size is None else f"group_size {size}"
@@ -530,6 +522,19 @@ def refuse_split_sets(field: str, architecture: Architecture, linears: tuple[Lin
                 )
 
 
+def refuse_head_scheme(field: str, architecture: Architecture, linears: tuple[LinearPlan, ...]) -> None:
+    """The head is computed from integer weights alone: its inputs are rounded nowhere here."""
+    step = architecture.head_step
+    for linear in linears:
+        if step is not None and linear.name == step.linear and linear.scheme and not linear.scheme.is_plain:
+            raise RecipeUnsupported(
+                f"{linear.name} would get the scheme {linear.scheme.name}; the head takes wna16 alone",
+                code="head_unsupported",
+                remedy=f"add {linear.name!r} to `ignore`, or give it wna16 in `overrides`",
+                param=f"{field}.ignore",
+            )
+
+
 def set_names(names: tuple[str, ...]) -> str:
     """The names for a message: their last segments, without repetitions."""
     ends = [name.rpartition(".")[2] if len(names) > 8 else ".".join(name.split(".")[-2:]) for name in names]
@@ -538,7 +543,7 @@ def set_names(names: tuple[str, ...]) -> str:
 
 def fused_sets(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> Iterator[tuple[str, ...]]:
     """The sets of linears that servers fuse, by full names."""
-    layers = dict.fromkeys(layer_number(architecture, linear.name) for linear in linears)
+    layers = dict.fromkeys(architecture.layer_of(linear.name) for linear in linears)
     for layer in layers:
         assert layer is not None
         prefix = architecture.layer_prefix(layer)
@@ -548,17 +553,10 @@ def fused_sets(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> I
 
 def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ...]]:
     """The layer prefix of a linear and the linears of its layer that servers fuse with it."""
-    layer = layer_number(architecture, name)
+    layer = architecture.layer_of(name)
     assert layer is not None
     prefix = architecture.layer_prefix(layer)
     return prefix, architecture.at(layer).fused_set(name.removeprefix(prefix))
-
-
-def layer_number(architecture: Architecture, name: str) -> int | None:
-    """The decoder layer that a tensor belongs to."""
-    stack = architecture.stored_layers + "."
-    number = name.removeprefix(stack).partition(".")[0]
-    return int(number) if name.startswith(stack) and number.isdecimal() else None
 
 
 def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
@@ -584,10 +582,13 @@ def refuse_format(
             param="formats",
         )  # fmt: skip
     for linear in linears:
-        why = linear.scheme and FORMATS[name].shape_refusal(linear.out_features, linear.in_features)
+        shape = linear.out_features, linear.in_features
+        why = linear.scheme and FORMATS[name].shape_refusal(*shape, linear.scheme)
         if why:
+            plain = linear.scheme is None or linear.scheme.is_plain
+            other = "the format compressed-tensors" if plain else "scheme fp8"
             raise RecipeUnsupported(
                 f"{linear.name}: {why}, which the format {name} needs",
-                code="format_cannot_hold_recipe",
-                remedy="choose the format compressed-tensors, or ignore this linear", param="formats",
+                code="format_cannot_hold_recipe", remedy=f"choose {other}, or ignore this linear",
+                param="formats",
             )  # fmt: skip

@@ -24,7 +24,9 @@ from pydantic import (
 )
 
 from app.core.errors import field_path
+from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FormatName
+from app.core.formats.schemes import SCHEMES, SchemeKind, SchemeName
 from app.core.records.forms import Form
 from app.core.records.patterns import check_pattern
 
@@ -32,7 +34,8 @@ log = logging.getLogger(__name__)
 
 Method = Literal["rtn", "awq", "gptq", "omniquant"]
 Bits = Literal[2, 3, 4, 8]
-GroupSize = Literal[32, 64, 128, -1]
+GroupSize = Literal[16, 32, 64, 128, -1]
+WEIGHTS_ALONE = re.compile(r"w([2348])a16")  # another way to write the scheme wna16 with that many bits
 Engine = Literal["auto", "transformers", "vllm"]
 TemplateUse = Literal["auto", "never", "always"]
 OWN_ANSWERS = "self"  # the dataset that the model itself writes
@@ -90,12 +93,45 @@ class SearchSpec(Frozen):
     seed: int = Field(default=0, ge=0, le=2**32 - 1)  # of the evolutionary search
 
 
+def with_scheme_values(body: dict[str, object]) -> dict[str, object]:
+    """The body with the bits, the group size and the symmetry that its `scheme` fixes.
+
+    Raises ValueError for other values beside such a scheme.
+    """
+    name = body.get("scheme")
+    written = WEIGHTS_ALONE.fullmatch(name) if isinstance(name, str) else None
+    if written is not None:
+        kind = SchemeKind(int(written[1]), None, None)
+        body = {**body, "scheme": "wna16"}
+    else:
+        kind = SCHEMES.get(name) if isinstance(name, str) else None  # type: ignore[call-overload]  # any text
+    for field in ("bits", "group_size", "symmetric"):
+        fixed = None if kind is None else getattr(kind, field)
+        if fixed is None:
+            continue
+        if body.get(field, fixed) not in (fixed, None, "auto"):
+            raise ValueError(f"scheme {name} has {field} {json_value(fixed)}: leave `{field}` out")
+        if field != "symmetric" or "match" not in body:  # an override has no such field
+            body = {**body, field: fixed}
+    return body
+
+
+def json_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class Override(Frozen):
     """Another width for the linears whose name matches: an exact name, or `re:` and a pattern."""
 
     match: str = Field(min_length=1, max_length=256)
     bits: Bits | None = None
     group_size: GroupSize | None = None
+    scheme: SchemeName | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def scheme_fills(cls, body: object) -> object:
+        return with_scheme_values(body) if isinstance(body, dict) else body
 
     @field_validator("match")
     @classmethod
@@ -116,12 +152,17 @@ def matches(pattern: str, name: str) -> bool:
 
 
 class Recipe(Frozen):
-    """One way to quantize: method, integer grid, search."""
+    """One way to quantize: method, numbers, search.
+
+    `scheme` wna16 is an integer grid for weights alone, with `bits`, `group_size` and `symmetric`; w4a16 and
+    the like are its names with bits. The others fix all three.
+    """
 
     method: Method = "awq"
+    scheme: SchemeName = "wna16"
     bits: Bits = 4
     # auto: the largest that divides the inputs of all linears; a recorded job has the number
-    group_size: Literal["auto", 32, 64, 128, -1] = "auto"
+    group_size: Literal["auto", 16, 32, 64, 128, -1] = "auto"
     symmetric: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     ignore: tuple[str, ...] = ("lm_head",)
@@ -136,11 +177,50 @@ class Recipe(Frozen):
             Override(match=pattern)
         return ignore
 
+    @model_validator(mode="before")
+    @classmethod
+    def scheme_fills(cls, body: object) -> object:
+        return with_scheme_values(body) if isinstance(body, dict) else body
+
+    @model_validator(mode="after")
+    def scheme_fits(self) -> Recipe:
+        if self.method == "omniquant" and self.scheme != "wna16":
+            raise ValueError(
+                f"omniquant learns integer grids; use method awq or gptq with scheme {self.scheme}"
+            )
+        if self.scheme == "wna16" and self.group_size == 16:
+            raise ValueError("groups of 16 belong to scheme nvfp4; use group_size 32, 64, 128 or -1")
+        for override in self.overrides:
+            fixed = SCHEMES[override.scheme or self.scheme]
+            if fixed.bits is not None and override.bits not in (None, fixed.bits):
+                raise ValueError(f"override {override.match!r}: scheme {self.scheme} has {fixed.bits} bits")
+            if fixed.group_size is not None and override.group_size not in (None, fixed.group_size):
+                raise ValueError(
+                    f"override {override.match!r}: scheme {self.scheme} has group_size {fixed.group_size}"
+                )
+        return self
+
     @model_validator(mode="after")
     def rounding_fits_method(self) -> Recipe:
         if self.method == "rtn" and self.rounding == "gptq":
             raise ValueError("method rtn rounds to nearest; use method gptq for GPTQ rounding without scales")
         return self
+
+    def scheme_of(self, *names: str) -> Scheme:
+        """The scheme of a linear that is not ignored; the last override that matches a name counts."""
+        assert self.group_size != "auto"
+        scheme = Scheme(
+            bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, name=self.scheme
+        )
+        for override in self.overrides:
+            if any(override.matches(name) for name in names):
+                named = {"bits": override.bits, "group_size": override.group_size, "name": override.scheme}
+                changes = {field: value for field, value in named.items() if value is not None}
+                if override.scheme not in (None, scheme.name):
+                    fixed = SCHEMES[override.scheme].symmetric
+                    changes["symmetric"] = self.symmetric if fixed is None else fixed
+                scheme = scheme.model_copy(update=changes)
+        return scheme
 
     @property
     def rounds_with_gptq(self) -> bool:
@@ -170,6 +250,8 @@ class Recipe(Frozen):
     def label(self) -> str:
         """A short name for tables: `awq w4 g128`, `awq+gptq w3 g64 sym`."""
         method = f"{self.method}+gptq" if self.searches_scales and self.rounding == "gptq" else self.method
+        if self.scheme != "wna16":
+            return f"{method} {self.scheme}"
         group = {"auto": "", -1: " channel"}.get(self.group_size, f" g{self.group_size}")
         return f"{method} w{self.bits}{group}{' sym' if self.symmetric else ''}"
 
