@@ -18,7 +18,7 @@ from typing import Any
 
 from app.core.formats.file_format import FileFormat, FormatRefusal, ModuleSchemes, Scheme, StoredTensor, words
 from app.core.formats.schemes import SCHEMES, InputRounding, Scales
-from app.core.formats.targets import compact_patterns, expert_names, fused_names
+from app.core.formats.targets import compact_patterns, expert_names, expert_set, fused_names
 
 LAYOUT = "pack-quantized"
 MIXED = "mixed-precision"
@@ -111,6 +111,7 @@ class CompressedTensorsFormat(FileFormat):
             "config_groups": groups,
             "ignore": [
                 *asked_names(modules.unquantized),
+                *(f"re:{pattern}" for pattern in unquantized_experts(modules)),
                 *(f"re:{tower}" for tower in modules.tower_patterns),
             ],
             "kv_cache_scheme": None,
@@ -162,9 +163,9 @@ def misread_types() -> frozenset[str]:
 
 
 def asked_names(names: Iterable[str]) -> list[str]:
-    """The names, replaced by those that servers ask for: of fused matrices, and of experts' linears.
+    """The names, with those that servers ask for: of fused matrices, and of experts' linears.
 
-    Not patterns alone in `ignore`: vLLM and SGLang rename modules there where their classes have other names.
+    Beside patterns: vLLM and SGLang rename the modules of plain names where their classes have other names.
     """
     return list(
         dict.fromkeys(other for name in names for other in (name, *fused_names(name), *expert_names(name)))
@@ -177,16 +178,23 @@ def layout_of(scheme: Scheme) -> str:
     return LAYOUT if packed else LAYOUTS[kind.numbers, kind.scales]
 
 
+def unquantized_experts(modules: ModuleSchemes) -> list[str]:
+    """Patterns of the experts that keep their precision: vLLM's gpt_oss renames plain `down_proj`."""
+    experts = asked_names(name for name in modules.unquantized if expert_set(name) is not None)
+    return compact_patterns(experts, asked_names((*modules.linears, *modules.full_precision)))
+
+
 def config_group(modules: ModuleSchemes, scheme: Scheme, *, only: bool) -> dict[str, Any]:
     names = asked_names(
         name for name, other in modules.linears.items() if other == scheme and name != modules.head
     )
     patterns = compact_patterns(names, asked_names(name for name in modules.linears if name != modules.head))
+    dense = [name for name in names if expert_set(name) is None]
     # vLLM's class of heads is no Linear by its name, so the head has a target of its own.
     has_head = modules.head is not None and modules.linears[modules.head] == scheme
     return {
         "targets": [
-            *(["Linear"] if only else ["re:" + pattern for pattern in patterns]),
+            *(["Linear"] if only else [*("re:" + pattern for pattern in patterns), *dense]),
             *(["re:" + modules.head_pattern] if has_head else []),
         ],
         "weights": weight_arguments(scheme),

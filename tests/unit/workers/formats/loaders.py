@@ -90,6 +90,18 @@ def first(targets: Iterable[tuple[str, Mapping[str, Any]]], name: str) -> Mappin
     return next((weights for target, weights in targets if target == "Linear" or named(name, target)), None)
 
 
+def in_vllm(entry: Entry, rename: Callable[[str], str]) -> Entry:
+    """The entry after vLLM's `apply_vllm_mapper`: plain names with a dot have those of its class."""
+
+    def renamed(names: Iterable[str]) -> list[str]:
+        return [rename(name) if "." in name and not name.startswith("re:") else name for name in names]
+
+    groups = {
+        key: {**group, "targets": renamed(group["targets"])} for key, group in entry["config_groups"].items()
+    }
+    return {**entry, "config_groups": groups, "ignore": renamed(entry["ignore"])}
+
+
 def ct_library(entry: Entry, name: str) -> Scheme | None:
     """As compressed-tensors itself: `ignore` first, then the one group that matches."""
     if any(match_name(name, target) for target in entry["ignore"]):

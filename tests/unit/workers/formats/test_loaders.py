@@ -21,6 +21,7 @@ from tests.unit.workers.formats.loaders import (
     ct_library,
     ct_server,
     gptq_server,
+    in_vllm,
 )
 
 LAYERS = 12  # numbers of one and of two digits: one must not match in another
@@ -39,6 +40,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one layer is wide": {"overrides": [{"match": r"re:.*layers\.1\..*", "bits": 8}]},
     "attention is wide": {"overrides": [{"match": r"re:.*(attn|attention).*", "bits": 8}]},
     "experts are wide": {"overrides": [{"match": r"re:.*experts\.\d+.*", "bits": 8, "group_size": 32}]},
+}
+# What vLLM 0.32's classes rename (`hf_to_vllm_mapper`).
+WRAPPED = {r"^model\.language_model\.": "language_model.model."}
+CLASSES_OF_VLLM = {
+    "gemma3": WRAPPED,
+    "qwen3_vl": WRAPPED,
+    "qwen3_vl_moe": WRAPPED,
+    "gpt_oss": {r"\.self_attn\.": ".attn.", r"\.down_proj$": ".w2_weight"},
+    "lfm2": {r"\.conv\.": ".short_conv."},
+    "falcon_h1": {r"mamba": "mamba.mamba"},
 }
 OUTSIDE = ("model.embed_vision.embedding_projection", "mtp.fc", "v_head.summary")
 
@@ -159,6 +170,28 @@ def test_compressed_tensors(model_type: str, recipe: str) -> None:
             assert ct_server(entry, f"{module}.0.{leaf}", SGLANG, suffix=True) == scheme
     for name, scheme in schemes.items():
         assert ct_library(entry, name) == scheme, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model_type", CLASSES_OF_VLLM)
+def test_compressed_tensors_where_a_class_of_vllm_has_other_names(model_type: str, recipe: str) -> None:
+    if "experts" in recipe and not has_experts(model_type):
+        pytest.skip("it has none")
+    changes = CLASSES_OF_VLLM[model_type]
+
+    def rename(name: str) -> str:
+        for pattern, other in changes.items():
+            name = re.sub(pattern, other, name)
+        return name
+
+    planned = candidate(model_type, "compressed-tensors", recipe)
+    entry = in_vllm(FORMATS["compressed-tensors"].entry(planned.modules), rename)
+    schemes = schemes_of(planned, model(model_type)[1])
+    for name, scheme in wholes(schemes, {**VLLM, "w13": ("w1", "w3")}).items():
+        assert ct_server(entry, rename(name), VLLM) == scheme, name
+    for module, scheme in expert_sets(schemes).items():
+        for leaf in ("gate_proj", "up_proj", "down_proj"):  # whose layers vLLM renames, and not these
+            assert ct_server(entry, f"{rename(module)}.0.{leaf}", VLLM) == scheme
 
 
 def test_tables_are_not_listed_and_linears_with_such_a_name_are() -> None:
