@@ -27,8 +27,12 @@ class Packing(Protocol):
     def pack_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a linear, by suffix; `dtype` is the model's."""
 
-    def unpack_linear(self, stored: Stored, entry: Entry, scheme: Scheme | None = None) -> PackedWeight:
-        """The weight of a linear's tensors. Without `scheme`, shapes and `entry` say what it is.
+    def unpack_linear(
+        self, stored: Stored, entry: Entry, scheme: Scheme | None = None
+    ) -> PackedWeight | QuantizedWeight:
+        """The weight of a linear's tensors, packed where kernels compute from it.
+
+        Without `scheme`, shapes and `entry` say what it is.
 
         Raises ValueError for tensors that don't belong together or that kernels can't compute from.
         """

@@ -42,6 +42,11 @@ class Ranks:
             for total in totals:
                 dist.reduce(total, 0)
 
+    def take_largest(self, values: Tensor) -> None:
+        """Give rank 0 the largest of all in each place; the others' are of no use any more."""
+        if self.size > 1:
+            dist.reduce(values, 0, op=dist.ReduceOp.MAX)
+
     def hand_out(self, values: Sequence[Tensor]) -> None:
         """Fill the tensors of every rank with those of rank 0."""
         if self.size > 1:

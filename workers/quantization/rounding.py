@@ -15,6 +15,7 @@ from app.core.records.specs import Recipe
 from kernels.search import losses
 from kernels.search.grids import LARGEST_SCALE
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.quantization import float_rounding
 from workers.quantization.clip_search import search_clip, smallest_factor
 from workers.quantization.gptq import round_gptq
 from workers.quantization.grid import Grid, grouped_view, min_max_grid
@@ -33,6 +34,7 @@ class FoldedLinear:
     moment: Tensor  # (C, C) float32
     scheme: Scheme
     plain: Tensor  # (rows, C) float32: without the correction for errors of earlier layers
+    largest: Tensor | None = None  # the largest size of the weights that share a divisor with these
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
     Raises RecipeUnsupported if no finite error can be found.
     """
     weight, moment, scheme = linear.weight, linear.moment, linear.scheme
+    if scheme.kind.numbers == "float":
+        return checked(linear, *round_float(linear, recipe, dtype))
     if recipe.searches_clip:
         grid, before, after = search_clip(weight, moment, scheme, dtype)
     else:
@@ -65,13 +69,44 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
         outcome = round_gptq(weight, grids, scheme, moment, dtype)
         rounded = rounded.where(after <= outcome.losses, outcome.weight)
         final, damping = torch.minimum(after, outcome.losses), outcome.damping
-    unclipped, clipped, loss = (float(rows.sum()) for rows in (before, after, final))
+    floor = smallest_factor(weight, scheme) if recipe.searches_clip else None
+    return checked(linear, rounded, (before, after, final), damping, floor)
+
+
+def round_float(
+    linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype
+) -> tuple[QuantizedWeight, tuple[Tensor, Tensor, Tensor], float | None]:
+    """The numbers of a linear of a float scheme, the losses per row step by step, and GPTQ's damping."""
+    weight, moment, scheme, damping = linear.weight, linear.moment, linear.scheme, None
+    grid = float_rounding.full_range(weight, scheme, dtype, linear.largest)
+    if recipe.searches_clip:
+        grid, before, after = float_rounding.search_scales_of_groups(weight, moment, scheme, grid, dtype)
+    else:
+        nearest = float_rounding.weight_on(grid, weight, scheme)
+        before = after = losses.quick_row_losses(nearest.dequantize() - weight, moment)
+    rounded, final = float_rounding.weight_on(grid, weight, scheme), after
+    if recipe.rounds_with_gptq:
+        spread, damping = float_rounding.spread_errors(weight, grid, moment)
+        other = float_rounding.weight_on(grid, spread, scheme)
+        lost = losses.row_losses(other.dequantize() - weight, moment)
+        rounded, final = rounded.where(after <= lost, other), torch.minimum(after, lost)
+    return rounded, (before, after, final), damping
+
+
+def checked(
+    linear: FoldedLinear,
+    rounded: QuantizedWeight,
+    by_step: tuple[Tensor, Tensor, Tensor],
+    damping: float | None,
+    floor: float | None = None,
+) -> RoundedLinear:
+    """The outcome with the sums of its losses. Raises RecipeUnsupported if one is not finite."""
+    unclipped, clipped, loss = (float(rows.sum()) for rows in by_step)
     if not math.isfinite(unclipped + clipped + loss):
         raise RecipeUnsupported(
             f"{linear.name}: the rounding error is not finite", code="search_not_finite",
             remedy="check the calibration text and the model's weights",
         )  # fmt: skip
-    floor = smallest_factor(weight, scheme) if recipe.searches_clip else None
     return RoundedLinear(rounded, unclipped, clipped, loss, damping, floor)
 
 
@@ -84,7 +119,8 @@ def refuse_overflow(
     `in_float16`: the files may be run in float16. Else their scales are the limit: those of all files are
     values of float16, so that one set of integers serves every format.
     """
-    limit = FLOAT16_LIMIT if in_float16 else LARGEST_SCALE * (2**linear.scheme.bits - 1) / 2
+    widest = (2**linear.scheme.bits - 1) / 2 if linear.scheme.kind.numbers == "int" else 1.0
+    limit = FLOAT16_LIMIT if in_float16 else LARGEST_SCALE * widest
     largest = float(linear.weight.abs().amax())
     if not largest > limit:  # also of what is not a number: the losses tell
         return
