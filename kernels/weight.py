@@ -32,6 +32,10 @@ class PackedWeight:
         return self.qweight.shape[0]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
     def groups(self) -> int:
         return self.scale.shape[1]
 

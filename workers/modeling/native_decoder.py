@@ -59,6 +59,8 @@ def refusals(model: PreTrainedModel) -> Iterator[str]:
     elif rotary_type(config) not in FIXED_ROTARY:
         yield f"rotary positions of type {rotary_type(config)!r}"
     else:
+        if any(getattr(module, "rounder", None) is not None for module in model.modules()):
+            yield "linears round their inputs"
         linears = (m for m in model.modules() if isinstance(m, QuantizedLinear))
         other = next((m for m in linears if blocks_of(m) is None), None)
         if other is not None:

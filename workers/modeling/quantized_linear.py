@@ -9,6 +9,7 @@ from kernels.backend import AUTO, Selection, select_backend
 from kernels.checks import check_bias
 from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
+from workers.modeling.input_rounding import InputRounder
 
 
 class QuantizedLinear(nn.Module):
@@ -18,6 +19,7 @@ class QuantizedLinear(nn.Module):
     """
 
     bias: Tensor | None
+    rounder: InputRounder | None = None  # of its input, before it is multiplied
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class QuantizedLinear(nn.Module):
         return self.kernel.packed_bytes + bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel(x, self.bias)
+        return self.kernel(x if self.rounder is None else self.rounder(x), self.bias)
 
     def extra_repr(self) -> str:
         return (

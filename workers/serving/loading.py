@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.core.errors import ModelRefused
+from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
 from app.core.planning.family import known_family
@@ -27,7 +28,10 @@ from workers.discovery.family_discovery import discover
 from workers.formats.packings import packing_of
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import empty_model, restore_buffers
+from workers.modeling.input_rounding import InputRounder
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
+from workers.modeling.quantized_weight import QuantizedWeight
+from workers.modeling.rounding_linear import RoundingLinear
 from workers.modeling.soundness import parts_of, some
 from workers.process import returned_at_once, status_bytes
 
@@ -104,19 +108,23 @@ class Loader:
             return False
         return f"{stored}.{FORMATS[self.format_name].suffixes[0]}" in self.checkpoint.tensors
 
-    def packed_linear(self, stored: str, linear: nn.Linear) -> QuantizedLinear:
+    def packed_linear(self, stored: str, linear: nn.Linear) -> QuantizedLinear | RoundingLinear:
         """A linear from its packed tensors, on the device in the layout of its kernel."""
         assert self.format_name is not None
         names = {suffix: f"{stored}.{suffix}" for suffix in FORMATS[self.format_name].suffixes}
         present = {suffix: name for suffix, name in names.items() if name in self.checkpoint.tensors}
         tensors = {suffix: self.checkpoint.tensor(name) for suffix, name in present.items()}
+        scheme = FORMATS[self.format_name].scheme_in(self.quantization, stored)
+        # Grids of plain integers are read off the tensors: others' files have widths that are none of ours.
+        other = None if scheme is None or scheme.is_plain else scheme
         try:
-            weight = packing_of(self.format_name).unpack_linear(tensors, self.quantization)
+            weight = packing_of(self.format_name).unpack_linear(tensors, self.quantization, other)
         except ValueError as fault:
             raise refused(stored, str(fault)) from fault
-        if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
+        out_features, in_features = weight.shape
+        if (out_features, in_features) != (linear.out_features, linear.in_features):
             raise ModelRefused(
-                f"{stored} is {weight.out_features} x {weight.in_features} in the files, and "
+                f"{stored} is {out_features} x {in_features} in the files, and "
                 f"{linear.out_features} x {linear.in_features} by config.json",
                 code="artifact_unsupported", remedy=REMEDY,
             )  # fmt: skip
@@ -125,7 +133,30 @@ class Loader:
         if linear.bias is not None:
             bias = self.checkpoint.tensor(f"{stored}.bias")
             self.used.add(f"{stored}.bias")
-        return self.built(stored, weight, bias)
+        rounder = self.rounder(other, tensors)
+        if isinstance(weight, QuantizedWeight):
+            return self.plain(weight, rounder, bias)
+        module = self.built(stored, weight, bias)
+        module.rounder = rounder
+        return module
+
+    def rounder(self, scheme: Scheme | None, tensors: dict[str, torch.Tensor]) -> InputRounder | None:
+        """What rounds the input of a linear with these tensors."""
+        inputs = None if scheme is None else scheme.kind.inputs
+        if inputs is None:
+            return None
+        scale = tensors.get("input_global_scale", tensors.get("input_scale"))
+        return InputRounder(inputs, None if scale is None else scale.to(self.device, torch.float32))
+
+    def plain(
+        self, weight: QuantizedWeight, rounder: InputRounder | None, bias: torch.Tensor | None
+    ) -> RoundingLinear:
+        """A linear in the model's dtype, for numbers that no kernel of ours multiplies by."""
+        module = RoundingLinear(weight, rounder, dtype=self.dtype, device=self.device, bias=bias)
+        shape = "x".join(map(str, weight.shape))
+        self.kernels[f"{shape}, {weight.scheme.name}: torch, weights in {self.dtype}"] += 1
+        self.packed_bytes += module.packed_bytes
+        return module
 
     def built(self, stored: str, weight: PackedWeight, bias: torch.Tensor | None) -> QuantizedLinear:
         try:

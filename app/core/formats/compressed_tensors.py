@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -147,6 +148,12 @@ class CompressedTensorsFormat(FileFormat):
                 "if it has to"
             )
 
+    def scheme_in(self, entry: Mapping[str, Any], linear: str) -> Scheme | None:
+        for group in (entry.get("config_groups") or {}).values():
+            if any(names_linear(target, linear) for target in group.get("targets") or ()):
+                return scheme_of_group(group)
+        return None
+
     def unreadable(self, entry: Mapping[str, Any]) -> str | None:
         for group in (entry.get("config_groups") or {}).values():
             layout = group.get("format") or entry.get("format")
@@ -246,6 +253,13 @@ def input_arguments(inputs: InputRounding | None) -> dict[str, Any] | None:
         "dynamic": dynamic,
         **scale_arguments(inputs.scales),
     }
+
+
+def names_linear(target: str, linear: str) -> bool:
+    """Whether a target of a config group names a linear, as loaders match: `re:` by the beginning."""
+    if target.startswith("re:"):
+        return re.match(target[3:], linear) is not None
+    return target == "Linear" or linear == target or linear.endswith("." + target)
 
 
 def scheme_of_group(group: Mapping[str, Any]) -> Scheme | None:

@@ -147,6 +147,11 @@ class FileFormat(ABC):
         """Notes on files that not every loader opens."""
         yield from ()
 
+    def scheme_in(self, entry: Mapping[str, Any], linear: str) -> Scheme | None:
+        """The scheme that files with this entry of config.json have for a linear, where it tells more than
+        the tensors do."""
+        return None
+
     def unreadable(self, entry: Mapping[str, Any]) -> str | None:
         """Why the inference server can't compute from files with this entry of config.json, or None."""
         return None
