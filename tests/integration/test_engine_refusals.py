@@ -85,7 +85,12 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an unknown architecture": (
         edit_config(model_type="no_such", architectures=["NoSuchForCausalLM"]), "architecture_unsupported",
     ),
-    "a quantized model": (edit_config(quantization_config={"quant_method": "gptq"}), "already_quantized"),
+    "a kind of quantized model that is not read": (
+        edit_config(quantization_config={"quant_method": "bitsandbytes"}), "already_quantized",
+    ),
+    "plain weights that are said to be quantized": (
+        edit_config(quantization_config={"quant_method": "gptq"}), "quantized_source_invalid",
+    ),
     "no layers": (edit_config(num_hidden_layers=0), "config_invalid"),
     "a broken tokenizer": (overwrite("tokenizer.json", "{}"), "tokenizer_invalid"),
     "a tokenizer of another model": (shrink_vocabulary, "tokenizer_mismatch"),

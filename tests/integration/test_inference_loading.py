@@ -21,7 +21,7 @@ from app.core.records.specs import Recipe
 from tests.inference import Served, dequantized, generated, greedy, prompts_of_text
 from tests.integration.inference_process import REPOSITORY, environment
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, tiny_spec
-from workers.modeling.checkpoint import DTYPES
+from workers.modeling.stored_dtypes import DTYPES
 from workers.serving.loading import LoadRequest, load_model
 
 MEASURE = """

@@ -16,8 +16,9 @@ from kernels.operators import dequantize
 from kernels.weight import PackedWeight
 from workers.formats.packings import packing_of
 from workers.formats.shards import ShardWriter, TensorPlan
-from workers.modeling.checkpoint import DTYPES, Checkpoint
+from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.side_files import to_json, write_side_files
+from workers.modeling.stored_dtypes import DTYPES
 from workers.quantization.layer import LayerResult
 
 OF_THE_ORIGINAL = ("transformers_weights",)  # keys of config.json that name files which are not copied

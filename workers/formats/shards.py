@@ -14,7 +14,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from workers.modeling.checkpoint import DTYPES, num_bytes
+from workers.modeling.checkpoint import num_bytes
+from workers.modeling.stored_dtypes import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"

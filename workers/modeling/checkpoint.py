@@ -6,7 +6,7 @@ Encoded ones (`TensorHeader.encoding`) are decoded in chunks while they are read
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,31 @@ from torch import Tensor
 from app.core.errors import ModelRefused
 from app.core.planning.family import LayerKind
 from app.core.planning.fused_experts import split_fused_experts
+from app.core.sources.json_file import ReadableFiles
 from app.core.sources.local_model import LocalModel
-from app.core.sources.model_headers import inspect_model
+from app.core.sources.model_headers import ModelHeaders, inspect_model
 from app.core.sources.safetensors_header import TensorHeader
 from workers.modeling.gguf_tensors import dequantized_chunks
+from workers.modeling.quantized_tensors import quantized_chunks
 from workers.modeling.stored_bytes import read_into
+from workers.modeling.stored_dtypes import DTYPES
 
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 CHUNK_BYTES = 16 * 1024**2
 
 
 class Checkpoint:
     """A model's folder: its config, and one mapping from tensor name to weights.
 
-    The files are those that submission, digest and download took for the model, by the same function.
+    The files are those that submission, digest and download took for the model, by the same function. With
+    `inspect_original` for it, quantized weights are read as plain ones; else tensors are as they are stored.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, inspect: Callable[[ReadableFiles], ModelHeaders] = inspect_model
+    ) -> None:
         self.folder = folder
         # From which folders may be read was decided before: what is here may be.
-        headers = inspect_model(LocalModel(folder, (Path("/"),)))
+        headers = inspect(LocalModel(folder, (Path("/"),)))
         self.config: dict[str, Any] = headers.config
         self.tensors: dict[str, TensorHeader] = headers.tensors
         self.side_files = headers.side_files
@@ -103,7 +103,12 @@ class Checkpoint:
         header = self.tensors[name]
         path, dtype = self.folder / header.file, DTYPES[header.dtype]
         if header.encoding is not None:
-            yield from (chunk.to(dtype) for chunk in dequantized_chunks(path, header, CHUNK_BYTES))
+            decoded = (
+                dequantized_chunks(path, header, CHUNK_BYTES)
+                if header.quantized is None
+                else quantized_chunks(self.folder, header, CHUNK_BYTES)
+            )
+            yield from (chunk.to(dtype) for chunk in decoded)
             return
         if header.strides:
             yield strided(path, header, dtype)
@@ -131,6 +136,8 @@ def all_finite(values: Tensor) -> bool:
     """NaN and infinity show in the extremes, which are found many times faster than by isfinite."""
     if values.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) and values.numel():
         return all(bool(torch.isfinite(bound)) for bound in values.aminmax())
+    if values.itemsize == 1:  # torch tests no numbers of a byte
+        values = values.to(torch.bfloat16)
     return bool(torch.isfinite(values).all())
 
 

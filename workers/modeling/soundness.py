@@ -7,8 +7,9 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from torch import Tensor, nn
 
 from app.core.errors import ModelRefused
-from workers.modeling.checkpoint import DTYPES, Checkpoint, all_finite
+from workers.modeling.checkpoint import Checkpoint, all_finite
 from workers.modeling.decoder import Decoder
+from workers.modeling.stored_dtypes import DTYPES
 
 
 def refuse_misfits(decoder: Decoder) -> list[str]:

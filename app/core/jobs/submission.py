@@ -24,7 +24,8 @@ from app.core.records.specs import OWN_ANSWERS, CalibrationSpec, EvaluationSpec,
 from app.core.settings import Settings
 from app.core.sources.model_headers import ModelHeaders, with_code
 from app.core.sources.model_reference import parse_model_reference
-from app.core.sources.model_source import HubModel, LocalModel, inspect_model, open_model
+from app.core.sources.model_source import HubModel, LocalModel, open_model
+from app.core.sources.quantized_model import inspect_original
 from app.core.sources.text_repetition import text_notes
 from app.core.sources.text_source import check_text, is_remote, open_text
 from app.core.storage.reuse import Contents, fingerprint, text_key
@@ -54,7 +55,7 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
         check_webhook(spec.webhook.url, settings)
     refuse_own_storage(spec.model, settings, param="model")
     files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
-    headers = inspect_model(files)
+    headers = inspect_original(files)
     plan = planned(spec, headers)
     calibration, calibration_key = pinned_text(spec.calibration, settings, param="calibration")
     evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")

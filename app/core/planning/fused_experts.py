@@ -74,10 +74,13 @@ def expert_tensors(
     if missing is not None:
         raise mismatch(f"{prefix}{missing} is missing beside {prefix}{fused[0]}")
     up, down, *biases = (tensors[prefix + name] for name in fused)
-    if up.encoding is not None or down.encoding is not None:
-        raise mismatch(f"{prefix}{fused[0]} is encoded as {up.encoding}, and can't be split")
     first = (experts.gate, experts.up) if experts.gate else (experts.up,)
     transposed = lie_transposed(prefix + fused[0], up, down, experts)
+    encoded = next(
+        (each for each in (up, down) if each.encoding and (transposed or not each.quantized)), None
+    )
+    if encoded is not None:
+        raise mismatch(f"{prefix}{fused[0]} is encoded as {encoded.encoding}, and can't be split")
     whole = [(first, up, "weight"), ((experts.down,), down, "weight")]
     whole += [(leaves, bias, "bias") for (leaves, _, _), bias in zip(whole, biases, strict=False)]
     matrices = {}
@@ -130,7 +133,11 @@ def expert_views(
 
 
 def view(fused: TensorHeader, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorHeader:
-    """The values of `fused` from its `first` one on, at `strides`."""
+    """The values of `fused` from its `first` one on, at `strides`: of quantized ones, whole rows."""
+    if fused.quantized is not None:
+        columns = fused.shape[-1]
+        rows = {"first_row": first // columns, "step": strides[0] // columns}
+        return fused.model_copy(update={"shape": shape, "quantized": fused.quantized.model_copy(update=rows)})
     size = DTYPE_BITS[fused.dtype] // 8
     last = first + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     in_order = strides == (*shape[1:], 1)

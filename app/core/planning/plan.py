@@ -39,8 +39,6 @@ TABLES = (
     "wte", "wpe",
 )  # fmt: skip
 GROUP_SIZES: tuple[GroupSize, ...] = (128, 64, 32)
-# Values of `quantization_config.quant_method` in which models are originally published.
-PUBLISHED_METHODS = ("fp8", "fbgemm_fp8", "mxfp4", "modelopt", "modelopt_fp4")
 # Of config.json: to how many experts a token goes.
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
@@ -120,7 +118,6 @@ def plan_job(
     Raises ModelRefused if the model can't be quantized at all, RecipeUnsupported if this recipe can't be
     applied to it or a requested format can't hold the outcome.
     """
-    refuse_quantized(config)
     architecture = architecture_of(config, tensors, family)
     tensors = split_fused_experts(tensors, architecture.stored_layers, architecture.kinds)
     config = text_settings(config)
@@ -284,21 +281,6 @@ def largest_layer(architecture: Architecture, num_layers: int, tensors: dict[str
         if layer in sizes:
             sizes[layer] += tensor.size
     return max(sizes.values())
-
-
-def refuse_quantized(config: dict[str, object]) -> None:
-    """Raises ModelRefused for weights that are no plain numbers, by their entry in config.json."""
-    entry = config.get("quantization_config")
-    if entry is None:
-        return
-    method = entry.get("quant_method") if isinstance(entry, dict) else None
-    remedy = "convert it to bfloat16 first"
-    if method not in PUBLISHED_METHODS:
-        remedy = f"submit the original model; if this is it, {remedy}"
-    raise ModelRefused(
-        "the model is quantized already" + (f", with quant_method {method!r}" if method else ""),
-        code="already_quantized", remedy=remedy, param="model",
-    )  # fmt: skip
 
 
 def with_group_sizes(

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.settings import Settings
 from app.core.sources.file_digest import file_sha256
-from app.core.sources.model_source import LocalModel, inspect_model, model_digest, open_model
+from app.core.sources.model_source import LocalModel, model_digest, open_model
+from app.core.sources.quantized_model import inspect_original
 from app.core.sources.text_source import is_remote, open_text
 from app.core.storage.cached_folders import CachedFolders
 from app.core.storage.reuse import text_key
@@ -58,7 +59,7 @@ class ModelCache:
             model_roots=self._settings.model_roots,
             networks=self._settings.outgoing_networks,
         )
-        headers = inspect_model(files)
+        headers = inspect_original(files)
         sizes, key = headers.files, choice_key(files.content_key(), headers.files)
         with self._folders.locked(key, lambda: on_bytes(0)):
             if isinstance(files, LocalModel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 from app.core.errors import ModelRefused
 from app.core.records.specs import Frozen
@@ -18,17 +18,23 @@ from app.core.sources.json_file import json_fault
 MAX_NUMBER = 2**63
 MAX_HEADER_BYTES = 100 * 1024**2
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
 }  # fmt: skip
+
+
+# How codes lie: numbers of their own dtype; two FP4 in a byte; integers along rows, less half of their range;
+# the words of AWQ and GPTQ, and GPTQ's second version.
+Packing = Literal["plain", "fp4", "rows", "awq", "gptq", "gptq_v2"]
 
 
 class TensorHeader(Frozen):
     """One tensor: `start` and `end` are absolute byte offsets in `file`.
 
-    `dtype` and `shape` are those of its values, which lie there as they are unless `encoding` names a type of
-    GGML. `interleaved` is the number of heads in whose rows the two halves of rotary pairs alternate there.
-    With `strides`, in values, they lie among others: the first at `start`, the last before `end`.
+    `dtype` and `shape` are those of its values, which lie there as they are unless `encoding` says in which
+    form: that of `quantized`, else a type of GGML. `interleaved` is the number of heads in whose rows the two
+    halves of rotary pairs alternate there. With `strides`, in values, they lie among others: the first at
+    `start`, the last before `end`.
     """
 
     dtype: str
@@ -39,11 +45,34 @@ class TensorHeader(Frozen):
     encoding: str | None = None
     interleaved: int = 0
     strides: tuple[int, ...] = ()
+    quantized: QuantizedValues | None = None
 
     @property
     def size(self) -> int:
         """Bytes of the values."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class QuantizedValues(Frozen):
+    """The stored tensors that matrices of `shape` are computed from, one or several below each other.
+
+    A value is (code - zero) * scale, and those of a block (rows, columns) have one scale and one zero. The
+    rows of the tensor are those of the matrices from `first_row` on, each `step`-th.
+    """
+
+    packing: Packing
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    codes: TensorHeader
+    scales: TensorHeader
+    bits: int = 8
+    zeros: TensorHeader | None = None
+    factor: TensorHeader | None = None  # of all scales
+    divisor: TensorHeader | None = None  # of all scales
+    column_groups: TensorHeader | None = None  # the group of each column, where they are not in order
+    stored_shape: TensorHeader | None = None  # a copy of the matrix's shape, to be compared
+    first_row: int = 0
+    step: int = 1
 
 
 def refuse(file: str, why: str) -> ModelRefused:

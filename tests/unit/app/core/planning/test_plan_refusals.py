@@ -77,26 +77,6 @@ def test_a_setting_under_which_nothing_was_traced_leaves_the_groups_open() -> No
     assert "activation_function is 'gelu'" in to_find
 
 
-@pytest.mark.parametrize(
-    ("entry", "remedy"),
-    [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "convert it to bfloat16 first"),
-        ({"quant_method": "mxfp4"}, "convert it to bfloat16 first"),
-        ({"quant_method": "awq"}, "submit the original model; if this is it, convert it to bfloat16 first"),
-        ({"quant_method": ["awq"]}, "submit the original model; if this is it, convert it to bfloat16 first"),
-        ({}, "submit the original model; if this is it, convert it to bfloat16 first"),
-        ("awq", "submit the original model; if this is it, convert it to bfloat16 first"),
-    ],
-)
-def test_a_quantized_model_is_refused_with_the_way_to_a_plain_one(entry: object, remedy: str) -> None:
-    error = refused(ModelRefused, quantization_config=entry)
-    assert error.code == "already_quantized"
-    assert error.remedy == remedy
-    if isinstance(entry, dict) and "quant_method" in entry:
-        assert repr(entry["quant_method"]) in error.message
-    planned(config={"quantization_config": None})
-
-
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
 @pytest.mark.parametrize("value", [None, 0, -1, "2", True, 1.5])
 def test_a_config_with_impossible_numbers_is_refused(key: str, value: object) -> None:
