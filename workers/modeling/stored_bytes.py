@@ -1,7 +1,8 @@
-"""Bytes of a file into a tensor, without a copy."""
+"""Bytes of a file into a tensor and back, without a copy."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,3 +24,30 @@ def read_into(path: Path, start: int, values: Tensor) -> None:
                     code="model_header_invalid", remedy="the file changed under the job: submit it again",
                 )  # fmt: skip
             buffer = buffer[count:]
+
+
+class ScratchFile:
+    """Tensors outside of the memory, in a file without a name: it goes with this object, whatever ends it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed with the object
+        self.size = 0
+
+    def write(self, values: Tensor, start: int | None = None) -> int:
+        """Write a contiguous CPU tensor at `start`, by default at the end; where it lies."""
+        buffer = values.view(-1).view(torch.uint8).numpy().data
+        if start is None:
+            start = self.size
+            self.size += len(buffer)
+        self.file.seek(start)
+        while buffer:
+            buffer = buffer[self.file.write(buffer) :]
+        return start
+
+    def read(self, start: int, values: Tensor) -> Tensor:
+        """Fill a contiguous CPU tensor, and return it."""
+        buffer = values.view(-1).view(torch.uint8).numpy().data
+        self.file.seek(start)
+        while buffer:
+            buffer = buffer[self.file.readinto(buffer) :]
+        return values

@@ -7,13 +7,16 @@ observed with the inputs that its quantized predecessors give, so that GPTQ make
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from app.core.planning.architectures import LAYER_OUTPUT
 from workers.modeling.decoder import Decoder
 from workers.modeling.layer_calls import LayerArguments, LayerCall
-from workers.quantization.input_statistics import InputStatistics, LayerStatistics, collecting
+from workers.modeling.layer_weights import Weights
+from workers.quantization.input_statistics import InputStatistics, LayerStatistics, collecting, results
 from workers.quantization.observation import References, reference_names, watching_names
 from workers.quantization.reduction import ALONE, Ranks
 
@@ -61,7 +64,7 @@ class CalibrationPass:
         self.pass_through(self.decoder.layer_weights(self.layer))
 
     @torch.no_grad()
-    def pass_through(self, weights: dict[str, Tensor]) -> None:
+    def pass_through(self, weights: Weights) -> None:
         """Advance by one layer that has these weights."""
         with self.decoder.layer(self.layer, weights) as module:
             for index, batch in enumerate(self.states):
@@ -69,7 +72,7 @@ class CalibrationPass:
                 self.states[index] = self.stowed(self.call(index)(module, states))
         self.layer += 1
 
-    def collect(self, weights: dict[str, Tensor]) -> LayerStatistics:
+    def collect(self, weights: Weights) -> LayerStatistics:
         """Advance by one layer, with its statistics; only the first rank gets those of groups."""
         device = self.decoder.device
         before = self.states[0][:1].to(device, copy=True)
@@ -78,7 +81,7 @@ class CalibrationPass:
         return LayerStatistics(groups, (before, self.states[0][:1].to(device)))
 
     @torch.no_grad()
-    def observe(self, weights: dict[str, Tensor], *, advance: bool = False) -> list[InputStatistics]:
+    def observe(self, weights: Weights, *, advance: bool = False) -> Sequence[InputStatistics]:
         """The statistics of the layer with these weights; its outputs become the states if asked."""
         architecture = self.decoder.architecture.at(self.layer)
         names = reference_names(architecture) if self.refers and advance else {LAYER_OUTPUT}
@@ -86,7 +89,7 @@ class CalibrationPass:
         with (
             self.decoder.layer(self.layer, weights) as module,
             watching_names(module, architecture, names) as seen,
-            collecting(module, architecture, self.ranks) as collectors,
+            collecting(module, architecture, self.ranks, self.decoder.scratch_of(self.layer)) as collectors,
         ):
             for index, batch in enumerate(self.states):
                 states = batch.to(self.decoder.device, non_blocking=True)
@@ -98,10 +101,7 @@ class CalibrationPass:
         if not self.ranks.is_first:
             return []
         prefix = self.decoder.architecture.layer_prefix(self.layer)
-        return [
-            collector.result(prefix + group.balance_layers[0])
-            for collector, group in zip(collectors, architecture.groups, strict=True)
-        ]
+        return results(collectors, [prefix + group.balance_layers[0] for group in architecture.groups])
 
     def call(self, index: int) -> LayerCall:
         """The present layer on a batch."""
@@ -131,7 +131,7 @@ def exceeds_device(decoder: Decoder, num_tokens: int) -> bool:
 
 @torch.no_grad()
 def equivalence_error(
-    run: CalibrationPass, layer: int, folded: dict[str, Tensor], probe: tuple[Tensor, Tensor]
+    run: CalibrationPass, layer: int, folded: Weights, probe: tuple[Tensor, Tensor]
 ) -> float:
     """Relative error of a layer's output when it has the folded, unrounded weights.
 

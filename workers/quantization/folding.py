@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from app.core.planning.family import ScaleGroup, text_settings
+from workers.modeling.layer_weights import Weights, changed, shape_of
 from workers.quantization.scale_search import Fold, ScaleChoice
 
 
@@ -71,9 +73,9 @@ def smooth_rows(group: ScaleGroup, heads: Heads, rows: int, channels: int) -> Sm
     return SmoothRows(chosen.flatten(), head_shape)
 
 
-def smooth_rows_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup) -> SmoothRows:
-    smooth = weights[f"{group.smooth_layer}.weight"]
-    return smooth_rows(group, heads, smooth.shape[0], weights[group.balance_layers[0] + ".weight"].shape[1])
+def smooth_rows_of(weights: Weights, heads: Heads, group: ScaleGroup) -> SmoothRows:
+    rows = shape_of(weights, f"{group.smooth_layer}.weight")[0]
+    return smooth_rows(group, heads, rows, shape_of(weights, group.balance_layers[0] + ".weight")[1])
 
 
 def offset_of(group: ScaleGroup) -> float:
@@ -81,7 +83,7 @@ def offset_of(group: ScaleGroup) -> float:
     return 1.0 if group.smooth_kind == "offset norm" else 0.0
 
 
-def fold_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup, dtype: torch.dtype) -> Fold:
+def fold_of(weights: Weights, heads: Heads, group: ScaleGroup, dtype: torch.dtype) -> Fold:
     """The module that the group's scales are folded into; dtype: of the stored weights."""
     absorbing, offset = smooth_rows_of(weights, heads, group), offset_of(group)
     smooth = weights[f"{group.smooth_layer}.weight"][absorbing.rows] + offset
@@ -89,24 +91,41 @@ def fold_of(weights: dict[str, Tensor], heads: Heads, group: ScaleGroup, dtype: 
 
 
 def fold_scales(
-    weights: dict[str, Tensor], heads: Heads, groups: Sequence[ScaleGroup], choices: list[ScaleChoice | None]
-) -> dict[str, Tensor]:
-    """The layer's weights with every choice folded in; the function of the layer is unchanged."""
-    folded = dict(weights)
+    weights: Weights, heads: Heads, groups: Sequence[ScaleGroup], choices: Sequence[ScaleChoice | None]
+) -> Weights:
+    """The layer's weights with every choice folded in; the function of the layer is unchanged.
+
+    Raises KeyError for a weight that is not there.
+    """
+    folds: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     for group, choice in zip(groups, choices, strict=True):
         if choice is None:
             continue
-        absorbing, offset = smooth_rows_of(weights, heads, group), offset_of(group)
-        shared = choice.scales
-        if absorbing.head_shape is not None:
-            shared = shared.view(absorbing.head_shape)[:, 0].flatten()
         for name in group.balance_layers + group.compensated:
-            folded[name + ".weight"] = folded[name + ".weight"] * choice.scales
+            folds.setdefault(f"{name}.weight", []).append(partial(torch.mul, choice.scales))
+        absorbing = smooth_rows_of(weights, heads, group)
         for name in (f"{group.smooth_layer}.weight", f"{group.smooth_layer}.bias"):
-            if name in folded:
-                value = folded[name].clone()
-                added = offset if name.endswith(".weight") else 0.0
-                divisor = shared[:, None] if value.dim() == 2 else shared
-                value[absorbing.rows] = (value[absorbing.rows] + added) / divisor - added
-                folded[name] = value
-    return folded
+            if name in weights:
+                added = offset_of(group) if name.endswith(".weight") else 0.0
+                folds.setdefault(name, []).append(partial(divided, absorbing, choice.scales, added))
+
+    missing = next((name for name in folds if name not in weights), None)
+    if missing is not None:
+        raise KeyError(missing)
+
+    def folded(name: str, value: Tensor) -> Tensor:
+        for fold in folds.get(name, ()):
+            value = fold(value)
+        return value
+
+    return changed(weights, folded)
+
+
+def divided(absorbing: SmoothRows, scales: Tensor, added: float, value: Tensor) -> Tensor:
+    """A smooth layer's weight or bias divided by the scales of the channels that it gives."""
+    if absorbing.head_shape is not None:
+        scales = scales.view(absorbing.head_shape)[:, 0].flatten()
+    quotient = value.clone()
+    divisor = scales[:, None] if value.dim() == 2 else scales
+    quotient[absorbing.rows] = (quotient[absorbing.rows] + added) / divisor - added
+    return quotient

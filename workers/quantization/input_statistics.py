@@ -7,9 +7,12 @@ float32, so nothing is lost but order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture, ScaleGroup
 from workers.modeling.experts import SplitExperts
+from workers.modeling.stored_bytes import ScratchFile
 from workers.quantization.reduction import ALONE, Ranks
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
@@ -41,6 +45,7 @@ class InputStatistics:
     all_shown: bool = False  # of an expert: it was shown every token
     input_drift: Tensor | None = None  # (C, C): mean of (original input - own input) times own input
     output_drift: Tensor | None = None  # (rows, C): mean of what the residual stream lacks times own input
+    abs_max: Tensor | None = None  # (C,) float32: the largest |x|
 
     @property
     def confidence(self) -> float:
@@ -54,7 +59,8 @@ class InputStatistics:
         if scales is None:
             return self
         moment = self.moment / torch.outer(scales, scales)
-        return replace(self, abs_mean=self.abs_mean / scales, moment=moment)
+        abs_max = None if self.abs_max is None else self.abs_max / scales
+        return replace(self, abs_mean=self.abs_mean / scales, moment=moment, abs_max=abs_max)
 
     def corrected(self, weight: Tensor) -> Tensor:
         """The weights (rows, C) that bring the output nearest to the original's; unchanged if none can.
@@ -79,32 +85,85 @@ class InputStatistics:
         return corrected if bool(corrected.abs().amax() <= FLOAT16_LIMIT) else weight
 
     def to(self, device: torch.device) -> InputStatistics:
-        return replace(self, abs_mean=self.abs_mean.to(device), moment=self.moment.to(device))
+        abs_max = None if self.abs_max is None else self.abs_max.to(device)
+        return replace(
+            self, abs_mean=self.abs_mean.to(device), moment=self.moment.to(device), abs_max=abs_max
+        )
+
+
+class GroupStatistics(Sequence[InputStatistics]):
+    """Statistics by group, each made when it is looked up: those of all experts may be too many to hold."""
+
+    def __init__(self, makers: Sequence[Callable[[], InputStatistics]]) -> None:
+        self.makers = makers
+        self.last: tuple[int, InputStatistics] | None = None
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    @overload
+    def __getitem__(self, index: int) -> InputStatistics: ...
+    @overload
+    def __getitem__(self, index: slice) -> GroupStatistics: ...
+    def __getitem__(self, index: int | slice) -> InputStatistics | GroupStatistics:
+        if isinstance(index, slice):
+            return GroupStatistics(self.makers[index])
+        if self.last is None or self.last[0] != index:
+            self.last = None  # let go before the next one is made
+            self.last = (index, self.makers[index]())
+        return self.last[1]
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """A layer's statistics from a calibration pass, per group, and one window for self-checks."""
 
-    groups: list[InputStatistics]
+    groups: Sequence[InputStatistics]
     probe: tuple[Tensor, Tensor]  # the layer's input and output, (1, tokens, hidden)
 
     def to(self, device: torch.device) -> LayerStatistics:
-        groups = [group.to(device) for group in self.groups]
+        groups: Sequence[InputStatistics] = self.groups
+        if isinstance(groups, GroupStatistics):
+            groups = GroupStatistics([partial(moved, maker, device) for maker in groups.makers])
+        else:
+            groups = [group.to(device) for group in groups]
         return LayerStatistics(groups, (self.probe[0].to(device), self.probe[1].to(device)))
 
 
-class InputCollector:
-    """Running sums over the batches of one input."""
+def moved(maker: Callable[[], InputStatistics], device: torch.device) -> InputStatistics:
+    return maker().to(device)
 
-    def __init__(self, *, samples: bool = False) -> None:
+
+class InputCollector:
+    """Running sums over the batches of one input; with `file` the large one lies there between them."""
+
+    def __init__(self, *, samples: bool = False, file: ScratchFile | None = None) -> None:
         self.samples, self.sample = samples, list[Tensor]()
+        self.file = file
+        self.start: int | None = None  # in the file
         self.routed_tokens: int | None = None
         self.all_shown = False
         self.abs_sum: Tensor | None = None
-        self.moment: Tensor | None = None
+        self.abs_max: Tensor | None = None
+        self._moment: Tensor | None = None
         self.num_tokens = 0
         self.weight = 0.0  # of all tokens
+
+    @property
+    def moment(self) -> Tensor | None:
+        """The sum of products of channels; of one that lies in a file a copy."""
+        if self.file is None or self.start is None:
+            return self._moment
+        assert self.abs_sum is not None
+        channels = len(self.abs_sum)
+        return self.file.read(self.start, torch.empty(channels, channels)).to(self.abs_sum.device)
+
+    @moment.setter
+    def moment(self, total: Tensor) -> None:
+        if self.file is None:
+            self._moment = total
+        else:
+            self.start = self.file.write(total.cpu(), self.start)
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """x: (..., C); weights: (tokens,), by which their squares count, one each by default."""
@@ -114,17 +173,23 @@ class InputCollector:
             self.sample.append(seen[:: max(1, len(seen) // EXPERT_TOKENS)][:EXPERT_TOKENS].clone())
         if rows.device.type == "cpu":
             rows = rows.to(torch.float32)
-        if self.abs_sum is None or self.moment is None:
-            self.abs_sum, self.moment = empty_sums(rows.shape[1], rows.device)
+        moment = self.moment
+        if self.abs_sum is None or moment is None:
+            self.abs_sum, moment = empty_sums(rows.shape[1], rows.device)
+        sizes = rows.abs()
+        if len(rows):
+            largest = sizes.amax(dim=0).to(torch.float32)
+            self.abs_max = largest if self.abs_max is None else torch.maximum(self.abs_max, largest)
         if weights is None:
-            self.abs_sum += rows.abs().sum(dim=0, dtype=torch.float32)
+            self.abs_sum += sizes.sum(dim=0, dtype=torch.float32)
             self.weight += len(rows)
         else:
-            self.abs_sum += weights @ rows.abs()
+            self.abs_sum += weights @ sizes
             self.weight += float(weights.sum())
             rows = rows * weights.sqrt()[:, None]
-        for start, stop in blocks(self.moment):
-            add_product(self.moment[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
+        for start, stop in blocks(moment):
+            add_product(moment[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
+        self.moment = moment
         self.num_tokens += rows.shape[0]
 
     def add_up(self, ranks: Ranks) -> None:
@@ -132,13 +197,15 @@ class InputCollector:
         if ranks.size == 1:
             return
         assert self.abs_sum is not None
-        assert self.moment is not None
+        moment = self.moment
+        assert moment is not None
         counts = torch.tensor(
-            [self.num_tokens, self.weight, self.routed_tokens or 0],
-            dtype=torch.float64,
-            device=self.moment.device,
+            [self.num_tokens, self.weight, self.routed_tokens or 0], dtype=torch.float64, device=moment.device
         )
-        ranks.add_up([self.abs_sum, self.moment, counts])
+        ranks.add_up([self.abs_sum, moment, counts])
+        self.abs_max = torch.zeros_like(self.abs_sum) if self.abs_max is None else self.abs_max
+        ranks.take_largest(self.abs_max)
+        self.moment = moment
         self.num_tokens, self.weight = int(counts[0]), float(counts[1])
         if self.routed_tokens is not None:
             self.routed_tokens = int(counts[2])
@@ -146,8 +213,9 @@ class InputCollector:
     def result(self, name: str) -> InputStatistics:
         """Raises ModelRefused if the activations overflowed: no scale can be found on infinity."""
         assert self.abs_sum is not None
-        assert self.moment is not None
-        moment = self.moment.div_(self.weight)
+        moment = self.moment
+        assert moment is not None
+        moment.div_(self.weight)
         for start, stop in blocks(moment):
             upper = moment[start:stop, start:stop].triu()
             moment[start:stop, start:stop] = upper + upper.triu(1).T
@@ -160,8 +228,9 @@ class InputCollector:
                 remedy="check that the model gives finite outputs in its own dtype",
             )
         return InputStatistics(
-            self.abs_sum / self.weight, moment, self.num_tokens, self.routed_tokens, self.all_shown
-        )
+            self.abs_sum / self.weight, moment, self.num_tokens, self.routed_tokens, self.all_shown,
+            abs_max=self.abs_max,
+        )  # fmt: skip
 
 
 def empty_sums(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -184,16 +253,35 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left, right, out_dtype=torch.float32)
 
 
+def results(collectors: Sequence[InputCollector], names: Sequence[str]) -> Sequence[InputStatistics]:
+    """Of each collector, for an input that is called by these names; what lies in a file stays there."""
+    if all(collector.file is None for collector in collectors):
+        return [collector.result(name) for collector, name in zip(collectors, names, strict=True)]
+    makers: list[Callable[[], InputStatistics]] = []
+    for collector, name in zip(collectors, names, strict=True):
+        if collector.file is None:
+            ready = collector.result(name)
+            makers.append(lambda ready=ready: ready)
+        else:
+            makers.append(partial(collector.result, name))
+    return GroupStatistics(makers)
+
+
 @contextmanager
 def collecting(
-    layer: nn.Module, architecture: Architecture, ranks: Ranks = ALONE
+    layer: nn.Module, architecture: Architecture, ranks: Ranks = ALONE, scratch: Path | None = None
 ) -> Iterator[list[InputCollector]]:
     """Collect the input of each group while `layer` runs; one collector a group.
 
-    Afterwards the collectors of the first rank hold what the layer saw on all ranks.
+    Afterwards the collectors of the first rank hold what the layer saw on all ranks. With `scratch` the sums
+    of experts lie in a file there, which ends with the collectors.
     """
     feeding = {feeding_group(architecture, group) for group in architecture.groups if group.expert}
-    collectors = [InputCollector(samples=index in feeding) for index in range(len(architecture.groups))]
+    file = None if scratch is None else ScratchFile(scratch)
+    collectors = [
+        InputCollector(samples=index in feeding, file=None if group.expert is None else file)
+        for index, group in enumerate(architecture.groups)
+    ]
 
     def observe(collector: InputCollector):  # type: ignore[no-untyped-def]  # a hook of torch
         return lambda _module, inputs: collector.add(inputs[0])

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup
 from workers.modeling.decoder import Decoder
 from workers.modeling.layer_calls import LayerArguments, LayerCall, rebuilt
+from workers.modeling.layer_weights import Weights
 from workers.quantization.calibration import CalibrationPass
-from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting
+from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting, results
 from workers.quantization.observation import References, reference_names, watching, watching_names
 from workers.quantization.omniquant import Lesson
 from workers.quantization.reduction import ALONE, Ranks
@@ -32,8 +33,6 @@ from workers.quantization.reduction import ALONE, Ranks
 LESSON_WINDOWS = 32  # of the calibration text, that a layer is taught with
 HELD_BACK = 5  # one of so many further parts of it judges what was learned
 STEP_WINDOWS = 4  # per step
-
-Weights = dict[str, Tensor]
 
 
 class PairedPass:
@@ -54,6 +53,11 @@ class PairedPass:
             further = sections if ranks.is_first else []
             self.original, self.calls = decoder.start(ranks.share(batches), further=further)
         self.own, self.original_calls = list(self.original), self.calls.fork()
+
+    @property
+    def at_head(self) -> bool:
+        """Whether it is behind all layers, before the head's step."""
+        return self.decoder.architecture.is_head(self.layer)
 
     @torch.no_grad()
     def advance(self, original: Weights, own: Weights) -> None:
@@ -94,7 +98,7 @@ class PairedPass:
     @torch.no_grad()
     def observe(
         self, groups: Sequence[int], original: Weights, own: Weights, scales: Sequence[Tensor | None]
-    ) -> list[InputStatistics]:
+    ) -> Sequence[InputStatistics]:
         """The groups' statistics; `scales` divide the inputs of each group in the copy."""
         architecture = self.decoder.architecture.at(self.layer)
         chosen = [architecture.groups[index] for index in groups]
@@ -114,12 +118,12 @@ class PairedPass:
         prefix = architecture.layer_prefix(self.layer)
         return [drift.result(prefix + drift.group.balance_layers[0]) for drift in watched]
 
-    def observe_experts(self, groups: Sequence[int], own: Weights) -> list[InputStatistics]:
+    def observe_experts(self, groups: Sequence[int], own: Weights) -> Sequence[InputStatistics]:
         """Routers send tokens elsewhere in the copy, so experts have no pairs: moments alone."""
         architecture = self.decoder.architecture.at(self.layer)
         with (
             self.decoder.layer(self.layer, own) as module,
-            collecting(module, architecture, self.ranks) as collectors,
+            collecting(module, architecture, self.ranks, self.decoder.scratch_of(self.layer)) as collectors,
         ):
             for index, batch in enumerate(self.own):
                 self.call(index)(module, batch)
@@ -127,7 +131,7 @@ class PairedPass:
             return []
         prefix = architecture.layer_prefix(self.layer)
         names = [prefix + architecture.groups[index].balance_layers[0] for index in groups]
-        return [collectors[index].result(name) for index, name in zip(groups, names, strict=True)]
+        return results([collectors[index] for index in groups], names)
 
     @torch.no_grad()
     def lesson(self, original: Weights) -> Lesson:
@@ -194,7 +198,7 @@ class PairedPass:
         module = self.decoder.layers[self.layer]
         return call(module, batch, self.state_of(module, weights))
 
-    def state_of(self, module: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
+    def state_of(self, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights by the module's own names, on its device and in its dtype."""
         decoder = self.decoder
         weights = decoder.with_joined(self.layer, dict(weights))

@@ -20,6 +20,8 @@ from app.core.formats.file_format import Scheme
 from app.core.records.specs import SearchSpec
 from kernels.search.losses import has_matrix_units, quick_dtype, row_losses
 from kernels.search.search_operators import rounding_errors
+from workers.modeling.layer_weights import Weights, shape_of
+from workers.quantization.float_grids import float_rounding_errors
 from workers.quantization.grid import grouped_view
 from workers.quantization.input_statistics import FLOAT16_LIMIT, InputStatistics
 
@@ -33,14 +35,30 @@ ERRORS_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}  # values; bounds memory
 class ScaledLinear:
     """One balance layer of the search."""
 
-    weight: Tensor  # (out_features, C) float32
+    weights: Weights  # that it is looked up in
+    name: str
     scheme: Scheme
+
+    @classmethod
+    def of(cls, weight: Tensor, scheme: Scheme) -> ScaledLinear:
+        return cls({"weight": weight}, "weight", scheme)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, C) float32."""
+        return self.weights[self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.weights, self.name)
 
     def rounding_errors(
         self, scales: Tensor, dtype: torch.dtype, range_factor: float, error_dtype: torch.dtype
     ) -> Tensor:
         """(candidates, out_features, C): the operator of that name with this linear's grid."""
         scheme = self.scheme
+        if scheme.kind.numbers == "float":
+            return float_rounding_errors(self.weight, scales, scheme, dtype).to(error_dtype)
         errors: Tensor = rounding_errors(
             self.weight, scales, scheme.bits, scheme.group_size, scheme.symmetric, dtype, range_factor,
             error_dtype,
@@ -100,13 +118,12 @@ class Fold:
 
 def weight_means(linears: list[ScaledLinear]) -> Tensor:
     """(C,): mean over all rows of |w| divided by its group's largest."""
-    total = torch.zeros(linears[0].weight.shape[1], device=linears[0].weight.device)
-    rows = 0
+    total: Tensor | int = 0
     for linear in linears:
         size = grouped_view(linear.weight.abs(), linear.scheme)
-        total += (size / size.amax(dim=-1, keepdim=True).clamp(min=1e-30)).sum(dim=0).flatten()
-        rows += linear.weight.shape[0]
-    return total / rows
+        total = total + (size / size.amax(dim=-1, keepdim=True).clamp(min=1e-30)).sum(dim=0).flatten()
+    assert isinstance(total, Tensor)
+    return total / sum(linear.shape[0] for linear in linears)
 
 
 def normalised(log_scales: Tensor, alive: Tensor) -> Tensor:
@@ -182,7 +199,8 @@ def rounding_losses(
     limit = ERRORS_AT_ONCE[moment.device.type]
     total = torch.zeros(len(scales), device=moment.device)
     for batch in batches_of(linears, limit):
-        count = max(1, limit // sum(linear.weight.numel() for linear in batch))
+        count = max(1, limit // sum(math.prod(linear.shape) for linear in batch))
+        batch = [ScaledLinear.of(linear.weight, linear.scheme) for linear in batch]  # looked up once
         losses = []
         for some in torch.split(scales, count):
             errors = [linear.rounding_errors(some, dtype, range_factor, moment.dtype) for linear in batch]
@@ -196,7 +214,7 @@ def batches_of(linears: list[ScaledLinear], limit: int) -> Iterator[list[ScaledL
     """Linears to be treated together, up to `limit` weights: one product for many small experts."""
     batch: list[ScaledLinear] = []
     for linear in linears:
-        if batch and sum(each.weight.numel() for each in batch) + linear.weight.numel() > limit:
+        if batch and sum(math.prod(each.shape) for each in (*batch, linear)) > limit:
             yield batch
             batch = []
         batch.append(linear)
@@ -214,8 +232,11 @@ def ranking_dtype(device: torch.device) -> torch.dtype:
 
 def sampled(linears: list[ScaledLinear], rows: int) -> list[ScaledLinear]:
     """Evenly spaced rows of each linear, about `rows` in all: a scale serves all rows, so some can vote."""
-    stride = max(1, sum(linear.weight.shape[0] for linear in linears) // rows)
-    return [ScaledLinear(linear.weight[::stride].contiguous(), linear.scheme) for linear in linears]
+    stride = max(1, sum(linear.shape[0] for linear in linears) // rows)
+    return [
+        ScaledLinear.of(linear.weight[::stride].clone(memory_format=torch.contiguous_format), linear.scheme)
+        for linear in linears
+    ]
 
 
 def search_scales(

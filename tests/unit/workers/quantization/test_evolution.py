@@ -27,7 +27,7 @@ def statistics_with_outliers(seed: int) -> InputStatistics:
 def linears(bits: int) -> list[ScaledLinear]:
     generator = torch.Generator().manual_seed(3)
     scheme = Scheme(bits=bits, group_size=32, symmetric=False)
-    return [ScaledLinear(torch.randn(rows, CHANNELS, generator=generator), scheme) for rows in (24, 16)]
+    return [ScaledLinear.of(torch.randn(rows, CHANNELS, generator=generator), scheme) for rows in (24, 16)]
 
 
 def spec(**changes: object) -> SearchSpec:

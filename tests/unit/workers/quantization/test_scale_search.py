@@ -46,7 +46,7 @@ def outlier_inputs(seed: int = 0, *, every: int = 8, factor: float = 16.0) -> Te
 
 def linears(seed: int = 1, scheme: Scheme = SCHEME, count: int = 2) -> list[ScaledLinear]:
     generator = torch.Generator().manual_seed(seed)
-    return [ScaledLinear(torch.randn(16, CHANNELS, generator=generator), scheme) for _ in range(count)]
+    return [ScaledLinear.of(torch.randn(16, CHANNELS, generator=generator), scheme) for _ in range(count)]
 
 
 def norm_fold(dtype: torch.dtype = torch.float32, weight: Tensor | None = None) -> Fold:
