@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from app.core.formats.file_format import Scheme
+from app.core.formats.schemes import SCHEMES
+from app.core.records.specs import Recipe
 from workers.formats import awq_packing, compressed_tensors_packing, gptq_packing
-from workers.modeling.quantized_weight import QuantizedWeight
+from workers.modeling.quantized_weight import QuantizedWeight, zero_point
 
 FROZEN = Path(__file__).with_name("packed.json")
 IN_FEATURES = 64
@@ -33,6 +35,25 @@ def golden_weight(scheme: Scheme, out_features: int = 8) -> QuantizedWeight:
         ((blocks + 1) * 2.0**-9).view(out_features, groups),
         (zero % 2**scheme.bits).to(torch.uint8).view(out_features, groups),
         scheme,
+    )
+
+
+def golden_scheme_weight(recipe: Recipe, out_features: int = 128) -> QuantizedWeight:
+    """Codes and scales of a scheme by name, from plain arithmetic; 128 columns, one block of FP8."""
+    scheme, columns = recipe.scheme_of("linear"), 128
+    groups, kind = scheme.groups(columns), scheme.kind
+    cells = torch.arange(out_features * columns)
+    codes = cells * 7 % 61 if scheme.bits > 4 else cells * 7 % 16
+    rows = torch.arange(out_features) // kind.block_rows
+    scale = 2.0 ** -(1 + (rows[:, None] + torch.arange(groups)) % 7).float()
+    needs_range = kind.inputs is not None and kind.inputs.needs_range
+    return QuantizedWeight(
+        codes.to(torch.uint8).view(out_features, columns),
+        scale,
+        torch.full_like(scale, zero_point(scheme), dtype=torch.uint8),
+        scheme,
+        divisor=torch.tensor([4.0]) if kind.scales == "e4m3" else None,
+        input_scale=torch.tensor([0.5]) if needs_range else None,
     )
 
 
@@ -60,6 +81,13 @@ def packed() -> dict[str, dict[str, dict[str, object]]]:
     for bits in (2, 3, 4, 8):
         weight = golden_weight(Scheme(bits=bits, group_size=32, symmetric=True), 32)
         cases[f"gptq w{bits} g32 sym"] = gptq_packing.pack_linear(weight, torch.bfloat16)
+    for name in SCHEMES:
+        if name != "wna16":
+            rows = 128 if name == "fp8-block" else 2
+            weight = golden_scheme_weight(Recipe(scheme=name), rows)
+            cases[f"compressed-tensors {name}"] = compressed_tensors_packing.pack_linear(
+                weight, torch.bfloat16
+            )
     return {case: {name: entry(value) for name, value in tensors.items()} for case, tensors in cases.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
+from app.core.formats.schemes import SCHEMES, SchemeName
 from app.core.jobs.report import CandidateReport
 from app.core.records.specs import Bits, CalibrationSpec, EvaluationSpec, Recipe
 from tests.tiny_models import TEXTS, TOKENIZER, EngineRun, tiny_spec
@@ -27,10 +28,18 @@ class Cell:
     symmetric: bool
     group_size: int = 128
     method: str = "rtn"
+    scheme: SchemeName = "wna16"
 
     def __str__(self) -> str:
+        if self.scheme != "wna16":
+            return f"{self.format} {self.scheme} {self.method}"
         groups = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.format} W{self.bits} {groups} {self.zero_points} {self.method}"
+
+    @property
+    def numbers(self) -> str:
+        """The scheme, or the grid of plain integers."""
+        return f"{self.bits} bits, {self.zero_points}" if self.scheme == "wna16" else self.scheme
 
     @property
     def zero_points(self) -> str:
@@ -38,14 +47,21 @@ class Cell:
 
 
 def short_form() -> list[Cell]:
-    """Every format x bits x symmetry, by plain rounding."""
-    return [
+    """Every format x bits x symmetry, and every other scheme, by plain rounding."""
+    integers = [
         Cell(name, bits, symmetric)
         for name, file_format in FORMATS.items()
         for bits in get_args(Bits)
         for symmetric in (False, True)
         if file_format.refusal({Scheme(bits=bits, group_size=128, symmetric=symmetric)}) is None
     ]
+    others = [Recipe(scheme=name) for name in SCHEMES if name != "wna16"]
+    return [*integers, *(cell_of("compressed-tensors", recipe, "rtn") for recipe in others)]
+
+
+def cell_of(format_name: FormatName, recipe: Recipe, method: str) -> Cell:
+    assert recipe.group_size != "auto"
+    return Cell(format_name, recipe.bits, recipe.symmetric, recipe.group_size, method, recipe.scheme)
 
 
 def long_form() -> list[Cell]:
@@ -53,7 +69,7 @@ def long_form() -> list[Cell]:
     further = [
         Cell(cell.format, cell.bits, cell.symmetric, group_size, method)
         for cell in short_form()
-        if cell.bits == 4
+        if cell.bits == 4 and cell.scheme == "wna16"
         for group_size, method in (*((size, "rtn") for size in (32, 64, -1)), (128, "awq"), (64, "gptq"))
         if not (cell.format == "awq" and group_size == -1)
     ]
@@ -80,7 +96,7 @@ def quantized(cells: list[Cell], work: Path) -> dict[Cell, JudgedFiles]:
         report = run.report
         for output in run.finished.outputs:
             recipe = recipes[output.recipe_index]
-            cell = Cell(output.format, recipe.bits, recipe.symmetric, recipe.group_size, recipe.method)
+            cell = cell_of(output.format, recipe, recipe.method)
             artifacts[cell] = JudgedFiles(
                 run.work / output.folder,
                 run.texts().evaluation.tokens.tolist(),
@@ -93,7 +109,10 @@ def quantized(cells: list[Cell], work: Path) -> dict[Cell, JudgedFiles]:
 def jobs_of(cells: list[Cell]) -> Iterator[tuple[tuple[FormatName, ...], list[Recipe]]]:
     formats: dict[Recipe, list[FormatName]] = defaultdict(list)
     for cell in cells:
-        fields = {"bits": cell.bits, "symmetric": cell.symmetric, "group_size": cell.group_size}
+        fields = {
+            "bits": cell.bits, "symmetric": cell.symmetric, "group_size": cell.group_size,
+            "scheme": cell.scheme,
+        }  # fmt: skip
         formats[Recipe.model_validate({"method": cell.method, **fields})].append(cell.format)
     jobs: dict[tuple[FormatName, ...], list[Recipe]] = defaultdict(list)
     for recipe, names in formats.items():

@@ -61,14 +61,14 @@ def guide_table() -> str:
 
 
 def table(record: Record, cells: list[Cell]) -> str:
-    """A row for each format, bit width and symmetry."""
-    rows: dict[tuple[str, int, str], list[Cell]] = {}
+    """A row for each format and kind of numbers."""
+    rows: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        rows.setdefault((cell.format, cell.bits, cell.zero_points), []).append(cell)
-    lines = [f"| file | grid | vLLM {record.version} on a CPU |", "|---|---|---|"]
-    for (name, bits, zero_points), members in sorted(rows.items()):
+        rows.setdefault((cell.format, cell.numbers), []).append(cell)
+    lines = [f"| file | numbers | vLLM {record.version} on a CPU |", "|---|---|---|"]
+    for (name, numbers), members in sorted(rows.items()):
         outcomes = [record.outcomes[str(cell)] for cell in members]
-        lines.append(f"| `{name}` | {bits} bits, {zero_points} | {verdict(members, outcomes)} |")
+        lines.append(f"| `{name}` | {numbers} | {verdict(members, outcomes)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -79,7 +79,8 @@ def verdict(cells: list[Cell], outcomes: list[Outcome]) -> str:
     groups = ", ".join(str(size) for size in sorted({cell.group_size for cell in cells}))
     perplexity = upward(max(outcome.perplexity_off for outcome in outcomes))
     kl = upward(max(outcome.kl_off for outcome in outcomes))
-    return f"runs; groups of {groups}; perplexity within {perplexity} of the report's, KL within {kl}"
+    held = "runs" if cells[0].scheme != "wna16" else f"runs; groups of {groups}"
+    return f"{held}; perplexity within {perplexity} of the report's, KL within {kl}"
 
 
 def upward(share: float) -> str:
