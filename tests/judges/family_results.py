@@ -18,7 +18,7 @@ MARKERS = (
     "<!-- families judged by vLLM: made by make judges FAMILIES=1 -->\n",
     "<!-- end of the families -->\n",
 )
-FILES = ("original", "quantized", "quantized but for experts")
+QUANTIZED, DENSE, TWO_SCHEMES = "quantized", "quantized but for experts", "of two schemes"
 TOLERANCE = 0.01  # of a perplexity: vLLM multiplies in half precision, the report's figures are of float32
 FAMILIES = (
     "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen2_vl", "qwen2_5_vl", "gemma",
@@ -77,12 +77,18 @@ def guide_table() -> str:
 
 def table(record: Record) -> str:
     """A row for each family."""
-    lines = [f"| family | the original in vLLM {record.version} on a CPU | our files |", "|---|---|---|"]
+    lines = [
+        f"| family | the original in vLLM {record.version} on a CPU | our files | our files of two schemes |",
+        "|---|---|---|---|",
+    ]
     for model_type, outcomes in record.families.items():
-        original, *ours = (verdict(outcomes[name]) for name in FILES if name in outcomes)
-        if len(ours) == 2 and ours[0] != ours[1]:
-            ours = [ours[0], f"without experts {ours[1]}"]
-        lines.append(f"| `{model_type}` | {original} | {'; '.join(dict.fromkeys(ours))} |")
+        verdicts = {name: verdict(outcome) for name, outcome in outcomes.items()}
+        ours, dense = verdicts[QUANTIZED], verdicts.get(DENSE)
+        if dense not in (None, ours):
+            ours = f"{ours}; without experts {dense}"
+        two = verdicts.get(TWO_SCHEMES, "not tried")
+        two = "the same" if two in (verdicts[QUANTIZED], dense) else two
+        lines.append(f"| `{model_type}` | {verdicts['original']} | {ours} | {two} |")
     return "\n".join(lines) + "\n"
 
 
