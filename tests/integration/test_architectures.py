@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from app.core.errors import RecipeUnsupported
+from app.core.formats.registry import FormatName
 from app.core.records.specs import Recipe, SearchSpec
 from tests.tiny_models import OTHER_MODELS, EngineRun, random_model, save_model, some_tokens, tiny_spec
 from workers.formats.folder import FormatFolder
@@ -29,14 +30,12 @@ def opened(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
 
-def dequantized(run: EngineRun, folder: Path) -> PreTrainedModel:
+def dequantized(run: EngineRun, folder: Path, name: FormatName = "compressed-tensors") -> PreTrainedModel:
     """transformers' model of the original's files with the weights that our reader finds in the output."""
     plan, source = run.opened.plan, run.opened.checkpoint
-    written = FormatFolder(
-        run.folder("compressed-tensors"), "compressed-tensors", source, plan, plan.candidates[0]
-    )
+    written = FormatFolder(run.folder(name), name, source, plan, plan.candidates[0])
     state = load_file(source.folder / "model.safetensors")
-    for layer in range(plan.num_layers):
+    for layer in range(plan.steps):
         for name, value in written.read_weights(Checkpoint(written.folder), layer).items():
             full = plan.architecture.layer_prefix(layer) + name
             assert state[full].shape == value.shape

@@ -17,7 +17,7 @@ from workers.modeling.prefetch import WeightPrefetch, layer_reads
 
 def run(rank: RankAssignment) -> None:
     work, shared = Work.open(rank.assignment), rank.shared
-    clock = StageClock(lambda message: None, work.device, work.plan.num_layers)
+    clock = StageClock(lambda message: None, work.device, work.plan.steps)
     calibration = read_texts(work).calibration
     checkpoints = work.checkpoints(clock)
     with joined(rank.rank, rank.size, rank.rendezvous, work.device) as ranks:

@@ -43,7 +43,7 @@ class CandidateFiles:
         return self.checkpoints.load_layer(self.candidate.recipe_index, layer).to(self.work.device)
 
     def layer_reports(self) -> list[LayerReport]:
-        layers = range(self.work.plan.num_layers)
+        layers = range(self.work.plan.steps)
         return [self.checkpoints.layer_report(self.candidate.recipe_index, layer) for layer in layers]
 
     def keep_layer(self, result: LayerResult, report: LayerReport) -> None:

@@ -31,7 +31,7 @@ def run_job(assignment: Assignment, send: Send) -> Finished:
     """The whole job. Raises NibbleError with the reason when it can't succeed."""
     work = Work.open(assignment)
     target = work.spec.target
-    clock = StageClock(send, work.device, work.plan.num_layers)
+    clock = StageClock(send, work.device, work.plan.steps)
     send(prediction_note(work))
     for message in assignment.model_notes:
         clock.note("model_files", message)

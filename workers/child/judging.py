@@ -136,7 +136,7 @@ def judge(
     """
     for number, one in enumerate(files, start=1):
         pack(one, clock)
-        clock.progress(0.6 + 0.1 * number / len(files), work.plan.num_layers)
+        clock.progress(0.6 + 0.1 * number / len(files), work.plan.steps)
     single = None if original is None else files[0].candidate.recipe_index
     with clock.stage(Stage.EVALUATING, single):
         original, qualities = measure(work, texts, files, clock, original)
@@ -171,7 +171,7 @@ def measure(
     original: MeasuredOriginal | None,
 ) -> tuple[MeasuredOriginal, list[Quality]]:
     """The original and every candidate, the latter as its first format's files say it is."""
-    decoder, batches, num_layers = work.decoder(), work.batches(texts.evaluation), work.plan.num_layers
+    decoder, batches, steps = work.decoder(), work.batches(texts.evaluation), work.plan.steps
     pinned = work.device.type == "cuda"
     share = 0.29 if texts.tasks is None else 0.14  # of the progress
     folders = [one.folders[0] for one in files]
@@ -181,11 +181,11 @@ def measure(
         decoder,
         batches,
         [*originals, *models],
-        lambda layer: clock.progress(0.7 + share * (layer + 1) / num_layers, num_layers),
+        lambda layer: clock.progress(0.7 + share * (layer + 1) / decoder.num_layers, steps),
     )
     if original is not None:
         states = [original.states, *states]
-    quality, *qualities = compare(decoder, batches, states)
+    quality, *qualities = compare(decoder, batches, states, models)
     if texts.tasks is not None:
         scores = task_scores(work, texts.tasks, models, clock)
         qualities = [

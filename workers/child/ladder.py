@@ -205,11 +205,17 @@ def mixed_recipe(
     if len({each.bits for each in sets}) == 1 and not any(override.bits for override in asked):
         return altered(recipe, bits=sets[0].bits, overrides=asked)
     layers: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    added: list[dict[str, object]] = []
     for each in sets:
-        if any(each.bits != bits_asked(recipe, asked, each.layer + name) for name in each.members):
-            number = each.layer.removeprefix(architecture.layers + ".").rstrip(".")
+        names = [each.layer + name for name in each.members]
+        if all(each.bits == bits_asked(recipe, asked, name) for name in names):
+            continue
+        if each.layer.startswith(architecture.stored_layers + "."):
+            number = each.layer.removeprefix(architecture.stored_layers + ".").rstrip(".")
             layers.setdefault((each.bits, each.members), []).append(number)
-    added = [
+        else:  # the head
+            added += [{"match": name, "bits": each.bits} for name in names]
+    added += [
         {"match": match, "bits": bits}
         for (bits, members), numbers in layers.items()
         for match in patterns(architecture, numbers, members)
@@ -228,7 +234,7 @@ def patterns(architecture: Architecture, numbers: list[str], members: tuple[str,
     # All experts of a layer are one fused set, so any number stands for all of theirs.
     kinds = dict.fromkeys(EXPERT_NUMBER.sub("*", member) for member in members)
     names = "|".join(re.escape(kind).replace(r"\*", r"\d+") for kind in kinds)
-    pattern = rf"re:{re.escape(architecture.layers)}\.({'|'.join(numbers)})\.({names})"
+    pattern = rf"re:{re.escape(architecture.stored_layers)}\.({'|'.join(numbers)})\.({names})"
     if len(pattern) <= MAX_PATTERN:
         return [pattern]
     if len(numbers) > 1:

@@ -44,15 +44,15 @@ def solve_layers(
     clock: StageClock,
 ) -> SolvedLayers:
     """Calibrate and solve every layer that is not finished, for all candidates, which share checkpoints."""
-    num_layers, checkpoints = work.plan.num_layers, files[0].checkpoints
-    resumed_at = resume_layer(checkpoints, num_layers, len(files))
+    steps, checkpoints = work.plan.steps, files[0].checkpoints
+    resumed_at = resume_layer(checkpoints, steps, len(files))
     histograms: list[WeightHistogram] = []
     if resumed_at:
-        clock.note("resumed", f"{resumed_at} of {num_layers} layers were finished before")
+        clock.note("resumed", f"{resumed_at} of {steps} layers were finished before")
         histograms = finished_histograms(work, resumed_at, clock)
-    if resumed_at == num_layers:
+    if resumed_at == steps:
         return SolvedLayers(resumed_at, histograms)
-    shared = SharedLayers.of(range(resumed_at, num_layers), [each.candidate for each in files])
+    shared = SharedLayers.of(range(resumed_at, steps), [each.candidate for each in files])
     with started(work, calibration, shared, clock) as ranks, LayerWriter(work.device) as writer:
         with clock.stage(Stage.CALIBRATING):
             run = start_pass(work, calibration, checkpoints, resumed_at, ranks)
@@ -73,10 +73,10 @@ def solve_layers(
                     solver.solve(one, calibrated)
                 # Of several ranks none has all states.
                 late = time.monotonic() - saved > STATES_INTERVAL_S
-                if late and ranks.size == 1 and run.can_restore and run.layer < num_layers:
+                if late and ranks.size == 1 and run.can_restore and run.layer < steps:
                     writer.put(partial(checkpoints.save_states, run.layer, list(run.states)))
                     saved = time.monotonic()
-                clock.progress(0.6 * (layer + 1) / num_layers, layer + 1)
+                clock.progress(0.6 * (layer + 1) / steps, layer + 1)
         with clock.counted(Stage.PACKING):
             writer.finish()
     return SolvedLayers(resumed_at, histograms)

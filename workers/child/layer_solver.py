@@ -70,7 +70,9 @@ class LayerSolver:
             raise RecipeUnsupported(
                 f"{where}: {refusal.message}", code=refusal.code, remedy=refusal.remedy
             ) from refusal
-        error = equivalence_error(self.run, layer, folded, calibrated.statistics.probe)
+        error = 0.0  # nothing is folded before the head
+        if not self.work.plan.architecture.is_head(layer):
+            error = equivalence_error(self.run, layer, folded, calibrated.statistics.probe)
         limit = EQUIVALENCE_LIMIT[self.work.compute_dtype]
         if not error <= limit:  # scales that change the model's function must never reach a file
             raise VerificationFailed(
@@ -115,12 +117,8 @@ def expert_tokens(statistics: LayerStatistics, architecture: Architecture) -> Ex
 def layer_task(
     work: Work, candidate: CandidatePlan, calibrated: CalibratedLayer, chain: OwnChain | None
 ) -> LayerTask:
-    prefix = work.plan.architecture.layer_prefix(calibrated.layer)
-    schemes = {
-        linear.name.removeprefix(prefix): linear.scheme
-        for linear in candidate.linears
-        if linear.name.startswith(prefix) and linear.scheme is not None
-    }
+    linears = candidate.of_layer(work.plan.architecture, calibrated.layer)
+    schemes = {name: linear.scheme for name, linear in linears.items() if linear.scheme is not None}
     return LayerTask(
         work.plan.architecture.at(calibrated.layer),
         candidate.recipe,
@@ -138,16 +136,14 @@ def planned_reasons(
     plan: Plan, candidate: CandidatePlan, layer: int, entries: list[LinearReport]
 ) -> Iterator[LinearReport]:
     """The entries, with the plan's changes to their linears as reasons."""
-    prefix = plan.architecture.layer_prefix(layer)
-    reasons = {linear.name: linear.reason for linear in candidate.linears if linear.reason}
+    linears = candidate.of_layer(plan.architecture, layer)
     for entry in entries:
-        both = [reason for reason in (reasons.get(prefix + entry.linear), entry.reason) if reason]
+        both = [reason for reason in (linears[entry.linear].reason, entry.reason) if reason]
         yield entry.model_copy(update={"reason": "; ".join(both) or None})
 
 
 def unquantized_linears(plan: Plan, candidate: CandidatePlan, layer: int) -> Iterator[LinearReport]:
     """Entries of the linears that stay in the model's precision."""
-    prefix = plan.architecture.layer_prefix(layer)
-    for linear in candidate.linears:
-        if linear.name.startswith(prefix) and linear.scheme is None:
-            yield LinearReport(linear=linear.name.removeprefix(prefix), bits=None, reason=linear.reason)
+    for name, linear in candidate.of_layer(plan.architecture, layer).items():
+        if linear.scheme is None:
+            yield LinearReport(linear=name, bits=None, reason=linear.reason)

@@ -82,7 +82,7 @@ class QuantizedChains:
             with self.timed(candidate.recipe_index):
                 return chain.lesson(original)
 
-        return OwnChain(observe, lesson)
+        return OwnChain(observe, None if chain.at_head else lesson)
 
     def advance(self, candidate: CandidatePlan, original: dict[str, Tensor], result: LayerResult) -> None:
         """Pass the candidate's chain through the layer as it was quantized."""
@@ -100,7 +100,7 @@ class QuantizedChains:
         for stage in architecture.stages:
             own = hand_out_weights(chain, original)
             chain.observe(stage, original, own, hand_out_scales(chain, stage, original))
-        if candidate.recipe.method == "omniquant":
+        if candidate.recipe.method == "omniquant" and not chain.at_head:
             chain.lesson(original)
         chain.advance(original, hand_out_weights(chain, original))
 

@@ -26,8 +26,8 @@ class Spent(NamedTuple):
 class StageClock:
     """Counts the seconds of a run's stages, and sends stages, notes and progress to the supervisor."""
 
-    def __init__(self, send: Send, device: torch.device, num_layers: int) -> None:
-        self.send, self.device, self.num_layers = send, device, num_layers
+    def __init__(self, send: Send, device: torch.device, steps: int) -> None:
+        self.send, self.device, self.steps = send, device, steps
         self.seconds: dict[str, float] = defaultdict(float)
         self.candidate_seconds: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.cpu_seconds: dict[str, float] = defaultdict(float)  # of all threads: a busy host adds little
@@ -79,7 +79,7 @@ class StageClock:
             Progressed(
                 fraction=fraction,
                 layer=layer,
-                layers=self.num_layers,
+                layers=self.steps,
                 eta_s=round(spent / fraction * (1 - fraction), 1),
             )
         )

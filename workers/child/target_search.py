@@ -78,14 +78,14 @@ class TargetSearch:
 
     def solve_layers(self, files: CandidateFiles) -> None:
         """The candidate's layers from the first one that is missing: a chain goes through all after it."""
-        work, calibration, num_layers = self.work, self.texts.calibration, self.work.plan.num_layers
-        first = next((layer for layer in range(num_layers) if not files.is_done(layer)), num_layers)
-        if first == num_layers:
+        work, calibration, steps = self.work, self.texts.calibration, self.work.plan.steps
+        first = next((layer for layer in range(steps) if not files.is_done(layer)), steps)
+        if first == steps:
             return
         self.restore_statistics()
         decoder = work.decoder()
         window = CalibrationPass(decoder, [calibration.tokens[:1]])  # for the equivalence check
-        shared = SharedLayers.of(range(first, num_layers), [files.candidate], calibrates=False)
+        shared = SharedLayers.of(range(first, steps), [files.candidate], calibrates=False)
         with started(work, calibration, shared, self.clock) as ranks, LayerWriter(work.device) as writer:
             chains = QuantizedChains(
                 shared.candidates, decoder, work.batches(calibration), ranks, self.clock
@@ -94,7 +94,7 @@ class TargetSearch:
             solver = LayerSolver(work, window, chains, writer, self.clock)
             for layer in shared.layers:
                 solver.solve(files, self.calibrated(decoder, layer))
-                self.clock.progress(0.6 * (layer + 1) / num_layers, layer + 1)
+                self.clock.progress(0.6 * (layer + 1) / steps, layer + 1)
             with self.clock.counted(Stage.PACKING, files.candidate.recipe_index):
                 writer.finish()
 
@@ -105,7 +105,7 @@ class TargetSearch:
     def restore_statistics(self) -> None:
         """Another calibration pass over what an earlier attempt took with it."""
         work, calibration = self.work, self.texts.calibration
-        missing = self.statistics.missing(work.plan.num_layers)
+        missing = self.statistics.missing(work.plan.steps)
         if not missing:
             return
         self.clock.note(

@@ -27,7 +27,7 @@ def task_scores(
     work: Work, tasks: LmEvalTasks, models: Sequence[LoadWeights], clock: StageClock
 ) -> list[TaskScores]:
     """The scores of each model beside the original's, which is asked along with them at first."""
-    decoder, num_layers = work.decoder(), work.plan.num_layers
+    decoder, steps = work.decoder(), work.plan.steps
     stored = answers_folder(work, tasks)
     first = not stored.holds(ANSWERS)
     answers = likelihoods(
@@ -35,7 +35,7 @@ def task_scores(
         tasks.requests,
         [decoder.layer_weights, *models] if first else models,
         BATCH_TOKENS,
-        lambda share: clock.progress(0.84 + 0.15 * share, num_layers),
+        lambda share: clock.progress(0.84 + 0.15 * share, steps),
     )
     if first:
         original, *answers = answers

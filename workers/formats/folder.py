@@ -39,7 +39,7 @@ class FormatFolder:
         self.candidate, self.format, self.packing = candidate, FORMATS[name], packing_of(name)
         self.entry = self.format.entry(candidate.modules)
         self.dtype = getattr(torch, plan.dtype)
-        self.prefixes = [plan.architecture.layer_prefix(layer) for layer in range(plan.num_layers)]
+        self.prefixes = [plan.architecture.layer_prefix(layer) for layer in range(plan.steps)]
         self.writer: ShardWriter | None = None
         self.layers_written = 0
         self.schemes = {linear.name: linear for linear in candidate.linears if linear.scheme is not None}
@@ -49,10 +49,10 @@ class FormatFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.write_side_files()
-        outside = [name for name in self.source.tensors if not name.startswith(tuple(self.prefixes))]
-        plans = [plan for name in outside for plan in self.tensor_plans(name)]
-        for prefix in self.prefixes:
-            plans += [plan for name in self.source.names(prefix) for plan in self.tensor_plans(name)]
+        layers = [self.names(layer) for layer in range(self.plan.steps)]
+        inside = {name for names in layers for name in names}
+        outside = [name for name in self.source.tensors if name not in inside]
+        plans = [plan for names in (outside, *layers) for name in names for plan in self.tensor_plans(name)]
         self.writer = ShardWriter(self.folder, plans, shard_bytes)
         for name in outside:
             self.writer.write_bytes(name, self.source.raw_bytes(name))
@@ -62,14 +62,20 @@ class FormatFolder:
         if self.writer is None:
             self.open(shard_bytes)
         for number in range(self.layers_written, layer + 1):
-            self.write_layer(self.prefixes[number], load_layer(number))
+            self.write_layer(number, load_layer(number))
             self.layers_written += 1
 
     def write(self, load_layer: LoadLayer, shard_bytes: int) -> None:
         """All files of the folder that are not written yet."""
-        self.add_layer(self.plan.num_layers - 1, load_layer, shard_bytes)
+        self.add_layer(self.plan.steps - 1, load_layer, shard_bytes)
         assert self.writer is not None
         self.writer.close()
+
+    def names(self, layer: int) -> list[str]:
+        """The original's tensors of a layer; of the head's step its matrix, if it is quantized."""
+        if not self.plan.architecture.is_head(layer):
+            return self.source.names(self.prefixes[layer])
+        return [] if self.candidate.head is None else [f"{self.candidate.head}.weight"]
 
     def write_side_files(self) -> None:
         config = {key: value for key, value in self.source.config.items() if key not in OF_THE_ORIGINAL}
@@ -95,9 +101,10 @@ class FormatFolder:
             for suffix, tensor in tensors.items()
         ]
 
-    def write_layer(self, prefix: str, result: LayerResult) -> None:
+    def write_layer(self, layer: int, result: LayerResult) -> None:
         assert self.writer is not None
-        for name in self.source.names(prefix):
+        prefix = self.prefixes[layer]
+        for name in self.names(layer):
             linear, local = self.linear_of(name), name.removeprefix(prefix)
             if linear is not None:
                 weight = result.quantized[linear.removeprefix(prefix)]
@@ -114,15 +121,18 @@ class FormatFolder:
         self, written: Checkpoint, layer: int
     ) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
-        prefix = self.prefixes[layer]
+        prefix, unused = self.prefixes[layer], self.source.unused
+        if self.plan.architecture.is_head(layer):
+            if self.candidate.head is None:
+                return {}, {}
+            unused = frozenset(n for n in written.tensors if not n.startswith(f"{self.candidate.head}."))
         stored = {
-            name: value.to(self.device)
-            for name, value in written.layer_tensors(prefix, self.source.unused).items()
+            name: value.to(self.device) for name, value in written.layer_tensors(prefix, unused).items()
         }
         quantized = {}
-        for full, plan in self.schemes.items():
-            if full.startswith(prefix):
-                name = full.removeprefix(prefix)
+        for name, plan in self.candidate.of_layer(self.plan.architecture, layer).items():
+            if plan.scheme is not None:
+                full = prefix + name
                 tensors = {
                     suffix: stored.pop(f"{name}.{suffix}")
                     for suffix in self.format.suffixes
@@ -152,7 +162,7 @@ class FormatFolder:
         Raises VerificationFailed naming the first linear or tensor that differs.
         """
         written = Checkpoint(self.folder)
-        for layer in range(self.plan.num_layers):
+        for layer in range(self.plan.steps):
             result = load_layer(layer)
             quantized, dense = self.read_layer(written, layer)
             wrong = [

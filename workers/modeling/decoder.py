@@ -8,7 +8,7 @@ that alternate between layers are right without knowledge of the architecture.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -147,14 +148,31 @@ class Head(nn.Module):
         super().__init__()
         self.model, self.first = model, first
 
-    def forward(self, states: Tensor) -> Tensor:
-        """(batch, tokens, …), or (tokens, …) of one row, to the same with the vocabulary as last axis."""
+    def forward(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(batch, tokens, …), or (tokens, …) of one row, to the same with the vocabulary as last axis.
+
+        `weights` by their full names replace the model's own.
+        """
         form = self.first.form
         batch = states if states.dim() == form.axes else states[None]
         self.first.after = form.inside(batch)
         tokens = torch.zeros(batch.shape[:2], dtype=torch.long, device=states.device)
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        inputs = {"input_ids": tokens, "use_cache": False}
+        logits: Tensor = functional_call(self.model, dict(weights or {}), (), inputs).logits
         return logits if batch is states else logits[0]
+
+
+class HeadInput(nn.Module):
+    """The head's step: computes what the head reads, whose module is `name` here, and returns the states."""
+
+    def __init__(self, behind: Head, name: str, head: NoHead) -> None:
+        super().__init__()
+        self._behind = (behind,)  # in a tuple: not a submodule
+        self.add_module(name, head)
+
+    def forward(self, states: Tensor) -> Tensor:
+        self._behind[0](states)
+        return states
 
 
 class Decoder:
@@ -281,12 +299,13 @@ class Decoder:
             setattr(self.around, name, self.layers)
 
     @contextmanager
-    def without_head(self) -> Iterator[None]:
-        """The model with states in place of logits."""
+    def without_head(self) -> Iterator[NoHead]:
+        """The model with states in place of logits; yields what is in the head's."""
         head = self.model.get_submodule(self.architecture.head)
-        self.model.set_submodule(self.architecture.head, NoHead(head, self.device))
+        none = NoHead(head, self.device)
+        self.model.set_submodule(self.architecture.head, none)
         try:
-            yield
+            yield none
         finally:
             self.model.set_submodule(self.architecture.head, head)
 
@@ -348,8 +367,14 @@ class Decoder:
         return next((each for each in candidates if each in self.checkpoint.tensors), name)
 
     def layer_weights(self, index: int, *, pinned: bool = False) -> dict[str, Tensor]:
-        """The checkpoint's tensors of a layer that the model uses, by name within the layer."""
+        """The checkpoint's tensors of a layer that the model uses, by name within the layer.
+
+        Of the head's step that is the head's matrix.
+        """
         prefix = self.architecture.layer_prefix(index)
+        if self.architecture.is_head(index):
+            (name,) = self.architecture.at(index).linears
+            return {f"{name}.weight": self.checkpoint.tensor(f"{prefix}{name}.weight", pinned=pinned)}
         used = {prefix + self.architecture.stored_name(name) for name in self.layers[index].state_dict()}
         used |= {prefix + stored for _, parts in self.architecture.kind(index).joined for stored in parts}
         unused = [name for name in self.checkpoint.names(prefix) if name not in used]
@@ -362,19 +387,40 @@ class Decoder:
 
     @contextmanager
     def layer(self, index: int, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
-        """Decoder layer `index` filled with `weights`."""
+        """Decoder layer `index` filled with `weights`.
+
+        The head's step is all that is behind the layers, without the head.
+        """
+        if self.architecture.is_head(index):
+            (name,) = self.architecture.at(index).linears
+            with self.without_head() as head, self.behind_layers() as behind:
+                yield HeadInput(behind, self.architecture.module_name(name), head)
+            return
         layer = self.layers[index]
         with self.loaded(layer, "", list(layer.state_dict()), self.with_joined(index, weights)) as filled:
             yield filled
 
     @contextmanager
-    def head(self) -> Iterator[nn.Module]:
+    def head(self) -> Iterator[Head]:
         """All that comes after the layers, as one module from hidden states to logits."""
+        head, path = self.model.get_submodule(self.architecture.head), self.architecture.head
+        with self.behind_layers() as behind, self.loaded(head, path + ".", list(head.state_dict())):
+            yield behind
+
+    def head_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the head's step by their names in the model, as it computes with them."""
+        return {
+            f"{self.architecture.head}.{name.rpartition('.')[2]}": value.to(self.device, self.dtype)
+            for name, value in weights.items()
+        }
+
+    @contextmanager
+    def behind_layers(self) -> Iterator[Head]:
+        """The same without the weights of the head's own module."""
         if self.form is None:
             self.start([torch.zeros(1, 2, dtype=torch.long)])
         assert self.form is not None
         replays = [Replay(layer, number, self.form) for number, layer in enumerate(self.layers)]
-        head, path = self.model.get_submodule(self.architecture.head), self.architecture.head
         with ExitStack() as stack:
             blanks = stack.enter_context(self.blank_embeddings())
             names = [
@@ -382,7 +428,6 @@ class Decoder:
             ]
             stack.enter_context(self.loaded(self.around, self.around_path, names))
             stack.enter_context(self.loaded_when_called())
-            stack.enter_context(self.loaded(head, path + ".", list(head.state_dict())))
             stack.enter_context(self.replaced(replays))
             yield Head(self.model, replays[0])
 

@@ -115,6 +115,8 @@ class LayerCalls:
 
     def of(self, batch: int, layer: int, carried: LayerArguments | None = None) -> LayerCall:
         """The call of a layer on a batch; with `carried`, on what other layers hand to it nothing is kept."""
+        if layer == len(self.recorded[batch]):
+            return LayerCall({}, LayerForm())  # the head's step takes the states alone
         twins: Twins = {}
         arguments = {
             key: rebuilt(value, lambda leaf: self.placed(batch, leaf), twins)

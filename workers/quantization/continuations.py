@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.modeling.decoder import Decoder
-from workers.quantization.evaluation import CHUNK_TOKENS, LoadWeights, final_states, log_probabilities
+from workers.quantization.evaluation import (
+    CHUNK_TOKENS,
+    HeadFunction,
+    LoadWeights,
+    final_states,
+    log_probabilities,
+    own_head,
+)
 
 SECTION_TOKENS = 65_536  # of a section, padding included: their hidden states are held for every model
 FULL_BATCHES = 4  # a section that has as many is ended by a row that is LONGER than its first
@@ -97,8 +104,8 @@ def likelihoods(
         states = final_states(decoder, batches, models, on_layer)
         predictions = Predictions.of(section, batches, requests, readers)
         with decoder.head() as head:
-            for own, answer in zip(states, answers, strict=True):
-                predictions.read(head, own, answer)
+            for load_weights, own, answer in zip(models, states, answers, strict=True):
+                predictions.read(own_head(decoder, head, load_weights), own, answer)
         done += size
     return answers
 
@@ -130,7 +137,7 @@ class Predictions:
         ]
         return cls(*torch.tensor(entries).unbind(dim=1))
 
-    def read(self, head: nn.Module, states: list[Tensor], answer: Likelihoods) -> None:
+    def read(self, head: HeadFunction, states: list[Tensor], answer: Likelihoods) -> None:
         """Add the section's requests to a model's answers, by its states of each batch."""
         for index, batch in enumerate(states):
             inside = (self.batch == index).nonzero()[:, 0]

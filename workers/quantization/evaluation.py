@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from scipy.special import stdtrit
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.core.jobs.report import Interval, Quality
 from workers.modeling.decoder import Decoder
@@ -22,7 +22,9 @@ from workers.modeling.prefetch import WeightPrefetch
 
 CHUNK_TOKENS = 256  # logits are (tokens, vocabulary): a window at once could outgrow the largest layer
 CONFIDENCE = 0.95  # of intervals
+# Of a layer, or of the head's step: empty there if the head is the original's.
 LoadWeights = Callable[[int], dict[str, Tensor]]
+HeadFunction = Callable[..., Tensor]  # (tokens, hidden) to logits
 
 
 @torch.no_grad()
@@ -73,15 +75,45 @@ class TokenFigures:
 
 
 @torch.no_grad()
-def compare(decoder: Decoder, batches: list[Tensor], states: list[list[Tensor]]) -> list[Quality]:
-    """The quality of each model by its final states; the first is the original."""
+def compare(
+    decoder: Decoder, batches: list[Tensor], states: list[list[Tensor]], models: Sequence[LoadWeights] = ()
+) -> list[Quality]:
+    """The quality of each model by its final states; the first is the original.
+
+    `models` are the others, where one has a head of its own. Of those heads one is held at a time.
+    """
+    figures: dict[int, TokenFigures] = {}
     with decoder.head() as head:
-        figures = token_figures(head, batches, states)
-    return [quality_of(figures[0], own) for own in figures]
+        for index, load_weights in enumerate(models, start=1):
+            own = own_head(decoder, head, load_weights)
+            if own is not head:
+                pair = [states[0], states[index]]
+                figures[index] = token_figures(head, batches, pair, own)[1]
+        others = [index for index in range(len(states)) if index not in figures]
+        rest = token_figures(head, batches, [states[index] for index in others])
+    figures |= zip(others, rest, strict=True)
+    return [quality_of(figures[0], figures[index]) for index in range(len(states))]
 
 
-def token_figures(head: nn.Module, batches: list[Tensor], states: list[list[Tensor]]) -> list[TokenFigures]:
-    """What each model makes of each token. A chunk of logits is held for two models at a time."""
+def own_head(decoder: Decoder, head: HeadFunction, load_weights: LoadWeights) -> HeadFunction:
+    """A model's own head; the original's, which is `head`, if the model's head step is empty."""
+    step = decoder.architecture.head_step
+    if step is None or load_weights == decoder.layer_weights:
+        return head
+    weights = load_weights(step.number)
+    return partial(head, weights=decoder.head_weights(weights)) if weights else head
+
+
+def token_figures(
+    head: HeadFunction,
+    batches: list[Tensor],
+    states: list[list[Tensor]],
+    own_head: HeadFunction | None = None,
+) -> list[TokenFigures]:
+    """What each model makes of each token. A chunk of logits is held for two models at a time.
+
+    All but the first, the original, have `own_head`, or its head.
+    """
     length = batches[0].shape[1] - 1
     windows = sum(batch.shape[0] for batch in batches)
     device = states[0][0].device
@@ -98,7 +130,7 @@ def token_figures(head: nn.Module, batches: list[Tensor], states: list[list[Tens
                 continue
             probabilities, likeliest = original.exp(), original.argmax(dim=1, keepdim=True)
             for own, hidden in zip(figures[1:], states[1:], strict=True):
-                mine = log_probabilities(head, hidden[index][row, :-1][chunk])
+                mine = log_probabilities(own_head or head, hidden[index][row, :-1][chunk])
                 terms = probabilities * (original - mine)
                 own.loss[window, chunk] = -mine.gather(1, expected)[:, 0].double()
                 own.kl[window, chunk] = terms.sum(dim=1, dtype=torch.float64)
@@ -147,6 +179,6 @@ def percentile(tokens: Tensor, share: float) -> float:
     return float(figures.kthvalue(math.ceil(share * len(figures))).values)
 
 
-def log_probabilities(head: nn.Module, states: Tensor) -> Tensor:
+def log_probabilities(head: HeadFunction, states: Tensor) -> Tensor:
     """(tokens, hidden) to float32 (tokens, vocabulary)."""
     return torch.log_softmax(head(states).to(torch.float32), dim=-1)

@@ -44,7 +44,7 @@ class OwnChain:
     """The view of one layer on the quantized chain of one recipe."""
 
     observe: Observe
-    lesson: Callable[[], Lesson]
+    lesson: Callable[[], Lesson] | None  # None for the head, whose outputs are too many to learn from
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
                     report.append(entry_of(task, index, choices[index], linear, rounded))
                     weights[name + ".weight"] = rounded.weight.dequantize()
     result = LayerResult(quantized, stored_dense(task, folded), report)
-    if task.chain is not None and task.recipe.method == "omniquant":
+    if task.chain is not None and task.chain.lesson and task.recipe.method == "omniquant":
         scaled = tuple(choice is not None for choice in choices)
         return learned_layer(task, linears, folded, scaled, result)
     return result, folded
@@ -141,6 +141,7 @@ def learned_layer(
 ) -> tuple[LayerResult, dict[str, Tensor]]:
     """The layer after OmniQuant's lesson, and its folded but unrounded weights."""
     assert task.chain is not None
+    assert task.chain.lesson is not None
     groups = task.architecture.groups
     aims = {**folded, **{name + ".weight": linear.weight for name, linear in linears.items()}}
     draft = Draft(task.architecture, task.heads, task.dtype, aims, scaled, start.quantized)

@@ -138,7 +138,7 @@ class Costs:
     def __init__(self, plan: Plan, spec: JobSpec, profile: DeviceProfile) -> None:
         self.plan, self.spec, self.profile = plan, spec, profile
         self.length = spec.calibration.sequence_length
-        self.linears = plan.candidates[0].linears
+        self.linears = plan.candidates[0].in_layers
         self.inputs = inputs_of(plan)
 
     def tokens(self, linear: LinearPlan, tokens: float) -> float:
@@ -242,7 +242,7 @@ class Costs:
         packed = quantized * len(candidate.output_bytes)
         reading = self.passes(quantized, VERIFY_BYTES)
         checking = self.forward(1) + quantized / self.profile.disk  # each layer is checked, then kept
-        checking += self.plan.num_layers * LAYER_SECONDS
+        checking += self.plan.steps * LAYER_SECONDS
         folders = FOLDER_SECONDS * len(candidate.output_bytes)
         own = {
             Stage.SEARCHING: self.scales(candidate) + self.rounding(candidate) + checking,
@@ -304,7 +304,7 @@ def inputs_of(plan: Plan) -> list[tuple[int, float]]:
     """(channels, share of the tokens) of every input with a second moment, over all layers."""
     widths = {each.name: each.in_features for each in plan.candidates[0].linears}
     inputs = []
-    for layer in range(plan.num_layers):
+    for layer in range(plan.steps):
         prefix = plan.architecture.layer_prefix(layer)
         inputs += [
             (widths[prefix + group.balance_layers[0]], plan.routed_share if group.expert else 1.0)
@@ -318,7 +318,7 @@ def groups_of(plan: Plan, candidate: CandidatePlan) -> list[tuple[int, int]]:
     """(rows, channels) of every group with a scale search."""
     linears = {each.name: each for each in candidate.linears}
     groups = []
-    for layer in range(plan.num_layers):
+    for layer in range(plan.steps):
         prefix = plan.architecture.layer_prefix(layer)
         for group in plan.architecture.at(layer).groups:
             members = [linears[prefix + name] for name in group.balance_layers if prefix + name in linears]
@@ -331,7 +331,7 @@ def largest_layer_moments(plan: Plan) -> int:
     """Bytes of second moments in the layer with the most."""
     per_layer: dict[int, int] = {}
     widths = {each.name: each.in_features for each in plan.candidates[0].linears}
-    for layer in range(plan.num_layers):
+    for layer in range(plan.steps):
         prefix = plan.architecture.layer_prefix(layer)
         per_layer[layer] = sum(
             4 * widths.get(prefix + group.balance_layers[0], 0) ** 2
@@ -388,7 +388,7 @@ def answers_bytes(plan: Plan, spec: JobSpec, device: DeviceKind) -> int:
 
 def activations(plan: Plan, samples: int, length: int) -> int:
     """Bytes inside a decoder layer while a batch of windows passes."""
-    widest = max(each.out_features for each in plan.candidates[0].linears)
+    widest = max(each.out_features for each in plan.candidates[0].in_layers)
     return 4 * 4 * min(max(1, BATCH_TOKENS // length), samples) * length * widest
 
 

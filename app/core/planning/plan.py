@@ -77,6 +77,11 @@ class CandidatePlan(Frozen):
         schemes = {linear.name: linear.scheme for linear in self.linears}
         return ModuleSchemes(schemes, self.full_precision, self.towers, self.head)
 
+    @property
+    def in_layers(self) -> tuple[LinearPlan, ...]:
+        """The linears but the head."""
+        return tuple(linear for linear in self.linears if linear.name != self.head)
+
     def of_layer(self, architecture: Architecture, layer: int) -> dict[str, LinearPlan]:
         """The linears of a layer, or of the head's step, by their names in it."""
         prefix = architecture.layer_prefix(layer)

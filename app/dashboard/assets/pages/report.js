@@ -120,7 +120,7 @@ function Sensitivity({ candidate }) {
 /** Where the candidate's integers end, else where all but a thousandth of the weights lie. */
 function boundsOf(histogram, candidate) {
   const linear = candidate?.layers.flatMap((layer) => layer.linears.map((each) => ({ ...each, layer: layer.layer })))
-    .find((each) => histogram.linear.endsWith(`layers.${each.layer}.${each.linear}`));
+    .find((each) => histogram.linear === each.linear || histogram.linear.endsWith(`layers.${each.layer}.${each.linear}`));
   if (typeof linear?.clip_low === "number") return { marks: [linear.clip_low, linear.clip_high], said: "; lines at the clip bounds, medians over groups" };
   const marks = ["p0.1", "p99.9"].map((key) => histogram.percentiles[key]).filter((value) => value !== undefined);
   return { marks, said: marks.length ? "; lines at the 0.1 and 99.9 percentiles" : "" };

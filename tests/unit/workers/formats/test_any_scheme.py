@@ -53,21 +53,21 @@ def jobs(draw: st.DrawFn) -> JobSpec:
         symmetric = name == "gptq" or draw(st.booleans())
         recipe = {**draw(schemes), "symmetric": symmetric}
         recipe["overrides"] = [{"match": match, **scheme} for match, scheme in overrides]
-    recipe["ignore"] = draw(st.lists(st.sampled_from(SETS[3:]), max_size=2, unique=True))
+    recipe["ignore"] = draw(st.lists(st.sampled_from([*SETS[3:], "lm_head"]), max_size=3, unique=True))
     return tiny_spec(recipe, formats=(name,))  # type: ignore[arg-type]
 
 
 def random_layers(plan: Plan, seed: int) -> list[LayerResult]:
     """Random integers and scales for every quantized linear."""
     layers = []
-    for layer in range(plan.num_layers):
-        prefix = plan.architecture.layer_prefix(layer)
+    for layer in range(plan.steps):
+        linears = plan.candidates[0].of_layer(plan.architecture, layer)
         quantized = {
-            linear.name.removeprefix(prefix): random_weight(
-                linear.scheme, linear.out_features, linear.in_features, seed + index
+            name: random_weight(
+                linear.scheme, linear.out_features, linear.in_features, seed + 100 * layer + index
             )
-            for index, linear in enumerate(plan.candidates[0].linears)
-            if linear.name.startswith(prefix) and linear.scheme is not None
+            for index, (name, linear) in enumerate(linears.items())
+            if linear.scheme is not None
         }
         layers.append(LayerResult(quantized, {}, []))
     return layers
@@ -94,9 +94,12 @@ def test_what_is_read_back_is_what_was_computed(
         entry = json.loads((folder.folder / "config.json").read_text())["quantization_config"]
     find = {"awq": awq_transformers, "gptq": gptq_server, "compressed-tensors": ct_library}
     for linear in candidate.linears:
+        if linear.name == candidate.head and folder.name == "awq":
+            continue  # transformers takes no head of awq files, which a note says
         for name in (linear.name, *fused_names(linear.name, folder.name)):
             assert find[folder.name](entry, name) == linear.scheme, name
-    assert find[folder.name](entry, "lm_head") is None or folder.name == "gptq"
+    head = find[folder.name](entry, "lm_head")
+    assert head is None or folder.name == "gptq" or candidate.head is not None
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)

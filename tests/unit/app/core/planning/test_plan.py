@@ -102,12 +102,6 @@ def test_an_open_group_size_is_the_largest_that_divides_all_inputs(
         assert (again.candidates, again.choices) == (plan.candidates, ())
 
 
-def test_a_head_that_ignore_forgets_is_noted() -> None:
-    assert planned(asked(ignore=[])).notes == (
-        "recipe 0: lm_head keeps its precision although `ignore` does not name it",
-    )
-
-
 def test_patterns_that_match_nothing_are_noted() -> None:
     plan = planned(asked(ignore=["lm_head", "mlp.gate"], overrides=[{"match": "re:down", "bits": 8}]))
     assert plan.notes == (
