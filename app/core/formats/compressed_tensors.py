@@ -127,6 +127,11 @@ class CompressedTensorsFormat(FileFormat):
                 f"transformers 5.24 opens compressed-tensors files of {model_type} with other weights than "
                 "they hold, without an error; use another loader"
             )
+        if model_type == "gpt_oss":
+            yield (
+                "vLLM 0.32's class of gpt_oss loads experts that lie in one tensor a layer, and passes over "
+                "those of compressed-tensors files, each in tensors of its own; use another loader"
+            )
         if modules.narrow:
             yield (
                 f"vLLM 0.33 runs compressed-tensors files of {modules.narrow} bits on NVIDIA GPUs alone; "

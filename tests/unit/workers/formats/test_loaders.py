@@ -194,6 +194,12 @@ def test_compressed_tensors_where_a_class_of_vllm_has_other_names(model_type: st
             assert ct_server(entry, f"{rename(module)}.0.{leaf}", VLLM) == scheme
 
 
+@pytest.mark.parametrize(("model_type", "noted"), [("gpt_oss", True), ("mixtral", False)])
+def test_a_note_says_whose_experts_vllm_passes_over(model_type: str, noted: bool) -> None:
+    plan = plan_job(asked("compressed-tensors"), *model(model_type))
+    assert any("passes over" in note for note in plan.notes) is noted
+
+
 def test_tables_are_not_listed_and_linears_with_such_a_name_are() -> None:
     planned = candidate("deepseek_v3", "compressed-tensors", "one scheme")
     assert "model.embed_vision.embedding_projection" in planned.full_precision
