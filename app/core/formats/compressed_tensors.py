@@ -19,7 +19,14 @@ from typing import Any
 
 from app.core.formats.file_format import FileFormat, FormatRefusal, ModuleSchemes, Scheme, StoredTensor, words
 from app.core.formats.schemes import SCHEMES, InputRounding, Scales
-from app.core.formats.targets import compact_patterns, expert_names, expert_set, fused_names
+from app.core.formats.targets import (
+    ANYWHERE,
+    compact_patterns,
+    expert_names,
+    expert_set,
+    fused_names,
+    matched,
+)
 
 LAYOUT = "pack-quantized"
 MIXED = "mixed-precision"
@@ -112,7 +119,7 @@ class CompressedTensorsFormat(FileFormat):
             "config_groups": groups,
             "ignore": [
                 *asked_names(modules.unquantized),
-                *(f"re:{pattern}" for pattern in unquantized_experts(modules)),
+                *(f"re:{pattern}" for pattern in (*unquantized_experts(modules), *outside_layers(modules))),
                 *(f"re:{tower}" for tower in modules.tower_patterns),
             ],
             "kv_cache_scheme": None,
@@ -194,6 +201,17 @@ def unquantized_experts(modules: ModuleSchemes) -> list[str]:
     """Patterns of the experts that keep their precision: vLLM's gpt_oss renames plain `down_proj`."""
     experts = asked_names(name for name in modules.unquantized if expert_set(name) is not None)
     return compact_patterns(experts, asked_names((*modules.linears, *modules.full_precision)))
+
+
+def outside_layers(modules: ModuleSchemes) -> list[str]:
+    """Patterns of what is in no list of layers: vLLM's gemma3n has `altup_projections` in half a decoder."""
+    quantized = asked_names(name for name, scheme in modules.linears.items() if scheme is not None)
+    patterns = [
+        f"^{ANYWHERE}{re.escape(tail[1])}$"
+        for name in modules.full_precision
+        if (tail := re.fullmatch(r"(?:[^.\d][^.]*\.)+([^.\d][^.]*(?:\.\d+)?)", name))
+    ]
+    return [pattern for pattern in dict.fromkeys(patterns) if not matched([pattern], quantized)]
 
 
 def config_group(modules: ModuleSchemes, scheme: Scheme, *, only: bool) -> dict[str, Any]:

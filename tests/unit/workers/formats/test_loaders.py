@@ -194,6 +194,17 @@ def test_compressed_tensors_where_a_class_of_vllm_has_other_names(model_type: st
             assert ct_server(entry, f"{rename(module)}.0.{leaf}", VLLM) == scheme
 
 
+def test_modules_outside_the_layers_are_left_alone_wherever_a_class_has_them() -> None:
+    config, tensors = model("gemma3n_text")
+    tensors |= {f"model.{name}.weight": header((64, 64)) for name in ("altup_projections.0", "projection")}
+    entry = FORMATS["compressed-tensors"].entry(
+        plan_job(asked("compressed-tensors"), config, tensors).candidates[0].modules
+    )
+    for name in ("altup_projections.0", "projection"):
+        assert ct_server(entry, f"language_model.model.self_decoder.{name}", VLLM) is None
+    assert ct_server(entry, "language_model.model.layers.0.mlp.down_proj", VLLM) is not None
+
+
 @pytest.mark.parametrize(("model_type", "noted"), [("gpt_oss", True), ("mixtral", False)])
 def test_a_note_says_whose_experts_vllm_passes_over(model_type: str, noted: bool) -> None:
     plan = plan_job(asked("compressed-tensors"), *model(model_type))
