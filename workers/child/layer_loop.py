@@ -8,8 +8,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
 from app.core.jobs.report import WeightHistogram
 from app.core.records.job import Stage
 from workers.child.candidate_files import CandidateFiles
@@ -20,6 +18,7 @@ from workers.child.quantized_chains import QuantizedChains
 from workers.child.ranks import SharedLayers, start_pass, started
 from workers.child.stage_clock import StageClock
 from workers.child.work import Work
+from workers.modeling.layer_weights import Weights
 from workers.modeling.prefetch import WeightPrefetch, layer_reads
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.histograms import weight_histogram
@@ -101,7 +100,7 @@ def calibrate_layer(
     return CalibratedLayer(layer, work.full_precision(weights), statistics)
 
 
-def layer_histograms(work: Work, layer: int, weights: dict[str, Tensor]) -> list[WeightHistogram]:
+def layer_histograms(work: Work, layer: int, weights: Weights) -> list[WeightHistogram]:
     """Of the linears of a layer with these float32 weights."""
     prefix = work.plan.architecture.layer_prefix(layer)
     return [

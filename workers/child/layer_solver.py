@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-
-from torch import Tensor
 
 from app.core.errors import RecipeUnsupported, VerificationFailed
 from app.core.jobs.report import ExpertTokens, LayerReport, LinearReport
@@ -16,10 +14,12 @@ from app.core.planning.architectures import Architecture
 from app.core.planning.plan import CandidatePlan, Plan
 from app.core.records.job import Stage
 from workers.child.candidate_files import CandidateFiles
+from workers.child.layer_files import StoredLinears
 from workers.child.layer_writer import LayerWriter
 from workers.child.quantized_chains import QuantizedChains
 from workers.child.stage_clock import StageClock
 from workers.child.work import Work
+from workers.modeling.layer_weights import Weights
 from workers.quantization.calibration import EQUIVALENCE_LIMIT, CalibrationPass, equivalence_error
 from workers.quantization.folding import Heads
 from workers.quantization.input_statistics import EXPERT_TOKENS, LayerStatistics
@@ -31,7 +31,7 @@ class CalibratedLayer:
     """A layer that is ready for any recipe."""
 
     layer: int
-    weights: dict[str, Tensor]  # float32 on the device, by name in the layer
+    weights: Weights  # float32 on the device, by name in the layer
     statistics: LayerStatistics
 
 
@@ -54,22 +54,26 @@ class LayerSolver:
         candidate = files.candidate
         with self.clock.stage(Stage.SEARCHING, candidate.recipe_index):
             chain = self.chains.view(candidate, calibrated.weights)
-            result, report = self.quantized(candidate, calibrated, chain)
+            result, report = self.quantized(files, calibrated, chain)
             self.writer.put(partial(files.keep_layer, result, report))
             self.chains.advance(candidate, calibrated.weights, result)
 
     def quantized(
-        self, candidate: CandidatePlan, calibrated: CalibratedLayer, chain: OwnChain | None
+        self, files: CandidateFiles, calibrated: CalibratedLayer, chain: OwnChain | None
     ) -> tuple[LayerResult, LayerReport]:
         """The layer and its report; `chain` is the candidate's own view of it."""
-        started, layer = time.monotonic(), calibrated.layer
+        started, layer, candidate = time.monotonic(), calibrated.layer, files.candidate
+        linears = files.new_linears(layer)
         try:
-            result, folded = quantize_layer(layer_task(self.work, candidate, calibrated, chain))
+            task = layer_task(self.work, candidate, calibrated, chain)
+            result, folded = quantize_layer(replace(task, quantized=linears))
         except RecipeUnsupported as refusal:
             where = f"recipe {candidate.recipe_index}, layer {layer}"
             raise RecipeUnsupported(
                 f"{where}: {refusal.message}", code=refusal.code, remedy=refusal.remedy
             ) from refusal
+        if isinstance(linears, StoredLinears):
+            linears.file.flush()
         error = 0.0  # nothing is folded before the head
         if not self.work.plan.architecture.is_head(layer):
             error = equivalence_error(self.run, layer, folded, calibrated.statistics.probe)
@@ -97,11 +101,11 @@ class LayerSolver:
 def expert_tokens(statistics: LayerStatistics, architecture: Architecture) -> ExpertTokens | None:
     """How many tokens each of a layer's experts saw; None without experts."""
     by_expert = {
-        group.expert: seen
+        group.expert: (seen.routed_tokens or 0, seen.all_shown)
         for group, seen in zip(architecture.groups, statistics.groups, strict=True)
         if group.expert is not None
     }
-    counts = [seen.routed_tokens or 0 for seen in by_expert.values()]
+    counts = [count for count, _ in by_expert.values()]
     if not counts:
         return None
     return ExpertTokens(
@@ -110,7 +114,7 @@ def expert_tokens(statistics: LayerStatistics, architecture: Architecture) -> Ex
         median=median(counts),
         few=sum(count < EXPERT_TOKENS for count in counts),
         needed=EXPERT_TOKENS,
-        all_shown=all(seen.all_shown for seen in by_expert.values()),
+        all_shown=all(shown for _, shown in by_expert.values()),
     )
 
 

@@ -18,6 +18,7 @@ from app.core.records.job import Stage
 from workers.child.layer_files import LayerCheckpoints
 from workers.child.stage_clock import StageClock
 from workers.modeling.decoder import Decoder
+from workers.modeling.layer_weights import Weights, shape_of
 from workers.quantization.calibration import CalibrationPass
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.layer import LayerResult, OwnChain
@@ -64,14 +65,14 @@ class QuantizedChains:
                     result = checkpoints.load_layer(recipe, chain.layer)
                     chain.advance(original, result.weights(original))
 
-    def view(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> OwnChain | None:
+    def view(self, candidate: CandidatePlan, original: Weights) -> OwnChain | None:
         """The present layer on the candidate's own chain; None if it has none."""
         chain = self.passes.get(candidate.recipe_index)
         if chain is None:
             return None
 
         def observe(
-            groups: Sequence[int], own: dict[str, Tensor], scales: Sequence[Tensor | None]
+            groups: Sequence[int], own: Weights, scales: Sequence[Tensor | None]
         ) -> list[InputStatistics]:
             with self.timed(candidate.recipe_index):
                 hand_out_weights(chain, own)
@@ -84,7 +85,7 @@ class QuantizedChains:
 
         return OwnChain(observe, None if chain.at_head else lesson)
 
-    def advance(self, candidate: CandidatePlan, original: dict[str, Tensor], result: LayerResult) -> None:
+    def advance(self, candidate: CandidatePlan, original: Weights, result: LayerResult) -> None:
         """Pass the candidate's chain through the layer as it was quantized."""
         chain = self.passes.get(candidate.recipe_index)
         if chain is not None:
@@ -93,7 +94,7 @@ class QuantizedChains:
                 hand_out_weights(chain, own)
                 chain.advance(original, own)
 
-    def follow(self, candidate: CandidatePlan, original: dict[str, Tensor]) -> None:
+    def follow(self, candidate: CandidatePlan, original: Weights) -> None:
         """Run a further rank's share of the passes while the first rank solves a layer."""
         chain = self.passes[candidate.recipe_index]
         architecture = chain.decoder.architecture.at(chain.layer)
@@ -105,7 +106,7 @@ class QuantizedChains:
         chain.advance(original, hand_out_weights(chain, original))
 
 
-def hand_out_weights(chain: PairedPass, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def hand_out_weights(chain: PairedPass, weights: Weights) -> Weights:
     """A layer's weights of the first rank, as every rank computes with them; others name their shapes."""
     if chain.ranks.size == 1:
         return weights
@@ -121,7 +122,7 @@ def hand_out_weights(chain: PairedPass, weights: dict[str, Tensor]) -> dict[str,
 def hand_out_scales(
     chain: PairedPass,
     groups: Sequence[int],
-    original: dict[str, Tensor],
+    original: Weights,
     scales: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
     """The scales that divide the groups' inputs in the first rank's copy of the layer; ones by default."""
@@ -130,8 +131,8 @@ def hand_out_scales(
     architecture = chain.decoder.architecture.at(chain.layer)
     shared = []
     for position, index in enumerate(groups):
-        weight = original[architecture.groups[index].balance_layers[0] + ".weight"]
-        ones = torch.ones(weight.shape[1], device=chain.decoder.device)
+        channels = shape_of(original, architecture.groups[index].balance_layers[0] + ".weight")[1]
+        ones = torch.ones(channels, device=chain.decoder.device)
         factor = None if scales is None else scales[position]
         shared.append(ones if factor is None else factor.to(ones).contiguous())
     chain.ranks.hand_out(shared)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from app.core.planning.architectures import Architecture
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import split_experts
 from workers.modeling.layer_calls import ArgumentStore, LayerArguments, LayerCalls, LayerForm, alike
+from workers.modeling.layer_weights import Deferred, DeferredWeights, Weights, deferred, replaced
 
 CLASSES = (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -176,7 +179,14 @@ class HeadInput(nn.Module):
 
 
 class Decoder:
-    """Embedding, decoder layers and head of a checkpoint, each loaded when it is asked for."""
+    """Embedding, decoder layers and head of a checkpoint, each loaded when it is asked for.
+
+    Of the layers in `by_expert` the weights of experts are read when one is called, and let go after it;
+    sums over their inputs go to files in `scratch`.
+    """
+
+    by_expert: frozenset[int] = frozenset()
+    scratch: Path | None = None
 
     def __init__(
         self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device, dtype: torch.dtype
@@ -311,7 +321,7 @@ class Decoder:
 
     @contextmanager
     def loaded(
-        self, module: nn.Module, prefix: str, names: list[str], weights: dict[str, Tensor] | None = None
+        self, module: nn.Module, prefix: str, names: list[str], weights: Weights | None = None
     ) -> Iterator[nn.Module]:
         """`module` with the parameters `names` on the device, from `weights` or the checkpoint.
 
@@ -319,9 +329,10 @@ class Decoder:
         """
 
         def placed(name: str) -> Tensor:
-            value = weights[self.architecture.stored_name(name)] if weights else self.stored(prefix + name)
-            dtype = self.dtype if value.is_floating_point() else value.dtype
-            return value.to(self.device, dtype)  # the head as it is stored may go: it can be large
+            # The head as it is stored may go: it can be large.
+            return self.computed(
+                weights[self.architecture.stored_name(name)] if weights else self.stored(prefix + name)
+            )
 
         state = {name: placed(name) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
@@ -330,6 +341,10 @@ class Decoder:
         finally:
             meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
             module.load_state_dict(meta, strict=False, assign=True)
+
+    def computed(self, value: Tensor) -> Tensor:
+        """A stored tensor as the model computes with it."""
+        return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
 
     @contextmanager
     def loaded_when_called(self) -> Iterator[None]:
@@ -366,7 +381,7 @@ class Decoder:
         candidates = names if name == names[0] else (name, stored)
         return next((each for each in candidates if each in self.checkpoint.tensors), name)
 
-    def layer_weights(self, index: int, *, pinned: bool = False) -> dict[str, Tensor]:
+    def layer_weights(self, index: int, *, pinned: bool = False) -> Weights:
         """The checkpoint's tensors of a layer that the model uses, by name within the layer.
 
         Of the head's step that is the head's matrix.
@@ -378,16 +393,35 @@ class Decoder:
         used = {prefix + self.architecture.stored_name(name) for name in self.layers[index].state_dict()}
         used |= {prefix + stored for _, parts in self.architecture.kind(index).joined for stored in parts}
         unused = [name for name in self.checkpoint.names(prefix) if name not in used]
-        return self.checkpoint.layer_tensors(prefix, unused, pinned=pinned)
+        if index not in self.by_expert:
+            return self.checkpoint.layer_tensors(prefix, unused, pinned=pinned)
+        later = [f"{linear}.weight" for linear in self.architecture.expert_linears(index)]
+        held = self.checkpoint.layer_tensors(
+            prefix, {*unused, *(prefix + name for name in later)}, pinned=pinned
+        )
+        reads = {
+            name: Deferred(
+                self.checkpoint.tensors[prefix + name].shape,
+                partial(self.checkpoint.tensor, prefix + name, pinned=pinned),
+            )
+            for name in later
+        }
+        return DeferredWeights(held, reads)
 
-    def with_joined(self, index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def scratch_of(self, index: int) -> Path | None:
+        """Where the sums of a layer's experts lie, if not in memory."""
+        return self.scratch if index in self.by_expert else None
+
+    def with_joined(self, index: int, weights: Weights) -> Weights:
         """The weights of a layer, and those that checkpoints hold in parts as transformers has them."""
         joined = self.architecture.kind(index).joined
-        return {**weights, **{name: torch.cat([weights[each] for each in parts]) for name, parts in joined}}
+        return replaced(
+            weights, {name: torch.cat([weights[each] for each in parts]) for name, parts in joined}
+        )
 
     @contextmanager
-    def layer(self, index: int, weights: dict[str, Tensor]) -> Iterator[nn.Module]:
-        """Decoder layer `index` filled with `weights`.
+    def layer(self, index: int, weights: Weights) -> Iterator[nn.Module]:
+        """Decoder layer `index` filled with `weights`; deferred ones are there while they are used.
 
         The head's step is all that is behind the layers, without the head.
         """
@@ -396,8 +430,15 @@ class Decoder:
             with self.without_head() as head, self.behind_layers() as behind:
                 yield HeadInput(behind, self.architecture.module_name(name), head)
             return
-        layer = self.layers[index]
-        with self.loaded(layer, "", list(layer.state_dict()), self.with_joined(index, weights)) as filled:
+        layer, weights = self.layers[index], self.with_joined(index, weights)
+        stored = {name: self.architecture.stored_name(name) for name in layer.state_dict()}
+        later = deferred(weights)
+        makes = {name: later[key].make for name, key in stored.items() if key in later}
+        names = [name for name in stored if name not in makes]
+        with (
+            self.loaded(layer, "", names, weights) as filled,
+            filled_when_called(filled, makes, self.computed),
+        ):
             yield filled
 
     @contextmanager
@@ -446,6 +487,35 @@ class Decoder:
         finally:
             for name, table in tables.items():
                 self.model.set_submodule(name, table)
+
+
+@contextmanager
+def filled_when_called(
+    layer: nn.Module, makes: dict[str, Callable[[], Tensor]], computed: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Parameters of a layer are made, by name, before their module runs, and go after it."""
+    with ExitStack() as stack:
+        for name, make in makes.items():
+            path, _, last = name.rpartition(".")
+            module = layer.get_submodule(path)
+            absent = getattr(module, last)
+
+            def fill(module: nn.Module, _inputs: Any, last: str = last, make: Any = make) -> None:
+                setattr(module, last, nn.Parameter(computed(make()), requires_grad=False))
+
+            def empty(
+                module: nn.Module,
+                _inputs: Any = (),
+                _output: Any = None,
+                last: str = last,
+                absent: Any = absent,
+            ) -> None:
+                setattr(module, last, absent)
+
+            stack.callback(empty, module)  # also where the run was ended before its end
+            stack.callback(module.register_forward_pre_hook(fill).remove)
+            stack.callback(module.register_forward_hook(empty).remove)
+        yield
 
 
 def axes_of(states: Tensor | None, tokens: Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ class ScratchFile:
     """Tensors outside of the memory, in a file without a name: it goes with this object, whatever ends it."""
 
     def __init__(self, folder: Path) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed with the object
+        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed with this object
+        weakref.finalize(self, self.file.close)
         self.size = 0
 
     def write(self, values: Tensor, start: int | None = None) -> int:

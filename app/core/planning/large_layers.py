@@ -19,6 +19,27 @@ def layers_by_expert(plan: Plan, device: DeviceKind) -> frozenset[int]:
     )
 
 
+def held_parameters(plan: Plan, apart: frozenset[int]) -> int:
+    """Of the layer with most in memory at once, where the layers in `apart` hold no expert."""
+    largest = plan.layer_bytes // (4 if plan.dtype == "float32" else 2)
+    if not apart:
+        return largest
+    sizes = {linear.name: linear.parameters for linear in plan.candidates[0].linears}
+    whole, without = [], []
+    for layer in range(plan.num_layers):
+        prefix = plan.architecture.layer_prefix(layer)
+        whole.append(sum(sizes.get(prefix + name, 0) for name in plan.architecture.at(layer).linears))
+        experts = sum(sizes.get(name, 0) for name in expert_names(plan, layer))
+        without.append(whole[-1] - (experts if layer in apart else 0))
+    return largest - max(whole) + max(without)
+
+
+def largest_expert_linear(plan: Plan, apart: frozenset[int]) -> int:
+    """Parameters of the largest linear of an expert that is worked on alone."""
+    names = {name for layer in apart for name in expert_names(plan, layer)}
+    return max((each.parameters for each in plan.candidates[0].linears if each.name in names), default=0)
+
+
 def expert_names(plan: Plan, layer: int) -> list[str]:
     """The linears of a layer's experts, by their full names."""
     prefix = plan.architecture.layer_prefix(layer)
