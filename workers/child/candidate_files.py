@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from app.core.child.assignment import OUTPUT
@@ -10,6 +11,7 @@ from app.core.planning.plan import CandidatePlan
 from workers.child.layer_files import LayerCheckpoints
 from workers.child.work import Work
 from workers.formats.folder import FormatFolder
+from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.layer import LayerResult
 
 
@@ -32,11 +34,17 @@ class CandidateFiles:
             for name in work.spec.formats
         )
         for folder in folders:
-            folder.device = work.device
+            folder.device, folder.by_expert = work.device, work.by_expert
         return cls(work, candidate, checkpoints, folders)
 
     def is_done(self, layer: int) -> bool:
         return self.checkpoints.holds(self.checkpoints.layer_key(self.candidate.recipe_index, layer))
+
+    def new_linears(self, layer: int) -> MutableMapping[str, QuantizedWeight]:
+        """Where a layer's linears go as they are finished: in files if it is done by expert."""
+        if layer not in self.work.by_expert:
+            return {}
+        return self.checkpoints.new_linears(self.candidate.recipe_index, layer, self.work.device)
 
     def load_layer(self, layer: int) -> LayerResult:
         """A solved layer, on the device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +17,7 @@ from app.core.child.assignment import CHECKPOINTS, Assignment, Checkpointed
 from app.core.errors import JobFault, ModelRefused, OutOfMemory
 from app.core.planning.cost_model import answers_bytes
 from app.core.planning.device_profile import DeviceKind
+from app.core.planning.large_layers import layers_by_expert
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.records.specs import JobSpec, Recipe
 from app.core.sources.quantized_model import inspect_original
@@ -28,6 +30,7 @@ from workers.discovery.family_file import traced_family
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import Decoder, text_config
 from workers.modeling.experts import show_all_tokens
+from workers.modeling.layer_weights import Weights, changed
 from workers.modeling.side_files import write_side_files
 from workers.modeling.soundness import refuse_broken_weights, refuse_foreign_tokens, refuse_misfits, some
 from workers.texts.chat_template import chat_template
@@ -73,9 +76,19 @@ class Work:
         dtype: torch.dtype = getattr(torch, self.plan.dtype)
         return dtype
 
+    @property
+    def device_kind(self) -> DeviceKind:
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+    @cached_property
+    def by_expert(self) -> frozenset[int]:
+        """The layers of which one expert's weights at a time are in memory."""
+        return layers_by_expert(self.plan, self.device_kind)
+
     def decoder(self) -> Decoder:
         """The model, without a layer's weights."""
         decoder = Decoder(self.checkpoint, self.plan.architecture, self.device, self.compute_dtype)
+        decoder.by_expert, decoder.scratch = self.by_expert, self.assignment.work_folder
         if self.spec.calibration.all_experts:
             show_all_tokens(decoder.model)
         return decoder
@@ -93,9 +106,9 @@ class Work:
     def batches(self, windows: Windows) -> list[Tensor]:
         return windows.batches(max(1, BATCH_TOKENS // windows.tokens.shape[1]))
 
-    def full_precision(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def full_precision(self, weights: Weights) -> Weights:
         """A layer's weights as float32 on the device, where they are searched."""
-        return {name: value.to(self.device, torch.float32) for name, value in weights.items()}
+        return changed(weights, lambda _, value: value.to(self.device, torch.float32))
 
     def candidate(self, recipe: Recipe, index: int) -> CandidatePlan:
         """A further recipe as a candidate. Raises RecipeUnsupported if the model can't hold it."""
@@ -161,8 +174,7 @@ def write_answers(work: Work, clock: StageClock) -> None:
 
 def require_memory(work: Work) -> None:
     """Raises OutOfMemory if the device has no room for the whole model and the cache of its answers."""
-    kind: DeviceKind = "cuda" if work.device.type == "cuda" else "cpu"
-    needed = answers_bytes(work.plan, work.spec, kind)
+    needed = answers_bytes(work.plan, work.spec, work.device_kind)
     memory = device_memory(str(work.device))
     if memory.total is None or memory.used is None or needed <= memory.total - memory.used:
         return
