@@ -162,9 +162,9 @@ def test_the_gptq_entry_is_in_two_files(tmp_path: Path) -> None:
         "lm_head": False,
         "pack_dtype": "int32",
         "dynamic": {
-            r"-:^model\.layers\.0\.self_attn\.o_proj$": {},
-            r"+:^model\.layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": 64},
-            r"+:^model\.layers\.1\.mlp\.(gate_proj|up_proj|gate_up_proj)$": {"bits": 3, "group_size": 32},
+            r"-:^(.*\.)?layers\.0\.self_attn\.o_proj$": {},
+            r"+:^(.*\.)?layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": 64},
+            r"+:^(.*\.)?layers\.1\.mlp\.(gate_proj|up_proj|gate_up_proj)$": {"bits": 3, "group_size": 32},
         },
         "meta": {"quantizer": [f"nibble:{version('nibble')}"]},
     }
