@@ -22,6 +22,7 @@ MARKERS = "<!-- judged by vLLM: made by make judges -->\n", "<!-- end of what vL
 REASONS = (
     r"(Quant type \(\w+\) not supported by \w+)",
     r"(Unsupported quantization config: [^\[]*)",
+    r"(No compressed-tensors compatible scheme was found)",
     r"^([^.]*)",
 )
 

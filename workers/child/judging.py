@@ -19,8 +19,7 @@ from workers.child.ladder import AS_ASKED
 from workers.child.stage_clock import StageClock
 from workers.child.task_scores import task_scores
 from workers.child.work import JobTexts, Work
-from workers.formats.folder import FormatFolder
-from workers.modeling.checkpoint import Checkpoint
+from workers.formats.folder import FolderModel, FormatFolder
 from workers.quantization.evaluation import compare, final_states
 
 
@@ -175,7 +174,7 @@ def measure(
     pinned = work.device.type == "cuda"
     share = 0.29 if texts.tasks is None else 0.14  # of the progress
     folders = [one.folders[0] for one in files]
-    models = [partial(folder.read_weights, Checkpoint(folder.folder)) for folder in folders]
+    models = [FolderModel.of(folder) for folder in folders]
     originals = [partial(decoder.layer_weights, pinned=pinned)] if original is None else []
     states = final_states(
         decoder,

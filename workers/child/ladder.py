@@ -2,6 +2,8 @@
 
     as asked -> finer search -> GPTQ rounding -> smaller groups -> more bits where errors weigh most
 
+Schemes that fix bits and groups are followed by the next wider one instead of the last two.
+
 Each step changes the try with the lowest KL so far: perplexity ratios of near candidates are noise. Bits
 are raised for whole fused sets, since servers make one matrix of each: in the order of predicted gain per
 byte, each step spending twice as many bytes as the one before.
@@ -26,6 +28,10 @@ FINE_GRID_POINTS = 40
 GROUP_SIZES = (128, 64, 32)
 WIDTHS: tuple[int, ...] = tuple(sorted(get_args(Bits)))
 FIRST_SHARE = 1 / 8  # of one more bit for every weight: what the first step of more bits spends
+WIDER: dict[str, dict[str, object]] = {
+    **{name: {"scheme": "fp8"} for name in ("nvfp4", "mxfp4", "w4a8")},
+    **{name: {"scheme": "w8a16", "group_size": -1, "symmetric": True} for name in ("nvfp4a16", "mxfp4a16")},
+}
 EXPERT_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a part of a linear's name in its layer
 MAX_PATTERN = 256  # characters of an override's `match`
 
@@ -68,6 +74,10 @@ def next_step(tries: Sequence[Try], architecture: Architecture, refusal: Refusal
         if reason is None:
             return Step(rung, base, changed, tuple(passed))
         passed.append(f"{rung}: {reason}")
+    if best.candidate.recipe.scheme != "wna16":
+        return Step(
+            "wider numbers", base, None, (*passed, f"{recipe.scheme} has no wider scheme of its kind")
+        )
     number = 1 + sum(one.rung.startswith("more bits") for one in tries)
     rung = f"more bits {number}"
     try:
@@ -112,6 +122,8 @@ def gptq_rounding(recipe: Recipe) -> Recipe | None:
 
 def groups_of(size: int) -> Change:
     def change(recipe: Recipe) -> Recipe | None:
+        if recipe.scheme != "wna16":
+            return None
         assert recipe.group_size != "auto"
         smaller = recipe.group_size == -1 or recipe.group_size > size
         return altered(recipe, group_size=size) if smaller else None
@@ -119,9 +131,19 @@ def groups_of(size: int) -> Change:
     return change
 
 
+def wider_numbers(recipe: Recipe) -> Recipe | None:
+    """The recipe with the next wider scheme, for weights alone or for inputs too as before."""
+    wider = WIDER.get(recipe.scheme)
+    if wider is None:
+        return None
+    body = recipe.model_dump(exclude={"bits", "group_size", "symmetric", "scheme"})
+    return Recipe.model_validate({**body, **wider})
+
+
 RUNGS: tuple[tuple[str, Change], ...] = (
     ("finer search", finer_search),
     ("GPTQ rounding", gptq_rounding),
+    ("wider numbers", wider_numbers),
     *((f"groups of {size}", groups_of(size)) for size in GROUP_SIZES),
 )
 

@@ -7,7 +7,8 @@ and cancels, and the interval of the ratio is far narrower than those of the two
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +19,27 @@ from torch import Tensor
 
 from app.core.jobs.report import Interval, Quality
 from workers.modeling.decoder import Decoder
+from workers.modeling.input_rounding import InputRounder, rounding_inputs
+from workers.modeling.layer_weights import Weights
 from workers.modeling.prefetch import WeightPrefetch
 
 CHUNK_TOKENS = 256  # logits are (tokens, vocabulary): a window at once could outgrow the largest layer
 CONFIDENCE = 0.95  # of intervals
 # Of a layer, or of the head's step: empty there if the head is the original's.
-LoadWeights = Callable[[int], dict[str, Tensor]]
+LoadWeights = Callable[[int], Weights]
+
+
+class ModelFiles(ABC):
+    """LoadWeights of files, which may say that linears round their inputs."""
+
+    @abstractmethod
+    def __call__(self, layer: int) -> Weights: ...
+
+    @abstractmethod
+    def rounders(self, layer: int) -> Mapping[str, InputRounder]:
+        """By linear, named as in the layer's files."""
+
+
 HeadFunction = Callable[..., Tensor]  # (tokens, hidden) to logits
 
 
@@ -47,13 +63,24 @@ def final_states(
     with closing(WeightPrefetch(decoder.device, reads)) as weights:
         for layer in layers:
             for model in range(len(models)):
-                with decoder.layer(layer, weights.take()) as module:
+                with (
+                    decoder.layer(layer, weights.take()) as module,
+                    rounding_inputs(module, rounders_of(decoder, models[model], layer)),
+                ):
                     states[model] = [
                         own_calls[model].of(index, layer)(module, batch)
                         for index, batch in enumerate(states[model])
                     ]
             on_layer(layer)
     return states
+
+
+def rounders_of(decoder: Decoder, model: LoadWeights, layer: int) -> dict[str, InputRounder]:
+    """By module of the layer: what rounds its input in this model."""
+    if not isinstance(model, ModelFiles):
+        return {}
+    architecture = decoder.architecture.at(layer)
+    return {architecture.module_name(name): each for name, each in model.rounders(layer).items()}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kernels.search.search_operators import rounding_errors
 from workers.modeling.layer_weights import Weights, shape_of
 from workers.quantization.float_grids import float_rounding_errors
 from workers.quantization.grid import grouped_view
+from workers.quantization.input_noise import input_noise
 from workers.quantization.input_statistics import FLOAT16_LIMIT, InputStatistics
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
@@ -248,19 +249,26 @@ def search_scales(
     """
     tried, moment = candidates(linears, statistics, fold, search), statistics.moment
     quick = moment.to(ranking_dtype(moment.device))
-    finalists = rank(sampled(linears, SAMPLED_ROWS), tried, quick, fold)
+    some = sampled(linears, SAMPLED_ROWS)
+    finalists = rank(some, tried, quick, fold, input_noise(some, tried.scales, statistics))
     if quick_dtype(moment.device, len(moment)) != quick.dtype:
         quick = moment
     losses = rounding_losses(linears, tried.scales[finalists], quick, fold.dtype)
+    losses += input_noise(linears, tried.scales[finalists], statistics)
     best = int(torch.where(torch.isfinite(losses), losses, torch.inf).argmin())
     ratio, weight_ratio = tried.ratios[finalists[best]]
     scales = tried.scales[finalists[best]]
     return ScaleChoice(scales, ratio, weight_ratio, float(losses[0]), float(losses[best]))
 
 
-def rank(linears: list[ScaledLinear], tried: Candidates, moment: Tensor, fold: Fold) -> list[int]:
-    """The identity, which is the first candidate, and the best others by the loss on these rows."""
-    losses = rounding_losses(linears, tried.scales, moment, fold.dtype)
+def rank(
+    linears: list[ScaledLinear], tried: Candidates, moment: Tensor, fold: Fold, noise: Tensor
+) -> list[int]:
+    """The identity, which is the first candidate, and the best others by the loss on these rows.
+
+    noise: (candidates,), what rounded inputs add to each.
+    """
+    losses = rounding_losses(linears, tried.scales, moment, fold.dtype) + noise
     losses = torch.where(torch.isfinite(losses), losses, torch.inf)
     order = losses[1:].argsort()[: FINALISTS - 1] + 1
     return [0, *order.tolist()]

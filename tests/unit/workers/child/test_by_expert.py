@@ -121,7 +121,10 @@ import resource, sys
 from pathlib import Path
 from app.core.planning import large_layers
 from tests.tiny_models import EngineRun, tiny_spec
+from workers.child import layer_files
+from workers.quantization import scale_search
 large_layers.EXPERT_BYTES = {"cpu": 0}
+layer_files.PART_BYTES = scale_search.ERRORS_AT_ONCE["cpu"] = 1 << 20  # else they are bounds that few experts do not reach
 EngineRun(tiny_spec(), Path(sys.argv[1]), Path(sys.argv[2]), threads=1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

@@ -11,7 +11,16 @@ from app.core.errors import RecipeUnsupported
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.records.specs import JobSpec, Override, Recipe
 from app.core.sources.safetensors_header import TensorHeader
-from workers.child.ladder import AS_ASKED, MAX_PATTERN, Step, Try, next_step, patterns
+from workers.child.ladder import (
+    AS_ASKED,
+    MAX_PATTERN,
+    Step,
+    Try,
+    groups_of,
+    next_step,
+    patterns,
+    wider_numbers,
+)
 
 CONFIG: dict[str, object] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3,
@@ -249,3 +258,20 @@ def test_experts_are_named_by_one_pattern() -> None:
     assert override.matches("model.layers.5.mlp.experts.77.w2")
     assert not override.matches("model.layers.4.mlp.experts.77.w2")
     assert not override.matches("model.layers.5.mlp.experts.77.w3")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wider"),
+    [
+        ("nvfp4", ("fp8", 8, -1)), ("mxfp4", ("fp8", 8, -1)), ("w4a8", ("fp8", 8, -1)),
+        ("nvfp4a16", ("wna16", 8, -1)), ("mxfp4a16", ("wna16", 8, -1)), ("fp8", None), ("w8a8", None),
+    ],
+)  # fmt: skip
+def test_a_scheme_is_followed_by_a_wider_one(scheme: str, wider: tuple[str, int, int] | None) -> None:
+    changed = wider_numbers(Recipe.model_validate({"scheme": scheme, "method": "gptq"}))
+    assert (None if changed is None else (changed.scheme, changed.bits, changed.group_size)) == wider
+    assert changed is None or (changed.method, changed.symmetric) == ("gptq", True)
+
+
+def test_groups_of_a_scheme_stay() -> None:
+    assert groups_of(32)(Recipe.model_validate({"scheme": "fp8-block"})) is None
