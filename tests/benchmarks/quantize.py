@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,13 @@ SETTINGS = ((4, 128), (3, 128), (2, 64))
 RACE_GROUPS = {"bundled": 128, "smollm2": 64}
 
 
-def run_child(spec: dict[str, Any], model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One job child; its report."""
+def run_child(
+    spec: dict[str, Any],
+    model: Path,
+    options: argparse.Namespace,
+    take: Callable[[Path, list[dict[str, Any]]], None] | None = None,
+) -> dict[str, Any]:
+    """One job child; its report. `take` gets the work folder and the outputs before they go."""
     with tempfile.TemporaryDirectory() as folder:
         assignment = {
             "spec": {"model": "file:///benchmark", **spec},
@@ -73,6 +79,8 @@ def run_child(spec: dict[str, Any], model: Path, options: argparse.Namespace) ->
         child.wait()
         last = messages[-1]
         assert last["kind"] == "finished", last
+        if take is not None:
+            take(Path(folder), last["outputs"])
         report: dict[str, Any] = json.loads((Path(folder) / last["report"]).read_text("utf-8"))
         return report
 

@@ -1,0 +1,76 @@
+"""Four bits from weights that were quantized before, beside the same job from the bundled model itself.
+
+    python tests/benchmarks/quantized_sources.py [--windows 100] [--threads 1]
+
+The bundled model is stored in FP8 blocks and in MXFP4 by the code of the tests, rounded to nearest, and in
+MXFP4 once more by a job of our own, which minimizes the error of outputs (AWQ and GPTQ).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quantize import MODEL, REPOSITORY, run_child
+
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.quantized_sources import fp8_source, mxfp4_source
+
+RECIPES = ({"method": "awq"}, {"method": "awq", "rounding": "gptq"})
+MXFP4 = {"method": "awq", "rounding": "gptq", "scheme": "mxfp4a16"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    options.profile = None
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {
+            "bfloat16": MODEL,
+            "FP8 in blocks of 128x128": fp8_source(MODEL, Path(folder) / "fp8"),
+            "MXFP4, rounded": mxfp4_source(MODEL, Path(folder) / "mxfp4"),
+            "MXFP4, by a job": job_source(Path(folder) / "job", options),
+        }
+        reports = {name: report_of(source, options) for name, source in sources.items()}
+    plain = reports["bfloat16"]
+    print(
+        "| source | its perplexity | to bfloat16 | W4A16 AWQ | to bfloat16's | AWQ + GPTQ | to bfloat16's |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, report in reports.items():
+        figures = zip(perplexities(report), perplexities(plain), strict=True)
+        print(f"| {name} | " + " | ".join(f"{own:.3f} | {own / other:.4f}" for own, other in figures) + " |")
+
+
+def report_of(source: Path, options: argparse.Namespace) -> dict[str, Any]:
+    return run_child(
+        {"recipe": list(RECIPES), "evaluation": {"num_samples": options.windows}}, source, options
+    )
+
+
+def perplexities(report: dict[str, Any]) -> list[float]:
+    """The original's, and each candidate's."""
+    return [report["original"]["perplexity"], *(each["perplexity"] for each in report["candidates"])]
+
+
+def job_source(folder: Path, options: argparse.Namespace) -> Path:
+    """The artifact of a job in the format compressed-tensors."""
+    spec = {"recipe": MXFP4, "evaluation": {"num_samples": 1}}
+
+    def copied(work: Path, outputs: list[dict[str, Any]]) -> None:
+        shutil.copytree(work / outputs[0]["folder"], folder)
+
+    run_child(spec, MODEL, options, copied)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
