@@ -26,6 +26,7 @@ from app.core.formats.targets import (
     expert_set,
     fused_names,
     matched,
+    mixer_names,
 )
 
 LAYOUT = "pack-quantized"
@@ -187,7 +188,11 @@ def asked_names(names: Iterable[str]) -> list[str]:
     Beside patterns: vLLM and SGLang rename the modules of plain names where their classes have other names.
     """
     return list(
-        dict.fromkeys(other for name in names for other in (name, *fused_names(name), *expert_names(name)))
+        dict.fromkeys(
+            other
+            for name in names
+            for other in (name, *fused_names(name), *expert_names(name), *mixer_names(name))
+        )
     )
 
 

@@ -49,6 +49,11 @@ def expert_names(name: str) -> tuple[str, ...]:
     return (f"{parent}.{EXPERT_NAMES[leaf]}",)
 
 
+def mixer_names(name: str) -> tuple[str, ...]:
+    """The name by which vLLM 0.32's class of granitemoehybrid looks up a linear of `mamba`."""
+    return (name.replace(".mamba.", ".mixer."),) if ".mamba." in name else ()
+
+
 def compact_patterns(chosen: Sequence[str], names: Iterable[str]) -> list[str]:
     """Patterns that match the `chosen` of `names` and no others.
 

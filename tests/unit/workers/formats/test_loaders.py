@@ -49,7 +49,7 @@ CLASSES_OF_VLLM = {
     "qwen3_vl_moe": WRAPPED,
     "gpt_oss": {r"\.self_attn\.": ".attn.", r"\.down_proj$": ".w2_weight"},
     "lfm2": {r"\.conv\.": ".short_conv."},
-    "falcon_h1": {r"mamba": "mamba.mamba"},
+    "granitemoehybrid": {r"\.mamba\.": ".mixer."},
 }
 OUTSIDE = ("model.embed_vision.embedding_projection", "mtp.fc", "v_head.summary")
 
