@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -59,8 +60,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "minimax_m2": {"rotary_dim": 64, "scoring_func": "sigmoid", "use_routing_bias": True},
     "lfm2": {"block_dim": 128, "conv_dim": 128, "layer_types": ["conv", "full_attention"] * 16},
+    "deepseek_v2": {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
 }
+# Experts of published files lie as (in, out); transformers reads them so, and writes (out, in).
+TRANSPOSED = ("qwen3_vl_moe",)
 # vLLM 0.32's router for CPUs leaves out the bias by which Ernie's softmax chooses experts.
 LEFT_OUT = {"ernie4_5_moe": "e_score_correction_bias"}
 EXPERTS = r"re:.*\.experts\..*"
@@ -77,6 +84,8 @@ def write_files(model_type: str, folder: Path) -> None:
     """
     model = runnable_model(model_type)
     source = save_model(model, folder / "model")
+    if model_type in TRANSPOSED:
+        transpose_experts(source / "model.safetensors")
     has_experts = any(".experts." in name for name in model.state_dict())
     files = recipes(has_experts=has_experts)
     evaluation = EvaluationSpec(texts=(some_text("test"),), num_samples=WINDOWS, sequence_length=WINDOW)
@@ -99,13 +108,19 @@ def runnable_model(model_type: str) -> PreTrainedModel:
     raw = {"model_type": model_type, **SETTINGS.get(model_type, {})}
     model = tiny_model(raw)
     try:
-        model(input_ids=torch.arange(WINDOW)[None])
+        model.get_decoder()(input_ids=torch.arange(WINDOW)[None])  # llama4's wrapper fails without images
     except RuntimeError:
         model = tiny_model(raw, grouped=False)
     for name, parameter in model.named_parameters():
         if name.endswith(LEFT_OUT.get(model_type, "/")):
             parameter.zero_()
     return model
+
+
+def transpose_experts(file: Path) -> None:
+    tensors = load_file(file)
+    experts = {name: value.mT.contiguous() for name, value in tensors.items() if ".experts." in name}
+    save_file(tensors | experts, file, {"format": "pt"})
 
 
 def recipes(*, has_experts: bool) -> dict[str, Recipe]:
