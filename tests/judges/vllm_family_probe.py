@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def child(model: str, dtype: str, windows: list[list[int]], results: Path) -> No
         )
         torch.save(log_probabilities(opened, windows), results / "log_probabilities.pt")
     except Exception as error:
-        (results / "error").write_text(f"{type(error).__name__}: {error}")
+        line = traceback.extract_tb(error.__traceback__)[-1].line  # of an assertion without words
+        (results / "error").write_text(f"{type(error).__name__}: {str(error) or line}")
+        traceback.print_exc()  # the fork ends before Python would
         raise
 
 
