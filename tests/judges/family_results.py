@@ -19,7 +19,7 @@ MARKERS = (
     "<!-- end of the families -->\n",
 )
 QUANTIZED, DENSE, TWO_SCHEMES = "quantized", "quantized but for experts", "of two schemes"
-TOLERANCE = 0.01  # of a perplexity: vLLM multiplies in half precision, the report's figures are of float32
+TOLERANCE = 0.01  # vLLM multiplies in half precision, the report's figures are of float32
 FAMILIES = (
     "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen2_vl", "qwen2_5_vl", "gemma",
     "gemma3", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "glm4", "glm4_moe", "glm_moe_dsa",
@@ -39,6 +39,15 @@ class Outcome(BaseModel, frozen=True, extra="forbid"):
     dtype: str | None = None  # in which vLLM computed
     perplexity_off: float | None = None  # relative to the report's figure
     kl_off: float | None = None
+
+    @property
+    def near(self) -> bool:
+        """Whether what vLLM computed is the report's figure, in perplexity or in KL.
+
+        A perplexity is that of 380 tokens, which a random model may give any chance; KL is of all that it
+        could have said.
+        """
+        return any(off is not None and off <= TOLERANCE for off in (self.perplexity_off, self.kl_off))
 
 
 class Record(BaseModel, frozen=True, extra="forbid"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.judges.families import files_of, judged, outcomes
-from tests.judges.family_results import TOLERANCE, Outcome, recorded
+from tests.judges.family_results import Outcome, recorded
 
 SAMPLE = ("qwen3_5", "qwen3_vl", "gemma3")
 
@@ -33,7 +33,7 @@ def test_vllm_computes_our_files_as_the_report_says(
     assert verdicts[model_type].keys() == expected.keys()
     for name, outcome in verdicts[model_type].items():
         assert outcome.refusal == expected[name].refusal, name
-        assert outcome.perplexity_off is None or outcome.perplexity_off <= TOLERANCE, name
+        assert outcome.perplexity_off is None or outcome.near, name
     assert any(
         each.perplexity_off is not None for name, each in verdicts[model_type].items() if name != "original"
     )
