@@ -25,8 +25,12 @@ from transformers import AutoModelForCausalLM
 torch.Tensor.pin_memory = lambda self, *_args, **_kwargs: self
 
 
-def modifiers(method: str, bits: int, group_size: int) -> list[Any]:
-    """rtn, awq, gptq or awq+gptq, asymmetric; GPTQ with its default, static activation order."""
+def modifiers(options: argparse.Namespace) -> list[Any]:
+    """A preset by plain rounding; or rtn, awq, gptq or awq+gptq, asymmetric, GPTQ with its default, static
+    activation order."""
+    if options.preset:
+        return [QuantizationModifier(targets="Linear", scheme=options.preset, ignore=["lm_head"])]
+    method, bits, group_size = options.method, options.bits, options.group_size
     scheme = QuantizationScheme(
         targets=["Linear"],
         weights=QuantizationArgs(num_bits=bits, strategy="group", group_size=group_size, symmetric=False),
@@ -62,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--method", default="awq", choices=("rtn", "awq", "gptq", "awq+gptq"))
+    parser.add_argument("--preset", help="a scheme of compressed-tensors, such as FP8_DYNAMIC")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     options = parser.parse_args()
@@ -74,7 +79,7 @@ def main() -> None:
     oneshot(
         model=model,
         dataset=samples,
-        recipe=modifiers(options.method, options.bits, options.group_size),
+        recipe=modifiers(options),
         max_seq_length=len(windows[0]),
         num_calibration_samples=len(windows),
     )
