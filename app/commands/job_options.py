@@ -88,6 +88,13 @@ class JobOptions:
         str | None,
         option("Calibration text: builtin:…, hf:…, s3://…, file://…, a file, or self: the model's answers."),
     ] = None
+    all_experts: Annotated[
+        bool | None,
+        option(
+            "Calibrate each expert on every token, or on those routed to it (default).",
+            "--all-experts/--routed-experts",
+        ),
+    ] = None
     eval_samples: Annotated[int | None, option("Number of evaluation windows.")] = None
     eval_sequence_length: Annotated[
         int | None, option("Tokens per window of evaluation; default as calibration's.")
@@ -145,6 +152,7 @@ PLACES = {
     "num_samples": ("calibration", "num_samples"),
     "sequence_length": ("calibration", "sequence_length"),
     "dataset": ("calibration", "dataset"),
+    "all_experts": ("calibration", "all_experts"),
     "eval_samples": ("evaluation", "num_samples"),
     "eval_sequence_length": ("evaluation", "sequence_length"),
 }

@@ -22,7 +22,7 @@ def body_of(model: str | None, spec: Path | None = None, **options: Any) -> dict
     return job_options.job_body(model, job_options.JobOptions(spec=spec, **options))
 
 
-def test_only_given_options_are_sent() -> None:
+def test_only_flags_are_sent() -> None:
     body = body_of("org/name", method="awq", bits=None, dataset=None)
     assert body == {"model": "org/name", "recipe": {"method": "awq"}}
 
@@ -118,3 +118,20 @@ def test_limits_of_time_can_be_raised_where_a_job_is_submitted(monkeypatch: pyte
 def test_each_option_has_its_place_in_the_body() -> None:
     options = {field.name for field in fields(job_options.JobOptions)}
     assert options == {*job_options.PLACES, "formats", "spec"}
+
+
+@pytest.mark.parametrize(("flag", "asked"), [("--all-experts", True), ("--routed-experts", False)])
+def test_experts_can_be_calibrated_on_every_token(
+    flag: str, monkeypatch: pytest.MonkeyPatch, *, asked: bool
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    @contextmanager
+    def service(*_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(submit=lambda body, **_: sent.append(body))
+
+    monkeypatch.setattr(jobs, "connect", service)
+    monkeypatch.setattr(jobs, "show_job", lambda *_: None)
+    with pytest.raises(SystemExit):
+        main(["submit", "a/b", flag])
+    assert sent == [{"model": "a/b", "calibration": {"all_experts": asked}}]
