@@ -1,6 +1,6 @@
 """Four bits from weights that were quantized before, beside the same job from the bundled model itself.
 
-    python tests/benchmarks/quantized_sources.py [--windows 100] [--threads 1]
+    python tests/benchmarks/quantized_sources.py [--samples 32] [--windows 40] [--threads 1]
 
 The bundled model is stored in FP8 blocks and in MXFP4 by the code of the tests, rounded to nearest, and in
 MXFP4 once more by a job of our own, which minimizes the error of outputs (AWQ and GPTQ).
@@ -27,7 +27,8 @@ MXFP4 = {"method": "awq", "rounding": "gptq", "scheme": "mxfp4a16"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=40, help="evaluation windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -51,9 +52,11 @@ def main() -> None:
 
 
 def report_of(source: Path, options: argparse.Namespace) -> dict[str, Any]:
-    return run_child(
-        {"recipe": list(RECIPES), "evaluation": {"num_samples": options.windows}}, source, options
-    )
+    texts = {
+        "calibration": {"num_samples": options.samples},
+        "evaluation": {"num_samples": options.windows},
+    }
+    return run_child({"recipe": list(RECIPES), **texts}, source, options)
 
 
 def perplexities(report: dict[str, Any]) -> list[float]:
@@ -63,7 +66,11 @@ def perplexities(report: dict[str, Any]) -> list[float]:
 
 def job_source(folder: Path, options: argparse.Namespace) -> Path:
     """The artifact of a job in the format compressed-tensors."""
-    spec = {"recipe": MXFP4, "evaluation": {"num_samples": 1}}
+    spec = {
+        "recipe": MXFP4,
+        "calibration": {"num_samples": options.samples},
+        "evaluation": {"num_samples": 1},
+    }
 
     def copied(work: Path, outputs: list[dict[str, Any]]) -> None:
         shutil.copytree(work / outputs[0]["folder"], folder)

@@ -25,6 +25,7 @@ INTEGER_BITS = (2, 3, 4, 8)  # that kernels unpack
 MXFP4_GROUP = 32
 # Endings of a weight's scales in files of `quant_method` fp8: DeepSeek-V4 and Mistral have the last two.
 FP8_SCALES = ("_scale_inv", ".scale", ".qscale_weight")
+MAX_PATTERNS = 256  # of config_groups
 RESTORE = "download the model again, or submit the original model"
 
 PlainTensors = Iterator[tuple[str, TensorHeader]]  # plain tensors by name
@@ -282,14 +283,14 @@ def group_size(entry: Mapping[str, Any], columns: int, name: str) -> int:
 
 def compressed_weights(stored: StoredTensors, entry: Mapping[str, Any]) -> PlainTensors:
     """The layouts of compressed-tensors. Which one a linear has shows in its tensors."""
-    groups = config_groups(entry)
+    groups = ConfigGroups(entry)
     for name in stored.ending(".weight_packed"):
         first = f"{name}.weight_packed"
         codes = stored.take(first, first, ("I32", "U8"))
         matrix(first, codes)
         stored.optional(f"{name}.weight_shape")
         if codes.dtype == "I32":
-            yield f"{name}.weight", packed_integers(stored, name, codes, weights_of(groups, name))
+            yield f"{name}.weight", packed_integers(stored, name, codes, groups.weights_of(name))
             continue
         divisor = stored.optional(f"{name}.weight_global_scale")
         if divisor is None:
@@ -303,7 +304,7 @@ def compressed_weights(stored: StoredTensors, entry: Mapping[str, Any]) -> Plain
         codes = stored.tensors[f"{name}.weight"]
         if codes.dtype in (*FP8, "I8"):
             stored.used.add(f"{name}.weight")
-            yield f"{name}.weight", naive(stored, name, codes, weights_of(groups, name))
+            yield f"{name}.weight", naive(stored, name, codes, groups.weights_of(name))
 
 
 def naive(
@@ -354,45 +355,49 @@ def packed_integers(
     return stored.plain((rows, columns), with_scope(f"int{bits}", (rows, columns), block), values)
 
 
-Groups = list[tuple[list[str], Mapping[str, Any]]]  # targets and arguments
+class ConfigGroups:
+    """The groups of compressed-tensors' config that quantize weights, by the linears that they name."""
 
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        """Raises ModelRefused if there are none, or for patterns that could take very long."""
+        named = entry.get("config_groups")
+        self.groups: list[Mapping[str, Any]] = []
+        self.names: dict[str, Mapping[str, Any]] = {}
+        self.patterns: list[tuple[re.Pattern[str], Mapping[str, Any]]] = []
+        for group in named.values() if isinstance(named, dict) else ():
+            targets = group.get("targets") if isinstance(group, dict) else None
+            if isinstance(targets, list) and isinstance(group.get("weights"), dict):
+                self.add(group["weights"], [target for target in targets if isinstance(target, str)])
+        if not self.groups:
+            raise invalid("config.json: quantization_config has no config_groups with weights")
 
-def config_groups(entry: Mapping[str, Any]) -> Groups:
-    """The groups that quantize weights. Raises ModelRefused if there are none."""
-    named = entry.get("config_groups")
-    groups = [
-        ([target for target in group["targets"] if isinstance(target, str)], group["weights"])
-        for group in (named.values() if isinstance(named, dict) else ())
-        if isinstance(group, dict)
-        and isinstance(group.get("weights"), dict)
-        and isinstance(group.get("targets"), list)
-    ]
-    if not groups:
-        raise invalid("config.json: quantization_config has no config_groups with weights")
-    return groups
+    def add(self, weights: Mapping[str, Any], targets: list[str]) -> None:
+        self.groups.append(weights)
+        for target in targets:
+            pattern = target.removeprefix("re:")
+            if pattern == target:
+                self.names.setdefault(target, weights)
+                continue
+            try:
+                check_pattern(pattern)
+            except ValueError as fault:
+                raise invalid(f"config.json: config_groups: {fault}", "submit the original model") from fault
+            self.patterns.append((re.compile(pattern), weights))
+        if len(self.patterns) > MAX_PATTERNS:
+            raise invalid(
+                f"config.json: config_groups have more than {MAX_PATTERNS} patterns",
+                "name linears without patterns there",
+            )
 
-
-def weights_of(groups: Groups, name: str) -> Mapping[str, Any]:
-    """The arguments for a linear's weights: of the only group, or one that names it or all linears."""
-    if len(groups) == 1:
-        return groups[0][1]
-    by_name = [arguments for targets, arguments in groups if any(names(target, name) for target in targets)]
-    by_class = [arguments for targets, arguments in groups if "Linear" in targets]
-    if not by_name and not by_class:
-        raise invalid(f"config.json: no group of quantization_config.config_groups names {name}")
-    return (*by_name, *by_class)[0]
-
-
-def names(target: str, name: str) -> bool:
-    """Whether a target is the name, or `re:` and a pattern that its beginning matches."""
-    pattern = target.removeprefix("re:")
-    if pattern == target:
-        return target == name
-    try:
-        check_pattern(pattern)
-    except ValueError as fault:
-        raise invalid(f"config.json: config_groups: {fault}", "submit the original model") from fault
-    return re.match(pattern, name) is not None
+    def weights_of(self, name: str) -> Mapping[str, Any]:
+        """The arguments for a linear's weights: of the only group, or one that names it or all linears."""
+        if len(self.groups) == 1:
+            return self.groups[0]
+        by_pattern = (weights for pattern, weights in self.patterns if pattern.match(name))
+        weights = self.names.get(name) or next(by_pattern, self.names.get("Linear"))
+        if weights is None:
+            raise invalid(f"config.json: no group of quantization_config.config_groups names {name}")
+        return weights
 
 
 def modelopt_weights(stored: StoredTensors, entry: Mapping[str, Any]) -> PlainTensors:

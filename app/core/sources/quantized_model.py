@@ -127,10 +127,10 @@ def method_of(entry: Mapping[str, Any]) -> str:
     method = entry.get("quant_method")
     if not isinstance(method, str) or method not in READERS:
         why, remedy = UNREAD.get(str(method), ("nobody has said how", ORIGINAL))
-        known = ", ".join(READERS)
+        methods = ", ".join(READERS)
         raise unread(
-            f"with quant_method {str(method)[:100]!r}: {why}; read are {known}" if method else
-            f"and config.json names no quant_method; read are {known}",
+            f"with quant_method {str(method)[:100]!r}: {why}; read are {methods}" if method else
+            f"and config.json names no quant_method; read are {methods}",
             remedy,
         )  # fmt: skip
     for key, values in READ_SETTINGS.get(method, {}).items():
@@ -159,8 +159,10 @@ def model_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) 
 
 def refuse_unnamed(tensors: Mapping[str, TensorHeader]) -> None:
     """Raises ModelRefused for quantized weights of which config.json says nothing."""
-    marks = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_blocks")
-    name = next((name for name in tensors if name.endswith(marks)), None)
+    marks = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+    pairs = (f"{name.removesuffix('_scales')}_blocks" for name in tensors if name.endswith("_scales"))
+    marked = (name for name in tensors if name.endswith(marks))
+    name = next(marked, next((name for name in pairs if name in tensors), None))
     if name is not None:
         raise invalid(
             f"the files hold {name}, of a quantized weight, and config.json has no {ENTRY}",

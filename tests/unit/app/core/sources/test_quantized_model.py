@@ -204,6 +204,10 @@ INVALID: dict[str, tuple[object, Table, str]] = {
     "a pattern without end": (
         compressed(INT4, INT4, targets=("re:(a+)+x", "Linear")), PACKED, "could take very long",
     ),
+    "thousands of patterns": (
+        compressed(*[INT4] * 300, targets=tuple(f"re:.*{number}$" for number in range(300))), PACKED,
+        "more than 256 patterns",
+    ),
     "words that do not fit": (compressed({**INT4, "group_size": 64}), PACKED, "weight_packed has the shape"),
     "no packed scale": (compressed(INT4), without(PACKED, "weight_scale"), "weight_scale is missing"),
     "nvfp4 without the whole's scale": (
@@ -250,8 +254,9 @@ def test_layouts_that_are_not_read(entry: object, table: Table, words: str) -> N
     assert "submit the original model" in error.remedy
 
 
-def test_quantized_tensors_without_an_entry_are_refused() -> None:
-    error = refusal(None, AWQ_TENSORS)
+@pytest.mark.parametrize("table", [FP8_TENSORS, AWQ_TENSORS, PACKED, NAIVE, BLOCKS])
+def test_quantized_tensors_without_an_entry_are_refused(table: Table) -> None:
+    error = refusal(None, table)
     assert error.code == "quantized_source_invalid"
     assert "config.json has no quantization_config" in error.message
 
