@@ -16,6 +16,7 @@ from app.api.services import Services
 from app.core.changes.redis_keys import DEPLOYMENTS_STAMP, WORKERS_STAMP
 from app.core.deployments.deployment import DeploymentSpec, LiveDeployment
 from app.core.deployments.deployment_store import removed
+from app.core.deployments.served_families import refuse_unserved_format
 from app.core.errors import InvalidRequest, NotFound, Unavailable
 from app.core.records.ids import check_cursor, new_id
 from app.core.records.specs import DeploymentOptions
@@ -35,7 +36,8 @@ def create_deployment(
     idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
     """Record a deployment; a worker with the queue `serve` starts its servers."""
-    services.artifacts.get(principal.tenant, spec.artifact)
+    manifest = services.artifacts.get(principal.tenant, spec.artifact)
+    refuse_unserved_format(manifest.format, param="artifact")
     require_engine(services, spec)
     request = f"deploy {spec.model_dump_json()}"
     fresh_id = services.idempotency.claim(principal.tenant, idempotency_key, request, new_id("dep"))

@@ -11,6 +11,7 @@ from app.core.planning.plan import CandidatePlan
 from workers.child.layer_files import LayerCheckpoints
 from workers.child.work import Work
 from workers.formats.folder import FormatFolder
+from workers.formats.folders import folder_class
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.layer import LayerResult
 
@@ -28,7 +29,7 @@ class CandidateFiles:
     def of(cls, work: Work, candidate: CandidatePlan, checkpoints: LayerCheckpoints) -> CandidateFiles:
         parent = work.assignment.work_folder / OUTPUT
         folders = tuple(
-            FormatFolder(
+            folder_class(name)(
                 parent / f"{candidate.recipe_index}-{name}", name, work.checkpoint, work.plan, candidate
             )
             for name in work.spec.formats

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +17,15 @@ from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.plan import CandidatePlan, Plan
 from kernels.operators import dequantize
 from kernels.weight import PackedWeight
-from workers.formats.packings import packing_of
+from workers.formats.packings import ReadWeight, packing_of
 from workers.formats.shards import ShardWriter, TensorPlan
 from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.input_rounding import InputRounder
+from workers.modeling.layer_weights import Deferred, DeferredWeights, LookedUp, Weights
+from workers.modeling.quantized_weight import QuantizedWeight
 from workers.modeling.side_files import to_json, write_side_files
 from workers.modeling.stored_dtypes import DTYPES
+from workers.quantization.evaluation import ModelFiles
 from workers.quantization.layer import LayerResult
 
 OF_THE_ORIGINAL = ("transformers_weights",)  # keys of config.json that name files which are not copied
@@ -27,10 +34,24 @@ DISK_REMEDY = "check the disk, then retry the job; if it happens again, report i
 LoadLayer = Callable[[int], LayerResult]
 
 
+class TensorWriter(Protocol):
+    """Takes the tensors of a model one by one, in the order of its plan."""
+
+    def write(self, name: str, values: Tensor) -> None: ...
+
+    def write_bytes(self, name: str, pieces: Iterator[bytes | memoryview]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class FormatFolder:
-    """One candidate in one format, in `folder`; packed where its layers lie, read back to `device`."""
+    """One candidate in one format, in `folder`; packed where its layers lie, read back to `device`.
+
+    Linears of the layers in `by_expert` are read back when they are looked up.
+    """
 
     device = torch.device("cpu")
+    by_expert: frozenset[int] = frozenset()
 
     def __init__(
         self, folder: Path, name: FormatName, source: Checkpoint, plan: Plan, candidate: CandidatePlan
@@ -40,7 +61,7 @@ class FormatFolder:
         self.entry = self.format.entry(candidate.modules)
         self.dtype = getattr(torch, plan.dtype)
         self.prefixes = [plan.architecture.layer_prefix(layer) for layer in range(plan.steps)]
-        self.writer: ShardWriter | None = None
+        self.writer: TensorWriter | None = None
         self.layers_written = 0
         self.schemes = {linear.name: linear for linear in candidate.linears if linear.scheme is not None}
 
@@ -53,9 +74,22 @@ class FormatFolder:
         inside = {name for names in layers for name in names}
         outside = [name for name in self.source.tensors if name not in inside]
         plans = [plan for names in (outside, *layers) for name in names for plan in self.tensor_plans(name)]
-        self.writer = ShardWriter(self.folder, plans, shard_bytes)
+        self.writer = self.new_writer(plans, shard_bytes)
         for name in outside:
-            self.writer.write_bytes(name, self.source.raw_bytes(name))
+            self.copy(name)
+
+    def new_writer(self, plans: list[TensorPlan], shard_bytes: int) -> TensorWriter:
+        """What takes the tensors in the order of `plans`."""
+        return ShardWriter(self.folder, plans, shard_bytes)
+
+    def reader(self) -> Checkpoint:
+        """The finished files."""
+        return Checkpoint(self.folder)
+
+    def copy(self, name: str) -> None:
+        """Append a tensor of the original as it is."""
+        assert self.writer is not None
+        self.writer.write_bytes(name, self.source.raw_bytes(name))
 
     def add_layer(self, layer: int, load_layer: LoadLayer, shard_bytes: int) -> None:
         """Append the layers up to `layer` that are not written yet, one in memory at a time."""
@@ -92,7 +126,8 @@ class FormatFolder:
         """The tensors that replace a tensor of the original."""
         linear, header = self.linear_of(name), self.source.tensors[name]
         if linear is None:
-            return [TensorPlan(name, header.shape, DTYPES[header.dtype])]
+            dtype = self.format.dense_dtype(header.shape, header.dtype)
+            return [TensorPlan(name, header.shape, DTYPES[dtype])]
         plan = self.schemes[linear]
         assert plan.scheme is not None
         tensors = self.format.tensors(plan.out_features, plan.in_features, plan.scheme, header.dtype)
@@ -115,60 +150,85 @@ class FormatFolder:
                 dtype = DTYPES[self.source.tensors[name].dtype]
                 self.writer.write(name, result.dense[local].to(dtype))
             else:
-                self.writer.write_bytes(name, self.source.raw_bytes(name))
+                self.copy(name)
 
     def read_layer(
         self, written: Checkpoint, layer: int
-    ) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+    ) -> tuple[Mapping[str, PackedWeight | ReadWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
         prefix, unused = self.prefixes[layer], self.source.unused
         if self.plan.architecture.is_head(layer):
             if self.candidate.head is None:
                 return {}, {}
             unused = frozenset(n for n in written.tensors if not n.startswith(f"{self.candidate.head}."))
-        stored = {
-            name: value.to(self.device) for name, value in written.layer_tensors(prefix, unused).items()
+        names = [
+            name
+            for name, plan in self.candidate.of_layer(self.plan.architecture, layer).items()
+            if plan.scheme is not None
+        ]
+        packed = {f"{prefix}{name}.{suffix}" for name in names for suffix in self.format.suffixes}
+        dense = {
+            name: value.to(self.device)
+            for name, value in written.layer_tensors(prefix, unused | packed).items()
         }
-        quantized = {}
-        for name, plan in self.candidate.of_layer(self.plan.architecture, layer).items():
-            if plan.scheme is not None:
-                full = prefix + name
-                tensors = {
-                    suffix: stored.pop(f"{name}.{suffix}")
-                    for suffix in self.format.suffixes
-                    if f"{name}.{suffix}" in stored
-                }
-                try:
-                    quantized[name] = self.packing.unpack_linear(tensors, self.entry, plan.scheme)
-                except ValueError as fault:
-                    raise VerificationFailed(f"{full}: {fault}", remedy=DISK_REMEDY) from fault
-        return quantized, stored
+        linears = LookedUp(names, lambda name: self.read_linear(written, prefix + name))
+        return linears if layer in self.by_expert else dict(linears), dense
 
-    def read_weights(self, written: Checkpoint, layer: int) -> dict[str, Tensor]:
+    def read_linear(self, written: Checkpoint, name: str) -> PackedWeight | ReadWeight:
+        """A quantized linear by its full name. Raises VerificationFailed if it can't be unpacked."""
+        tensors = {
+            suffix: written.tensor(f"{name}.{suffix}").to(self.device)
+            for suffix in self.format.suffixes
+            if f"{name}.{suffix}" in written.tensors
+        }
+        try:
+            return self.packing.unpack_linear(tensors, self.entry, self.schemes[name].scheme)
+        except ValueError as fault:
+            raise VerificationFailed(f"{name}: {fault}", remedy=DISK_REMEDY) from fault
+
+    def read_weights(self, written: Checkpoint, layer: int) -> Weights:
         """The layer as a loader would compute with it: linears dequantized."""
         quantized, dense = self.read_layer(written, layer)
-        linears = {
-            f"{name}.weight": dequantize(
-                weight.qweight, weight.scale, weight.zero, weight.bits, weight.group_size, weight.in_features,
-                torch.float32,
-            )
-            for name, weight in quantized.items()
-        }  # fmt: skip
-        return {**dense, **linears}
+
+        def linear(name: str) -> Tensor:
+            weight = quantized[name]
+            return unpacked(weight) if isinstance(weight, PackedWeight) else weight.dequantize()
+
+        later: set[str] = set()
+        if layer in self.by_expert:
+            later = set(self.plan.architecture.expert_linears(layer)) & quantized.keys()
+        now = {f"{name}.weight": linear(name) for name in quantized if name not in later}
+        if not later:
+            return {**dense, **now}
+        shapes = {name: self.schemes[self.prefixes[layer] + name] for name in later}
+        reads = {
+            f"{name}.weight": Deferred((plan.out_features, plan.in_features), partial(linear, name))
+            for name, plan in shapes.items()
+        }
+        return DeferredWeights({**dense, **now}, reads)
+
+    def input_rounders(self, written: Checkpoint, layer: int) -> dict[str, InputRounder]:
+        """By linear, named in the layer: how its input is rounded, where the scheme says so."""
+        rounders = {}
+        for name, plan in self.candidate.of_layer(self.plan.architecture, layer).items():
+            inputs = None if plan.scheme is None else plan.scheme.kind.inputs
+            if inputs is not None:
+                full = self.prefixes[layer] + name
+                scale = input_scale(written, full) if inputs.needs_range else None
+                rounders[name] = InputRounder(inputs, None if scale is None else scale.to(self.device))
+        return rounders
 
     def verify(self, load_layer: LoadLayer) -> None:
         """Read the files back and compare them with what was computed.
 
         Raises VerificationFailed naming the first linear or tensor that differs.
         """
-        written = Checkpoint(self.folder)
+        written = self.reader()
         for layer in range(self.plan.steps):
             result = load_layer(layer)
             quantized, dense = self.read_layer(written, layer)
             wrong = [
-                name
-                for name, weight in quantized.items()
-                if not weight.equals(result.quantized[name].packed())
+                name for name, weight in quantized.items() if not same_weight(weight, result.quantized[name])
             ]
             wrong += [
                 name for name, values in result.dense.items() if not torch.equal(dense[name].float(), values)
@@ -183,3 +243,40 @@ class FormatFolder:
     @property
     def weight_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class FolderModel(ModelFiles):
+    """What was written, as a loader would compute with it."""
+
+    folder: FormatFolder
+    written: Checkpoint
+
+    @classmethod
+    def of(cls, folder: FormatFolder) -> FolderModel:
+        return cls(folder, folder.reader())
+
+    def __call__(self, layer: int) -> Weights:
+        return self.folder.read_weights(self.written, layer)
+
+    def rounders(self, layer: int) -> dict[str, InputRounder]:
+        return self.folder.input_rounders(self.written, layer)
+
+
+def input_scale(written: Checkpoint, linear: str) -> Tensor:
+    """(1,) float32: of a linear whose input's range is in the files."""
+    names = (f"{linear}.input_global_scale", f"{linear}.input_scale")
+    return next(written.tensor(name) for name in names if name in written.tensors).to(torch.float32)
+
+
+def unpacked(weight: PackedWeight) -> Tensor:
+    values: Tensor = dequantize(
+        weight.qweight, weight.scale, weight.zero, weight.bits, weight.group_size, weight.in_features,
+        torch.float32,
+    )  # fmt: skip
+    return values
+
+
+def same_weight(read: PackedWeight | ReadWeight, computed: QuantizedWeight) -> bool:
+    """Whether the files hold the weight that was computed."""
+    return read.equals(computed.packed()) if isinstance(read, PackedWeight) else read.equals(computed)

@@ -21,6 +21,16 @@ Stored = Mapping[str, Tensor]  # a linear's tensors by suffix
 Entry = Mapping[str, Any]  # `quantization_config` of config.json
 
 
+class ReadWeight(Protocol):
+    """A weight as files hold it, where kernels don't compute from it."""
+
+    def dequantize(self) -> Tensor:
+        """float32 (out_features, in_features)."""
+
+    def equals(self, other: QuantizedWeight) -> bool:
+        """Whether this is what files hold of `other`."""
+
+
 class Packing(Protocol):
     """The interface of a format's module."""
 
@@ -29,7 +39,7 @@ class Packing(Protocol):
 
     def unpack_linear(
         self, stored: Stored, entry: Entry, scheme: Scheme | None = None
-    ) -> PackedWeight | QuantizedWeight:
+    ) -> PackedWeight | ReadWeight:
         """The weight of a linear's tensors, packed where kernels compute from it.
 
         Without `scheme`, shapes and `entry` say what it is.

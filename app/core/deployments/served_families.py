@@ -1,4 +1,4 @@
-"""Which model types the service's own server answers for; a file lists those that it does not.
+"""Which formats and model types deployments answer for; a file lists the types that the own server does not.
 
 The file is written by tests/families/serving.py, which holds the server's answers against transformers'.
 """
@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from app.core.errors import ModelRefused
+from app.core.formats.registry import FORMATS, FormatName
 from app.core.records.specs import Engine
 
 UNSERVED = Path(__file__).parent / "unserved.json"
@@ -19,6 +20,20 @@ UNSERVED = Path(__file__).parent / "unserved.json"
 def unserved() -> dict[str, str]:
     reasons: dict[str, str] = json.loads(UNSERVED.read_text("utf-8"))
     return reasons
+
+
+def refuse_unserved_format(name: FormatName, *, param: str) -> None:
+    """Raises ModelRefused for a format that no engine of deployments reads."""
+    reason = FORMATS[name].unserved
+    if reason is not None:
+        raise ModelRefused(
+            f"{name} artifacts are not deployed: {reason}", code="format_not_served", param=param,
+            remedy=f"download the artifact and serve it there, or deploy one of {served_formats()}",
+        )  # fmt: skip
+
+
+def served_formats() -> str:
+    return ", ".join(name for name in FORMATS if FORMATS[name].unserved is None)
 
 
 def unserved_note(model_type: str, engine: Engine) -> str | None:

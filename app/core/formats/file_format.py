@@ -112,6 +112,9 @@ class FileFormat(ABC):
     multiples: tuple[int, int] = (1, 1)
     scale_dtype: Literal["F16"] | None = None  # None: the model's
     config_file: str | None = None  # a further file with the entry of config.json
+    group_size: Literal[32] | None = None  # the only one that the format holds
+    single_file: str | None = None  # that holds everything, in place of safetensors and what lies beside them
+    unserved: str | None = None  # why deployments don't serve such files, and what does
     # Packages without which transformers 5.24 raises ImportError for such files (its quantizers' checks).
     transformers_needs: tuple[str, ...] = ()
 
@@ -133,6 +136,22 @@ class FileFormat(ABC):
         return FormatRefusal(
             why=f"holds integer weights alone, not {other}", nearest="the format compressed-tensors"
         )
+
+    def model_refusal(self, model_type: str, config: Mapping[str, Any]) -> FormatRefusal | None:
+        """Why the format can't hold a model of this type with this config.json, or None."""
+        return None
+
+    def dense_dtype(self, shape: tuple[int, ...], dtype: str) -> str:
+        """The dtype, as safetensors names it, of a tensor of `dtype` that is not quantized."""
+        return dtype
+
+    def head_notes(self, modules: ModuleSchemes, loader: str) -> Iterator[str]:
+        """A note on a quantized head that `loader` takes for missing weights."""
+        if modules.head is not None:
+            yield (
+                f"{loader} takes no head of such files: its weights count as missing; vLLM 0.32 reads it if "
+                "the vocabulary is a multiple of 64"
+            )
 
     def shape_refusal(self, out_features: int, in_features: int, scheme: Scheme) -> str | None:
         """Why the format can't hold a linear of this shape, or None."""

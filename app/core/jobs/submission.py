@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from app.core.deployments.served_families import unserved_note
+from app.core.deployments.served_families import refuse_unserved_format, unserved_note
 from app.core.errors import ModelRefused, TextRefused
 from app.core.jobs.worker_registry import WorkerRegistry
 from app.core.outgoing.address_guard import DestinationRefused, OutgoingGuard
@@ -101,6 +101,8 @@ def planned(spec: JobSpec, headers: ModelHeaders) -> Plan:
         plan = plan_job(spec, headers.config, headers.tensors)
     except ModelRefused as fault:
         raise with_code(fault, headers.code) from fault
+    if spec.deploy is not None:
+        refuse_unserved_format(spec.formats[0], param="deploy")
     deploy = spec.deploy and unserved_note(plan.architecture.model_type, spec.deploy.engine)
     return plan.model_copy(update={"notes": (*headers.notes, *plan.notes, *filter(None, [deploy]))})
 

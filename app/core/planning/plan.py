@@ -16,6 +16,13 @@ from app.core.formats.file_format import ModuleSchemes, Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
 from app.core.planning.family import Family, text_settings
+from app.core.planning.format_fit import (
+    dense_bytes,
+    linear_bytes,
+    only_group_size,
+    refuse_format,
+    refuse_model,
+)
 from app.core.planning.fused_experts import split_fused_experts, unsplit_linears
 from app.core.planning.linear_shapes import (
     head_shape,
@@ -28,7 +35,7 @@ from app.core.planning.linear_shapes import (
     with_head_step,
 )
 from app.core.records.specs import Frozen, GroupSize, JobSpec, Recipe, SearchSpec, matches
-from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
+from app.core.sources.safetensors_header import TensorHeader
 
 # Of an evaluation whose noise is below the loss of four bits, which are the first that people ask for.
 LEAST_WINDOWS = 8
@@ -125,6 +132,7 @@ def plan_job(
     """
     architecture = architecture_of(config, tensors, family)
     tensors = split_fused_experts(tensors, architecture.stored_layers, architecture.kinds)
+    refuse_model(spec.formats, config)
     config = text_settings(config)
     num_layers = positive_integer(config, "num_hidden_layers")
     shapes = linear_shapes(architecture, num_layers, tensors)
@@ -294,7 +302,13 @@ def with_group_sizes(
     """The spec with a number for every group size, and a note on each that is not the usual."""
     choices: list[str] = []
     recipes: list[Recipe] = []
+    only = only_group_size(spec.formats)
     for index, recipe in enumerate(spec.recipes):
+        if only is not None and recipe.group_size == "auto":
+            recipe = recipe.model_copy(update={"group_size": only.size})
+            choices.append(
+                f"recipe {index}: group_size {only.size}, the only one of the format {only.format}"
+            )
         size, obstacle = chosen_group_size(recipe, recipe_shapes(recipe, architecture, shapes))
         recipes.append(recipe.model_copy(update={"group_size": size}))
         if obstacle is not None:
@@ -343,12 +357,12 @@ def plan_candidate(
             "the recipe ignores every linear of the model", code="nothing_to_quantize",
             remedy="shorten `ignore`", param=f"{spec.recipe_field(index)}.ignore",
         )  # fmt: skip
-    unquantized = sum(t.size for name, t in tensors.items() if name.removesuffix(".weight") not in shapes)
-    unquantized += sum(
-        linear.parameters * DTYPE_BITS[tensors[linear.name + ".weight"].dtype] // 8
-        for linear in linears
-        if linear.scheme is None
-    )
+    full = {linear.name for linear in linears if linear.scheme is None}
+    dense = [
+        tensor
+        for name, tensor in tensors.items()
+        if (linear := name.removesuffix(".weight")) not in shapes or linear in full
+    ]
     packed = {
         name: sum(linear_bytes(name, linear, tensors[linear.name + ".weight"].dtype) for linear in linears)
         for name in spec.formats
@@ -364,7 +378,7 @@ def plan_candidate(
         head=next((head for head in head_shape(architecture, tensors) if head in shapes), None),
         full_precision=full_precision,
         towers=towers(architecture, linears, full_precision),
-        output_bytes={name: unquantized + size for name, size in packed.items()},
+        output_bytes={name: dense_bytes(name, dense) + size for name, size in packed.items()},
         bits_per_weight=bits_per_weight,
     )
 
@@ -544,38 +558,3 @@ def fused_set(architecture: Architecture, name: str) -> tuple[str, tuple[str, ..
     assert layer is not None
     prefix = architecture.layer_prefix(layer)
     return prefix, architecture.at(layer).fused_set(name.removeprefix(prefix))
-
-
-def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
-    """Bytes of a linear in the format if it is quantized, bias excluded; `dtype` is that of its weight."""
-    if linear.scheme is None:
-        return 0
-    tensors = FORMATS[name].tensors(linear.out_features, linear.in_features, linear.scheme, dtype)
-    return sum(math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8 for tensor in tensors.values())
-
-
-def refuse_format(
-    index: int,
-    name: FormatName,
-    recipe: Recipe,
-    linears: tuple[LinearPlan, ...],
-    schemes: set[Scheme],
-) -> None:
-    refusal = FORMATS[name].refusal(schemes)
-    if refusal is not None:
-        raise RecipeUnsupported(
-            f"recipe {index} ({recipe.label}): the format {name} {refusal.why}",
-            code="format_cannot_hold_recipe", remedy=f"nearest valid choice: {refusal.nearest}",
-            param="formats",
-        )  # fmt: skip
-    for linear in linears:
-        shape = linear.out_features, linear.in_features
-        why = linear.scheme and FORMATS[name].shape_refusal(*shape, linear.scheme)
-        if why:
-            plain = linear.scheme is None or linear.scheme.is_plain
-            other = "the format compressed-tensors" if plain else "scheme fp8"
-            raise RecipeUnsupported(
-                f"{linear.name}: {why}, which the format {name} needs",
-                code="format_cannot_hold_recipe", remedy=f"choose {other}, or ignore this linear",
-                param="formats",
-            )  # fmt: skip
