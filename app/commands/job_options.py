@@ -17,6 +17,7 @@ import typer
 from app.commands.terminal import among
 from app.core.errors import InvalidRequest
 from app.core.formats.registry import FormatName
+from app.core.formats.schemes import SchemeName
 from app.core.records.specs import BUNDLED_TASKS, OWN_ANSWERS, Method
 from app.core.sources.json_file import json_fault
 
@@ -47,6 +48,13 @@ class JobOptions:
 
     method: Annotated[
         str | None, option("rtn, awq (default), gptq or omniquant.", values=get_args(Method))
+    ] = None
+    scheme: Annotated[
+        str | None,
+        option(
+            "Numbers of weights and inputs: w4a16 and its like (default), fp8, w8a8, nvfp4, mxfp4, …",
+            values=get_args(SchemeName),
+        ),
     ] = None
     bits: Annotated[int | None, option("2, 3, 4 (default) or 8.")] = None
     group_size: Annotated[
@@ -141,6 +149,7 @@ def parameters_of(function: Callable[..., object]) -> list[Parameter]:
 # Option -> section and field of a job's body.
 PLACES = {
     "method": ("recipe", "method"),
+    "scheme": ("recipe", "scheme"),
     "bits": ("recipe", "bits"),
     "group_size": ("recipe", "group_size"),
     "symmetric": ("recipe", "symmetric"),
