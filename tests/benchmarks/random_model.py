@@ -104,9 +104,9 @@ def write_moe(folder: Path, experts: int, layers: int) -> None:
 def write_folder(folder: Path, config: dict[str, Any], layers: list[dict[str, tuple[int, ...]]]) -> None:
     """A folder with these shapes of each layer's tensors."""
     folder.mkdir(parents=True)
-    for file in TOKENIZER.glob("*"):
-        if file.name not in ("config.json", "README.md") and file.suffix != ".safetensors":
-            shutil.copyfile(file, folder / file.name)
+    for source in TOKENIZER.glob("*"):
+        if source.name not in ("config.json", "README.md") and source.suffix != ".safetensors":
+            shutil.copyfile(source, folder / source.name)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     files: dict[str, str] = {}
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]

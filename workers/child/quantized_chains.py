@@ -73,7 +73,7 @@ class QuantizedChains:
 
         def observe(
             groups: Sequence[int], own: Weights, scales: Sequence[Tensor | None]
-        ) -> list[InputStatistics]:
+        ) -> Sequence[InputStatistics]:
             with self.timed(candidate.recipe_index):
                 hand_out_weights(chain, own)
                 hand_out_scales(chain, groups, original, scales)

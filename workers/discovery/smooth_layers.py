@@ -77,7 +77,7 @@ class LayerProbe:
         each = [one for group in groups for one in self.expanded(group)]
         try:
             choices: list[ScaleChoice | None] = [self.choice(group, generator) for group in each]
-            weights = fold_scales(self.weights, self.heads, each, choices)
+            weights = dict(fold_scales(self.weights, self.heads, each, choices))
         except (AssertionError, IndexError, KeyError, RuntimeError, ZeroDivisionError):
             return False  # the candidate's rows do not exist in this layer
         return unchanged(run(self.layer, self.call, weights), self.expected, self.call.states)

@@ -257,14 +257,14 @@ def results(collectors: Sequence[InputCollector], names: Sequence[str]) -> Seque
     """Of each collector, for an input that is called by these names; what lies in a file stays there."""
     if all(collector.file is None for collector in collectors):
         return [collector.result(name) for collector, name in zip(collectors, names, strict=True)]
-    makers: list[Callable[[], InputStatistics]] = []
-    for collector, name in zip(collectors, names, strict=True):
-        if collector.file is None:
-            ready = collector.result(name)
-            makers.append(lambda ready=ready: ready)
-        else:
-            makers.append(partial(collector.result, name))
-    return GroupStatistics(makers)
+
+    def maker(collector: InputCollector, name: str) -> Callable[[], InputStatistics]:
+        if collector.file is not None:
+            return partial(collector.result, name)
+        ready = collector.result(name)
+        return lambda: ready
+
+    return GroupStatistics([maker(*pair) for pair in zip(collectors, names, strict=True)])
 
 
 @contextmanager

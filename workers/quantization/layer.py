@@ -7,8 +7,9 @@ so that a recipe on the quantized chain can observe each after the ones before i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,8 +21,20 @@ from app.core.planning.architectures import Architecture, ScaleGroup
 from app.core.records.specs import Recipe
 from kernels.search import losses
 from kernels.search.search_operators import clip_backend
+from workers.modeling.float_numbers import largest_float
+from workers.modeling.input_rounding import static_scale
+from workers.modeling.layer_weights import (
+    Deferred,
+    DeferredWeights,
+    LookedUp,
+    Weights,
+    deferred,
+    held,
+    replaced,
+)
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.evolution import evolve_scales
+from workers.quantization.float_grids import float_grid
 from workers.quantization.folding import Heads, fold_of, fold_scales
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
@@ -36,7 +49,7 @@ from workers.quantization.rounding import (
 from workers.quantization.scale_search import ScaleChoice, ScaledLinear, search_scales
 
 # Groups, the layer's weights so far (scaled, some rounded), the scales by group -> what the groups see.
-Observe = Callable[[Sequence[int], dict[str, Tensor], Sequence[Tensor | None]], list[InputStatistics]]
+Observe = Callable[[Sequence[int], Weights, Sequence[Tensor | None]], Sequence[InputStatistics]]
 
 
 @dataclass(frozen=True)
@@ -49,22 +62,32 @@ class OwnChain:
 
 @dataclass(frozen=True)
 class LayerTask:
-    """The work on one layer. `weights` are float32 by name in the layer."""
+    """The work on one layer; finished linears go to `quantized`."""
 
     architecture: Architecture  # with the groups of this layer
     recipe: Recipe
     schemes: dict[str, Scheme]  # of the linears that are quantized
     heads: Heads
-    weights: dict[str, Tensor]
-    statistics: list[InputStatistics]  # one per group of the architecture
+    weights: Weights  # float32, by name in the layer
+    statistics: Sequence[InputStatistics]  # one per group of the architecture
     dtype: torch.dtype  # of the checkpoint's weights
     chain: OwnChain | None = None  # of a recipe on the quantized chain
     formats: tuple[FormatName, ...] = ("compressed-tensors",)  # of the files
+    quantized: MutableMapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def in_float16(self) -> bool:
         """Whether the files may be run in float16."""
         return self.dtype == torch.float16 or any(FORMATS[name].scale_dtype == "F16" for name in self.formats)
+
+    def largest(self, name: str, index: int, weights: Weights) -> Tensor | None:
+        """The largest size of the weights whose scales one number divides: servers make one matrix of the
+        linears of a module with one input, groups[index]."""
+        if self.schemes[name].kind.scales != "e4m3":
+            return None
+        module, linears = name.rpartition(".")[0], self.architecture.groups[index].balance_layers
+        fused = [each for each in linears if each in self.schemes and each.rpartition(".")[0] == module]
+        return torch.stack([weights[each + ".weight"].abs().amax() for each in fused]).amax()
 
     def refuse_overflow(self, linear: FoldedLinear) -> None:
         """Raises RecipeUnsupported for weights that the files can't hold."""
@@ -76,58 +99,80 @@ class LayerTask:
 class LayerResult:
     """A quantized layer: integers for the linears, and the other tensors that the fold changed."""
 
-    quantized: dict[str, QuantizedWeight]  # by linear
+    quantized: Mapping[str, QuantizedWeight]  # by linear; those of experts may be read at look-up
     dense: dict[str, Tensor]  # by tensor name, float32, representable in the checkpoint's dtype
     report: list[LinearReport]  # one entry per quantized linear
     learning: LearningReport | None = None
 
     def to(self, device: torch.device) -> LayerResult:
+        linears = LookedUp(self.quantized.keys(), lambda name: self.quantized[name].to(device))
         return LayerResult(
-            {name: weight.to(device) for name, weight in self.quantized.items()},
+            dict(linears) if isinstance(self.quantized, dict) else linears,
             {name: value.to(device) for name, value in self.dense.items()},
             self.report,
         )
 
-    def weights(self, original: dict[str, Tensor]) -> dict[str, Tensor]:
+    def weights(self, original: Weights) -> Weights:
         """All tensors of the layer with the quantized ones dequantized."""
-        linears = {name + ".weight": weight.dequantize() for name, weight in self.quantized.items()}
-        return {**original, **self.dense, **linears}
+        return dequantized(replaced(original, self.dense), self.quantized, self.quantized)
 
 
-def quantize_layer(task: LayerTask) -> tuple[LayerResult, dict[str, Tensor]]:
+def dequantized(weights: Weights, quantized: Mapping[str, QuantizedWeight], names: Iterable[str]) -> Weights:
+    """The weights with these linears dequantized: at once, or at look-up as before."""
+    later, tensors = deferred(weights), {f"{name}.weight": name for name in names}
+
+    def tensor(key: str) -> Tensor:
+        return quantized[tensors[key]].dequantize()
+
+    now = {key: tensor(key) for key in tensors if key not in later}
+    reads = {key: Deferred(later[key].shape, partial(tensor, key)) for key in tensors if key in later}
+    return replaced(weights, DeferredWeights(now, reads))
+
+
+def quantize_layer(task: LayerTask) -> tuple[LayerResult, Weights]:
     """The quantized layer, and the folded but unrounded weights for the equivalence check."""
     choices = [choose_scales(task, index) for index in range(len(task.architecture.groups))]
     folded = fold_scales(task.weights, task.heads, task.architecture.groups, choices)
-    weights = dict(folded)  # the linears that are rounded replace theirs
+    learns = task.recipe.method == "omniquant" and task.chain is not None and task.chain.lesson is not None
     linears: dict[str, FoldedLinear] = {}
-    quantized: dict[str, QuantizedWeight] = {}
+    quantized = task.quantized
     report: list[LinearReport] = []
+    weights = folded  # the linears that are rounded replace theirs
     for stage in task.architecture.stages:
+        names = list[str]()
         for index, seen in zip(stage, observed(task, stage, weights, choices), strict=True):
             for name in task.architecture.groups[index].balance_layers:
                 if name in task.schemes:
                     plain = folded[name + ".weight"]
-                    linears[name] = linear = FoldedLinear(
-                        name, seen.corrected(plain), seen.moment, task.schemes[name], plain
-                    )
+                    linear = FoldedLinear(
+                        name, seen.corrected(plain), seen.moment, task.schemes[name], plain,
+                        task.largest(name, index, folded),
+                    )  # fmt: skip
+                    if learns:
+                        linears[name] = linear
                     task.refuse_overflow(linear)
                     rounded = round_linear(linear, task.recipe, task.dtype)
-                    quantized[name] = rounded.weight
+                    quantized[name] = with_input_scale(rounded.weight, seen, task.dtype)
+                    names.append(name)
                     report.append(entry_of(task, index, choices[index], linear, rounded))
-                    weights[name + ".weight"] = rounded.weight.dequantize()
+        if task.chain is not None:
+            weights = dequantized(weights, quantized, names)
     result = LayerResult(quantized, stored_dense(task, folded), report)
-    if task.chain is not None and task.chain.lesson and task.recipe.method == "omniquant":
+    if learns:
         scaled = tuple(choice is not None for choice in choices)
         return learned_layer(task, linears, folded, scaled, result)
     return result, folded
 
 
-def stored_dense(task: LayerTask, folded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors beside the quantized ones that the fold has changed, as they will be stored."""
+def stored_dense(task: LayerTask, folded: Weights) -> dict[str, Tensor]:
+    """The tensors beside the quantized ones that the fold has changed, as they will be stored.
+
+    No deferred one is among them: experts that keep their precision get no scales.
+    """
     linears = {name + ".weight" for name in task.schemes}
     return {
         name: value.to(task.dtype).to(torch.float32)
-        for name, value in folded.items()
+        for name, value in held(folded).items()
         if name not in linears and value is not task.weights[name]
     }
 
@@ -135,20 +180,20 @@ def stored_dense(task: LayerTask, folded: dict[str, Tensor]) -> dict[str, Tensor
 def learned_layer(
     task: LayerTask,
     linears: dict[str, FoldedLinear],
-    folded: dict[str, Tensor],
+    folded: Weights,
     scaled: tuple[bool, ...],
     start: LayerResult,
-) -> tuple[LayerResult, dict[str, Tensor]]:
+) -> tuple[LayerResult, Weights]:
     """The layer after OmniQuant's lesson, and its folded but unrounded weights."""
     assert task.chain is not None
     assert task.chain.lesson is not None
     groups = task.architecture.groups
     aims = {**folded, **{name + ".weight": linear.weight for name, linear in linears.items()}}
-    draft = Draft(task.architecture, task.heads, task.dtype, aims, scaled, start.quantized)
+    draft = Draft(task.architecture, task.heads, task.dtype, aims, scaled, dict(start.quantized))
     teacher = Teacher(draft, task.chain.lesson())
     learned = teacher.teach(task.recipe.search.epochs, fixed_integers=task.recipe.rounds_with_gptq)
     folded = fold_scales(folded, task.heads, groups, learned.scales)
-    aims = fold_scales(aims, task.heads, groups, learned.scales)
+    aims = dict(fold_scales(aims, task.heads, groups, learned.scales))
     losses = {}
     for group, choice in zip(groups, learned.scales, strict=True):
         for name in (name for name in group.balance_layers if name in linears):
@@ -162,14 +207,23 @@ def learned_layer(
     return result, folded
 
 
+def with_input_scale(weight: QuantizedWeight, seen: InputStatistics, dtype: torch.dtype) -> QuantizedWeight:
+    """The weight with the scale of its input, where the scheme takes that from calibration."""
+    inputs = weight.scheme.kind.inputs
+    if inputs is None or not inputs.needs_range:
+        return weight
+    assert seen.abs_max is not None
+    return replace(weight, input_scale=static_scale(inputs, seen.abs_max.amax(), dtype))
+
+
 def observed(
-    task: LayerTask, stage: Sequence[int], weights: dict[str, Tensor], choices: list[ScaleChoice | None]
-) -> list[InputStatistics]:
+    task: LayerTask, stage: Sequence[int], weights: Weights, choices: list[ScaleChoice | None]
+) -> Iterable[InputStatistics]:
     """Input statistics of a stage's groups, from their recipe's own chain or from the original model."""
     scales = [None if choice is None else choice.scales for choice in (choices[index] for index in stage)]
     if task.chain is not None:
         return task.chain.observe(stage, weights, scales)
-    return [task.statistics[index].scaled(factor) for index, factor in zip(stage, scales, strict=True)]
+    return (task.statistics[index].scaled(factor) for index, factor in zip(stage, scales, strict=True))
 
 
 def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
@@ -180,7 +234,7 @@ def choose_scales(task: LayerTask, index: int) -> ScaleChoice | None:
     if f"{group.smooth_layer}.weight" not in task.weights:
         return None
     linears = [
-        ScaledLinear(task.weights[name + ".weight"], task.schemes[name]) for name in group.balance_layers
+        ScaledLinear(task.weights, name + ".weight", task.schemes[name]) for name in group.balance_layers
     ]
     search, statistics = task.recipe.search, task.statistics[index]
     target = fold_of(task.weights, task.heads, group, task.dtype)
@@ -208,7 +262,7 @@ def entry_of(
     if task.recipe.searches_scales:
         reason = unscaled_for(task, group) or reason
     backend = None
-    if task.recipe.searches_clip:
+    if task.recipe.searches_clip and linear.scheme.kind.numbers == "int":
         width = linear.weight.shape[1] // linear.scheme.groups(linear.weight.shape[1])
         backend = clip_backend(linear.weight.device, width)
     return entry.model_copy(update={"reason": reason, "energy": output_energy(linear), "backend": backend})
@@ -232,7 +286,9 @@ def rounding_baseline(linear: FoldedLinear, choice: ScaleChoice | None, dtype: t
         weight, plain = weight / choice.scales, plain / choice.scales
         moment = moment * torch.outer(choice.scales, choice.scales)
     grouped = grouped_view(plain, scheme)
-    error = min_max_grid(grouped, scheme, dtype).nearest(grouped).view_as(weight).sub_(weight)
+    is_float = scheme.kind.numbers == "float"
+    grid = float_grid(grouped, scheme, dtype) if is_float else min_max_grid(grouped, scheme, dtype)
+    error = grid.nearest(grouped).view_as(weight).sub_(weight)
     return float(losses.quick_row_losses(error, moment).sum())
 
 
@@ -242,9 +298,13 @@ def output_energy(linear: FoldedLinear) -> float:
 
 
 def integer_range(choice: ScaleChoice | None, rounded: RoundedLinear) -> tuple[float, float]:
-    """Medians over groups of the smallest and largest weight that the integers hold, in the model's units."""
-    scale, zero = rounded.weight.scale, rounded.weight.zero.float()
-    top = 2**rounded.weight.scheme.bits - 1
+    """Medians over groups of the smallest and largest weight that the numbers hold, in the model's units."""
+    scheme, scale, zero = rounded.weight.scheme, rounded.weight.scale, rounded.weight.zero.float()
+    top: Tensor | float = 2**scheme.bits - 1
+    if scheme.kind.numbers == "float":
+        top = largest_float(scheme.bits)
+        zero = torch.full_like(scale, top / 2)
+        scale = 2 * scale  # the numbers lie evenly on both sides of zero
     if choice is not None:
         # The folded weight is column times scale: a group as a whole is about the mean of its columns'.
         scale = scale / choice.scales.to(scale.device).view(scale.shape[1], -1).mean(dim=1)
@@ -260,6 +320,7 @@ def linear_report(
         linear=name,
         bits=scheme.bits,
         group_size=scheme.group_size,
+        scheme=None if scheme.is_plain else scheme.name,
         ratio=None if choice is None else choice.ratio,
         weight_ratio=None if choice is None else choice.weight_ratio,
         scale_spread=None if choice is None else float(choice.scales.max() / choice.scales.min()),

@@ -139,7 +139,7 @@ class LearnableLayer:
 
     def folded(self, choices: list[ScaleChoice | None]) -> dict[str, Tensor]:
         draft = self.draft
-        return fold_scales(draft.weights, draft.heads, draft.architecture.groups, choices)
+        return dict(fold_scales(draft.weights, draft.heads, draft.architecture.groups, choices))
 
     def rounded(self) -> dict[str, Tensor]:
         """The layer's weights, scaled and rounded, with gradients to bounds and scales."""

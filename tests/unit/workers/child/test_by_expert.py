@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_a_killed_job_goes_on_behind_layers_of_which_all_files_are_there(
 ) -> None:
     """A layer's own file comes last, so one that was broken off is done again; so is one that lost a file."""
     split(monkeypatch)
-    sizes = {"num_local_experts": 4, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {"num_local_experts": 4, "num_hidden_layers": 3}
     model, work = save_model(random_model("mixtral", **sizes), tmp_path / "model"), tmp_path / "work"
     first = EngineRun(tiny_spec(), model, work)
     expected, checkpoints = files_of(work), work / CHECKPOINTS
@@ -102,7 +103,7 @@ def test_a_layers_file_that_lost_another_is_not_finished(tmp_path: Path) -> None
         for number in range(3)
     ]
     probe = (torch.rand(1, 2, 8), torch.rand(1, 2, 8))
-    store.save(0, LayerStatistics(GroupStatistics([lambda each=each: each for each in groups]), probe))
+    store.save(0, LayerStatistics(GroupStatistics([partial(groups.__getitem__, n) for n in range(3)]), probe))
     assert store.missing(1) == []
     loaded = store.load(0).to(torch.device("cpu"))
     assert isinstance(loaded.groups, GroupStatistics)
@@ -117,28 +118,33 @@ def test_a_layers_file_that_lost_another_is_not_finished(tmp_path: Path) -> None
 
 
 MEASURED = """
-import resource, sys
+import sys
 from pathlib import Path
 from app.core.planning import large_layers
 from tests.tiny_models import EngineRun, tiny_spec
 from workers.child import layer_files
 from workers.quantization import scale_search
 large_layers.EXPERT_BYTES = {"cpu": 0}
-layer_files.PART_BYTES = scale_search.ERRORS_AT_ONCE["cpu"] = 1 << 20  # else they are bounds that few experts do not reach
-EngineRun(tiny_spec(), Path(sys.argv[1]), Path(sys.argv[2]), threads=1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+layer_files.PART_BYTES = scale_search.ERRORS_AT_ONCE["cpu"] = 1 << 20  # few experts do not reach these bounds
+for model in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    EngineRun(tiny_spec(), Path(model), Path(model + "-work"), threads=1)
+    print(1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]))
 """
 
 
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
     """24 more experts of 2.4 MB: of the layers' float32 weights, copies, sums and integers nothing stays."""
-    peaks, inner, hidden = [], 1024, 192
+    models, inner, hidden = [], 1024, 192
     for experts in (8, 32):
-        sizes = {"num_local_experts": experts, "hidden_size": hidden, "intermediate_size": inner}
-        model = save_model(random_model("mixtral", torch.bfloat16, **sizes), tmp_path / f"model-{experts}")
-        command = [sys.executable, "-c", MEASURED, str(model), str(tmp_path / f"work-{experts}")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]))
+        sizes: dict[str, Any] = {
+            "num_local_experts": experts, "hidden_size": hidden, "intermediate_size": inner,
+        }  # fmt: skip
+        models.append(tmp_path / str(experts))
+        save_model(random_model("mixtral", torch.bfloat16, **sizes), models[-1])
+    command = [sys.executable, "-c", MEASURED, *map(str, models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.split())
     added = 24 * (3 * inner * hidden + inner * inner) * 4  # bytes of the weights and of the sums
-    assert peaks[1] - peaks[0] < 0.3 * added, [peak / 1e6 for peak in peaks]
+    assert many - few < 0.3 * added, (few / 1e6, many / 1e6)

@@ -153,7 +153,7 @@ def draft_of(case: LayerCase) -> tuple[Draft, Teacher]:
     task = case.task(method="awq", rounding="gptq")
     result, folded = quantize_layer(task)
     scaled = tuple(group.smooth_layer is not None for group in task.architecture.groups)
-    draft = Draft(task.architecture, task.heads, task.dtype, folded, scaled, result.quantized)
+    draft = Draft(task.architecture, task.heads, task.dtype, dict(folded), scaled, dict(result.quantized))
     return draft, Teacher(draft, case.pair.lesson(case.weights))
 
 

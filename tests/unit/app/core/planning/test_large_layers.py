@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.core.jobs.estimate import expert_notes
 from app.core.planning import large_layers
 from app.core.planning.cost_model import predict, working_bytes
 from app.core.planning.device_profile import NOMINAL
@@ -39,6 +40,22 @@ def test_a_layer_is_split_by_the_bytes_of_its_experts(
 def test_no_dense_layer_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_layers, "EXPERT_BYTES", {"cpu": 0, "cuda": 0})
     assert layers_by_expert(planned(tmp_path, "llama"), "cpu") == set()
+
+
+@pytest.mark.parametrize(("method", "words"), [("awq", "expert by expert"), ("omniquant", "whole layers")])
+def test_an_estimate_says_what_is_done_about_many_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, words: str
+) -> None:
+    model = tiny_model(tmp_path, "mixtral", num_local_experts=4)
+    headers = inspect_model(open_model(model.as_uri(), model_roots=(model.parent,)))
+    spec = JobSpec.model_validate({"model": "m", "recipe": {"method": method, "group_size": 32}})
+    plan = plan_job(spec, headers.config, headers.tensors)
+    assert expert_notes(plan, "cpu") == ()
+    held = working_bytes(plan, spec, "cpu")
+    monkeypatch.setattr(large_layers, "EXPERT_BYTES", {"cpu": 0, "cuda": 0})
+    (note,) = expert_notes(plan, "cpu")
+    assert words in note
+    assert (working_bytes(plan, spec, "cpu") == held) == (method == "omniquant")
 
 
 def test_predicted_memory_of_split_layers_does_not_follow_their_number(
