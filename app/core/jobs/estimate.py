@@ -8,6 +8,7 @@ from app.core.formats.registry import FormatName
 from app.core.jobs.submission import CheckedSubmission
 from app.core.planning.cost_model import NETWORK, Step, answers_bytes, predict
 from app.core.planning.device_profile import NOMINAL, Basis, DeviceKind, DeviceProfile, rates_notes
+from app.core.planning.large_layers import layers_by_expert
 from app.core.planning.plan import CandidatePlan, Plan
 from app.core.records.specs import BUNDLED_TASKS, Frozen, JobSpec
 
@@ -96,6 +97,7 @@ def estimate(
             *download_notes(checked.download_bytes),
             *task_notes(spec),
             *answer_notes(spec, plan, device),
+            *expert_notes(plan, device),
             *plan.notes,
         ),
         candidates=candidates,
@@ -121,6 +123,19 @@ def answer_notes(spec: JobSpec, plan: Plan, device: DeviceKind) -> tuple[str, ..
     return (
         f"the model writes its calibration text itself, {tokens} tokens, and is held whole meanwhile: "
         f"{size:.1f} GB, where a job with other text needs little more than a layer",
+    )
+
+
+def expert_notes(plan: Plan, device: DeviceKind) -> tuple[str, ...]:
+    """What is done about layers whose experts are too many to be held, or is not."""
+    apart = layers_by_expert(plan, device)
+    if not apart:
+        return ()
+    if any(candidate.recipe.method == "omniquant" for candidate in plan.candidates):
+        return ("omniquant learns from whole layers: all experts of one are held, in several copies",)
+    return (
+        f"{len(apart)} of {plan.num_layers} layers are quantized expert by expert: their weights are read "
+        "again for each batch of text, and memory does not grow with the number of experts",
     )
 
 

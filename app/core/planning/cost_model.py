@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from app.core.planning.device_profile import Basis, DeviceKind, DeviceProfile, SearchStep
+from app.core.planning.large_layers import held_parameters, largest_expert_linear, layers_by_expert
 from app.core.planning.plan import CandidatePlan, LinearPlan, Plan
 from app.core.records.job import Stage
 from app.core.records.specs import Frozen, JobSpec, Recipe
@@ -21,6 +22,9 @@ CHUNK_TOKENS = 256
 SECTION_TOKENS = 65_536
 ANSWER_ROWS, ANSWER_TOKENS = 32, 256  # of the model's own answers: written together, tokens of one
 EXPERT = ".experts."  # in the names of linears that see only the tokens routed to them
+PART_BYTES = 1 << 26  # of an expert's linears, or statistics, that wait to be written
+FILE_COPIES = 2  # of those while they are written
+EXPERT_COPIES = 8  # of an expert's linear while it is searched and rounded: nothing else hides them
 POPULATION_LOSSES = 2  # products per evaluation of the evolutionary search: ranking, and clip
 
 Step = Literal["starting"] | Stage  # what takes a job's time, in order: the start of its process, and stages
@@ -115,7 +119,7 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes
         for stage, spent in stages.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     seconds[Stage.EVALUATING] = seconds.get(Stage.EVALUATING, 0.0) + costs.evaluation()
-    working = working_bytes(plan, spec)
+    working = working_bytes(plan, spec, profile.device)
     if spec.calibration.is_own_answers:
         seconds[Stage.CALIBRATING] += costs.answers()
         working = max(working, answers_bytes(plan, spec, profile.device))
@@ -327,16 +331,18 @@ def groups_of(plan: Plan, candidate: CandidatePlan) -> list[tuple[int, int]]:
     return groups
 
 
-def largest_layer_moments(plan: Plan) -> int:
-    """Bytes of second moments in the layer with the most."""
+def largest_layer_moments(plan: Plan, apart: frozenset[int]) -> int:
+    """Bytes of second moments in the layer with the most; of the layers in `apart` one expert's are held."""
     per_layer: dict[int, int] = {}
     widths = {each.name: each.in_features for each in plan.candidates[0].linears}
     for layer in range(plan.steps):
         prefix = plan.architecture.layer_prefix(layer)
-        per_layer[layer] = sum(
-            4 * widths.get(prefix + group.balance_layers[0], 0) ** 2
-            for group in plan.architecture.at(layer).groups
-        )
+        sizes: dict[bool, list[int]] = {True: [0], False: [0]}  # by whether an expert alone has the input
+        for group in plan.architecture.at(layer).groups:
+            size = 4 * widths.get(prefix + group.balance_layers[0], 0) ** 2
+            sizes[group.expert is not None].append(size)
+        experts = max(sizes[True]) if layer in apart else sum(sizes[True])
+        per_layer[layer] = sum(sizes[False]) + experts
     return max(per_layer.values())
 
 
@@ -347,9 +353,11 @@ def task_tokens(spec: JobSpec) -> int:
     return min(SECTION_TOKENS, tokens)
 
 
-def working_bytes(plan: Plan, spec: JobSpec) -> int:
+def working_bytes(plan: Plan, spec: JobSpec, device: DeviceKind) -> int:
     """The largest of looking tokens up, calibrating with search, passing windows on, and comparing logits."""
-    layer = plan.layer_bytes // (4 if plan.dtype == "float32" else 2)  # parameters
+    learns = any(candidate.recipe.method == "omniquant" for candidate in plan.candidates)
+    apart = frozenset[int]() if learns else layers_by_expert(plan, device)  # it learns from whole layers
+    layer = held_parameters(plan, apart)
     table = 4 * plan.vocab_size * plan.hidden_size  # the embedding, or the head, in float32
     stored = 0 if plan.dtype == "float32" else table // 2  # as the checkpoint has it, while it is read
     channels = 4 * plan.hidden_size
@@ -357,7 +365,9 @@ def working_bytes(plan: Plan, spec: JobSpec) -> int:
     length = calibration.sequence_length
     states = calibration.num_samples * length * channels
     chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)
-    solving = 4 * 4 * layer + 3 * largest_layer_moments(plan)
+    solving = 4 * 4 * layer + 3 * largest_layer_moments(plan, apart)
+    if apart:
+        solving += EXPERT_COPIES * 4 * largest_expert_linear(plan, apart) + FILE_COPIES * PART_BYTES
     calibrating = (1 + 6 * chains) * states + activations(plan, calibration.num_samples, length) + solving
     models = 1 + len(plan.candidates)
     text = evaluation.num_samples * spec.evaluation_length * channels

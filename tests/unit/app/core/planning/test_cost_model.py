@@ -15,7 +15,7 @@ from app.core.records.job import Stage
 from app.core.records.specs import BUNDLED_TASKS, CalibrationSpec, JobSpec
 from app.core.sources.model_source import inspect_model, open_model
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
-from workers.child import own_answers, work
+from workers.child import layer_files, own_answers, work
 from workers.quantization import continuations, evaluation, input_statistics, paired_pass, scale_search
 
 
@@ -37,6 +37,7 @@ def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
     assert cost_model.MOMENT_BLOCK == input_statistics.BLOCK
     assert cost_model.FINALISTS == scale_search.FINALISTS
+    assert cost_model.PART_BYTES == layer_files.PART_BYTES
     assert cost_model.BATCH_TOKENS == work.BATCH_TOKENS
     assert cost_model.CHUNK_TOKENS == evaluation.CHUNK_TOKENS
     assert cost_model.SECTION_TOKENS == continuations.SECTION_TOKENS
