@@ -68,7 +68,7 @@ def test_the_artifact_is_one_file_that_holds_everything(run: EngineRun) -> None:
 @pytest.mark.parametrize("bits_and_symmetry", BLOCKS, ids=lambda key: BLOCKS[key].name)
 def test_transformers_opens_what_was_evaluated(tmp_path: Path, bits_and_symmetry: tuple[int, bool]) -> None:
     bits, symmetric = bits_and_symmetry
-    recipe = Recipe(bits=bits, symmetric=symmetric, rounding="gptq")  # type: ignore[arg-type]
+    recipe = Recipe(bits=bits, symmetric=symmetric, rounding="gptq")
     run = quantized("llama", tmp_path, recipe)
     folder = run.folder("gguf")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()

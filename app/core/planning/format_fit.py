@@ -34,6 +34,17 @@ def refuse_model(formats: Sequence[FormatName], config: Mapping[str, object]) ->
             )  # fmt: skip
 
 
+def refuse_single_files(formats: Sequence[FormatName]) -> None:
+    """Raises RecipeUnsupported for formats whose one file is written layer by layer."""
+    for name in formats:
+        if FORMATS[name].single_file is not None:
+            raise RecipeUnsupported(
+                f"the format {name} is written layer by layer, and without an evaluation no layer is read",
+                code="format_needs_layers", param="formats",
+                remedy="ask for an evaluation, or choose the format compressed-tensors",
+            )  # fmt: skip
+
+
 def only_group_size(formats: Sequence[FormatName]) -> OnlyGroupSize | None:
     """Of the formats, the first that holds one group size alone."""
     sizes = ((name, FORMATS[name].group_size) for name in formats)

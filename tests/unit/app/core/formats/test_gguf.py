@@ -8,6 +8,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from app.core.deployments.served_families import refuse_unserved_format
 from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.formats.gguf import BLOCK, BLOCKS, FAMILIES, GgufFormat
+from app.core.planning.format_fit import refuse_single_files
 from tests.unit.app.core.planning.headers import asked, planned
 
 
@@ -64,6 +65,13 @@ def test_a_refused_model_is_refused_by_the_plan() -> None:
         planned(asked("gguf", group_size=32), {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert (refusal.value.code, refusal.value.param) == ("format_cannot_hold_model", "formats")
     assert "compressed-tensors" in refusal.value.remedy
+
+
+def test_a_job_that_reads_no_layer_is_refused() -> None:
+    with pytest.raises(RecipeUnsupported, match="written layer by layer") as refusal:
+        refuse_single_files(("awq", "gguf"))
+    assert "evaluation" in refusal.value.remedy
+    refuse_single_files(("awq", "gptq", "compressed-tensors"))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
