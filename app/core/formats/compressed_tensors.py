@@ -130,6 +130,7 @@ class CompressedTensorsFormat(FileFormat):
 
     def loader_notes(self, modules: ModuleSchemes, model_type: str) -> Iterator[str]:
         schemes, experts = modules.distinct, modules.of_experts
+        yield from self.scheme_notes(modules)
         if model_type in misread_types():
             yield (
                 f"transformers 5.24 opens compressed-tensors files of {model_type} with other weights than "
@@ -160,6 +161,20 @@ class CompressedTensorsFormat(FileFormat):
                 f"{UNOPENED} of several asymmetric schemes; leave out the overrides or set symmetric to true "
                 "if it has to"
             )
+
+    def scheme_notes(self, modules: ModuleSchemes) -> Iterator[str]:
+        """Notes on schemes beside plain integers. The capabilities are those of vLLM 0.32's sources."""
+        names = sorted({scheme.name for scheme in modules.distinct if not scheme.is_plain})
+        if "w4a8" in names:
+            yield "vLLM 0.32 runs w4a8 on GPUs of compute capability 9.0 alone"
+        if {"nvfp4", "mxfp4"} & set(names):
+            yield "vLLM 0.32 rounds inputs to FP4 from compute capability 10.0 on, and leaves them before"
+        if any("fp4" in name for name in names):
+            yield "transformers opens FP4 in bfloat16 alone"
+        experts = {scheme.name for scheme in modules.of_experts if scheme and not scheme.is_plain}
+        unpacked = sorted(name for name in experts if SCHEMES[name].bits == BYTE)
+        if unpacked:
+            yield f"{UNOPENED} whose experts have scheme {' or '.join(unpacked)}"
 
     def scheme_in(self, entry: Mapping[str, Any], linear: str) -> Scheme | None:
         for group in (entry.get("config_groups") or {}).values():

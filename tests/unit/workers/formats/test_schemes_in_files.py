@@ -140,3 +140,20 @@ def test_tensors_that_do_not_fit_are_refused(change: dict[str, Tensor | None], w
     present = {name: tensor for name, tensor in stored.items() if tensor is not None}
     with pytest.raises(ValueError, match=why):
         unpack_linear(present, {}, weight.scheme)
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "noted"),
+    [
+        ("w4a8", "mlp.up_proj", ["9.0 alone"]),
+        ("nvfp4", "mlp.up_proj", ["from compute capability 10.0 on", "bfloat16 alone"]),
+        ("mxfp4a16", "mlp.experts.0.up_proj", ["bfloat16 alone"]),
+        ("fp8", "mlp.experts.0.up_proj", ["whose experts have scheme fp8"]),
+        ("fp8", "mlp.up_proj", []),
+    ],
+)
+def test_who_opens_a_scheme_is_noted(name: SchemeName, linear: str, noted: list[str]) -> None:
+    notes = list(FORMAT.loader_notes(ModuleSchemes({linear: scheme_named(name)}), "llama"))
+    assert len(notes) == len(noted)
+    for note, words in zip(notes, noted, strict=True):
+        assert words in note
