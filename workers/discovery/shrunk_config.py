@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -166,17 +166,32 @@ def shrunk_config(raw: Mapping[str, Any], *, grouped: bool, layers: int = 0) -> 
 
 
 def with_layers(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The values with fewer layers; lists that have an entry a layer are cut."""
+    """The values with the first layers only."""
     count = next((values[key] for key in LAYER_COUNTS if isinstance(values.get(key), int)), None)
+    inner = {
+        key: with_layers(value, layers)
+        for key, value in values.items()
+        if isinstance(value, dict) and any(word in key for word in TEXT_PARTS)
+    }
+    return {**of_layers(values, count, range(layers)), **inner}
+
+
+def of_layers(values: Mapping[str, Any], count: int | None, chosen: Sequence[int]) -> dict[str, Any]:
+    """The values of the `chosen` of `count` layers: in lists with an entry a layer, and dicts by number."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and any(word in key for word in TEXT_PARTS):
-            result[key] = with_layers(value, layers)
-        elif isinstance(value, list) and len(value) == count:
-            result[key] = value[:layers]
+        if isinstance(value, list) and len(value) == count:
+            result[key] = [value[number] for number in chosen if number < count]
+        elif isinstance(value, dict) and value and all(is_layer(number, count) for number in value):
+            named = {int(number): each for number, each in value.items()}
+            result[key] = {new: named[old] for new, old in enumerate(chosen) if old in named}
         else:
-            result[key] = layers if key in LAYER_COUNTS and value == count else value
+            result[key] = len(chosen) if key in LAYER_COUNTS and value == count else value
     return result
+
+
+def is_layer(key: object, count: int | None) -> bool:
+    return str(key).isdecimal() and int(str(key)) < (count or 0)
 
 
 def shrunk_values(values: Mapping[str, Any], *, grouped: bool) -> dict[str, Any]:
@@ -195,7 +210,7 @@ def shrunk_values(values: Mapping[str, Any], *, grouped: bool) -> dict[str, Any]
     missing = WHERE_NULL.get(values.get("model_type", ""), {})
     result.update({key: value for key, value in missing.items() if values.get(key) is None})
     result.update(OF_TYPE.get(values.get("model_type", ""), {}))
-    return fitting_rotary(result)
+    return fewest_sharing(fitting_rotary(result))
 
 
 def related_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,6 +233,24 @@ def related_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     return related
 
 
+def fewest_sharing(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the fewest layers where the last ones read keys and values of earlier ones.
+
+    Of each type that is the first with its own, the last with its own, whose are read, and the first that
+    reads. They stand so far behind that almost all would have to be built.
+    """
+    shared, types = values.get("num_kv_shared_layers"), values.get("layer_types")
+    if shared is None or not isinstance(types, list):
+        return values
+    numbered = list(enumerate(types))
+    own, reading = numbered[: len(types) - shared], numbered[len(types) - shared :]
+    last = {layer_type: number for number, layer_type in own}
+    first = ({layer_type: number for number, layer_type in reversed(each)} for each in (own, reading))
+    chosen = sorted({*last.values(), *(number for each in first for number in each.values())})
+    reads = sum(number >= len(own) for number in chosen)
+    return {**of_layers(values, len(types), chosen), "num_kv_shared_layers": reads}
+
+
 def shrunk_part(key: str, values: Mapping[str, Any], *, grouped: bool) -> dict[str, Any]:
     named = {"model_type": values["model_type"]} if values.get("model_type") else {}
     if any(word in key for word in TEXT_PARTS):
@@ -230,7 +263,7 @@ def shrunk_part(key: str, values: Mapping[str, Any], *, grouped: bool) -> dict[s
 def shrunk_value(key: str, value: Any, sizes: Mapping[str, int]) -> Any:
     if isinstance(value, list) and key in sizes and all(type(each) is int for each in value):
         return [sizes[key]] * len(value)
-    if value == 1.0 and MULTIPLIER.search(key):
+    if type(value) is float and value == 1.0 and MULTIPLIER.search(key):
         return UNLIKE_ONE  # as published models have: their stream is joined by a share of the output
     if type(value) is not int:
         return value
