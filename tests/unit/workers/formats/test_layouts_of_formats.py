@@ -16,8 +16,8 @@ from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.plan import LinearPlan, linear_bytes
 from workers.formats import awq_packing, compressed_tensors_packing, gptq_packing
 from workers.formats.packings import packing_of
-from workers.modeling.stored_dtypes import DTYPES
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.modeling.stored_dtypes import DTYPES
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.rounding import round_nearest
 
