@@ -92,11 +92,11 @@ def table(record: Record) -> str:
     ]
     for model_type, outcomes in record.families.items():
         verdicts = {name: verdict(outcome) for name, outcome in outcomes.items()}
-        ours, dense = verdicts[QUANTIZED], verdicts.get(DENSE)
+        ours, dense = verdicts.get(QUANTIZED, "not made"), verdicts.get(DENSE)
         if dense not in (None, ours):
             ours = f"{ours}; without experts {dense}"
         two = verdicts.get(TWO_SCHEMES, "not tried")
-        two = "the same" if two in (verdicts[QUANTIZED], dense) else two
+        two = "the same" if two in (ours, verdicts.get(QUANTIZED), dense) else two
         lines.append(f"| `{model_type}` | {verdicts['original']} | {ours} | {two} |")
     return "\n".join(lines) + "\n"
 
