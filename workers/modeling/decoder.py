@@ -31,7 +31,14 @@ from app.core.planning.architectures import Architecture
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import split_experts
 from workers.modeling.layer_calls import ArgumentStore, LayerArguments, LayerCalls, LayerForm, alike
-from workers.modeling.layer_weights import Deferred, DeferredWeights, Weights, deferred, replaced
+from workers.modeling.layer_weights import (
+    Deferred,
+    DeferredWeights,
+    Weights,
+    deferred,
+    filled_when_called,
+    replaced,
+)
 
 CLASSES = (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -487,35 +494,6 @@ class Decoder:
         finally:
             for name, table in tables.items():
                 self.model.set_submodule(name, table)
-
-
-@contextmanager
-def filled_when_called(
-    layer: nn.Module, makes: dict[str, Callable[[], Tensor]], computed: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Parameters of a layer are made, by name, before their module runs, and go after it."""
-    with ExitStack() as stack:
-        for name, make in makes.items():
-            path, _, last = name.rpartition(".")
-            module = layer.get_submodule(path)
-            absent = getattr(module, last)
-
-            def fill(module: nn.Module, _inputs: Any, last: str = last, make: Any = make) -> None:
-                setattr(module, last, nn.Parameter(computed(make()), requires_grad=False))
-
-            def empty(
-                module: nn.Module,
-                _inputs: Any = (),
-                _output: Any = None,
-                last: str = last,
-                absent: Any = absent,
-            ) -> None:
-                setattr(module, last, absent)
-
-            stack.callback(empty, module)  # also where the run was ended before its end
-            stack.callback(module.register_forward_pre_hook(fill).remove)
-            stack.callback(module.register_forward_hook(empty).remove)
-        yield
 
 
 def axes_of(states: Tensor | None, tokens: Tensor) -> tuple[int, int]:

@@ -7,10 +7,11 @@ weight lets it go before it looks up the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor]
 T = TypeVar("T")
@@ -103,3 +104,32 @@ def replaced(weights: Weights, others: Weights) -> Weights:
     for name in held(others):
         later.pop(name, None)
     return DeferredWeights(now, later)
+
+
+@contextmanager
+def filled_when_called(
+    layer: nn.Module, makes: dict[str, Callable[[], Tensor]], computed: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Parameters of a layer are made, by name, before their module runs, and go after it."""
+    with ExitStack() as stack:
+        for name, make in makes.items():
+            path, _, last = name.rpartition(".")
+            module = layer.get_submodule(path)
+            absent = getattr(module, last)
+
+            def fill(module: nn.Module, _inputs: Any, last: str = last, make: Any = make) -> None:
+                setattr(module, last, nn.Parameter(computed(make()), requires_grad=False))
+
+            def empty(
+                module: nn.Module,
+                _inputs: Any = (),
+                _output: Any = None,
+                last: str = last,
+                absent: Any = absent,
+            ) -> None:
+                setattr(module, last, absent)
+
+            stack.callback(empty, module)  # also where the run was ended before its end
+            stack.callback(module.register_forward_pre_hook(fill).remove)
+            stack.callback(module.register_forward_hook(empty).remove)
+        yield

@@ -133,6 +133,7 @@ for model in sys.argv[1:]:
 """
 
 
+@pytest.mark.timeout(900)  # two jobs in a process of their own
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
     """24 more experts of 2.4 MB: of the layers' float32 weights, copies, sums and integers nothing stays."""
     models, inner, hidden = [], 1024, 192
