@@ -185,6 +185,8 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             less_text(candidate.get("gain_over_rounding")),
         )
     console.print(grid)
+    if "evaluation" in report and report["evaluation"] is None:
+        console.print("not evaluated: nothing is known of the quality")
     show_tasks(console, candidates)
     show_tries(console, report.get("tries", []))
     show_stages(console, report.get("stages", {}), report.get("prediction") or {})
@@ -356,6 +358,8 @@ def show_decisions(console: Console, candidate: Mapping[str, Any]) -> None:
 def decision_text(linear: Mapping[str, Any]) -> str:
     if linear.get("bits") is None:
         return f"keep their precision, {linear.get('reason')}"
+    if linear.get("scheme"):
+        return str(linear["scheme"])
     return f"{linear['bits']} bits, group size {linear.get('group_size')}"
 
 

@@ -66,6 +66,7 @@ export function modelName(reference) {
 /** `awq w4 g128`, as the service labels recipes. */
 export function recipeLabel(recipe) {
   const method = ["awq", "omniquant"].includes(recipe.method) && recipe.rounding === "gptq" ? `${recipe.method}+gptq` : recipe.method;
+  if ((recipe.scheme ?? "wna16") !== "wna16") return `${method} ${recipe.scheme}`;
   const group = recipe.group_size === -1 ? "channel" : `g${recipe.group_size}`;
   return `${method} w${recipe.bits} ${group}${recipe.symmetric ? " sym" : ""}`;
 }

@@ -5,7 +5,9 @@ import { Problem } from "../parts.js";
 import { html, useRef, useState } from "../ui.js";
 
 export function suggestedName(artifact) {
-  return `${modelName(artifact.model).split("/").pop()}-w${artifact.recipe.bits}`.toLowerCase().replace(/[^a-z0-9._-]/g, "-");
+  const { scheme, bits } = artifact.recipe;
+  const numbers = (scheme ?? "wna16") === "wna16" ? `w${bits}` : scheme;
+  return `${modelName(artifact.model).split("/").pop()}-${numbers}`.toLowerCase().replace(/[^a-z0-9._-]/g, "-");
 }
 
 export function DeployButton({ artifact, suggested, kind = "main" }) {

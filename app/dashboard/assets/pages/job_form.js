@@ -1,7 +1,7 @@
 // Converts the form's fields to the body of POST /v1/jobs and back.
 
 export const BLANK = {
-  model: "", method: "awq", bits: "4", group_size: "auto", rounding: "nearest", symmetric: "no", strategy: "grid",
+  model: "", method: "awq", scheme: "wna16", bits: "4", group_size: "auto", rounding: "nearest", symmetric: "no", strategy: "grid",
   formats: ["compressed-tensors"], ratio: "", num_samples: "128", sequence_length: "512",
   dataset: "builtin:wikitext2", priority: "normal", labels: "",
   template: null, // the spec that the form came from: what has no field is sent as it was
@@ -13,7 +13,11 @@ export const PRESETS = [
   { name: "Small", text: "3 bits with GPTQ rounding", form: { bits: "3", rounding: "gptq" } },
   { name: "Within one percent", text: "the smallest model that loses at most 1 % perplexity", form: { bits: "3", rounding: "gptq", ratio: "1.01" } },
   { name: "Nearly lossless", text: "plain rounding to 8 bits, quick", form: { method: "rtn", bits: "8" } },
+  { name: "FP8", text: "weights and inputs, for many requests at a time on newer GPUs", form: { method: "rtn", scheme: "fp8" } },
 ];
+
+// What other schemes than integers for weights alone say themselves.
+const OF_SCHEME = { bits: undefined, group_size: undefined, symmetric: undefined };
 
 function numberOr(text, whenBlank) {
   if (text.trim() === "") return whenBlank;
@@ -46,9 +50,10 @@ function targetOf(form) {
 /** The body to send. Text that is not a number stays text, so that the service's error names the field. */
 export function specOf(form) {
   const before = form.template && recipesOf(form.template)[0];
+  const grid = { bits: Number(form.bits), group_size: numberOr(form.group_size, "auto"), symmetric: form.symmetric === "yes" };
   const recipe = {
-    ...before, method: form.method, bits: Number(form.bits), group_size: numberOr(form.group_size, "auto"),
-    symmetric: form.symmetric === "yes", rounding: form.rounding, search: { ...before?.search, strategy: form.strategy },
+    ...before, method: form.method, scheme: form.scheme, ...(form.scheme === BLANK.scheme ? grid : OF_SCHEME),
+    rounding: form.rounding, search: { ...before?.search, strategy: form.strategy },
   };
   return {
     ...form.template, model: form.model.trim(), recipe, formats: form.formats, priority: form.priority,
@@ -60,7 +65,7 @@ export function specOf(form) {
 export function formOf(spec) {
   const recipe = recipesOf(spec)[0];
   return {
-    ...BLANK, preset: null, template: spec, model: spec.model, method: recipe.method, bits: String(recipe.bits),
+    ...BLANK, preset: null, template: spec, model: spec.model, method: recipe.method, scheme: recipe.scheme ?? BLANK.scheme, bits: String(recipe.bits),
     group_size: String(recipe.group_size), rounding: recipe.rounding, symmetric: recipe.symmetric ? "yes" : "no",
     strategy: recipe.search.strategy, formats: spec.formats, priority: spec.priority,
     ratio: spec.target?.max_perplexity_ratio ? String(spec.target.max_perplexity_ratio) : "",

@@ -85,17 +85,31 @@ function RecipeFields({ form, set, error }) {
   return html`<div class="fields">
     <${Field} label="Method" path="recipe.method" error=${error}>
       <${Choice} value=${form.method} onChange=${set("method")} options=${[["awq", "AWQ"], ["gptq", "GPTQ"], ["omniquant", "OmniQuant"], ["rtn", "plain rounding"]]} /><//>
+    <${Field} label="Scheme" path="recipe.scheme" error=${error}>
+      <${Choice} value=${form.scheme} onChange=${set("scheme")} options=${SCHEMES} /><//>
+    ${form.scheme === BLANK.scheme && html`<${GridFields} form=${form} set=${set} error=${error} />`}
+    <${Field} label="Rounding" path="recipe.rounding" error=${error}>
+      <${Choice} value=${form.rounding} onChange=${set("rounding")} options=${[["nearest", "nearest"], ["gptq", "GPTQ"]]} /><//>
+    <${Field} label="Search" path="recipe.search.strategy" error=${error}>
+      <${Choice} value=${form.strategy} onChange=${set("strategy")} options=${[["grid", "grid"], ["evolutionary", "evolutionary"]]} /><//>
+  </div>`;
+}
+
+const SCHEMES = [
+  ["wna16", "integers, weights alone"], ["fp8", "FP8"], ["fp8-block", "FP8 in blocks"], ["fp8-static", "FP8, one range of inputs"],
+  ["w8a8", "INT8"], ["w8a8-static", "INT8, one range of inputs"], ["nvfp4", "NVFP4"], ["nvfp4a16", "NVFP4, weights alone"],
+  ["mxfp4", "MXFP4"], ["mxfp4a16", "MXFP4, weights alone"], ["w4a8", "int4 and FP8 inputs"],
+];
+
+/** The grid of integers for weights alone. */
+function GridFields({ form, set, error }) {
+  return html`
     <${Field} label="Bits" path="recipe.bits" error=${error}>
       <${Choice} value=${form.bits} onChange=${set("bits")} options=${[["2", "2"], ["3", "3"], ["4", "4"], ["8", "8"]]} /><//>
     <${Field} label="Group size" path="recipe.group_size" error=${error}>
       <${Choice} value=${form.group_size} onChange=${set("group_size")} options=${[["auto", "the largest that fits"], ["32", "32"], ["64", "64"], ["128", "128"], ["-1", "whole rows"]]} /><//>
-    <${Field} label="Rounding" path="recipe.rounding" error=${error}>
-      <${Choice} value=${form.rounding} onChange=${set("rounding")} options=${[["nearest", "nearest"], ["gptq", "GPTQ"]]} /><//>
     <${Field} label="Grid" path="recipe.symmetric" error=${error}>
-      <${Choice} value=${form.symmetric} onChange=${set("symmetric")} options=${[["no", "asymmetric"], ["yes", "symmetric"]]} /><//>
-    <${Field} label="Search" path="recipe.search.strategy" error=${error}>
-      <${Choice} value=${form.strategy} onChange=${set("strategy")} options=${[["grid", "grid"], ["evolutionary", "evolutionary"]]} /><//>
-  </div>`;
+      <${Choice} value=${form.symmetric} onChange=${set("symmetric")} options=${[["no", "asymmetric"], ["yes", "symmetric"]]} /><//>`;
 }
 
 /** The formats that this service writes, as its own description lists them. */
