@@ -93,7 +93,7 @@ class Loader:
         model = empty_model(self.config, self.architecture, self.dtype)
         restore_buffers(model, self.device)  # before weights: it initializes whole modules
         for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
-            stored = self.architecture.checkpoint_name(name)
+            stored = self.stored_name(name)
             if self.is_packed(stored):
                 model.set_submodule(name, self.packed_linear(stored, linear))
         self.fill(model)
@@ -102,6 +102,15 @@ class Loader:
             log.info("%d linears: %s", count, kernel)
         peak = peak_bytes(self.device, before)
         return LoadedModel(model, self.config, self.dtype, dict(self.kernels), self.packed_bytes, peak)
+
+    def stored_name(self, name: str) -> str:
+        """The name in the files of a module or tensor; the head may have one of several there."""
+        head = self.architecture.head
+        if f"{name}.".startswith(f"{head}."):
+            for module in self.architecture.head_modules:
+                if any(each.startswith(f"{module}.") for each in self.checkpoint.tensors):
+                    return module + name.removeprefix(head)
+        return self.architecture.checkpoint_name(name)
 
     def is_packed(self, stored: str) -> bool:
         if self.format_name is None:
@@ -178,7 +187,7 @@ class Loader:
         for name, empty in list(model.state_dict().items()):
             if empty.device.type != "meta" or not self.architecture.of_language(name):
                 continue
-            stored = self.architecture.checkpoint_name(name)
+            stored = self.stored_name(name)
             if stored not in self.checkpoint.tensors and name == head and self.architecture.tied:
                 continue  # tied: shared with the embedding below
             parts = self.architecture.parts_of(name) or (stored,)

@@ -62,6 +62,7 @@ class AwqFormat(FileFormat):
         return None
 
     def loader_notes(self, modules: ModuleSchemes, model_type: str) -> Iterator[str]:
+        yield from self.head_notes(modules, "transformers 5.24")
         if modules.of_experts:
             yield "transformers 5.24 reads awq files of linears alone, not of experts"
 

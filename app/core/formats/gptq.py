@@ -60,6 +60,7 @@ class GptqFormat(FileFormat):
         return None
 
     def loader_notes(self, modules: ModuleSchemes, model_type: str) -> Iterator[str]:
+        yield from self.head_notes(modules, "transformers 5.24 with optimum")
         if model_type in RENAMED:
             yield f"GPTQModel does not find all weights of {model_type} by their names in files"
         if modules.narrow:

@@ -225,13 +225,14 @@ def architecture_of(
     tensors = split_fused_experts(tensors, stored_layers, family.kinds)
     layers = layer_modules(stored_layers, tensors)
     tied = config.get("tie_word_embeddings")  # that of a wrapper counts, not that of its text part
-    suffix = f".{family.head.rpartition('.')[2]}.weight"
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    last = f".{family.head.rpartition('.')[2]}"
     return Architecture.model_validate(
         {
             **{key: getattr(family, key) for key in Family.model_fields},
             "tied": family.tied if tied is None else bool(tied),
             "stored_layers": stored_layers,
-            "stored_heads": tuple(name[: -len(".weight")] for name in tensors if name.endswith(suffix)),
+            "stored_heads": tuple(name for name in modules if name.endswith(last)),
             "num_experts": claimed_experts(family, config) or count_experts(layers, stored_layers, tensors),
             "layer_kinds": tuple(kinds_of_layers(family, layers)),
             "to_find": to_find,
