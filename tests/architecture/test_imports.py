@@ -29,7 +29,9 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 ENGINE_MAY_IMPORT = frozenset(
     f"app.core.{name}"
     for name in (
-        "child.assignment", "errors", "formats.awq", "formats.file_format", "formats.registry", "jobs.report",
+        "child.assignment", "errors", "formats.awq", "formats.compressed_tensors",
+        "formats.file_format", "formats.gguf", "formats.registry", "formats.schemes",
+        "jobs.report",
         "planning.architectures", "planning.family", "planning.fused_experts", "planning.plan",
         "records.artifact", "records.job", "records.specs",
         "sources.file_choice", "sources.gguf_header", "sources.json_file", "sources.local_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from app.core.errors import RecipeUnsupported
 from app.core.formats.file_format import Scheme
@@ -12,8 +12,21 @@ from app.core.formats.registry import FORMATS, FormatName
 from app.core.records.specs import GroupSize, Recipe
 from app.core.sources.safetensors_header import DTYPE_BITS, TensorHeader
 
-if TYPE_CHECKING:
-    from app.core.planning.plan import LinearPlan
+
+class PlannedLinear(Protocol):
+    """A linear of a plan: its shape, and its scheme or None."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def scheme(self) -> Scheme | None: ...
 
 
 class OnlyGroupSize(NamedTuple):
@@ -59,7 +72,7 @@ def dense_bytes(name: FormatName, tensors: Iterable[TensorHeader]) -> int:
     )
 
 
-def linear_bytes(name: FormatName, linear: LinearPlan, dtype: str) -> int:
+def linear_bytes(name: FormatName, linear: PlannedLinear, dtype: str) -> int:
     """Bytes of a linear in the format if it is quantized, bias excluded; `dtype` is that of its weight."""
     if linear.scheme is None:
         return 0
@@ -71,7 +84,7 @@ def refuse_format(
     index: int,
     name: FormatName,
     recipe: Recipe,
-    linears: tuple[LinearPlan, ...],
+    linears: Iterable[PlannedLinear],
     schemes: set[Scheme],
 ) -> None:
     refusal = FORMATS[name].refusal(schemes)

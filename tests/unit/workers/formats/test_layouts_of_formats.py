@@ -13,7 +13,8 @@ from torch import Tensor
 
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
-from app.core.planning.plan import LinearPlan, linear_bytes
+from app.core.planning.format_fit import linear_bytes
+from app.core.planning.plan import LinearPlan
 from workers.formats import awq_packing, compressed_tensors_packing, gptq_packing
 from workers.formats.packings import packing_of
 from workers.modeling.quantized_weight import QuantizedWeight
