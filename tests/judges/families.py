@@ -48,6 +48,7 @@ SIZES = {
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
     "qk_head_dim": 96,
+    "index_head_dim": 96,
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 12),
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
