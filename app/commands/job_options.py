@@ -107,6 +107,13 @@ class JobOptions:
     eval_sequence_length: Annotated[
         int | None, option("Tokens per window of evaluation; default as calibration's.")
     ] = None
+    evaluated: Annotated[
+        bool | None,
+        option(
+            "Whether the outcome is judged; method rtn can do without: any safetensors, tensor by tensor.",
+            "--evaluation/--no-evaluation",
+        ),
+    ] = None
     tasks: Annotated[
         list[str] | None,
         option(f"A task to score: {', '.join(BUNDLED_TASKS)} or one of lm-eval's; repeatable.", "--task"),
@@ -201,6 +208,10 @@ def job_body(
             )
         if changes:
             body[section] = {**(held or {}), **changes}
+    if options.evaluated is False:
+        if "evaluation" in sections(options):
+            raise typer.BadParameter("options of the evaluation contradict it", param_hint="--no-evaluation")
+        body["evaluation"] = None
     return body
 
 

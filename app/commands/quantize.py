@@ -143,7 +143,7 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     with ModelCache(work / "model", settings) as cache:
         model = cache.fetch(spec.model, no_news)
     texts = fetch_texts(spec, settings, work, no_news, in_place=True)
-    fetch_task_data(spec.evaluation.tasks, work, no_news)
+    fetch_task_data(spec.tasks, work, no_news)
     (work / CHECKPOINTS).mkdir()
     return Assignment(
         spec=spec,

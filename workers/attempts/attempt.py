@@ -131,7 +131,7 @@ class Attempt:
         result = self._earlier_result(model, texts)
         if result is not None:
             return result
-        fetch_task_data(self._job.spec.evaluation.tasks, self._work_folder, self._watch.on_bytes)
+        fetch_task_data(self._job.spec.tasks, self._work_folder, self._watch.on_bytes)
         assignment, mirror = self._prepare(model, texts)
         finished = self._run_child(assignment, mirror)
         self._set_stage(Stage.PUBLISHING)

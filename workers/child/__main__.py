@@ -21,7 +21,7 @@ import traceback
 
 import torch
 
-from app.core.child.assignment import REPORT, Assignment, Failed, Noted
+from app.core.child.assignment import REPORT, Assignment, Failed, Finished, Noted
 from app.core.child.confinement import NETWORK
 from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory
 from app.core.records.job import Problem
@@ -29,7 +29,6 @@ from app.core.system_faults import STATE_FOLDER, system_fault, system_number
 from app.core.telemetry.logs import log_warnings
 from kernels.backend import Backend, backends_of
 from kernels.cuda.driver import DriverError
-from workers.child.job_run import run_job
 from workers.child.progress_pipe import ProgressPipe
 from workers.process import leave, return_freed_memory
 
@@ -46,7 +45,7 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
             pipe.send(Noted(code="network_on", message="this host lets no process leave its network"))
         names = [backend.name for backend in chosen_backends(assignment)]
         pipe.send(Noted(code="kernel_backend", message=f"kernels: the first that can of {', '.join(names)}"))
-        pipe.send(run_job(assignment, pipe.send))
+        pipe.send(run_of(assignment, pipe))
     except NibbleError as error:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))
     except Exception as error:  # noqa: BLE001  # the task boundary: whatever happened must reach the job record
@@ -55,6 +54,17 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
     else:
         return 0
     return 1
+
+
+def run_of(assignment: Assignment, pipe: ProgressPipe) -> Finished:
+    """The job, by what it needs: without an evaluation no model is built, so transformers is not loaded."""
+    if assignment.spec.evaluation is None:
+        from workers.child.streaming import run_model_free
+
+        return run_model_free(assignment, pipe.send)
+    from workers.child.job_run import run_job
+
+    return run_job(assignment, pipe.send)
 
 
 def written_report(assignment: Assignment) -> str | None:

@@ -65,7 +65,7 @@ def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock)
         calibration_digest=texts.calibration.digest,
         recipe_digests=tuple(digest_of(judged.candidate.recipe.model_dump()) for judged in result.judged),
         calibration={**text_entry(spec.calibration, texts.calibration), "seed": spec.calibration.seed},
-        evaluation=text_entry(spec.evaluation, texts.evaluation),
+        evaluation=text_entry(spec.judged_on, texts.evaluation),
         original=OriginalReport(perplexity=result.original.perplexity, bytes=work.plan.model_bytes),
         candidates=tuple(candidate_report(judged, target, clock) for judged in result.judged),
         published=tuple(judged.candidate.recipe_index for judged in result.chosen(target)),
@@ -171,5 +171,5 @@ def environment(work: Work) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "compute_dtype": str(work.compute_dtype).removeprefix("torch."),
         "search_backend": search_backend(work.device),
-        **({"lm_eval": version("lm_eval")} if work.spec.evaluation.tasks else {}),
+        **({"lm_eval": version("lm_eval")} if work.spec.tasks else {}),
     }

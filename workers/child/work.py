@@ -145,7 +145,7 @@ def read_texts(work: Work) -> JobTexts:
     else:
         calibration = calibration_windows(spec.calibration, tokenizer, assignment.calibration_file)
     evaluation = evaluation_windows(
-        spec.evaluation, spec.evaluation_length, tokenizer, assignment.evaluation_file
+        spec.judged_on, spec.evaluation_length, tokenizer, assignment.evaluation_file
     )
     ids = torch.cat([calibration.tokens.flatten(), evaluation.tokens.flatten()])
     refuse_foreign_tokens(ids, work.plan.vocab_size)
@@ -191,7 +191,7 @@ def open_tasks(work: Work, tokenizer: PreTrainedTokenizerBase) -> LmEvalTasks | 
 
     Raises TextRefused for what lm-eval can't read or a stream can't answer, JobFault without lm-eval.
     """
-    spec = work.spec.evaluation
+    spec = work.spec.judged_on
     if not spec.tasks:
         return None
     if find_spec("lm_eval") is None:

@@ -23,12 +23,11 @@ from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.input_rounding import InputRounder
 from workers.modeling.layer_weights import Deferred, DeferredWeights, LookedUp, Weights
 from workers.modeling.quantized_weight import QuantizedWeight
-from workers.modeling.side_files import to_json, write_side_files
+from workers.modeling.side_files import write_quantized_side_files
 from workers.modeling.stored_dtypes import DTYPES
-from workers.quantization.evaluation import ModelFiles
+from workers.quantization.evaluation import ReadBackModel
 from workers.quantization.layer import LayerResult
 
-OF_THE_ORIGINAL = ("transformers_weights",)  # keys of config.json that name files which are not copied
 DISK_REMEDY = "check the disk, then retry the job; if it happens again, report it"
 
 LoadLayer = Callable[[int], LayerResult]
@@ -112,10 +111,7 @@ class FormatFolder:
         return [] if self.candidate.head is None else [f"{self.candidate.head}.weight"]
 
     def write_side_files(self) -> None:
-        config = {key: value for key, value in self.source.config.items() if key not in OF_THE_ORIGINAL}
-        write_side_files(self.source, self.folder, {**config, "quantization_config": self.entry})
-        if self.format.config_file is not None:
-            (self.folder / self.format.config_file).write_bytes(to_json(self.entry))
+        write_quantized_side_files(self.source, self.folder, self.format, self.entry)
 
     def linear_of(self, tensor: str) -> str | None:
         """The quantized linear whose weight `tensor` is."""
@@ -246,7 +242,7 @@ class FormatFolder:
 
 
 @dataclass(frozen=True)
-class FolderModel(ModelFiles):
+class FolderModel(ReadBackModel):
     """What was written, as a loader would compute with it."""
 
     folder: FormatFolder

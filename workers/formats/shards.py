@@ -6,10 +6,10 @@ Format: https://github.com/huggingface/safetensors, section Format.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,9 +52,7 @@ class ShardWriter:
             total += len(shard)
 
     def shard_name(self, number: int) -> str:
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
+        return shard_name(number, len(self.shards))
 
     def write(self, name: str, values: Tensor) -> None:
         """Append the next tensor of the plan."""
@@ -78,35 +76,62 @@ class ShardWriter:
         if self.file is not None:
             self.file.close()
         self.file = (self.folder / self.shard_name(number)).open("wb")
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for plan in self.shards[number]:
-            end = offset + plan.size
-            entries[plan.name] = {
-                "dtype": DTYPE_NAMES[plan.dtype], "shape": list(plan.shape), "data_offsets": [offset, end],
-            }  # fmt: skip
-            offset = end
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self.file.write(len(header).to_bytes(8, "little") + header)
+        self.file.write(beginning_of(self.shards[number]))
 
     def close(self) -> None:
         """Finish the last file and write the index if there are several."""
         assert self.position == len(self.plans), f"{len(self.plans) - self.position} tensors are missing"
         if self.file is not None:
             self.file.close()
-        if len(self.shards) > 1:
-            files = {
-                plan.name: self.shard_name(number)
-                for number, shard in enumerate(self.shards)
-                for plan in shard
-            }
-            index = {"metadata": {"total_size": sum(p.size for p in self.plans)}, "weight_map": files}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        write_index(self.folder, self.shards)
 
 
-def split_shards(plans: list[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:
-    shards: list[list[TensorPlan]] = []
+def shard_name(number: int, count: int) -> str:
+    """Of one of `count` files."""
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def beginning_of(plans: list[TensorPlan]) -> bytes:
+    """What precedes the tensors in a file: the length of the header, and the header."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for plan in plans:
+        end = offset + plan.size
+        entries[plan.name] = {
+            "dtype": DTYPE_NAMES[plan.dtype], "shape": list(plan.shape), "data_offsets": [offset, end],
+        }  # fmt: skip
+        offset = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def write_index(folder: Path, shards: list[list[TensorPlan]]) -> None:
+    """Write the index if there are several files."""
+    if len(shards) > 1:
+        files = {
+            plan.name: shard_name(number, len(shards))
+            for number, shard in enumerate(shards)
+            for plan in shard
+        }
+        total = sum(plan.size for shard in shards for plan in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+class Sized(Protocol):
+    """What takes space in a file."""
+
+    @property
+    def size(self) -> int: ...
+
+
+SizedT = TypeVar("SizedT", bound=Sized)
+
+
+def split_shards(plans: Iterable[SizedT], shard_bytes: int) -> list[list[SizedT]]:
+    """In order, as many in each as fit `shard_bytes`, and at least one."""
+    shards: list[list[SizedT]] = []
     used = 0
     for plan in plans:
         if not shards or used + plan.size > shard_bytes:

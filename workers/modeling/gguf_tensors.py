@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 import torch
 from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from app.core.errors import ModelRefused
 from app.core.sources.gguf_header import read_gguf_header
@@ -46,6 +45,7 @@ def write_tokenizer(gguf: Path, folder: Path) -> None:
     Raises ModelRefused for one that transformers does not build as the file says.
     """
     # Imported here: it brings the tokenizers of several families with it.
+    from transformers import PreTrainedTokenizerFast  # here, as its import takes seconds
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     header = read_gguf_header(LocalModel(gguf.parent, (Path("/"),)), gguf.name)

@@ -6,10 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from app.core.formats.file_format import FileFormat
 from app.core.sources.file_choice import CONFIG, TOKENIZER
 from app.core.sources.json_file import as_utf8, parse_json
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.gguf_tensors import write_tokenizer
+
+OF_THE_ORIGINAL = ("transformers_weights",)  # keys of config.json that name files which are not copied
+
+
+def write_quantized_side_files(
+    source: Checkpoint, folder: Path, file_format: FileFormat, entry: dict[str, Any]
+) -> None:
+    """The side files beside weights in a format, which `entry` of config.json describes."""
+    config = {key: value for key, value in source.config.items() if key not in OF_THE_ORIGINAL}
+    write_side_files(source, folder, {**config, "quantization_config": entry})
+    if file_format.config_file is not None:
+        (folder / file_format.config_file).write_bytes(to_json(entry))
 
 
 def write_side_files(source: Checkpoint, folder: Path, config: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def float_grid(
 
     `largest`: the largest size of all weights under one divisor; by default those here.
     """
-    sizes = block_largest(grouped.abs().amax(dim=-1, keepdim=True), scheme)
+    sizes = block_largest(grouped.abs().amax(dim=-1, keepdim=True).to(torch.float32), scheme)
     divisor = None
     if scheme.kind.scales == "e4m3":
         largest = sizes.amax() if largest is None else largest

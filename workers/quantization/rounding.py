@@ -119,8 +119,7 @@ def refuse_overflow(
     `in_float16`: the files may be run in float16. Else their scales are the limit: those of all files are
     values of float16, so that one set of integers serves every format.
     """
-    widest = (2**linear.scheme.bits - 1) / 2 if linear.scheme.kind.numbers == "int" else 1.0
-    limit = FLOAT16_LIMIT if in_float16 else LARGEST_SCALE * widest
+    limit = largest_weight(linear.scheme, in_float16=in_float16)
     largest = float(linear.weight.abs().amax())
     if not largest > limit:  # also of what is not a number: the losses tell
         return
@@ -136,6 +135,12 @@ def refuse_overflow(
         f"{linear.name}: weights up to {largest:.3g} are beyond the limit of {limit:.3g} {why}",
         code="weights_overflow", remedy=remedy,
     )  # fmt: skip
+
+
+def largest_weight(scheme: Scheme, *, in_float16: bool) -> float:
+    """The limit of the weights that files hold."""
+    widest = (2**scheme.bits - 1) / 2 if scheme.kind.numbers == "int" else 1.0
+    return FLOAT16_LIMIT if in_float16 else LARGEST_SCALE * widest
 
 
 def shrunk_grids(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> list[Grid]:

@@ -41,6 +41,16 @@ def expert_set(name: str) -> str | None:
     return None if expert is None else expert[1]
 
 
+def fused_by_name(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The sets of linears that servers fuse, as far as their names say it; all experts of a layer are one."""
+    together: dict[object, list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        key = expert_set(name) or (parent, FUSED_NAMES.get(leaf, leaf))
+        together.setdefault(key, []).append(name)
+    return [tuple(each) for each in together.values() if len(each) > 1]
+
+
 def expert_names(name: str) -> tuple[str, ...]:
     """The name by which servers look up an expert's linear, where the checkpoint has another."""
     parent, _, leaf = name.rpartition(".")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from app.core.formats.registry import FormatName
+from app.core.formats.schemes import SchemeName
 from app.core.jobs.submission import CheckedSubmission
 from app.core.planning.cost_model import NETWORK, Step, answers_bytes, predict
 from app.core.planning.device_profile import NOMINAL, Basis, DeviceKind, DeviceProfile, rates_notes
 from app.core.planning.large_layers import layers_by_expert
+from app.core.planning.model_free import StreamedPlan
 from app.core.planning.plan import CandidatePlan, Plan
 from app.core.records.specs import BUNDLED_TASKS, Frozen, JobSpec
 
@@ -21,6 +23,7 @@ class LinearEstimate(Frozen):
     in_features: int
     bits: int | None
     group_size: int | None
+    scheme: SchemeName | None = None  # None: kept, or an integer grid for weights alone
     reason: str | None
 
 
@@ -78,7 +81,7 @@ def estimate(
     time_s = rounded(sum(stages.values()))
     return Estimate(
         model=spec.model,
-        architecture=plan.architecture.model_type,
+        architecture=plan.model_type,
         parameters=plan.parameters,
         layers=plan.num_layers,
         device=device,
@@ -110,13 +113,13 @@ def rounded(seconds: float) -> float:
 
 
 def task_notes(spec: JobSpec) -> tuple[str, ...]:
-    unknown = ", ".join(name for name in spec.evaluation.tasks if name not in BUNDLED_TASKS)
+    unknown = ", ".join(name for name in spec.tasks if name not in BUNDLED_TASKS)
     note = f"the time of {unknown} is not included: how many documents there are is not known"
     return (note,) if unknown else ()
 
 
-def answer_notes(spec: JobSpec, plan: Plan, device: DeviceKind) -> tuple[str, ...]:
-    if not spec.calibration.is_own_answers:
+def answer_notes(spec: JobSpec, plan: Plan | StreamedPlan, device: DeviceKind) -> tuple[str, ...]:
+    if not spec.calibration.is_own_answers or isinstance(plan, StreamedPlan):
         return ()
     tokens = spec.calibration.num_samples * spec.calibration.sequence_length
     size = answers_bytes(plan, spec, device) / 1e9
@@ -126,9 +129,9 @@ def answer_notes(spec: JobSpec, plan: Plan, device: DeviceKind) -> tuple[str, ..
     )
 
 
-def expert_notes(plan: Plan, device: DeviceKind) -> tuple[str, ...]:
+def expert_notes(plan: Plan | StreamedPlan, device: DeviceKind) -> tuple[str, ...]:
     """What is done about layers whose experts are too many to be held, or is not."""
-    apart = layers_by_expert(plan, device)
+    apart = frozenset[int]() if isinstance(plan, StreamedPlan) else layers_by_expert(plan, device)
     if not apart:
         return ()
     if any(candidate.recipe.method == "omniquant" for candidate in plan.candidates):
@@ -159,6 +162,7 @@ def candidate_estimate(candidate: CandidatePlan, time_s: float) -> CandidateEsti
                 in_features=linear.in_features,
                 bits=linear.scheme.bits if linear.scheme is not None else None,
                 group_size=linear.scheme.group_size if linear.scheme is not None else None,
+                scheme=None if linear.scheme is None or linear.scheme.is_plain else linear.scheme.name,
                 reason=linear.reason,
             )
             for linear in candidate.linears

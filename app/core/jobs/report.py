@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from app.core.formats.registry import FormatName
+from app.core.formats.schemes import SchemeName
 from app.core.planning.cost_model import Prediction
 from app.core.records.specs import Frozen, Recipe
 from app.core.sources.model_headers import SourceFormat
@@ -18,6 +19,7 @@ class LinearReport(Frozen):
     linear: str
     bits: int | None  # None: kept in the model's precision
     group_size: int | None = None
+    scheme: SchemeName | None = None  # None: kept, or an integer grid for weights alone
     reason: str | None = None  # why it was kept, has no scales or another group size
     ratio: float | None = None  # exponent of the activations; with weight_ratio 0, 0 is the identity
     weight_ratio: float | None = None  # exponent of the weights: 0, or 1 - ratio with duo scaling
@@ -27,6 +29,7 @@ class LinearReport(Frozen):
     loss_clipped: float | None = None  # with scales and clip, nearest integers
     loss: float | None = None  # as rounded
     energy: float | None = None  # mean square of the output itself, summed over rows, in the losses' unit
+    weight_error: float | None = None  # without an evaluation: |q - w| / |w|, Frobenius, on every 64th row
     clip_gain: float | None = None  # 1 - loss_clipped / loss_unclipped
     clip_low: float | None = (
         None  # smallest weight that a group holds, median over groups, in the model's units
@@ -112,17 +115,17 @@ class TaskScores(Frozen):
     scores: tuple[TaskScore, ...]
 
 
-class Quality(Frozen):
-    """A model beside the original, over all predicted tokens of the evaluation windows.
+class Figures(Frozen):
+    """A model beside the original, over all predicted tokens of the evaluation windows; None: not evaluated.
 
     An interval is None where there is one window, or a figure that is no number.
     """
 
-    perplexity: float  # exp of the mean loss
-    perplexity_ratio: float  # to the original's
+    perplexity: float | None = None  # exp of the mean loss
+    perplexity_ratio: float | None = None  # to the original's
     perplexity_ratio_interval: Interval | None = None  # exp of that of the mean difference of the losses
     beyond_noise: bool | None = None  # whether that interval leaves out 1
-    kl: float  # mean KL(original || this) per token, nats; 0 for the original
+    kl: float | None = None  # mean KL(original || this) per token, nats; 0 for the original
     kl_interval: Interval | None = None
     kl_p99: float | None = None  # 99 % of the tokens have at most this KL
     top1_agreement: float | None = None  # share of tokens where the original's likeliest is this one's, too
@@ -130,20 +133,29 @@ class Quality(Frozen):
     tasks: TaskScores | None = None  # None: no tasks were named
 
 
-class CandidateReport(Quality):
+class Quality(Figures):
+    """The figures of a model that was evaluated."""
+
+    perplexity: float
+    perplexity_ratio: float
+    kl: float
+
+
+class CandidateReport(Figures):
     """One recipe: quality on the evaluation text, size, decisions."""
 
     recipe_index: int
     label: str
     recipe: Recipe
-    inputs: str  # the chain whose outputs its layers were calibrated on
+    inputs: str | None = None  # the chain whose outputs its layers were calibrated on; None: on none
     bytes: dict[FormatName, int]  # of the safetensors files
     bits_per_weight: float
     meets_target: bool | None = None  # None: no target was given
     verdict: str | None = None  # on the target, in words, with what the intervals say of it
     gain_over_rounding: float | None = None  # share of plain rounding's relative output error that is gone
     seconds: dict[str, float]  # of this candidate alone: searching, packing, verifying
-    layers: tuple[LayerReport, ...]
+    layers: tuple[LayerReport, ...] = ()
+    linears: tuple[LinearReport, ...] = ()  # of a job that is not evaluated, in place of layers
 
 
 class TryReport(Quality):
@@ -172,7 +184,7 @@ class WeightHistogram(Frozen):
 
 
 class OriginalReport(Frozen):
-    perplexity: float
+    perplexity: float | None = None  # None: not evaluated
     bytes: int
 
 
@@ -184,10 +196,10 @@ class Report(Frozen):
     model: str
     model_digest: str
     source: SourceFormat | None = None  # the form in which the model came
-    calibration_digest: str
+    calibration_digest: str | None = None  # None: no text was read
     recipe_digests: tuple[str, ...]
-    calibration: dict[str, Any]  # samples used and available, sequence length, chain
-    evaluation: dict[str, Any]
+    calibration: dict[str, Any] | None = None  # samples used and available, sequence length, chain
+    evaluation: dict[str, Any] | None = None  # None: the job was not evaluated
     original: OriginalReport
     candidates: tuple[CandidateReport, ...]
     published: tuple[int, ...] = ()  # recipe_index of each candidate that is an artifact

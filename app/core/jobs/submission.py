@@ -19,6 +19,7 @@ from app.core.jobs.worker_registry import WorkerRegistry
 from app.core.outgoing.address_guard import DestinationRefused, OutgoingGuard
 from app.core.planning.cost_model import answers_bytes
 from app.core.planning.device_profile import DeviceKind
+from app.core.planning.model_free import StreamedPlan, plan_model_free
 from app.core.planning.plan import Plan, plan_job
 from app.core.records.specs import OWN_ANSWERS, CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
 from app.core.settings import Settings
@@ -41,7 +42,7 @@ class CheckedSubmission(Frozen):
     """A job that may be recorded: `spec` names one commit of each hub repository and leaves nothing open."""
 
     spec: JobSpec
-    plan: Plan
+    plan: Plan | StreamedPlan
     download_bytes: int  # 0 for a folder of this host, which is read in place
     fingerprint: str
 
@@ -58,7 +59,10 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     headers = inspect_original(files)
     plan = planned(spec, headers)
     calibration, calibration_key = pinned_text(spec.calibration, settings, param="calibration")
-    evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")
+    evaluation, evaluation_key = spec.evaluation, None
+    if spec.evaluation is not None:
+        evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")
+        require_length(spec.evaluation, spec.evaluation_length, section="evaluation")
     # Other sources have no versions to name: their reference stays as it was written.
     model = files.name if isinstance(files, HubModel) else spec.model
     recipes = [candidate.recipe for candidate in plan.candidates]
@@ -66,8 +70,7 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     spec = spec.with_recipes(recipes).model_copy(update=pinned)
     contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
     require_length(spec.calibration, spec.calibration.sequence_length, section="calibration")
-    require_length(spec.evaluation, spec.evaluation_length, section="evaluation")
-    calibrates, judges = ("\n".join(text.texts or ()) for text in (calibration, evaluation))
+    calibrates, judges = ("\n".join((text and text.texts) or ()) for text in (calibration, evaluation))
     repeats = text_notes(calibrates, judges, "characters")
     return CheckedSubmission(
         spec=spec,
@@ -79,11 +82,12 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
 
 def require_memory(checked: CheckedSubmission, registry: WorkerRegistry) -> None:
     """Refuse own answers of a model that is too large for every living worker which says what it has."""
-    if not checked.spec.calibration.is_own_answers:
+    plan = checked.plan
+    if not checked.spec.calibration.is_own_answers or isinstance(plan, StreamedPlan):
         return
     workers = [worker for worker in registry.living() if worker.queue == "jobs"]
     kinds: list[DeviceKind] = ["cuda" if worker.device.startswith("cuda") else "cpu" for worker in workers]
-    needed = [answers_bytes(checked.plan, checked.spec, kind) for kind in kinds]
+    needed = [answers_bytes(plan, checked.spec, kind) for kind in kinds]
     room = [worker.memory_total for worker in workers]
     if not workers or any(own is None or size <= own for size, own in zip(needed, room, strict=True)):
         return
@@ -95,15 +99,16 @@ def require_memory(checked: CheckedSubmission, registry: WorkerRegistry) -> None
     )  # fmt: skip
 
 
-def planned(spec: JobSpec, headers: ModelHeaders) -> Plan:
+def planned(spec: JobSpec, headers: ModelHeaders) -> Plan | StreamedPlan:
     """The plan, with what was noted about the model's files."""
     try:
-        plan = plan_job(spec, headers.config, headers.tensors)
+        plan_of = plan_job if spec.evaluation is not None else plan_model_free
+        plan = plan_of(spec, headers.config, headers.tensors)
     except ModelRefused as fault:
         raise with_code(fault, headers.code) from fault
     if spec.deploy is not None:
         refuse_unserved_format(spec.formats[0], param="deploy")
-    deploy = spec.deploy and unserved_note(plan.architecture.model_type, spec.deploy.engine)
+    deploy = spec.deploy and unserved_note(plan.model_type, spec.deploy.engine)
     return plan.model_copy(update={"notes": (*headers.notes, *plan.notes, *filter(None, [deploy]))})
 
 

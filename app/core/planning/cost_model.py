@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from app.core.planning.device_profile import Basis, DeviceKind, DeviceProfile, SearchStep
 from app.core.planning.large_layers import held_parameters, largest_expert_linear, layers_by_expert
+from app.core.planning.model_free import StreamedPlan
 from app.core.planning.plan import CandidatePlan, LinearPlan, Plan
 from app.core.records.job import Stage
 from app.core.records.specs import Frozen, JobSpec, Recipe
@@ -52,6 +53,9 @@ LESSON_FORWARDS = 3  # forward, and backward as two
 CHAIN_FORWARDS = 4  # of the original through a layer, of the copy up to each group and through it
 LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
 PACK_BYTES = 40
+STREAMED_BYTES = 60  # a weight that is rounded by itself: read, largest, divided, rounded, packed, compared
+STREAMED_START_SECONDS = 2.0  # the process without transformers
+STREAMED_RAM_BYTES = 600_000_000  # interpreter, torch, and the slices of tensors in work
 VERIFY_BYTES = 60
 SOFTMAX_BYTES = 80
 LAYER_BYTES = 40  # a decoder layer's norms, activations and residuals per token and channel
@@ -72,7 +76,7 @@ class TaskSize(NamedTuple):
 
     def rows(self, spec: JobSpec) -> int:
         """Of the documents that the job takes, one for each choice."""
-        return min(self.documents, spec.evaluation.task_limit or self.documents) * self.choices
+        return min(self.documents, spec.judged_on.task_limit or self.documents) * self.choices
 
 
 PROMPT_TOKENS = 64  # of the longest bundled prompt with its template, by common tokenizers
@@ -103,8 +107,12 @@ class Prediction(Frozen):
         return sum(self.seconds.values())
 
 
-def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes: int = 0) -> Prediction:
+def predict(
+    plan: Plan | StreamedPlan, spec: JobSpec, profile: DeviceProfile, *, download_bytes: int = 0
+) -> Prediction:
     """Predict the recipes as given; further recipes that a target may try are not included."""
+    if isinstance(plan, StreamedPlan):
+        return predict_streamed(plan, profile, download_bytes)
     costs = Costs(plan, spec, profile)
     collecting = costs
     if spec.calibration.all_experts:  # while statistics are collected no token passes an expert by
@@ -133,6 +141,39 @@ def predict(plan: Plan, spec: JobSpec, profile: DeviceProfile, *, download_bytes
         vram_bytes=BASE_VRAM_BYTES + working if cuda else 0,
         disk_bytes=sum(output) + checkpoint_bytes(plan, spec),
         output_bytes=output,
+    )
+
+
+def predict_streamed(plan: StreamedPlan, profile: DeviceProfile, download_bytes: int) -> Prediction:
+    """Of a job that is not evaluated: the files are read, rounded, written and read back."""
+    own, outputs = list[dict[Stage, float]](), list[int]()
+    for candidate in plan.candidates:
+        written, formats = sum(candidate.output_bytes.values()), len(candidate.output_bytes)
+        rounded = formats * sum(each.parameters for each in candidate.linears if each.scheme is not None)
+        moved = formats * plan.model_bytes + written
+        own.append(
+            {
+                Stage.PACKING: rounded * STREAMED_BYTES / profile.elementwise + moved / profile.disk,
+                Stage.VERIFYING: written / HASHING,
+                Stage.PUBLISHING: written / HASHING + written / profile.disk,
+            }
+        )
+        outputs.append(written)
+    seconds: dict[Step, float] = {
+        "starting": STREAMED_START_SECONDS,
+        Stage.FETCHING: download_bytes / NETWORK + plan.model_bytes / HASHING,
+    }
+    for stages in own:
+        for stage, spent in stages.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+    return Prediction(
+        basis=profile.basis,
+        seconds=seconds,
+        candidate_seconds=tuple(own),
+        ram_bytes=STREAMED_RAM_BYTES,
+        vram_bytes=0,
+        disk_bytes=sum(outputs),  # a finished file's checkpoint is another name of it
+        output_bytes=tuple(outputs),
     )
 
 
@@ -174,11 +215,11 @@ class Costs:
 
     def evaluation(self) -> float:
         """Seconds of one model's forward pass over the evaluation text, its logits and their losses."""
-        samples, length = self.spec.evaluation.num_samples, self.spec.evaluation_length
+        samples, length = self.spec.judged_on.num_samples, self.spec.evaluation_length
         tokens, vocabulary, chunk = samples * length, self.plan.vocab_size, min(CHUNK_TOKENS, length)
         product = tokens / chunk * self.product(chunk, self.plan.hidden_size, vocabulary)
         text = self.forward(samples, length) + product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
-        return text + sum(self.task(name) for name in self.spec.evaluation.tasks)
+        return text + sum(self.task(name) for name in self.spec.tasks)
 
     def task(self, name: str) -> float:
         """Seconds of one model's answers to a bundled task, and of lm-eval; of others the size is unknown."""
@@ -348,7 +389,7 @@ def largest_layer_moments(plan: Plan, apart: frozenset[int]) -> int:
 
 def task_tokens(spec: JobSpec) -> int:
     """Tokens of tasks whose hidden states are held at once; where the size is unknown as many as may be."""
-    sizes = [TASK_SIZES.get(name) for name in spec.evaluation.tasks]
+    sizes = [TASK_SIZES.get(name) for name in spec.tasks]
     tokens = sum(SECTION_TOKENS if one is None else one.rows(spec) * one.tokens for one in sizes)
     return min(SECTION_TOKENS, tokens)
 
@@ -361,7 +402,7 @@ def working_bytes(plan: Plan, spec: JobSpec, device: DeviceKind) -> int:
     table = 4 * plan.vocab_size * plan.hidden_size  # the embedding, or the head, in float32
     stored = 0 if plan.dtype == "float32" else table // 2  # as the checkpoint has it, while it is read
     channels = 4 * plan.hidden_size
-    calibration, evaluation = spec.calibration, spec.evaluation
+    calibration, evaluation = spec.calibration, spec.judged_on
     length = calibration.sequence_length
     states = calibration.num_samples * length * channels
     chains = sum(candidate.recipe.has_own_chain for candidate in plan.candidates)

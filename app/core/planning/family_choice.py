@@ -61,7 +61,8 @@ def unsupported(model_type: object, classes: list[str], family: Family | None) -
     else:
         remedy = f"use a model that gives text, of one of: {', '.join(sorted(known_types()))}"
     return ModelRefused(
-        f"the architecture {named} is not supported", code="architecture_unsupported", remedy=remedy,
+        f"the architecture {named} is not supported", code="architecture_unsupported",
+        remedy=f"{remedy}; or take method rtn and \"evaluation\": null, which need no definition",
         param="model",
     )  # fmt: skip
 

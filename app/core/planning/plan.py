@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from app.core.errors import ModelRefused, RecipeUnsupported
 from app.core.formats.file_format import ModuleSchemes, Scheme
 from app.core.formats.registry import FORMATS, FormatName
+from app.core.formats.targets import fused_by_name
 from app.core.planning.architectures import Architecture, architecture_of
 from app.core.planning.family import Family, text_settings
 from app.core.planning.format_fit import (
@@ -114,6 +115,10 @@ class Plan(Frozen):
     notes: tuple[str, ...] = ()  # the choices included
 
     @property
+    def model_type(self) -> str:
+        return self.architecture.model_type
+
+    @property
     def steps(self) -> int:
         """What is solved in turn: the decoder layers, and the head if a recipe quantizes it."""
         return self.num_layers + (self.architecture.head_step is not None)
@@ -167,6 +172,8 @@ def plan_job(
 
 def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, object]) -> Iterator[str]:
     """A note on windows longer than the model's maximum. RecipeUnsupported if it can't read them."""
+    if spec.evaluation is None:
+        return
     longest = config.get("max_position_embeddings")
     for section, length in (
         ("calibration", spec.calibration.sequence_length),
@@ -188,6 +195,8 @@ def window_notes(spec: JobSpec, architecture: Architecture, config: dict[str, ob
 
 def size_notes(spec: JobSpec, candidates: tuple[CandidatePlan, ...]) -> Iterator[str]:
     """Notes on texts of too few tokens."""
+    if spec.evaluation is None:
+        return
     windows, length = spec.evaluation.num_samples, spec.evaluation_length
     if windows < LEAST_WINDOWS or windows * length < LEAST_TOKENS:
         yield (
@@ -221,7 +230,7 @@ def plan_notes(
         yield architecture.to_find
     for index, candidate in enumerate(candidates):
         recipe = candidate.recipe
-        if takes_head(recipe, architecture):
+        if takes_head(recipe, architecture) and architecture.kinds:
             yield f"recipe {index}: {head_note(candidate, architecture)}"
         for note in (*unmatched(candidate, architecture), *idle_options(recipe)):
             yield f"recipe {index}: {note}"
@@ -544,6 +553,9 @@ def set_names(names: tuple[str, ...]) -> str:
 
 def fused_sets(architecture: Architecture, linears: tuple[LinearPlan, ...]) -> Iterator[tuple[str, ...]]:
     """The sets of linears that servers fuse, by full names."""
+    if not architecture.kinds:
+        yield from fused_by_name(linear.name for linear in linears)
+        return
     layers = dict.fromkeys(architecture.layer_of(linear.name) for linear in linears)
     for layer in layers:
         assert layer is not None

@@ -36,6 +36,8 @@ Method = Literal["rtn", "awq", "gptq", "omniquant"]
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Literal[16, 32, 64, 128, -1]
 WEIGHTS_ALONE = re.compile(r"w([2348])a16")  # another way to write the scheme wna16 with that many bits
+# Schemes of the same weights that need no range of the inputs.
+RANGELESS = {"w8a8-static": "w8a8", "fp8-static": "fp8", "nvfp4": "nvfp4a16"}
 Engine = Literal["auto", "transformers", "vllm"]
 TemplateUse = Literal["auto", "never", "always"]
 OWN_ANSWERS = "self"  # the dataset that the model itself writes
@@ -221,6 +223,18 @@ class Recipe(Frozen):
                     changes["symmetric"] = self.symmetric if fixed is None else fixed
                 scheme = scheme.model_copy(update=changes)
         return scheme
+
+    @property
+    def needs_text(self) -> str | None:
+        """Why the weights alone do not decide the outcome, and what to change; None if they do."""
+        if self.method != "rtn":
+            return f"method {self.method} calibrates on a text: use method rtn"
+        names = (self.scheme, *(override.scheme or self.scheme for override in self.overrides))
+        for name in names:
+            inputs = SCHEMES[name].inputs
+            if inputs is not None and inputs.needs_range:
+                return f"scheme {name} needs the range of inputs in a text: use {RANGELESS.get(name, 'fp8')}"
+        return None
 
     @property
     def rounds_with_gptq(self) -> bool:
@@ -421,7 +435,7 @@ class JobSpec(Frozen):
     model: str = Field(min_length=1, max_length=1024)
     recipe: Recipe | Annotated[tuple[Recipe, ...], Field(min_length=1, max_length=16)] = Recipe()
     calibration: CalibrationSpec = CalibrationSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
+    evaluation: EvaluationSpec | None = EvaluationSpec()  # None: weights alone are rounded, nothing is judged
     target: TargetSpec | None = None
     formats: tuple[FormatName, ...] = Field(default=("compressed-tensors",), min_length=1)
     priority: Literal["high", "normal", "low"] = "normal"
@@ -447,14 +461,41 @@ class JobSpec(Frozen):
             raise ValueError("`min_recovery` needs tasks to score: name some in `evaluation.tasks`")
         return target
 
+    @model_validator(mode="after")
+    def weights_suffice(self) -> JobSpec:
+        """Without an evaluation no text is read and the model is never run."""
+        if self.evaluation is not None:
+            return self
+        if self.target is not None:
+            raise ValueError('a target needs an evaluation: leave out `target`, or "evaluation": null')
+        if self.calibration != CalibrationSpec():
+            raise ValueError('"evaluation": null reads no text: leave out `calibration`')
+        for index, recipe in enumerate(self.recipes):
+            problem = recipe.needs_text
+            if problem is not None:
+                field = self.recipe_field(index)
+                raise ValueError(f'{field}: {problem}, or leave out "evaluation": null')
+        return self
+
     @property
     def recipes(self) -> tuple[Recipe, ...]:
         return self.recipe if isinstance(self.recipe, tuple) else (self.recipe,)
 
     @property
+    def judged_on(self) -> EvaluationSpec:
+        """The evaluation of a job that has one."""
+        assert self.evaluation is not None
+        return self.evaluation
+
+    @property
+    def tasks(self) -> tuple[TaskName, ...]:
+        """Those of the evaluation."""
+        return () if self.evaluation is None else self.evaluation.tasks
+
+    @property
     def evaluation_length(self) -> int:
         """Tokens of an evaluation window."""
-        return self.evaluation.sequence_length or self.calibration.sequence_length
+        return self.judged_on.sequence_length or self.calibration.sequence_length
 
     def with_recipes(self, recipes: Sequence[Recipe]) -> JobSpec:
         """The same job for as many other recipes; a single one stays single."""

@@ -123,21 +123,21 @@ class FetchedTexts(Frozen):
     calibration: Path | None
     evaluation: Path | None
     calibration_digest: str
-    evaluation_digest: str
+    evaluation_digest: str | None  # None: not evaluated
 
 
 def fetch_texts(
     spec: JobSpec, settings: Settings, folder: Path, on_bytes: OnBytes, *, in_place: bool = False
 ) -> FetchedTexts:
     calibration, evaluation = (
-        fetch_text(text, settings, folder / name, on_bytes, in_place=in_place)
+        None if text is None else fetch_text(text, settings, folder / name, on_bytes, in_place=in_place)
         for name, text in (("calibration", spec.calibration), ("evaluation", spec.evaluation))
     )
     return FetchedTexts(
         calibration=calibration,
         evaluation=evaluation,
         calibration_digest=text_digest(spec.calibration, calibration, on_bytes),
-        evaluation_digest=text_digest(spec.evaluation, evaluation, on_bytes),
+        evaluation_digest=spec.evaluation and text_digest(spec.evaluation, evaluation, on_bytes),
     )
 
 

@@ -28,7 +28,7 @@ class Contents(Frozen):
 
     model: str
     calibration: str
-    evaluation: str
+    evaluation: str | None  # None: not evaluated
 
 
 class JobResult(Kept):
@@ -53,7 +53,9 @@ def fingerprint(spec: JobSpec, contents: Contents) -> str:
         [recipe.model_dump(mode="json") for recipe in spec.recipes],
         sorted(spec.formats),
         without_source(spec.calibration),
-        {**without_source(spec.evaluation), "sequence_length": spec.evaluation_length},
+        None
+        if spec.evaluation is None
+        else {**without_source(spec.evaluation), "sequence_length": spec.evaluation_length},
         spec.target.model_dump(mode="json") if spec.target is not None else None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

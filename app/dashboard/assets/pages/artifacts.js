@@ -13,7 +13,7 @@ const LIST = [
   ["Format", (artifact) => artifact.format],
   ["Size", (artifact) => bytes(artifact.size), "number"],
   ["Bits per weight", (artifact) => number(artifact.summary.bits_per_weight, 3), "number"],
-  ["Perplexity against original", (artifact) => change(artifact.summary.perplexity_ratio), "number"],
+  ["Perplexity against original", (artifact) => (artifact.summary.perplexity_ratio ? change(artifact.summary.perplexity_ratio) : "–"), "number"],
   ["Age", (artifact) => age(artifact.created_at)],
 ];
 const FILES = (artifact) => [

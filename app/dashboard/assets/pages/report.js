@@ -21,7 +21,7 @@ function Candidates({ report }) {
   const columns = [
     ["Recipe", (each) => html`${each.label}${report.published.includes(each.recipe_index) ? html` <span class="label">published</span>` : ""}`],
     ["Perplexity", (each) => number(each.perplexity, 5), "number"],
-    ["Against original", (each) => change(each.perplexity_ratio), "number"],
+    ["Against original", (each) => (each.perplexity_ratio ? change(each.perplexity_ratio) : "–"), "number"],
     ["95 % interval", intervalInWords, "number"],
     ["KL per token", (each) => number(each.kl, 3), "number"],
     ["KL of 99 %", (each) => number(each.kl_p99, 3), "number"],
@@ -31,10 +31,12 @@ function Candidates({ report }) {
     ["Own time", (each) => duration(sum(Object.values(each.seconds))), "number"],
     ...(report.candidates.some(roundingOf) ? [["Against plain rounding", (each) => {
       const rounded = roundingOf(each);
-      return rounded ? change(each.perplexity / rounded.perplexity) : "–";
+      return rounded && each.perplexity ? change(each.perplexity / rounded.perplexity) : "–";
     }, "number"]] : []),
   ];
-  return html`<${Table} caption=${`Candidates; the original has perplexity ${number(report.original.perplexity, 5)} and ${bytes(report.original.bytes)}`}
+  return html`<${Table} caption=${report.evaluation
+      ? `Candidates; the original has perplexity ${number(report.original.perplexity, 5)} and ${bytes(report.original.bytes)}`
+      : `Candidates, which were not evaluated; the original has ${bytes(report.original.bytes)}`}
     columns=${columns} rows=${report.candidates} keyOf=${(each) => each.recipe_index} />`;
 }
 

@@ -1,0 +1,71 @@
+"""Rows of a checkpoint's tensors, read where they lie in the files: by several threads, nothing mapped."""
+
+from __future__ import annotations
+
+import os
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from app.core.errors import ModelRefused
+from workers.modeling.checkpoint import Checkpoint
+from workers.modeling.stored_dtypes import DTYPES
+
+
+class RowReader:
+    """Reads slices of the tensors whose values lie in their files as they are."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source = source
+        self.files: dict[str, int] = {}
+        self.lock = Lock()
+
+    def is_plain(self, name: str) -> bool:
+        """Whether the tensor's rows lie one after another."""
+        header = self.source.tensors[name]
+        return header.encoding is None and not header.strides
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a matrix, in its dtype."""
+        header = self.source.tensors[name]
+        dtype, columns = DTYPES[header.dtype], header.shape[1]
+        values = torch.empty((stop - start, columns), dtype=dtype)
+        self.fill(header.file, header.start + start * columns * dtype.itemsize, values)
+        return values
+
+    def raw(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes of a tensor, uint8."""
+        header = self.source.tensors[name]
+        values = torch.empty(stop - start, dtype=torch.uint8)
+        self.fill(header.file, header.start + start, values)
+        return values
+
+    def fill(self, file: str, start: int, values: Tensor) -> None:
+        """Raises ModelRefused if the file ends before."""
+        buffer = values.view(-1).view(torch.uint8).numpy().data
+        while buffer:
+            count = os.preadv(self.descriptor(file), [buffer], start)
+            if count == 0:
+                raise ModelRefused(
+                    f"{file} ended early while a tensor was read",
+                    code="model_header_invalid", remedy="the file changed under the job: submit it again",
+                )  # fmt: skip
+            buffer, start = buffer[count:], start + count
+
+    def descriptor(self, file: str) -> int:
+        with self.lock:
+            if file not in self.files:
+                self.files[file] = os.open(self.source.folder / file, os.O_RDONLY | os.O_CLOEXEC)
+            return self.files[file]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self.files.values():
+            os.close(descriptor)
