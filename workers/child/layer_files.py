@@ -72,7 +72,7 @@ class StampedFolder:
 
 
 class SplitFile:
-    """Entries of tensors in several files beside the one of `key`: written some at a time, read one by one."""
+    """Entries of tensors in several files beside that of `key`: written some at a time, read one by one."""
 
     def __init__(self, folder: StampedFolder, key: str, files: Mapping[str, str] | None = None) -> None:
         self.folder, self.stem = folder, key.removesuffix(".safetensors")

@@ -41,7 +41,7 @@ class InputRounder:
         size = self.rounding.group_size
         if self.rounding.scope == "group":
             assert size is not None
-            values = values.unflatten(-1, (-1, size))
+            values = values.reshape(*values.shape[:-1], -1, size)
         scale = self.scales(values)
         return (nearest(values / scale, self.rounding) * scale).view(x.shape).to(x.dtype)
 

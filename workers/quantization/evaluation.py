@@ -29,7 +29,7 @@ CONFIDENCE = 0.95  # of intervals
 LoadWeights = Callable[[int], Weights]
 
 
-class ModelFiles(ABC):
+class ReadBackModel(ABC):
     """LoadWeights of files, which may say that linears round their inputs."""
 
     @abstractmethod
@@ -77,7 +77,7 @@ def final_states(
 
 def rounders_of(decoder: Decoder, model: LoadWeights, layer: int) -> dict[str, InputRounder]:
     """By module of the layer: what rounds its input in this model."""
-    if not isinstance(model, ModelFiles):
+    if not isinstance(model, ReadBackModel):
         return {}
     architecture = decoder.architecture.at(layer)
     return {architecture.module_name(name): each for name, each in model.rounders(layer).items()}

@@ -62,8 +62,8 @@ def block_largest(sizes: Tensor, scheme: Scheme) -> Tensor:
     rows = scheme.kind.block_rows
     if rows == 1 or sizes.shape[-3] % rows:  # rows of a sample stand for themselves
         return sizes
-    blocks = sizes.unflatten(-3, (-1, rows))
-    return blocks.amax(dim=-3, keepdim=True).expand_as(blocks).flatten(-4, -3)
+    blocks = sizes.view(*sizes.shape[:-3], -1, rows, *sizes.shape[-2:])
+    return blocks.amax(dim=-3, keepdim=True).expand_as(blocks).reshape(sizes.shape)
 
 
 def stored_scales(scales: Tensor, scheme: Scheme, dtype: torch.dtype, divisor: Tensor | None) -> Tensor:
@@ -95,6 +95,6 @@ def float_rounding_errors(weight: Tensor, scales: Tensor, scheme: Scheme, dtype:
     """(candidates, rows, C): the change of the weight (rows, C) by rounding `weight diag(s)` to its grid, for
     each row s of `scales` (candidates, C)."""
     scaled = weight * scales[:, None, :]
-    grouped = scaled.unflatten(-1, (scheme.groups(weight.shape[1]), -1))
+    grouped = scaled.view(*scaled.shape[:-1], scheme.groups(weight.shape[1]), -1)
     rounded = float_grid(grouped, scheme, dtype).nearest(grouped).flatten(-2)
     return (rounded - scaled).div_(scales[:, None, :])

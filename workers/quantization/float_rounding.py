@@ -59,8 +59,8 @@ def of_blocks(values: Tensor, scheme: Scheme) -> Tensor:
     rows = scheme.kind.block_rows
     if rows == 1:
         return values
-    blocks_of_rows = values.unflatten(0, (-1, rows))
-    return blocks_of_rows.sum(dim=1, keepdim=True).expand_as(blocks_of_rows).flatten(0, 1)
+    blocks_of_rows = values.view(-1, rows, *values.shape[1:])
+    return blocks_of_rows.sum(dim=1, keepdim=True).expand_as(blocks_of_rows).reshape(values.shape)
 
 
 def spread_errors(weight: Tensor, grid: FloatGrid, moment: Tensor) -> tuple[Tensor, float]:

@@ -10,24 +10,32 @@ an exponent err in proportion to each value, whatever the scales, and add nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from app.core.formats.file_format import Scheme
 from app.core.formats.schemes import InputRounding
 from workers.modeling.input_rounding import largest_number
 from workers.quantization.input_statistics import InputStatistics
-
-if TYPE_CHECKING:
-    from workers.quantization.scale_search import ScaledLinear
 
 # A token's largest square is between one variance (a channel that stands out) and several (one of many): the
 # norm of this power over the channels, times this factor, is within a factor of two for both.
 POWER, LARGEST = 4, 1.8
 
 
-def input_noise(linears: Sequence[ScaledLinear], scales: Tensor, statistics: InputStatistics) -> Tensor:
+class WeightOfScheme(Protocol):
+    """A linear's weight (rows, C) and its scheme."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+
+def input_noise(linears: Sequence[WeightOfScheme], scales: Tensor, statistics: InputStatistics) -> Tensor:
     """(candidates,): the expected squared error at the output of all linears, for each row of `scales`."""
     total = torch.zeros(len(scales), device=scales.device)
     for linear in linears:

@@ -130,6 +130,8 @@ class Loader:
             weight = packing_of(self.format_name).unpack_linear(tensors, self.quantization, other)
         except ValueError as fault:
             raise refused(stored, str(fault)) from fault
+        if not isinstance(weight, PackedWeight | QuantizedWeight):
+            raise refused(stored, f"files of the format {self.format_name} are not served here")
         out_features, in_features = weight.shape
         if (out_features, in_features) != (linear.out_features, linear.in_features):
             raise ModelRefused(
