@@ -100,13 +100,13 @@ def with_scheme_values(body: dict[str, object]) -> dict[str, object]:
 
     Raises ValueError for other values beside such a scheme.
     """
-    name = body.get("scheme")
+    name, kind = body.get("scheme"), None
     written = WEIGHTS_ALONE.fullmatch(name) if isinstance(name, str) else None
     if written is not None:
         kind = SchemeKind(int(written[1]), None, None)
         body = {**body, "scheme": "wna16"}
     else:
-        kind = SCHEMES.get(name) if isinstance(name, str) else None  # type: ignore[call-overload]  # any text
+        kind = next((each for key, each in SCHEMES.items() if key == name), None)
     for field in ("bits", "group_size", "symmetric"):
         fixed = None if kind is None else getattr(kind, field)
         if fixed is None:
@@ -216,9 +216,11 @@ class Recipe(Frozen):
         )
         for override in self.overrides:
             if any(override.matches(name) for name in names):
-                named = {"bits": override.bits, "group_size": override.group_size, "name": override.scheme}
+                named: dict[str, object] = {
+                    "bits": override.bits, "group_size": override.group_size, "name": override.scheme,
+                }  # fmt: skip
                 changes = {field: value for field, value in named.items() if value is not None}
-                if override.scheme not in (None, scheme.name):
+                if override.scheme is not None and override.scheme != scheme.name:
                     fixed = SCHEMES[override.scheme].symmetric
                     changes["symmetric"] = self.symmetric if fixed is None else fixed
                 scheme = scheme.model_copy(update=changes)
