@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from redis import Redis
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.core.child.assignment import CHECKPOINTS, Checkpointed, Finished, ProgressMessage
+from app.core.child.job_child import JobChild
 from app.core.errors import ModelRefused, RecipeUnsupported, VerificationFailed
 from app.core.jobs.report import Report
+from app.core.records.job import JobState
 from app.core.records.specs import JobSpec, Recipe
+from app.core.storage.storage_keys import report_key
+from tests.integration.workshop import Workshop
 from tests.tiny_models import EngineRun, assignment, random_model, save_model, tiny_spec
+from tests.waiting import wait_until
 from workers.child.streaming import run_model_free
 from workers.formats.streamed_folder import StreamedFile
 
@@ -246,3 +252,41 @@ def test_a_run_goes_on_after_the_files_that_are_finished(tmp_path: Path, llama: 
     for file in whole.folder.iterdir():
         assert (resumed.folder / file.name).read_bytes() == file.read_bytes()
     assert resumed.report.candidates[0].linears == whole.report.candidates[0].linears
+
+
+def test_the_service_publishes_what_nothing_was_judged_of(
+    redis: Redis, redis_url: str, tmp_path: Path, unknown: Path
+) -> None:
+    workshop = Workshop(redis, redis_url, tmp_path / "state", model_roots=(unknown.parent,))
+    spec = spec_of(model=unknown.as_uri(), recipe={"method": "rtn", "scheme": "fp8", "group_size": -1})
+    job = workshop.record(spec)
+    with workshop.worker("first", "-m", "workers.main", "--device", "cpu", "--name", "first"):
+        assert workshop.queue.enqueue(job)
+        wait_until(lambda: workshop.store.load(job.id).is_terminal, limit_s=120)
+    ended = workshop.store.load(job.id)
+    assert ended.state is JobState.SUCCEEDED, ended.error
+    manifest = workshop.manifest(ended, "compressed-tensors")
+    assert manifest is not None
+    assert manifest.summary.keys() == {"label", "bits_per_weight", "bytes"}
+    report = Report.model_validate_json(workshop.objects.get(report_key(job.id)))
+    assert report.candidates[0].perplexity is None
+    assert "checkpoint" in workshop.kinds(job)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A gigabyte of weights, one matrix of which has a quarter; without transformers in the process."""
+    model, work = tmp_path / "large", tmp_path / "work"
+    model.mkdir()
+    work.mkdir()
+    stock = torch.randn(16384, 2048).to(torch.bfloat16)
+    for number in range(8):
+        tensors = {f"layers.{number}.fc.weight": stock if number else torch.cat([stock] * 4)}
+        save_file(tensors, model / f"model-{number}.safetensors")
+    (model / "config.json").write_text('{"model_type": "nobody_has_this", "num_hidden_layers": 8}')
+    job = assignment(spec_of(recipe={"method": "rtn", "scheme": "fp8"}), model, work)
+    with JobChild(job) as child:
+        last = list(child.messages())[-1]
+    assert isinstance(last, Finished), last
+    report = Report.model_validate_json((work / last.report).read_text())
+    assert sum(file.stat().st_size for file in model.glob("*.safetensors")) > 7e8
+    assert report.peak_rss_bytes < 6e8

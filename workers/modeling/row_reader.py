@@ -14,6 +14,8 @@ from app.core.errors import ModelRefused
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.stored_dtypes import DTYPES
 
+AHEAD_BYTES = 1 << 25
+
 
 class RowReader:
     """Reads slices of the tensors whose values lie in their files as they are."""
@@ -21,6 +23,7 @@ class RowReader:
     def __init__(self, source: Checkpoint) -> None:
         self.source = source
         self.files: dict[str, int] = {}
+        self.announced: dict[str, int] = {}  # up to where the system was asked to read
         self.lock = Lock()
 
     def is_plain(self, name: str) -> bool:
@@ -46,6 +49,7 @@ class RowReader:
     def fill(self, file: str, start: int, values: Tensor) -> None:
         """Raises ModelRefused if the file ends before."""
         buffer = values.view(-1).view(torch.uint8).numpy().data
+        self.announce(file, start, start + len(buffer))
         while buffer:
             count = os.preadv(self.descriptor(file), [buffer], start)
             if count == 0:
@@ -54,6 +58,16 @@ class RowReader:
                     code="model_header_invalid", remedy="the file changed under the job: submit it again",
                 )  # fmt: skip
             buffer, start = buffer[count:], start + count
+
+    def announce(self, file: str, start: int, stop: int) -> None:
+        """Have the system read on: the reads of several threads do not look like one that goes on."""
+        descriptor = self.descriptor(file)
+        with self.lock:
+            reached = self.announced.get(file, start)
+            if not start <= reached <= stop + AHEAD_BYTES // 2:
+                return
+            self.announced[file] = max(reached, stop) + AHEAD_BYTES
+        os.posix_fadvise(descriptor, reached, max(0, stop - reached) + AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
     def descriptor(self, file: str) -> int:
         with self.lock:

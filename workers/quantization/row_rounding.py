@@ -59,7 +59,7 @@ class RowRounder:
         self.check(values)
         rows = self.scheme.kind.block_rows
         step = max(1, CACHED_VALUES // (values.shape[1] * rows)) * rows
-        return joined([self.block(block) for block in values.split(step)])
+        return joined([self.block(values[first : first + step]) for first in range(0, len(values), step)])
 
     def block(self, values: Tensor) -> QuantizedWeight:
         """Rows that with all that is computed from them stay in a processor's cache."""
