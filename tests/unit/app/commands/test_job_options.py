@@ -117,7 +117,15 @@ def test_limits_of_time_can_be_raised_where_a_job_is_submitted(monkeypatch: pyte
 
 def test_each_option_has_its_place_in_the_body() -> None:
     options = {field.name for field in fields(job_options.JobOptions)}
-    assert options == {*job_options.PLACES, "formats", "spec"}
+    assert options == {*job_options.PLACES, "evaluated", "formats", "spec"}
+
+
+def test_a_job_can_do_without_an_evaluation() -> None:
+    options = job_options.JobOptions(method="rtn", evaluated=False)
+    body = job_options.job_body("hf:a/b", options)
+    assert body == {"model": "hf:a/b", "recipe": {"method": "rtn"}, "evaluation": None}
+    with pytest.raises(typer.BadParameter, match="contradict"):
+        job_options.job_body("hf:a/b", job_options.JobOptions(evaluated=False, eval_samples=4))
 
 
 @pytest.mark.parametrize(("flag", "asked"), [("--all-experts", True), ("--routed-experts", False)])
