@@ -33,7 +33,7 @@ def run(rank: RankAssignment) -> None:
             for _ in shared.layers:
                 weights = prefetch.take()
                 if original is not None:
-                    original.collect(weights)
+                    original.collect(weights, moments=shared.moments)
                 for candidate in shared.candidates:
                     chains.follow(candidate, weights)
 

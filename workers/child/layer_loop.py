@@ -51,7 +51,9 @@ def solve_layers(
         histograms = finished_histograms(work, resumed_at, clock)
     if resumed_at == steps:
         return SolvedLayers(resumed_at, histograms)
-    shared = SharedLayers.of(range(resumed_at, steps), [each.candidate for each in files])
+    shared = SharedLayers.of(
+        range(resumed_at, steps), [each.candidate for each in files], moments=statistics is not None
+    )
     with started(work, calibration, shared, clock) as ranks, LayerWriter(work.device) as writer:
         with clock.stage(Stage.CALIBRATING):
             run = start_pass(work, calibration, checkpoints, resumed_at, ranks)
@@ -64,7 +66,7 @@ def solve_layers(
         saved = time.monotonic()  # when the hidden states were
         with closing(WeightPrefetch(work.device, layer_reads(run.decoder, shared.layers))) as weights:
             for layer in shared.layers:
-                calibrated = calibrate_layer(work, run, weights, clock)
+                calibrated = calibrate_layer(work, run, weights, clock, moments=shared.moments)
                 histograms += layer_histograms(work, layer, calibrated.weights)
                 if statistics is not None:
                     statistics.save(layer, calibrated.statistics)
@@ -82,13 +84,13 @@ def solve_layers(
 
 
 def calibrate_layer(
-    work: Work, run: CalibrationPass, prefetch: WeightPrefetch, clock: StageClock
+    work: Work, run: CalibrationPass, prefetch: WeightPrefetch, clock: StageClock, *, moments: bool
 ) -> CalibratedLayer:
-    """The next layer of the pass with its statistics."""
+    """The next layer of the pass with its statistics; `moments`: see `CalibrationPass.collect`."""
     layer = run.layer
     with clock.stage(Stage.CALIBRATING):
         weights = prefetch.take()
-        statistics = run.collect(weights)
+        statistics = run.collect(weights, moments=moments)
     seen = expert_tokens(statistics, work.plan.architecture.at(layer))
     if seen is not None and seen.few and not seen.all_shown:
         clock.note(

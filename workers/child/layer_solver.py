@@ -100,6 +100,8 @@ class LayerSolver:
 
 def expert_tokens(statistics: LayerStatistics, architecture: Architecture) -> ExpertTokens | None:
     """How many tokens each of a layer's experts saw; None without experts."""
+    if architecture.experts is None:
+        return None
     by_expert = {
         group.expert: (seen.routed_tokens or 0, seen.all_shown)
         for group, seen in zip(architecture.groups, statistics.groups, strict=True)

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -40,15 +40,26 @@ class SharedLayers(Frozen):
     start: int
     stop: int
     calibrates: bool = True  # through the original model, for statistics
+    moments: bool = True  # whether anybody reads those of the original's inputs
     candidates: tuple[CandidatePlan, ...] = ()  # through their own chains, in order
 
     @classmethod
     def of(
-        cls, layers: range, candidates: Iterable[CandidatePlan] = (), *, calibrates: bool = True
+        cls,
+        layers: range,
+        candidates: Sequence[CandidatePlan] = (),
+        *,
+        calibrates: bool = True,
+        moments: bool = True,
     ) -> SharedLayers:
-        """With those of the candidates that have a chain of their own."""
+        """With those of the candidates that have a chain of their own; no `moments` if no other reads any."""
         chained = tuple(candidate for candidate in candidates if candidate.recipe.has_own_chain)
-        return cls(start=layers.start, stop=layers.stop, calibrates=calibrates, candidates=chained)
+        moments = moments or any(
+            candidate.recipe.searches_scales or not candidate.recipe.has_own_chain for candidate in candidates
+        )
+        return cls(
+            start=layers.start, stop=layers.stop, calibrates=calibrates, moments=moments, candidates=chained
+        )
 
     @property
     def layers(self) -> range:

@@ -8,6 +8,7 @@ observed with the inputs that its quantized predecessors give, so that GPTQ make
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -72,16 +73,23 @@ class CalibrationPass:
                 self.states[index] = self.stowed(self.call(index)(module, states))
         self.layer += 1
 
-    def collect(self, weights: Weights) -> LayerStatistics:
-        """Advance by one layer, with its statistics; only the first rank gets those of groups."""
+    def collect(self, weights: Weights, *, moments: bool = True) -> LayerStatistics:
+        """Advance by one layer, with its statistics; only the first rank gets those of groups.
+
+        Without `moments`, which nobody reads then, there are none of groups; a layer with experts has them
+        always, for its counts.
+        """
         device = self.decoder.device
         before = self.states[0][:1].to(device, copy=True)
-        groups = self.observe(weights, advance=True)
+        moments = moments or self.decoder.architecture.at(self.layer).experts is not None
+        groups = self.observe(weights, advance=True, moments=moments)
         self.layer += 1
         return LayerStatistics(groups, (before, self.states[0][:1].to(device)))
 
     @torch.no_grad()
-    def observe(self, weights: Weights, *, advance: bool = False) -> Sequence[InputStatistics]:
+    def observe(
+        self, weights: Weights, *, advance: bool = False, moments: bool = True
+    ) -> Sequence[InputStatistics]:
         """The statistics of the layer with these weights; its outputs become the states if asked."""
         architecture = self.decoder.architecture.at(self.layer)
         names = reference_names(architecture) if self.refers and advance else {LAYER_OUTPUT}
@@ -89,8 +97,12 @@ class CalibrationPass:
         with (
             self.decoder.layer(self.layer, weights) as module,
             watching_names(module, architecture, names) as seen,
-            collecting(module, architecture, self.ranks, self.decoder.scratch_of(self.layer)) as collectors,
+            ExitStack() as stack,
         ):
+            scratch = self.decoder.scratch_of(self.layer)
+            collectors = (
+                stack.enter_context(collecting(module, architecture, self.ranks, scratch)) if moments else []
+            )
             for index, batch in enumerate(self.states):
                 states = batch.to(self.decoder.device, non_blocking=True)
                 values = seen.reference(module, states, self.call(index))
@@ -98,7 +110,7 @@ class CalibrationPass:
                     self.states[index] = self.stowed(values[LAYER_OUTPUT].view_as(states))
                 if self.refers:
                     self.references.append(values)
-        if not self.ranks.is_first:
+        if not self.ranks.is_first or not moments:
             return []
         prefix = self.decoder.architecture.layer_prefix(self.layer)
         return results(collectors, [prefix + group.balance_layers[0] for group in architecture.groups])

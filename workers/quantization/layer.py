@@ -69,7 +69,7 @@ class LayerTask:
     schemes: dict[str, Scheme]  # of the linears that are quantized
     heads: Heads
     weights: Weights  # float32, by name in the layer
-    statistics: Sequence[InputStatistics]  # one per group of the architecture
+    statistics: Sequence[InputStatistics]  # one per group, or none where the chain has all that is read
     dtype: torch.dtype  # of the checkpoint's weights
     chain: OwnChain | None = None  # of a recipe on the quantized chain
     formats: tuple[FormatName, ...] = ("compressed-tensors",)  # of the files
@@ -258,7 +258,8 @@ def entry_of(
 ) -> LinearReport:
     """The report of one linear of group `index`."""
     entry = linear_report(linear.name, choice, rounding_baseline(linear, choice, task.dtype), rounded)
-    group, reason = task.architecture.groups[index], few_tokens(task.statistics[index])
+    group = task.architecture.groups[index]
+    reason = few_tokens(task.statistics[index]) if task.statistics else None
     if task.recipe.searches_scales:
         reason = unscaled_for(task, group) or reason
     backend = None

@@ -13,14 +13,15 @@ So squared errors of what is added to the stream count by one over its size, hal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from app.core.planning.architectures import LAYER_OUTPUT, ScaleGroup
+from app.core.planning.architectures import LAYER_OUTPUT, Architecture, ScaleGroup
 from workers.modeling.decoder import Decoder
 from workers.modeling.layer_calls import LayerArguments, LayerCall, rebuilt
 from workers.modeling.layer_weights import Weights
@@ -29,6 +30,7 @@ from workers.quantization.input_statistics import InputCollector, InputStatistic
 from workers.quantization.observation import References, reference_names, watching, watching_names
 from workers.quantization.omniquant import Lesson
 from workers.quantization.reduction import ALONE, Ranks
+from workers.quantization.replay import Settled, SettledOutputs, can_be_silent
 
 LESSON_WINDOWS = 32  # of the calibration text, that a layer is taught with
 HELD_BACK = 5  # one of so many further parts of it judges what was learned
@@ -48,6 +50,7 @@ class PairedPass:
         self.size = min(STEP_WINDOWS, self.windows[0])  # of a lesson's parts
         self.references: References = []  # of the present layer, once it is observed
         self.run: CalibrationPass | None = None  # through the original model, one layer ahead
+        self.replay = SettledOutputs()  # of the present layer of the copy
         with torch.no_grad():
             sections = [batches[batch][first : first + self.size] for batch, first in self.lesson_sections()]
             further = sections if ranks.is_first else []
@@ -65,10 +68,37 @@ class PairedPass:
         references, self.references = self.referenced(original), []
         for index, values in enumerate(references):
             self.original[index] = values[LAYER_OUTPUT].view_as(self.original[index])
-        with self.decoder.layer(self.layer, own) as module:
+        with self.decoder.layer(self.layer, own) as module, self.replaying(module, own, None) as begin:
             for index, batch in enumerate(self.own):
+                begin(index)
                 self.own[index] = self.call(index)(module, batch)
+        self.replay.clear()
         self.layer += 1
+
+    @contextmanager
+    def replaying(
+        self, module: nn.Module, own: Weights, first: int | None, silent: str | None = None
+    ) -> Iterator[Callable[[int], None]]:
+        """Let modules of the present layer replay; groups from the `first` on are not rounded yet."""
+        if not self.replays:
+            yield lambda batch: None
+            return
+        settled = Settled.before(self.architecture, first, silent)
+        with self.replay.running(module, own, settled) as begin:
+            yield begin
+
+    @property
+    def replays(self) -> bool:
+        """Whether modules of the present layer can replay.
+
+        Experts get other tokens when their router's input changes; what a layer hands on is a side effect.
+        """
+        return not self.at_head and self.architecture.experts is None and not self.calls.carries
+
+    @property
+    def architecture(self) -> Architecture:
+        """With the groups of the present layer."""
+        return self.decoder.architecture.at(self.layer)
 
     def read_from(self, run: CalibrationPass) -> None:
         """Take what the original gives from a pass that collects each layer before this one comes to it."""
@@ -100,23 +130,33 @@ class PairedPass:
         self, groups: Sequence[int], original: Weights, own: Weights, scales: Sequence[Tensor | None]
     ) -> Sequence[InputStatistics]:
         """The groups' statistics; `scales` divide the inputs of each group in the copy."""
-        architecture = self.decoder.architecture.at(self.layer)
+        architecture = self.architecture
         chosen = [architecture.groups[index] for index in groups]
         if any(group.expert is not None for group in chosen):
             return self.observe_experts(groups, own)
         watched = [Drift(group, factor) for group, factor in zip(chosen, scales, strict=True)]
         references = self.referenced(original)
         with self.decoder.layer(self.layer, own) as module, watching(module, architecture, chosen) as seen:
-            for index, (mine, theirs) in enumerate(zip(self.own, references, strict=True)):
-                own_values = seen.run(module, {}, mine, self.call(index))
-                for drift in watched:
-                    drift.add(theirs, own_values)
+            silent = self.silent_linear(module, chosen)
+            with self.replaying(module, own, min(groups), silent) as begin:
+                for index, (mine, theirs) in enumerate(zip(self.own, references, strict=True)):
+                    begin(index)
+                    own_values = seen.run(module, {}, mine, self.call(index))
+                    for drift in watched:
+                        drift.add(theirs, own_values)
         for drift in watched:
             drift.add_up(self.ranks)
         if not self.ranks.is_first:
             return []
         prefix = architecture.layer_prefix(self.layer)
-        return [drift.result(prefix + drift.group.balance_layers[0]) for drift in watched]
+        weight = None if silent is None else own[silent + ".weight"]
+        return [drift.result(prefix + drift.group.balance_layers[0], weight) for drift in watched]
+
+    def silent_linear(self, module: nn.Module, groups: Sequence[ScaleGroup]) -> str | None:
+        """The linear whose output need not be computed to see what the stream lacks."""
+        if not self.replays or len(groups) > 1 or not can_be_silent(module, self.architecture, groups[0]):
+            return None
+        return groups[0].balance_layers[0]
 
     def observe_experts(self, groups: Sequence[int], own: Weights) -> Sequence[InputStatistics]:
         """Routers send tokens elsewhere in the copy, so experts have no pairs: moments alone."""
@@ -252,10 +292,13 @@ class Drift:
         self.collector.add_up(ranks)
         ranks.add_up([self.total])
 
-    def result(self, name: str) -> InputStatistics:
+    def result(self, name: str, silent: Tensor | None = None) -> InputStatistics:
+        """silent: the weight of a linear that gave nothing, so that the stream lacked its output too."""
         statistics = self.collector.result(name)
         assert self.total is not None
         mean = self.total / self.collector.weight
+        if silent is not None:
+            mean -= silent @ statistics.moment
         if self.group.joins is not None:
             return replace(statistics, output_drift=mean)
         return replace(statistics, input_drift=mean)

@@ -50,7 +50,9 @@ LESSON_WINDOWS = 32
 HELD_BACK = 5
 STEP_WINDOWS = 4
 LESSON_FORWARDS = 3  # forward, and backward as two
-CHAIN_FORWARDS = 4  # of the original through a layer, of the copy up to each group and through it
+CHAIN_FORWARDS = 2  # of the copy through a layer, with what can't be replayed between its groups
+EXPERT_FORWARDS = 4  # where layers have experts: the copy starts anew for each group
+REPLAYED_BYTES = 2 * 2**30  # of a copy's outputs that wait to be replayed
 LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
 PACK_BYTES = 40
 STREAMED_BYTES = 60  # a weight that is rounded by itself: read, largest, divided, rounded, packed, compared
@@ -278,7 +280,8 @@ class Costs:
         """Seconds of the original and the quantized copy side by side, with moments and drifts."""
         samples = self.spec.calibration.num_samples
         tokens = samples * self.length
-        return CHAIN_FORWARDS * self.forward(samples) + self.moments(tokens) + self.drifts(tokens)
+        forwards = EXPERT_FORWARDS if any(EXPERT in each.name for each in self.linears) else CHAIN_FORWARDS
+        return forwards * self.forward(samples) + self.moments(tokens) + self.drifts(tokens)
 
     def candidate(self, candidate: CandidatePlan) -> dict[Stage, float]:
         """Seconds that one recipe adds to each stage."""
@@ -409,7 +412,11 @@ def working_bytes(plan: Plan, spec: JobSpec, device: DeviceKind) -> int:
     solving = 4 * 4 * layer + 3 * largest_layer_moments(plan, apart)
     if apart:
         solving += EXPERT_COPIES * 4 * largest_expert_linear(plan, apart) + FILE_COPIES * PART_BYTES
-    calibrating = (1 + 6 * chains) * states + activations(plan, calibration.num_samples, length) + solving
+    calibrating = states + activations(plan, calibration.num_samples, length) + solving
+    if chains:
+        widest = max(each.in_features for each in plan.candidates[0].linears)
+        waiting = 3 * states + 4 * calibration.num_samples * length * widest
+        calibrating += 6 * chains * states + min(REPLAYED_BYTES, waiting)
     models = 1 + len(plan.candidates)
     text = evaluation.num_samples * spec.evaluation_length * channels
     outputs = max(models * text, text + models * task_tokens(spec) * channels)

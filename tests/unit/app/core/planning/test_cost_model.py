@@ -16,7 +16,14 @@ from app.core.records.specs import BUNDLED_TASKS, CalibrationSpec, JobSpec
 from app.core.sources.model_source import inspect_model, open_model
 from tests.tiny_models import EngineRun, tiny_model, tiny_spec
 from workers.child import layer_files, own_answers, work
-from workers.quantization import continuations, evaluation, input_statistics, paired_pass, scale_search
+from workers.quantization import (
+    continuations,
+    evaluation,
+    input_statistics,
+    paired_pass,
+    replay,
+    scale_search,
+)
 
 
 @pytest.fixture
@@ -35,6 +42,7 @@ def test_the_engine_has_the_same_constants() -> None:
     assert cost_model.LESSON_WINDOWS == paired_pass.LESSON_WINDOWS
     assert cost_model.HELD_BACK == paired_pass.HELD_BACK
     assert cost_model.STEP_WINDOWS == paired_pass.STEP_WINDOWS
+    assert cost_model.REPLAYED_BYTES == replay.REPLAYED_BYTES
     assert cost_model.MOMENT_BLOCK == input_statistics.BLOCK
     assert cost_model.FINALISTS == scale_search.FINALISTS
     assert cost_model.PART_BYTES == layer_files.PART_BYTES
