@@ -97,7 +97,7 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
         files=choice.files,
         side_files=choice.side_files,
         code=(*code, *sorted(filter(is_code, sizes))),
-        notes=(*code_note(config.value, code), *choice.notes),
+        notes=(*code_note(code), *choice.notes),
     )
 
 
@@ -131,11 +131,10 @@ def refuse_pointers(files: ReadableFiles, choice: FileChoice) -> None:
             refuse_pointer(path, content)
 
 
-def code_note(config: dict[str, Any], code: tuple[str, ...]) -> tuple[str, ...]:
+def code_note(code: tuple[str, ...]) -> tuple[str, ...]:
     if not code:
         return ()
-    reason = f"transformers has {config.get('model_type')} itself"
-    return (f"{reason}: the code that the model names ({', '.join(code)}) is neither run nor copied",)
+    return (f"the code that the model names ({', '.join(code)}) is neither run nor copied",)
 
 
 def refuse_other_weights(config: dict[str, Any], choice: FileChoice) -> None:
