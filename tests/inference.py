@@ -117,6 +117,7 @@ def dequantized(folder: Path, format_name: FormatName, target: Path) -> PreTrain
     entry = checkpoint.config["quantization_config"]
     scheme = Scheme(bits=4, group_size=32, symmetric=format_name != "awq")
     tensors: dict[str, torch.Tensor] = {}
+    quantized = {name.removesuffix(f".{suffixes[0]}") for name in checkpoint.tensors}
     for name in checkpoint.tensors:
         linear, _, suffix = name.rpartition(".")
         if suffix == suffixes[0]:
@@ -125,7 +126,7 @@ def dequantized(folder: Path, format_name: FormatName, target: Path) -> PreTrain
             tensors[f"{linear}.weight"] = reference.dequantize(
                 packing_of(format_name).unpack_linear(parts, entry, scheme)
             ).float()
-        elif suffix not in suffixes:
+        elif linear not in quantized or suffix not in suffixes:
             tensors[name] = checkpoint.tensor(name).float()
     target.mkdir()
     save_file(tensors, target / "model.safetensors", {"format": "pt"})

@@ -90,7 +90,7 @@ def dequantized_model(run: EngineRun, format_name: str) -> PreTrainedModel:
     written = Checkpoint(folder.folder)
     state = {
         plan.architecture.layer_prefix(layer) + name: value.float()
-        for layer in range(plan.num_layers)
+        for layer in range(plan.steps)
         for name, value in folder.read_weights(written, layer).items()
     }
     model = opened(run.opened.checkpoint.folder)

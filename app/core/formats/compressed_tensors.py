@@ -183,6 +183,9 @@ class CompressedTensorsFormat(FileFormat):
         return None
 
     def unreadable(self, entry: Mapping[str, Any]) -> str | None:
+        whole = entry.get("format")
+        if whole not in (LAYOUT, MIXED, *LAYOUTS.values()):
+            return f"the compressed-tensors format {whole!r} is not read here"
         for group in (entry.get("config_groups") or {}).values():
             layout = group.get("format") or entry.get("format")
             if layout not in (LAYOUT, *LAYOUTS.values()):

@@ -107,7 +107,7 @@ def test_paths_of_refused_bodies(body: dict[str, object], paths: set[str]) -> No
         ({"model": "a", "deploy": {"name": "my model"}}, "'my model' is not a deployment's name: at most 96"),
         ({"model": "a", "formats": ["awq", "awq"]}, "each format may be named once"),
         ({"model": "a", "formats": []}, "at least 1 is needed, here are 0"),
-        ({"model": "a", "formats": ["gguf"]}, "Input should be 'awq', 'compressed-tensors' or 'gptq'"),
+        ({"model": "a", "formats": ["zip"]}, "Input should be 'awq', 'compressed-tensors', 'gguf' or 'gptq'"),
         ({"model": "a", "calibration": 5}, "a JSON object is needed"),
     ],
 )

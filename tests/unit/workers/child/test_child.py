@@ -51,7 +51,7 @@ def test_an_absent_backend_fails_the_job(assignment: Assignment) -> None:
 def test_a_fault_of_our_own_is_told_and_not_raised(
     assignment: Assignment, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.child.__main__.run_job", lambda *_: [][1])
+    monkeypatch.setattr("workers.child.job_run.run_job", lambda *_: [][1])
     code, messages = messages_of(assignment)
     assert code == 1
     assert [message["kind"] for message in messages] == ["note", "failed"]
@@ -89,7 +89,7 @@ def test_faults_of_the_device_are_told_apart(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("workers.child.__main__.run_job", broken)
+    monkeypatch.setattr("workers.child.job_run.run_job", broken)
     status, messages = messages_of(assignment)
     told = messages[-1]["error"]
     assert isinstance(told, dict)

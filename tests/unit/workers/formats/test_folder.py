@@ -143,7 +143,7 @@ def test_the_gptq_entry_is_in_two_files(tmp_path: Path) -> None:
     recipe = Recipe(
         group_size=32,
         symmetric=True,
-        ignore=(r"re:.*\.0\.self_attn\.o_proj",),
+        ignore=("lm_head", r"re:.*\.0\.self_attn\.o_proj"),
         overrides=(
             Override(match="mlp.down_proj", bits=8, group_size=64),
             Override(match=r"re:.*\.1\.mlp\.(gate|up)_proj", bits=3),

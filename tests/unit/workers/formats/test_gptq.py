@@ -28,7 +28,9 @@ def test_one_scheme_needs_no_rules() -> None:
 def test_routers_and_heads_of_other_names_keep_their_precision() -> None:
     schemes = dict.fromkeys(("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.experts.0.gate_proj"), FOUR)
     entry = FORMATS["gptq"].entry(ModuleSchemes(schemes, (*HEADS, *ROUTERS)))
-    assert entry["dynamic"] == {r"-:^embed_out$": {}, r"-:^model\.layers\.\d+\.mlp\.gate$": {}}
+    assert entry["dynamic"] == {
+        r"-:^(.*\.)?embed_out$": {}, r"-:^(.*\.)?layers\.\d+\.mlp\.gate$": {},
+    }  # fmt: skip
     for name in (*schemes, "model.layers.0.mlp.gate_up_proj", "model.layers.1.mlp.experts", "lm_head"):
         assert rule(entry, name) is None
 
@@ -42,8 +44,8 @@ def test_experts_of_one_layer_have_one_rule_each_and_one_together() -> None:
     entry = FORMATS["gptq"].entry(ModuleSchemes(schemes, ()))
     assert (entry["bits"], entry["group_size"]) == (4, 128)
     assert list(entry["dynamic"]) == [
-        r"+:^model\.layers\.1\.mlp\.experts\.\d+\.(gate_proj|down_proj)$",
-        r"+:^model\.layers\.1\.mlp\.experts$",
+        r"+:^(.*\.)?layers\.1\.mlp\.experts\.\d+\.(gate_proj|down_proj)$",
+        r"+:^(.*\.)?layers\.1\.mlp\.experts$",
     ]
     assert rule(entry, "model.layers.1.mlp.experts") == "+:{'bits': 8, 'group_size': 64}"
     assert rule(entry, "model.layers.2.mlp.experts.1.down_proj") is None
