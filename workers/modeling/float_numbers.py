@@ -13,6 +13,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+FP8_SMALLEST = 2.0**-9  # above zero
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 is the sign
 FP4_LARGEST = FP4_VALUES[-1]
 FP4_SIGN = 8
@@ -50,6 +51,11 @@ def fp8_values(codes: Tensor) -> Tensor:
 def nearest_fp8(values: Tensor) -> Tensor:
     """float32 values that FP8 holds."""
     return values.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8).to(torch.float32)
+
+
+def fp8_scales(scales: Tensor, divisor: Tensor) -> Tensor:
+    """Positive scales as the nearest that are FP8 divided by `divisor`."""
+    return nearest_fp8(scales * divisor).clamp(min=FP8_SMALLEST) / divisor
 
 
 def float_codes(values: Tensor, bits: int) -> Tensor:

@@ -20,9 +20,9 @@ from workers.modeling.float_numbers import (
     FP8_LARGEST,
     float_codes,
     float_values,
+    fp8_scales,
     largest_float,
     microscale,
-    nearest_fp8,
 )
 
 SMALLEST = 1e-10  # in place of the scale of zeros
@@ -57,7 +57,7 @@ class InputRounder:
                 return microscale(sizes.clamp(min=SMALLEST))
             case "e4m3":
                 assert self.scale is not None
-                return nearest_fp8(sizes / largest * self.scale).clamp(min=2.0**-9) / self.scale
+                return fp8_scales(sizes / largest, self.scale)
             case _:
                 return (sizes / largest).clamp(min=SMALLEST)
 

@@ -13,13 +13,12 @@ from workers.modeling.float_numbers import (
     FP8_LARGEST,
     float_codes,
     float_values,
+    fp8_scales,
     largest_float,
     microscale,
-    nearest_fp8,
     power_of_two,
 )
 
-FP8_SMALLEST = 2.0**-9
 SMALLEST = 1e-30  # in place of the scale of a group of zeros
 
 
@@ -71,7 +70,7 @@ def stored_scales(scales: Tensor, scheme: Scheme, dtype: torch.dtype, divisor: T
     match scheme.kind.scales:
         case "e4m3":
             assert divisor is not None
-            return nearest_fp8(scales * divisor).clamp(min=FP8_SMALLEST) / divisor
+            return fp8_scales(scales, divisor)
         case "e8m0":
             sizes = scales.clamp(min=SMALLEST) * largest_float(scheme.bits)
             return microscale(sizes)

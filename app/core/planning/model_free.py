@@ -11,8 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from app.core.errors import ModelRefused, RecipeUnsupported
-from app.core.formats.registry import FORMATS
+from app.core.errors import ModelRefused
 from app.core.planning.architectures import OTHER_STACKS, Architecture
 from app.core.planning.family import LayerKind, text_settings
 from app.core.planning.family_choice import NUMBERED, is_linear
@@ -57,13 +56,6 @@ def plan_model_free(
     Raises ModelRefused for a model without linears, RecipeUnsupported as `plan_job`.
     """
     refuse_single_files(spec.formats)
-    for name in spec.formats:
-        if FORMATS[name].single_file is not None:
-            raise RecipeUnsupported(
-                f"the format {name} is written of a model that is evaluated",
-                code="format_cannot_hold_recipe", param="formats",
-                remedy="choose another format, or leave out \"evaluation\": null",
-            )  # fmt: skip
     try:
         plan = plan_job(spec, config, tensors)
     except ModelRefused as refusal:

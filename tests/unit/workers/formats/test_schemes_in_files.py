@@ -20,9 +20,9 @@ from app.core.formats.schemes import SCHEMES, SchemeName
 from app.core.records.specs import Recipe
 from tests.golden.make_packed import FROZEN, golden_scheme_weight
 from workers.formats.compressed_tensors_packing import pack_linear, unpack_linear
+from workers.modeling.float_numbers import FP8_SMALLEST
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.modeling.stored_dtypes import DTYPES
-from workers.quantization.float_grids import FP8_SMALLEST
 
 OTHERS: list[SchemeName] = [name for name in SCHEMES if name != "wna16"]
 CODES_OF_OWN = [name for name in OTHERS if name != "w4a8"]  # w4a8 has the layout of plain integers
