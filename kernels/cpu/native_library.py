@@ -59,6 +59,8 @@ DECODER = Sources(
 SEARCH = Sources(
     "search.cpp", ("registers.h", "vectors.h", "search_products.h", "columns.h"), ("-ffp-contract=off",)
 )
+CHECKSUM = Sources("checksum.cpp", ("vectors.h",), ())
+NEAREST = Sources("nearest_numbers.cpp", ("vectors.h",), ("-ffp-contract=off",))
 
 
 class NotCompiled(Exception):

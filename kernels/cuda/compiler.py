@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-ARCHITECTURES = ("sm_80", "sm_90a")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 COMMON_FLAGS = ("--std=c++17",)
 NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 TIMEOUT_S = 600
@@ -45,7 +45,7 @@ class Compiler(Protocol):
 
 def architecture_for(capability: tuple[int, int]) -> str | None:
     """The architecture whose machine code runs on a device of this compute capability, None if none does."""
-    return {8: "sm_80", 9: "sm_90a"}.get(capability[0])
+    return {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}.get(capability[0])
 
 
 class Nvcc:

@@ -19,9 +19,10 @@ MAX_TOKENS = 8 * TOKEN_TILES[-1]
 TYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 TOKEN_STRIDE = UNIT_CHANNELS * 2 + 16
 LANE_SUM_BYTES = 32 * 16  # a float4 of each lane
-# Variants of csrc/cuda/decode.cu that are compiled in, 0 or 1. Off until a GPU has shown what they give:
-# tests/benchmarks/decode_sweep.py measures them.
+# Variants of csrc/cuda/decode.cu that are compiled in, 0 or 1: tests/benchmarks/decode_sweep.py.
 VARIANTS = {"LEAN_FILL": 0}
+# Those of a single token: 1 to 7 % faster on an H200, where 16 tokens gained nothing (docs/benchmarks.md).
+ONE_TOKEN_VARIANTS = {"LEAN_FILL": 1}
 ROUND = 8  # csrc/cuda/decode.cu: sums that go through shared memory at once
 
 
@@ -72,6 +73,7 @@ class DecodeShape:
             # One row is one copy of the engine; more of them arrive sooner by the threads' own.
             **({} if self.tokens == 1 else {"BULK_TOKENS": 0}),
             **VARIANTS,
+            **(ONE_TOKEN_VARIANTS if self.tokens == 1 else {}),
             "SCALE_WEIGHTS": int(self.scale_weights),
             "EXPECTED_SHARED_BYTES": self.shared_bytes(form),
         }

@@ -65,7 +65,7 @@ struct Schedule {
   }
 };
 
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ == 900
 __device__ __forceinline__ u32 first_unit(u32 block, u32 total) { return u32(u64(block) * total / gridDim.x); }
 __device__ __forceinline__ u32 owner(u32 at, u32 total) { return u32(((at + u64(1)) * gridDim.x - 1) / total); }
 
@@ -341,7 +341,7 @@ __device__ __forceinline__ void compute(const Places& at, Schedule schedule, con
 extern "C" __global__ void __launch_bounds__(THREADS, SMALL ? 2 : 1)
 wide(const __grid_constant__ TensorMap map, const u8* records, const u16* bias, u16* y, float4* partial, u32* arrived,
      int tokens, int channels, int rows, int split) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ == 900
   extern __shared__ u8 memory[];
   u32 shared = (shared_address(memory) + 1023) / 1024 * 1024;
   u32* last = reinterpret_cast<u32*>(memory + (shared - shared_address(memory)) + BARRIERS_AT + STAGES * 16);
