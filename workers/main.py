@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from redis import Redis
 
+from app.core.access.hub_tokens import HubTokens
 from app.core.access.limits import TenantLimits
 from app.core.child.job_child import CHILD_MODULE
 from app.core.deployments.deployment_store import DeploymentStore
@@ -19,13 +20,15 @@ from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
 from app.core.jobs.worker_registry import WorkerRecord
 from app.core.planning.host_devices import DEVICE, gpu_names, has_gpu
+from app.core.pushes.push_store import PushStore
 from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings, make_folder
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.logs import refusals_logged, set_up_logs
 from app.core.telemetry.tally import Tally
-from app.core.telemetry.tracing import Tracer
+from app.core.telemetry.tracing import Destination, Tracer
+from app.core.version import package_version
 from workers.attempts.context import WorkerContext
 from workers.attempts.leftovers import Leftovers
 from workers.devices.kept_profile import Measurement
@@ -112,8 +115,10 @@ def serve(
             shutdown=shutdown,
             reuse=ReuseIndex(redis, objects),
             limits=TenantLimits(redis, settings),
+            pushes=PushStore(redis),
+            hub_tokens=HubTokens(redis, settings),
             tally=Tally(redis),
-            tracer=Tracer(settings.otlp_endpoint, "nibble-worker"),
+            tracer=Tracer(Destination.of(settings, "nibble-worker", package_version())),
             profile=record.profile if measurement is None else measurement.profile,
             child_module=child_module,
         )

@@ -14,6 +14,8 @@ import shutil
 import time
 from contextlib import ExitStack
 
+from redis.exceptions import RedisError
+
 from app.core.child.assignment import (
     Assignment,
     Checkpointed,
@@ -36,6 +38,7 @@ from app.core.errors import (
 )
 from app.core.planning.device_profile import NOMINAL, rates_notes
 from app.core.records.job import Job, Progress, Stage
+from app.core.settings import Settings
 from app.core.sources.fetching import FetchedModel, FetchedTexts, ModelCache, fetch_texts
 from app.core.storage.published import published_before
 from app.core.storage.reuse import Contents, JobResult, fingerprint
@@ -66,12 +69,21 @@ def run_attempt(context: WorkerContext, job_id: str, attempt: int) -> None:
         return
     with log_ids(request=job.request_id, job=job_id, attempt=attempt):
         log.info("attempt begins")
+        give_turn(context, job.tenant)
         try:
             with Watch(context.store, job, lease_s=lease_s, shutdown=context.shutdown) as watch:
                 Attempt(context, job, watch).run()
         finally:
             context.store.release(job_id, attempt)
             log.info("attempt is over")
+
+
+def give_turn(context: WorkerContext, tenant: str) -> None:
+    """Queue the tenant's next job in place of the one that was claimed; without Redis a sweep does it."""
+    try:
+        context.turns.give(tenant)
+    except RedisError as fault:
+        log.warning("the tenant's next job is left to a sweep: %s", fault)
 
 
 class Attempt:
@@ -91,10 +103,11 @@ class Attempt:
     def run(self) -> None:
         """Do the work and write how it ended."""
         with ExitStack() as self._stack:
-            self._run()
-        self._stages.close()
+            error = self._run()
+        self._stages.close(error)
 
-    def _run(self) -> None:
+    def _run(self) -> str | None:
+        """The code of what ended it early; None after success, and where it was stopped on request."""
         try:
             self._make_work_folder()
             result = self._execute()
@@ -102,15 +115,18 @@ class Attempt:
             self._stages.leave()
         except Stopped as stop:
             self._ending.stop(stop.reason)
-        except NibbleError as fault:
+        except (NibbleError, OSError) as error:
+            fault = error if isinstance(error, NibbleError) else disk_fault(error)
             self._ending.retry_or_fail(fault)
-        except OSError as fault:
-            self._ending.retry_or_fail(disk_fault(fault))
+            return fault.code
         except Exception:  # the task boundary: whatever it was, the job must end
             log.exception("attempt broke", extra={"job": self._job.id})
-            self._ending.fail(JobFault("the worker met an error of its own", remedy="read the worker's log"))
+            own_fault = JobFault("the worker met an error of its own", remedy="read the worker's log")
+            self._ending.fail(own_fault)
+            return own_fault.code
         finally:
             shutil.rmtree(self._work_folder, ignore_errors=True)
+        return None
 
     def _make_work_folder(self) -> None:
         # An older attempt on this host is dead or about to notice. A newer one runs if this one was halted.
@@ -126,8 +142,12 @@ class Attempt:
             )
             return JobResult(job=self._job.id, artifacts=before)
         self._set_stage(Stage.FETCHING)
-        model = self._fetch_model()
-        texts = fetch_texts(self._job.spec, self._context.settings, self._work_folder, self._watch.on_bytes)
+        settings = self._context.settings.acting_for(self._job.tenant)
+        if self._job.has_hub_token:
+            token = self._record.through_outages(lambda: self._context.hub_tokens.of(self._job.id))
+            settings = settings.acting_with(token)
+        model = self._fetch_model(settings)
+        texts = fetch_texts(self._job.spec, settings, self._work_folder, self._watch.on_bytes)
         result = self._earlier_result(model, texts)
         if result is not None:
             return result
@@ -136,7 +156,7 @@ class Attempt:
         finished = self._run_child(assignment, mirror)
         self._set_stage(Stage.PUBLISHING)
         publication = Publication(
-            self._context.objects, self._job, model_digest=model.digest, work_folder=self._work_folder
+            self._context.objects, self._job, model=model, work_folder=self._work_folder
         )
         artifacts = publication.publish(
             finished, check=self._watch.check, before_commit=self._record.check_lease
@@ -146,7 +166,9 @@ class Attempt:
     def _earlier_result(self, model: FetchedModel, texts: FetchedTexts) -> JobResult | None:
         """The result of an earlier job on the same contents, unless `force` asks to compute it again."""
         contents = Contents(
-            model=model.digest, calibration=texts.calibration_digest, evaluation=texts.evaluation_digest
+            model=model.merged_digest,
+            calibration=texts.calibration_digest,
+            evaluation=texts.evaluation_digest,
         )
         digest = fingerprint(self._job.spec, contents)
         # Recorded, as whoever follows up the job's end needs it: another process, if this one dies.
@@ -160,20 +182,16 @@ class Attempt:
             self._record.event("note", {"code": "reused", "message": f"{result.job} has made this before"})
         return result
 
-    def _fetch_model(self) -> FetchedModel:
-        settings = self._context.settings
+    def _fetch_model(self, settings: Settings) -> FetchedModel:
         cache = self._stack.enter_context(ModelCache(settings.state_dir / "cache" / "models", settings))
-        return cache.fetch(self._job.spec.model, self._watch.on_bytes)
+        return cache.fetch(self._job.spec.model, self._watch.on_bytes, self._job.spec.adapter)
 
     def _prepare(self, model: FetchedModel, texts: FetchedTexts) -> tuple[Assignment, CheckpointMirror]:
         """The checkpoints of earlier attempts in place, and the child's assignment."""
         settings, device = self._context.settings, self._context.device
         assignment = Assignment(
             spec=self._job.spec,
-            model_folder=model.folder,
-            model_name=model.name,
-            model_digest=model.digest,
-            model_notes=model.notes,
+            **model.assigned(),
             choices=self._job.choices,
             calibration_digest=texts.calibration_digest,
             calibration_file=texts.calibration,
@@ -204,6 +222,7 @@ class Attempt:
         Raises Stopped, or the fault that the child reports or that its exit shows.
         """
         grace_s = self._context.settings.cancel_grace_s
+        self._stages.leave()  # the start of a process that imports torch is no part of fetching
         with JobChild(assignment, module=self._context.child_module) as child:
             self._watch.call_on_stop(lambda: child.stop(grace_s))
             try:
@@ -241,7 +260,8 @@ class Attempt:
             note = f"{message.key} waits: {fault.message}"
             self._record.event("note", {"code": "checkpoint_not_stored", "message": note})
         else:
-            self._record.event("checkpoint", {"key": message.key, "attempt": self._job.attempt})
+            solved = {} if message.layer is None else message.layer.model_dump(exclude_none=True)
+            self._record.event("checkpoint", {"key": message.key, "attempt": self._job.attempt, **solved})
 
     def _store_report(self, message: Failed) -> None:
         """Store the report on the tried candidates: it is useful although nothing is published."""

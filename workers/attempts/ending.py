@@ -11,6 +11,7 @@ from collections.abc import Callable
 from app.core.errors import DeadlineExceeded, NibbleError
 from app.core.records.job import Job, JobState, transition
 from app.core.records.job_changes import failed, requeued, stale
+from app.core.storage.published import figures_of
 from app.core.storage.reuse import JobResult
 from workers.attempts.attempt_record import AttemptRecord
 from workers.attempts.context import WorkerContext
@@ -29,7 +30,8 @@ class Ending:
     def succeed(self, result: JobResult) -> None:
         """Raises Stopped if the job is no longer this attempt's."""
         reused_from = result.job if result.job != self._job.id else None
-        changes = {"artifacts": result.artifacts, "reused_from": reused_from}
+        figures = figures_of(self._context.objects, result.artifacts)
+        changes = {"artifacts": result.artifacts, "figures": figures, "reused_from": reused_from}
         # The commit point is passed: a request to stop that arrives now comes too late.
         self._record.update(
             lambda job: transition(job, JobState.SUCCEEDED, progress=job.progress.completed(), **changes),
@@ -67,8 +69,8 @@ class Ending:
         elif reason is StopReason.DEADLINE:
             limit = self._job.spec.timeout_s
             remedy = (
-                "submit it again with a larger timeout_s (nibble submit --timeout); a retry keeps its limit, "
-                "but goes on after the last finished layer"
+                "retry it with a larger timeout_s: it goes on after the last finished layer; or submit it "
+                "again (nibble submit --timeout)"
             )
             self.fail(DeadlineExceeded(f"it ran longer than {limit} s", remedy=remedy))
         elif reason is StopReason.SHUTDOWN:

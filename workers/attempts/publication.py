@@ -17,6 +17,7 @@ from app.core.errors import JobFault, NibbleError, Unavailable
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job
+from app.core.sources.fetching import FetchedModel
 from app.core.sources.file_digest import file_sha256
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
@@ -28,10 +29,10 @@ log = logging.getLogger(__name__)
 class Publication:
     """The outputs of one attempt on their way into object storage."""
 
-    def __init__(self, objects: ObjectStore, job: Job, *, model_digest: str, work_folder: Path) -> None:
+    def __init__(self, objects: ObjectStore, job: Job, *, model: FetchedModel, work_folder: Path) -> None:
         self._objects = objects
         self._job = job
-        self._model_digest = model_digest
+        self._model = model
         self._work_folder = work_folder
         self._prefix = f"attempt-{job.attempt}"
 
@@ -84,7 +85,9 @@ class Publication:
             job=self._job.id,
             created_at=datetime.now(UTC),
             model=self._job.spec.model,
-            model_digest=self._model_digest,
+            model_digest=self._model.digest,
+            adapter=self._job.spec.adapter,
+            adapter_digest=None if self._model.adapter is None else self._model.adapter.digest,
             recipe=output.recipe or self._job.spec.recipes[output.recipe_index],
             format=output.format,
             prefix=self._prefix,

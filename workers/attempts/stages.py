@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from app.core.records.job import Job, Stage
 from app.core.telemetry.tally import Tally
-from app.core.telemetry.tracing import Span, Tracer, parse_traceparent
+from app.core.telemetry.tracing import Span, SpanKind, Tracer, parse_traceparent
 
 
 class Stages:
@@ -20,7 +20,7 @@ class Stages:
         self._tracer = tracer
         self._job = job
         self._write = write
-        self._attempt = tracer.span("attempt", parse_traceparent(job.traceparent))
+        self._attempt = tracer.span("attempt", parse_traceparent(job.traceparent), SpanKind.CONSUMER)
         self._current: tuple[Stage, float, Span] | None = None
 
     def enter(self, stage: Stage) -> None:
@@ -34,13 +34,13 @@ class Stages:
         if self._current is not None:
             stage, began, span = self._current
             self._current = None
-            span.end(job=self._job.id)
+            span.end({"nibble.job": self._job.id})
             seconds = time.monotonic() - began
             self._write(lambda: self._tally.add_stage(stage, seconds))
 
-    def close(self) -> None:
-        """The end of the attempt. A stage that broke is traced but not counted."""
+    def close(self, error: str | None) -> None:
+        """The end of the attempt, with the code of its error. A stage that broke is traced, not counted."""
         if self._current is not None:
-            self._current[2].end(job=self._job.id)
-        self._attempt.end(job=self._job.id, attempt=self._job.attempt)
+            self._current[2].end({"nibble.job": self._job.id}, error=error)
+        self._attempt.end({"nibble.job": self._job.id, "nibble.attempt": self._job.attempt}, error=error)
         self._tracer.close()

@@ -44,7 +44,8 @@ def run(assignment: Assignment, pipe: ProgressPipe) -> int:
         if os.environ.get(NETWORK) == "on":
             pipe.send(Noted(code="network_on", message="this host lets no process leave its network"))
         names = [backend.name for backend in chosen_backends(assignment)]
-        pipe.send(Noted(code="kernel_backend", message=f"kernels: the first that can of {', '.join(names)}"))
+        order = f"kernels are chosen in this order, by what the host can run: {', '.join(names)}"
+        pipe.send(Noted(code="kernel_backend", message=order))
         pipe.send(run_of(assignment, pipe))
     except NibbleError as error:
         pipe.send(Failed(error=Problem.of(error), report=written_report(assignment)))

@@ -106,7 +106,7 @@ def target_missed(target: TargetSpec, best: JudgedCandidate) -> TargetMissed | N
     if best.excess(target) <= 1:
         return None
     return TargetMissed(
-        f"the best candidate ({best.candidate.label}) has {best.figures_text}; "
+        f"the best candidate ({best.candidate.label}) has {best.figures_text} in {best.size} bytes; "
         f"{target.limits_text} was asked for",
         remedy="use more bits or smaller groups, or set target.on_miss to publish",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,19 @@ class JudgedCandidate:
 
     def excess(self, target: TargetSpec) -> float:
         """How far it misses the target; at most 1 where it meets it."""
-        return target.excess(self.perplexity_ratio, self.quality.kl, self.recovery)
+        return target.excess(self.perplexity_ratio, self.quality.kl, self.recovery, self.size)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files in the format where they are largest."""
+        return max(self.bytes.values(), default=0)
+
+    def rank(self, target: TargetSpec) -> tuple[float, float]:
+        """Smaller is better: how far it misses the target; within bytes alone, its error."""
+        excess = self.excess(target)
+        if target.limits_quality:
+            return excess, 0.0
+        return max(1.0, excess), math.inf if math.isnan(self.quality.kl) else self.quality.kl
 
     def verdict(self, target: TargetSpec) -> str:
         """Whether it meets the target, and what the noise of the evaluation text leaves open."""

@@ -6,12 +6,14 @@ Schemes that fix bits and groups are followed by the next wider one instead of t
 
 Each step changes the try with the lowest KL so far: perplexity ratios of near candidates are noise. Bits
 are raised for whole fused sets, since servers make one matrix of each: in the order of predicted gain per
-byte, each step spending twice as many bytes as the one before.
+byte, each step spending twice as many bytes as the one before. A target of bytes bounds what is spent;
+without a limit to quality all that is left is spent at once.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from pydantic import ValidationError
 
 from app.core.planning.architectures import Architecture
 from app.core.planning.plan import CandidatePlan, fused_set
-from app.core.records.specs import Bits, Override, Recipe, SearchSpec
+from app.core.planning.size_target import file_bytes
+from app.core.records.specs import Bits, Override, Recipe, SearchSpec, TargetSpec
 
 AS_ASKED = "as asked"
 FINE_GRID_POINTS = 40
@@ -59,8 +62,13 @@ class Step:
     passed: tuple[str, ...] = ()  # rungs that were passed over, each with its reason
 
 
-def next_step(tries: Sequence[Try], architecture: Architecture, refusal: Refusal) -> Step:
-    """The next rung that changes something and can be held by the model and all formats."""
+def next_step(
+    tries: Sequence[Try], architecture: Architecture, refusal: Refusal, target: TargetSpec | None = None
+) -> Step:
+    """The next rung that changes something and can be held by the model and all formats.
+
+    `refusal` also says where files would exceed the target's bytes.
+    """
     best = min(tries, key=lambda one: one.kl)
     recipe, base = best.candidate.recipe, best.candidate.recipe_index
     names = [name for name, _ in RUNGS]
@@ -80,12 +88,15 @@ def next_step(tries: Sequence[Try], architecture: Architecture, refusal: Refusal
         )
     number = 1 + sum(one.rung.startswith("more bits") for one in tries)
     rung = f"more bits {number}"
+    spending = spending_of(best.candidate, FIRST_SHARE * 2 ** (number - 1), target)
     try:
-        raised = with_more_bits(tries, best, architecture, FIRST_SHARE * 2 ** (number - 1))
+        raised = with_more_bits(tries, best, architecture, spending)
     except ValidationError as fault:  # more overrides than a recipe may have
         return Step(rung, base, None, (*passed, f"{rung}: overrides: {fault.errors()[0]['msg']}"))
     if raised is None or any(one.candidate.recipe == raised for one in tries):
-        return Step(rung, base, None, (*passed, f"{rung}: every linear that is quantized has the most bits"))
+        within = "" if spending.most == math.inf else " that the target's bytes leave"
+        ended = f"{rung}: every linear that is quantized has the most bits{within}"
+        return Step(rung, base, None, (*passed, ended))
     reason = refusal(raised)
     if reason is not None:
         return Step(rung, base, None, (*passed, f"{rung}: {reason}"))
@@ -179,8 +190,26 @@ class FusedSet:
         return 0.0 if wider is None else (self.error - wider.error) / self.cost()
 
 
+@dataclass(frozen=True)
+class Spending:
+    """Bytes for wider sets: of one step, and the most that the target leaves."""
+
+    step: float
+    most: float = math.inf
+
+
+def spending_of(candidate: CandidatePlan, share: float, target: TargetSpec | None) -> Spending:
+    """`share`: of one more bit for every weight."""
+    weights = sum(linear.parameters for linear in candidate.linears if linear.scheme is not None)
+    step = share * weights / 8
+    if target is None or target.max_size is None:
+        return Spending(step)
+    room = max(0, target.max_size - file_bytes(candidate))
+    return Spending(min(step, room) if target.limits_quality else room, room)
+
+
 def with_more_bits(
-    tries: Sequence[Try], best: Try, architecture: Architecture, share: float
+    tries: Sequence[Try], best: Try, architecture: Architecture, spending: Spending
 ) -> Recipe | None:
     """The best try's recipe with more bits for the sets that gain most per byte; None if none is left."""
     sets = list(fused_sets(best, architecture))
@@ -188,10 +217,12 @@ def with_more_bits(
     if not queue:
         return None
     heapq.heapify(queue)
-    budget = share * sum(each.weights for each in sets) / 8
-    while queue and budget > 0:
+    spent = 0.0
+    while queue and spent < spending.step:
         _, index = heapq.heappop(queue)
-        budget -= sets[index].cost()
+        if spent + sets[index].cost() > spending.most:
+            continue
+        spent += sets[index].cost()
         wider = sets[index].raised()
         assert wider is not None
         sets[index] = wider

@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.core.child.assignment import Checkpointed
+from app.core.child.assignment import Checkpointed, LayerErrors
 from app.core.formats.file_format import Scheme
 from app.core.jobs.report import LayerReport
 from app.core.system_faults import system_number
 from workers.modeling.quantized_weight import TENSORS, QuantizedWeight
+from workers.quantization.cache_range import CacheRange
 from workers.quantization.input_statistics import GroupStatistics, InputStatistics, LayerStatistics
 from workers.quantization.layer import LayerResult
 
@@ -184,8 +185,9 @@ class LayerCheckpoints(StampedFolder):
         extra["schemes"] = {name: scheme.model_dump() for name, scheme in schemes.items()}
         key = self.layer_key(recipe, report.layer)
         self.write(key, tensors, json.dumps(extra))
-        for each in (*self.beside(key), key):
+        for each in self.beside(key):
             self.announce(Checkpointed(key=each))
+        self.announce(Checkpointed(key=key, layer=errors_of(recipe, report)))
 
     def load_layer(self, recipe: int, layer: int) -> LayerResult:
         key = self.layer_key(recipe, layer)
@@ -228,6 +230,21 @@ class LayerCheckpoints(StampedFolder):
         return None
 
 
+def errors_of(recipe: int, report: LayerReport) -> LayerErrors:
+    """What a reader of the running job sees of a solved layer."""
+    pairs = [(each.loss, each.energy) for each in report.linears if each.energy]
+    rounding = [(each.loss_rounding, each.energy) for each in report.linears if each.energy]
+    return LayerErrors(
+        recipe_index=recipe, layer=report.layer, error=relative(pairs), error_of_rounding=relative(rounding)
+    )
+
+
+def relative(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """The sum of loss / energy; None without a linear that has both."""
+    shares = [loss / energy for loss, energy in pairs if loss is not None and energy]
+    return sum(shares) if shares else None
+
+
 def resume_layer(checkpoints: LayerCheckpoints, num_layers: int, num_recipes: int) -> int:
     """The first layer that is not finished."""
     for layer in range(num_layers):
@@ -250,6 +267,8 @@ class StatisticsStore(StampedFolder):
         """Those of a layer by expert lie in further files, which the layer's own names."""
         key = self.layer_key(layer)
         tensors = {"probe.input": statistics.probe[0], "probe.output": statistics.probe[1]}
+        if statistics.cache is not None:
+            tensors |= {"cache.key": statistics.cache.key, "cache.value": statistics.cache.value}
         apart = isinstance(statistics.groups, GroupStatistics)
         beside, counts = SplitFile(self, key), list[Counts]()
         for index, group in enumerate(statistics.groups):
@@ -282,7 +301,8 @@ class StatisticsStore(StampedFolder):
                 statistics_of(entry_of(tensors, f"{index:04d}"), counts)
                 for index, counts in enumerate(extra["counts"])
             ]
-        return LayerStatistics(groups, (tensors["probe.input"], tensors["probe.output"]))
+        cache = CacheRange(tensors["cache.key"], tensors["cache.value"]) if "cache.key" in tensors else None
+        return LayerStatistics(groups, (tensors["probe.input"], tensors["probe.output"]), cache)
 
 
 def entry_of(tensors: Mapping[str, Tensor], entry: str) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ from functools import partial
 from statistics import median
 
 from app.core.errors import RecipeUnsupported, VerificationFailed
-from app.core.jobs.report import ExpertTokens, LayerReport, LinearReport
+from app.core.jobs.report import CacheScales, ExpertTokens, LayerReport, LinearReport
 from app.core.planning.architectures import Architecture
+from app.core.planning.cached_attention import ATTENTION, CACHE_SCALES
 from app.core.planning.plan import CandidatePlan, Plan
 from app.core.records.job import Stage
 from workers.child.candidate_files import CandidateFiles
@@ -90,12 +91,20 @@ class LayerSolver:
             equivalence_error=error,
             experts=expert_tokens(calibrated.statistics, self.work.plan.architecture.at(layer)),
             learning=result.learning,
+            cache_scales=scales_report(result),
             linears=(
                 *planned_reasons(self.work.plan, candidate, layer, result.report),
                 *unquantized_linears(self.work.plan, candidate, layer),
             ),
         )
         return result, report
+
+
+def scales_report(result: LayerResult) -> CacheScales | None:
+    """Of the cache of a layer; None where it gets none."""
+    scales = [result.dense.get(f"{ATTENTION}.{name}") for name in CACHE_SCALES]
+    key, value = (None if scale is None else float(scale) for scale in scales)
+    return None if key is None or value is None else CacheScales(key=key, value=value)
 
 
 def expert_tokens(statistics: LayerStatistics, architecture: Architecture) -> ExpertTokens | None:
@@ -135,6 +144,7 @@ def layer_task(
         work.weight_dtype,
         chain,
         formats=tuple(candidate.output_bytes),
+        cache=calibrated.statistics.cache,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from app.core.child.assignment import PREDICTION, Noted, digest_of
 from app.core.jobs.report import (
+    CacheReport,
     CandidateReport,
     LayerReport,
     OriginalReport,
@@ -40,19 +41,20 @@ class RunResult:
     judged: list[JudgedCandidate]  # by recipe_index
 
     def chosen(self, target: TargetSpec | None) -> list[JudgedCandidate]:
-        """The candidates to publish: all without a target; with one, the smallest that meets it.
+        """The candidates to publish: all without a target; with one, the smallest that meets it, or of a
+        target of bytes alone the one with the least error.
 
         If none does, the best one if misses are published, else nothing.
         """
         if target is None:
             return self.judged
         met = [judged for judged in self.judged if judged.excess(target) <= 1]
-        if met:
+        if met and target.limits_quality:
             return [min(met, key=lambda judged: sum(judged.bytes.values()))]
-        return [self.best(target)] if target.on_miss == "publish" else []
+        return [self.best(target)] if met or target.on_miss == "publish" else []
 
     def best(self, target: TargetSpec) -> JudgedCandidate:
-        return min(self.judged, key=lambda judged: judged.excess(target))
+        return min(self.judged, key=lambda judged: judged.rank(target))
 
 
 def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock) -> Report:
@@ -61,6 +63,8 @@ def report_of(work: Work, texts: JobTexts, result: RunResult, clock: StageClock)
     return Report(
         model=work.assignment.model_name,
         model_digest=work.assignment.model_digest,
+        adapter=work.assignment.adapter_name,
+        adapter_digest=work.assignment.adapter_digest,
         source=work.checkpoint.source,
         calibration_digest=texts.calibration.digest,
         recipe_digests=tuple(digest_of(judged.candidate.recipe.model_dump()) for judged in result.judged),
@@ -112,9 +116,25 @@ def candidate_report(
         bits_per_weight=candidate.bits_per_weight,
         meets_target=None if target is None else judged.excess(target) <= 1,
         verdict=None if target is None else judged.verdict(target),
+        cache=cache_report(judged),
         gain_over_rounding=gain_over_rounding(judged.layers),
         seconds=dict(clock.candidate_seconds[candidate.recipe_index]),
         layers=tuple(judged.layers),
+    )
+
+
+def cache_report(judged: JudgedCandidate) -> CacheReport | None:
+    """The range of the scales of a candidate's cache; None if it is not rounded."""
+    numbers = judged.candidate.recipe.kv_cache
+    scales = [layer.cache_scales for layer in judged.layers if layer.cache_scales is not None]
+    if numbers is None or not scales:
+        return None
+    keys, values = ([getattr(each, name) for each in scales] for name in ("key", "value"))
+    return CacheReport(
+        numbers=numbers,
+        layers=len(scales),
+        key_scales=(min(keys), max(keys)),
+        value_scales=(min(values), max(values)),
     )
 
 

@@ -158,6 +158,7 @@ def start_pass(
 ) -> CalibrationPass:
     """A rank's pass, brought before `layer` from the hidden states that were saved nearest to it."""
     run = CalibrationPass(work.decoder(), work.batches(calibration), ranks)
+    run.sees_caches = any(recipe.kv_cache is not None for recipe in work.spec.recipes)
     saved = checkpoints.latest_states(layer) if run.can_restore else None
     if saved is not None:
         run.restore(*saved)

@@ -43,16 +43,18 @@ from app.core.planning.device_profile import NOMINAL
 from app.core.planning.model_free import StreamedPlan, plan_model_free
 from app.core.planning.plan import CandidatePlan, LinearPlan
 from app.core.records.job import Stage
-from app.core.sources.quantized_model import inspect_original
+from kernels import fallbacks
 from workers.child.stage_clock import Send, StageClock
 from workers.formats.streamed_folder import Conversion, StreamedFile, StreamedFolder
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.row_reader import RowReader
 from workers.modeling.stored_dtypes import DTYPES
 from workers.process import status_bytes
+from workers.quantization.float_grids import group_sizes
+from workers.quantization.grid import group_ranges
 from workers.quantization.row_rounding import RowRounder, WeightError, joined, row_slices, weight_error
 
-COPIED_BYTES = 1 << 22  # of a tensor that keeps its precision, at a time
+COPIED_BYTES = 1 << 21  # of a tensor that keeps its precision, at a time
 WAITING_THREADS = 2  # more threads than processors: some wait for the disk
 PROGRESS_S = 0.5
 NONE = WeightError(0.0, 0.0)
@@ -99,7 +101,7 @@ class Streaming:
 def run_model_free(assignment: Assignment, send: Send) -> Finished:
     """The whole job. Raises NibbleError with the reason when it can't succeed."""
     torch.set_num_threads(1)  # each thread of the pool takes a processor
-    source = Checkpoint(assignment.model_folder, inspect_original)
+    source = Checkpoint.original(assignment.model_folder, assignment.adapter_folder)
     plan = plan_model_free(assignment.spec, source.config, source.tensors)
     source = source.with_experts(plan.stored_layers, plan.kinds)
     clock = StageClock(send, torch.device("cpu"), plan.num_layers)
@@ -121,6 +123,8 @@ def run_model_free(assignment: Assignment, send: Send) -> Finished:
                 }
         finally:
             pool.shutdown(cancel_futures=True)
+    for sentence in fallbacks.noted():
+        clock.note("kernel_fallback", sentence)
     report = report_of(run, folders)
     (assignment.work_folder / REPORT).write_text(report.model_dump_json(indent=1), "utf-8")
     outputs = tuple(
@@ -240,7 +244,7 @@ def largest_sizes(run: Streaming, folder: StreamedFolder, file: StreamedFile) ->
 
 
 def largest_size(run: Streaming, linear: str) -> Tensor:
-    slices = (values.abs().amax().to(torch.float32) for _, values in slices_of(run, linear))
+    slices = (group_sizes(*group_ranges(values)).amax() for _, values in slices_of(run, linear))
     return torch.stack(list(slices)).amax()
 
 
@@ -331,6 +335,8 @@ def report_of(run: Streaming, folders: dict[tuple[int, FormatName], StreamedFold
     return Report(
         model=assignment.model_name,
         model_digest=assignment.model_digest,
+        adapter=assignment.adapter_name,
+        adapter_digest=assignment.adapter_digest,
         source=run.source.source,
         recipe_digests=tuple(digest_of(each.recipe.model_dump()) for each in plan.candidates),
         original=OriginalReport(bytes=plan.model_bytes),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from app.core.errors import RecipeUnsupported
 from app.core.planning.architectures import Architecture
+from app.core.planning.size_target import file_bytes
 from app.core.records.job import Stage
 from app.core.records.specs import Recipe, TargetSpec
 from workers.child.candidate_files import CandidateFiles
@@ -38,15 +39,17 @@ class TargetSearch:
     def run(self, target: TargetSpec, asked: Sequence[JudgedCandidate]) -> list[JudgedCandidate]:
         """Every candidate in the order in which it was tried, first those that were asked for.
 
+        Without a limit to quality the whole ladder is climbed, as far as the bytes go.
         Of those that miss the target all but the best lose their output folders.
         """
         tries = list(asked)
-        while all(judged.excess(target) > 1 for judged in tries):
+        while not target.limits_quality or all(judged.excess(target) > 1 for judged in tries):
             remove_losers(target, tries)
             step = next_step(
                 [rated(judged, self.work.plan.architecture) for judged in tries],
                 self.work.plan.architecture,
                 self.refusal,
+                target,
             )
             for reason in step.passed:
                 self.clock.note("rung_passed", reason)
@@ -57,12 +60,15 @@ class TargetSearch:
         return tries
 
     def refusal(self, recipe: Recipe) -> str | None:
-        """Why the model or a format can't hold the recipe, or None."""
+        """Why the model or a format can't hold the recipe, or a target of bytes its files; or None."""
         try:
-            self.work.candidate(recipe, 0)
+            candidate = self.work.candidate(recipe, 0)
         except RecipeUnsupported as fault:
             return fault.message
-        return None
+        target, size = self.work.spec.target, file_bytes(candidate)
+        if target is None or target.max_size is None or size <= target.max_size:
+            return None
+        return f"files of {size} bytes exceed target.max_size"
 
     def attempt(self, step: Step, recipe: Recipe, tries: Sequence[JudgedCandidate]) -> JudgedCandidate:
         """Solve, pack and judge one more recipe."""
@@ -124,7 +130,7 @@ class TargetSearch:
 
 def remove_losers(target: TargetSpec, tries: Sequence[JudgedCandidate]) -> None:
     """Only the best try so far can still be published: the disk should not hold all of them."""
-    best = min(tries, key=lambda judged: judged.excess(target))
+    best = min(tries, key=lambda judged: judged.rank(target))
     for judged in tries:
         if judged is not best:
             for folder in judged.folders:

@@ -49,7 +49,7 @@ def task_scores(
 def answers_folder(work: Work, tasks: LmEvalTasks) -> StampedFolder:
     """Where answers to exactly these questions by this model lie among the checkpoints."""
     assignment = work.assignment
-    identity = digest_of([assignment.model_digest, work.device.type, tasks.requests])
+    identity = digest_of([assignment.weights_digest, work.device.type, tasks.requests])
     return StampedFolder(assignment.work_folder / CHECKPOINTS, identity)
 
 

@@ -20,7 +20,6 @@ from app.core.planning.device_profile import DeviceKind
 from app.core.planning.large_layers import layers_by_expert
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
 from app.core.records.specs import JobSpec, Recipe
-from app.core.sources.quantized_model import inspect_original
 from workers.child.layer_files import LayerCheckpoints, StatisticsStore
 from workers.child.own_answers import KEY, AnswerSampling, AnswersFile, own_answers, prompt_ids
 from workers.child.stage_clock import StageClock
@@ -57,7 +56,7 @@ class Work:
     def open(cls, assignment: Assignment) -> Work:
         """Raises ModelRefused or RecipeUnsupported for what can't be planned, DeviceFault for the device."""
         device = select_device(assignment.device)
-        checkpoint = Checkpoint(assignment.model_folder, inspect_original)
+        checkpoint = Checkpoint.original(assignment.model_folder, assignment.adapter_folder)
         plan = plan_job(assignment.spec, checkpoint.config, checkpoint.tensors)
         if plan.architecture.to_find is not None:
             family = traced_family(assignment.work_folder, checkpoint.config)

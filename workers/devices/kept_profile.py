@@ -15,11 +15,16 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from app.core.child.owned_process import OwnedProcess, exit_words
-from app.core.planning.device_profile import DeviceKind, DeviceProfile, profile_of, rate_names
+from app.core.planning.device_profile import (
+    MEASURING_LIMIT_S,
+    DeviceKind,
+    DeviceProfile,
+    profile_of,
+    rate_names,
+)
 
 log = logging.getLogger(__name__)
 
-LIMIT_S = 30.0  # of all measuring by one worker
 MODULE = "workers.devices.profile_measurement"
 RATES: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
 
@@ -28,10 +33,12 @@ class Measurement:
     """Measures what this host does not know of a device yet, in a process of its own.
 
     A worker calls `go_on` while it is idle and `pause` before it works. A rate that was being measured then
-    is begun anew; after `LIMIT_S` seconds in all, those that are missing stay assumed.
+    is begun anew; after `MEASURING_LIMIT_S` seconds in all, those that are missing stay assumed.
     """
 
-    def __init__(self, device: str, device_name: str, folder: Path, *, limit_s: float = LIMIT_S) -> None:
+    def __init__(
+        self, device: str, device_name: str, folder: Path, *, limit_s: float = MEASURING_LIMIT_S
+    ) -> None:
         """`folder` is where jobs write: its disk is measured."""
         self._device, self._folder = device, folder
         self._kind: DeviceKind = "cpu" if device == "cpu" else "cuda"

@@ -68,6 +68,8 @@ class StoredModel:
                 raise refused("a layer has several blocks of experts")
             experts, of_experts = self.experts(f"{path}.{module_path}", module, form, prefix)
             experts = experts.model_copy(update={"module": module_path})
+            # A single expert's tensor has the values of the fused one.
+            names = {name: each for name, each in names.items() if each not in of_experts.values()}
             names |= {f"{module_path}.{name}": each for name, each in of_experts.items()}
         return StoredLayer(prefix, names, experts, self.joined(layer, full, prefix))
 
@@ -118,7 +120,7 @@ class StoredModel:
             value = getattr(module, own)
             for transposed in (False, True):
                 name = self.name_of("", value.transpose(1, 2) if transposed else value)
-                if name is not None:
+                if name is not None and name not in full.values():  # one expert's name where there is one
                     record |= {key: name.removeprefix(prefix), "transposed": form.transposed ^ transposed}
                     names[own] = name.removeprefix(prefix)
         linears = {kind: full.get(f"0.{name}.weight") for kind, name in PLAIN.items()}

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from app.core.errors import VerificationFailed
 from app.core.formats.registry import FORMATS, FormatName
+from app.core.planning.cached_attention import CACHE_SCALES
 from app.core.planning.plan import CandidatePlan, Plan
 from kernels.operators import dequantize
 from kernels.weight import PackedWeight
 from workers.formats.packings import ReadWeight, packing_of
 from workers.formats.shards import ShardWriter, TensorPlan
+from workers.modeling.cache_rounding import CacheRounder
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.input_rounding import InputRounder
 from workers.modeling.layer_weights import Deferred, DeferredWeights, LookedUp, Weights
@@ -69,7 +71,7 @@ class FormatFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.write_side_files()
-        layers = [self.names(layer) for layer in range(self.plan.steps)]
+        layers = [[*self.names(layer), *self.scale_names(layer)] for layer in range(self.plan.steps)]
         inside = {name for names in layers for name in names}
         outside = [name for name in self.source.tensors if name not in inside]
         plans = [plan for names in (outside, *layers) for name in names for plan in self.tensor_plans(name)]
@@ -107,8 +109,17 @@ class FormatFolder:
     def names(self, layer: int) -> list[str]:
         """The original's tensors of a layer; of the head's step its matrix, if it is quantized."""
         if not self.plan.architecture.is_head(layer):
-            return self.source.names(self.prefixes[layer])
+            scales = self.scale_names(layer)
+            return [name for name in self.source.names(self.prefixes[layer]) if name not in scales]
         return [] if self.candidate.head is None else [f"{self.candidate.head}.weight"]
+
+    def scale_names(self, layer: int) -> list[str]:
+        """The tensors behind them: scales of the layer's cache, also where the original has some."""
+        if self.plan.architecture.is_head(layer):
+            return []
+        prefix = self.prefixes[layer]
+        cached = [module for module in self.candidate.cached if module.startswith(prefix)]
+        return [f"{module}.{scale}" for module in cached for scale in CACHE_SCALES]
 
     def write_side_files(self) -> None:
         write_quantized_side_files(self.source, self.folder, self.format, self.entry)
@@ -120,6 +131,8 @@ class FormatFolder:
 
     def tensor_plans(self, name: str) -> list[TensorPlan]:
         """The tensors that replace a tensor of the original."""
+        if name.rpartition(".")[0] in self.candidate.cached:
+            return [TensorPlan(name, (1,), self.dtype)]
         linear, header = self.linear_of(name), self.source.tensors[name]
         if linear is None:
             dtype = self.format.dense_dtype(header.shape, header.dtype)
@@ -147,12 +160,14 @@ class FormatFolder:
                 self.writer.write(name, result.dense[local].to(dtype))
             else:
                 self.copy(name)
+        for name in self.scale_names(layer):
+            self.writer.write(name, result.dense[name.removeprefix(prefix)].to(self.dtype))
 
     def read_layer(
         self, written: Checkpoint, layer: int
     ) -> tuple[Mapping[str, PackedWeight | ReadWeight], dict[str, Tensor]]:
         """The quantized linears and the other tensors of a layer, by name in the layer."""
-        prefix, unused = self.prefixes[layer], self.source.unused
+        prefix, unused = self.prefixes[layer], self.source.unused - set(self.scale_names(layer))
         if self.plan.architecture.is_head(layer):
             if self.candidate.head is None:
                 return {}, {}
@@ -214,6 +229,13 @@ class FormatFolder:
                 rounders[name] = InputRounder(inputs, None if scale is None else scale.to(self.device))
         return rounders
 
+    def cache_rounder(self, written: Checkpoint, layer: int) -> CacheRounder | None:
+        """What a server does to the layer's keys and values; None if they stay as they are."""
+        scales = [written.tensor(name).to(self.device) for name in self.scale_names(layer)]
+        if not scales or self.candidate.recipe.kv_cache is None:
+            return None
+        return CacheRounder.of(self.candidate.recipe.kv_cache, *scales)
+
     def verify(self, load_layer: LoadLayer) -> None:
         """Read the files back and compare them with what was computed.
 
@@ -257,6 +279,9 @@ class FolderModel(ReadBackModel):
 
     def rounders(self, layer: int) -> dict[str, InputRounder]:
         return self.folder.input_rounders(self.written, layer)
+
+    def cache_rounder(self, layer: int) -> CacheRounder | None:
+        return self.folder.cache_rounder(self.written, layer)
 
 
 def input_scale(written: Checkpoint, linear: str) -> Tensor:

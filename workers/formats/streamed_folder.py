@@ -7,9 +7,9 @@ is complete gets its name; what was written is compared with what the disk gives
 from __future__ import annotations
 
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from app.core.errors import VerificationFailed
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.plan import CandidatePlan, LinearPlan
+from kernels.cpu.checksum import checksum
 from workers.formats.packings import packing_of
 from workers.formats.shards import TensorPlan, beginning_of, shard_name, split_shards, write_index
 from workers.modeling.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ class Stretch(NamedTuple):
 
     start: int
     size: int
-    crc: int
+    checksum: int
 
 
 class StreamedFile:
@@ -65,6 +66,7 @@ class StreamedFile:
             self.size += plan.size
         self.stretches: list[Stretch] = []  # appended by several threads, each at once
         self.descriptor = -1
+        self.writing = Lock()  # the system lets one thread write to a file, and has others wait at full speed
 
     @property
     def aside(self) -> Path:
@@ -79,24 +81,25 @@ class StreamedFile:
 
     def open(self) -> None:
         self.descriptor = os.open(self.aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        self.put(0, memoryview(self.beginning))
+        self.put(0, torch.frombuffer(bytearray(self.beginning), dtype=torch.uint8))
 
     def write(self, tensor: str, offset: int, values: Tensor) -> None:
         """Put values at `offset` bytes into their tensor."""
-        flat = values.contiguous().view(-1).view(torch.uint8)
-        self.put(self.starts[tensor] + offset, flat.numpy().data)
+        self.put(self.starts[tensor] + offset, values.contiguous().view(-1).view(torch.uint8))
 
-    def put(self, start: int, content: memoryview) -> None:
-        self.stretches.append(Stretch(start, len(content), zlib.crc32(content)))
-        while content:
-            count = os.pwrite(self.descriptor, content, start)
-            content, start = content[count:], start + count
+    def put(self, start: int, values: Tensor) -> None:
+        self.stretches.append(Stretch(start, values.numel(), checksum(values)))
+        content = values.numpy().data
+        with self.writing:
+            while content:
+                count = os.pwrite(self.descriptor, content, start)
+                content, start = content[count:], start + count
 
     def check(self, stretch: Stretch) -> None:
         """Raises VerificationFailed unless the file holds the bytes that were written."""
-        content = bytearray(stretch.size)
-        count = os.preadv(self.descriptor, [content], stretch.start)
-        if count != stretch.size or zlib.crc32(content) != stretch.crc:
+        content = torch.empty(stretch.size, dtype=torch.uint8)
+        count = os.preadv(self.descriptor, [content.numpy().data], stretch.start)
+        if count != stretch.size or checksum(content) != stretch.checksum:
             raise VerificationFailed(
                 f"{self.path.name}: the {stretch.size} bytes from {stretch.start} on, read back, are not as "
                 "computed",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from app.core.errors import ModelRefused
 from app.core.planning.family import LayerKind
 from app.core.planning.fused_experts import split_fused_experts
+from app.core.sources.adapter_model import inspect_merged
 from app.core.sources.json_file import ReadableFiles
 from app.core.sources.local_model import LocalModel
 from app.core.sources.model_headers import ModelHeaders, inspect_model
 from app.core.sources.safetensors_header import TensorHeader
 from workers.modeling.gguf_tensors import dequantized_chunks
+from workers.modeling.merged_tensors import merged_chunks
 from workers.modeling.quantized_tensors import quantized_chunks
 from workers.modeling.stored_bytes import read_into
 from workers.modeling.stored_dtypes import DTYPES
@@ -36,6 +39,8 @@ class Checkpoint:
     `inspect_original` for it, quantized weights are read as plain ones; else tensors are as they are stored.
     """
 
+    adapter_folder: Path | None = None  # of the adapter that is merged into the weights
+
     def __init__(
         self, folder: Path, inspect: Callable[[ReadableFiles], ModelHeaders] = inspect_model
     ) -> None:
@@ -48,6 +53,14 @@ class Checkpoint:
         self.source = headers.source
         self.gguf = None if headers.gguf is None else folder / headers.gguf
         self.unused: frozenset[str] = frozenset()  # tensors that the model of the config does not use
+
+    @classmethod
+    def original(cls, folder: Path, adapter: Path | None) -> Checkpoint:
+        """The model that a job starts from, with the adapter merged into its weights while they are read."""
+        files = None if adapter is None else LocalModel(adapter, (Path("/"),))
+        checkpoint = cls(folder, partial(inspect_merged, adapter=files))
+        checkpoint.adapter_folder = adapter
+        return checkpoint
 
     def without(self, unused: Iterable[str]) -> Checkpoint:
         """The same checkpoint, with the tensors that the model of its config does not use."""
@@ -83,8 +96,9 @@ class Checkpoint:
         return values
 
     def broken(self, name: str) -> ModelRefused:
+        is_merged = self.tensors[name].merged is not None
         return ModelRefused(
-            f"{name} holds NaN or infinite weights",
+            f"{name} holds NaN or infinite weights{' with the adapter merged into it' if is_merged else ''}",
             code="weights_not_finite", remedy="export the model again from a healthy checkpoint",
         )  # fmt: skip
 
@@ -100,8 +114,16 @@ class Checkpoint:
 
         One that lies among others (an expert's matrix) comes at once, and what lies between is read too.
         """
-        header = self.tensors[name]
+        return self.values(self.tensors[name])
+
+    def values(self, header: TensorHeader) -> Iterator[Tensor]:
+        """The chunks of a tensor that need not be one of the model's own."""
         path, dtype = self.folder / header.file, DTYPES[header.dtype]
+        if header.merged is not None:
+            assert self.adapter_folder is not None
+            merged = merged_chunks(header.merged, self.values(header.merged.base), self.adapter_folder)
+            yield from (chunk.to(dtype) for chunk in merged)
+            return
         if header.encoding is not None:
             decoded = (
                 dequantized_chunks(path, header, CHUNK_BYTES)

@@ -61,6 +61,8 @@ def refusals(model: PreTrainedModel) -> Iterator[str]:
     else:
         if any(getattr(module, "rounder", None) is not None for module in model.modules()):
             yield "linears round their inputs"
+        if any(getattr(module, "cache_rounder", None) is not None for module in model.modules()):
+            yield "keys and values are rounded"
         linears = (m for m in model.modules() if isinstance(m, QuantizedLinear))
         other = next((m for m in linears if blocks_of(m) is None), None)
         if other is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from threading import Lock
+from threading import Lock, local
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +25,7 @@ class RowReader:
         self.files: dict[str, int] = {}
         self.announced: dict[str, int] = {}  # up to where the system was asked to read
         self.lock = Lock()
+        self.own = local()  # memory of a thread
 
     def is_plain(self, name: str) -> bool:
         """Whether the tensor's rows lie one after another."""
@@ -32,23 +33,29 @@ class RowReader:
         return header.encoding is None and not header.strides
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a matrix, in its dtype."""
+        """Rows of a matrix, in its dtype, until this thread reads again."""
         header = self.source.tensors[name]
         dtype, columns = DTYPES[header.dtype], header.shape[1]
-        values = torch.empty((stop - start, columns), dtype=dtype)
-        self.fill(header.file, header.start + start * columns * dtype.itemsize, values)
-        return values
+        row = columns * dtype.itemsize
+        return self.raw(name, start * row, stop * row).view(dtype).view(stop - start, columns)
 
     def raw(self, name: str, start: int, stop: int) -> Tensor:
-        """Bytes of a tensor, uint8."""
+        """Bytes of a tensor, uint8, until this thread reads again."""
         header = self.source.tensors[name]
-        values = torch.empty(stop - start, dtype=torch.uint8)
+        values = self.memory(stop - start)
         self.fill(header.file, header.start + start, values)
         return values
 
+    def memory(self, size: int) -> Tensor:
+        """So many bytes, the same ones each time: fresh ones would have to be cleared by the system."""
+        buffer: Tensor | None = getattr(self.own, "buffer", None)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.own.buffer = torch.empty(size, dtype=torch.uint8)
+        return buffer[:size]
+
     def fill(self, file: str, start: int, values: Tensor) -> None:
-        """Raises ModelRefused if the file ends before."""
-        buffer = values.view(-1).view(torch.uint8).numpy().data
+        """Read bytes from `start` on. Raises ModelRefused if the file ends before."""
+        buffer = values.numpy().data
         self.announce(file, start, start + len(buffer))
         while buffer:
             count = os.preadv(self.descriptor(file), [buffer], start)

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.core.planning.architectures import LAYER_OUTPUT
+from app.core.planning.cached_attention import attention_module
+from workers.modeling.cache_rounding import tapped
 from workers.modeling.decoder import Decoder
 from workers.modeling.layer_calls import LayerArguments, LayerCall
 from workers.modeling.layer_weights import Weights
+from workers.quantization.cache_range import CacheRange, RangeCollector
 from workers.quantization.input_statistics import InputStatistics, LayerStatistics, collecting, results
 from workers.quantization.observation import References, reference_names, watching_names
 from workers.quantization.reduction import ALONE, Ranks
@@ -29,14 +32,18 @@ class CalibrationPass:
     """Hidden states of all calibration batches before `layer`.
 
     On a GPU they wait in pinned host memory where they would take too much of the device's. Of several
-    ranks each holds its share of `batches`, and the first one gets the statistics of all.
+    ranks each holds its share of `batches`, and the first one gets the statistics of all. With `sees_caches`
+    they hold the range of what layers cache.
     """
+
+    sees_caches = False
 
     def __init__(self, decoder: Decoder, batches: list[Tensor], ranks: Ranks = ALONE) -> None:
         self.decoder, self.ranks = decoder, ranks
         batches = ranks.share(batches)
         self.layer = 0
         self.refers, self.references = False, References()  # of the last layer, for quantized copies
+        self.cache_range: CacheRange | None = None  # of the last layer
         self.on_host = exceeds_device(decoder, sum(batch.numel() for batch in batches))
         with torch.no_grad():
             # One window by itself, so that self-checks need not run a whole batch.
@@ -84,7 +91,7 @@ class CalibrationPass:
         moments = moments or self.decoder.architecture.at(self.layer).experts is not None
         groups = self.observe(weights, advance=True, moments=moments)
         self.layer += 1
-        return LayerStatistics(groups, (before, self.states[0][:1].to(device)))
+        return LayerStatistics(groups, (before, self.states[0][:1].to(device)), self.cache_range)
 
     @torch.no_grad()
     def observe(
@@ -100,6 +107,8 @@ class CalibrationPass:
             ExitStack() as stack,
         ):
             scratch = self.decoder.scratch_of(self.layer)
+            ranges = self.ranges(module)
+            stack.enter_context(tapped(module, ranges))
             collectors = (
                 stack.enter_context(collecting(module, architecture, self.ranks, scratch)) if moments else []
             )
@@ -110,10 +119,17 @@ class CalibrationPass:
                     self.states[index] = self.stowed(values[LAYER_OUTPUT].view_as(states))
                 if self.refers:
                     self.references.append(values)
+        prefix = self.decoder.architecture.layer_prefix(self.layer)
+        seen_ranges = [each.result(prefix[:-1], self.ranks) for each in ranges.values()]
+        self.cache_range = next(iter(seen_ranges), None)
         if not self.ranks.is_first or not moments:
             return []
-        prefix = self.decoder.architecture.layer_prefix(self.layer)
         return results(collectors, [prefix + group.balance_layers[0] for group in architecture.groups])
+
+    def ranges(self, layer: nn.Module) -> dict[str, RangeCollector]:
+        """By module of the present layer: what collects the range of what it caches."""
+        name = attention_module(self.decoder.architecture, self.layer) if self.sees_caches else None
+        return {} if name is None else {name: RangeCollector(layer.get_submodule(name))}
 
     def call(self, index: int) -> LayerCall:
         """The present layer on a batch."""

@@ -18,6 +18,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from app.core.jobs.report import Interval, Quality
+from app.core.planning.cached_attention import attention_module
+from workers.modeling.cache_rounding import CacheRounder, tapped
 from workers.modeling.decoder import Decoder
 from workers.modeling.input_rounding import InputRounder, rounding_inputs
 from workers.modeling.layer_weights import Weights
@@ -30,7 +32,7 @@ LoadWeights = Callable[[int], Weights]
 
 
 class ReadBackModel(ABC):
-    """LoadWeights of files, which may say that linears round their inputs."""
+    """LoadWeights of files, which may say that linears round their inputs, or a cache what it holds."""
 
     @abstractmethod
     def __call__(self, layer: int) -> Weights: ...
@@ -38,6 +40,10 @@ class ReadBackModel(ABC):
     @abstractmethod
     def rounders(self, layer: int) -> Mapping[str, InputRounder]:
         """By linear, named as in the layer's files."""
+
+    @abstractmethod
+    def cache_rounder(self, layer: int) -> CacheRounder | None:
+        """What rounds the layer's keys and values; None if they stay as they are."""
 
 
 HeadFunction = Callable[..., Tensor]  # (tokens, hidden) to logits
@@ -66,6 +72,7 @@ def final_states(
                 with (
                     decoder.layer(layer, weights.take()) as module,
                     rounding_inputs(module, rounders_of(decoder, models[model], layer)),
+                    tapped(module, cache_taps(decoder, models[model], layer)),
                 ):
                     states[model] = [
                         own_calls[model].of(index, layer)(module, batch)
@@ -81,6 +88,13 @@ def rounders_of(decoder: Decoder, model: LoadWeights, layer: int) -> dict[str, I
         return {}
     architecture = decoder.architecture.at(layer)
     return {architecture.module_name(name): each for name, each in model.rounders(layer).items()}
+
+
+def cache_taps(decoder: Decoder, model: LoadWeights, layer: int) -> dict[str, CacheRounder]:
+    """By module of the layer: what rounds the keys and values that it caches in this model."""
+    rounder = model.cache_rounder(layer) if isinstance(model, ReadBackModel) else None
+    module = attention_module(decoder.architecture, layer)
+    return {} if rounder is None or module is None else {module: rounder}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from app.core.formats.file_format import Scheme
+from kernels.cpu import nearest_numbers
 from workers.modeling.float_numbers import (
     FP4_LARGEST,
     FP8_LARGEST,
@@ -18,6 +19,7 @@ from workers.modeling.float_numbers import (
     microscale,
     power_of_two,
 )
+from workers.quantization.grid import group_ranges
 
 SMALLEST = 1e-30  # in place of the scale of a group of zeros
 
@@ -32,7 +34,8 @@ class FloatGrid:
 
     def codes(self, grouped: Tensor) -> Tensor:
         """uint8 codes of weights shaped (..., groups, group_size)."""
-        return float_codes(grouped / self.scale, self.bits)
+        codes = nearest_numbers.nearest_floats(grouped, self.scale, self.bits)
+        return float_codes(grouped.to(torch.float32) / self.scale, self.bits) if codes is None else codes
 
     def nearest(self, grouped: Tensor) -> Tensor:
         """Weights moved to their nearest grid points, same shape."""
@@ -46,7 +49,19 @@ def float_grid(
 
     `largest`: the largest size of all weights under one divisor; by default those here.
     """
-    sizes = block_largest(grouped.abs().amax(dim=-1, keepdim=True).to(torch.float32), scheme)
+    return grid_of_sizes(group_sizes(*group_ranges(grouped)), scheme, dtype, largest)
+
+
+def group_sizes(low: Tensor, high: Tensor) -> Tensor:
+    """The largest size in each group, from its range."""
+    return torch.maximum(-low, high)
+
+
+def grid_of_sizes(
+    sizes: Tensor, scheme: Scheme, dtype: torch.dtype, largest: Tensor | None = None
+) -> FloatGrid:
+    """The grid of groups with these largest sizes, float32 (..., rows, groups, 1)."""
+    sizes = block_largest(sizes, scheme)
     divisor = None
     if scheme.kind.scales == "e4m3":
         largest = sizes.amax() if largest is None else largest

@@ -121,6 +121,15 @@ def fold_scales(
     return changed(weights, folded)
 
 
+def divided_outputs(
+    weights: Weights, heads: Heads, group: ScaleGroup, scales: Tensor, sizes: Tensor
+) -> Tensor:
+    """Sizes (n,) of the last n outputs of a group's smooth layer, once its scales are folded in."""
+    rows = shape_of(weights, f"{group.smooth_layer}.weight")[0]
+    factors = divided(smooth_rows_of(weights, heads, group), scales, 0.0, scales.new_ones(rows))
+    return sizes * factors[rows - len(sizes) :]
+
+
 def divided(absorbing: SmoothRows, scales: Tensor, added: float, value: Tensor) -> Tensor:
     """A smooth layer's weight or bias divided by the scales of the channels that it gives."""
     if absorbing.head_shape is not None:

@@ -10,7 +10,7 @@ from app.core.jobs.report import WeightHistogram
 BINS = 48
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
 AT_ONCE = 2**24  # float32 counts to this
-SAMPLE = 1_000_000  # weights that percentiles are taken from; quantile() is limited to 16 million
+SAMPLE = 2**18  # weights that percentiles are taken from: sorting them takes 15 ms
 
 
 def weight_histogram(name: str, weight: Tensor) -> WeightHistogram:

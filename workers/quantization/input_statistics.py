@@ -21,13 +21,15 @@ from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture, ScaleGroup
 from workers.modeling.experts import SplitExperts
 from workers.modeling.stored_bytes import ScratchFile
+from workers.quantization.cache_range import CacheRange
+from workers.quantization.grid import FLOAT16_LIMIT
 from workers.quantization.reduction import ALONE, Ranks
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
 CORRECTION_DAMPING = 0.01  # of the mean diagonal, added to it
-FLOAT16_LIMIT = 0.25 * 65504  # headroom under float16's largest value for what is folded
 # Columns per block of the second moment; only blocks on and above the diagonal are computed.
 BLOCK = {"cpu": 256, "cuda": 1024}
+SIZES_ROWS = 256  # of an input, whose absolute values are taken at a time
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class LayerStatistics:
 
     groups: Sequence[InputStatistics]
     probe: tuple[Tensor, Tensor]  # the layer's input and output, (1, tokens, hidden)
+    cache: CacheRange | None = None  # of keys and values, where anybody asks for it and the layer has them
 
     def to(self, device: torch.device) -> LayerStatistics:
         groups: Sequence[InputStatistics] = self.groups
@@ -127,7 +130,8 @@ class LayerStatistics:
             groups = GroupStatistics([partial(moved, maker, device) for maker in groups.makers])
         else:
             groups = [group.to(device) for group in groups]
-        return LayerStatistics(groups, (self.probe[0].to(device), self.probe[1].to(device)))
+        cache = None if self.cache is None else self.cache.to(device)
+        return LayerStatistics(groups, (self.probe[0].to(device), self.probe[1].to(device)), cache)
 
 
 def moved(maker: Callable[[], InputStatistics], device: torch.device) -> InputStatistics:
@@ -176,21 +180,31 @@ class InputCollector:
         moment = self.moment
         if self.abs_sum is None or moment is None:
             self.abs_sum, moment = empty_sums(rows.shape[1], rows.device)
-        sizes = rows.abs()
-        if len(rows):
-            largest = sizes.amax(dim=0).to(torch.float32)
-            self.abs_max = largest if self.abs_max is None else torch.maximum(self.abs_max, largest)
+        self.add_sizes(rows, weights)
         if weights is None:
-            self.abs_sum += sizes.sum(dim=0, dtype=torch.float32)
             self.weight += len(rows)
         else:
-            self.abs_sum += weights @ sizes
             self.weight += float(weights.sum())
             rows = rows * weights.sqrt()[:, None]
         for start, stop in blocks(moment):
             add_product(moment[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
         self.moment = moment
         self.num_tokens += rows.shape[0]
+
+    def add_sizes(self, rows: Tensor, weights: Tensor | None) -> None:
+        """Sums and maxima of |x|: few rows at a time stay in a processor's cache."""
+        assert self.abs_sum is not None
+        at_once = SIZES_ROWS if rows.device.type == "cpu" else max(1, len(rows))
+        largest = torch.zeros_like(self.abs_sum) if self.abs_max is None else self.abs_max
+        for start in range(0, len(rows), at_once):
+            sizes = rows[start : start + at_once].abs()
+            largest = torch.maximum(largest, sizes.amax(dim=0).to(torch.float32))
+            if weights is None:
+                self.abs_sum += sizes.sum(dim=0, dtype=torch.float32)
+            else:
+                self.abs_sum += weights[start : start + at_once] @ sizes
+        if len(rows):
+            self.abs_max = largest
 
     def add_up(self, ranks: Ranks) -> None:
         """The sums over the batches of all ranks; the first one gets them."""

@@ -18,9 +18,11 @@ from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.jobs.report import LearningReport, LinearReport
 from app.core.planning.architectures import Architecture, ScaleGroup
+from app.core.planning.cached_attention import ATTENTION, CACHE_SCALES, VALUES
 from app.core.records.specs import Recipe
 from kernels.search import losses
 from kernels.search.search_operators import clip_backend
+from workers.modeling.cache_rounding import cache_scale
 from workers.modeling.float_numbers import largest_float
 from workers.modeling.input_rounding import static_scale
 from workers.modeling.layer_weights import (
@@ -33,9 +35,10 @@ from workers.modeling.layer_weights import (
     replaced,
 )
 from workers.modeling.quantized_weight import QuantizedWeight
+from workers.quantization.cache_range import CacheRange
 from workers.quantization.evolution import evolve_scales
 from workers.quantization.float_grids import float_grid
-from workers.quantization.folding import Heads, fold_of, fold_scales
+from workers.quantization.folding import Heads, divided_outputs, fold_of, fold_scales
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.omniquant import Draft, Lesson, Teacher
@@ -74,6 +77,7 @@ class LayerTask:
     chain: OwnChain | None = None  # of a recipe on the quantized chain
     formats: tuple[FormatName, ...] = ("compressed-tensors",)  # of the files
     quantized: MutableMapping[str, QuantizedWeight] = field(default_factory=dict)
+    cache: CacheRange | None = None  # of a layer that keeps keys and values, where their range was collected
 
     @property
     def in_float16(self) -> bool:
@@ -97,7 +101,8 @@ class LayerTask:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A quantized layer: integers for the linears, and the other tensors that the fold changed."""
+    """A quantized layer: integers for the linears, and the other tensors that the fold changed or that are
+    new, which are the scales of a cache."""
 
     quantized: Mapping[str, QuantizedWeight]  # by linear; those of experts may be read at look-up
     dense: dict[str, Tensor]  # by tensor name, float32, representable in the checkpoint's dtype
@@ -114,7 +119,8 @@ class LayerResult:
 
     def weights(self, original: Weights) -> Weights:
         """All tensors of the layer with the quantized ones dequantized."""
-        return dequantized(replaced(original, self.dense), self.quantized, self.quantized)
+        changed = {name: value for name, value in self.dense.items() if name in original}
+        return dequantized(replaced(original, changed), self.quantized, self.quantized)
 
 
 def dequantized(weights: Weights, quantized: Mapping[str, QuantizedWeight], names: Iterable[str]) -> Weights:
@@ -157,10 +163,9 @@ def quantize_layer(task: LayerTask) -> tuple[LayerResult, Weights]:
                     report.append(entry_of(task, index, choices[index], linear, rounded))
         if task.chain is not None:
             weights = dequantized(weights, quantized, names)
-    result = LayerResult(quantized, stored_dense(task, folded), report)
+    result = LayerResult(quantized, stored_dense(task, folded) | cache_scales(task, choices), report)
     if learns:
-        scaled = tuple(choice is not None for choice in choices)
-        return learned_layer(task, linears, folded, scaled, result)
+        return learned_layer(task, linears, folded, choices, result)
     return result, folded
 
 
@@ -177,11 +182,27 @@ def stored_dense(task: LayerTask, folded: Weights) -> dict[str, Tensor]:
     }
 
 
+def cache_scales(task: LayerTask, *folds: Sequence[ScaleChoice | None]) -> dict[str, Tensor]:
+    """Of keys and values, by tensor name, after these scales are folded in: those of what reads the values
+    divide them."""
+    if task.recipe.kv_cache is None or task.cache is None:
+        return {}
+    value = task.cache.value
+    groups = task.architecture.groups
+    for group, choice in (pair for fold in folds for pair in zip(groups, fold, strict=True)):
+        if choice is not None and group.smooth_layer in VALUES:
+            value = divided_outputs(task.weights, task.heads, group, choice.scales, value)
+    return {
+        f"{ATTENTION}.{name}": cache_scale(task.recipe.kv_cache, sizes.amax(), task.dtype)
+        for name, sizes in zip(CACHE_SCALES, (task.cache.key, value), strict=True)
+    }
+
+
 def learned_layer(
     task: LayerTask,
     linears: dict[str, FoldedLinear],
     folded: Weights,
-    scaled: tuple[bool, ...],
+    choices: Sequence[ScaleChoice | None],
     start: LayerResult,
 ) -> tuple[LayerResult, Weights]:
     """The layer after OmniQuant's lesson, and its folded but unrounded weights."""
@@ -189,6 +210,7 @@ def learned_layer(
     assert task.chain.lesson is not None
     groups = task.architecture.groups
     aims = {**folded, **{name + ".weight": linear.weight for name, linear in linears.items()}}
+    scaled = tuple(choice is not None for choice in choices)
     draft = Draft(task.architecture, task.heads, task.dtype, aims, scaled, dict(start.quantized))
     teacher = Teacher(draft, task.chain.lesson())
     learned = teacher.teach(task.recipe.search.epochs, fixed_integers=task.recipe.rounds_with_gptq)
@@ -203,7 +225,8 @@ def learned_layer(
             rows = row_losses(aims[name + ".weight"], learned.quantized[name], moment)
             losses[name] = float(rows.sum())
     report = [entry.model_copy(update={"loss": losses[entry.linear]}) for entry in start.report]
-    result = LayerResult(learned.quantized, stored_dense(task, folded), report, learned.report)
+    dense = stored_dense(task, folded) | cache_scales(task, choices, learned.scales)
+    result = LayerResult(learned.quantized, dense, report, learned.report)
     return result, folded
 
 

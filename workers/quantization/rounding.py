@@ -18,8 +18,7 @@ from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization import float_rounding
 from workers.quantization.clip_search import search_clip, smallest_factor
 from workers.quantization.gptq import round_gptq
-from workers.quantization.grid import Grid, grouped_view, min_max_grid
-from workers.quantization.input_statistics import FLOAT16_LIMIT
+from workers.quantization.grid import FLOAT16_LIMIT, Grid, grouped_view, min_max_grid
 
 # How far ranges are shrunk for GPTQ, as shares of what the clip search may cut off at most.
 SHRUNK = {2: (0.7, 1.0, 1.3), 3: (0.3, 0.5, 0.7), 4: (0.15, 0.3, 0.45), 8: (0.0,)}
@@ -158,6 +157,4 @@ def row_losses(weight: Tensor, rounded: QuantizedWeight, moment: Tensor) -> Tens
 def round_nearest(weight: Tensor, grid: Grid, scheme: Scheme) -> QuantizedWeight:
     """Every weight to its nearest integer; out of range ones are clamped, never wrapped."""
     integers = grid.integers(grouped_view(weight, scheme)).view_as(weight)
-    return QuantizedWeight(
-        integers.to(torch.uint8), grid.scale.squeeze(-1), grid.zero.squeeze(-1).to(torch.uint8), scheme
-    )
+    return QuantizedWeight(integers, grid.scale.squeeze(-1), grid.zero.squeeze(-1).to(torch.uint8), scheme)

@@ -6,6 +6,7 @@ that the whole matrix would.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from app.core.errors import ModelRefused
 from app.core.formats.file_format import Scheme
+from kernels.cpu import nearest_numbers
+from workers.modeling.float_numbers import float_values
 from workers.modeling.quantized_weight import QuantizedWeight
-from workers.quantization import float_rounding
-from workers.quantization.grid import grouped_view, min_max_grid
+from workers.quantization.float_grids import grid_of_sizes, group_sizes
+from workers.quantization.float_rounding import weight_on
+from workers.quantization.grid import fit_grid, group_ranges, grouped_view
 from workers.quantization.rounding import FoldedLinear, largest_weight, refuse_overflow, round_nearest
 
 BLOCK_ROWS = 128  # a multiple of the rows that share a scale, or words of zero points
-SLICE_VALUES = 1 << 19  # of a slice, about
-CACHED_VALUES = 1 << 18  # of what is rounded at a time
+SLICE_VALUES = 1 << 21  # of a slice, about
+CACHED_VALUES = 1 << 18  # of what PyTorch rounds at a time
 SAMPLED_ROWS = 64  # every so many rows the error is measured
 
 
@@ -56,23 +60,23 @@ class RowRounder:
 
         Raises ModelRefused for NaN and infinity, RecipeUnsupported for weights that files can't hold.
         """
-        self.check(values)
+        if nearest_numbers.library() is not None:
+            return self.block(values)
         rows = self.scheme.kind.block_rows
         step = max(1, CACHED_VALUES // (values.shape[1] * rows)) * rows
         return joined([self.block(values[first : first + step]) for first in range(0, len(values), step)])
 
     def block(self, values: Tensor) -> QuantizedWeight:
-        """Rows that with all that is computed from them stay in a processor's cache."""
+        """Rows that with all that PyTorch computes from them stay in a processor's cache."""
+        low, high = group_ranges(grouped_view(values, self.scheme))
+        self.check(values, (float(low.amin()), float(high.amax())))
         if self.scheme.kind.numbers == "float":
-            grid = float_rounding.full_range(values, self.scheme, self.dtype, self.largest)
-            return float_rounding.weight_on(grid, values, self.scheme)
-        weight = values.to(torch.float32)
-        return round_nearest(
-            weight, min_max_grid(grouped_view(weight, self.scheme), self.scheme, self.dtype), self.scheme
-        )
+            grid = grid_of_sizes(group_sizes(low, high), self.scheme, self.dtype, self.largest)
+            return weight_on(grid, values, self.scheme)
+        return round_nearest(values, fit_grid(low, high, self.scheme, self.dtype), self.scheme)
 
-    def check(self, values: Tensor) -> None:
-        low, high = (float(bound) for bound in values.aminmax())
+    def check(self, values: Tensor, bounds: tuple[float, float]) -> None:
+        low, high = bounds
         if not math.isfinite(low) or not math.isfinite(high):
             raise ModelRefused(
                 f"{self.name}.weight holds NaN or infinite weights",
@@ -103,8 +107,19 @@ def joined(slices: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 def weight_error(values: Tensor, rounded: QuantizedWeight) -> WeightError:
     """Of every SAMPLED_ROWS-th row."""
+    grid = rounded.scale, rounded.zero
+    sums = nearest_numbers.squares(values, rounded.q, grid, numbers_of(rounded.scheme), SAMPLED_ROWS)
+    if sums is not None:
+        return WeightError(*sums)
     some = slice(None, None, SAMPLED_ROWS)
     sample = replace(rounded, q=rounded.q[some], scale=rounded.scale[some], zero=rounded.zero[some])
     weight = values[some].to(torch.float32)
-    error = sample.dequantize() - weight
-    return WeightError(float(error.square().sum()), float(weight.square().sum()))
+    error = (sample.dequantize() - weight).to(torch.float64)
+    return WeightError(float(error.square().sum()), float(weight.to(torch.float64).square().sum()))
+
+
+@functools.cache
+def numbers_of(scheme: Scheme) -> Tensor:
+    """float32: what each code stands for, before zero point and scale."""
+    codes = torch.arange(2**scheme.bits).to(torch.uint8)
+    return float_values(codes, scheme.bits) if scheme.kind.numbers == "float" else codes.to(torch.float32)

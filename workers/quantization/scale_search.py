@@ -22,9 +22,9 @@ from kernels.search.losses import has_matrix_units, quick_dtype, row_losses
 from kernels.search.search_operators import rounding_errors
 from workers.modeling.layer_weights import Weights, shape_of
 from workers.quantization.float_grids import float_rounding_errors
-from workers.quantization.grid import grouped_view
+from workers.quantization.grid import FLOAT16_LIMIT, grouped_view
 from workers.quantization.input_noise import input_noise
-from workers.quantization.input_statistics import FLOAT16_LIMIT, InputStatistics
+from workers.quantization.input_statistics import InputStatistics
 
 MAX_SPREAD = 1e4  # largest s_max / s_min: a few extreme channels must not stretch all others
 SAMPLED_ROWS = 512  # of a group's linears together, to rank candidates on

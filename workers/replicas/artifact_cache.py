@@ -15,6 +15,8 @@ from app.core.storage.object_store import ObjectStore
 
 
 class ArtifactCorrupt(NibbleError):
+    """A file of the artifact is not the one that was published."""
+
     code = "artifact_corrupt"
 
 

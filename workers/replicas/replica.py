@@ -5,6 +5,7 @@ The thread writes to Redis only through the supervisor, which publishes `replica
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -70,17 +71,24 @@ class ReplicaKeeper(threading.Thread):
         self._context = context
         self._stop_requested = threading.Event()
         self._drain_s = context.settings.drain_s
+        self._notice_s = 0.0
         self._failures = 0
 
     @property
     def slot(self) -> tuple[str, int]:
         return self.deployment.id, self.replica.slot
 
-    def stop(self, *, drain_s: float | None = None) -> None:
-        """Finish running requests, for at most `drain_s` seconds, then end."""
+    def stop(self, *, drain_s: float | None = None, notice_s: float = 0.0) -> None:
+        """Finish running requests, for at most `drain_s` seconds, then end.
+
+        For `notice_s` more seconds new requests are answered too: those of gateways that have not read yet
+        that it ends.
+        """
         if drain_s is not None:
             self._drain_s = drain_s
-        self._stop_requested.set()
+        if not self._stop_requested.is_set():
+            self._notice_s = notice_s
+            self._stop_requested.set()
 
     def run(self) -> None:
         work_folder = self._context.settings.scratch_dir / f"serve-{self.deployment.id}-{self.replica.slot}"
@@ -142,7 +150,7 @@ class ReplicaKeeper(threading.Thread):
             device=self._context.device,
             kernel_backend=settings.kernel_backend,
             drain_s=settings.drain_s,
-            vllm=spec.vllm,
+            options=spec.served,
             module=self._context.server_module,
         )
 
@@ -159,9 +167,27 @@ class ReplicaKeeper(threading.Thread):
                 )
                 self._watch(server)
             except Stopping:
-                self._publish(ReplicaState.DRAINING)
-                server.stop(self._drain_s + STOP_MARGIN_S)
+                self._drain(server)
                 raise
+
+    def _drain(self, server: ServerProcess) -> None:
+        """Let running requests end, then the server, whatever its engine does with them at the signal."""
+        has_callers = self.replica.is_ready
+        self._publish(ReplicaState.DRAINING)
+        began = time.monotonic()
+        if has_callers:
+            time.sleep(self._notice_s)
+            with contextlib.suppress(httpx.HTTPError):
+                while self._note_load(server) and time.monotonic() - began < self._notice_s + self._drain_s:
+                    time.sleep(TICK_S)
+        left_s = max(0.0, self._notice_s + self._drain_s - (time.monotonic() - began))
+        server.stop(left_s + STOP_MARGIN_S)
+
+    def _note_load(self, server: ServerProcess) -> int:
+        """Requests that run or wait. Raises httpx.HTTPError if the server does not answer."""
+        load = server.load()
+        self.replica = self.replica.model_copy(update=load._asdict())
+        return load.running + load.waiting
 
     def _await_ready(self, server: ServerProcess, started: float) -> None:
         limit_s = self._context.settings.load_limit_s
@@ -187,7 +213,7 @@ class ReplicaKeeper(threading.Thread):
             if now - looked < LOAD_S:
                 continue
             try:
-                load = server.load()
+                self._note_load(server)
             except httpx.HTTPError as fault:
                 silent += 1
                 log.warning("%s does not answer: %s", self.name, fault)
@@ -195,7 +221,6 @@ class ReplicaKeeper(threading.Thread):
                     raise ServerEnded("the inference server hung", code="server_hung") from fault
             else:
                 silent = 0
-                self.replica = self.replica.model_copy(update=load._asdict())
             looked = time.monotonic()
 
     def _publish(self, state: ReplicaState, **changes: object) -> None:

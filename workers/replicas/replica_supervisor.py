@@ -20,7 +20,9 @@ from uuid import uuid4
 from redis.exceptions import RedisError
 
 from app.core.deployments.deployment import Deployment, DeploymentState, Goal, LiveDeployment, Replica
-from app.core.deployments.deployment_store import DeploymentStore, failed, loaded, resting, set_back
+from app.core.deployments.deployment_store import DeploymentStore
+from app.core.deployments.placement import free_slots, is_replaced, placement
+from app.core.deployments.transitions import bereft, loaded, promoted, resting
 from app.core.errors import NibbleError, NotFound
 from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
 from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
@@ -36,6 +38,8 @@ from workers.replicas.server_process import SERVER_MODULE, vllm_program
 
 log = logging.getLogger(__name__)
 
+Claim = tuple[str, int, int]  # deployment, slot, generation
+
 PASS_S = 0.4
 POLL_S = 0.1  # while servers end
 REPLICA_TTL_S = 10.0
@@ -44,6 +48,8 @@ REGISTRY_TTL_S = 20.0
 SPREAD_S = 1.0  # a worker leaves a free slot to emptier workers, for so long per server that it runs
 FAILED_AGAIN_S = 60.0  # until a worker tries a slot again whose server it could not have, while others serve
 SETTLE_S = 3.0  # after Redis was away, in which those whose claims ran out meanwhile take them up again
+# A gateway reads which replicas there are when one of them changes its state, and twice a second.
+NOTICE_S = 2.0
 SHUTDOWN_DRAIN_S = 8.0  # below the grace that `nibble up` and containers give
 
 
@@ -60,8 +66,8 @@ class ServingSupervisor:
         self._owner = f"{record.name}.{uuid4().hex[:8]}"
         self._keepers: dict[tuple[str, int], ReplicaKeeper] = {}
         self._published: dict[tuple[str, int], str] = {}  # the state that was last announced
-        self._free_since: dict[tuple[str, int], float] = {}
-        self._not_before: dict[tuple[str, int], float] = {}  # slots whose servers failed here
+        self._free_since: dict[Claim, float] = {}
+        self._not_before: dict[Claim, float] = {}  # slots whose servers failed here
         self._registered = 0.0
         self._claims_from = 0.0
 
@@ -84,14 +90,17 @@ class ServingSupervisor:
         for keeper in list(self._keepers.values()):
             self._beat(keeper)
         for live in deployments.values():
+            self._promote_if_replaced(live)
             self._unload_if_idle(live)
         self._register()
 
     def _stop_unwanted(self, deployments: dict[str, LiveDeployment]) -> None:
-        for (deployment_id, _), keeper in list(self._keepers.items()):
+        for (deployment_id, slot), keeper in list(self._keepers.items()):
             live = deployments.get(deployment_id)
             if live is None or not live.deployment.wants_servers:
                 keeper.stop()
+            elif placement(live).get(slot) != keeper.replica.generation:
+                keeper.stop(notice_s=NOTICE_S)
             if not keeper.is_alive():
                 self._release(keeper)
 
@@ -100,14 +109,13 @@ class ServingSupervisor:
 
         One replica's failure does not fail the deployment while others serve.
         """
-        problem = keeper.failure
+        problem, replica = keeper.failure, keeper.replica
         try:
             if problem is not None:
                 live = self._store.get(keeper.deployment.tenant, keeper.deployment.id)
-                others = [replica for replica in live.ready if replica.slot != keeper.replica.slot]
-                change = set_back if others else failed
-                self._store.update(live.id, lambda deployment: change(deployment, problem))
-                self._not_before[keeper.slot] = time.monotonic() + FAILED_AGAIN_S
+                others = [other for other in live.ready if other.slot != replica.slot]
+                self._store.update(live.id, lambda each: bereft(each, replica, others, problem))
+                self._not_before[*keeper.slot, replica.generation] = time.monotonic() + FAILED_AGAIN_S
         except NotFound:
             log.info("%s: its deployment is gone", keeper.name)
         self._store.release(keeper.replica)
@@ -118,40 +126,44 @@ class ServingSupervisor:
 
     def _wanted_artifacts(self) -> set[str]:
         """Of deployments that are not deleted; files of others are kept for as long as a server uses them."""
-        return {live.spec.artifact for live in self._store.all() if live.deployment.goal is not Goal.REMOVE}
+        deployments = [live.deployment for live in self._store.all()]
+        return {
+            artifact for each in deployments if each.goal is not Goal.REMOVE for artifact in each.artifacts
+        }
 
     def _claim(self, deployments: dict[str, LiveDeployment]) -> None:
         """Take at most one free slot per pass, so that other workers get some."""
         now, free = time.monotonic(), self._free_slots(deployments)
-        self._free_since = {slot: self._free_since.get(slot, now) for slot in free}
-        self._not_before = {slot: until for slot, until in self._not_before.items() if now < until}
+        self._free_since = {claim: self._free_since.get(claim, now) for claim in free}
+        self._not_before = {claim: until for claim, until in self._not_before.items() if now < until}
         if len(self._keepers) >= self._context.settings.serve_slots or now < self._claims_from:
             return
-        for slot, since in sorted(self._free_since.items()):
-            if now - since < SPREAD_S * len(self._keepers) or now < self._not_before.get(slot, 0.0):
+        for claim, since in sorted(self._free_since.items()):
+            if now - since < SPREAD_S * len(self._keepers) or now < self._not_before.get(claim, 0.0):
                 continue
-            deployment = deployments[slot[0]].deployment
-            replica = self._replica(deployment, slot[1])
+            deployment_id, slot, generation = claim
+            deployment = deployments[deployment_id].deployment.of_generation(generation)
+            replica = self._replica(deployment, slot, generation)
             if self._store.beat(replica, ttl_s=REPLICA_TTL_S):
                 keeper = ReplicaKeeper(self._context, deployment, replica)
-                self._keepers[slot] = keeper
+                self._keepers[deployment_id, slot] = keeper
                 keeper.start()
                 return
 
-    def _free_slots(self, deployments: dict[str, LiveDeployment]) -> list[tuple[str, int]]:
+    def _free_slots(self, deployments: dict[str, LiveDeployment]) -> list[Claim]:
         return [
-            (live.id, slot)
+            (live.id, slot, generation)
             for live in deployments.values()
-            if live.deployment.wants_servers and self._engine(live.deployment) in self._record.engines
-            for slot in range(live.spec.replicas)
-            if slot not in {replica.slot for replica in live.replicas}
+            for slot, generation in free_slots(live).items()
+            if self._engine(live.deployment.of_generation(generation)) in self._record.engines
             and (live.id, slot) not in self._keepers
         ]
 
-    def _replica(self, deployment: Deployment, slot: int) -> Replica:
+    def _replica(self, deployment: Deployment, slot: int, generation: int) -> Replica:
         return Replica(
             deployment=deployment.id,
             slot=slot,
+            generation=generation,
             owner=self._owner,
             worker=self._record.name,
             engine=self._engine(deployment),
@@ -177,6 +189,13 @@ class ServingSupervisor:
             self._store.touch([keeper.deployment])
             load_s = keeper.load_s
             self._store.update(keeper.deployment.id, lambda deployment: loaded(deployment, load_s))
+
+    def _promote_if_replaced(self, live: LiveDeployment) -> None:
+        """Record that the replacement serves, once all its servers do."""
+        incoming = live.deployment.incoming
+        if incoming is not None and is_replaced(live):
+            log.info("%s serves %s now", live.spec.name, incoming.served.artifact)
+            self._store.update(live.id, lambda deployment: promoted(deployment, incoming.generation))
 
     def _unload_if_idle(self, live: LiveDeployment) -> None:
         """Unload a deployment whose last request is older than its idle timeout."""

@@ -24,7 +24,7 @@ import httpx
 from app.core.child.confinement import child_environment
 from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.errors import NibbleError
-from app.core.records.specs import VllmOptions
+from app.core.records.serving_options import ServerOptions, VllmOptions
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Launch(NamedTuple):
     device: str
     kernel_backend: str
     drain_s: float
-    vllm: VllmOptions | None
+    options: ServerOptions
     module: str = SERVER_MODULE
 
 
@@ -132,6 +132,7 @@ class OwnServer(ServerProcess):
             *("--host", launch.host, "--port", "0", "--device", launch.device),
             *("--kernel-backend", launch.kernel_backend, "--drain-s", str(launch.drain_s)),
             *("--ready-fd", str(reports_end)),
+            *own_arguments(launch.options),
         ]
         try:
             super().__init__(words, child_environment(os.environ, launch.work_folder), fds=(reports_end,))
@@ -185,7 +186,7 @@ class VllmServer(ServerProcess):
         words = [
             *("app.core.child.parent_guard", program, "serve", str(launch.folder)),
             *("--served-model-name", launch.name, "--host", launch.host, "--port", str(port)),
-            *vllm_arguments(launch.vllm or VllmOptions()),
+            *vllm_arguments(launch.options.for_vllm),
         ]
         super().__init__(words, {"VLLM_RPC_BASE_PATH": self._sockets.name} | vllm_environment(launch))
 
@@ -220,6 +221,17 @@ def vllm_missing() -> ServerRefused:
     )
 
 
+def own_arguments(options: ServerOptions) -> list[str]:
+    """The options in our own server's spelling; its defaults hold for absent ones."""
+    chosen = {
+        "--dtype": options.dtype,
+        "--max-model-len": options.max_model_len,
+        "--max-sequences": options.max_num_seqs,
+        "--cache-share": options.cache_share,
+    }
+    return [word for flag, value in chosen.items() if value is not None for word in (flag, str(value))]
+
+
 def vllm_arguments(options: VllmOptions) -> list[str]:
     """The options in vLLM's spelling; only names of the record's fields occur."""
     arguments = ["--enable-auto-tool-choice"] if options.tool_call_parser is not None else []
@@ -236,7 +248,7 @@ def vllm_arguments(options: VllmOptions) -> list[str]:
 
 def vllm_environment(launch: Launch) -> dict[str, str]:
     """As every child's, with vLLM's own variables, and the GPUs from this worker's on."""
-    options = launch.vllm or VllmOptions()
+    options = launch.options.for_vllm
     environment = child_environment(os.environ, launch.work_folder)
     if launch.device == "cpu" and options.gpu_memory_utilization is None:
         environment |= VLLM_CPU_CACHE

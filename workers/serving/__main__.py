@@ -27,21 +27,24 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from app.core.deployments.context_length import check_context, longest_context
 from app.core.errors import NibbleError, OutOfMemory
-from app.core.planning.family import text_settings
 from app.core.system_faults import STATE_FOLDER, system_fault
 from app.core.telemetry.logs import log_warnings
 from kernels.cpu.whole_decoder import NativeDecoder
 from workers.devices.selection import select_device
 from workers.modeling.native_decoder import native_decoder
 from workers.process import leave
-from workers.serving.batch import Batch, bytes_per_token
+from workers.serving.batch import Batch, bytes_per_token, device_of
 from workers.serving.engine import Engine, EngineLimits
 from workers.serving.http_server import listen, serve
 from workers.serving.loading import LoadedModel, LoadRequest, load_model
 from workers.serving.routes import create_app
 from workers.serving.served_model import ServedModel
 from workers.serving.server_metrics import ServerMetrics
+from workers.serving.slot_batch import RUNNERS, SlotBatch, runner_of
+from workers.serving.slot_cache import SlotLimits
+from workers.serving.step_attention import KINDS, use_step_attention
 from workers.serving.tokenization import Tokenization
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,12 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_SHARE = 0.25  # of a host's free memory; of a GPU's it is most of what the weights leave
 GPU_CACHE_SHARE = 0.8
+PREFILL_TOKENS = {"cuda": 2048}
+STEPS = ("auto", "rows", *RUNNERS)
+STEPS_HELP = (
+    "rows: in memory that grows; in memory that stays: eager, as graphs (CUDA's), or traced, which repeats "
+    "operators as a graph would, on any device; auto: graphs on a GPU, else rows"
+)
 
 
 class ReadyPipe:
@@ -86,32 +95,52 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-waiting", type=int, default=256, help="requests beyond those; more get 429")
     parser.add_argument("--cache-tokens", type=int, help="in the cache; a share of free memory if absent")
     parser.add_argument(
-        "--max-batch-tokens", type=int, default=512, help="of prompts, read between two tokens"
+        "--cache-share",
+        type=float,
+        help=f"of the free memory for the cache; if absent {CACHE_SHARE}, of a GPU's {GPU_CACHE_SHARE}",
+    )
+    parser.add_argument(
+        "--max-batch-tokens", type=int, help="of prompts, read between two tokens; 512, on a GPU 2048"
+    )
+    parser.add_argument("--steps", choices=STEPS, default="auto", help="how steps run: " + STEPS_HELP)
+    parser.add_argument(
+        "--attention",
+        choices=KINDS,
+        default="grouped",
+        help="of steps in memory that stays; split: our kernel",
     )
     parser.add_argument("--drain-s", type=float, default=30.0, help="for running requests after SIGTERM")
     return parser.parse_args(arguments)
 
 
 def limits_of(options: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> EngineLimits:
-    longest = int(text_settings(loaded.config).get("max_position_embeddings") or 2048)  # type: ignore[call-overload]
-    cells = options.cache_tokens or cache_cells(loaded, device)
-    length = min(options.max_model_len or longest, longest, cells)
+    cells = options.cache_tokens or cache_cells(loaded, device, options.cache_share)
+    asked: int | None = options.max_model_len
+    if asked is not None:
+        check_context(loaded.config, asked)
+        if asked > cells:
+            raise OutOfMemory(
+                f"max_model_len is {asked}, and the memory for the cache holds {cells} tokens",
+                code="cache_too_small",
+                remedy="ask for fewer tokens, raise cache_share, or use a device with more memory",
+            )
+    length = asked or min(longest_context(loaded.config), cells)
     return EngineLimits(
         max_model_len=length,
         max_sequences=options.max_sequences,
         max_waiting=options.max_waiting,
         max_cells=min(cells, options.max_sequences * length),
-        prefill_tokens=options.max_batch_tokens,
+        prefill_tokens=options.max_batch_tokens or PREFILL_TOKENS.get(device.type, 512),
     )
 
 
-def cache_cells(loaded: LoadedModel, device: torch.device) -> int:
-    """Tokens whose keys and values fit into the memory that is free."""
+def cache_cells(loaded: LoadedModel, device: torch.device, share: float | None) -> int:
+    """Tokens whose keys and values fit into this share of the memory that is free."""
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0] * GPU_CACHE_SHARE)
+        free = torch.cuda.mem_get_info(device)[0] * (share or GPU_CACHE_SHARE)
     else:
-        free = int(psutil.virtual_memory().available * CACHE_SHARE)
-    return max(free // bytes_per_token(loaded.model), 1)
+        free = psutil.virtual_memory().available * (share or CACHE_SHARE)
+    return max(int(free) // bytes_per_token(loaded.model), 1)
 
 
 def decoder_of(model: PreTrainedModel, positions: int, metrics: ServerMetrics) -> NativeDecoder | None:
@@ -126,6 +155,25 @@ def decoder_of(model: PreTrainedModel, positions: int, metrics: ServerMetrics) -
     return decoder
 
 
+def batch_of(
+    model: PreTrainedModel, limits: EngineLimits, options: argparse.Namespace, metrics: ServerMetrics
+) -> Batch:
+    """The batch whose steps run as the options say; the log and the metrics say how they do."""
+    steps: str = options.steps
+    if steps == "auto":
+        steps = "graphs" if device_of(model).type == "cuda" else "rows"
+    if steps == "rows":
+        return Batch(model, limits.max_cells, decoder_of(model, limits.max_model_len, metrics))
+    memory = SlotLimits(limits.max_sequences, limits.max_cells, limits.max_model_len)
+    attention = use_step_attention(model, options.attention)
+    batch = SlotBatch(model, memory, runner_of(model, steps))
+    batch.warm_up()
+    note = batch.runner.note
+    log.info("steps run as %s, attention as %s", f"eager: {note}" if note else steps, attention)
+    metrics.decoder("eager" if note else steps, note)
+    return batch
+
+
 def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -135,7 +183,7 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
     tokenization = Tokenization(options.artifact, int(loaded.model.config.get_text_config().vocab_size))
     metrics = ServerMetrics(options.name)
     limits = limits_of(options, loaded, device)
-    batch = Batch(loaded.model, limits.max_cells, decoder_of(loaded.model, limits.max_model_len, metrics))
+    batch = batch_of(loaded.model, limits, options, metrics)
     engine = Engine(batch, tokenization, limits, metrics, tokenization.end_tokens)
     served = ServedModel(options.name, engine, tokenization, metrics)
     gc.freeze()  # collections then skip these objects and pause the engine less

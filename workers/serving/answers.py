@@ -47,9 +47,9 @@ class Reply:
             "total_tokens": prompt + completion,
         }
 
-    def frame(self, choices: list[dict[str, Any]], chunk: str) -> bytes:
+    def frame(self, choices: list[dict[str, Any]], chunk: str, more: dict[str, Any] | None = None) -> bytes:
         """A chunk of a stream."""
-        content = self.envelope(choices, chunk=chunk)
+        content = self.envelope(choices, chunk=chunk) | (more or {})
         if self.request.continuous_usage or (self.request.include_usage and not choices):
             content["usage"] = self.usage()
         elif self.request.include_usage:
@@ -65,8 +65,12 @@ class Reply:
             yield delta
 
 
-def event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def event(content: dict[str, Any], name: str = "") -> bytes:
+    """A frame of an event stream; OpenAI's older routes give events no name."""
+    head = f"event: {name}\n".encode() if name else b""
+    return (
+        head + b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    )
 
 
 def shown(served: ServedModel, delta: TextDelta) -> Iterable[Choice]:
@@ -76,6 +80,23 @@ def shown(served: ServedModel, delta: TextDelta) -> Iterable[Choice]:
     for index, choice in enumerate(delta.choices):
         if not (ended and index == last and choice.token in served.tokenization.end_tokens):
             yield choice
+
+
+def prompt_scores(
+    served: ServedModel, prompt: tuple[int, ...], delta: TextDelta, top: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: by token id, the token itself and the best ones; null for the first."""
+
+    def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = served.tokenization.token_text(token)
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": text}
+
+    scores: list[dict[str, Any] | None] = [None] if prompt else []
+    for score in delta.prompt_scores or ():
+        best = {str(each.token): entry(each.token, each.logprob, rank)
+                for rank, each in enumerate(score.top[:top], 1)}  # fmt: skip
+        scores.append({str(score.token): entry(score.token, score.logprob, score.rank)} | best)
+    return scores
 
 
 def finite(logprob: float) -> float:

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kernels.cpu.whole_decoder import NativeDecoder, TokenPlaces
-from workers.serving.requests import Sequence
+from workers.serving.prompt_scores import scores_of, tokens_of_a_pass
+from workers.serving.requests import PromptScore, Sequence
 from workers.serving.row_cache import PromptCache, RowCache, has_states, prompt_cache
+from workers.serving.sampling import Drawn
 
 PIECES = (9, 2, 5, 1, 3)  # of a trial prompt
 PIECES_DIFFER = 0.05  # relative, in half precision
@@ -25,6 +27,25 @@ class Prefill:
         self.tokens = list(sequences[0].tokens)
         self.done = 0
         self.cache: DynamicCache | PromptCache | None = None  # until its first tokens are read
+        self.scores: list[PromptScore] = []
+        first = sequences[0]
+        # A sequence that comes back to be read again has its scores already.
+        self.top = None if first.generated else first.generation.prompt_logprobs
+
+    @property
+    def scored(self) -> bool:
+        return self.top is not None
+
+    @property
+    def only_scored(self) -> bool:
+        """Whether no second token follows it, so that nothing reads its cache."""
+        return self.scored and not self.done and self.sequences[0].stopping.max_tokens <= 1
+
+    def score(self, logits: Tensor) -> None:
+        """Scores the tokens that follow those just read, by their float32 logits (tokens, vocabulary)."""
+        start = len(self.scores) + 1  # the first token follows nothing
+        tokens = self.tokens[start : start + len(logits)]
+        self.scores += scores_of(logits[: len(tokens)], tokens, self.top or 0)
 
     @property
     def left(self) -> int:
@@ -40,37 +61,89 @@ class Batch:
         self.cache = RowCache(max_cells)
         self._cache_argument = cache_argument(model)
         self._in_pieces = native is not None or reads_in_pieces(model)
+        self._logit_rows = tokens_of_a_pass(model.config.get_text_config().vocab_size)
         self.sequences: list[Sequence] = []
 
     def read(self, prefill: Prefill, limit: int) -> Tensor | None:
         """Up to `limit` tokens of a prompt; after the last one, float32 logits (1, vocabulary)."""
-        limit = limit if self._in_pieces else len(prefill.tokens)
+        if not self._in_pieces:
+            limit = len(prefill.tokens)
+        elif prefill.scored:
+            limit = min(limit, self._logit_rows)
         tokens = prefill.tokens[prefill.done : prefill.done + limit]
         if self.native is not None and self.native.reads_prompts:
-            return self.read_natively(self.native, prefill, tokens)
+            logits = self.read_natively(self.native, prefill, tokens)
+        else:
+            logits = self.read_in_torch(prefill, tokens)
+        if prefill.scored:
+            prefill.score(logits)
+        prefill.done += len(tokens)
+        return None if prefill.left else logits[-1:]
+
+    def read_in_torch(self, prefill: Prefill, tokens: list[int]) -> Tensor:
+        """float32 logits (tokens, vocabulary) where they are scored, else those after the last token."""
         if prefill.cache is None:
             prefill.cache = prompt_cache(self.model)
         positions = torch.arange(prefill.done, prefill.done + len(tokens), device=self.device)[None]
-        logits = self.forward([tokens], positions, prefill.cache, None)
-        prefill.done += len(tokens)
-        return None if prefill.left else logits
+        whole = len(tokens) > self._logit_rows
+        if prefill.scored and whole:
+            self.score_whole(prefill)
+        asked = len(tokens) if prefill.scored and not whole else 1
+        return self.forward([tokens], positions, prefill.cache, None, asked)[0]
 
-    def read_natively(self, native: NativeDecoder, prefill: Prefill, tokens: list[int]) -> Tensor | None:
+    def score_whole(self, prefill: Prefill) -> None:
+        """Scores a prompt that is read whole and whose logits don't fit at once, in a pass for each slice."""
+        tokens = torch.tensor([prefill.tokens], device=self.device)
+        for rows in torch.split(torch.arange(len(prefill.tokens) - 1, device=self.device), self._logit_rows):
+            logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=rows).logits
+            prefill.score(logits[0].float())
+
+    def only_scored(self, prefills: list[Prefill], limit: int) -> list[Prefill]:
+        """Those at the head of `prefills` that one pass of up to `limit` tokens can score together."""
+        chosen: list[Prefill] = []
+        width = 0
+        for prefill in prefills:
+            width = max(width, len(prefill.tokens))
+            fits = width * (len(chosen) + 1) <= min(limit, self._logit_rows)
+            if not (prefill.only_scored and fits):
+                break
+            chosen.append(prefill)
+        return chosen
+
+    def score_together(self, prefills: list[Prefill]) -> list[Tensor]:
+        """Float32 logits (1, vocabulary) after each prompt; nothing is cached.
+
+        They are padded on the right, where no token of theirs looks.
+        """
+        rows = [torch.tensor(prefill.tokens) for prefill in prefills]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        ends = []
+        for row, prefill in enumerate(prefills):
+            own = logits[row, : len(prefill.tokens)].float()
+            prefill.score(own)
+            prefill.done = len(prefill.tokens)
+            ends.append(own[-1:])
+        return ends
+
+    def read_natively(self, native: NativeDecoder, prefill: Prefill, tokens: list[int]) -> Tensor:
+        """The same in the native call; of a piece that is not the last, none where they are not scored."""
         if prefill.cache is None:
             config = self.model.config
             shape = (1, native.kv_heads, len(prefill.tokens), native.head_size)
             prefill.cache = PromptCache(shape, config.num_hidden_layers, self.model.dtype)
         count, columns = len(tokens), range(prefill.done, prefill.done + len(tokens))
-        prefill.done += count
-        asked = [] if prefill.left else [count - 1]
+        last = prefill.left == count
+        asked = range(count) if prefill.scored else [count - 1] if last else []
         places = TokenPlaces(tokens, columns, [0] * count, columns, [0] * count, asked)
-        logits = native(places, *prefill.cache.tensors())
-        return None if prefill.left else logits
+        return native(places, *prefill.cache.tensors())
 
     def join(self, prefill: Prefill) -> None:
-        """The sequences of a prompt that was read get a row each."""
-        assert prefill.cache is not None
+        """The sequences of a prompt that was read, and that go on, get a row each."""
         for sequence in prefill.sequences:
+            if sequence.finished:
+                continue
+            assert prefill.cache is not None
             self.cache.join(prefill.cache, prefill.done)
             self.sequences.append(sequence)
 
@@ -91,9 +164,13 @@ class Batch:
             return logits
         positions = torch.tensor([[length] for length in self.cache.lengths], device=self.device)
         mask = self.cache.mask(self.device)
-        logits = self.forward([[s.tokens[-1]] for s in self.sequences], positions, self.cache, mask)
+        logits = self.forward([[s.tokens[-1]] for s in self.sequences], positions, self.cache, mask)[:, -1]
         self.cache.advance()
         return logits
+
+    def draw_ahead(self, logits: Tensor) -> Drawn | None:
+        """The tokens of all rows, where the next step can start before the host has seen them; else None."""
+        return None
 
     def places(self) -> TokenPlaces:
         """The last token of every row, and its place in the cache."""
@@ -103,18 +180,23 @@ class Batch:
         return TokenPlaces(tokens, lengths, rows, [end] * len(rows), [end - n for n in lengths], rows)
 
     def forward(
-        self, tokens: list[list[int]], positions: Tensor, cache: DynamicCache | RowCache, mask: Tensor | None
+        self,
+        tokens: list[list[int]],
+        positions: Tensor,
+        cache: DynamicCache | RowCache,
+        mask: Tensor | None,
+        asked: int = 1,
     ) -> Tensor:
-        """Logits after the last column of (rows, tokens)."""
+        """Float32 logits (rows, asked, vocabulary) after the last columns of (rows, tokens)."""
         output = self.model(
             input_ids=torch.tensor(tokens, device=self.device),
             position_ids=positions,
             attention_mask=mask,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=asked,
             **{self._cache_argument: cache},
         )
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits[:, -asked:]
         return logits.float()
 
 

@@ -21,7 +21,7 @@ from workers.devices.selection import select_device
 from workers.serving.batch import Batch, Prefill
 from workers.serving.detokenizer import Detokenizer, StopMatch, TokenDecoder
 from workers.serving.requests import Choice, FinishReason, Generation, Sequence, TextDelta
-from workers.serving.sampling import choose
+from workers.serving.sampling import Drawn, Next, choose
 from workers.serving.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Engine:
         self._waiting: deque[list[Sequence]] = deque()  # sequences that share a prompt
         self._known: dict[str, list[Sequence]] = {}
         self._prefills: list[Prefill] = []
+        self._ahead: tuple[list[Sequence], Drawn] | None = None  # of the last step, not yet on the host
         self._outbox: list[News] = []
         self._abandoned: str | None = None
         self.publish: Callable[[list[News]], None] = deliver_here
@@ -145,14 +146,38 @@ class Engine:
         self._read_prompts()
         self._make_room()
         if self.batch.sequences:
-            started = time.monotonic()
-            rows = list(self.batch.sequences)
-            self._continue(rows, self.batch.advance())
-            self._leave_finished()
-            self._publish()
-            log.debug("%d rows in %.1f ms", len(rows), 1000 * (time.monotonic() - started))
+            started, rows = time.monotonic(), len(self.batch.sequences)
+            self._advance()
+            log.debug("%d rows in %.1f ms", rows, 1000 * (time.monotonic() - started))
         self.metrics.running.set(len(self.batch.sequences) + sum(len(p.sequences) for p in self._prefills))
         self.metrics.cache_use.set(min(self.batch.cache.cells / self.limits.max_cells, 1.0))
+
+    def _advance(self) -> None:
+        """One step for all rows. While it runs, the tokens of the step before are read and sent."""
+        if self._ahead is not None and all(map(self._near_limit, self.batch.sequences)):
+            self._settle()
+            self._leave_finished()
+        rows = list(self.batch.sequences)
+        if rows:
+            logits = self.batch.advance()
+            drawn = self.batch.draw_ahead(logits)
+            self._settle()
+            if drawn is None:
+                self._continue(rows, logits)
+            else:
+                self._ahead = rows, drawn
+            self._leave_finished()
+        self._publish()
+
+    def _settle(self) -> None:
+        """Give the sequences of the last step the tokens that the device drew for them."""
+        if self._ahead is not None:
+            (sequences, drawn), self._ahead = self._ahead, None
+            self._extend(sequences, drawn.choices())
+
+    def _near_limit(self, sequence: Sequence) -> bool:
+        """Whether the token that is on its way is the last one that is asked for."""
+        return sequence.finished or sequence.generated + 1 >= sequence.stopping.max_tokens
 
     def _drop_cancelled(self) -> None:
         with self._arrived:
@@ -179,7 +204,7 @@ class Engine:
                     self.batch.cache.window.width,
                     *(len(p.tokens) for p in self._prefills),
                 )
-                room = min(self.limits.max_sequences, self.limits.max_cells // longest) - rows
+                room = min(self.limits.max_sequences, self.batch.cache.room(longest)) - rows
                 if room < len(group) and rows:
                     return
                 self._waiting.popleft()
@@ -195,37 +220,64 @@ class Engine:
     def _read_prompts(self) -> None:
         budget = self.limits.prefill_tokens
         while self._prefills and budget > 0:
+            together = self.batch.only_scored(self._prefills, budget)
+            if together:
+                budget -= sum(len(prefill.tokens) for prefill in together)
+                for prefill, logits in zip(together, self.batch.score_together(together), strict=True):
+                    self._begin(prefill, logits)
+                continue
             prefill = self._prefills[0]
             before = prefill.left
-            logits = self.batch.read(prefill, budget)
+            end = self.batch.read(prefill, budget)
             budget -= before - prefill.left
-            if logits is not None:
-                self._prefills.pop(0)
-                self.batch.join(prefill)
-                self._continue(prefill.sequences, logits.expand(len(prefill.sequences), -1))
-                self._leave_finished()
-                self._publish()
+            if end is not None:
+                self._begin(prefill, end)
+
+    def _begin(self, prefill: Prefill, logits: Tensor) -> None:
+        """The first token of the sequences of a prompt that was read, by its logits (1, vocabulary)."""
+        self._prefills.remove(prefill)
+        for sequence in prefill.sequences:
+            sequence.prompt_scores = tuple(prefill.scores) if prefill.scored else None
+        if prefill.sequences[0].stopping.max_tokens:
+            self._continue(prefill.sequences, logits.expand(len(prefill.sequences), -1))
+        else:
+            for sequence in prefill.sequences:
+                self._finish(sequence, "length")
+        staying = [sequence for sequence in prefill.sequences if not sequence.finished]
+        if self._fits(len(staying), len(prefill.tokens)):
+            self.batch.join(prefill)
+        else:
+            self._send_back(staying)
+        self._publish()
+
+    def _fits(self, rows: int, width: int) -> bool:
+        """Whether a step with so many rows more, of that width, has room; the first ones always have."""
+        window = self.batch.cache.window
+        return not window.rows or window.rows + rows <= self.batch.cache.room(max(width, window.width) + 1)
 
     def _make_room(self) -> None:
         """Send the youngest sequences back to wait when the cache is full; they are read again later."""
-        cache = self.batch.cache
-        while len(self.batch.sequences) > 1 and (
-            cache.window.rows * (cache.window.width + 1) > self.limits.max_cells
-        ):
-            sequence = self.batch.leave(
-                max(
-                    range(len(self.batch.sequences)),
-                    key=lambda row: self.batch.sequences[row].generation.arrived,
-                )
+        while len(self.batch.sequences) > 1 and not self._fits(0, 0):
+            self._settle()
+            youngest = max(
+                range(len(self.batch.sequences)), key=lambda row: self.batch.sequences[row].generation.arrived
             )
-            self.metrics.preemptions.inc()
-            with self._arrived:
-                self._waiting.appendleft([sequence])
+            sequence = self.batch.leave(youngest)
+            if not sequence.finished:
+                self._send_back([sequence])
+
+    def _send_back(self, sequences: list[Sequence]) -> None:
+        self.metrics.preemptions.inc(len(sequences))
+        with self._arrived:
+            self._waiting.extendleft([sequence] for sequence in reversed(sequences))
 
     def _continue(self, sequences: list[Sequence], logits: Tensor) -> None:
-        """Give each sequence its next token."""
-        for sequence, choice in zip(sequences, choose(logits, sequences, self.end_tokens), strict=True):
-            if sequence.cancelled:
+        """Give each sequence its next token, chosen from float32 logits (sequences, vocabulary)."""
+        self._extend(sequences, choose(logits, sequences, self.end_tokens))
+
+    def _extend(self, sequences: list[Sequence], choices: list[Next]) -> None:
+        for sequence, choice in zip(sequences, choices, strict=True):
+            if sequence.cancelled or sequence.finished:
                 continue
             if isinstance(choice, NibbleError):
                 self._end(error_delta(sequence, choice), sequence)
@@ -295,8 +347,9 @@ class Engine:
             self._forget(group)
 
     def _deliver(self, sequence: Sequence, delta: TextDelta) -> None:
-        self._outbox.append((sequence.generation, replace(delta, choices=tuple(sequence.pending))))
-        sequence.pending = []
+        delta = replace(delta, choices=tuple(sequence.pending), prompt_scores=sequence.prompt_scores)
+        self._outbox.append((sequence.generation, delta))
+        sequence.pending, sequence.prompt_scores = [], None
 
     def _publish(self) -> None:
         if self._outbox:

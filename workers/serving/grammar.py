@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from app.core.errors import InvalidRequest
+from workers.serving.constraints import Constraint
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ REMEDIES = {
     "Unimplemented": KNOWN_KEYWORDS,
     "Unknown": KNOWN_KEYWORDS,
 }
-OTHER_REMEDY = "correct the schema there"
+OTHER_REMEDY = "correct it there"
+SUBJECTS = {"schema": "JSON schema", "regex": "pattern", "choice": "choice", "grammar": "grammar"}
 
 
 class Matcher:
@@ -85,16 +88,29 @@ class Grammars:
         self.vocabulary = vocabulary
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocabulary, eos_token=list(end_tokens))
 
-    def json_schema(self, schema: dict[str, Any], param: str) -> Matcher:
-        """Raises InvalidRequest for a schema that can't be kept to, naming the part that can't."""
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """Raises InvalidRequest for a constraint that can't be kept to, saying what of it can't."""
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), JSON_OPTIONS)
-        except ValueError as fault:
-            raise refused(str(fault), param) from fault
+            grammar = compiled(constraint)
+        except Exception as fault:  # the parsers of grammars raise each their own
+            raise refused(str(fault), constraint) from fault
         problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
         if problem and not problem.startswith("WARNING"):
-            raise refused(problem, param)
-        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self.vocabulary, param)
+            raise refused(problem, constraint)
+        return Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self.vocabulary, constraint.param)
+
+
+def compiled(constraint: Constraint) -> str:
+    """In llguidance's own form; a grammar may be Lark's, or GBNF as vLLM and llama.cpp read it."""
+    value: Any = constraint.value
+    if constraint.kind == "schema":
+        return LLMatcher.grammar_from_json_schema(json.dumps(value), JSON_OPTIONS)
+    if constraint.kind == "regex":
+        return LLMatcher.grammar_from_regex(value)
+    if constraint.kind == "choice":
+        alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+        return LLMatcher.grammar_from_lark(f"start: {alternatives}")
+    return LLMatcher.grammar_from_lark(any_to_lark(value))
 
 
 def one_line(why: str) -> str:
@@ -102,9 +118,11 @@ def one_line(why: str) -> str:
     return " ".join(why.partition("<state>")[0].split())[:MAX_REASON]
 
 
-def refused(why: str, param: str) -> InvalidRequest:
+def refused(why: str, constraint: Constraint) -> InvalidRequest:
     remedy = next((remedy for start, remedy in REMEDIES.items() if why.startswith(start)), OTHER_REMEDY)
+    is_schema = constraint.kind == "schema"
     return InvalidRequest(
-        f"the JSON schema can't be kept to: {one_line(why)}",
-        code="invalid_json_schema", remedy=remedy, param=param,
+        f"the {SUBJECTS[constraint.kind]} can't be kept to: {one_line(why)}",
+        code="invalid_json_schema" if is_schema else "invalid_grammar",
+        remedy=remedy, param=constraint.param,
     )  # fmt: skip

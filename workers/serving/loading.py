@@ -21,13 +21,16 @@ from app.core.errors import ModelRefused
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.architectures import Architecture, architecture_of
+from app.core.planning.cached_attention import CACHE_SCALES
 from app.core.planning.family import known_family
 from kernels.weight import PackedWeight
 from workers.devices.selection import select_device
 from workers.discovery.family_discovery import discover
 from workers.formats.packings import packing_of
+from workers.modeling.cache_rounding import CacheRounder, round_cache
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.decoder import empty_model, restore_buffers
+from workers.modeling.fp8_linear import Fp8Linear, why_not_fp8
 from workers.modeling.input_rounding import InputRounder
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
 from workers.modeling.quantized_weight import QuantizedWeight
@@ -97,6 +100,7 @@ class Loader:
             if self.is_packed(stored):
                 model.set_submodule(name, self.packed_linear(stored, linear))
         self.fill(model)
+        self.round_caches(model)
         self.refuse_leftovers(model)
         for kernel, count in self.kernels.items():
             log.info("%d linears: %s", count, kernel)
@@ -117,7 +121,7 @@ class Loader:
             return False
         return f"{stored}.{FORMATS[self.format_name].suffixes[0]}" in self.checkpoint.tensors
 
-    def packed_linear(self, stored: str, linear: nn.Linear) -> QuantizedLinear | RoundingLinear:
+    def packed_linear(self, stored: str, linear: nn.Linear) -> QuantizedLinear | RoundingLinear | Fp8Linear:
         """A linear from its packed tensors, on the device in the layout of its kernel."""
         assert self.format_name is not None
         names = {suffix: f"{stored}.{suffix}" for suffix in FORMATS[self.format_name].suffixes}
@@ -161,11 +165,21 @@ class Loader:
 
     def plain(
         self, weight: QuantizedWeight, rounder: InputRounder | None, bias: torch.Tensor | None
-    ) -> RoundingLinear:
-        """A linear in the model's dtype, for numbers that no kernel of ours multiplies by."""
-        module = RoundingLinear(weight, rounder, dtype=self.dtype, device=self.device, bias=bias)
+    ) -> RoundingLinear | Fp8Linear:
+        """A linear by PyTorch: in FP8 where it multiplies that, else in the model's dtype."""
+        module: RoundingLinear | Fp8Linear
+        why = why_not_fp8(weight, rounder, self.dtype, self.device)
+        if why is None:
+            assert rounder is not None
+            module, numbers = (
+                Fp8Linear(weight, rounder, dtype=self.dtype, device=self.device, bias=bias),
+                "FP8",
+            )
+        else:
+            module = RoundingLinear(weight, rounder, dtype=self.dtype, device=self.device, bias=bias)
+            numbers = f"weights in {self.dtype}, as {why}"
         shape = "x".join(map(str, weight.shape))
-        self.kernels[f"{shape}, {weight.scheme.name}: torch, weights in {self.dtype}"] += 1
+        self.kernels[f"{shape}, {weight.scheme.name}: torch, {numbers}"] += 1
         self.packed_bytes += module.packed_bytes
         return module
 
@@ -199,7 +213,9 @@ class Loader:
                     f"the artifact lacks the tensor {missing}", code="artifact_incomplete", remedy=REMEDY
                 )
             self.used.update(parts)
-            values = torch.cat([self.checkpoint.tensor(each) for each in parts]).to(self.device, empty.dtype)
+            read = [self.checkpoint.tensor(each) for each in parts]
+            # A number by itself, as some activations have, can't be concatenated.
+            values = (read[0] if len(read) == 1 else torch.cat(read)).to(self.device, empty.dtype)
             if values.shape != empty.shape:
                 raise ModelRefused(
                     f"{stored} is {tuple(values.shape)} in the files, {tuple(empty.shape)} by config.json",
@@ -211,6 +227,25 @@ class Loader:
         if head in state and state[head].device.type == "meta":
             model.load_state_dict({head: state[embedding]}, strict=False, assign=True)
         model.requires_grad_(requires_grad=False)
+
+    def round_caches(self, model: PreTrainedModel) -> None:
+        """Let attentions hand rounded keys and values to their caches, where the files have scales for it.
+
+        Raises ModelRefused for scales that are not one for all keys and one for all values of a layer.
+        """
+        numbers = None if self.format_name is None else FORMATS[self.format_name].cache_in(self.quantization)
+        if numbers is None:
+            return
+        for name, module in model.named_modules():
+            names = [self.stored_name(f"{name}.{scale}") for scale in CACHE_SCALES]
+            if all(each in self.checkpoint.tensors for each in names):
+                scales = [self.checkpoint.tensor(each).to(self.device) for each in names]
+                if any(scale.numel() != 1 for scale in scales):
+                    raise refused(
+                        name, f"scales of its cache are of shape {tuple(scales[0].shape)}, not (1,)"
+                    )
+                round_cache(module, CacheRounder.of(numbers, *scales))
+                self.used.update(names)
 
     def refuse_leftovers(self, model: PreTrainedModel) -> None:
         """Tensors that the model does not use are logged: old buffers, other heads, layers for speculation.

@@ -15,6 +15,7 @@ from app.core.sources.json_file import json_fault
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_LOGPROBS = 20  # alternatives to a token
 
 
 def not_boolean(value: Any) -> Any:
@@ -39,29 +40,31 @@ Number = Annotated[float, BeforeValidator(not_boolean)]
 Several = Annotated[list[T], Field(fail_fast=True)]
 Tokens = Annotated[Several[int], BeforeValidator(no_booleans)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+Pattern = Annotated[str, Field(min_length=1, max_length=2**20)]
+Choices = Annotated[Several[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 
 
-class StreamOptions(BaseModel):
+class Received(BaseModel):
+    """What a caller sends, or a level of it: further fields are accepted, and looked at elsewhere."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
+
+class StreamOptions(Received):
     include_usage: Boolean | None = None
     continuous_usage_stats: Boolean | None = None
 
 
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
+class JsonSchema(Received):
     name: str
     description: str | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: Boolean | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
+class ResponseFormat(Received):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -72,17 +75,27 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class Body(BaseModel):
-    """The fields that both kinds of requests share."""
+class StructuredOutputs(Received):
+    """vLLM's; a field of it that is not here is refused."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    json_document: str | dict[str, Any] | None = Field(default=None, alias="json")
+    json_object: Boolean | None = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: Pattern | None = None
+
+
+class Body(Received):
+    """The fields that both kinds of requests share."""
 
     model: str | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Number | None = Field(default=None, gt=0, le=10)
     logit_bias: dict[int, Bias] | None = None
-    max_tokens: Integer | None = Field(default=None, ge=1)
+    max_tokens: Integer | None = Field(default=None, ge=0)  # 0: the prompt is read, and nothing written
     n: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[Several[StopString], Field(max_length=MAX_STOPS)] | None = None
@@ -100,15 +113,22 @@ class Body(BaseModel):
     min_tokens: Integer = Field(default=0, ge=0)
     skip_special_tokens: Boolean = True
     user: str | None = None
-    # Known, and not honoured: each must be absent or without effect.
-    prompt_logprobs: None = None
-    bad_words: Annotated[Several[str], Field(max_length=0)] | None = None
-    structured_outputs: None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
-    use_beam_search: Literal[False] | None = None
+    prompt_logprobs: Integer | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: Boolean | None = None
+    return_tokens_as_token_ids: Boolean | None = None
+    truncate_prompt_tokens: Integer | None = Field(default=None, ge=-1, lt=2**63)
+    truncation_side: Literal["left", "right"] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+    best_of: Integer | None = None
+
+    @property
+    def scored(self) -> int | None:
+        """How many alternatives to each token of the prompt are asked for; None: no scores."""
+        return self.prompt_logprobs
 
     @property
     def include_usage(self) -> bool:
@@ -122,55 +142,58 @@ class Body(BaseModel):
     def check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is only allowed when stream is false")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of must be absent or equal to n")
         return self
 
 
-class ToolFunction(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
+class ToolFunction(Received):
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: Boolean | None = None
 
 
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
+class Tool(Received):
     type: Literal["function"]
     function: ToolFunction
 
 
-class NamedFunction(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
+class NamedFunction(Received):
     name: str
 
 
-class NamedTool(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    type: Literal["function"] = "function"
+class NamedTool(Received):
+    type: Literal["function"]
     function: NamedFunction
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
+class AllowedTools(Received):
+    mode: Literal["auto", "required"]
+    tools: Several[NamedTool] = Field(min_length=1)
 
+
+class AllowedChoice(Received):
+    """A choice among some of the tools; in older clients its fields stand beside `type`."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+class TextPart(Received):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
+class CalledFunction(Received):
     name: str
     arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(BaseModel):
+class ToolCall(Received):
     """A call that the model made earlier; OpenAI writes its arguments as JSON in a string."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     function: CalledFunction
 
@@ -184,10 +207,8 @@ class ToolCall(BaseModel):
         return self
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Received):
     """A turn; the chat template decides on roles and further keys."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     role: str = Field(min_length=1, max_length=64)
     content: str | Several[TextPart] | None = None
@@ -197,16 +218,39 @@ class ChatMessage(BaseModel):
 class ChatRequest(Body):
     messages: Several[ChatMessage] = Field(min_length=1)
     logprobs: Boolean | None = None
-    top_logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Integer | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     max_completion_tokens: Integer | None = Field(default=None, ge=1)
     tools: Several[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: Boolean | None = None
     reasoning_effort: str | None = None
+    include_reasoning: Boolean = True
+    documents: Several[dict[str, Any]] | None = None
     add_generation_prompt: Boolean = True
+    add_special_tokens: Boolean = False  # a template writes its own
     continue_final_message: Boolean = False
     chat_template_kwargs: dict[str, Any] | None = None
-    chat_template: None = None  # a template is code: only the model's own runs
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that may be called."""
+        tools: list[Tool] = self.tools or []
+        if self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, AllowedChoice):
+            allowed = {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+            return [tool for tool in tools if tool.function.name in allowed]
+        return tools
+
+    @property
+    def choice_of_calls(self) -> str:
+        """`none`, `auto`, `required`, or `named`."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return "named"
+        if not self.offered:
+            return "none"
+        return choice.allowed_tools.mode if isinstance(choice, AllowedChoice) else choice or "auto"
 
     @model_validator(mode="after")
     def check_combinations(self) -> Self:
@@ -219,8 +263,14 @@ class ChatRequest(Body):
                 "continue_final_message needs add_generation_prompt to be false and a last assistant message"
             )
         names = {tool.function.name for tool in self.tools or ()}
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which tools lacks")
+        chosen: list[NamedTool] = []
+        if isinstance(self.tool_choice, NamedTool):
+            chosen = [self.tool_choice]
+        elif isinstance(self.tool_choice, AllowedChoice):
+            chosen = self.tool_choice.allowed_tools.tools
+        for tool in chosen:
+            if tool.function.name not in names:
+                raise ValueError(f"tool_choice names {tool.function.name!r}, which tools lacks")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is required, and there are no tools")
         return self
@@ -228,11 +278,10 @@ class ChatRequest(Body):
 
 class CompletionRequest(Body):
     prompt: str | Tokens | Several[str] | Several[Tokens]
-    logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    logprobs: Integer | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: Boolean = False
     add_special_tokens: Boolean = True
     suffix: Literal[""] | None = None
-    best_of: Integer | None = None
 
     @field_validator("logprobs", mode="before")
     @classmethod
@@ -240,13 +289,12 @@ class CompletionRequest(Body):
         """Takes false as in a chat: no logprobs."""
         return None if value is False else value
 
-    @model_validator(mode="after")
-    def check_combinations(self) -> Self:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of must be absent or equal to n")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: logprobs of prompts are not computed")
-        return self
+    @property
+    def scored(self) -> int | None:
+        """How many alternatives to each token of the prompt are asked for; None: no scores."""
+        asked = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None)
+                 if count is not None]  # fmt: skip
+        return max(asked, default=None)
 
     @property
     def prompts(self) -> list[str | Tokens]:

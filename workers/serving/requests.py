@@ -47,6 +47,11 @@ class Sampling:
     def penalized(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn by the model's own scores."""
+        return not (self.penalized or self.logit_bias or self.allowed_token_ids)
+
 
 @dataclass(frozen=True)
 class StopRules:
@@ -76,6 +81,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class PromptScore(Choice):
+    """One token of a prompt, given those before it; rank 1 is the most probable one."""
+
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class TextDelta:
     """An update of one sequence: text to append, its tokens, and the reason if it ended."""
 
@@ -85,6 +97,7 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: NibbleError | None = None  # of a delta that ends with `error`
+    prompt_scores: tuple[PromptScore, ...] | None = None  # with the first delta, where they were asked for
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,7 @@ class Generation:
     n: int = 1
     matcher: Matcher | None = None
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None  # alternatives to each token of the prompt; None: not scored
     arrived: float = field(default_factory=time.monotonic)
 
 
@@ -117,6 +131,7 @@ class Sequence:
             None  # times each token was generated, and whether it was in the prompt
         )
         self.pending: list[Choice] = []  # drawn, but their text is withheld
+        self.prompt_scores: tuple[PromptScore, ...] | None = None  # not yet delivered
         self.cancelled = False
         self.finished = False
         self.last_token_at: float | None = None
@@ -124,6 +139,13 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.generation.prompt)
+
+    @property
+    def drawn_alone(self) -> bool:
+        """Whether its next token can be drawn before the host has seen the last one."""
+        sampling = self.sampling
+        follows_rules = self.matcher is not None or self.generated < self.stopping.min_tokens
+        return sampling.plain and sampling.top_logprobs is None and not follows_rules
 
     def add(self, choice: Choice) -> None:
         """One more token."""

@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -21,10 +22,21 @@ from starlette.routing import Route
 from app.core.changes.departure import CallerGone, disconnected, unless_gone
 from app.core.error_answers import InferenceAnswer, inference_answer, inference_refusal
 from app.core.errors import BodyTooLarge, InvalidRequest, MalformedRequest, NibbleError, field_fault
-from workers.serving import chat_answers, completions
+from workers.serving import chat_answers, completions, messages, responses
 from workers.serving.answers import DONE, Reply, event
-from workers.serving.protocol import Body, ChatRequest, CompletionRequest
-from workers.serving.served_model import Prompts, ServedModel, unknown_fields
+from workers.serving.conversations import chat_prompts
+from workers.serving.messages_body import CountRequest, MessagesRequest
+from workers.serving.protocol import Body, ChatRequest, CompletionRequest, Received
+from workers.serving.responses_body import ResponsesRequest
+from workers.serving.served_model import Prompts, ServedModel
+from workers.serving.token_routes import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    chat_tokens,
+    detokenized,
+    tokenized,
+)
+from workers.serving.unsupported import refuse_unsupported, unknown_fields
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +48,7 @@ EVENT_STREAM = "text/event-stream; charset=utf-8"
 # Keeps proxies from buffering the stream.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=Received)
 T = TypeVar("T")
 
 
@@ -47,10 +59,17 @@ def create_app(served: ServedModel) -> Starlette:
         routes=[
             Route("/v1/chat/completions", inference.chat_completions, methods=["POST"]),
             Route("/v1/completions", inference.text_completions, methods=["POST"]),
+            Route("/v1/responses", inference.responses, methods=["POST"]),
+            Route("/v1/messages", inference.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", inference.count_tokens, methods=["POST"]),
+            Route("/v1/embeddings", inference.embeddings, methods=["POST"]),
+            Route("/tokenize", inference.tokenize, methods=["POST"]),
+            Route("/detokenize", inference.detokenize, methods=["POST"]),
             Route("/v1/models", inference.models),
             Route("/v1/models/", inference.models),
             Route("/v1/models/{name:path}", inference.model),
             Route("/health", operations.health),
+            Route("/ping", operations.health, methods=["GET", "POST"]),
             Route("/version", operations.version),
             Route("/metrics", operations.metrics),
         ],
@@ -64,7 +83,7 @@ def create_app(served: ServedModel) -> Starlette:
 
 
 class InferenceRoutes:
-    """OpenAI's."""
+    """OpenAI's, Anthropic's, and vLLM's for tokens."""
 
     def __init__(self, served: ServedModel) -> None:
         self.served = served
@@ -72,9 +91,7 @@ class InferenceRoutes:
 
     async def chat_completions(self, http: Request) -> Response:
         request = await parse(http, ChatRequest)
-        self.served.check_name(request.model)
-        prompts = await asyncio.to_thread(self.served.chat_prompts, request)
-        reply = begin(self.served, request, prompts, "chatcmpl", "chat.completion")
+        reply = await self.converse(request)
         if request.stream:
             return await streamed(http, reply, chat_answers.stream(reply, request))
         return json_response(await awaited(http, reply, chat_answers.respond(reply, request)))
@@ -87,6 +104,48 @@ class InferenceRoutes:
         if request.stream:
             return await streamed(http, reply, completions.stream(reply, request))
         return json_response(await awaited(http, reply, completions.respond(reply, request)))
+
+    async def converse(self, request: ChatRequest) -> Reply:
+        """The answer to a conversation, under way."""
+        self.served.check_name(request.model)
+        prompts = await asyncio.to_thread(chat_prompts, self.served, request)
+        return begin(self.served, request, prompts, "chatcmpl", "chat.completion")
+
+    async def responses(self, http: Request) -> Response:
+        asked = await parse(http, ResponsesRequest)
+        chat = translated(asked)
+        reply = await self.converse(chat)
+        if chat.stream:
+            return await streamed(http, reply, responses.stream(reply, asked, chat))
+        return json_response(await awaited(http, reply, responses.respond(reply, asked, chat)))
+
+    async def messages(self, http: Request) -> Response:
+        chat = translated(await parse(http, MessagesRequest))
+        reply = await self.converse(chat)
+        if chat.stream:
+            return await streamed(http, reply, messages.stream(reply, chat))
+        return json_response(await awaited(http, reply, messages.respond(reply, chat)))
+
+    async def count_tokens(self, http: Request) -> Response:
+        chat = translated(await parse(http, CountRequest))
+        self.served.check_name(chat.model)
+        tokens = await asyncio.to_thread(chat_tokens, self.served, chat)
+        return json_response({"input_tokens": len(tokens)})
+
+    async def tokenize(self, http: Request) -> Response:
+        request = await parse(http, TokenizeRequest)
+        with refused_fields():
+            return json_response(await asyncio.to_thread(tokenized, self.served, request))
+
+    async def detokenize(self, http: Request) -> Response:
+        request = await parse(http, DetokenizeRequest)
+        return json_response(await asyncio.to_thread(detokenized, self.served, request))
+
+    async def embeddings(self, _http: Request) -> Response:
+        raise InvalidRequest(
+            f"{self.served.name} generates text and gives no embeddings", code="embeddings_not_supported",
+            param="model", remedy="deploy a model of embeddings with engine: vllm",
+        )  # fmt: skip
 
     async def models(self, _http: Request) -> Response:
         return json_response({"object": "list", "data": [model_entry(self.served, self.created)]})
@@ -130,14 +189,36 @@ async def parse(http: Request, kind: type[B]) -> B:
             raise BodyTooLarge(
                 f"the body is larger than {MAX_BODY_BYTES} bytes", remedy="send a shorter prompt"
             )
-    try:
+    with refused_fields():
         body = kind.model_validate_json(content)
-    except ValidationError as fault:
-        raise refused_body(fault) from fault
+    if isinstance(body, Body):
+        check_fields(body)
+    return body
+
+
+def translated(asked: ResponsesRequest | CountRequest) -> ChatRequest:
+    """Another contract's body as a chat. Raises InvalidRequest."""
+    with refused_fields():
+        chat = asked.to_chat()
+    check_fields(chat)
+    return chat
+
+
+def check_fields(body: Body) -> None:
+    """Raises InvalidRequest for a field whose effect would be missed; logs those that nobody knows."""
+    refuse_unsupported(body)
     unknown = unknown_fields(body)
     if unknown:
         log.info("fields without effect: %s", ", ".join(repr(name[:64]) for name in unknown[:20]))
-    return body
+
+
+@contextmanager
+def refused_fields() -> Iterator[None]:
+    """Turns pydantic's error into one for the caller."""
+    try:
+        yield
+    except ValidationError as fault:
+        raise refused_body(fault) from fault
 
 
 def refused_body(fault: ValidationError) -> NibbleError:
@@ -206,22 +287,23 @@ def error_response(answer: InferenceAnswer, more: Mapping[str, str] | None = Non
     return json_response(answer.body, answer.status, {**answer.headers, **(more or {})})
 
 
-async def on_nibble_error(_http: Request, error: Exception) -> Response:
+async def on_nibble_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, NibbleError)
-    return error_response(inference_answer(error))
+    return error_response(inference_answer(error, path=http.url.path))
 
 
 async def on_http_error(http: Request, error: Exception) -> Response:
     """Answers the framework's own errors: an unknown route or method."""
     assert isinstance(error, HTTPException)
     refusal = inference_refusal(error.status_code, http.method, http.url.path)
-    return error_response(inference_answer(refusal, status=error.status_code), error.headers)
+    answer = inference_answer(refusal, status=error.status_code, path=http.url.path)
+    return error_response(answer, error.headers)
 
 
 async def on_gone(_http: Request, _error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def on_fault(_http: Request, error: Exception) -> Response:
+async def on_fault(http: Request, error: Exception) -> Response:
     """Answers any other exception; the framework logs it with its trace."""
-    return await on_nibble_error(_http, NibbleError(f"the server failed: {type(error).__name__}"))
+    return await on_nibble_error(http, NibbleError(f"the server failed: {type(error).__name__}"))

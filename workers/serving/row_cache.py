@@ -110,15 +110,19 @@ class StateRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
 
     def join(self, _row: int, source: LinearAttentionCacheLayerMixin) -> None:
         """Append the states of a cache of one sequence."""
-        self.dtype, self.device = source.dtype, source.device
-        for field in ("conv_kernel_size", "is_conv_states_initialized", "is_recurrent_states_initialized",
-                      "has_previous_state"):  # fmt: skip
-            getattr(self, field).update(getattr(source, field))
+        self.take_flags(source)
         for mine, theirs in zip(states_of(self), states_of(source), strict=True):
             for number in [number for number, value in theirs.items() if value is not None]:
                 rows, row = mine[number], theirs[number]
                 assert row is not None
                 mine[number] = row[:1].clone() if rows is None else torch.cat([rows, row[:1]])
+
+    def take_flags(self, source: LinearAttentionCacheLayerMixin) -> None:
+        """All that a layer notes about its states."""
+        self.dtype, self.device = source.dtype, source.device
+        for field in ("conv_kernel_size", "is_conv_states_initialized", "is_recurrent_states_initialized",
+                      "has_previous_state"):  # fmt: skip
+            getattr(self, field).update(getattr(source, field))
 
     def leave(self, row: int, last: int) -> None:
         """Drop a row; the last one takes its place."""
@@ -233,7 +237,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
     def join(self, prefilled: Cache | PromptCache, length: int) -> None:
         """Append a row with the `length` tokens of a cache of one sequence."""
         for source in prefilled.layers[len(self.layers) :]:
-            self.layers.append(row_layer(self.window, source))
+            self.layers.append(self.new_layer(source))
         self.reserve(self.window.rows + 1, max(length, self.window.width))
         row = self.window.rows
         self.window.rows += 1
@@ -241,6 +245,14 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is not checked
         self.lengths.append(length)
         for layer, source in zip(self.layers, prefilled.layers, strict=True):
             layer.join(row, source)
+
+    def new_layer(self, source: CacheLayerMixin | PromptLayer) -> RowLayer | StateRows | NoRows:
+        """Rows for what a layer of a cache of one sequence holds."""
+        return row_layer(self.window, source)
+
+    def room(self, width: int) -> int:
+        """Rows of `width` columns that fit."""
+        return self.max_cells // width
 
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""

@@ -17,6 +17,38 @@ NOT_FINITE = "the model's output is not finite (NaN or infinity); serve it in bf
 Next = Choice | NibbleError | None
 
 
+class Drawn:
+    """Tokens that the device has drawn, on their way to the host."""
+
+    def __init__(self, tokens: Tensor, broken: Tensor) -> None:
+        """int64 and bool (sequences)."""
+        numbers = torch.where(broken, -1, tokens)
+        self._numbers, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def choices(self) -> list[Next]:
+        """As of `choose`; waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [not_finite() if token < 0 else Choice(token) for token in self._numbers.tolist()]
+
+
+def draw_ahead(logits: Tensor, sequences: Several[Sequence]) -> tuple[Tensor, Drawn] | None:
+    """The tokens (sequences), there and on their way; None if a sequence's rules need the host first."""
+    if not all(sequence.drawn_alone for sequence in sequences):
+        return None
+    tokens = draw(logits, sequences)
+    return tokens, Drawn(tokens, ~torch.isfinite(logits.amax(-1)))
+
+
+def not_finite() -> JobFault:
+    return JobFault(NOT_FINITE, code="generation_failed")
+
+
 def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[int]) -> list[Next]:
     """The next token of each row of float32 logits (sequences, vocabulary), or its error.
 
@@ -34,7 +66,7 @@ def choose(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset[i
         for row in rows_where(scores.amax(-1) == -math.inf):
             chosen[row] = without_choice(sequences[row])
     for row in rows_where(broken):
-        chosen[row] = JobFault(NOT_FINITE, code="generation_failed")
+        chosen[row] = not_finite()
     return chosen
 
 
@@ -69,8 +101,7 @@ def adjusted(logits: Tensor, sequences: Several[Sequence], end_tokens: frozenset
     for row, sequence in enumerate(sequences):
         sampling, stopping = sequence.sampling, sequence.stopping
         bans = sequence.generated < stopping.min_tokens
-        plain = not (sampling.penalized or sampling.logit_bias or sampling.allowed_token_ids)
-        if plain and not bans and sequence.matcher is None:
+        if sampling.plain and not bans and sequence.matcher is None:
             continue
         if scores is logits:
             scores = logits.clone()
@@ -121,13 +152,14 @@ def draw(scores: Tensor, sequences: Several[Sequence]) -> Tensor:
     for truncated, rows in kinds.items():
         chosen = [sequences[row] for row in rows]
         heat = [sequence.sampling.temperature for sequence in chosen]
-        probabilities = torch.softmax(scores[rows].double() / column(heat, scores), -1)
+        places = uploaded(rows, torch.int64, scores.device)
+        probabilities = torch.softmax(scores[places].double() / column(heat, scores), -1)
         if truncated:
             probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
             probabilities = truncate(probabilities, [sequence.sampling for sequence in chosen])
-            tokens[rows] = order.gather(-1, pick(probabilities, chosen)).squeeze(-1)
+            tokens[places] = order.gather(-1, pick(probabilities, chosen)).squeeze(-1)
         else:
-            tokens[rows] = pick(probabilities, chosen).squeeze(-1)
+            tokens[places] = pick(probabilities, chosen).squeeze(-1)
     return tokens
 
 
@@ -151,7 +183,13 @@ def pick(probabilities: Tensor, sequences: list[Sequence]) -> Tensor:
 
 
 def column(values: list[float] | list[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return uploaded(values, torch.float64, like.device)[:, None]
+
+
+def uploaded(values: list[float] | list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host, behind what the device does already: nobody waits for it."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
 
 
 def with_logprobs(

@@ -1,26 +1,26 @@
-"""The model as the routes use it: requests become generations, with the model's own defaults."""
+"""The model as the routes use it: prompts become generations, with the model's own defaults."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from app.core.errors import InvalidRequest, ModelRefused, NotFound
+from app.core.errors import InvalidRequest, NotFound
+from workers.serving.answer_readers import AnswerReader, PlainReader
+from workers.serving.constraints import Constraint, text_constraint
 from workers.serving.engine import Engine, News
 from workers.serving.generation_settings import sampling_defaults
 from workers.serving.grammar import Grammars, Matcher
-from workers.serving.protocol import Body, ChatRequest, CompletionRequest, NamedTool
+from workers.serving.protocol import Body, CompletionRequest
 from workers.serving.requests import Generation, Sampling, StopRules, TextDelta
 from workers.serving.server_metrics import ServerMetrics
 from workers.serving.tokenization import Tokenization
-from workers.texts.chat_template import ChatTemplate, RefusedByTemplate
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
-ANY_OBJECT = {"type": "object"}
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,19 @@ class Prompts:
     max_tokens: int | None
     top_logprobs: int | None
     matcher: Matcher | None = None
+    reader: Callable[[], AnswerReader] = PlainReader  # of each choice's text
+    reads_marks: bool = False  # special tokens are marks in it
 
 
 class Answer:
     """The deltas of all choices of a request, in the order of the engine. Lives in the event loop."""
 
-    def __init__(self, engine: Engine, prompts: list[tuple[int, ...]], choices: int) -> None:
-        self.engine, self.prompts, self.choices = engine, prompts, choices
+    def __init__(self, engine: Engine, prompts: Prompts, n: int) -> None:
+        self.engine, self.prompts, self.choices = engine, prompts.ids, n * len(prompts.ids)
+        self.reader = prompts.reader
         self.id = uuid.uuid4().hex
         self.ids: list[str] = []
-        self.open = choices
+        self.open = self.choices
         self._deltas: asyncio.Queue[TextDelta] = asyncio.Queue()
 
     def put(self, delta: TextDelta) -> None:
@@ -87,45 +90,6 @@ class ServedModel:
             raise NotFound(f"the model {name!r} does not exist here", code="model_not_found",
                            remedy=f"this server has {self.name!r}", param="model")  # fmt: skip
 
-    def chat_prompts(self, request: ChatRequest) -> Prompts:
-        """Renders and encodes; takes time, so it runs in a thread."""
-        text = self.render(request)
-        limit = request.max_completion_tokens or request.max_tokens
-        top = (request.top_logprobs or 0) if request.logprobs else None
-        matcher = self.matcher(*chat_schema(request))
-        ids = tuple(self.tokenization.encode(text, special_tokens=self.template().is_default))
-        return Prompts([self.checked(ids, limit, "messages")], limit, top, matcher)
-
-    def render(self, request: ChatRequest) -> str:
-        """Raises InvalidRequest for messages that the model's template refuses or that break it."""
-        tools = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
-        variables = {
-            key: value for key, value in (request.chat_template_kwargs or {}).items() if key not in RESERVED
-        }
-        try:
-            return self.template().render(
-                [message.model_dump(exclude_unset=True) for message in request.messages],
-                {**variables, "add_generation_prompt": request.add_generation_prompt},
-                tools=tools if tools and request.tool_choice != "none" else None,
-                continue_final_message=request.continue_final_message,
-            )
-        except RefusedByTemplate as refusal:
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {refusal}",
-                code="chat_template_refused", remedy="use roles and orders that the model knows",
-                param="messages",
-            ) from refusal  # fmt: skip
-
-    def template(self) -> ChatTemplate:
-        """Raises InvalidRequest if the model's chat template is invalid."""
-        template = self.tokenization.template
-        if isinstance(template, ModelRefused):
-            raise InvalidRequest(
-                template.message, code=template.code, param="messages",
-                remedy="send text to /v1/completions, which needs no template, or correct the model's",
-            )  # fmt: skip
-        return template
-
     def completion_prompts(self, request: CompletionRequest) -> Prompts:
         """Encodes; as above."""
         most = self.engine.limits.max_waiting
@@ -135,15 +99,24 @@ class ServedModel:
                 param="prompt", remedy="send them in several requests",
             )  # fmt: skip
         prompts: list[tuple[int, ...]] = []
-        limit = request.max_tokens or COMPLETION_TOKENS
+        limit = COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 prompt = self.tokenization.encode(prompt, special_tokens=request.add_special_tokens)
-            prompts.append(self.checked(tuple(prompt), limit if request.max_tokens else None, "prompt"))
+            ids = self.truncated(tuple(prompt), request, request.max_tokens)
+            prompts.append(self.checked(ids, request.max_tokens, "prompt"))
         if not prompts:
             raise InvalidRequest("prompt holds no prompt", param="prompt", remedy="give text or tokens")
-        matcher = self.matcher(format_schema(request), "response_format")
-        return Prompts(prompts, limit, request.logprobs, matcher)
+        return Prompts(prompts, limit, request.logprobs, self.matcher(text_constraint(request)))
+
+    def truncated(self, ids: tuple[int, ...], request: Body, max_tokens: int | None) -> tuple[int, ...]:
+        """The end of a prompt, or its start, as `truncate_prompt_tokens` asks; -1: what there is room for."""
+        most = request.truncate_prompt_tokens
+        if most is None:
+            return ids
+        room = self.max_model_len - (1 if max_tokens is None else max_tokens)
+        most = room if most == -1 else most
+        return ids[:most] if request.truncation_side == "right" else ids[max(len(ids) - most, 0) :]
 
     def checked(self, ids: tuple[int, ...], max_tokens: int | None, param: str) -> tuple[int, ...]:
         """Raises InvalidRequest for a prompt that does not fit."""
@@ -154,7 +127,7 @@ class ServedModel:
                 f"the prompt holds a token outside of 0..{self.tokenization.vocabulary - 1}",
                 param="prompt", remedy="use this model's tokenizer",
             )  # fmt: skip
-        if len(ids) + (max_tokens or 1) > self.max_model_len:
+        if len(ids) + (1 if max_tokens is None else max_tokens) > self.max_model_len:
             asked = f" and {max_tokens} were asked for" if max_tokens else ""
             raise InvalidRequest(
                 f"this model's maximum context length is {self.max_model_len} tokens; "
@@ -168,13 +141,14 @@ class ServedModel:
         """Hand all choices to the engine. Raises QueueFull or Unavailable, and then nothing runs."""
         n = request.n or 1
         sampling = self.sampling(request, prompts)
-        answer = Answer(self.engine, prompts.ids, n * len(prompts.ids))
+        answer = Answer(self.engine, prompts, n)
         generations = [
             Generation(
                 id=f"{answer.id}-{index}", prompt=ids, sampling=sampling, n=n, matcher=prompts.matcher,
                 stopping=self.stopping(request, prompts, len(ids)),
                 deliver=lambda delta, first=index * n: answer.put(shifted(delta, first)),  # type: ignore[misc]
-                skip_special_tokens=request.skip_special_tokens,
+                skip_special_tokens=request.skip_special_tokens and not prompts.reads_marks,
+                prompt_logprobs=request.scored,
             )
             for index, ids in enumerate(prompts.ids)
         ]  # fmt: skip
@@ -217,7 +191,7 @@ class ServedModel:
         room = self.max_model_len - length
         stop = self.defaults.get("stop", ()) if request.stop is None else request.stop
         return StopRules(
-            max_tokens=min(prompts.max_tokens or room, room),
+            max_tokens=room if prompts.max_tokens is None else min(prompts.max_tokens, room),
             min_tokens=request.min_tokens,
             strings=(stop,) if isinstance(stop, str) else tuple(stop),
             token_ids=self.tokenization.in_vocabulary(request.stop_token_ids or ()),
@@ -225,9 +199,9 @@ class ServedModel:
             include_string=request.include_stop_str_in_output,
         )
 
-    def matcher(self, schema: dict[str, Any] | None, param: str) -> Matcher | None:
-        """The first one takes time: the tokenizer is read for it. Raises InvalidRequest, naming `param`."""
-        if schema is None:
+    def matcher(self, constraint: Constraint | None) -> Matcher | None:
+        """The first one takes time: the tokenizer is read for it. Raises InvalidRequest, naming the field."""
+        if constraint is None:
             return None
         with self._grammars_lock:
             if self._grammars is None:
@@ -235,53 +209,16 @@ class ServedModel:
                 self._grammars = Grammars(
                     tokenization.to_json(), tokenization.vocabulary, sorted(tokenization.end_tokens)
                 )
-        return self._grammars.json_schema(schema, param)
-
-
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+        return self._grammars.matcher(constraint)
 
 
 def shifted(delta: TextDelta, by: int) -> TextDelta:
     """A prompt's choice numbered among those of all prompts."""
     if by == 0:
         return delta
-    return TextDelta(
-        delta.index + by, delta.text, delta.choices, delta.finish_reason, delta.stop_reason, delta.error
-    )
+    return replace(delta, index=delta.index + by)
 
 
 def dispatch(news: list[News]) -> None:
     for generation, delta in news:
         generation.deliver(delta)
-
-
-def format_schema(request: Body) -> dict[str, Any] | None:
-    """The JSON schema that the text must keep to."""
-    response_format = request.response_format
-    if response_format is None or response_format.type == "text":
-        return None
-    return response_format.json_schema.json_schema if response_format.json_schema else ANY_OBJECT
-
-
-def chat_schema(request: ChatRequest) -> tuple[dict[str, Any] | None, str]:
-    """The schema of the text, or of the call that tool_choice demands; and which field says so."""
-    parameters = {tool.function.name: tool.function.parameters or ANY_OBJECT for tool in request.tools or ()}
-    if isinstance(request.tool_choice, NamedTool):
-        return parameters[request.tool_choice.function.name], "tools"
-    if request.tool_choice == "required":
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": schema},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for name, schema in parameters.items()
-        ]
-        return {"anyOf": calls}, "tools"
-    return format_schema(request), "response_format"
-
-
-def unknown_fields(body: Body) -> list[str]:
-    """Names that were accepted without effect."""
-    return sorted(body.model_extra or {})

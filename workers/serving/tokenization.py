@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from app.core.errors import ModelRefused
+from workers.serving.answer_forms import AnswerForms
 from workers.serving.generation_settings import end_tokens, read_settings
 from workers.texts.chat_template import ChatTemplate, chat_template
 from workers.texts.windows import load_tokenizer
@@ -38,6 +39,10 @@ class Tokenization:
         self.settings = read_settings(folder)
         self.end_tokens = self.in_vocabulary(end_tokens(self.settings, tokenizer))
         self.template = template_or_refusal(tokenizer)
+        source = self.template.source if isinstance(self.template, ChatTemplate) else ""
+        self.forms = AnswerForms.of_template(source)
+        added = self._fast.get_added_tokens_decoder().values()
+        self.special_tokens = tuple(token.content for token in added if token.special)
         decoder = json.loads(self._fast.to_str()).get("decoder") or {}
         self._byte_level = "ByteLevel" in json.dumps(decoder)
 

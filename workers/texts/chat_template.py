@@ -129,6 +129,7 @@ class ChatTemplate:
         self._names = sorted(named)
         # Others can't be asked for, so that they need not be right.
         self._templates = {n: self._compiled(s) for n, s in named.items() if n in (DEFAULT, TOOL_USE)}
+        self.source = "\n".join(str(named[name]) for name in self._templates)  # as the model has them
         self._in_parts = {name for name, template in self._templates.items() if self._wants_parts(template)}
 
     def _compiled(self, source: object) -> Template:
