@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from redis.exceptions import RedisError
+from starlette.middleware.cors import CORSMiddleware
 
 from app.api import (
     artifacts,
     audit,
     dashboard,
+    datasets,
     deployments,
     downloads,
     errors,
@@ -20,14 +23,16 @@ from app.api import (
     jobs,
     keys,
     operations,
+    recommendations,
     sessions,
     storage,
     tenants,
+    versions,
     webhooks,
     workers,
 )
 from app.api.audit import AuditTrail
-from app.api.description import describe
+from app.api.description import INTRODUCTION, describe
 from app.api.methods import HeadAsGet
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
@@ -37,23 +42,27 @@ from app.api.services import Services
 from app.core.access.api_keys import ApiKey, bootstrap_key
 from app.core.errors import NibbleError
 from app.core.outgoing.address_guard import OutgoingGuard
-from app.core.outgoing.webhook_sender import WebhookSender, WebhookThread
+from app.core.outgoing.due_thread import DueThread
+from app.core.outgoing.webhook_sender import PARALLEL, WebhookSender
+from app.core.pushes.pusher import Pusher
 from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings, make_folder
-from app.core.storage.reuse import package_version
-from app.core.telemetry.tracing import Tracer
+from app.core.telemetry.tracing import Destination, Tracer
+from app.core.upkeep.duty import Duty
 from app.core.upkeep.janitor import Janitor, Repeated
+from app.core.version import package_version
 
 # Matched in this order: inference, the route most sensitive to latency, comes first.
 ROUTES = (
-    *(inference, jobs, events, webhooks, estimates, artifacts, downloads, workers, deployments),
-    *(keys, tenants, audit, sessions, storage, operations),
+    *(inference, jobs, events, webhooks, estimates, recommendations, artifacts, versions, downloads),
+    datasets,
+    *(workers, deployments, keys, tenants, audit, sessions, storage, operations),
 )
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; its connections open when its lifespan begins."""
-    metrics, tracer = Metrics(), Tracer(settings.otlp_endpoint, "nibble-api")
+    metrics, tracer = Metrics(), Tracer(Destination.of(settings, "nibble-api", package_version()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,8 +80,9 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="Nibble",
-        summary="Quantizes language models.",
+        **INTRODUCTION,
         version=package_version(),
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
         lifespan=lifespan,
         docs_url=None,  # the interactive pages load scripts from other hosts
         redoc_url=None,
@@ -85,8 +95,16 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(AuditTrail)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(PolledAnswers, routes=[route for module in ROUTES for route in module.router.routes])
-    app.add_middleware(OriginGuard, hosts=settings.accepted_hosts)
+    app.add_middleware(OriginGuard, hosts=settings.accepted_hosts, origins=settings.cors_origins)
     app.add_middleware(HeadAsGet)
+    if settings.cors_origins:  # without cookies: sessions are for the service's own pages
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(RequestRecord, metrics=metrics, tracer=tracer)
     return app
 
@@ -126,14 +144,29 @@ def start_threads(services: Services, first_key: ApiKey, stack: ExitStack) -> No
         OutgoingGuard(settings.outgoing_networks),
         on_outcome=services.metrics.webhook_outcome,
     )
-    threads = (
-        Repeated("janitor", janitor.sweep, settings.janitor_interval_s),
-        Repeated("turns", services.turns.sweep, settings.janitor_interval_s),
+    pusher = Pusher(services.pushes, services.hub_tokens, services.jobs, services.objects, settings)
+    works: dict[str, tuple[Callable[[], object], float]] = {
+        "janitor": (janitor.sweep, settings.janitor_interval_s),
+        "turns": (services.turns.sweep, settings.janitor_interval_s),
+        "garbage": (services.garbage.collect, settings.gc_interval_s),
+    }
+    duties = {name: Duty(services.redis, name, interval_s) for name, (_, interval_s) in works.items()}
+    threads: tuple[Repeated | DueThread, ...] = (
+        *(Repeated(name, duties[name].doing(work), interval_s) for name, (work, interval_s) in works.items()),
         # Otherwise a Redis that lost its data would refuse every key until the next start.
         Repeated("first key", lambda: services.keys.restore(first_key), settings.janitor_interval_s),
-        Repeated("garbage", services.garbage.collect, settings.gc_interval_s),
-        WebhookThread(sender),
+        DueThread("webhooks", sender.send_due, parallel=PARALLEL),
+        DueThread("pushes", pusher.push_due, parallel=1),
     )
+    stack.callback(leave_all, duties.values())
     for thread in threads:
         thread.start()
         stack.callback(thread.stop)
+    stack.callback(pusher.stopping.set)  # before its thread is waited for
+
+
+def leave_all(duties: Iterable[Duty]) -> None:
+    """Let other processes have the duties at once; without Redis they expire."""
+    for duty in duties:
+        with suppress(RedisError):
+            duty.leave()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from app.api.artifact_views import ArtifactList, ArtifactView, views_of
 from app.api.dependencies import ArtifactsReader, ArtifactsWriter, ServicesParam
 from app.api.errors import problem
 from app.api.preconditions import (
@@ -22,7 +23,6 @@ from app.api.preconditions import (
     requested_range,
     tagged_answer,
 )
-from app.api.schemas import ArtifactList, ArtifactView
 from app.api.services import Services
 from app.core.errors import Conflict, InvalidRequest, Unavailable
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
@@ -34,7 +34,7 @@ router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 
 FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
-    206: {"description": "The requested range."},
+    206: {"description": "The requested range.", "content": {"application/octet-stream": {}}},
     304: {"description": "Not changed."},
     307: {"description": "Redirect to a temporary link in object storage."},
     416: {"description": "No byte of the file is in the range."},
@@ -52,17 +52,30 @@ class Conditions(BaseModel):
 ConditionsParam = Annotated[Conditions, Header()]
 
 
+class ArtifactQuery(BaseModel):
+    """Filters of the list."""
+
+    limit: int = Field(default=20, ge=1, le=100)
+    after: str | None = Field(default=None, description="`next` of the previous page.")
+    tag: str | None = Field(default=None, description="Only artifacts with this tag, of any model.")
+
+
 @router.get("", response_model=ArtifactList, responses=UNCHANGED)
 def list_artifacts(
     services: ServicesParam,
     principal: ArtifactsReader,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: str | None = None,
+    query: Annotated[ArtifactQuery, Query()],
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The tenant's artifacts, newest first."""
-    page = ArtifactList.of(services.artifacts.page(principal.tenant, limit=limit, after=after))
-    return tagged_answer(page, if_none_match)
+    tenant = principal.tenant
+    only: Collection[str] | None = services.limits.artifacts(tenant)
+    if query.tag is not None:
+        only = {each for each, tags in services.tags.by_artifact(tenant).items() if query.tag in tags}
+    page = services.artifacts.page(tenant, limit=query.limit, after=query.after, only=only)
+    views = views_of(services, tenant, page.manifests)
+    cursor = views[-1].id if page.has_more else None
+    return tagged_answer(ArtifactList(data=views, has_more=page.has_more, next=cursor), if_none_match)
 
 
 @router.get("/{artifact_id}", response_model=ArtifactView, responses=UNCHANGED)
@@ -73,20 +86,45 @@ def read_artifact(
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The manifest: the path, size and SHA-256 of every file."""
-    view = ArtifactView.of(services.artifacts.get(principal.tenant, artifact_id))
-    return tagged_answer(view, if_none_match)
+    manifest = services.artifacts.get(principal.tenant, artifact_id)
+    return tagged_answer(views_of(services, principal.tenant, [manifest])[0], if_none_match)
 
 
 @router.delete("/{artifact_id}", status_code=204)
-def delete_artifact(artifact_id: str, services: ServicesParam, principal: ArtifactsWriter) -> None:
+def delete_artifact(
+    artifact_id: str,
+    request: Request,
+    services: ServicesParam,
+    principal: ArtifactsWriter,
+    force: Annotated[bool, Query(description="Also if it has tags, which go with it.")] = False,
+) -> None:
     """Remove an artifact and its files. Delete deployments that serve it first."""
     manifest = services.artifacts.get(principal.tenant, artifact_id)
     require_unused(services, manifest.id)
+    if not force:
+        require_untagged(services, manifest)
     discard(services.objects, services.limits, manifest)
+    moves = services.tags.forget(manifest)
+    request.state.audit_detail = "; ".join(move.text for move in moves)
+    for push_id in services.pushes.forget(manifest.id):
+        services.hub_tokens.forget(push_id)
+
+
+def require_untagged(services: Services, manifest: ArtifactManifest) -> None:
+    tags = sorted(services.tags.of(manifest))
+    if tags:
+        raise Conflict(
+            f"artifact {manifest.id} has the tag {', '.join(tags)}",
+            code="artifact_tagged",
+            remedy="give the tag to another artifact, or take it away (PATCH, nibble tag), or delete with "
+            "?force=true (nibble artifacts delete --force)",
+        )
 
 
 def require_unused(services: Services, artifact_id: str) -> None:
-    users = [live.spec.name for live in services.deployments.all() if live.spec.artifact == artifact_id]
+    users = [
+        live.spec.name for live in services.deployments.all() if artifact_id in live.deployment.artifacts
+    ]
     if users:
         raise Conflict(
             f"artifact {artifact_id} is served by the deployment {', '.join(users)}",

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
 # POST routes that change nothing.
-QUESTIONS = frozenset({"/v1/estimates", "/v1/chat/completions", "/v1/completions"})
+QUESTIONS = frozenset({"/v1/estimates", "/v1/recommendations", "/v1/chat/completions", "/v1/completions"})
 
 
 class AuditList(BaseModel):
@@ -82,6 +82,8 @@ async def record(scope: Scope, status: int) -> None:
         "path": scope["path"][:500],
         "status": status,
     }
+    if detail := scope["state"].get("audit_detail", ""):
+        entry["detail"] = detail[:2000]
     try:
         await run_in_threadpool(services.audit.append, principal.tenant, entry)
     except RedisError:

@@ -24,6 +24,7 @@ from app.core.errors import Forbidden, Unauthenticated
 OFFLINE_S = 300.0  # how long cached callers may use inference while Redis does not answer
 MAX_CALLERS = 8192
 SESSION_COOKIE = "nibble_session"
+KEY_HEADERS = (b"x-api-key", b"api-key")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 StampsOf = Callable[[str], tuple[str, ...]]  # the names of stamps, from the caller's tenant
@@ -110,21 +111,32 @@ class Callers:
         return holder, await self._stamps.read(stamps) if stamps else ()
 
 
-def credential_of(scope: Scope) -> Credential:
-    """The API key in the header, else the cookie of a browser's session."""
-    headers = dict(reversed(scope["headers"]))  # the first of repeated headers counts
+def key_of(scope: Scope) -> str | None:
+    """The API key in the headers: a bearer's, else that of Anthropic's clients, else that of Azure's."""
+    headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # the first of repeated headers counts
     scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
     if scheme.lower() == "bearer" and key.strip():
-        return Credential.of_key(key.strip())
+        return key.strip()
+    for name in KEY_HEADERS:
+        if key := headers.get(name, b"").decode("latin-1").strip():
+            return key
+    return None
+
+
+def credential_of(scope: Scope) -> Credential:
+    """The API key in the headers, else the cookie of a browser's session."""
+    key = key_of(scope)
+    if key is not None:
+        return Credential.of_key(key)
     session = session_of(scope)
     if session is None:
         raise Unauthenticated(
             "the request carries no API key",
             code="api_key_missing",
-            remedy="send `Authorization: Bearer <key>`",
+            remedy="send `Authorization: Bearer <key>` or `x-api-key: <key>`",
         )
     # A browser sends the cookie on its own, and the Origin with every change.
-    if scope["method"] not in SAFE_METHODS and b"origin" not in headers:
+    if scope["method"] not in SAFE_METHODS and all(name != b"origin" for name, _ in scope["headers"]):
         raise Forbidden(
             "a change with a session's cookie must name its origin",
             code="origin_missing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import httpx
@@ -10,22 +11,39 @@ from fastapi.responses import JSONResponse
 
 from app.api.dependencies import DeploymentsReader, DeploymentsWriter, ServicesParam
 from app.api.polled import polled
-from app.api.preconditions import UNCHANGED, IdempotencyKey, IfNoneMatch, tagged_answer
+from app.api.preconditions import (
+    UNCHANGED,
+    ChangeParam,
+    IdempotencyKey,
+    IfNoneMatch,
+    entity_tag,
+    tagged_answer,
+)
 from app.api.schemas import DeploymentList, DeploymentView
 from app.api.services import Services
 from app.core.changes.redis_keys import DEPLOYMENTS_STAMP, WORKERS_STAMP
-from app.core.deployments.deployment import DeploymentSpec, LiveDeployment
-from app.core.deployments.deployment_store import removed
+from app.core.deployments.context_length import check_context
+from app.core.deployments.deployment import (
+    Deployment,
+    DeploymentSpec,
+    DeploymentState,
+    LiveDeployment,
+    Served,
+)
+from app.core.deployments.deployment_change import DeploymentChange
 from app.core.deployments.served_families import refuse_unserved_format
+from app.core.deployments.transitions import removed
 from app.core.errors import InvalidRequest, NotFound, Unavailable
 from app.core.records.ids import check_cursor, new_id
-from app.core.records.specs import DeploymentOptions
+from app.core.records.serving_options import ServerOptions
+from app.core.storage.artifact_store import file_key
 
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
 
 METRICS_LIMIT_S = 5.0
 STAMPS_LAST_S = 1.0  # seconds after which a dead replica may have left the list
-POLL_AFTER = {"starting": "1", "draining": "1"}
+POLL_AFTER_S = "1"
+CHANGING = (DeploymentState.STARTING, DeploymentState.DRAINING)
 
 
 @router.post("", status_code=202, response_model=DeploymentView)
@@ -36,9 +54,8 @@ def create_deployment(
     idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
     """Record a deployment; a worker with the queue `serve` starts its servers."""
-    manifest = services.artifacts.get(principal.tenant, spec.artifact)
-    refuse_unserved_format(manifest.format, param="artifact")
-    require_engine(services, spec)
+    spec = spec.model_copy(update={"artifact": resolved(services, principal.tenant, spec.artifact)})
+    require_servable(services, principal.tenant, spec.served)
     request = f"deploy {spec.model_dump_json()}"
     fresh_id = services.idempotency.claim(principal.tenant, idempotency_key, request, new_id("dep"))
     deployment = services.deployments.create(principal.tenant, spec, deployment_id=fresh_id)
@@ -78,7 +95,40 @@ def read_deployment(
     view = DeploymentView.of(
         services.deployments.get(principal.tenant, deployment_id), serving_engines(services)
     )
-    return tagged_answer(view, if_none_match, poll_after(view))
+    return tagged_answer(view, if_none_match, poll_after(view), revision=view.revision)
+
+
+@router.patch("/{deployment_id}", status_code=202, response_model=DeploymentView)
+def change_deployment(
+    deployment_id: str,
+    body: DeploymentChange,
+    change: ChangeParam,
+    services: ServicesParam,
+    principal: DeploymentsWriter,
+) -> JSONResponse:
+    """Scale, pause, rename or replace it while it serves.
+
+    Servers that are to go finish what they have begun. A replacement starts beside what serves, which ends
+    only as far as the new servers are ready; if they can't be had, what served goes on, and
+    `replacement.error` says why.
+    """
+    live = services.deployments.get(principal.tenant, deployment_id)
+    if body.artifact is not None:
+        named = resolved(services, principal.tenant, body.artifact)
+        body = body.model_copy(update={"artifact": named})
+    served = body.served(live.deployment)
+    if served is not None:
+        require_servable(services, principal.tenant, served)
+
+    def changed(deployment: Deployment) -> Deployment:
+        change.require_match(deployment.revision)
+        return body.applied_to(deployment)
+
+    services.deployments.update(live.id, changed)
+    services.routes.refresh()
+    shown = json.dumps(body.model_dump(mode="json", exclude_unset=True))
+    change.request.state.audit_detail = f"{live.spec.name}: {shown}"
+    return answer(services, services.deployments.get(principal.tenant, live.id), status=202)
 
 
 @router.delete(
@@ -133,11 +183,13 @@ def answer(services: Services, live: LiveDeployment, *, status: int = 200) -> JS
     view = DeploymentView.of(live, serving_engines(services))
     headers = {"Location": view.links["self"]} if status == 202 else {}
     headers |= poll_after(view)
+    headers["ETag"] = entity_tag(view.model_dump_json().encode(), view.revision)
     return JSONResponse(view.model_dump(mode="json"), status_code=status, headers=headers)
 
 
 def poll_after(view: DeploymentView) -> dict[str, str]:
-    return {"Retry-After": POLL_AFTER[view.state]} if view.state in POLL_AFTER else {}
+    is_replacing = view.replacement is not None and view.replacement.error is None
+    return {"Retry-After": POLL_AFTER_S} if view.state in CHANGING or is_replacing else {}
 
 
 def serving_engines(services: Services) -> list[tuple[str, ...]]:
@@ -145,7 +197,23 @@ def serving_engines(services: Services) -> list[tuple[str, ...]]:
     return [worker.engines for worker in services.workers.living() if worker.queue == "serve"]
 
 
-def require_engine(services: Services, options: DeploymentOptions) -> None:
+def resolved(services: Services, tenant: str, artifact: str) -> str:
+    """The artifact's id; of a tag the one that it points to now: a deployment does not move with it."""
+    return services.tags.resolve(tenant, artifact) if "@" in artifact else artifact
+
+
+def require_servable(services: Services, tenant: str, served: Served) -> None:
+    """Refuse what no server could be started with: NotFound, ModelRefused, InvalidRequest."""
+    manifest = services.artifacts.get(tenant, served.artifact)
+    refuse_unserved_format(manifest.format, param="artifact")
+    require_engine(services, served)
+    has_config = any(file.path == "config.json" for file in manifest.files)
+    if served.engine == "transformers" and served.max_model_len is not None and has_config:
+        config = json.loads(services.objects.get(file_key(manifest, "config.json")))
+        check_context(config, served.max_model_len)
+
+
+def require_engine(services: Services, options: ServerOptions) -> None:
     """Refuse an engine that no live worker has. Without any worker the deployment waits."""
     engines = serving_engines(services)
     if options.engine == "auto" or not engines or any(options.engine in offered for offered in engines):

@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import FastAPI
 
 from app.api.errors import PROBLEM_TYPE, ProblemDocument, is_inference
+from app.api.schema_forms import with_readable_schemas
 from app.core.error_answers import STATUS
-from app.core.records.ids import ARTIFACT_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTERN
+from app.core.records.ids import ARTIFACT_ID_PATTERN, DATASET_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTERN
 
 PROBLEMS = sorted({*STATUS.values(), 413} - {500})
 OPEN_PROBLEMS = (403, 422, 503)  # of routes that need no key
@@ -24,12 +25,41 @@ PATTERNS = {
     # An empty id means the start, as in the specification of server-sent events.
     ("/v1/jobs/{job_id}/events", "last-event-id"): r"^(\d{1,15}-\d{1,15})?$",
     ("/v1/artifacts", "after"): ARTIFACT_ID_PATTERN,
+    ("/v1/registry", "after"): ARTIFACT_ID_PATTERN,
+    ("/v1/datasets", "after"): DATASET_ID_PATTERN,
     ("/v1/deployments", "after"): rf"^dep_{ULID_PATTERN}$",
     ("/v1/audit", "after"): EVENT_ID_PATTERN,
     ("/v1/jobs", "Idempotency-Key"): r"^[\x20-\x7e]{1,255}$",
     ("/v1/jobs", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
     ("/v1/jobs/{job_id}/retry", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
     ("/v1/deployments", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
+    ("/v1/artifacts/{artifact_id}/push", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
+}
+INTRODUCTION: dict[str, Any] = {
+    "summary": "Quantizes language models.",
+    "description": "Jobs quantize a model of a hub or a folder and publish artifacts; deployments serve them "
+    "behind OpenAI's routes. Errors are RFC 9457 problems, on inference routes OpenAI's.",
+    "contact": {"name": "the operator of this service"},
+    "servers": [{"url": "/", "description": "this service"}],
+    "openapi_tags": [
+        {"name": "inference", "description": "Answers of deployed models, by OpenAI's routes."},
+        {"name": "jobs", "description": "Quantize a model: submit, watch, cancel, read what came of it."},
+        {"name": "webhooks", "description": "Messages about a job's state, and the secret that signs them."},
+        {"name": "artifacts", "description": "Quantized models: list, download, tag, push to a hub, delete."},
+        {"name": "datasets", "description": "Texts of your own, uploaded for calibration and evaluation."},
+        {"name": "workers", "description": "The processes that work on jobs and serve models."},
+        {"name": "deployments", "description": "Serve an artifact under a name."},
+        {"name": "keys", "description": "API keys and their scopes."},
+        {"name": "tenants", "description": "Limits of each tenant."},
+        {"name": "audit", "description": "Who changed what."},
+        {"name": "sessions", "description": "Log a browser in and out."},
+        {"name": "storage", "description": "Collect what nobody needs any more."},
+        {"name": "operations", "description": "Health, metrics and the dashboard."},
+    ],
+}
+CONTENT_SCHEMAS: dict[str, dict[str, Any]] = {  # texts and streams are strings
+    "application/octet-stream": {"type": "string", "format": "binary"},
+    "application/json": {"type": "object", "additionalProperties": True},
 }
 FRAMEWORK_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
@@ -40,7 +70,7 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = with_problems(derive())
+            app.openapi_schema = with_readable_schemas(with_problems(derive()))
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the framework's own way to extend the document
@@ -56,10 +86,13 @@ def with_problems(document: dict[str, Any]) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for operation in operations.values():
             add_problems(path, operation)
+            add_content_schemas(operation)
             for parameter in operation.get("parameters", ()):
                 add_pattern(parameter["schema"], PATTERNS.get((path, parameter["name"])))
     # A browser gets the dashboard, a program an index.
-    document["paths"]["/"]["get"]["responses"]["200"]["content"]["application/json"] = {"schema": {}}
+    document["paths"]["/"]["get"]["responses"]["200"]["content"]["application/json"] = {
+        "schema": CONTENT_SCHEMAS["application/json"]
+    }
     return document
 
 
@@ -74,6 +107,14 @@ def add_problems(path: str, operation: dict[str, Any]) -> None:
         statuses = [status for status in statuses if status != 422]
     for status in statuses:
         answers.setdefault(str(status), problem_answer(path, status))
+
+
+def add_content_schemas(operation: dict[str, Any]) -> None:
+    """What answers without a model hold: without a schema, generated clients drop them."""
+    for answer in operation["responses"].values():
+        for media_type, content in answer.get("content", {}).items():
+            if not content.get("schema"):
+                content["schema"] = CONTENT_SCHEMAS.get(media_type, {"type": "string"})
 
 
 def add_pattern(schema: dict[str, Any], pattern: str | None) -> None:

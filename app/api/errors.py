@@ -22,9 +22,11 @@ log = logging.getLogger(__name__)
 
 # First path segments of management routes below /v1. Every other path answers in OpenAI's shape.
 MANAGED = frozenset({
-    "artifacts", "audit", "deployments", "downloads", "estimates", "gc", "jobs", "keys", "login-links",
-    "logout", "tenants", "webhook-secret", "workers",
+    "artifacts", "audit", "datasets", "deployments", "downloads", "estimates", "gc", "jobs", "keys",
+    "login-links", "logout", "recommendations", "registry", "scrape-targets", "tenants", "webhook-secret",
+    "whoami", "workers",
 })  # fmt: skip
+TOKENS = ("/tokenize", "/detokenize")  # inference, outside of /v1 as at vLLM
 PROBLEM_TYPE = "application/problem+json"
 # Pydantic reports every branch of a union; these types only say that a branch has another shape.
 SHAPE_ERRORS = frozenset({"tuple_type", "model_type", "model_attributes_type"})
@@ -52,7 +54,9 @@ class ProblemDocument(BaseModel):
 def is_inference(path: str) -> bool:
     """Whether errors of this path use OpenAI's shape, even if the route does not exist."""
     parts = path.split("/")
-    return parts[1:2] == ["v1"] and not MANAGED.intersection(parts[2:3])
+    if parts[1:2] != ["v1"]:
+        return path in TOKENS
+    return not MANAGED.intersection(parts[2:3])
 
 
 def error_response(
@@ -65,7 +69,7 @@ def error_response(
     """The response for `error`, in the shape that callers of `path` expect."""
     if not is_inference(path):
         return problem(error, status=status, headers=headers)
-    answer = inference_answer(error, status=status)
+    answer = inference_answer(error, status=status, path=path)
     return JSONResponse(answer.body, status_code=answer.status, headers={**answer.headers, **(headers or {})})
 
 

@@ -23,12 +23,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.api.metrics import Metrics
-from app.api.relay import RelayedEvents, Upstream
+from app.api.relay import RelayedEvents, Upstream, lost_events
 from app.api.routing import RoutingTable
 from app.core.changes.departure import CallerGone, disconnected, unless_gone
 from app.core.deployments.deployment import DeploymentState, LiveDeployment, Replica, ReplicaState
-from app.core.deployments.deployment_store import DeploymentStore, awakened
-from app.core.errors import MalformedRequest, NibbleError, NotFound, QueueFull, Unavailable
+from app.core.deployments.deployment_store import DeploymentStore
+from app.core.deployments.transitions import awakened
+from app.core.errors import MalformedRequest, NibbleError, NotFound, Paused, QueueFull, Unavailable
 from app.core.settings import Settings
 
 CONNECT_S = 3.0
@@ -36,7 +37,7 @@ KEEPALIVE_S = 4.0  # below the five seconds after which servers close idle conne
 SUSPECT_S = 3.0  # how long a replica that refused a connection is asked last
 USUAL_LOAD_S = 5.0
 MAX_RETRY_AFTER_S = 60
-PASSED_ON = ("content-type", "accept", "x-request-id")
+PASSED_ON = ("content-type", "accept", "x-request-id", "anthropic-version", "anthropic-beta")
 BUSY = frozenset({429, 503})
 
 
@@ -81,7 +82,10 @@ class Gateway:
         """The server's answer to a completion request."""
         started = time.perf_counter()
         body = await request.body()
-        live = await self._deployment(tenant, model_of(body))
+        name = model_of(body)
+        live = await self._deployment(tenant, name)
+        if name != live.spec.name:  # an alias, which its servers don't know
+            body = renamed(body, live.spec.name)
         release = self._admit(live)
         headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
         inquiry = Inquiry(live, request.url.path, body, headers)
@@ -97,18 +101,30 @@ class Gateway:
             raise
         self._metrics.first_byte(live.id, time.perf_counter() - started)
         if upstream.is_stream:
-            return RelayedEvents(upstream, gone, release)
+            return RelayedEvents(upstream, gone, release, lost_events(request.url.path))
         gone.cancel()
         release(upstream.response.status_code)
         return Response(
             upstream.first, status_code=upstream.response.status_code, headers=upstream.passed_headers()
         )
 
+    async def is_meant(self, request: Request) -> bool:
+        """Whether the request names a deployment, so that a server can be asked."""
+        try:
+            model_of(await request.body())
+        except MalformedRequest:
+            return False
+        return True
+
     async def _deployment(self, tenant: str, name: str) -> LiveDeployment:
         """The deployment of that name; an unloaded one is started."""
         live = self._routes.find(tenant, name)
         if live is None:
             raise unknown_model(name)
+        if live.state is DeploymentState.PAUSED:
+            raise Paused(
+                f"{name} is paused by its owner", remedy="use another deployment, or resume this one"
+            )
         if live.deployment.error is not None:
             error = live.deployment.error
             raise Unavailable(
@@ -139,19 +155,23 @@ class Gateway:
         return release
 
     async def _begin(self, inquiry: Inquiry) -> Upstream:
-        """Open an answer, from a second replica if the first one is dead or full."""
+        """Open an answer, from a second replica if the first one is dead, full or ending."""
         first = self._choose(inquiry.live, avoid=None)
+        upstream: Upstream | None = None
         try:
             upstream = await self._ask(first, inquiry)
-            if upstream.response.status_code not in BUSY or len(inquiry.live.ready) < 2:
-                return upstream
         except httpx.ReadTimeout as fault:
             raise silent(inquiry.live) from fault
         except httpx.TransportError:
             self._suspects[str(first.url)] = time.monotonic() + SUSPECT_S
-        self._metrics.inference_retried(inquiry.live.id)
-        # Read the table again: the dead replica may have been replaced.
+        # Read the table again: another replica may have taken the place of the first one.
         live = self._routes.find(inquiry.live.deployment.tenant, inquiry.live.spec.name) or inquiry.live
+        if upstream is not None:
+            is_last = all(replica.url == first.url for replica in live.ready)
+            if upstream.response.status_code not in BUSY or is_last:
+                return upstream
+            await upstream.close()
+        self._metrics.inference_retried(live.id)
         try:
             return await self._ask(self._choose(live, avoid=first.url), inquiry)
         except httpx.TransportError as fault:
@@ -220,6 +240,11 @@ def model_of(body: bytes) -> str:
             param="model",
         )
     return model
+
+
+def renamed(body: bytes, name: str) -> bytes:
+    """The body with another `model`."""
+    return json.dumps({**json.loads(body), "model": name}).encode()
 
 
 def unknown_model(name: str) -> NotFound:

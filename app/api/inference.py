@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
 
 from app.api.dependencies import Inferrer, ServicesParam
+from app.api.errors import MANAGED
 from app.api.gateway import unknown_model
 from app.api.services import Services
 from app.core.deployments.chat_sampling import chat_sampling
-from app.core.deployments.deployment import DeploymentState, LiveDeployment
+from app.core.deployments.deployment import DeploymentState
 from app.core.errors import NibbleError
 from app.core.storage.artifact_store import file_key
 
-router = APIRouter(prefix="/v1", tags=["inference"])
+router = APIRouter(tags=["inference"])
 
+SILENT = (DeploymentState.FAILED, DeploymentState.PAUSED)  # of no use to who looks for a model
+
+# First path segments below /v1 that have routes of their own, here and in the management API.
+NAMED = MANAGED | {"chat", "completions", "embeddings", "messages", "models", "responses"}
 BODY = {
     "requestBody": {
         "required": True,
@@ -38,37 +46,78 @@ STREAM: dict[int | str, dict[str, Any]] = {
         "application/json": {}, "text/event-stream": {}}},
     503: {"description": "The model is loading; ask again after Retry-After seconds."},
 }  # fmt: skip
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The server's answer.", "content": {"application/json": {}}}, 503: STREAM[503],
+}  # fmt: skip
 
 
-@router.post("/chat/completions", response_class=Response, responses=STREAM, openapi_extra=BODY)
+@router.post("/v1/chat/completions", response_class=Response, responses=STREAM, openapi_extra=BODY)
 async def create_chat_completion(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
     """Continue a conversation with the deployment named `model`."""
     return await services.gateway.answer(request, principal.tenant)
 
 
-@router.post("/completions", response_class=Response, responses=STREAM, openapi_extra=BODY)
+@router.post("/v1/completions", response_class=Response, responses=STREAM, openapi_extra=BODY)
 async def create_completion(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
     """Continue a text with the deployment named `model`."""
     return await services.gateway.answer(request, principal.tenant)
 
 
-@router.get("/models/", include_in_schema=False)
-@router.get("/models")
+@router.post("/v1/responses", response_class=Response, responses=STREAM, openapi_extra=BODY)
+async def create_response(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
+    """OpenAI's newer contract; every request brings its whole conversation, and nothing is stored."""
+    return await services.gateway.answer(request, principal.tenant)
+
+
+@router.post("/v1/messages", response_class=Response, responses=STREAM, openapi_extra=BODY)
+async def create_message(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
+    """Anthropic's contract; errors have its shape."""
+    return await services.gateway.answer(request, principal.tenant)
+
+
+@router.post("/v1/messages/count_tokens", response_class=Response, responses=ANSWER, openapi_extra=BODY)
+async def count_message_tokens(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
+    """The tokens of a prompt, in Anthropic's form."""
+    return await services.gateway.answer(request, principal.tenant)
+
+
+@router.post("/v1/embeddings", response_class=Response, responses=ANSWER, openapi_extra=BODY)
+async def create_embedding(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
+    """Embeddings, where the deployment's server gives them; the built-in engine says that it does not."""
+    return await services.gateway.answer(request, principal.tenant)
+
+
+@router.post("/tokenize", response_class=Response, responses=ANSWER, openapi_extra=BODY)
+async def tokenize(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
+    """The tokens of a text or a conversation, in vLLM's form."""
+    return await services.gateway.answer(request, principal.tenant)
+
+
+@router.post("/detokenize", response_class=Response, responses=ANSWER, openapi_extra=BODY)
+async def detokenize(request: Request, services: ServicesParam, principal: Inferrer) -> Response:
+    """The text of tokens, in vLLM's form."""
+    return await services.gateway.answer(request, principal.tenant)
+
+
+@router.get("/v1/models/", include_in_schema=False)
+@router.get("/v1/models")
 async def list_models(services: ServicesParam, principal: Inferrer) -> JSONResponse:
     """The tenant's deployments as OpenAI's list of models."""
     lives = services.routes.of_tenant(principal.tenant)
-    data = [model_card(live) for live in lives if live.state is not DeploymentState.FAILED]
+    shown = [live for live in lives if live.state not in SILENT]
+    data = await run_in_threadpool(services.cards.of_all, shown)
     return JSONResponse({"object": "list", "data": data})
 
 
-@router.get("/models/{name:path}")  # clients ask for names such as org/model
+@router.get("/v1/models/{name:path}")  # clients ask for names such as org/model
 async def read_model(name: str, services: ServicesParam, principal: Inferrer) -> JSONResponse:
     """One deployment as OpenAI's model object, with the parameters that a chat should start with."""
     live = services.routes.find(principal.tenant, name)
     if live is None:
         raise unknown_model(name)
+    card = await run_in_threadpool(services.cards.of, live, name)
     sampling = await run_in_threadpool(sampling_of, services, principal.tenant, live.spec.artifact)
-    return JSONResponse({**model_card(live), "sampling": sampling})
+    return JSONResponse({**card, "sampling": sampling})
 
 
 def sampling_of(services: Services, tenant: str, artifact: str) -> dict[str, Any] | None:
@@ -81,15 +130,24 @@ def sampling_of(services: Services, tenant: str, artifact: str) -> dict[str, Any
     return sampling.model_dump()
 
 
-def model_card(live: LiveDeployment) -> dict[str, Any]:
-    lengths = [replica.max_model_len for replica in live.replicas if replica.max_model_len is not None]
-    return {
-        "id": live.spec.name,
-        "object": "model",
-        "created": int(live.deployment.created_at.timestamp()),
-        "owned_by": "nibble",
-        "root": live.spec.artifact,
-        "parent": None,
-        "max_model_len": min(lengths, default=None),
-        "permission": [],
-    }
+class OtherInference(Convertor[str]):
+    """Paths below /v1 that no other route has: what a server may answer beyond the routes that are named."""
+
+    regex = rf"(?!(?:{'|'.join(sorted(NAMED))})(?:/|$))[^/].*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("other_inference", OtherInference())
+
+
+@router.api_route("/v1/{path:other_inference}", methods=["GET", "POST"], include_in_schema=False)
+async def pass_on(path: str, request: Request, services: ServicesParam, principal: Inferrer) -> Response:
+    """Whatever else the deployment's server answers: vLLM has many routes more, the built-in engine none."""
+    if request.method != "POST" or not await services.gateway.is_meant(request):
+        raise HTTPException(HTTPStatus.NOT_FOUND)
+    return await services.gateway.answer(request, principal.tenant)

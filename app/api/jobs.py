@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Response
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, JobsWriter, ServicesParam
-from app.api.job_creation import Creation, create_job
+from app.api.job_creation import Creation, Order, create_job
 from app.api.polled import polled
 from app.api.preconditions import (
     UNCHANGED,
@@ -20,16 +21,19 @@ from app.api.preconditions import (
     preferred_wait,
     tagged_answer,
 )
-from app.api.schemas import JobList, JobView
+from app.api.schemas import JobExport, JobList, JobView
 from app.api.services import Services
 from app.api.waiting import wait_for_job
-from app.core.access.api_keys import Scope
+from app.core.access.api_keys import Principal, Scope
 from app.core.changes.redis_keys import job_key, jobs_stamp
-from app.core.errors import Conflict, MalformedRequest, NotFound
+from app.core.errors import Conflict, InvalidRequest, MalformedRequest, NotFound
+from app.core.jobs.export import flat_job
 from app.core.jobs.job_scripts import MAX_EVENTS
 from app.core.jobs.job_store import JobFilter
-from app.core.jobs.unfinished import unfinished_report
+from app.core.jobs.report import Report
+from app.core.jobs.unfinished import UnfinishedReport, unfinished_report
 from app.core.records.job import Job, JobState
+from app.core.records.job_body import JobSubmission, RetryBody
 from app.core.records.job_changes import cancel_requested
 from app.core.records.specs import JobSpec
 from app.core.storage.storage_keys import checkpoint_prefix, report_key
@@ -60,19 +64,25 @@ def hints(job: Job) -> dict[str, str]:
 
 @router.post("", status_code=202, response_model=JobView, responses={200: {"model": JobView}})
 async def submit_job(
-    spec: JobSpec,
+    body: JobSubmission,
     services: ServicesParam,
     principal: JobsWriter,
     idempotency_key: IdempotencyKey = None,
     prefer: Prefer = None,
 ) -> JSONResponse:
     """Record and queue a job. 202 means that it is recorded."""
+    order = Order(body.spec, body.hub_token, idempotency_key)
+    require_scopes(principal, order.spec)
+    created = await run_in_threadpool(create_job, services, principal, order)
+    return await created_answer(services, created, prefer)
+
+
+def require_scopes(principal: Principal, spec: JobSpec) -> None:
+    """Raises Forbidden if what follows from the job is not the caller's to ask for."""
     if spec.deploy is not None:
         principal.require(Scope.DEPLOYMENTS_WRITE)
-    created = await run_in_threadpool(
-        create_job, services, principal.tenant, spec, idempotency_key=idempotency_key
-    )
-    return await created_answer(services, created, prefer)
+    if spec.push is not None:
+        principal.require(Scope.ARTIFACTS_WRITE)
 
 
 async def created_answer(services: Services, created: Creation, prefer: str | None) -> JSONResponse:
@@ -94,6 +104,12 @@ class JobQuery(BaseModel):
 
     state: JobState | None = None
     label: list[str] = Field(default=[], description="key=value; repeat it to require several labels.")
+    q: str = Field(
+        default="",
+        max_length=200,
+        description="Words that all occur in id, model, recipes and labels.",
+    )
+    counts: bool = Field(default=False, description="With the number of the tenant's jobs in each state.")
     limit: int = Field(default=20, ge=1, le=100)
     after: str | None = Field(default=None, description="`next` of the previous page.")
     view: Literal["full", "brief"] = Field(default="full", description="`brief` leaves out the specs.")
@@ -109,8 +125,13 @@ def list_jobs(
 ) -> Response:
     """The tenant's jobs, newest first."""
     labels = parsed_labels(query.label)
-    job_filter = JobFilter(state=query.state, labels=labels, limit=query.limit, after=query.after)
-    page = JobList.of(services.jobs.page(principal.tenant, job_filter), brief=query.view == "brief")
+    words = tuple(query.q.lower().split())
+    job_filter = JobFilter(
+        state=query.state, labels=labels, words=words, limit=query.limit, after=query.after
+    )
+    counts = services.jobs.counts_of(principal.tenant) if query.counts else None
+    jobs = services.jobs.page(principal.tenant, job_filter)
+    page = JobList.of(jobs, brief=query.view == "brief", counts=counts)
     return tagged_answer(page, if_none_match)
 
 
@@ -158,7 +179,7 @@ async def read_job(
     return answer(job, headers=headers)
 
 
-@router.get("/{job_id}/report")
+@router.get("/{job_id}/report", response_model=Report | UnfinishedReport)
 def read_report(job_id: str, services: ServicesParam, principal: JobsReader) -> Response:
     """The quality report of a job.
 
@@ -181,6 +202,17 @@ def read_report(job_id: str, services: ServicesParam, principal: JobsReader) -> 
     return Response(report, media_type="application/json")
 
 
+@router.get("/{job_id}/export")
+def export_job(job_id: str, services: ServicesParam, principal: JobsReader) -> JobExport:
+    """The job as flat params, metrics and tags, as MLflow and Weights & Biases take them."""
+    job = services.jobs.get(principal.tenant, job_id)
+    try:
+        report = json.loads(services.objects.get(report_key(job.id)))
+    except NotFound:
+        report = None
+    return JobExport(id=job.id, **flat_job(job, report).model_dump())
+
+
 @router.post("/{job_id}/cancel", response_model=JobView, responses={202: {"model": JobView}})
 def cancel_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> JSONResponse:
     """Stop a job: at once if it is queued (200), else within seconds (202, state `cancelling`)."""
@@ -191,13 +223,17 @@ def cancel_job(job_id: str, services: ServicesParam, principal: JobsWriter) -> J
 
 
 @router.post("/{job_id}/retry", status_code=202, response_model=JobView, responses={200: {"model": JobView}})
-def retry(
+def retry_job(
     job_id: str,
     services: ServicesParam,
     principal: JobsWriter,
+    body: RetryBody | None = None,
     idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
-    """A new job with the same spec; `retry_of` names this one."""
+    """A new job with the same spec; `retry_of` names this one. A hub token is not kept: send it again.
+
+    `timeout_s` and `force` take the place of the spec's.
+    """
     job = services.jobs.get(principal.tenant, job_id)
     if not job.is_terminal:
         raise Conflict(
@@ -205,7 +241,17 @@ def retry(
             code="job_not_finished",
             remedy="wait until it ends, or cancel it",
         )
-    created = create_job(services, job.tenant, job.spec, idempotency_key=idempotency_key, retry_of=job.id)
+    token = None if body is None else body.hub_token
+    if job.has_hub_token and token is None:
+        raise InvalidRequest(
+            f"job {job_id} was submitted with a hub token, which is not kept",
+            code="hub_token_missing",
+            remedy='send it again: {"hub_token": "…"} as the body, or nibble retry --hub-token FILE',
+            param="hub_token",
+        )
+    spec = job.spec if body is None else body.applied_to(job.spec)
+    require_scopes(principal, spec)
+    created = create_job(services, principal, Order(spec, token, idempotency_key, retry_of=job.id))
     status = 202 if created.is_new else 200
     return answer(created.job, status=status, headers={"Location": f"/v1/jobs/{created.job.id}"})
 

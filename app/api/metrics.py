@@ -17,7 +17,22 @@ from prometheus_client.registry import Collector
 from app.core.telemetry.tally import StageTotal
 from app.core.upkeep.janitor import STEPS
 
+LOAD_METRICS = {
+    "running": "Requests that the deployment's servers answer.",
+    "waiting": "Requests that its servers have accepted and not begun.",
+    "replicas": "Servers that it shall have; one more amid a replacement, 0 while nothing is served.",
+    "ready": "Servers that answer.",
+}
 FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class DeploymentLoad(NamedTuple):
+    """What an autoscaler of one deployment needs, all from one reading."""
+
+    running: int  # requests that its servers answer
+    waiting: int  # that they have accepted and not begun
+    replicas: int  # wanted; 0 while it rests or can't be served
+    ready: int  # that answer
 
 
 class Occupancy(NamedTuple):
@@ -28,6 +43,7 @@ class Occupancy(NamedTuple):
     workers: dict[str, int]  # by status: busy, idle
     deployments: dict[str, int]  # by state
     replicas: dict[str, int]  # by state
+    loads: dict[str, DeploymentLoad]  # by deployment
     oldest_s: float  # age of the oldest queued job
     heartbeats_s: dict[str, float]  # seconds since the last heartbeat, by worker
     gpu_bytes: dict[str, float]  # of the workers' GPUs in use, by worker
@@ -47,7 +63,7 @@ class OccupancyCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         occupancy = self._read()
         yield family("nibble_jobs", "Jobs by state.", "state", occupancy.jobs)
-        yield family("nibble_queue_depth", "Jobs that wait for a worker.", "queue", occupancy.queues)
+        yield family("nibble_queue_depth", "Entries; further jobs are in line.", "queue", occupancy.queues)
         yield family("nibble_workers", "Live workers.", "state", occupancy.workers)
         yield family("nibble_deployments", "Deployments by state.", "state", occupancy.deployments)
         oldest = GaugeMetricFamily("nibble_queue_oldest_seconds", "Age of the oldest queued job.")
@@ -62,6 +78,9 @@ class OccupancyCollector(Collector):
             failures.add_metric([code], count)
         yield failures
         yield family("nibble_replicas", "Servers of deployments.", "state", occupancy.replicas)
+        for field, documentation in LOAD_METRICS.items():
+            values = {name: getattr(load, field) for name, load in occupancy.loads.items()}
+            yield family(f"nibble_deployment_{field}", documentation, "deployment", values)
 
 
 def stage_summary(stages: dict[str, StageTotal]) -> SummaryMetricFamily:

@@ -15,13 +15,14 @@ from app.api.errors import error_response
 from app.api.metrics import Metrics
 from app.core.errors import BodyTooLarge, BodyTooSlow, NibbleError
 from app.core.telemetry.logs import log_ids
-from app.core.telemetry.tracing import Tracer, parse_traceparent
+from app.core.telemetry.tracing import Span, SpanKind, Tracer, parse_traceparent
 
 log = logging.getLogger("app.access")
 
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 BODY_LIMIT_S = 60.0  # for the whole body
+STREAMED = frozenset({("POST", "/v1/datasets")})  # whose routes read the body themselves, within limits
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
@@ -51,22 +52,42 @@ class RequestRecord:
 
         started = time.perf_counter()
         self._metrics.request_begins()
-        span = self._tracer.span("request", parse_traceparent(Headers(scope=scope).get("traceparent")))
-        with log_ids(request=request_id, trace=span.context.traceparent):
+        is_probe = scope["path"] in PROBES
+        span = None if is_probe else self._span(scope)
+        with log_ids(request=request_id, trace=span.context.traceparent if span is not None else None):
             try:
                 await self._app(scope, receive, send_marked)
             finally:
                 seconds = time.perf_counter() - started
                 self._metrics.request_ends(scope["method"], route_of(scope), status, seconds)
-                span.name = f"{scope['method']} {route_of(scope)}"
-                span.end(status=status, request=request_id)
+                if span is not None:
+                    end_span(span, scope, status, request_id)
                 # Unchanged polls and successful probes are logged at debug level only.
-                is_quiet = status == 304 or (status < 400 and scope["path"] in PROBES)
+                is_quiet = status == 304 or (status < 400 and is_probe)
                 log.log(
                     logging.DEBUG if is_quiet else logging.INFO,
                     "%s %s %d %.1f ms", scope["method"], scope["path"], status, seconds * 1e3,
                     extra={"fields": {"status": status, "seconds": round(seconds, 4)}},
                 )  # fmt: skip
+
+    def _span(self, scope: Scope) -> Span:
+        parent = parse_traceparent(Headers(scope=scope).get("traceparent"))
+        return self._tracer.span("request", parent, SpanKind.SERVER)
+
+
+def end_span(span: Span, scope: Scope, status: int, request_id: str) -> None:
+    """With OpenTelemetry's HTTP attributes; a caller's mistake (4xx) is no error of the server's span."""
+    span.name = f"{scope['method']} {route_of(scope)}"
+    attributes: dict[str, str | int] = {
+        "http.request.method": scope["method"],
+        "http.route": route_of(scope),
+        "http.response.status_code": status,
+        "url.path": scope["path"],
+        "url.scheme": scope["scheme"],
+        "user_agent.original": Headers(scope=scope).get("user-agent", "")[:200],
+        "nibble.request": request_id,
+    }
+    span.end(attributes, error=f"HTTP {status}" if status >= 500 else None)
 
 
 def route_of(scope: Scope) -> str:
@@ -82,7 +103,7 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] != "http" or not is_read_ahead(scope):
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
@@ -118,6 +139,11 @@ class BodyLimit:
             f"the body is larger than {self._max_bytes} bytes",
             remedy="put large texts into a file and name it as dataset",
         )
+
+
+def is_read_ahead(scope: Scope) -> bool:
+    has_body = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+    return has_body and (scope["method"], scope["path"]) not in STREAMED
 
 
 def too_slow() -> BodyTooSlow:

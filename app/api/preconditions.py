@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
-from fastapi import Header
+from fastapi import Depends, Header, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
+
+from app.core.errors import PreconditionFailed
 
 MAX_WAIT_S = 60
 WAIT = re.compile(r"\s*wait\s*=\s*(\d{1,6})\s*", re.IGNORECASE)
@@ -42,12 +44,58 @@ def matches_tag(if_none_match: str | None, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
+class Change(NamedTuple):
+    """A request that changes a resource with revisions."""
+
+    request: Request
+    if_match: str | None
+
+    def require_match(self, revision: int) -> None:
+        """Raise PreconditionFailed unless a tag of If-Match names this revision (see `entity_tag`)."""
+        if self.if_match is None:
+            return
+        tags = [tag.strip().removeprefix("W/").strip('"') for tag in self.if_match.split(",")]
+        if "*" not in tags and str(revision) not in [tag.partition("-")[0] for tag in tags]:
+            raise PreconditionFailed(
+                "it was changed after it was read",
+                remedy="read it again: its new ETag is what If-Match must say",
+                param="If-Match",
+            )
+
+
+def change_of(
+    request: Request,
+    if_match: Annotated[
+        str | None,
+        Header(description="The ETag of the answer that was read: refused with 412 if a change came since."),
+    ] = None,
+) -> Change:
+    return Change(request, if_match)
+
+
+ChangeParam = Annotated[Change, Depends(change_of)]
+
+
+def entity_tag(body: bytes, revision: int | None) -> str:
+    """The tag of an answer.
+
+    One with a revision names it first: If-Match compares that alone, as load and the states of servers, which
+    are in the body too, change all the time.
+    """
+    digest = hashlib.sha256(body).hexdigest()[:32]
+    return f'"{digest}"' if revision is None else f'"{revision}-{digest}"'
+
+
 def tagged_answer(
-    value: BaseModel, if_none_match: str | None, hints: Mapping[str, str] | None = None
+    value: BaseModel,
+    if_none_match: str | None,
+    hints: Mapping[str, str] | None = None,
+    *,
+    revision: int | None = None,
 ) -> Response:
     """Answer `value` as JSON with an ETag, or 304 if the caller has it; both with the headers `hints`."""
     body = value.model_dump_json().encode()
-    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    etag = entity_tag(body, revision)
     headers = {**(hints or {}), "ETag": etag, "Cache-Control": "private, no-cache"}
     if matches_tag(if_none_match, etag):
         return Response(status_code=304, headers=headers)

@@ -10,7 +10,7 @@ import httpx
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.core.error_answers import inference_answer
+from app.core.error_answers import ANTHROPIC, inference_answer
 from app.core.errors import Unavailable
 
 EVENT_END = b"\n\n"
@@ -20,7 +20,14 @@ LOST = Unavailable(
     "the inference server ended before the answer was complete; it is being started again",
     code="replica_lost",
 )
-LOST_EVENTS = f"data: {json.dumps(inference_answer(LOST).body)}\n\ndata: [DONE]\n\n".encode()
+
+
+def lost_events(path: str) -> bytes:
+    """The last events of a stream whose server ended, in the words of the path's contract."""
+    content = json.dumps(inference_answer(LOST, path=path).body)
+    if path.startswith(ANTHROPIC):
+        return f"event: error\ndata: {content}\n\n".encode()
+    return f"data: {content}\n\ndata: [DONE]\n\n".encode()
 
 
 class Upstream:
@@ -73,8 +80,11 @@ class Upstream:
 class RelayedEvents(Response):
     """Relays a stream until the server ends it; closes the server's stream when the caller disconnects."""
 
-    def __init__(self, upstream: Upstream, gone: asyncio.Task[None], on_end: Callable[[int], None]) -> None:
+    def __init__(
+        self, upstream: Upstream, gone: asyncio.Task[None], on_end: Callable[[int], None], lost: bytes
+    ) -> None:
         self._upstream = upstream
+        self._lost = lost
         self._gone = gone
         self._on_end = on_end
         headers = {**upstream.passed_headers(), "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -103,7 +113,7 @@ class RelayedEvents(Response):
             async for events in self._upstream.events():
                 await send({"type": "http.response.body", "body": events, "more_body": True})
         except httpx.HTTPError:
-            await send({"type": "http.response.body", "body": LOST_EVENTS, "more_body": True})
+            await send({"type": "http.response.body", "body": self._lost, "more_body": True})
             status = 502
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return status

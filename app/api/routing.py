@@ -43,7 +43,10 @@ class RoutingTable(threading.Thread):
         return self._table.get((tenant, name))
 
     def of_tenant(self, tenant: str) -> list[LiveDeployment]:
-        return [live for (owner, _), live in self._table.items() if owner == tenant]
+        """Each once, however many names it has."""
+        return [
+            live for (owner, name), live in self._table.items() if owner == tenant and name == live.spec.name
+        ]
 
     def note_use(self, deployment: Deployment) -> None:
         """Note that the deployment is in use; the thread writes it to Redis."""
@@ -54,7 +57,7 @@ class RoutingTable(threading.Thread):
         """Read the deployments now, and drop deleted ones without servers."""
         with self._lock:
             lives = self._store.all()
-            table = {(live.deployment.tenant, live.spec.name): live for live in lives if is_wanted(live)}
+            table = {(live.deployment.tenant, name): live for live in lives for name in live.deployment.names}
             if self._failed_at is not None and time.monotonic() - self._failed_at < RECOVERY_S:
                 table = {key: self._with_known_replicas(key, live) for key, live in table.items()}
             self._table = table
@@ -100,7 +103,3 @@ class RoutingTable(threading.Thread):
     def stop(self) -> None:
         self._stopped.set()
         self.join()
-
-
-def is_wanted(live: LiveDeployment) -> bool:
-    return live.deployment.goal is not Goal.REMOVE

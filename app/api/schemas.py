@@ -8,15 +8,15 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
-from app.core.deployments.deployment import DeploymentState, LiveDeployment, ReplicaState
-from app.core.formats.registry import FormatName
+from app.core.deployments.deployment import DeploymentState, LiveDeployment, ReplicaState, Served
+from app.core.deployments.placement import ready_count
+from app.core.deployments.reasons import reason
 from app.core.jobs.job_store import JobEvent, JobPage
 from app.core.jobs.worker_registry import WorkerRecord
 from app.core.planning.device_profile import Basis
-from app.core.records.artifact import ArtifactFile, ArtifactManifest
-from app.core.records.job import Job, JobState, Problem, Progress, Stage
-from app.core.records.specs import Engine, JobSpec, Recipe, VllmOptions
-from app.core.storage.artifact_store import ArtifactPage
+from app.core.records.job import Job, JobState, Problem, Progress, ResultFigures, Stage
+from app.core.records.serving_options import Dtype, Engine, VllmOptions
+from app.core.records.specs import JobSpec
 
 
 class JobView(BaseModel):
@@ -32,9 +32,12 @@ class JobView(BaseModel):
     spec: JobSpec
     labels: dict[str, str]
     error: Problem | None
+    worker: str | None  # of its last attempt
     artifacts: tuple[str, ...]
+    figures: ResultFigures | None  # of the smallest artifact near the original
     retry_of: str | None
     reused_from: str | None
+    has_hub_token: bool  # it was sent with one, which a retry has to bring again
     links: dict[str, str]
 
     @classmethod
@@ -56,9 +59,12 @@ class JobView(BaseModel):
             spec=job.spec,
             labels=job.spec.labels,
             error=job.error,
+            worker=job.worker,
             artifacts=job.artifacts,
+            figures=job.figures,
             retry_of=job.retry_of,
             reused_from=job.reused_from,
+            has_hub_token=job.has_hub_token,
             links=links,
         )
 
@@ -77,6 +83,7 @@ class BriefJobView(BaseModel):
     model: str
     recipes: tuple[str, ...]  # their labels
     labels: dict[str, str]
+    figures: ResultFigures | None
     error: Problem | None
 
     @classmethod
@@ -92,6 +99,7 @@ class BriefJobView(BaseModel):
             model=job.spec.model,
             recipes=tuple(recipe.label for recipe in job.spec.recipes),
             labels=job.spec.labels,
+            figures=job.figures,
             error=job.error,
         )
 
@@ -101,15 +109,26 @@ class JobList(BaseModel):
     data: tuple[JobView, ...] | tuple[BriefJobView, ...]
     has_more: bool
     next: str | None  # the value of `after` for the next page
+    counts: dict[JobState, int] | None  # of all the tenant's jobs, if the query asks for them
 
     @classmethod
-    def of(cls, page: JobPage, *, brief: bool = False) -> Self:
+    def of(cls, page: JobPage, *, brief: bool = False, counts: dict[JobState, int] | None = None) -> Self:
         data: tuple[JobView, ...] | tuple[BriefJobView, ...]
         if brief:
             data = tuple(BriefJobView.of(job) for job in page.jobs)
         else:
             data = tuple(JobView.of(job) for job in page.jobs)
-        return cls(data=data, has_more=page.has_more, next=page.jobs[-1].id if page.has_more else None)
+        cursor = page.jobs[-1].id if page.has_more else None
+        return cls(data=data, has_more=page.has_more, next=cursor, counts=counts)
+
+
+class JobExport(BaseModel):
+    object: Literal["job.export"] = "job.export"
+    id: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    artifacts: dict[str, str]
 
 
 class EventView(BaseModel):
@@ -131,52 +150,9 @@ class EventList(BaseModel):
     next: str | None  # the last event's id, even if there are no more events yet
 
 
-class ArtifactView(BaseModel):
-    object: Literal["artifact"] = "artifact"
-    id: str
-    job: str
-    created_at: datetime
-    model: str
-    model_digest: str
-    recipe: Recipe
-    format: FormatName
-    size: int
-    summary: dict[str, Any]
-    files: tuple[ArtifactFile, ...]
-    links: dict[str, str]
-
-    @classmethod
-    def of(cls, manifest: ArtifactManifest) -> Self:
-        here = f"/v1/artifacts/{manifest.id}"
-        return cls(
-            id=manifest.id,
-            job=manifest.job,
-            created_at=manifest.created_at,
-            model=manifest.model,
-            model_digest=manifest.model_digest,
-            recipe=manifest.recipe,
-            format=manifest.format,
-            size=manifest.size,
-            summary=manifest.summary,
-            files=manifest.files,
-            links={"self": here, "files": f"{here}/files", "job": f"/v1/jobs/{manifest.job}"},
-        )
-
-
-class ArtifactList(BaseModel):
-    object: Literal["list"] = "list"
-    data: tuple[ArtifactView, ...]
-    has_more: bool
-    next: str | None
-
-    @classmethod
-    def of(cls, page: ArtifactPage) -> Self:
-        data = tuple(ArtifactView.of(manifest) for manifest in page.manifests)
-        return cls(data=data, has_more=page.has_more, next=data[-1].id if page.has_more else None)
-
-
 class ReplicaView(BaseModel):
     slot: int
+    generation: int  # the deployment's, or that of its replacement; another one ends
     worker: str
     engine: str
     state: ReplicaState
@@ -185,6 +161,15 @@ class ReplicaView(BaseModel):
     restarts: int
     note: str
     since: datetime
+
+
+class ReplacementView(BaseModel):
+    """What takes the place of what a deployment serves."""
+
+    generation: int
+    served: Served
+    ready: int  # servers, of the deployment's replicas
+    error: Problem | None  # why it can't be had; what served before goes on
 
 
 class DeploymentView(BaseModel):
@@ -197,8 +182,16 @@ class DeploymentView(BaseModel):
     reason: str  # explains any state but ready
     error: Problem | None
     idle_timeout_s: int | None
+    aliases: tuple[str, ...]
     replicas: int  # requested
+    dtype: Dtype | None
+    max_model_len: int | None
+    max_num_seqs: int | None
+    cache_share: float | None
     vllm: VllmOptions | None
+    revision: int  # one more with each change by its owner; ETag begins with it
+    generation: int  # of its artifact and its servers' options
+    replacement: ReplacementView | None  # under way, or failed
     servers: tuple[ReplicaView, ...]  # running or starting
     job: str | None
     created_at: datetime
@@ -214,14 +207,34 @@ class DeploymentView(BaseModel):
             id=live.id,
             **spec.model_dump(exclude={"vllm"}),
             vllm=spec.vllm,
+            revision=deployment.revision,
+            generation=deployment.generation,
+            replacement=replacement_view(live),
             state=live.state,
-            reason=live.reason(engines),
+            reason=reason(live, engines),
             error=deployment.error,
             servers=tuple(ReplicaView(**each.model_dump(include=shown)) for each in live.replicas),
             job=deployment.job,
             created_at=deployment.created_at,
             links=links,
         )
+
+
+def replacement_view(live: LiveDeployment) -> ReplacementView | None:
+    replacement = live.deployment.replacement
+    if replacement is None:
+        return None
+    ready = ready_count(live, replacement.generation)
+    return ReplacementView(
+        generation=replacement.generation, served=replacement.served, ready=ready, error=replacement.error
+    )
+
+
+class ScrapeTarget(BaseModel):
+    """One server's metrics, as Prometheus' HTTP service discovery reads them."""
+
+    targets: tuple[str, ...]
+    labels: dict[str, str]
 
 
 class DeploymentList(BaseModel):

@@ -9,10 +9,12 @@ from redis import Redis
 from app.api.callers import Callers
 from app.api.gateway import Gateway
 from app.api.metrics import Metrics
+from app.api.model_cards import ModelCards
 from app.api.routing import RoutingTable
 from app.core.access.api_keys import KeyStore
 from app.core.access.audit_log import AuditLog
 from app.core.access.authentication import Authenticator
+from app.core.access.hub_tokens import HubTokens
 from app.core.access.idempotency import IdempotencyKeys
 from app.core.access.limits import TenantLimits
 from app.core.access.links import LinkSigner
@@ -26,10 +28,13 @@ from app.core.jobs.outcome import Outcome
 from app.core.jobs.turns import Turns
 from app.core.jobs.worker_registry import WorkerRegistry
 from app.core.outgoing.webhook_messages import DeliveryStore, WebhookSecrets
+from app.core.pushes.push_store import PushStore
 from app.core.settings import Settings
 from app.core.storage.artifact_store import ArtifactStore
+from app.core.storage.dataset_store import DatasetStore
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.reuse import ReuseIndex
+from app.core.storage.tags import Tags
 from app.core.telemetry.tally import Tally
 from app.core.upkeep.garbage import GarbageCollector
 
@@ -58,11 +63,15 @@ class Services:
         self.queue = JobQueue(redis, limit=settings.queue_limit)
         self.turns = Turns(self.jobs, self.queue, lambda tenant: self.limits.of(tenant).running_jobs)
         self.artifacts = ArtifactStore(self.objects)
+        self.cards = ModelCards(self.artifacts)
         self.reuse = ReuseIndex(redis, self.objects)
-        self.outcome = Outcome(
-            self.jobs, self.queue, self.turns, self.objects, self.deployments, self.reuse, self.limits
-        )
-        self.garbage = GarbageCollector(self.jobs, self.objects, self.limits, settings)
+        self.datasets = DatasetStore(self.objects)
+        self.tags = Tags(redis)
+        self.pushes = PushStore(redis)
+        self.hub_tokens = HubTokens(redis, settings)
+        parts = (self.jobs, self.queue, self.turns, self.objects, self.deployments, self.reuse, self.limits)
+        self.outcome = Outcome(*parts, self.pushes, self.hub_tokens)
+        self.garbage = GarbageCollector(self.jobs, self.objects, self.limits, self.tags, settings)
         self.deliveries = DeliveryStore(redis)
         self.webhook_secrets = WebhookSecrets(redis)
         self.workers = WorkerRegistry(redis)

@@ -6,15 +6,40 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import FileResponse, RedirectResponse, Response
 from pydantic import BaseModel
 
 from app.api.callers import SESSION_COOKIE, session_of
+from app.api.dashboard import PAGE_HEADERS
 from app.api.dependencies import Anyone, ServicesParam
+from app.core.access.api_keys import Scope
 from app.core.access.login import LINK_S, SESSION_S
 from app.core.errors import Unauthenticated
+from app.core.version import package_version
+from app.dashboard import LINK_REFUSED
 
 router = APIRouter(tags=["sessions"])
+
+
+class Caller(BaseModel):
+    """Who asks, by its key, and of which service."""
+
+    object: Literal["caller"] = "caller"
+    key: str  # the id of the API key, also for a browser's session
+    tenant: str
+    scopes: tuple[Scope, ...]  # with those that follow from them
+    version: str  # of the service
+
+
+@router.get("/v1/whoami")
+def read_caller(principal: Anyone) -> Caller:
+    """The caller's key, tenant and scopes, and the version of the service."""
+    return Caller(
+        key=principal.key_id,
+        tenant=principal.tenant,
+        scopes=tuple(scope for scope in Scope if principal.allows(scope)),
+        version=package_version(),
+    )
 
 
 class LoginLink(BaseModel):
@@ -39,16 +64,12 @@ def create_login_link(services: ServicesParam, principal: Anyone) -> LoginLink:
 def log_in(
     request: Request, services: ServicesParam, code: Annotated[str, Query(max_length=128)]
 ) -> Response:
-    """Open a session and go to the dashboard."""
+    """Open a session and go to the dashboard. A browser with a session goes there with an old link, too."""
     key_id, is_first = services.logins.use(code)
     if key_id is not None:
         request.state.principal = services.keys.holder(key_id)  # for the audit log and the logs
     if key_id is None or not is_first:
-        raise Unauthenticated(
-            "this login link was used already, or is older than ten minutes",
-            code="login_link_invalid",
-            remedy="create a new one with `nibble login`",
-        )
+        return refused_link(request, is_signed_in=services.logins.has_session(session_of(request.scope)))
     answer = RedirectResponse("/", 303, headers={"Cache-Control": "no-store"})
     answer.set_cookie(
         SESSION_COOKIE,
@@ -59,6 +80,20 @@ def log_in(
         secure=request.url.scheme == "https",
     )
     return answer
+
+
+def refused_link(request: Request, *, is_signed_in: bool) -> Response:
+    """To the dashboard with a session, a page for other browsers. Raises Unauthenticated for programs."""
+    if "text/html" in request.headers.get("accept", ""):
+        if is_signed_in:
+            return RedirectResponse("/", 303, headers={"Cache-Control": "no-store"})
+        headers = {**PAGE_HEADERS, "Cache-Control": "no-store"}
+        return FileResponse(LINK_REFUSED, 401, headers=headers, media_type="text/html")
+    raise Unauthenticated(
+        "this login link was used already, or is older than ten minutes",
+        code="login_link_invalid",
+        remedy="create a new one with `nibble login`",
+    )
 
 
 @router.post("/v1/logout", status_code=204)

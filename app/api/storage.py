@@ -19,6 +19,7 @@ class GarbageView(BaseModel):
     checkpoints: tuple[str, ...]
     artifacts: tuple[str, ...]
     jobs: tuple[str, ...]
+    datasets: tuple[str, ...]  # uploads that were interrupted
 
     @classmethod
     def of(cls, garbage: Garbage, *, dry_run: bool) -> Self:

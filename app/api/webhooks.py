@@ -49,19 +49,21 @@ def list_deliveries(job_id: str, services: ServicesParam, principal: JobsReader)
 
 
 @router.post("/jobs/{job_id}/webhook-deliveries/{delivery_id}/redeliver", status_code=202)
-def redeliver(job_id: str, delivery_id: str, services: ServicesParam, principal: JobsWriter) -> DeliveryView:
+def redeliver_message(
+    job_id: str, delivery_id: str, services: ServicesParam, principal: JobsWriter
+) -> DeliveryView:
     """Send a webhook again with the same id."""
     services.jobs.get(principal.tenant, job_id)
     return DeliveryView.of(services.deliveries.redeliver(job_id, delivery_id))
 
 
 @router.get("/webhook-secret")
-def read_secret(services: ServicesParam, principal: Admin) -> WebhookSecret:
+def read_webhook_secret(services: ServicesParam, principal: Admin) -> WebhookSecret:
     """The secret that signs the tenant's webhooks."""
     return WebhookSecret(secret=services.webhook_secrets.of(principal.tenant)[0])
 
 
 @router.post("/webhook-secret/rotate")
-def rotate_secret(services: ServicesParam, principal: Admin) -> WebhookSecret:
+def rotate_webhook_secret(services: ServicesParam, principal: Admin) -> WebhookSecret:
     """Replace the secret. For a day, webhooks are signed with the old one too."""
     return WebhookSecret(secret=services.webhook_secrets.rotate(principal.tenant))

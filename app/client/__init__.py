@@ -14,14 +14,22 @@ from app.client.errors import (
     WaitTimedOut,
 )
 from app.client.retries import Retries
-from app.client.views import ArtifactAnswer, DeploymentAnswer, EventAnswer, JobAnswer
-from app.core.errors import Conflict, Forbidden, NotFound, Unauthenticated, Unavailable
+from app.client.views import ArtifactAnswer, DatasetAnswer, DeploymentAnswer, EventAnswer, JobAnswer
+from app.core.errors import (
+    Conflict,
+    Forbidden,
+    NotFound,
+    PreconditionFailed,
+    Unauthenticated,
+    Unavailable,
+)
 
 __all__ = [
     "ArtifactAnswer",
     "AsyncNibbleClient",
     "BadRequest",
     "Conflict",
+    "DatasetAnswer",
     "DeploymentAnswer",
     "DownloadCorrupt",
     "EventAnswer",
@@ -32,6 +40,7 @@ __all__ = [
     "JobEnded",
     "NibbleClient",
     "NotFound",
+    "PreconditionFailed",
     "Retries",
     "ServiceFault",
     "ServiceRefused",

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, closing
+from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, overload
 
 import httpx
@@ -17,6 +18,7 @@ from app.client import effects
 from app.client.effects import Call, Emit, Flow, ItemT, ResultT, Stream, emitted
 from app.client.paths import is_loopback
 
+CHUNK_BYTES = 1 << 20  # of a file that is sent
 FAULTS = (httpx.TransportError, OSError)  # thrown into the flow, which decides what to do
 
 
@@ -35,9 +37,32 @@ def request_of(http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Requ
     timeout = http.timeout
     if call.read_timeout_s is not None:
         timeout = httpx.Timeout(timeout.connect, read=call.read_timeout_s)
+    headers, content = {**call.headers}, call.content
+    body: Any = content
+    if isinstance(content, Path):
+        headers["Content-Length"] = str(content.stat().st_size)
+        body = read_awaited(content) if isinstance(http, httpx.AsyncClient) else read_blocking(content)
     return http.build_request(
-        call.method, call.route, params=call.params, json=call.json, headers=call.headers, timeout=timeout
+        call.method,
+        call.route,
+        params=call.params,
+        json=call.json,
+        content=body,
+        headers=headers,
+        timeout=timeout,
     )
+
+
+def read_blocking(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+async def read_awaited(path: Path) -> AsyncIterator[bytes]:
+    with await asyncio.to_thread(path.open, "rb") as file:
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield chunk
 
 
 class Connection:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 SAFE_TO_REPEAT = frozenset({"GET", "HEAD", "PUT", "DELETE"})
@@ -21,6 +22,7 @@ class Call:
     route: str
     params: Mapping[str, str] = field(default_factory=dict)
     json: Any = None
+    content: bytes | Path | None = None  # of a file that is sent as it is read, or all of it
     headers: Mapping[str, str] = field(default_factory=dict)
     read_timeout_s: float | None = None  # None: the client's own
     repeatable: bool | None = None  # None: decided by method and Idempotency-Key

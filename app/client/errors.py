@@ -9,6 +9,7 @@ A problem also has its `status`, `request_id` and `fields`.
     ├── Forbidden               403
     ├── NotFound                404
     ├── Conflict                409
+    ├── PreconditionFailed      412
     ├── Invalid                 422, with each field in `fields`
     ├── TooMany                 429; `retry_after_s` where the service says when
     ├── ServiceFault            500 and other faults of the service
@@ -19,7 +20,8 @@ A problem also has its `status`, `request_id` and `fields`.
     WaitTimedOut                `wait_for` ran out of time; the job goes on
     DownloadCorrupt             the received bytes do not match the manifest
 
-Unauthenticated, Forbidden, NotFound, Conflict and Unavailable derive from both ServiceRefused and the class
+Unauthenticated, Forbidden, NotFound, Conflict, PreconditionFailed and Unavailable derive from both
+ServiceRefused and the class
 of that name in app.core.errors.
 """
 
@@ -107,6 +109,7 @@ KINDS: dict[int, type[ServiceRefused]] = {
     403: refused(errors.Forbidden),
     404: refused(errors.NotFound),
     409: refused(errors.Conflict),
+    412: refused(errors.PreconditionFailed),
     422: Invalid,
     429: TooMany,
     **dict.fromkeys((502, 503, 504), refused(errors.Unavailable, ServiceFault)),
@@ -130,6 +133,9 @@ def foreign(answer: httpx.Response) -> Foreign:
 def refusal(answer: httpx.Response) -> ServiceRefused:
     """The error for a refused answer whose body has been read."""
     problem = json_object(answer)
+    of_inference = problem.get("error")
+    if isinstance(of_inference, dict):  # in OpenAI's shape
+        problem = {**of_inference, "detail": of_inference.get("message")}
     # The detail covers the first field; the others are appended.
     fields = field_faults(problem)
     message = problem.get("detail") or problem.get("title") or f"HTTP status {answer.status_code}"

@@ -20,9 +20,9 @@ from app.client.errors import (
     unreachable,
 )
 from app.client.exchange import Exchange, parse
-from app.client.paths import deployment_route, job_route
+from app.client.paths import artifact_route, deployment_route, job_route
 from app.client.server_sent import Messages
-from app.client.views import DeploymentAnswer, EventAnswer, JobAnswer
+from app.client.views import DeploymentAnswer, EventAnswer, JobAnswer, PushAnswer
 from app.core.errors import NotFound
 
 LONG_POLL_S = 20.0
@@ -131,6 +131,19 @@ def deployment_gone(exchange: Exchange, deployment_id: str) -> Flow[None]:
             yield Pause(POLL_S)
     except NotFound:
         return
+
+
+def push_changes(exchange: Exchange, artifact_id: str, push_id: str) -> Stream[PushAnswer]:
+    """Yield the push now and after each change until it has ended, through restarts of the service."""
+    call = Call("GET", artifact_route(artifact_id, "pushes", push_id))
+    seen: PushAnswer | None = None
+    while seen is None or not seen.has_ended:
+        if seen is not None:
+            yield Pause(POLL_S)
+        now = parse(PushAnswer, (yield from exchange.sent(call, patience_s=PATIENCE_S if seen else 0.0)))
+        if now != seen:
+            yield Emit(now)
+        seen = now
 
 
 def chat_chunks(exchange: Exchange, body: Mapping[str, Any], on_wait: OnWait) -> Stream[Chunk]:

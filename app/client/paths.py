@@ -18,6 +18,10 @@ def artifact_route(artifact_id: str, *segments: str) -> str:
     return route("artifacts", artifact_id, *segments)
 
 
+def dataset_route(dataset_id: str) -> str:
+    return route("datasets", dataset_id)
+
+
 def deployment_route(deployment_id: str) -> str:
     return route("deployments", deployment_id)
 

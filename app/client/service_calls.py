@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -24,13 +24,15 @@ from app.client.following import (
     ignore_seconds,
     job_changes,
     job_events,
+    push_changes,
 )
-from app.client.paths import artifact_route, deployment_route, job_route, query, route
+from app.client.paths import artifact_route, dataset_route, deployment_route, job_route, query, route
 from app.client.resumed_download import OnBytes, artifact_files, ignore_bytes
 from app.core.errors import NotFound
 
 PAGE = 100  # largest page of a list
 READY_LIMIT_S = 5.0
+UPLOAD_ANSWER_S = 300.0  # of a large file
 
 Body = BaseModel | Mapping[str, Any]
 JobLike = views.JobAnswer | str
@@ -39,9 +41,13 @@ PageOf = Callable[[str | None], Flow[views.Page[ItemT]]]
 
 
 def plain(body: Body) -> dict[str, Any]:
-    if isinstance(body, BaseModel):
-        return body.model_dump(mode="json", exclude_unset=True)
-    return dict(body)
+    if not isinstance(body, BaseModel):
+        return dict(body)
+    fields = body.model_dump(mode="json", exclude_unset=True)
+    token = getattr(body, "hub_token", None)
+    if token is not None:  # dumped as asterisks
+        fields["hub_token"] = token.get_secret_value()
+    return fields
 
 
 def id_of(job: JobLike) -> str:
@@ -91,12 +97,24 @@ class Operations:
         )
 
     @returns
-    def retry(self, job: JobLike, *, idempotency_key: str | None = None) -> Flow[views.JobAnswer]:
-        """A new job with the spec of one that has ended."""
-        headers = keyed(idempotency_key)
-        return self.exchange.read(
-            views.JobAnswer, Call("POST", job_route(id_of(job), "retry"), headers=headers)
-        )
+    def retry(
+        self,
+        job: JobLike,
+        *,
+        hub_token: str | None = None,
+        timeout_s: int | None = None,
+        force: bool = False,
+        idempotency_key: str | None = None,
+    ) -> Flow[views.JobAnswer]:
+        """A new job with the spec of one that has ended, but for what is named here.
+
+        A hub token is not kept: bring it again. `force` computes again what was made before.
+        """
+        changes = {"hub_token": hub_token, "timeout_s": timeout_s, "force": True if force else None}
+        body = {name: value for name, value in changes.items() if value is not None}
+        where = job_route(id_of(job), "retry")
+        call = Call("POST", where, json=body or None, headers=keyed(idempotency_key))
+        return self.exchange.read(views.JobAnswer, call)
 
     @returns
     def delete_job(self, job: JobLike) -> Flow[None]:
@@ -116,8 +134,19 @@ class Operations:
         return self.exchange.document(Call("GET", job_route(id_of(job), "report")))
 
     @returns
+    def export(self, job: JobLike) -> Flow[dict[str, Any]]:
+        """The job as flat `params`, `metrics`, `tags` and `artifacts`, for experiment trackers."""
+        return self.exchange.document(Call("GET", job_route(id_of(job), "export")))
+
+    @returns
     def estimate(self, body: Body) -> Flow[dict[str, Any]]:
         call = Call("POST", "/v1/estimates", json=plain(body), repeatable=True)
+        return self.exchange.document(call)
+
+    @returns
+    def recommend(self, body: Body) -> Flow[dict[str, Any]]:
+        """A recipe for a model on a device: a `RecommendationRequest`, or `model`, `gpu` and the like."""
+        call = Call("POST", "/v1/recommendations", json=plain(body), repeatable=True)
         return self.exchange.document(call)
 
     @yields
@@ -153,9 +182,11 @@ class Operations:
         return self.exchange.read(views.ArtifactAnswer, Call("GET", artifact_route(artifact_id)))
 
     @returns
-    def artifacts(self, *, limit: int = 20, after: str | None = None) -> Flow[views.ArtifactPage]:
-        """A page of artifacts, newest first."""
-        params = query({"limit": limit, "after": after})
+    def artifacts(
+        self, *, limit: int = 20, after: str | None = None, tag: str | None = None
+    ) -> Flow[views.ArtifactPage]:
+        """A page of artifacts, newest first; with `tag`, those that have it."""
+        params = query({"limit": limit, "after": after, "tag": tag})
         return self.exchange.read(views.ArtifactPage, Call("GET", "/v1/artifacts", params=params))
 
     @yields
@@ -163,8 +194,48 @@ class Operations:
         return each(lambda after: Operations.artifacts(self, limit=PAGE, after=after))
 
     @returns
-    def delete_artifact(self, artifact_id: str) -> Flow[None]:
-        return self.exchange.done(Call("DELETE", artifact_route(artifact_id)))
+    def delete_artifact(self, artifact_id: str, *, force: bool = False) -> Flow[None]:
+        """Remove an artifact; one with tags only with `force`."""
+        params = {"force": "true"} if force else {}
+        return self.exchange.done(Call("DELETE", artifact_route(artifact_id), params=params))
+
+    @returns
+    def change_tags(
+        self, artifact_id: str, *, add: Sequence[str] = (), remove: Sequence[str] = ()
+    ) -> Flow[views.ArtifactAnswer]:
+        """Give tags to an artifact, which leave the model's other artifacts, and take some from it."""
+        body = {"add_tags": list(add), "remove_tags": list(remove)}
+        call = Call("PATCH", artifact_route(artifact_id), json=body, repeatable=True)
+        return self.exchange.read(views.ArtifactAnswer, call)
+
+    @returns
+    def registry(
+        self, *, model: str | None = None, limit: int = 200, after: str | None = None
+    ) -> Flow[views.RegistryPage]:
+        """Artifacts by the model that they were made of; `limit` is of artifacts."""
+        params = query({"model": model, "limit": limit, "after": after})
+        return self.exchange.read(views.RegistryPage, Call("GET", "/v1/registry", params=params))
+
+    @returns
+    def push(
+        self, artifact_id: str, body: Body, *, idempotency_key: str | None = None
+    ) -> Flow[views.PushAnswer]:
+        """Push an artifact to the hub: `repo_id`, and what PushOptions has beside it. Retries push once."""
+        where = artifact_route(artifact_id, "push")
+        call = Call("POST", where, json=plain(body), headers=keyed(idempotency_key))
+        return self.exchange.read(views.PushAnswer, call)
+
+    @returns
+    def push_state(self, artifact_id: str, push_id: str) -> Flow[views.PushAnswer]:
+        """A push as it is now."""
+        return self.exchange.read(
+            views.PushAnswer, Call("GET", artifact_route(artifact_id, "pushes", push_id))
+        )
+
+    @yields
+    def follow_push(self, artifact_id: str, push_id: str) -> Stream[views.PushAnswer]:
+        """A push now and after each change, until it has ended."""
+        return push_changes(self.exchange, artifact_id, push_id)
 
     @returns
     def link(self, artifact_id: str, path: str, *, expires_in_s: int = 3600) -> Flow[views.LinkAnswer]:
@@ -184,6 +255,42 @@ class Operations:
         artifact = yield from Operations.artifact(self, artifact_id)
         yield from artifact_files(self.exchange, artifact, folder, on_bytes)
         return artifact
+
+    # Datasets
+
+    @returns
+    def upload_dataset(
+        self, name: str, content: bytes | Path, *, sequence_length: int = 512
+    ) -> Flow[views.DatasetAnswer]:
+        """Upload a text; the end of `name` says how it is read. A file is sent as it is read."""
+        params = query({"name": name, "sequence_length": sequence_length})
+        call = Call(
+            "POST", "/v1/datasets", params=params, content=content, read_timeout_s=UPLOAD_ANSWER_S,
+            headers={"Content-Type": "application/octet-stream"},
+        )  # fmt: skip
+        return self.exchange.read(views.DatasetAnswer, call)
+
+    @returns
+    def dataset(self, dataset_id: str, *, sequence_length: int = 512) -> Flow[views.DatasetAnswer]:
+        params = query({"sequence_length": sequence_length})
+        return self.exchange.read(views.DatasetAnswer, Call("GET", dataset_route(dataset_id), params=params))
+
+    @returns
+    def datasets(
+        self, *, limit: int = 20, after: str | None = None, sequence_length: int = 512
+    ) -> Flow[views.DatasetPage]:
+        """A page of datasets, newest first."""
+        params = query({"limit": limit, "after": after, "sequence_length": sequence_length})
+        return self.exchange.read(views.DatasetPage, Call("GET", "/v1/datasets", params=params))
+
+    @yields
+    def each_dataset(self) -> Stream[views.DatasetAnswer]:
+        """Every dataset, newest first."""
+        return each(lambda after: Operations.datasets(self, limit=PAGE, after=after))
+
+    @returns
+    def delete_dataset(self, dataset_id: str) -> Flow[None]:
+        return self.exchange.done(Call("DELETE", dataset_route(dataset_id)))
 
     # Deployments
 
@@ -208,12 +315,12 @@ class Operations:
 
     @returns
     def deployment_named(self, name: str) -> Flow[views.DeploymentAnswer]:
-        """The deployment of that name or id, unless it is being deleted. Raises NotFound."""
+        """The deployment of that name, alias or id, unless it is being deleted. Raises NotFound."""
         after: str | None = None
         while True:
             page = yield from Operations.deployments(self, limit=PAGE, after=after)
             for each_one in page.items:
-                if name in (each_one.name, each_one.id) and each_one.state != "draining":
+                if name in (each_one.name, each_one.id, *each_one.aliases) and each_one.state != "draining":
                     return each_one
             if page.next is None:
                 raise NotFound(
@@ -222,6 +329,19 @@ class Operations:
                     remedy="`nibble deployments` lists them",
                 )
             after = page.next
+
+    @returns
+    def change_deployment(
+        self, deployment_id: str, body: Mapping[str, Any], *, revision: int | None = None
+    ) -> Flow[views.DeploymentAnswer]:
+        """Scale, pause, replace or rename it: `replicas`, `paused`, `artifact`, `aliases` and others.
+
+        With `revision`, that of an answer, PreconditionFailed is raised if another change came since.
+        """
+        headers = {} if revision is None else {"If-Match": f'"{revision}"'}
+        route_of = deployment_route(deployment_id)
+        call = Call("PATCH", route_of, json=dict(body), headers=headers, repeatable=revision is None)
+        return self.exchange.read(views.DeploymentAnswer, call)
 
     @returns
     def delete_deployment(self, deployment_id: str, *, wait: bool = False) -> Flow[None]:

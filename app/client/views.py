@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.client.errors import JobEnded
 from app.core.records.job import TERMINAL, Problem, Progress
+from app.core.records.push import ENDED_PUSHES
 
 
 class ServiceAnswer(BaseModel):
@@ -30,6 +31,7 @@ class JobAnswer(ServiceAnswer):
     artifacts: tuple[str, ...] = ()
     retry_of: str | None = None
     reused_from: str | None = None
+    has_hub_token: bool = False
 
     @property
     def is_terminal(self) -> bool:
@@ -49,20 +51,61 @@ class FileAnswer(ServiceAnswer):
     sha256: str
 
 
+class PushAnswer(ServiceAnswer):
+    id: str
+    artifact: str
+    state: str
+    repo_id: str
+    revision: str | None = None
+    sent_bytes: int = 0
+    created_at: datetime | None = None
+    finished_at: datetime | None = None
+    url: str | None = None
+    commit: str | None = None
+    commit_url: str | None = None
+    error: Problem | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ENDED_PUSHES
+
+
 class ArtifactAnswer(ServiceAnswer):
     id: str
     job: str
     created_at: datetime
     model: str
     model_digest: str = ""
+    adapter: str | None = None
+    adapter_digest: str | None = None
     format: str
     recipe: dict[str, Any] = Field(default_factory=dict)
     summary: dict[str, Any] = Field(default_factory=dict)
     files: tuple[FileAnswer, ...] = ()
+    tags: tuple[str, ...] = ()
+    pushes: tuple[PushAnswer, ...] = ()
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
+
+
+class DatasetAnswer(ServiceAnswer):
+    """A text of one's own; `reference` is what a job's calibration or evaluation names it by."""
+
+    id: str
+    name: str
+    created_at: datetime
+    size: int
+    sha256: str
+    reference: str
+    documents: int | None = None
+    conversations: int | None = None
+    tokens: int | None = None
+    sequence_length: int = 512
+    windows: int | None = None
+    is_estimate: bool = False
+    first: tuple[str, ...] = ()
 
 
 class LinkAnswer(ServiceAnswer):
@@ -72,12 +115,22 @@ class LinkAnswer(ServiceAnswer):
 
 class ServerAnswer(ServiceAnswer):
     slot: int
+    generation: int = 1
     worker: str
     engine: str
     state: str
     running: int = 0
     waiting: int = 0
     restarts: int = 0
+
+
+class ReplacementAnswer(ServiceAnswer):
+    """What takes the place of what a deployment serves; with `error` it does not."""
+
+    generation: int
+    served: dict[str, Any]  # artifact, and the options of its servers
+    ready: int = 0
+    error: Problem | None = None
 
 
 class DeploymentAnswer(ServiceAnswer):
@@ -88,8 +141,12 @@ class DeploymentAnswer(ServiceAnswer):
     state: str
     reason: str = ""
     error: Problem | None = None
+    aliases: tuple[str, ...] = ()
     idle_timeout_s: int | None = None
     replicas: int = 1
+    revision: int = 1  # one more with each change by its owner
+    generation: int = 1  # of its artifact and its servers' options
+    replacement: ReplacementAnswer | None = None
     servers: tuple[ServerAnswer, ...] = ()
     job: str | None = None
     created_at: datetime
@@ -151,6 +208,7 @@ class AuditAnswer(ServiceAnswer):
     method: str = ""
     path: str = ""
     status: int = 0
+    detail: str = ""
 
 
 class LimitsAnswer(ServiceAnswer):
@@ -176,6 +234,7 @@ class GarbageAnswer(ServiceAnswer):
     checkpoints: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
 
 
 ItemT = TypeVar("ItemT")
@@ -189,11 +248,21 @@ class Page(ServiceAnswer, Generic[ItemT]):
     next: str | None = None
 
 
+class VersionsAnswer(ServiceAnswer):
+    """A source model and what was made of it, newest first."""
+
+    model: str
+    tags: dict[str, str] = Field(default_factory=dict)
+    versions: tuple[ArtifactAnswer, ...] = ()
+
+
 JobPage = Page[JobAnswer]  # Jobs, newest first.
 ArtifactPage = Page[ArtifactAnswer]  # Artifacts, newest first.
+DatasetPage = Page[DatasetAnswer]  # Datasets, newest first.
 DeploymentPage = Page[DeploymentAnswer]  # Deployments, newest first.
 EventPage = Page[EventAnswer]  # Events, oldest first.
 WorkerPage = Page[WorkerAnswer]  # Live workers.
 KeyPage = Page[KeyAnswer]  # Keys, oldest first.
 DeliveryPage = Page[DeliveryAnswer]  # Webhooks of a job, oldest first.
+RegistryPage = Page[VersionsAnswer]  # Models, the one with the newest artifact first.
 AuditPage = Page[AuditAnswer]  # Changes, newest first.

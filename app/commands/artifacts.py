@@ -8,14 +8,26 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from app.commands.help_pages import HelpfulCommand, group
 from app.commands.progress import progress_view
-from app.commands.show import print_page, show_artifact, show_artifacts
-from app.commands.terminal import After, ApiKey, AsJson, Limit, Url, connect, print_json, stderr, stdout
+from app.commands.short_ids import ArtifactId, artifact_id
+from app.commands.show import print_answer, print_page, show_artifact, show_artifacts
+from app.commands.terminal import (
+    After,
+    ApiKey,
+    AsJson,
+    Limit,
+    Url,
+    Yes,
+    confirm,
+    connect,
+    print_json,
+    stderr,
+    stdout,
+)
 from app.core.records.job import Progress
 
-ArtifactId = Annotated[str, typer.Argument(metavar="ARTIFACT", help="An artifact's id.")]
-
-artifacts = typer.Typer(help="List, show, download and delete artifacts.", no_args_is_help=False)
+artifacts = group("List, show, download, share and delete artifacts.")
 
 
 @artifacts.callback(invoke_without_command=True)
@@ -24,6 +36,7 @@ def list_artifacts(
     *,
     limit: Limit = 20,
     after: After = None,
+    tag: Annotated[str | None, typer.Option(help="Only artifacts with this tag.", show_default=False)] = None,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
@@ -32,26 +45,21 @@ def list_artifacts(
     if context.invoked_subcommand is not None:
         return
     with connect(url, api_key) as client:
-        page = client.artifacts(limit=limit, after=after)
+        page = client.artifacts(limit=limit, after=after, tag=tag)
     print_page(page, show_artifacts, as_json=as_json, command="nibble artifacts")
 
 
-@artifacts.command()
-def show(
-    artifact_id: ArtifactId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None
-) -> None:
+@artifacts.command(cls=HelpfulCommand)
+def show(artifact: ArtifactId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
     """List an artifact's files with their SHA-256."""
     with connect(url, api_key) as client:
-        artifact = client.artifact(artifact_id)
-    if as_json:
-        print_json(artifact.model_dump(mode="json"))
-    else:
-        show_artifact(stdout(), artifact)
+        answer = client.artifact(artifact_id(client, artifact))
+    print_answer(answer, show_artifact, as_json=as_json)
 
 
-@artifacts.command()
+@artifacts.command(cls=HelpfulCommand)
 def download(
-    artifact_id: ArtifactId,
+    artifact: ArtifactId,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; created if missing.")],
     as_json: AsJson = False,
@@ -64,7 +72,8 @@ def download(
     """
     console = stderr() if as_json else stdout()
     with connect(url, api_key) as client:
-        size = max(client.artifact(artifact_id).size, 1)
+        whole = artifact_id(client, artifact)
+        size = max(client.artifact(whole).size, 1)
         received = 0
         with progress_view(console) as view:
 
@@ -73,21 +82,51 @@ def download(
                 received += count
                 view.show("downloading", Progress(fraction=min(received / size, 1.0)))
 
-            artifact = client.download(artifact_id, out, on_bytes=on_bytes)
+            answer = client.download(whole, out, on_bytes=on_bytes)
     if as_json:
-        print_json({**artifact.model_dump(mode="json"), "folder": str(out)})
+        print_json({**answer.model_dump(mode="json"), "folder": str(out)})
     else:
-        console.print(f"{len(artifact.files)} files in {escape(str(out))}")
+        console.print(f"{len(answer.files)} files in {escape(str(out))}")
 
 
-@artifacts.command()
+@artifacts.command(cls=HelpfulCommand)
+def link(
+    artifact: ArtifactId,
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="A file of it, as `nibble artifacts show` lists.")
+    ],
+    *,
+    hours: Annotated[int, typer.Option(min=1, max=168, help="Hours until the link ends.")] = 1,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Print a link that reads one file without a key."""
+    with connect(url, api_key) as client:
+        answer = client.link(artifact_id(client, artifact), path, expires_in_s=hours * 3600)
+        whole = answer.url if "://" in answer.url else client.url + answer.url
+    if as_json:
+        print_json({"url": whole, "expires_at": answer.expires_at.isoformat()})
+    else:
+        stdout().print(escape(whole))
+
+
+@artifacts.command(cls=HelpfulCommand)
 def delete(
-    artifact_id: ArtifactId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None
+    artifact: ArtifactId,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Also if it has tags.")] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Remove an artifact and its files. Delete deployments that serve it first."""
     with connect(url, api_key) as client:
-        client.delete_artifact(artifact_id)
+        whole = artifact_id(client, artifact)
+        confirm(f"delete {whole} and its files?", yes=yes)
+        client.delete_artifact(whole, force=force)
     if as_json:
-        print_json({"id": artifact_id, "deleted": True})
+        print_json({"id": whole, "deleted": True})
     else:
-        stdout().print(f"{escape(artifact_id)} is gone")
+        stdout().print(f"{escape(whole)} is gone")

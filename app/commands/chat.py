@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from app.commands.short_ids import LAST, deployment_of
 from app.commands.terminal import (
     ApiKey,
     AsJson,
@@ -32,11 +33,33 @@ if TYPE_CHECKING:
 HELP = """[dim]/new    forget the conversation      /system TEXT  set the system prompt
 /undo   forget the last exchange    /set NAME VALUE  top_p, top_k, max_tokens, …
 /help   this list                   /quit, Ctrl-D    leave      Ctrl-C  stop an answer[/]"""
-PARAMETERS = {
-    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
-    "max_tokens": int, "seed": int,
-}  # fmt: skip
+# What /set takes: the type of a value, and its least and most.
+PARAMETERS: dict[str, tuple[type[float] | type[int], float, float]] = {
+    "temperature": (float, 0, 2),
+    "top_p": (float, 0, 1),
+    "top_k": (int, 0, 2**31),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 0.01, 10),
+    "max_tokens": (int, 1, 2**31),
+    "seed": (int, -(2**63), 2**63 - 1),
+}
 SOURCES = {"model": "the model's own", "default": "the usual: the model names none"}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast an answer came: its tokens, and the seconds after the first of them."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Pace) -> Pace:
+        return Pace(self.tokens + other.tokens, self.seconds + other.seconds)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None where too little was heard to tell."""
+        return self.tokens / self.seconds if self.tokens and self.seconds > 0 else None
 
 
 @dataclass
@@ -47,6 +70,7 @@ class Conversation:
     parameters: dict[str, float | int] = field(default_factory=dict)
     system: str | None = None
     exchanges: list[dict[str, str]] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)  # of all answers
 
     def body(self) -> dict[str, Any]:
         opening = [{"role": "system", "content": self.system}] if self.system else []
@@ -71,7 +95,7 @@ class Conversation:
 
 
 def chat(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A deployment's name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A deployment's name, or `last`.")],
     prompt: Annotated[
         str | None,
         typer.Argument(help="One question; without it a conversation.", show_default=False),
@@ -117,6 +141,8 @@ def chat(
     asked = {key: value for key, value in options.items() if value is not None}
     console = stdout()
     with connect(url, api_key) as client:
+        if name == LAST:
+            name = deployment_of(client, name).name
         sampling = client.model(name).get("sampling") or {}
         parameters = {**sampling.get("parameters", {}), **asked}
         talk = Conversation(model=name, parameters=parameters, system=system)
@@ -188,17 +214,29 @@ def command(talk: Conversation, line: str, console: Console) -> None:
     elif word == "/set":
         set_parameter(talk, rest, console)
     else:
+        if word != "/help":
+            console.print(f"there is no {escape(word)}")
         console.print(HELP)
 
 
 def set_parameter(talk: Conversation, text: str, console: Console) -> None:
-    name, _, value = text.partition(" ")
-    try:
-        talk.parameters[name] = PARAMETERS[name](value)
-    except (KeyError, ValueError):
+    """`NAME VALUE`, within the parameter's limits."""
+    name, _, written = text.partition(" ")
+    if name not in PARAMETERS:
         console.print(f"[dim]/set NAME VALUE, NAME one of {', '.join(PARAMETERS)}[/]")
-    else:
-        console.print(f"[dim]{name} is {talk.parameters[name]:g}[/]")
+        return
+    kind, least, most = PARAMETERS[name]
+    try:
+        value = kind(written)
+    except ValueError:
+        value = None
+    if value is None or not least <= value <= most:
+        bounds = f"of at least {least:g}" if most >= 2**31 else f"from {least:g} to {most:g}"
+        number = "a whole number" if kind is int else "a number"
+        console.print(f"{name} is {number} {bounds}, not {escape(written) or 'nothing'}")
+        return
+    talk.parameters[name] = value
+    console.print(f"[dim]{name} is {value:g}[/]")
 
 
 def answer(client: NibbleClient, talk: Conversation, console: Console) -> None:
@@ -218,8 +256,12 @@ def answer(client: NibbleClient, talk: Conversation, console: Console) -> None:
         console.print(" [dim]stopped[/]", end="")
     console.print()
     talk.hear("".join(texts))
-    if console.is_terminal and usage and first:
-        rate = (usage - 1) / max(time.monotonic() - first, 1e-9)
+    if not usage or not first:
+        return
+    pace = Pace(usage - 1, max(time.monotonic() - first, 1e-9))
+    talk.pace += pace
+    if console.is_terminal:
+        rate = pace.tokens_per_s or 0.0
         console.print(f"[dim]{usage} tokens, {rate:.1f} per second, first after {first - started:.2f} s[/]")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from app.commands.checks.check import Check
-from app.commands.checks.devices import check_devices
+from app.commands.checks.devices import check_devices, check_kernels
 from app.commands.checks.host import (
     EXTRAS,
     check_cache,
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
-def doctor(*, as_json: AsJson = False) -> None:
+CompileKernels = Annotated[
+    bool, typer.Option("--compile", help="Compile the usual CUDA kernels into the cache, too: a minute.")
+]
+
+
+def doctor(*, as_json: AsJson = False, compile_kernels: CompileKernels = False) -> None:
     """Check this host: Python, PyTorch, GPUs, compilers, Redis, storage, disk, folders, port, clock.
 
     Each check is ok, a warning (it works, but not as well as it could) or a problem (something will not
@@ -39,7 +45,8 @@ def doctor(*, as_json: AsJson = False) -> None:
     """
     console = stdout()
     checks = []
-    for check in every_check():
+    compiled = (check_kernels() for _ in range(compile_kernels))  # after the others are shown
+    for check in chain(every_check(), compiled):
         checks.append(check)
         if not as_json:
             show_check(console, check)

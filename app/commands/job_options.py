@@ -17,29 +17,48 @@ import typer
 from app.commands.terminal import among
 from app.core.errors import InvalidRequest
 from app.core.formats.registry import FormatName
-from app.core.formats.schemes import SchemeName
+from app.core.formats.schemes import CacheName, SchemeName
+from app.core.records.device_names import DeviceName
 from app.core.records.specs import BUNDLED_TASKS, OWN_ANSWERS, Method
+from app.core.sources.adapter_config import WRITTEN
 from app.core.sources.json_file import json_fault
 
-IdempotencyKey = Annotated[
-    str | None, typer.Option(help="Submitting twice with the same key creates one job.", show_default=False)
-]
-Labels = Annotated[
-    list[str] | None, typer.Option("--label", help="key=value; may be repeated.", show_default=False)
-]
-Timeout = Annotated[
-    int | None, typer.Option(help="Longest run in seconds; default 14400.", show_default=False)
-]
-QueueTimeout = Annotated[
-    int | None, typer.Option(help="Longest wait for a worker in seconds.", show_default=False)
-]
+# Headings of the options in the help.
+RECIPE, TARGET, TEXTS, SERVICE = "Recipe", "Targets", "Calibration and evaluation", "The job"
 
 
-def option(text: str, *names: str, values: tuple[str, ...] = ()) -> Any:
+def option(text: str, *names: str, values: tuple[str, ...] = (), panel: str = RECIPE) -> Any:
     """An option without a default: the job's body has its own."""
     return typer.Option(
-        *names, help=text, show_default=False, autocompletion=among(*values) if values else None
+        *names,
+        help=text,
+        show_default=False,
+        autocompletion=among(*values) if values else None,
+        rich_help_panel=panel,
     )
+
+
+IdempotencyKey = Annotated[
+    str | None, option("Submitting twice with the same key creates one job.", panel=SERVICE)
+]
+Labels = Annotated[list[str] | None, option("key=value; may be repeated.", "--label", panel=SERVICE)]
+Timeout = Annotated[int | None, option("Longest run in seconds; default 14400.", panel=SERVICE)]
+QueueTimeout = Annotated[int | None, option("Longest wait for a worker in seconds.", panel=SERVICE)]
+PriorityName = Annotated[
+    str | None, option("high, normal (default) or low.", values=("high", "normal", "low"), panel=SERVICE)
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Compute again what was made before.", rich_help_panel=SERVICE)
+]
+Webhook = Annotated[str | None, option("URL that hears of the job's end.", panel=SERVICE)]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push", metavar="REPO", help="Hub repository to push the first artifact to.", show_default=False,
+        rich_help_panel=SERVICE,
+    ),
+]  # fmt: skip
+Deploy = Annotated[str | None, option("Serve the first artifact under this name.", panel=SERVICE)]
 
 
 @dataclass(frozen=True)
@@ -71,16 +90,41 @@ class JobOptions:
     rounding: Annotated[
         str | None, option("nearest, or gptq (slower and better).", values=("nearest", "gptq"))
     ] = None
+    kv_cache: Annotated[
+        str | None,
+        option(
+            "fp8: calibrate a scale for the keys and one for the values of each layer, by which servers keep "
+            "their cache so.",
+            values=get_args(CacheName),
+        ),
+    ] = None
     max_ratio: Annotated[
         float | None,
         option(
             "Quality target: recipes are tried until one meets it; 1.01 allows one percent more perplexity.",
             "--max-perplexity-ratio",
+            panel=TARGET,
+        ),
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        option(
+            "Quality target: the most KL to the original, in nats per token.", "--target-kl", panel=TARGET
         ),
     ] = None
     min_recovery: Annotated[
         float | None,
-        option("Quality target: the least share of the original's task scores, such as 0.99; needs --task."),
+        option(
+            "Quality target: the least share of the original's task scores, such as 0.99; needs --task.",
+            panel=TARGET,
+        ),
+    ] = None
+    max_size: Annotated[
+        str | None,
+        option(
+            "Target: files of at most so many bytes, such as 5GB; alone: the least error within them.",
+            panel=TARGET,
+        ),
     ] = None
     formats: Annotated[
         list[str] | None,
@@ -90,35 +134,55 @@ class JobOptions:
             values=get_args(FormatName),
         ),
     ] = None
-    num_samples: Annotated[int | None, option("Number of calibration windows.")] = None
-    sequence_length: Annotated[int | None, option("Tokens per window of calibration.")] = None
+    num_samples: Annotated[int | None, option("Number of calibration windows.", panel=TEXTS)] = None
+    sequence_length: Annotated[int | None, option("Tokens per window of calibration.", panel=TEXTS)] = None
     dataset: Annotated[
         str | None,
-        option("Calibration text: builtin:…, hf:…, s3://…, file://…, a file, or self: the model's answers."),
+        option(
+            "Calibration text: builtin:…, hf:…, s3://…, file://…, a file, or self: the model's answers.",
+            panel=TEXTS,
+        ),
     ] = None
     all_experts: Annotated[
         bool | None,
         option(
             "Calibrate each expert on every token, or on those routed to it (default).",
             "--all-experts/--routed-experts",
+            panel=TEXTS,
         ),
     ] = None
-    eval_samples: Annotated[int | None, option("Number of evaluation windows.")] = None
+    eval_samples: Annotated[int | None, option("Number of evaluation windows.", panel=TEXTS)] = None
     eval_sequence_length: Annotated[
-        int | None, option("Tokens per window of evaluation; default as calibration's.")
+        int | None, option("Tokens per window of evaluation; default as calibration's.", panel=TEXTS)
     ] = None
     evaluated: Annotated[
         bool | None,
         option(
             "Whether the outcome is judged; method rtn can do without: any safetensors, tensor by tensor.",
             "--evaluation/--no-evaluation",
+            panel=TEXTS,
         ),
     ] = None
     tasks: Annotated[
         list[str] | None,
-        option(f"A task to score: {', '.join(BUNDLED_TASKS)} or one of lm-eval's; repeatable.", "--task"),
+        option(
+            f"A task to score: {', '.join(BUNDLED_TASKS)} or one of lm-eval's; repeatable.",
+            "--task",
+            panel=TEXTS,
+        ),
     ] = None
-    task_limit: Annotated[int | None, option("Documents of each task; default all.")] = None
+    task_limit: Annotated[int | None, option("Documents of each task; default all.", panel=TEXTS)] = None
+    serve_on: Annotated[
+        str | None,
+        option(
+            "The device that serves the result: notes say what the scheme means there.",
+            values=get_args(DeviceName),
+        ),
+    ] = None
+    adapter: Annotated[
+        str | None,
+        option("A LoRA adapter as peft saves it, merged before quantization: a folder or a reference."),
+    ] = None
     spec: Annotated[
         Path | None,
         option(
@@ -161,8 +225,11 @@ PLACES = {
     "group_size": ("recipe", "group_size"),
     "symmetric": ("recipe", "symmetric"),
     "rounding": ("recipe", "rounding"),
+    "kv_cache": ("recipe", "kv_cache"),
     "max_ratio": ("target", "max_perplexity_ratio"),
+    "max_kl": ("target", "max_kl"),
     "min_recovery": ("target", "min_recovery"),
+    "max_size": ("target", "max_size"),
     "tasks": ("evaluation", "tasks"),
     "task_limit": ("evaluation", "task_limit"),
     "num_samples": ("calibration", "num_samples"),
@@ -198,8 +265,8 @@ def job_body(
         body["model"] = model_reference(model)
     if "model" not in body:
         raise typer.BadParameter("name a model, or give a file with one", param_hint="MODEL")
-    if options.formats:
-        body["formats"] = options.formats
+    whole = {"formats": options.formats or None, "serve_on": options.serve_on}
+    body |= without_none({**whole, "adapter": adapter_reference(options.adapter)})
     for section, changes in {**sections(options), "labels": labels or {}}.items():
         held = body.get(section)
         if changes and held is not None and not isinstance(held, dict):
@@ -250,6 +317,15 @@ def model_reference(model: str) -> str:
             param="model",
         )
     return model
+
+
+def adapter_reference(adapter: str | None) -> str | None:
+    """As `model_reference`, for the folder of an adapter."""
+    try:
+        return None if adapter is None else model_reference(adapter)
+    except InvalidRequest as fault:
+        fault.param, fault.remedy = "adapter", WRITTEN
+        raise
 
 
 def text_reference(dataset: str | None) -> str | None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app.commands import job_options
+from app.commands.gains import show_outcome
+from app.commands.hub_token import HubTokenOption, read_hub_token
 from app.commands.progress import progress_view
+from app.commands.short_ids import JobId, job_id
 from app.commands.show import (
+    print_answer,
     print_page,
     show_estimate,
     show_event,
     show_job,
     show_jobs,
+    show_log_line,
     show_report,
     show_workers,
 )
@@ -30,14 +36,14 @@ from app.commands.terminal import (
     stderr,
     stdout,
 )
+from app.core.errors import NibbleError
 from app.core.records.job import JobState
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from app.client import JobAnswer, NibbleClient
+    from app.client import EventAnswer, JobAnswer, NibbleClient
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id.")]
 ModelName = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="org/name, hf:org/name@revision, s3://…, file://… or a folder."),
@@ -52,57 +58,124 @@ def submit(
     idempotency_key: job_options.IdempotencyKey = None,
     timeout: job_options.Timeout = None,
     queue_timeout: job_options.QueueTimeout = None,
+    priority: job_options.PriorityName = None,
+    webhook: job_options.Webhook = None,
+    deploy: job_options.Deploy = None,
+    push: job_options.PushTo = None,
+    force: job_options.Force = False,
+    hub_token: HubTokenOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show progress until the job ends.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the job's page in the browser.")] = False,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
     options: job_options.JobOptions,
 ) -> None:
-    """Submit a job."""
+    """Submit a job: quantize a model.
+
+    MODEL is a repository on the hub, a folder, or an s3:// or file:// address. What no option says is left to
+    the service: 4 bits with AWQ.
+    """
     body = job_options.job_body(model, options, job_options.split_labels(labels))
-    body |= job_options.without_none({"timeout_s": timeout, "queue_timeout_s": queue_timeout})
+    body |= job_options.without_none(
+        {
+            "timeout_s": timeout,
+            "queue_timeout_s": queue_timeout,
+            "priority": priority,
+            "webhook": None if webhook is None else {**(body.get("webhook") or {}), "url": webhook},
+            "deploy": None if deploy is None else {**(body.get("deploy") or {}), "name": deploy},
+            "push": None if push is None else {**(body.get("push") or {}), "repo_id": push},
+            "force": True if force else None,
+            "hub_token": read_hub_token(hub_token),
+        }
+    )
     with connect(url, api_key) as client:
         job = client.submit(body, idempotency_key=idempotency_key)
+        if open_page:
+            open_job(client, job.id)
         if watch:
             follow(client, job.id, as_json=as_json)
         elif as_json:
             print_json(job.model_dump(mode="json"))
         else:
             show_job(stdout(), job)
+            show_next_steps(stdout(), job)
 
 
-def watch(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Show a job's progress until it ends. With --json: one line for each change."""
+def open_job(client: NibbleClient, job: str) -> None:
+    from app.commands.opening import open_page
+
+    open_page(client, f"/jobs/{job}")
+
+
+def show_next_steps(console: Console, job: JobAnswer) -> None:
+    """What can be done with a new job; with one whose result was there already."""
+    if job.is_terminal:
+        if job.reused_from is not None:
+            console.print(f"made before, by {job.reused_from}; --force computes it again")
+        steps = [(f"nibble report {job.id}", "what was won")]
+    else:
+        steps = [
+            (f"nibble watch {job.id}", "its progress"),
+            (f"nibble logs {job.id} -f", "what it does"),
+            (f"nibble cancel {job.id}", "stop it"),
+        ]
+    for command, purpose in steps:
+        console.print(f"  {command}  [dim]{purpose}[/]")
+
+
+def watch(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Show a job's progress until it ends, then what was won. With --json: one line for each change."""
     with connect(url, api_key) as client:
-        follow(client, job_id, as_json=as_json)
+        follow(client, job_id(client, job), as_json=as_json)
 
 
-def follow(client: NibbleClient, job_id: str, *, as_json: bool) -> None:
+def follow(client: NibbleClient, whole: str, *, as_json: bool) -> None:
     """Show the job's end. Exits with 1 unless it succeeded."""
     job: JobAnswer | None = None
     if as_json:
-        for job in client.follow(job_id):
+        for job in client.follow(whole):
             print_json(job.model_dump(mode="json"))
     else:
         console = stdout()
-        console.print(f"job {job_id}")
         try:
-            job = watch_job(client, job_id, console)
+            job = watch_job(client, whole, console)
         except KeyboardInterrupt:
-            stderr().print(f"the job goes on: nibble watch {job_id} follows it")
-            stderr().print(f"nibble cancel {job_id} stops it")
+            stderr().print(f"the job goes on: nibble watch {whole} follows it")
+            stderr().print(f"nibble cancel {whole} stops it")
             raise
-        show_job(console, job)
-        said = "its figures" if job.state == "succeeded" else "what it did until then"
-        console.print(f"{said}: nibble report {job_id}")
+        show_end(client, job, console)
     if job is None or job.state != "succeeded":
         raise typer.Exit(ExitCode.FAILED)
 
 
-def watch_job(client: NibbleClient, job_id: str, console: Console) -> JobAnswer:
+def show_end(client: NibbleClient, job: JobAnswer, console: Console) -> None:
+    """The ended job, what was won, and what can be done next."""
+    show_job(console, job)
+    if job.state != "succeeded":
+        console.print(f"what it did until then: nibble report {job.id}")
+        return
+    show_outcome(console, report_or_nothing(client, job.id))
+    console.print(f"all figures: nibble report {job.id}")
+    if job.artifacts and not job.spec.get("deploy"):
+        console.print(f"serve it: nibble deploy {job.artifacts[0]} --name NAME")
+
+
+def report_or_nothing(client: NibbleClient, whole: str) -> dict[str, Any]:
+    """The report; nothing where it can't be read: the job has succeeded all the same."""
+    try:
+        return client.report(whole)
+    except NibbleError:
+        return {}
+
+
+def watch_job(client: NibbleClient, whole: str, console: Console) -> JobAnswer:
     """Show progress until the job has ended; returns the ended job."""
     with progress_view(console) as view:
-        for job in client.follow(job_id):
+        for job in client.follow(whole):
+            if job.is_terminal:
+                break
+            view.count_from(job.started_at or job.created_at)
             view.show((job.stage if job.state == "running" else None) or job.state, job.progress)
     return job
 
@@ -126,35 +199,73 @@ def jobs(
     print_page(page, show_jobs, as_json=as_json, command="nibble jobs")
 
 
-def cancel(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def cancel(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
     """Cancel a queued or running job."""
     with connect(url, api_key) as client:
-        job = client.cancel(job_id)
-    if as_json:
-        print_json(job.model_dump(mode="json"))
-    else:
-        show_job(stdout(), job)
+        cancelled = client.cancel(job_id(client, job))
+    print_answer(cancelled, show_job, as_json=as_json)
 
 
-def retry(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Run an ended job again, as a new job."""
+def retry(
+    job: JobId,
+    *,
+    timeout: job_options.Timeout = None,
+    force: job_options.Force = False,
+    hub_token: HubTokenOption = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Run an ended job again, as a new job; a failed one goes on after its last finished layer."""
+    token = read_hub_token(hub_token)
     with connect(url, api_key) as client:
-        job = client.retry(job_id)
-    if as_json:
-        print_json(job.model_dump(mode="json"))
-    else:
-        show_job(stdout(), job)
+        again = client.retry(job_id(client, job), hub_token=token, timeout_s=timeout, force=force)
+    print_answer(again, show_job, as_json=as_json)
+    if not as_json:
+        show_next_steps(stdout(), again)
 
 
-def events(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def events(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
     """Show a job's events, past and future, until it ends."""
-    console = stdout()
     with connect(url, api_key) as client:
-        for event in client.events(job_id):
-            if as_json:
-                print_json(event.model_dump(mode="json"))
-            else:
-                show_event(console, event)
+        print_events(client.events(job_id(client, job)), show_event, as_json=as_json)
+
+
+def logs(
+    job: JobId,
+    *,
+    follow_on: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Print what a job did, line by line, and what its process wrote if it crashed."""
+    with connect(url, api_key) as client:
+        whole = job_id(client, job)
+        lines = client.events(whole) if follow_on else past_events(client, whole)
+        print_events(lines, show_log_line, as_json=as_json)
+
+
+def past_events(client: NibbleClient, whole: str) -> Iterator[EventAnswer]:
+    """What has happened until now, oldest first."""
+    after: str | None = None
+    while True:
+        page = client.event_page(whole, after=after, limit=1000)
+        yield from page.items
+        if not page.has_more:
+            return
+        after = page.next  # never null here, also of the last page
+
+
+def print_events(
+    listed: Iterable[EventAnswer], show: Callable[[Console, EventAnswer], None], *, as_json: bool
+) -> None:
+    console = stdout()
+    for event in listed:
+        if as_json:
+            print_json(event.model_dump(mode="json"))
+        else:
+            show(console, event)
 
 
 def workers(*, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
@@ -164,20 +275,33 @@ def workers(*, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None)
     print_page(page, show_workers, as_json=as_json, command="nibble workers")
 
 
-def report(job_id: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
-    """Show a job's report: perplexities, sizes, seconds."""
+def report(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Show a job's report: perplexities, sizes, seconds, and what was won."""
     with connect(url, api_key) as client:
-        document = client.report(job_id)
+        document = client.report(job_id(client, job))
     if as_json:
         print_json(document)
     else:
-        show_report(stdout(), document)
+        console = stdout()
+        show_report(console, document)
+        show_outcome(console, document)
+
+
+def export(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+    """Print a job's params, metrics and tags as flat JSON, for experiment trackers."""
+    with connect(url, api_key) as client:
+        document = client.export(job_id(client, job))
+    if as_json:
+        print_json(document)
+    else:
+        stdout().print_json(data=document)
 
 
 @job_options.takes_job_options
 def estimate(
     model: ModelName = None,
     *,
+    hub_token: HubTokenOption = None,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
@@ -185,6 +309,7 @@ def estimate(
 ) -> None:
     """Predict a job's time, memory and size without running it."""
     body = job_options.job_body(model, options)
+    body |= job_options.without_none({"hub_token": read_hub_token(hub_token)})
     with connect(url, api_key) as client:
         document = client.estimate(body)
     if as_json:

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout, table
+from app.commands.help_pages import HelpfulCommand, group
+from app.commands.short_ids import key_id
+from app.commands.terminal import ApiKey, AsJson, Url, Yes, confirm, connect, print_json, stdout, table
 
-keys = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
+keys = group("Create, list and revoke API keys.", no_args_is_help=True)
 
 
-@keys.command()
+@keys.command(cls=HelpfulCommand)
 def create(
     *,
     scopes: Annotated[str, typer.Option(help="Comma-separated, such as jobs:read,jobs:write.")],
@@ -42,7 +44,7 @@ def create(
         stdout().print(escape(created.key))
 
 
-@keys.command("list")
+@keys.command("list", cls=HelpfulCommand)
 def list_keys(
     *,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's.", show_default=False)] = None,
@@ -56,29 +58,32 @@ def list_keys(
     if as_json:
         print_json(page.model_dump(mode="json", by_alias=True))
         return
-    grid = table("id", "tenant", "name", "scopes", "created", "expires", "last used")
+    grid = table("!id", "name", "scopes", "tenant", "?!expires", "?!last used", "?!created")
     for key in page.items:
-        moments = [key.created_at, key.expires_at, key.last_used_at]
-        shown = [f"{moment:%Y-%m-%d %H:%M}" if moment else "-" for moment in moments]
-        grid.add_row(key.id, key.tenant, escape(key.name), " ".join(key.scopes), *shown)
+        moments = [key.expires_at, key.last_used_at, key.created_at]
+        shown = [f"{moment:%Y-%m-%d}" if moment else "-" for moment in moments]
+        grid.add_row(key.id, escape(key.name), " ".join(key.scopes), key.tenant, *shown)
     stdout().print(grid)
 
 
-@keys.command()
+@keys.command(cls=HelpfulCommand)
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="The id in `nibble keys list`.")],
+    key: Annotated[str, typer.Argument(metavar="KEY_ID", help="The id in `nibble keys list`, or its start.")],
     *,
+    yes: Yes = False,
     as_json: AsJson = False,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Revoke a key."""
+    """Revoke a key: whoever uses it is refused from now on."""
     with connect(url, api_key) as client:
-        client.revoke_key(key_id)
+        whole = key_id(client, key)
+        confirm(f"revoke the key {whole}?", yes=yes)
+        client.revoke_key(whole)
     if as_json:
-        print_json({"id": key_id, "revoked": True})
+        print_json({"id": whole, "revoked": True})
     else:
-        stdout().print(f"revoked {escape(key_id)}")
+        stdout().print(f"revoked {escape(whole)}")
 
 
 def login(*, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:

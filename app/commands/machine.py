@@ -10,16 +10,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from app.client import NibbleClient
 from app.commands.checks.host import PORT_REMEDY, is_nibble, port_fault
-from app.commands.terminal import ExitCode, api_key_file, local_api_key, local_url, print_json, stdout
+from app.commands.terminal import ExitCode, api_key_file, local_api_key, local_url
+from app.commands.up_view import MeasuringNews, Voice
 from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.errors import Conflict, NibbleError, Unavailable
 from app.core.planning.host_devices import gpu_names
 
 if TYPE_CHECKING:
+    from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
     from app.core.redis.redis_server import RedisServer
     from app.core.settings import Settings
 
@@ -28,25 +28,7 @@ START_LIMIT_S = 180.0  # a busy host starts Python slowly
 STOP_GRACE_S = 15.0
 MAX_RESTARTS = 5  # restarts of one worker within RESTART_WINDOW_S before `nibble up` gives up
 RESTART_WINDOW_S = 60.0
-COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
-
-
-class Voice:
-    """Formats lines: after the name of their process, or as JSON."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        self.as_json = as_json
-        self.console = stdout()
-        self.colours: dict[str, str] = {}
-
-    def say(self, name: str, line: str, *, style: str = "", **facts: str) -> None:
-        """Print a line; with --json also `facts`."""
-        if self.as_json:
-            print_json({"from": name, **facts, "line": line})
-            return
-        colour = self.colours.setdefault(name, COLOURS[len(self.colours) % len(COLOURS)])
-        text = f"[{style}]{escape(line)}[/]" if style else escape(line)
-        self.console.print(f"[{colour}]{name:<8} |[/] {text}")
+LOOK_S = 1.0  # between two looks at what the workers measure
 
 
 class Member:
@@ -65,7 +47,7 @@ class Member:
             self.process.close()
         self.starts.append(time.monotonic())
         self.process = OwnedProcess(
-            self.words, environment=environment, on_line=lambda line: self.voice.say(self.name, line)
+            self.words, environment=environment, on_line=lambda line: self.voice.hear(self.name, line)
         )
 
     def exit_code(self) -> int | None:
@@ -89,9 +71,9 @@ def crashes_in_a_row(starts: Sequence[float]) -> bool:
 class Machine:
     """Runs Redis, the API and the workers of this machine."""
 
-    def __init__(self, settings: Settings, *, as_json: bool = False) -> None:
+    def __init__(self, settings: Settings, *, as_json: bool = False, verbose: bool = False) -> None:
         self.settings = settings
-        self.voice = Voice(as_json=as_json)
+        self.voice = Voice(as_json=as_json, verbose=verbose)
         self.stop_signal: int | None = None
         self.redis_starts: deque[float] = deque(maxlen=MAX_RESTARTS + 1)
 
@@ -101,11 +83,13 @@ class Machine:
         from app.core.settings import make_folder
 
         self.refuse_taken_port()
+        self.voice.show_busy("starting Redis, the API and the workers")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note_signal)
         make_folder(self.settings.state_dir)
         with resolve_redis(self.settings) as redis:
-            self.say(f"redis: {redis.kind} ({redis.reason})")
+            if self.voice.verbose:
+                self.say(f"redis: {redis.kind} ({redis.reason})")
             return self.run_members(redis, {**os.environ, "NIBBLE_REDIS_URL": redis.url})
 
     def refuse_taken_port(self) -> None:
@@ -135,32 +119,41 @@ class Machine:
             for member in members:
                 member.start(environment)
             self.await_ready(redis, members)
-            while self.stop_signal is None:
-                refuse_ended(api)
-                self.replace_redis(redis)
-                self.replace_ended(workers, environment)
-                time.sleep(POLL_S)
+            self.watch_members(redis, api, workers, environment)
         except NibbleError as fault:
+            self.voice.end_busy()
             self.say(f"error: {fault.message}; {fault.remedy}", style="red", event="error", code=fault.code)
             return ExitCode.FAILED
         finally:
+            self.voice.end_busy()
             self.say("stopping", event="stopping")
             for member in reversed(members):
                 member.stop()
         return ExitCode.OK
 
+    def watch_members(
+        self, redis: RedisServer, api: Member, workers: Sequence[Member], environment: dict[str, str]
+    ) -> None:
+        """Restart what has ended, until a signal. Raises Unavailable for what can't be restarted."""
+        registry = registry_of(redis)
+        news, look_at = MeasuringNews(self.voice), time.monotonic()
+        while self.stop_signal is None:
+            refuse_ended(api)
+            self.replace_redis(redis)
+            self.replace_ended(workers, environment)
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + LOOK_S
+                news.look(living(registry))
+            time.sleep(POLL_S)
+
     def await_ready(self, redis: RedisServer, members: Sequence[Member]) -> None:
         """Return once the API accepts jobs and every worker is idle."""
-        from app.core.jobs.worker_registry import WorkerRegistry
-        from app.core.redis.redis_server import connect
-
-        url = local_url(self.settings)
-        registry = WorkerRegistry(connect(redis.url))
+        url, registry = local_url(self.settings), registry_of(redis)
         expected = {registered_name(member.name) for member in members[1:]}
         deadline = time.monotonic() + START_LIMIT_S
         is_ready = False
         with NibbleClient(url) as client:
-            while not is_ready or not expected <= {worker.name for worker in registry.living()}:
+            while not is_ready or not expected <= {worker.name for worker in living(registry)}:
                 is_ready = is_ready or client.ready()
                 if self.stop_signal is not None:
                     return
@@ -179,14 +172,14 @@ class Machine:
         key_source = "NIBBLE_BOOTSTRAP_API_KEY" if is_configured else str(api_key_file(self.settings))
         with NibbleClient(url, api_key=local_api_key(self.settings)) as client:
             link = url + client.login_link().path
-        self.say(f"API key: {key_source}")
-        self.say(f"log in once with: {link}")
-        self.say(
-            f"ready at {url}", style="bold green", event="ready", url=url, login=link, api_key=key_source
+        if self.voice.as_json:
+            self.say(f"ready at {url}", event="ready", url=url, login=link, api_key=key_source)
+            return
+        roots = ", ".join(map(str, self.settings.model_roots))
+        models = (
+            f"from the hub, s3:// and {roots}" if roots else "from the hub and s3:// (NIBBLE_MODEL_ROOTS)"
         )
-        if not self.settings.model_roots:
-            self.say("no folder of models is set (NIBBLE_MODEL_ROOTS): jobs can name hf: and s3:// models")
-        self.say("in another terminal: nibble submit MODEL --watch; Ctrl-C here stops everything")
+        self.voice.show_ready(url, link, key_source, models)
 
     def replace_redis(self, redis: RedisServer) -> None:
         """Restart a dead Redis with its data and address; the other processes reconnect."""
@@ -207,6 +200,7 @@ class Machine:
             code = worker.exit_code()
             if code is None:
                 continue
+            self.voice.show_tail(worker.name)
             if worker.crashes_in_a_row():
                 refuse_ended(worker)
             self.say(f"{worker.name} ended with {exit_words(code)}; starting it again")
@@ -216,9 +210,27 @@ class Machine:
         self.voice.say("nibble", line, style=style, **facts)
 
 
+def registry_of(redis: RedisServer) -> WorkerRegistry:
+    from app.core.jobs.worker_registry import WorkerRegistry
+    from app.core.redis.redis_server import connect
+
+    return WorkerRegistry(connect(redis.url))
+
+
+def living(registry: WorkerRegistry) -> list[WorkerRecord]:
+    """The workers that send heartbeats; none while Redis is away."""
+    from redis.exceptions import RedisError
+
+    try:
+        return registry.living()
+    except RedisError:
+        return []
+
+
 def refuse_ended(member: Member) -> None:
     code = member.exit_code()
     if code is not None:
+        member.voice.show_tail(member.name)
         raise Unavailable(
             f"{member.name} ended with {exit_words(code)}",
             remedy="read its lines above; `nibble doctor` checks this machine",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from app.commands.terminal import human_seconds
 from app.core.records.job import Progress
@@ -26,6 +27,9 @@ class ProgressView(Protocol):
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def count_from(self, moment: datetime) -> None:
+        """Show the time since then, not since the view was opened."""
+
     def show(self, stage: str, progress: Progress) -> None: ...
 
     def note(self, message: str) -> None: ...
@@ -41,20 +45,35 @@ def layers_text(progress: Progress) -> str:
     return f"layer {progress.layer}/{progress.layers}"
 
 
+class TimeSince(ProgressColumn):
+    """The time since the work itself began, wherever it is watched from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = datetime.now(UTC)
+
+    def render(self, task: Task) -> Text:
+        seconds = max(0, round((datetime.now(UTC) - self.began).total_seconds()))
+        return Text(str(timedelta(seconds=seconds)), style="progress.elapsed")
+
+
 class BarView:
+    """One bar, from the first news until the end; then it makes room for the outcome."""
+
     def __init__(self, console: Console) -> None:
+        self.since = TimeSince()
         self.bar = Bar(
             TextColumn("[bold]{task.description:<12}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TaskProgressColumn(),
             TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
+            self.since,
             console=console,
+            transient=True,
         )
         self.task = self.bar.add_task("queued", total=1.0, detail="")
 
     def __enter__(self) -> Self:
-        self.bar.start()
         return self
 
     def __exit__(
@@ -62,12 +81,16 @@ class BarView:
     ) -> None:
         self.bar.stop()
 
+    def count_from(self, moment: datetime) -> None:
+        self.since.began = moment
+
     def show(self, stage: str, progress: Progress) -> None:
         parts = [layers_text(progress)]
         if progress.eta_s is not None:
             parts.append(f"{human_seconds(progress.eta_s)} left")
         detail = ", ".join(filter(None, parts))
         self.bar.update(self.task, description=stage, completed=progress.fraction, detail=detail)
+        self.bar.start()
 
     def note(self, message: str) -> None:
         self.bar.console.print(f"[yellow]note[/] {escape(message)}")
@@ -86,6 +109,9 @@ class LineView:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         return
+
+    def count_from(self, moment: datetime) -> None:
+        """Lines have a time of their own."""
 
     def show(self, stage: str, progress: Progress) -> None:
         if stage in self.seen and progress.fraction < self.next_fraction:

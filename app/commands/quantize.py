@@ -141,16 +141,13 @@ def prepare(spec: JobSpec, work: Path, device: str) -> Assignment:
     checked = check_submission(spec, settings)
     spec = checked.spec
     with ModelCache(work / "model", settings) as cache:
-        model = cache.fetch(spec.model, no_news)
+        model = cache.fetch(spec.model, no_news, spec.adapter)
     texts = fetch_texts(spec, settings, work, no_news, in_place=True)
     fetch_task_data(spec.tasks, work, no_news)
     (work / CHECKPOINTS).mkdir()
     return Assignment(
         spec=spec,
-        model_folder=model.folder,
-        model_name=model.name,
-        model_digest=model.digest,
-        model_notes=model.notes,
+        **model.assigned(),
         choices=checked.plan.choices,
         calibration_digest=texts.calibration_digest,
         calibration_file=texts.calibration,

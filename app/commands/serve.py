@@ -63,13 +63,19 @@ def worker(
     os.execv(sys.executable, command)  # noqa: S606  # no shell is wanted
 
 
-def up(*, as_json: AsJson = False) -> None:
+def up(
+    *,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Every line of every process, not only warnings.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Run the whole service on this machine: Redis, API, per device a worker for jobs and one that serves.
 
-    Ctrl-C stops all of it. With --json: one object per line; the one with `"event": "ready"` has the
-    address and a login link.
+    Prints a link to the dashboard, then warnings. Ctrl-C stops all of it. With --json: one object per line;
+    the one with `"event": "ready"` has the address and a login link.
     """
     from app.commands.machine import Machine
 
     settings = read_settings()
-    raise typer.Exit(Machine(settings, as_json=as_json).run())
+    raise typer.Exit(Machine(settings, as_json=as_json, verbose=verbose).run())

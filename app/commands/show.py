@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
-from app.commands.terminal import human_bytes, human_seconds, print_json, stdout, table
+from app.commands.remedies import with_options
+from app.commands.terminal import human_bytes, human_seconds, print_json, show_fault, stdout, table
 
 if TYPE_CHECKING:
-    from app.client.views import ArtifactAnswer, EventAnswer, JobAnswer, Page, WorkerAnswer
+    from app.client.views import ArtifactAnswer, EventAnswer, JobAnswer, Page, ServiceAnswer, WorkerAnswer
 
 # Hints for new users, shown for an empty list.
 EMPTY = {
     "nibble jobs": "`nibble submit MODEL` creates a job",
     "nibble artifacts": "a successful job publishes them",
+    "nibble registry": "a successful job publishes artifacts",
     "nibble deployments": "`nibble deploy ARTIFACT --name NAME` creates one",
     "nibble workers": "`nibble worker` starts one, `nibble up` all that this machine needs",
 }
 ItemT = TypeVar("ItemT")
+AnswerT = TypeVar("AnswerT", bound="ServiceAnswer")
 
-# Names of an estimate's figures, shown with their units.
+# An estimate's figures in the order of the table, and what they are called.
 FIGURES = {
     "time_s": "time",
     "ram_bytes": "memory",
@@ -32,6 +36,12 @@ FIGURES = {
     "disk_bytes": "disk",
     "download_bytes": "download",
     "output_bytes": "output",
+    "model": "model",
+    "architecture": "architecture",
+    "parameters": "parameters",
+    "layers": "layers",
+    "device": "device",
+    "basis": "speed of the device",
 }
 STATE_COLOURS = {
     "queued": "cyan",
@@ -45,6 +55,14 @@ STATE_COLOURS = {
 
 def coloured_state(state: str) -> str:
     return f"[{STATE_COLOURS.get(state, 'default')}]{escape(state)}[/]"
+
+
+def print_answer(answer: AnswerT, show: Callable[[Console, AnswerT], None], *, as_json: bool) -> None:
+    """Print what the service answered, for people or for programs."""
+    if as_json:
+        print_json(answer.model_dump(mode="json"))
+    else:
+        show(stdout(), answer)
 
 
 def print_page(
@@ -64,37 +82,89 @@ def print_page(
 
 
 def show_jobs(console: Console, jobs: Iterable[JobAnswer]) -> None:
-    grid = table("job", "state", "stage", ">done", "created", "recipe", "model")
+    grid = table("!job", "!state", "recipe", "model", "?!age", "?!stage")
     for job in jobs:
+        done = "" if job.is_terminal else f" {job.progress.fraction:.0%}"
         grid.add_row(
             job.id,
-            coloured_state(job.state),
-            "" if job.is_terminal else job.stage or "",
-            f"{job.progress.fraction:.0%}",
-            job.created_at.strftime("%Y-%m-%d %H:%M:%SZ"),
+            coloured_state(job.state) + done,
             recipes_text(job.spec.get("recipe")),
-            escape(str(job.spec.get("model", ""))),
+            escape(model_name(str(job.spec.get("model", "")))),
+            age_text(job.created_at),
+            "" if job.is_terminal else job.stage or "",
         )
     console.print(grid)
 
 
+def model_name(reference: str) -> str:
+    """A reference without what all have in common: the last folder of a path, the repository of a hub's."""
+    if reference.startswith(("file://", "s3://", "/")):
+        return reference.rstrip("/").rpartition("/")[2]
+    return reference.removeprefix("hf:")
+
+
+def age_text(moment: datetime, now: datetime | None = None) -> str:
+    """`3 min`, `2 h`, `5 d`: how long ago that was."""
+    seconds = max(0.0, ((now or datetime.now(UTC)) - moment).total_seconds())
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
 def show_job(console: Console, job: JobAnswer) -> None:
-    """Print a job's state, error and artifacts."""
-    console.print(f"{job.id} {coloured_state(job.state)}")
+    """Print a job's state, how long it took, its error and artifacts."""
+    took = ""
+    if job.is_terminal and job.started_at is not None and job.finished_at is not None:
+        took = f" in {human_seconds((job.finished_at - job.started_at).total_seconds())}"
+    console.print(f"{job.id} {coloured_state(job.state)}{took}")
     if job.error is not None:
-        console.print(f"[bold red]error[/] {escape(job.error.message)} [dim]\\[{escape(job.error.code)}][/]")
-        if job.error.remedy:
-            console.print(f"[bold]remedy[/] {escape(job.error.remedy)}")
+        show_fault(console, job.error)
     for artifact in job.artifacts:
         console.print(f"artifact {artifact}")
 
 
 def show_event(console: Console, event: EventAnswer) -> None:
-    facts = ", ".join(
-        f"{name} {text_of(value)}" for name, value in event.payload.items() if value is not None
-    )
     moment = event.at.strftime("%Y-%m-%d %H:%M:%SZ") if event.at is not None else ""
-    console.print(f"{moment} [bold]{escape(event.kind):<12}[/] {escape(facts)}")
+    console.print(f"{moment} [bold]{escape(event.kind):<12}[/] {escape(event_text(event))}")
+
+
+def show_log_line(console: Console, event: EventAnswer) -> None:
+    """An event as a line of a log; of a crash also what the process wrote."""
+    moment = event.at.strftime("%H:%M:%S") if event.at is not None else ""
+    console.print(f"[dim]{moment}[/] {escape(event_text(event))}")
+    output = event.payload.get("output")
+    if output:
+        console.print(escape(str(output).rstrip()))
+
+
+def event_text(event: EventAnswer) -> str:
+    """An event in words; of an unknown kind its fields."""
+    payload = event.payload
+    attempt = payload.get("attempt")
+    of_attempt = f", attempt {attempt}" if isinstance(attempt, int) and attempt > 1 else ""
+    match event.kind:
+        case "state":
+            worker = f" on {payload['worker']}" if payload.get("worker") else ""
+            error = payload.get("error") or {}
+            why = f": {error.get('message')} [{error.get('code')}]" if error else ""
+            return f"{payload.get('state')}{worker}{of_attempt}{why}"
+        case "stage":
+            return f"{payload.get('stage')}{of_attempt}"
+        case "note":
+            return str(payload.get("message"))
+        case "retry":
+            pause = f" in {payload['pause_s']:g} s" if "pause_s" in payload else ""
+            return f"attempt {attempt} failed, the next begins{pause}: {payload.get('message')}"
+        case "failure":
+            return f"its process failed [{payload.get('code')}]"
+        case "checkpoint":
+            return f"kept {str(payload.get('key', '')).rpartition('/')[2]}"
+        case "resumed":
+            return f"goes on after {payload.get('checkpoints')} checkpoints{of_attempt}"
+    return ", ".join(
+        f"{name} {text_of(value)}" for name, value in payload.items() if value not in (None, "", [], {})
+    )
 
 
 def text_of(value: object) -> str:
@@ -102,26 +172,29 @@ def text_of(value: object) -> str:
 
 
 def show_workers(console: Console, workers: Iterable[WorkerAnswer]) -> None:
-    grid = table("worker", "queue", "state", "device", "rates", "runs", "heartbeat")
+    grid = table("worker", "!queue", "!state", "device", "runs", "?rates", "?!heartbeat")
     for worker in workers:
         runs = worker.job or (f"{worker.servers} servers" if worker.servers else "")
-        device = f"{worker.device} {worker.device_name}".strip()
+        device = worker.device_name if worker.device == "cpu" else f"{worker.device} {worker.device_name}"
         beat = worker.heartbeat_at.strftime("%H:%M:%SZ")
         rates = worker.rates or ""
-        grid.add_row(escape(worker.name), worker.queue, worker.state, escape(device), rates, runs, beat)
+        grid.add_row(
+            escape(worker.name), worker.queue, worker.state, escape(device or "cpu"), runs, rates, beat
+        )
     console.print(grid)
 
 
 def show_artifacts(console: Console, artifacts: Iterable[ArtifactAnswer]) -> None:
-    grid = table("artifact", "format", "recipe", ">size", "created", "model")
+    grid = table("!artifact", "recipe", ">size", "model", "?tags", "?!age", "?format")
     for artifact in artifacts:
         grid.add_row(
             artifact.id,
-            artifact.format,
             recipe_text(artifact.recipe),
             human_bytes(artifact.size),
-            artifact.created_at.strftime("%Y-%m-%d %H:%M:%SZ"),
-            escape(artifact.model),
+            escape(model_name(artifact.model)),
+            escape(", ".join(artifact.tags)),
+            age_text(artifact.created_at),
+            artifact.format,
         )
     console.print(grid)
 
@@ -130,7 +203,12 @@ def show_artifact(console: Console, artifact: ArtifactAnswer) -> None:
     console.print(
         f"{artifact.id}  {artifact.format}  {recipe_text(artifact.recipe)}  {escape(artifact.model)}"
     )
-    grid = table("file", ">size", "sha256")
+    if artifact.tags:
+        console.print(f"tags: {escape(', '.join(artifact.tags))}")
+    for push in artifact.pushes:
+        said = push.commit_url or (push.error.message if push.error is not None else "")
+        console.print(f"push to {escape(push.repo_id)}: {push.state} {escape(said)}".rstrip())
+    grid = table("!file", ">size", "sha256")
     for file in artifact.files:
         grid.add_row(escape(file.path), human_bytes(file.size), file.sha256)
     console.print(grid)
@@ -149,17 +227,26 @@ def recipes_text(recipes: Any) -> str:
     return recipe_text(listed[0]) + more if listed else ""
 
 
+def model_text(report: Mapping[str, Any]) -> str:
+    """The model of a report, with the adapter that was merged into it."""
+    adapter = report.get("adapter")
+    return f"{report.get('model', '')}{f' with {adapter}' if adapter else ''}"
+
+
 def show_report(console: Console, report: Mapping[str, Any]) -> None:
     """Print a report: one row per candidate, the tries for the target, the seconds of each stage."""
     if report.get("complete") is False:
         show_unfinished(console, report)
         return
+    if "evaluation" in report and report["evaluation"] is None:
+        show_unjudged(console, report)
+        return
     candidates = report.get("candidates", [])
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
-        "candidate", ">perplexity", ">ratio", ">95 % interval", ">KL", ">KL of 99 %", ">same top token",
+        "!candidate", ">perplexity", ">ratio", ">95 % interval", ">KL", ">KL of 99 %", ">same top token",
         *[f">{name}" for name in formats], ">bits/weight", ">error vs RTN",
-        title=escape(str(report.get("model", ""))),
+        title=escape(model_text(report)),
     )  # fmt: skip
     original = report.get("original", {})
     grid.add_row(
@@ -185,10 +272,34 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             less_text(candidate.get("gain_over_rounding")),
         )
     console.print(grid)
-    if "evaluation" in report and report["evaluation"] is None:
-        console.print("not evaluated: nothing is known of the quality")
+    show_caches(console, candidates)
     show_tasks(console, candidates)
     show_tries(console, report.get("tries", []))
+    show_stages(console, report.get("stages", {}), report.get("prediction") or {})
+    show_notes(console, report)
+
+
+def show_unjudged(console: Console, report: Mapping[str, Any]) -> None:
+    """Print the report of a job without an evaluation: sizes, and how far rounding moved the weights."""
+    candidates = report.get("candidates", [])
+    formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
+    grid = table(
+        "candidate", *[f">{name}" for name in formats], ">bits/weight", ">error of a linear's weights",
+        title=escape(model_text(report)),
+    )  # fmt: skip
+    original = report.get("original", {})
+    grid.add_row("original", *[size_text(original.get("bytes"))] * len(formats), "", "")
+    for candidate in candidates:
+        errors = [each.get("weight_error") for each in candidate.get("linears", [])]
+        errors = sorted(error for error in errors if error is not None)
+        grid.add_row(
+            escape(str(candidate.get("label", ""))),
+            *[size_text(candidate.get("bytes", {}).get(name)) for name in formats],
+            figure(candidate.get("bits_per_weight"), 2),
+            f"{share_text(errors[0])} to {share_text(errors[-1])}" if errors else "",
+        )
+    console.print(grid)
+    console.print("not evaluated: nothing is known of the quality")
     show_stages(console, report.get("stages", {}), report.get("prediction") or {})
     show_notes(console, report)
 
@@ -214,6 +325,18 @@ def show_unfinished(console: Console, report: Mapping[str, Any]) -> None:
         console.print(escape(str(report["output"])))
 
 
+def show_caches(console: Console, candidates: Iterable[Mapping[str, Any]]) -> None:
+    """The scales of each candidate's cache, where it is rounded."""
+    for candidate in candidates:
+        cache = candidate.get("cache")
+        if cache is not None:
+            keys, values = ("{:.3g} to {:.3g}".format(*cache[f"{name}_scales"]) for name in ("key", "value"))
+            console.print(
+                f"{escape(str(candidate.get('label', '')))}: keys and values of {cache['layers']} layers are "
+                f"{cache['numbers']}, with scales of {keys} and {values}"
+            )
+
+
 def show_tasks(console: Console, candidates: Iterable[Mapping[str, Any]]) -> None:
     """The task scores of each candidate beside the original's, with standard errors."""
     scored = [(each.get("label", ""), each["tasks"]) for each in candidates if each.get("tasks")]
@@ -221,7 +344,7 @@ def show_tasks(console: Console, candidates: Iterable[Mapping[str, Any]]) -> Non
         return
     grid = table(
         "candidate", "task", "metric", ">documents", ">original", ">quantized", ">recovery", ">95 % interval",
-        title="task scores ± standard error",
+        title="task scores ± standard error", turns=True,
     )  # fmt: skip
     for label, tasks in scored:
         for score in tasks["scores"]:
@@ -246,7 +369,7 @@ def shares_text(interval: Mapping[str, float] | None) -> str:
 
 def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:
     """The recipes tried for the target, in order."""
-    grid = table("try", "rung", ">ratio", ">KL", ">bits/weight", ">seconds", "target")
+    grid = table("!try", "rung", ">ratio", ">KL", ">bits/weight", ">seconds", "target")
     for one in tries:
         grid.add_row(
             escape(str(one.get("label", ""))),
@@ -264,6 +387,7 @@ def show_tries(console: Console, tries: Iterable[Mapping[str, Any]]) -> None:
 def show_stages(console: Console, stages: Mapping[str, float], prediction: Mapping[str, Any]) -> None:
     """The seconds of each stage, beside the prediction."""
     predicted = prediction.get("seconds", {})
+    console.print()
     grid = table("stage", ">seconds", *([">predicted"] if predicted else []))
     for stage in dict.fromkeys((*predicted, *stages)):
         expected = [figure(predicted.get(stage), 2)] if predicted else []
@@ -299,12 +423,10 @@ def size_text(size: float | None) -> str:
 
 def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
     """Print an estimate's figures and recipes; `--json` lists every linear."""
-    grid = table("figure", ">estimate")
-    for name, value in estimate.items():
-        if name in ("object", "shared_s") or isinstance(value, bool | list | dict) or value is None:
-            continue
-        grid.add_row(escape(FIGURES.get(name, name.replace("_", " "))), estimate_text(name, value))
-    console.print(grid)
+    for name, called in FIGURES.items():
+        value = estimate.get(name)
+        if isinstance(value, str | int | float) and value != 0:
+            console.print(f"{called:<20} {estimate_text(name, value)}")
     show_stage_estimates(console, estimate)
     show_candidate_estimates(console, estimate)
     for candidate in estimate.get("candidates", []):
@@ -314,12 +436,13 @@ def show_estimate(console: Console, estimate: Mapping[str, Any]) -> None:
 
 def show_notes(console: Console, document: Mapping[str, Any]) -> None:
     for note in document.get("notes", []):
-        console.print(f"[yellow]note[/] {escape(str(note))}")
+        console.print(f"[yellow]note[/] {escape(with_options(str(note)))}")
 
 
 def show_stage_estimates(console: Console, estimate: Mapping[str, Any]) -> None:
     """The seconds of each stage, and their sum."""
     stages = estimate.get("stages", {})
+    console.print()
     grid = table("stage", ">seconds")
     for stage, seconds in stages.items():
         grid.add_row(escape(stage), figure(seconds, 1))
@@ -331,6 +454,7 @@ def show_stage_estimates(console: Console, estimate: Mapping[str, Any]) -> None:
 def show_candidate_estimates(console: Console, estimate: Mapping[str, Any]) -> None:
     """One row per recipe: its own time, with what all share the total, and its size in each format."""
     rows = list(estimate.get("candidates", []))
+    console.print()
     formats = list(dict.fromkeys(name for row in rows for name in row.get("output_bytes", {})))
     grid = table("candidate", ">seconds", ">bits/weight", *[f">{name}" for name in formats])
     grid.add_row("shared by all", figure(estimate.get("shared_s"), 1))
@@ -367,5 +491,15 @@ def estimate_text(name: str, value: object) -> str:
     if isinstance(value, int | float) and name.endswith("bytes"):
         return human_bytes(value)
     if isinstance(value, int | float) and name.endswith("_s"):
-        return human_seconds(value)
+        return f"about {human_seconds(value)}"
+    if isinstance(value, int) and name == "parameters":
+        return human_count(value)
     return escape(str(value))
+
+
+def human_count(count: int) -> str:
+    """`5.8 million`."""
+    for size, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.1f} {word}"
+    return str(count)

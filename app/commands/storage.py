@@ -23,7 +23,7 @@ def gc(
         print_json(collected.model_dump(mode="json"))
         return
     console = stdout()
-    names = (*collected.checkpoints, *collected.artifacts, *collected.jobs)
+    names = (*collected.checkpoints, *collected.artifacts, *collected.jobs, *collected.datasets)
     for name in names:
         console.print(name)
     console.print(f"{len(names)} {'would be removed' if dry_run else 'removed'}")

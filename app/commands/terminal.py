@@ -6,6 +6,7 @@ Commands import slow modules (httpx, the web framework) in their bodies, so that
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from enum import IntEnum
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from app.core.errors import InvalidRequest, NibbleError, field_fault
+from app.commands.remedies import OPTION_OF_FIELD, in_terminal_words, with_options
+from app.commands.tables import WholeTable
+from app.core.errors import Conflict, InvalidRequest, NibbleError, field_fault
 
 if TYPE_CHECKING:
     from app.client import NibbleClient
+    from app.core.records.job import Problem
     from app.core.settings import Settings
 
-PIPE_WIDTH = 200  # width of tables outside a terminal
+PIPE_WIDTH = 200  # width of tables outside a terminal, where COLUMNS is not set
 
 
 class ExitCode(IntEnum):
@@ -52,6 +54,7 @@ After = Annotated[
     str | None, typer.Option(help="Cursor printed below the previous page.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 
 def among(*words: str) -> Callable[[str], list[str]]:
@@ -69,7 +72,8 @@ def stderr() -> Console:
 
 def console_on(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
+    # rich follows COLUMNS by itself where it is set.
+    width = None if stream.isatty() or os.environ.get("COLUMNS", "").isdecimal() else PIPE_WIDTH
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=True)
 
 
@@ -79,34 +83,52 @@ def print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """A table whose columns starting with `>` are aligned to the right."""
-    grid = Table(title=title, box=SIMPLE, title_justify="left", pad_edge=False)
-    for column in columns:
-        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return grid
+def table(*columns: str, title: str | None = None, turns: bool = False) -> WholeTable:
+    """A table. `>` before a heading aligns to the right, `!` keeps cells in one line, `?` may be left out."""
+    return WholeTable(columns, title, turns=turns)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is lost; ends the command unless the answer is yes.
+
+    Raises Conflict where nobody can be asked.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise Conflict(
+            f"{question.rstrip('?')}: nobody can be asked, standard input is no terminal",
+            code="confirmation_needed",
+            remedy="add --yes",
+        )
+    typer.confirm(question, abort=True, err=True)
 
 
 def report_error(error: NibbleError, *, as_json: bool = False) -> ExitCode:
     """Print an error with its code and remedy to stderr; returns its exit code."""
     code = ExitCode.UNREACHABLE if error.code == "service_unreachable" else ExitCode.FAILED
+    remedy = in_terminal_words(error.code, error.remedy)
     if as_json:
         document = {
             "code": error.code,
             "message": error.message,
-            "remedy": error.remedy,
+            "remedy": remedy,
             "param": error.param,
         }
         sys.stderr.write(json.dumps({"error": document}, separators=(",", ":")) + "\n")
         return code
-    console = stderr()
-    param = f" ({error.param})" if error.param and error.param not in error.message else ""
-    console.print(
-        f"[bold red]error[/] {escape(error.message)}{escape(param)} [dim]\\[{escape(error.code)}][/]"
-    )
-    if error.remedy:
-        console.print(f"[bold]remedy[/] {escape(error.remedy)}")
+    show_fault(stderr(), error)
     return code
+
+
+def show_fault(console: Console, fault: NibbleError | Problem) -> None:
+    """Print an error with its code, and its remedy in the words of the terminal."""
+    param = fault.param if isinstance(fault, NibbleError) else None
+    where = f" ({OPTION_OF_FIELD.get(param, param)})" if param and param not in fault.message else ""
+    message = with_options(fault.message + where)
+    console.print(f"[bold red]error[/] {escape(message)} [dim]\\[{escape(fault.code)}][/]")
+    if fault.remedy:
+        console.print(f"[bold]remedy[/] {escape(in_terminal_words(fault.code, fault.remedy))}")
 
 
 def read_settings() -> Settings:
@@ -119,8 +141,9 @@ def read_settings() -> Settings:
     except ValidationError as fault:
         first = fault.errors()[0]
         name = "NIBBLE_" + "_".join(str(step) for step in first["loc"]).upper()
+        value = "" if Settings.is_secret(str(first["loc"][0])) else f"={first['input']!r}"
         raise InvalidRequest(
-            f"{name}={first['input']!r}: {field_fault(first)}",
+            f"{name}{value}: {field_fault(first)}",
             code="setting_invalid",
             remedy="correct the environment variable; .env.example describes each of them",
         ) from fault

@@ -23,6 +23,7 @@ STATUS: Mapping[type[errors.NibbleError], int] = {
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.PreconditionFailed: 412,
     errors.QueueFull: 429,
     errors.QuotaExceeded: 429,
     errors.RateLimited: 429,
@@ -43,6 +44,14 @@ INFERENCE_HEADERS: Mapping[int, Mapping[str, str]] = {
 INFERENCE_TYPES: Mapping[int, str] = {429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
+ANTHROPIC = "/v1/messages"
+ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+SERVER_ERROR = HTTPStatus.INTERNAL_SERVER_ERROR
+
+
 class InferenceAnswer(NamedTuple):
     """An error as inference routes answer it."""
 
@@ -51,17 +60,29 @@ class InferenceAnswer(NamedTuple):
     headers: dict[str, str]
 
 
-def inference_answer(error: errors.NibbleError, *, status: int | None = None) -> InferenceAnswer:
-    """Status, JSON body and headers of `error`; `status` where the web framework refused by itself."""
+def inference_answer(
+    error: errors.NibbleError, *, status: int | None = None, path: str = ""
+) -> InferenceAnswer:
+    """Status, JSON body and headers of `error`; `status` where the web framework refused by itself.
+
+    Below ANTHROPIC the body is Anthropic's, whose clients read it.
+    """
     status = status if status is not None else status_of(error, INFERENCE_STATUS)
-    usual = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    headers = headers_of(error, status, INFERENCE_HEADERS)
+    if path.startswith(ANTHROPIC):
+        kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= SERVER_ERROR else "invalid_request_error")
+        message = f"{error.message} ({error.remedy})" if error.remedy else error.message
+        return InferenceAnswer(
+            status, {"type": "error", "error": {"type": kind, "message": message}}, headers
+        )
+    usual = "server_error" if status >= SERVER_ERROR else "invalid_request_error"
     body = {
         "message": f"{error.message} ({error.remedy})" if error.remedy else error.message,
         "type": INFERENCE_TYPES.get(status, usual),
         "param": error.param,
         "code": error.code,
     }
-    return InferenceAnswer(status, {"error": body}, headers_of(error, status, INFERENCE_HEADERS))
+    return InferenceAnswer(status, {"error": body}, headers)
 
 
 def inference_refusal(status: int, method: str, path: str) -> errors.NibbleError:
@@ -70,8 +91,8 @@ def inference_refusal(status: int, method: str, path: str) -> errors.NibbleError
     return errors.NibbleError(
         f"{method} {path[:200]}: {phrase}",
         code="unknown_url" if status == HTTPStatus.NOT_FOUND else phrase.replace(" ", "_"),
-        remedy="there are POST /v1/chat/completions, POST /v1/completions, GET /v1/models and "
-        "GET /v1/models/{id}",
+        remedy="there are POST /v1/chat/completions, POST /v1/completions, POST /v1/responses, "
+        "POST /v1/messages, POST /tokenize, POST /detokenize, GET /v1/models and GET /v1/models/{id}",
     )
 
 
@@ -84,7 +105,7 @@ def headers_of(
     error: errors.NibbleError, status: int, usual: Mapping[int, Mapping[str, str]] = HEADERS
 ) -> dict[str, str]:
     """The headers that belong to a status; an error that knows when to ask again says so."""
-    headers = dict(usual.get(status, {}))
+    headers = dict(usual.get(status, {})) if error.passes_by_itself else {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     return headers

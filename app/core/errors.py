@@ -12,11 +12,13 @@
     ├── Forbidden               the key lacks a scope
     ├── NotFound                no such job, artifact or file for this tenant
     ├── Conflict                the state of the resource does not allow it
+    ├── PreconditionFailed      it is not the version that the caller has read
     ├── QueueFull               no room for another job
     ├── QuotaExceeded           the tenant has used up what it may use
     ├── RateLimited             the tenant sends more requests than it may
     ├── Unavailable             Redis or object storage does not answer
-    │   └── RecordUnreadable    damaged, or written by another version of the service
+    │   ├── RecordUnreadable    damaged, or written by another version of the service
+    │   └── Paused              its owner has stopped it
     └── JobFault                a job that was accepted ends without a result
         ├── Cancelled           its owner asked for it
         ├── WorkerLost          its worker stopped renewing the lease
@@ -69,6 +71,7 @@ class NibbleError(Exception):
     """An error with a stable code and a remedy."""
 
     code = "internal"
+    passes_by_itself = True  # where the status is one that time may change
 
     def __init__(
         self,
@@ -132,6 +135,10 @@ class Conflict(NibbleError):
     code = "conflict"
 
 
+class PreconditionFailed(NibbleError):
+    code = "precondition_failed"
+
+
 class QueueFull(NibbleError):
     code = "queue_full"
 
@@ -146,6 +153,13 @@ class RateLimited(NibbleError):
 
 class Unavailable(NibbleError):
     code = "unavailable"
+
+
+class Paused(Unavailable):
+    """Asking again helps as little as for a name that is not there, until the owner resumes it."""
+
+    code = "deployment_paused"
+    passes_by_itself = False
 
 
 class RecordUnreadable(Unavailable):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
+from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.core.errors import Unavailable
@@ -45,26 +47,76 @@ def split(value: object, separator: str, example: str) -> object:
     return [item for item in value.split(separator) if item]
 
 
+def header_values(text: str) -> dict[str, str]:
+    """Of `name=value,name=value`, values percent-encoded, as OTEL_EXPORTER_OTLP_HEADERS is written.
+
+    Raises ValueError, which does not repeat what may be a key.
+    """
+    headers = {}
+    for number, item in enumerate(text.split(","), 1):
+        name, separator, value = (share.strip() for share in item.partition("="))
+        if not separator or HEADER_NAME.fullmatch(name) is None:
+            raise ValueError(f"header {number} is not written as name=value; write name=value,name=value")
+        headers[name] = unquote(value)
+    return headers
+
+
+def well_formed(headers: SecretStr | None) -> SecretStr | None:
+    if headers is not None:
+        header_values(headers.get_secret_value())
+    return headers
+
+
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a token of RFC 9110
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def whole_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Scheme, host and port each, as a browser sends them, or `*` alone for every page."""
+    for origin in origins:
+        if origin == "*" and len(origins) == 1:
+            continue
+        parts = urlsplit(origin)
+        if not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            raise ValueError(
+                f"{origin!r} is no origin; write scheme, host and port as in https://chat.example, or * alone"
+            )
+    return origins
+
 
 Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(split_names)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_names)]
+Origins = Annotated[Names, AfterValidator(whole_origins)]
 Folder = Annotated[Path, AfterValidator(absolute)]
 Folders = Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(split_folders)]
 OptionalPort = Annotated[Annotated[int, Field(ge=1, le=65535)] | None, BeforeValidator(empty_is_none)]
+OptionalHeaders = Annotated[SecretStr | None, BeforeValidator(empty_is_none), AfterValidator(well_formed)]
 OptionalUrl = Annotated[str | None, BeforeValidator(empty_is_none)]
+
+
+class SourceAccess(TypedDict):
+    """What models and texts are opened with."""
+
+    model_roots: tuple[Path, ...]
+    networks: tuple[IPv4Network | IPv6Network, ...]
+    hub_token: SecretStr | None
 
 
 class Settings(BaseSettings):
     """`.env.example` documents each name; a test compares the two."""
 
-    model_config = SettingsConfigDict(env_prefix="NIBBLE_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="NIBBLE_", frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    _tenant: str | None = PrivateAttr(default=None)  # whom these settings act for
 
     state_dir: Folder = Field(default_factory=default_state_dir, validate_default=True)
     host: str = "127.0.0.1"
     port: int = Field(default=8420, ge=0, le=65535)
     probe_port: OptionalPort = None
     allowed_hosts: Names = ()
+    cors_origins: Origins = ()
     # No repr: the URL may hold a password.
     redis_url: OptionalUrl = Field(default=None, repr=False)
     redis_server: str = "auto"
@@ -72,10 +124,13 @@ class Settings(BaseSettings):
     model_roots: Folders = ()
     outgoing_networks: Networks = ()
     bootstrap_api_key: Annotated[SecretStr | None, BeforeValidator(empty_is_none)] = None
+    hub_token: Annotated[SecretStr | None, BeforeValidator(empty_is_none)] = None
+    secret_key: Annotated[SecretStr | None, BeforeValidator(empty_is_none)] = None
     kernel_backend: str = "auto"
     calibration_devices: Names = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp_endpoint: OptionalUrl = None
+    otlp_headers: OptionalHeaders = None
     log_format: Literal["text", "json"] = "text"
 
     lease_s: float = Field(default=30.0, ge=1, le=300)
@@ -101,6 +156,12 @@ class Settings(BaseSettings):
     inference_limit: int = Field(default=256, ge=1)
     inference_silence_s: float = Field(default=600.0, ge=1)
 
+    @classmethod
+    def is_secret(cls, name: str) -> bool:
+        """Whether the field may hold a secret, which no message may show."""
+        field = cls.model_fields.get(name)
+        return field is not None and (not field.repr or "SecretStr" in str(field.annotation))
+
     @property
     def accepted_hosts(self) -> frozenset[str] | None:
         """Names under which this service may be called; None for any.
@@ -112,9 +173,36 @@ class Settings(BaseSettings):
         return LOOPBACK_NAMES if self.host in LOOPBACK_NAMES else None
 
     @property
+    def otlp_header_values(self) -> dict[str, str]:
+        return {} if self.otlp_headers is None else header_values(self.otlp_headers.get_secret_value())
+
+    @property
     def object_store_url(self) -> str:
         """The object store's URL: `storage_url`, or a folder in the state folder."""
         return self.storage_url or (self.state_dir / "storage").as_uri()
+
+    @property
+    def source_access(self) -> SourceAccess:
+        return {
+            "model_roots": self.model_roots,
+            "networks": self.outgoing_networks,
+            "hub_token": self.hub_token,
+        }
+
+    def acting_with(self, hub_token: SecretStr | None) -> Settings:
+        """These settings for a job that brings a hub token of its own; None leaves the service's."""
+        return self if hub_token is None else self.model_copy(update={"hub_token": hub_token})
+
+    @property
+    def tenant(self) -> str | None:
+        """Whose uploads may be read; None: nobody's."""
+        return self._tenant
+
+    def acting_for(self, tenant: str) -> Settings:
+        """These settings for work of a tenant."""
+        other = self.model_copy()
+        other._tenant = tenant
+        return other
 
     @property
     def scratch_dir(self) -> Path:

@@ -4,4 +4,5 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "index.html"
+LINK_REFUSED = FOLDER / "link_refused.html"
 ASSETS = FOLDER / "assets"

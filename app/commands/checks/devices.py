@@ -17,6 +17,7 @@ from app.core.errors import InvalidRequest
 from app.core.planning.host_devices import DEVICE, gpu_names, listed_gpus
 
 PROBE_LIMIT_S = 180
+COMPILE_LIMIT_S = 900  # on a slow processor, for all architectures
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 
 
@@ -56,11 +57,28 @@ def check_devices() -> list[Check]:
     return [*checks, check_compiler(facts)]
 
 
+def check_kernels() -> Check:
+    """Compile the usual CUDA kernels into the cache."""
+    facts = facts_of("workers.devices.kernel_compilation", COMPILE_LIMIT_S)
+    if "error" in facts:
+        remedy = (
+            "install PyTorch's CUDA build or the CUDA toolkit; kernels are compiled when first used otherwise"
+        )
+        return Check("cuda kernels", "warning", str(facts["error"]), remedy)
+    counts = ", ".join(f"{count} for {name}" for name, count in facts["kernels"].items())
+    return Check("cuda kernels", "ok", f"{counts} in {facts['folder']}, by {facts['compiler']}")
+
+
 def probed() -> dict[str, Any]:
     """The facts of `python -m workers.devices.host_probe`; `error` if it fails."""
-    command = [sys.executable, "-m", "workers.devices.host_probe"]
+    return facts_of("workers.devices.host_probe", PROBE_LIMIT_S)
+
+
+def facts_of(module: str, limit_s: float) -> dict[str, Any]:
+    """What a program of the worker prints as JSON in its last line; `error` if it fails."""
+    command = [sys.executable, "-m", module]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_LIMIT_S, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except (OSError, subprocess.SubprocessError) as fault:
         return {"error": f"the probe did not end: {fault}"}
     if answer.returncode:

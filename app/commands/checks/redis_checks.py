@@ -25,6 +25,8 @@ def check_redis(settings: Settings) -> list[Check]:
     from redis import Redis
     from redis.exceptions import AuthenticationError, RedisError
 
+    from app.core.redis.redis_server import CERTIFICATE_REMEDY, untrusted_certificate
+
     url = settings.redis_url or own_url(settings)
     if url is None:
         return [check_program(settings)]
@@ -36,6 +38,9 @@ def check_redis(settings: Settings) -> list[Check]:
         remedy = "correct them in NIBBLE_REDIS_URL: redis://USER:PASSWORD@host:6379/0"
         return [Check("redis", "problem", "it refuses the user or password", remedy)]
     except (RedisError, ValueError) as fault:
+        if reason := untrusted_certificate(fault):
+            finding = f"its certificate is not trusted: {reason}"
+            return [Check("redis", "problem", finding, CERTIFICATE_REMEDY)]
         # The URL is not shown: it may contain a password.
         return [Check("redis", "problem", str(fault), "correct NIBBLE_REDIS_URL, or start that server")]
 

@@ -23,6 +23,7 @@ class AuditEntry(Kept):
     method: str
     path: str
     status: int
+    detail: str = ""  # what a path does not say: which tag moved from where to where
 
 
 class AuditLog:

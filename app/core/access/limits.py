@@ -9,11 +9,11 @@ import math
 import time
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from redis import Redis
 
 from app.core.changes.atomic_changes import NOW, Script
-from app.core.changes.redis_keys import active_key, limits_key, rate_key, usage_key
+from app.core.changes.redis_keys import COUNTED, active_key, limits_key, rate_key, usage_key
 from app.core.errors import QuotaExceeded, RateLimited
 from app.core.records.specs import Frozen
 from app.core.settings import Settings
@@ -44,6 +44,12 @@ class Limits(Frozen):
     running_jobs: int = Field(default=0, ge=0, strict=True)
     storage_bytes: int = Field(default=0, ge=0, strict=True)
     requests_per_minute: int = Field(default=0, ge=0, le=10_000_000, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        """JSON has one kind of number: 44.0 is an integer."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class TenantLimits:
@@ -93,14 +99,14 @@ class TenantLimits:
             )
 
     def require_storage(self, tenant: str) -> None:
-        """Raises QuotaExceeded if the tenant's artifacts fill what it may store."""
+        """Raises QuotaExceeded if the tenant's artifacts and datasets fill what it may store."""
         most = self.of(tenant).storage_bytes
         used = self.stored_bytes(tenant) if most else 0
         if used >= most > 0:
             raise QuotaExceeded(
-                f"the artifacts of the tenant {tenant} take {used} bytes; the limit is {most}",
+                f"the artifacts and datasets of the tenant {tenant} take {used} bytes; the limit is {most}",
                 code="storage_quota_exceeded",
-                remedy="delete artifacts, or let the operator raise the limit",
+                remedy="delete artifacts or datasets, or let the operator raise the limit",
             )
 
     def stored_bytes(self, tenant: str) -> int:
@@ -108,6 +114,18 @@ class TenantLimits:
 
     def active_jobs(self, tenant: str) -> int:
         return int(self._redis.scard(active_key(tenant)))
+
+    def artifacts(self, tenant: str) -> list[str] | None:
+        """The ids of the tenant's artifacts; None until a collection of garbage has counted all there are."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.exists(COUNTED)
+        pipe.hkeys(usage_key(tenant))
+        are_counted, ids = pipe.execute()
+        return sorted(artifact.decode() for artifact in ids) if are_counted else None
+
+    def all_are_counted(self) -> None:
+        """From now on the artifacts that are counted are all there are."""
+        self._redis.set(COUNTED, 1)
 
     def add_artifact(self, tenant: str, artifact_id: str, size: int) -> None:
         self._redis.hset(usage_key(tenant), artifact_id, size)

@@ -53,6 +53,10 @@ class LoginLinks:
         self._redis.set(session_key(session), key_id, ex=SESSION_S)
         return session
 
+    def has_session(self, session: str | None) -> bool:
+        """Whether the value of a cookie stands for a session that has not ended."""
+        return session is not None and bool(self._redis.exists(session_key(session)))
+
     def close_session(self, session: str) -> None:
         self._redis.delete(session_key(session))
 

@@ -28,7 +28,7 @@ def digest(text: str) -> str:
 JOB_PREFIX = "nibble:job:"
 JOB_CHANGES = "nibble:changes"  # channel: the id of each job that changed
 ENDED = "nibble:ended"  # set of ids of jobs that have ended and are not followed up yet (outcome)
-LINES = "nibble:lines"  # set of tenants that have had a job in line
+LINES = "nibble:lines"  # set of tenants with a job in line or queue
 # Hash: record (JSON without the spec), spec (JSON, never rewritten), version, change, once:<name> of each
 # event that is appended once.
 job_key = named("job")
@@ -36,9 +36,11 @@ jobs_key = named("jobs")  # by tenant: sorted set of ids, score 0, as ULIDs sort
 state_key = named("state")  # by state: set of ids, for the janitor and the metrics
 active_key = named("active")  # by tenant: set of ids of jobs that have not ended, for the quota
 turns_key = named("turns")  # by tenant: set of ids of jobs that are queued or run (turns)
-line_key = named("line")  # by tenant: sorted set of ids of jobs that wait for a turn, by priority
+# By tenant: sorted set of ids of jobs that wait, by priority: those in line, then those in the queue (turns).
+line_key = named("line")
 events_key = named("events")  # by job: stream of events, capped
 postponed_key = named("postponed")  # by job: there while it waits after a fault, before it is queued again
+duty_key = named("duty")  # by name: the API process that does it for all, with an expiry (upkeep/duty)
 lease_key = named("lease")  # by job: the attempt that a worker executes, with an expiry
 
 
@@ -65,6 +67,13 @@ def slot_key(deployment_id: str, slot: int) -> str:
     return f"nibble:replica:{deployment_id}:{slot}"
 
 
+# Artifacts: what their manifests, which never change, can't hold.
+PUSHES_DUE = "nibble:pushes:due"  # sorted set of pushes by the time at which one is to be taken up
+push_key = named("push")  # the push, as JSON
+pushes_key = named("pushes")  # by artifact: sorted set of its pushes
+hub_token_key = named("hub-token")  # by job or push: its hub token, encrypted, until it has ended
+tags_key = named("tags")  # by tenant: hash from `<model>@<tag>` to the artifact that it points to
+
 # Workers, and what they count.
 WORKERS = "nibble:workers"  # sorted set of names by the time at which they count as dead
 STAGES = "nibble:tally:stages"  # hash: `<stage>:count` and `<stage>:seconds`
@@ -79,6 +88,7 @@ webhook_secret_key = named("webhook-secret")  # by tenant: hash: current; with `
 
 # Tenants and callers.
 limits_key = named("limits")  # by tenant: the operator's limits, as JSON; else those of the settings hold
+COUNTED = "nibble:artifacts-counted"  # there once `usage` has every artifact (garbage); lost with the rest
 usage_key = named("usage")  # by tenant: hash: bytes by artifact
 rate_key = named("rate")  # by tenant: when the next request would be in time (generic cell rate algorithm)
 login_key = named_by_digest("login")  # by code: id of the API key, until the link is opened

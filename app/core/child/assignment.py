@@ -19,6 +19,7 @@ from app.core.formats.registry import FormatName
 from app.core.planning.device_profile import DeviceProfile
 from app.core.records.job import Problem, Stage
 from app.core.records.specs import Frozen, JobSpec, Recipe
+from app.core.sources.model_headers import merged_digest
 
 
 class Assignment(Frozen):
@@ -28,6 +29,9 @@ class Assignment(Frozen):
     model_folder: Path  # config.json, tokenizer files, *.safetensors
     model_name: str  # for people: model cards, the report
     model_digest: str  # sha256 over the model's files
+    adapter_folder: Path | None = None  # of the adapter that is merged into the weights
+    adapter_name: str | None = None
+    adapter_digest: str | None = None  # sha256 over its files
     model_notes: tuple[str, ...] = ()  # what was left out of the model's folder, and why
     choices: tuple[str, ...] = ()  # of the service, where the job's body left something open
     calibration_digest: str  # of the calibration text's content
@@ -41,15 +45,20 @@ class Assignment(Frozen):
     shard_bytes: int = 4 * 1024**3
     profile: DeviceProfile | None = None  # of the device, for the report's prediction
 
+    @property
+    def weights_digest(self) -> str:
+        """The identity of the weights that the run starts from."""
+        return merged_digest(self.model_digest, self.adapter_digest)
+
     def layers_identity(self, recipes: Sequence[Recipe]) -> str:
         """The identity of layers finished for these recipes; without recipes, that of their statistics.
 
-        Another model, text, recipe, kind of device or version of Nibble gives another identity.
+        Another model, adapter, text, recipe, kind of device or version of Nibble gives another identity.
         """
         calibration = self.spec.calibration.model_dump(exclude={"texts", "dataset"})
         return digest_of(
             [
-                LAYERS_VERSION, version("nibble"), self.model_digest, self.calibration_digest, calibration,
+                LAYERS_VERSION, version("nibble"), self.weights_digest, self.calibration_digest, calibration,
                 self.device.partition(":")[0], [recipe.model_dump() for recipe in recipes],
             ]
         )  # fmt: skip
@@ -77,12 +86,22 @@ class Noted(Frozen):
     detail: dict[str, Any] = Field(default_factory=dict)
 
 
+class LayerErrors(Frozen):
+    """Relative output errors of a solved layer: sums of loss / energy over its linears; None: not known."""
+
+    recipe_index: int
+    layer: int
+    error: float | None
+    error_of_rounding: float | None  # of plain rounding
+
+
 class Checkpointed(Frozen):
     """A file under `work_folder/checkpoints` is complete; `replaces` may be deleted with it."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     key: str  # relative path, the same on every attempt
     replaces: str | None = None
+    layer: LayerErrors | None = None  # what the file holds, if it is a solved layer
 
 
 class OutputFolder(Frozen):

@@ -1,39 +1,60 @@
 """Deployments: the record, its replicas, and the state that follows from both.
 
-The record holds what its owner wants (`goal`) and why it can't be had (`error`). The replicas say what they
-do, under a lease. The state that callers see is computed, so no process can leave a wrong one behind.
+The record holds what its owner wants (`goal`, `spec`) and why it can't be had (`error`). The replicas say
+what they do, under a lease. The state that callers see is computed, so no process can leave a wrong one
+behind.
+
+What a server is started with (`Served`) has a number, its generation. A replacement is the next generation:
+its servers start beside those of the present one, until the record names it as the present one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 from app.core.records.forms import Form
 from app.core.records.ids import ARTIFACT_ID_PATTERN
 from app.core.records.job import Problem
-from app.core.records.specs import DeploymentOptions, Frozen, Kept
+from app.core.records.serving_options import MOST_REPLICAS, DeploymentOptions, ServerOptions
+from app.core.records.specs import Frozen, Kept
+from app.core.storage.tags import TAG
 
 ArtifactId = Annotated[
     str,
     Form(
-        ARTIFACT_ID_PATTERN,
-        "an artifact's id (art_ and 26 letters and digits); `nibble artifacts`, GET /v1/artifacts list yours",
+        rf"{ARTIFACT_ID_PATTERN}|^[^@\s]{{1,1024}}@{TAG}$",
+        "an artifact's id (art_ and 26 letters and digits) or model@tag; `nibble artifacts` "
+        "and GET /v1/artifacts list yours",
     ),
 ]
 
 
-class DeploymentSpec(DeploymentOptions):
-    """The body of `POST /v1/deployments`."""
+class Served(ServerOptions):
+    """What a server is started with."""
 
     artifact: ArtifactId
+
+
+class DeploymentSpec(DeploymentOptions):
+    """The body of `POST /v1/deployments`; a recorded one has the artifact's id."""
+
+    artifact: ArtifactId
+
+    @property
+    def served(self) -> Served:
+        return Served(**{name: getattr(self, name) for name in Served.model_fields})
+
+    def serving(self, served: Served) -> Self:
+        """The spec with other servers."""
+        return self.model_copy(update={name: getattr(served, name) for name in Served.model_fields})
 
 
 class Goal(StrEnum):
     SERVE = "serve"  # its servers run
     REST = "rest"  # idle: its servers stop, the next request sets SERVE again
+    PAUSE = "pause"  # its owner stopped it: its servers stop until its owner sets SERVE again
     REMOVE = "remove"  # deleted: its servers stop, then the record goes
 
 
@@ -42,7 +63,16 @@ class DeploymentState(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     STOPPED = "stopped"
+    PAUSED = "paused"
     FAILED = "failed"
+
+
+class Replacement(Kept):
+    """What shall serve instead of what the deployment's spec says."""
+
+    generation: int
+    served: Served
+    error: Problem | None = None  # why it can't be had; the present generation goes on
 
 
 class Deployment(Kept):
@@ -57,10 +87,50 @@ class Deployment(Kept):
     job: str | None = None  # that requested it
     load_s: float | None = None  # how long the last start took
     setback: str = ""  # the last failure of a replica while others served
+    revision: int = 1  # one more with each change by its owner
+    generation: int = 1  # of what its spec serves
+    generations: int = 1  # how many were begun
+    side: int = 0  # which half of the slots its generation has; a replacement has the other one
+    most_replicas: int = 0  # that it had before: their slots may still be held
+    replacement: Replacement | None = None
 
     @property
     def wants_servers(self) -> bool:
         return self.goal is Goal.SERVE and self.error is None
+
+    @property
+    def incoming(self) -> Replacement | None:
+        """The replacement that is under way."""
+        return None if self.replacement is None or self.replacement.error is not None else self.replacement
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may call it, and nobody else's deployment of the tenant has."""
+        return () if self.goal is Goal.REMOVE else self.spec.names
+
+    @property
+    def artifacts(self) -> frozenset[str]:
+        """Those that it serves or is about to."""
+        incoming = self.incoming
+        return frozenset({self.spec.artifact, *([] if incoming is None else [incoming.served.artifact])})
+
+    @property
+    def slots(self) -> list[int]:
+        """Those that a replica may hold."""
+        sides = (0, 1) if self.generations > 1 else (self.side,)
+        count = max(self.most_replicas, self.spec.replicas)
+        return [slot for side in sides for slot in side_slots(side, count)]
+
+    def of_generation(self, generation: int) -> Deployment:
+        """The deployment as a server of that generation needs it."""
+        if self.incoming is None or self.incoming.generation != generation:
+            return self
+        return self.model_copy(update={"spec": self.spec.serving(self.incoming.served)})
+
+
+def side_slots(side: int, count: int) -> range:
+    """The slots of a generation with so many replicas."""
+    return range(side * MOST_REPLICAS, side * MOST_REPLICAS + count)
 
 
 class ReplicaState(StrEnum):
@@ -76,6 +146,7 @@ class Replica(Kept):
 
     deployment: str
     slot: int
+    generation: int = 1
     owner: str  # the worker process that holds the slot
     worker: str
     engine: str
@@ -115,39 +186,10 @@ class LiveDeployment(Frozen):
     def state(self) -> DeploymentState:
         if self.deployment.goal is Goal.REMOVE:
             return DeploymentState.DRAINING
+        if self.deployment.goal is Goal.PAUSE:
+            return DeploymentState.PAUSED
         if self.deployment.error is not None:
             return DeploymentState.FAILED
         if self.deployment.goal is Goal.REST:
             return DeploymentState.DRAINING if self.replicas else DeploymentState.STOPPED
         return DeploymentState.READY if self.ready else DeploymentState.STARTING
-
-    def reason(self, engines: Sequence[Sequence[str]]) -> str:
-        """The reason of its state; empty if all is well. `engines` are those of each worker that serves."""
-        deployment, spec = self.deployment, self.spec
-        if deployment.error is not None:
-            return deployment.error.message
-        if deployment.goal is Goal.REMOVE:
-            return "deleted; running requests are finished"
-        if deployment.goal is Goal.REST:
-            return f"no request for {spec.idle_timeout_s} s; the next one starts it again"
-        absent = spec.replicas - len(self.replicas)
-        reasons = [
-            f"replica {replica.slot}: {said(replica)}" for replica in self.replicas if not replica.is_ready
-        ]
-        if absent:
-            reasons.append(f"{absent} of {spec.replicas} replicas wait: {waits_for(spec.engine, engines)}")
-        if absent and deployment.setback:
-            reasons.append(f"the last one that was tried failed: {deployment.setback}")
-        return "; ".join(reasons)
-
-
-def said(replica: Replica) -> str:
-    return f"{replica.state}, {replica.note}" if replica.note else str(replica.state)
-
-
-def waits_for(engine: str, engines: Sequence[Sequence[str]]) -> str:
-    if not engines:
-        return "no worker takes the queue `serve`"
-    if engine != "auto" and not any(engine in offered for offered in engines):
-        return f"no worker has {engine} installed"
-    return "for a worker with a free slot"

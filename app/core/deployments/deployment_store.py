@@ -5,7 +5,8 @@ Whoever claims a slot first serves it until the claim expires: two servers never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,40 +23,53 @@ from app.core.changes.redis_keys import (
     slot_key,
 )
 from app.core.changes.stamps import STAMP
-from app.core.deployments.deployment import Deployment, DeploymentSpec, Goal, LiveDeployment, Replica
+from app.core.deployments.deployment import Deployment, DeploymentSpec, LiveDeployment, Replica
 from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.records.ids import is_id, new_id
-from app.core.records.job import Problem
 
-# Returns the id of the deployment with this name.
+# The first name of a JSON list that another deployment has, with its id.
+TAKEN = """
+local function taken(names, list, id)
+  for _, name in ipairs(cjson.decode(list)) do
+    local holder = redis.call('HGET', names, name)
+    if holder and holder ~= id then return {name, holder} end
+  end
+end
+"""
+
+# Returns nothing, or the name that is taken and its holder.
 CREATE = Script(
     keys=("deployment", "names", "all"),
-    args=("id", "record", "name"),
+    args=("id", "record", "claimed"),
     body=f"""
-{STAMP}
-local holder = redis.call('HGET', names, name)
-if holder then return holder end
-if redis.call('EXISTS', deployment) == 1 then return id end
+{STAMP}{TAKEN}
+if redis.call('EXISTS', deployment) == 1 then return {{}} end
+local conflict = taken(names, claimed, id)
+if conflict then return conflict end
 redis.call('HSET', deployment, 'record', record, 'version', 1)
-redis.call('HSET', names, name, id)
+for _, name in ipairs(cjson.decode(claimed)) do redis.call('HSET', names, name, id) end
 redis.call('SADD', all, id)
 stamp('{DEPLOYMENTS_STAMP}')
 redis.call('PUBLISH', '{DEPLOYMENT_CHANGES}', id)
-return id
+return {{}}
 """,
 )
 
+# Returns whether the version was the one to be replaced, or the name that is taken and its holder.
 SWAP = Script(
     keys=("deployment", "names"),
-    args=("id", "version", "record", "free_name"),  # '' for none
+    args=("id", "version", "record", "claimed", "freed"),
     body=f"""
-{STAMP}
+{STAMP}{TAKEN}
 if redis.call('HGET', deployment, 'version') ~= version then return 0 end
+local conflict = taken(names, claimed, id)
+if conflict then return conflict end
 redis.call('HSET', deployment, 'record', record)
 redis.call('HINCRBY', deployment, 'version', 1)
 stamp('{DEPLOYMENTS_STAMP}')
-if free_name ~= '' and redis.call('HGET', names, free_name) == id then
-  redis.call('HDEL', names, free_name)
+for _, name in ipairs(cjson.decode(claimed)) do redis.call('HSET', names, name, id) end
+for _, name in ipairs(cjson.decode(freed)) do
+  if redis.call('HGET', names, name) == id then redis.call('HDEL', names, name) end
 end
 redis.call('PUBLISH', '{DEPLOYMENT_CHANGES}', id)
 return 1
@@ -111,7 +125,7 @@ return 1
 
 
 def slot_keys(deployment: Deployment) -> list[str]:
-    return [slot_key(deployment.id, slot) for slot in range(deployment.spec.replicas)]
+    return [slot_key(deployment.id, slot) for slot in deployment.slots]
 
 
 def missing(deployment_id: str) -> NotFound:
@@ -131,6 +145,11 @@ def name_taken(name: str, holder: str) -> Conflict:
     )
 
 
+def record_of(deployment: Deployment) -> str:
+    """The record as kept: without what is as usual, so that an older version reads what it understands."""
+    return deployment.model_dump_json(exclude_defaults=True)
+
+
 class DeploymentStore:
     """Reads and writes deployments, for the API and the workers."""
 
@@ -142,7 +161,7 @@ class DeploymentStore:
     def create(
         self, tenant: str, spec: DeploymentSpec, *, deployment_id: str | None = None, job: str | None = None
     ) -> Deployment:
-        """Record a deployment. Raises Conflict if the tenant uses its name already.
+        """Record a deployment. Raises Conflict if the tenant uses one of its names already.
 
         Returns the existing deployment if `deployment_id` was used before.
         """
@@ -153,23 +172,24 @@ class DeploymentStore:
             created_at=datetime.now(UTC),
             job=job,
         )
-        holder = self._create(
+        conflict = self._create(
             deployment=deployment_key(deployment.id),
             names=deployment_names_key(tenant),
             all=DEPLOYMENTS,
             id=deployment.id,
-            record=deployment.model_dump_json(),
-            name=spec.name,
-        ).decode()
-        if holder != deployment.id:
-            raise name_taken(spec.name, holder)
-        return self.load(holder)
+            record=record_of(deployment),
+            claimed=json.dumps(deployment.names),
+        )
+        if conflict:
+            raise name_taken(*(word.decode() for word in conflict))
+        return self.load(deployment.id)
 
-    def require_free(self, tenant: str, name: str) -> None:
-        """Raise Conflict if the tenant has the name in use."""
-        holder = self._redis.hget(deployment_names_key(tenant), name)
-        if holder is not None:
-            raise name_taken(name, holder.decode())
+    def require_free(self, tenant: str, names: Sequence[str]) -> None:
+        """Raise Conflict if the tenant has one of the names in use."""
+        holders = self._redis.hmget(deployment_names_key(tenant), names)
+        for name, holder in zip(names, holders, strict=True):
+            if holder is not None:
+                raise name_taken(name, holder.decode())
 
     def load(self, deployment_id: str) -> Deployment:
         return self._read(deployment_id)[0]
@@ -191,7 +211,10 @@ class DeploymentStore:
         return self._with_replicas([deployment for deployment in deployments if deployment is not None])
 
     def update(self, deployment_id: str, change: Callable[[Deployment], Deployment]) -> Deployment:
-        """Apply `change` to the record, again from the start if another writer was faster."""
+        """Apply `change` to the record, again from the start if another writer was faster.
+
+        Raises Conflict if the tenant uses one of its new names already.
+        """
 
         def swap(before: Deployment, after: Deployment, version: int) -> bool:
             written = self._swap(
@@ -199,9 +222,12 @@ class DeploymentStore:
                 names=deployment_names_key(before.tenant),
                 id=deployment_id,
                 version=version,
-                record=after.model_dump_json(),
-                free_name=before.spec.name if after.goal is Goal.REMOVE else None,
+                record=record_of(after),
+                claimed=json.dumps([name for name in after.names if name not in before.names]),
+                freed=json.dumps([name for name in before.names if name not in after.names]),
             )
+            if isinstance(written, list):
+                raise name_taken(*(word.decode() for word in written))
             return bool(written)
 
         return versioned_update(
@@ -267,41 +293,8 @@ class DeploymentStore:
         records = iter(self._redis.mget(keys) if keys else [])
         live = []
         for deployment in deployments:
-            slots = [next(records) for _ in range(deployment.spec.replicas)]
+            slots = [next(records) for _ in deployment.slots]
             replicas = [Replica.of_record(record) for record in slots if record is not None]
             readable = tuple(replica for replica in replicas if replica is not None)
             live.append(LiveDeployment(deployment=deployment, replicas=readable))
         return live
-
-
-def awakened(deployment: Deployment) -> Deployment:
-    """The deployment started again by a request while it was idle."""
-    return moved(deployment, Goal.REST, Goal.SERVE)
-
-
-def resting(deployment: Deployment) -> Deployment:
-    return moved(deployment, Goal.SERVE, Goal.REST)
-
-
-def moved(deployment: Deployment, goal: Goal, to: Goal) -> Deployment:
-    return deployment.model_copy(update={"goal": to}) if deployment.goal is goal else deployment
-
-
-def removed(deployment: Deployment) -> Deployment:
-    return deployment.model_copy(update={"goal": Goal.REMOVE})
-
-
-def failed(deployment: Deployment, error: Problem) -> Deployment:
-    if deployment.goal is Goal.REMOVE:
-        return deployment
-    return deployment.model_copy(update={"error": error})
-
-
-def set_back(deployment: Deployment, error: Problem) -> Deployment:
-    """The deployment after a replica failed while others serve."""
-    return deployment.model_copy(update={"setback": error.message})
-
-
-def loaded(deployment: Deployment, load_s: float | None) -> Deployment:
-    """The deployment after a replica became ready."""
-    return deployment.model_copy(update={"load_s": load_s, "setback": ""})

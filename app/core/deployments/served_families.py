@@ -11,7 +11,7 @@ from pathlib import Path
 
 from app.core.errors import ModelRefused
 from app.core.formats.registry import FORMATS, FormatName
-from app.core.records.specs import Engine
+from app.core.records.serving_options import Engine
 
 UNSERVED = Path(__file__).parent / "unserved.json"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.core.formats.file_format import FileFormat, FormatRefusal, ModuleSchemes, Scheme, StoredTensor, words
-from app.core.formats.schemes import SCHEMES, InputRounding, Scales
+from app.core.formats.schemes import CACHES, SCHEMES, CacheName, InputRounding, Scales
 from app.core.formats.targets import (
     ANYWHERE,
     compact_patterns,
@@ -58,6 +58,7 @@ class CompressedTensorsFormat(FileFormat):
         "input_scale", "input_global_scale", "weight_g_idx",
     )  # fmt: skip
     transformers_needs = ("compressed-tensors>=0.15.0",)
+    holds_cache_scales = True
 
     def refusal(self, schemes: set[Scheme]) -> FormatRefusal | None:
         return None
@@ -123,7 +124,7 @@ class CompressedTensorsFormat(FileFormat):
                 *(f"re:{pattern}" for pattern in (*unquantized_experts(modules), *outside_layers(modules))),
                 *(f"re:{tower}" for tower in modules.tower_patterns),
             ],
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None if modules.cache is None else input_arguments(CACHES[modules.cache]),
             "global_compression_ratio": None,
             "version": VERSION,
         }
@@ -131,6 +132,11 @@ class CompressedTensorsFormat(FileFormat):
     def loader_notes(self, modules: ModuleSchemes, model_type: str) -> Iterator[str]:
         schemes, experts = modules.distinct, modules.of_experts
         yield from self.scheme_notes(modules)
+        if modules.cache is not None:
+            yield (
+                f"vLLM 0.32 keeps its cache in {modules.cache} for such files, unless kv_cache_dtype names "
+                "another; transformers 5.24 with compressed-tensors 0.20 leaves the cache as it is"
+            )
         if model_type in misread_types():
             yield (
                 f"transformers 5.24 opens compressed-tensors files of {model_type} with other weights than "
@@ -181,6 +187,11 @@ class CompressedTensorsFormat(FileFormat):
             if any(names_linear(target, linear) for target in group.get("targets") or ()):
                 return scheme_of_group(group)
         return None
+
+    def cache_in(self, entry: Mapping[str, Any]) -> CacheName | None:
+        stored = entry.get("kv_cache_scheme")
+        same = (n for n, numbers in CACHES.items() if same_arguments(input_arguments(numbers), stored))
+        return next(same, None)
 
     def unreadable(self, entry: Mapping[str, Any]) -> str | None:
         whole = entry.get("format")

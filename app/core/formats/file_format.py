@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from app.core.formats.schemes import SCHEMES, SchemeKind, SchemeName
+from app.core.formats.schemes import SCHEMES, CacheName, SchemeKind, SchemeName
 
 WORD_BITS = 32
 EVERYWHERE = (4, 8)  # bits that all servers read
@@ -67,6 +67,7 @@ class ModuleSchemes:
     full_precision: tuple[str, ...] = ()  # modules beside them that no recipe quantizes
     towers: tuple[str, ...] = ()  # the names, in their paths, of modules that hold some of these
     head: str | None = None  # of the linears the one that is the head, if it is quantized
+    cache: CacheName | None = None  # of keys and values, in whose scales it is rounded
 
     @property
     def tower_patterns(self) -> tuple[str, ...]:
@@ -114,6 +115,7 @@ class FileFormat(ABC):
     config_file: str | None = None  # a further file with the entry of config.json
     group_size: Literal[32] | None = None  # the only one that the format holds
     single_file: str | None = None  # that holds everything, in place of safetensors and what lies beside them
+    holds_cache_scales = False  # those of a cache of keys and values
     unserved: str | None = None  # why deployments don't serve such files, and what does
     # Packages without which transformers 5.24 raises ImportError for such files (its quantizers' checks).
     transformers_needs: tuple[str, ...] = ()
@@ -169,6 +171,10 @@ class FileFormat(ABC):
     def scheme_in(self, entry: Mapping[str, Any], linear: str) -> Scheme | None:
         """The scheme that files with this entry of config.json have for a linear, where it tells more than
         the tensors do."""
+        return None
+
+    def cache_in(self, entry: Mapping[str, Any]) -> CacheName | None:
+        """The numbers that files with this entry of config.json ask a cache of keys and values to hold."""
         return None
 
     def unreadable(self, entry: Mapping[str, Any]) -> str | None:

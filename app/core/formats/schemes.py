@@ -1,5 +1,7 @@
 """Schemes by name: the numbers that weights are stored as, and those that a linear's input is rounded to.
 
+Beside them the numbers that a cache of keys and values holds.
+
 Sources: compressed-tensors 0.20 (`quantization/quant_scheme.py`), whose files vLLM and SGLang read; OCP
 Microscaling Formats 1.0 for mxfp4; DeepSeek-V3's blocks of 128 x 128 for fp8-block.
 """
@@ -14,6 +16,7 @@ SchemeName = Literal[
     "wna16", "w4a8", "w8a8", "w8a8-static", "fp8", "fp8-block", "fp8-static", "nvfp4", "nvfp4a16", "mxfp4",
     "mxfp4a16",
 ]  # fmt: skip
+CacheName = Literal["fp8"]
 Numbers = Literal["int", "float"]
 # plain: floats of the model's dtype; e4m3: FP8 under one float32 for the whole matrix; e8m0: powers of two
 Scales = Literal["plain", "e4m3", "e8m0"]
@@ -73,3 +76,6 @@ SCHEMES: Mapping[SchemeName, SchemeKind] = {
     ),
     "mxfp4a16": SchemeKind(4, 32, symmetric=True, numbers="float", scales="e8m0"),
 }  # fmt: skip
+
+# One scale for the keys of a layer and one for its values.
+CACHES: Mapping[CacheName, InputRounding] = {"fp8": InputRounding(8, "float", "tensor")}

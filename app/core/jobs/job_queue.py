@@ -23,7 +23,7 @@ RUN_JOB_TASK = "workers.tasks.run_job"
 # In the order in which a worker looks at them.
 QUEUE_NAMES = ("nibble-high", "nibble-normal", "nibble-low")
 SERIALIZER = "json"
-RESULT_TTL_S = 24 * 3600
+RESULT_TTL_S = 0  # an entry that was executed says nothing that the record does not
 FAILURE_TTL_S = 7 * 24 * 3600
 # The supervisor keeps `timeout_s` itself; the queue's own limit is a backstop behind it.
 TIMEOUT_MARGIN_S = 600
@@ -54,10 +54,10 @@ class JobQueue:
         self._redis = redis
         self._limit = limit
 
-    def enqueue(self, job: Job) -> bool:
+    def enqueue(self, job: Job, *, first: bool = False) -> bool:
         """Queue the job's next attempt; False if its entry exists already.
 
-        A further attempt goes to the front: it has waited its turn before.
+        A further attempt goes to the front, as with `first`: it has waited its turn before.
         """
         try:
             self._queue(queue_name(job)).enqueue_call(
@@ -68,7 +68,7 @@ class JobQueue:
                 failure_ttl=FAILURE_TTL_S,
                 description=f"{job.id} attempt {job.attempt + 1}",
                 job_id=entry_id(job),
-                at_front=job.attempt > 0,
+                at_front=first or job.attempt > 0,
                 unique=True,
             )
         except DuplicateJobError:
@@ -92,6 +92,13 @@ class JobQueue:
             return Place.GONE
         waiting = self._queue(queue_name(job)).get_job_position(entry) is not None
         return Place.WAITING if waiting else Place.MOVING
+
+    def waiting(self) -> set[str]:
+        """The ids of all entries in the queues."""
+        pipe: Any = self._redis.pipeline(transaction=False)
+        for name in QUEUE_NAMES:
+            pipe.lrange(self._queue(name).key, 0, -1)
+        return {entry.decode() for entries in pipe.execute() for entry in entries}
 
     def depths(self) -> dict[str, int]:
         """The number of entries that wait in each queue."""

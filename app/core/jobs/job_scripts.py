@@ -7,41 +7,51 @@ end of a job, so that it is followed up even if the process dies (outcome).
 from __future__ import annotations
 
 from app.core.changes.atomic_changes import Script
-from app.core.changes.redis_keys import ENDED, FAILURES, JOB_CHANGES, LINES
+from app.core.changes.redis_keys import ENDED, FAILURES, JOB_CHANGES, LINES, WORKERS
 from app.core.changes.stamps import STAMP
+from app.core.outgoing.delivery_scripts import DELIVERY_ARGS, DELIVERY_KEYS, RECORD_DELIVERY
 
 MAX_EVENTS = 10_000
-DELIVERIES_KEPT_S = 30 * 24 * 3600
+IN_QUEUE = 10  # added to a job's rank in its tenant's line while it is in the queue and no worker has it
+RANKS = range(3)
+WORKERS_A_PLACE = 32  # a claim queues its successor after some tenths of a second, and jobs end meanwhile
 
 JOB_KEYS = ("job", "state", "events", "active_jobs", "turns", "line", "jobs_stamp")
-DELIVERY_KEYS = ("delivery", "deliveries", "due")
-DELIVERY_ARGS = ("message_id", "message")  # '' for no message
-RECORD_DELIVERY = f"""
-if message_id ~= '' then
-  redis.call('SET', delivery, message, 'EX', {DELIVERIES_KEPT_S})
-  redis.call('ZADD', deliveries, 0, message_id)
-  redis.call('EXPIRE', deliveries, {DELIVERIES_KEPT_S})
-  redis.call('ZADD', due, redis.call('TIME')[1], message_id)
+
+# Functions of scripts: whether a tenant may have one more job queued or running, and one more of this rank in
+# the queue: at least `least`, and more where many workers take them. 0 is no limit.
+ROOM = f"""
+local function has_turn(turns, most)
+  return tonumber(most) == 0 or redis.call('SCARD', turns) < tonumber(most)
+end
+local function has_room(line, rank, least)
+  if tonumber(least) == 0 then return true end
+  local queued = rank + {IN_QUEUE}
+  local places = math.max(tonumber(least), math.floor(redis.call('ZCARD', '{WORKERS}') / {WORKERS_A_PLACE}))
+  return redis.call('ZCOUNT', line, queued, queued) < places
 end
 """
 
 CREATE = Script(
     keys=(*JOB_KEYS, "tenant_jobs", *DELIVERY_KEYS),
-    args=("id", "tenant", "record", "spec", "payload", "is_active", "most_active", "most_turns", "rank",
-          *DELIVERY_ARGS),  # most: 0 is no limit; rank: in line
+    args=("id", "tenant", "record", "spec", "payload", "is_active", "most_active", "most_turns",
+          "least_queued", "rank", *DELIVERY_ARGS),  # most: 0 is no limit; rank: in line
     body=f"""
 {STAMP}
+{ROOM}
 if redis.call('EXISTS', job) == 1 then return 0 end
 if is_active == '1' then
-  local most, turns_to_give = tonumber(most_active), tonumber(most_turns)
+  local most = tonumber(most_active)
   if most > 0 and redis.call('SCARD', active_jobs) >= most then return -1 end
   redis.call('SADD', active_jobs, id)
-  if turns_to_give > 0 and redis.call('SCARD', turns) >= turns_to_give then
-    redis.call('ZADD', line, rank, id)
-    redis.call('SADD', '{LINES}', tenant)
-  else
+  local is_next = redis.call('ZCOUNT', line, rank, rank) == 0 or least_queued == '0'
+  if is_next and has_turn(turns, most_turns) and has_room(line, rank, least_queued) then
     redis.call('SADD', turns, id)
+    redis.call('ZADD', line, rank + {IN_QUEUE}, id)
+  else
+    redis.call('ZADD', line, rank, id)
   end
+  redis.call('SADD', '{LINES}', tenant)
 else
   redis.call('SADD', '{ENDED}', id)
 end
@@ -69,13 +79,15 @@ end
 redis.call('HSET', job, 'record', record, 'change', change)
 redis.call('HINCRBY', job, 'version', 1)
 stamp(jobs_stamp)
-redis.call('SREM', state_before, id)
-redis.call('SADD', state, id)
+if state ~= state_before then
+  redis.call('SREM', state_before, id)
+  redis.call('SADD', state, id)
+  redis.call('ZREM', line, id)
+end
 if is_active ~= '1' then
   redis.call('SADD', '{ENDED}', id)
   redis.call('SREM', active_jobs, id)
   redis.call('SREM', turns, id)
-  redis.call('ZREM', line, id)
 end
 if failure ~= '' then redis.call('HINCRBY', '{FAILURES}', failure, 1) end
 if kind ~= '' then
@@ -134,17 +146,46 @@ return event
 """,
 )
 
-# Gives the id of the first in line, which has a turn now.
+# Gives the id of the first in line for which there is room, which has a turn now and is to be queued.
 NEXT_TURN = Script(
     keys=("turns", "line"),
-    args=("most",),  # 0 is no limit
+    args=("most", "least_queued"),  # 0 is no limit
+    body=f"""
+{ROOM}
+for rank = {RANKS.start}, {RANKS.stop - 1} do
+  local first = redis.call('ZRANGEBYSCORE', line, rank, rank, 'LIMIT', 0, 1)[1]
+  if first and has_turn(turns, most) and has_room(line, rank, least_queued) then
+    redis.call('SADD', turns, first)
+    redis.call('ZADD', line, rank + {IN_QUEUE}, first)
+    return first
+  end
+end
+return false
+""",
+)
+
+# Strikes out jobs that left the queue while a worker of an earlier version, which does not do it, took them.
+STRIKE = Script(
+    keys=("line", "waiting"),
+    args=("tenant",),
+    body=f"""
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', line, {IN_QUEUE}, '+inf')) do
+  if redis.call('SISMEMBER', waiting, id) == 0 then redis.call('ZREM', line, id) end
+end
+if redis.call('ZCARD', line) == 0 then redis.call('SREM', '{LINES}', tenant) end
+return 1
+""",
+)
+
+# The least of a set of ids, which is the oldest, without sending them all.
+OLDEST = Script(
+    keys=("jobs",),
     body="""
-most = tonumber(most)
-if most > 0 and redis.call('SCARD', turns) >= most then return false end
-local first = redis.call('ZPOPMIN', line)[1]
-if not first then return false end
-redis.call('SADD', turns, first)
-return first
+local oldest = false
+for _, id in ipairs(redis.call('SMEMBERS', jobs)) do
+  if not oldest or id < oldest then oldest = id end
+end
+return oldest
 """,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,12 +14,9 @@ from redis import Redis
 
 from app.core.changes.atomic_changes import versioned_update
 from app.core.changes.redis_keys import (
-    DUE,
     ENDED,
     LINES,
     active_key,
-    deliveries_key,
-    delivery_key,
     events_key,
     job_key,
     jobs_key,
@@ -38,9 +35,22 @@ from app.core.errors import (
     RecordUnreadable,
 )
 from app.core.jobs.job_encoding import announcement, decode, encode, state_payload
-from app.core.jobs.job_scripts import APPEND, CREATE, DELETE, NEXT_TURN, RELEASE, RENEW, SETTLE, SWAP
+from app.core.jobs.job_scripts import (
+    APPEND,
+    CREATE,
+    DELETE,
+    IN_QUEUE,
+    NEXT_TURN,
+    OLDEST,
+    RELEASE,
+    RENEW,
+    SETTLE,
+    STRIKE,
+    SWAP,
+)
+from app.core.outgoing.delivery_scripts import delivery_keys
 from app.core.outgoing.webhook_messages import message_of
-from app.core.records.ids import check_cursor, is_id
+from app.core.records.ids import check_cursor, first_id, is_id
 from app.core.records.job import TRANSITIONS, Job, JobState
 from app.core.records.job_changes import claimed, is_executing, stale
 from app.core.records.specs import Frozen
@@ -48,6 +58,7 @@ from app.core.records.specs import Frozen
 log = logging.getLogger(__name__)
 
 PAGE_STEP = 200
+SCANNED_AT_ONCE = 1000
 RANKS = {"high": 0, "normal": 1, "low": 2}  # in line; of the same rank the older one is first
 
 
@@ -65,17 +76,27 @@ class JobFilter(Frozen):
 
     state: JobState | None = None
     labels: dict[str, str] = Field(default_factory=dict)
+    words: tuple[str, ...] = ()  # lower case; each in the id, the model, a recipe's label or a label
     limit: int = 20
     after: str | None = None
 
     @property
     def is_selective(self) -> bool:
-        return self.state is not None or bool(self.labels)
+        return self.state is not None or bool(self.labels) or bool(self.words)
 
     def matches(self, job: Job) -> bool:
         if self.state is not None and job.state is not self.state:
             return False
-        return all(job.spec.labels.get(key) == value for key, value in self.labels.items())
+        if any(job.spec.labels.get(key) != value for key, value in self.labels.items()):
+            return False
+        return not self.words or all(word in searched_text(job) for word in self.words)
+
+
+def searched_text(job: Job) -> str:
+    """What a search looks through."""
+    labels = (f"{key}={value}" for key, value in job.spec.labels.items())
+    recipes = (recipe.label for recipe in job.spec.recipes)
+    return "\n".join((job.id, job.spec.model, *recipes, *labels)).lower()
 
 
 class JobPage(Frozen):
@@ -106,14 +127,7 @@ def job_keys(job: Job) -> dict[str, str]:
 
 def delivery_of(before: Job | None, after: Job) -> dict[str, str | None]:
     """For DELIVERY_KEYS and DELIVERY_ARGS of the scripts, which touch none of the keys without a message."""
-    message = message_of(before, after)
-    return {
-        "delivery": delivery_key(message.id if message else "none"),
-        "deliveries": deliveries_key(after.id),
-        "due": DUE,
-        "message_id": message.id if message else None,
-        "message": message.model_dump_json() if message else None,
-    }
+    return delivery_keys(after.id, message_of(before, after))
 
 
 def check_change(before: Job, after: Job) -> None:
@@ -134,13 +148,16 @@ class JobStore:
         self._redis: Any = redis  # Any: redis-py types each answer as possibly awaitable
         self._create, self._swap, self._delete = CREATE.on(redis), SWAP.on(redis), DELETE.on(redis)
         self._settle, self._append = SETTLE.on(redis), APPEND.on(redis)
-        self._next_turn, self._renew, self._release = NEXT_TURN.on(redis), RENEW.on(redis), RELEASE.on(redis)
+        self._next_turn, self._strike = NEXT_TURN.on(redis), STRIKE.on(redis)
+        self._oldest = OLDEST.on(redis)
+        self._renew, self._release = RENEW.on(redis), RELEASE.on(redis)
 
-    def create(self, job: Job, *, most_active: int = 0, most_turns: int = 0) -> bool:
+    def create(self, job: Job, *, most_active: int = 0, most_turns: int = 0, least_queued: int = 0) -> bool:
         """Record a new job; False if its id exists already.
 
         Raises QuotaExceeded if the tenant has `most_active` jobs that have not ended; 0 is no limit. Beyond
-        `most_turns` jobs that may be queued, it waits in line.
+        `most_turns` jobs that are queued or run, or `least_queued` of its priority that are queued (more with
+        many workers), it waits in line.
         """
         created = self._create(
             **job_keys(job),
@@ -154,6 +171,7 @@ class JobStore:
             is_active=int(not job.is_terminal),
             most_active=most_active,
             most_turns=most_turns,
+            least_queued=least_queued,
             rank=RANKS[job.spec.priority],
         )
         if created < 0:
@@ -236,26 +254,53 @@ class JobStore:
                 break
         return JobPage(jobs=tuple(jobs[: selection.limit]), has_more=len(jobs) > selection.limit)
 
+    def counts_of(self, tenant: str) -> dict[JobState, int]:
+        """How many of the tenant's jobs are in each state."""
+        rare = [state for state in JobState if state is not JobState.SUCCEEDED]
+        pipe = self._redis.pipeline()  # at one moment
+        pipe.zcard(jobs_key(tenant))
+        for state in rare:
+            pipe.zintercard(2, [jobs_key(tenant), state_key(state)])
+        total, *counts = pipe.execute()
+        # Not counted as the others are: that would look at each of the tenant's jobs.
+        by_state = dict(zip(rare, counts, strict=True)) | {JobState.SUCCEEDED: total - sum(counts)}
+        return {state: by_state[state] for state in JobState}
+
     def _newest_first(self, tenant: str, selection: JobFilter) -> Iterator[Job]:
+        check_cursor("job", selection.after)
+        if selection.state not in (None, JobState.SUCCEEDED):
+            yield from self.load_each(self._in_rare_state(tenant, selection), step=selection.limit + 1)
+            return
         after = selection.after
         step = PAGE_STEP if selection.is_selective else selection.limit + 1
-        check_cursor("job", after)
         while True:
             upper = "+" if after is None else f"({after}"
             ids = self._redis.zrevrangebylex(jobs_key(tenant), upper, "-", start=0, num=step)
+            yield from self.load_each([job_id.decode() for job_id in ids])
+            if len(ids) < step:
+                return
+            after = ids[-1].decode()
+
+    def _in_rare_state(self, tenant: str, selection: JobFilter) -> list[str]:
+        """The tenant's jobs in the state, newest first: among many that succeeded they are few."""
+        assert selection.state is not None
+        members = self._redis.zinter([jobs_key(tenant), state_key(selection.state)])
+        newest_first = sorted((job_id.decode() for job_id in members), reverse=True)
+        return [job_id for job_id in newest_first if selection.after is None or job_id < selection.after]
+
+    def load_each(self, job_ids: Sequence[str], *, step: int = PAGE_STEP) -> Iterator[Job]:
+        """The jobs of these ids that exist and can be read, in their order, `step` at a time."""
+        for start in range(0, len(job_ids), step):
             pipe = self._redis.pipeline(transaction=False)
-            for job_id in ids:
-                pipe.hmget(job_key(job_id.decode()), "record", "spec")
+            for job_id in job_ids[start : start + step]:
+                pipe.hmget(job_key(job_id), "record", "spec")
             for record, spec in pipe.execute():
-                if record is None:  # deleted between the two reads
+                if record is None:  # deleted since the ids were read
                     continue
                 try:
                     yield decode(record, spec)
                 except RecordUnreadable as fault:
-                    log.warning("left out of a list: %s", fault.message)
-            if len(ids) < step:
-                return
-            after = ids[-1].decode()
+                    log.warning("left out: %s", fault.message)
 
     def delete(self, tenant: str, job_id: str) -> Job:
         """Remove a job that has ended, with its events.
@@ -299,11 +344,33 @@ class JobStore:
         """Mark the job's end as followed up, and wake those who wait for that."""
         self._settle(id=job_id)
 
+    def active_of(self, tenant: str) -> Iterator[Job]:
+        """The tenant's jobs that have not ended, as far as this version can read them."""
+        for job_id in self._redis.smembers(active_key(tenant)):
+            try:
+                yield self.load(job_id.decode())
+            except NotFound:
+                continue
+
     def in_state(self, *states: JobState) -> list[str]:
         """The ids of all tenants' jobs in one of the states at this moment, oldest first."""
-        return sorted(
-            job_id.decode() for job_id in self._redis.sunion([state_key(state) for state in states])
-        )
+        keys = [state_key(state) for state in states]
+        # A union copies even a single set.
+        ids = self._redis.smembers(keys[0]) if len(keys) == 1 else self._redis.sunion(keys)
+        return sorted(job_id.decode() for job_id in ids)
+
+    def recorded_before(self, moment: datetime, *states: JobState) -> Iterator[str]:
+        """The ids of jobs in one of the states that are older; some twice, read a few at a time."""
+        limit = first_id("job", moment)
+        for state in states:
+            for member in self._redis.sscan_iter(state_key(state), count=SCANNED_AT_ONCE):
+                if (job_id := member.decode()) < limit:
+                    yield job_id
+
+    def oldest_in(self, state: JobState) -> str | None:
+        """The id of the oldest job in the state."""
+        oldest = self._oldest(jobs=state_key(state))
+        return oldest.decode() if oldest is not None else None
 
     def age_s(self, job_id: str) -> float:
         """Seconds since the job was recorded, by the clock of Redis: those of hosts may jump."""
@@ -391,18 +458,35 @@ class JobStore:
 
     def is_in_line(self, job: Job) -> bool:
         """Whether the job waits in its tenant's line, and so is in no queue."""
-        return self._redis.zscore(line_key(job.tenant), job.id) is not None
+        score = self._redis.zscore(line_key(job.tenant), job.id)
+        return score is not None and score < IN_QUEUE
 
-    def next_turn(self, tenant: str, most: int) -> str | None:
-        """Give the first job in line a turn; None if none waits, or if `most` (0: no limit) have one."""
-        first = self._next_turn(turns=turns_key(tenant), line=line_key(tenant), most=most)
+    def next_turn(self, tenant: str, most: int, least_queued: int = 0) -> str | None:
+        """Give the first job in line a turn; None if none may have one.
+
+        The tenant may have `most` jobs queued or running, and `least_queued` of each priority queued (more
+        with many workers); 0 is no limit.
+        """
+        keys = {"turns": turns_key(tenant), "line": line_key(tenant)}
+        first = self._next_turn(**keys, most=most, least_queued=least_queued)
         return first.decode() if first is not None else None
+
+    def in_lines(self) -> set[str]:
+        """The ids of all tenants' jobs that wait in line, and so are in no queue."""
+        pipe = self._redis.pipeline(transaction=False)
+        for tenant in self.tenants_with_lines():
+            pipe.zrangebyscore(line_key(tenant), "-inf", f"({IN_QUEUE}")
+        return {job_id.decode() for line in pipe.execute() for job_id in line}
+
+    def strike_claimed(self, tenant: str) -> None:
+        """Strike out of the tenant's line what is not queued any more, whoever claimed it."""
+        self._strike(line=line_key(tenant), waiting=state_key(JobState.QUEUED), tenant=tenant)
 
     def turns_taken(self, tenant: str) -> int:
         return int(self._redis.scard(turns_key(tenant)))
 
     def tenants_with_lines(self) -> list[str]:
-        """The tenants that have had a job in line."""
+        """The tenants with jobs in line or in the queue."""
         return sorted(tenant.decode() for tenant in self._redis.smembers(LINES))
 
     def postpone(self, job_id: str, seconds: float) -> None:
@@ -423,6 +507,13 @@ class JobStore:
     def holds(self, job_id: str, attempt: int) -> bool:
         """Whether the lease of `attempt` is alive."""
         return bool(self._redis.get(lease_key(job_id)) == str(attempt).encode())
+
+    def without_lease(self, job_ids: Sequence[str]) -> list[str]:
+        """Those of the jobs that no attempt holds a lease of."""
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.exists(lease_key(job_id))
+        return [job_id for job_id, held in zip(job_ids, pipe.execute(), strict=True) if not held]
 
     def release(self, job_id: str, attempt: int) -> bool:
         return bool(self._release(lease=lease_key(job_id), attempt=attempt))

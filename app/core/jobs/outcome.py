@@ -3,6 +3,8 @@
 | | succeeded | failed | cancelled |
 |---|---|---|---|
 | its deployment, if `deploy` asks for one | recorded | | |
+| its push, if `push` asks for one | recorded, with the job's hub token | | |
+| its hub token | removed | removed | removed |
 | later jobs of the same contents | are given its artifacts | | |
 | its artifacts, as far as they are visible | are counted for the tenant | are withdrawn | are withdrawn |
 | its checkpoints | removed | kept for a retry | removed |
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
+from app.core.access.hub_tokens import HubTokens
 from app.core.access.limits import TenantLimits
 from app.core.deployments.deployment_store import DeploymentStore
 from app.core.deployments.job_deployment import deploy_result
@@ -28,6 +31,8 @@ from app.core.errors import NibbleError, RecordUnreadable
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
 from app.core.jobs.turns import Turns
+from app.core.pushes.job_push import push_result
+from app.core.pushes.push_store import PushStore
 from app.core.records.job import Job
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import count_stored, read_manifest, withdraw
@@ -37,6 +42,7 @@ from app.core.storage.storage_keys import checkpoint_prefix
 log = logging.getLogger(__name__)
 
 DEPLOYMENT = "deployment"  # the name of the event that tells what became of `deploy`
+PUSH = "push"  # the same of `push`
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Outcome:
     deployments: DeploymentStore
     reuse: ReuseIndex
     limits: TenantLimits
+    pushes: PushStore
+    hub_tokens: HubTokens
 
     def follow_up(self, job_id: str) -> bool:
         """Follow up the job's end; False if some of it could not be done.
@@ -73,7 +81,9 @@ class Outcome:
             self.queue.remove(job)
         else:
             self._deploy(job)
+            self._push(job)
             self._index(job)
+        self.hub_tokens.forget(job_id)
         self.turns.give(job.tenant)
         if job.has_no_result:
             withdraw(self.objects, self.limits, job)
@@ -90,6 +100,13 @@ class Outcome:
         event = deploy_result(self.deployments, job)
         if event is not None:
             self.jobs.append_once(job.id, DEPLOYMENT, *event)
+
+    def _push(self, job: Job) -> None:
+        if self.jobs.has_appended(job.id, PUSH):
+            return
+        event = push_result(self.pushes, self.hub_tokens, job)
+        if event is not None:
+            self.jobs.append_once(job.id, PUSH, *event)
 
     def _index(self, job: Job) -> None:
         result = JobResult(job=job.reused_from or job.id, artifacts=job.artifacts)

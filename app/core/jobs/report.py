@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from app.core.formats.registry import FormatName
-from app.core.formats.schemes import SchemeName
+from app.core.formats.schemes import CacheName, SchemeName
 from app.core.planning.cost_model import Prediction
 from app.core.records.specs import Frozen, Recipe
 from app.core.sources.model_headers import SourceFormat
@@ -61,6 +61,22 @@ class ExpertTokens(Frozen):
     all_shown: bool = False  # each expert's statistics are of every token (`calibration.all_experts`)
 
 
+class CacheScales(Frozen):
+    """What a layer's keys and values are divided by before they are rounded; 448 times it was the largest."""
+
+    key: float
+    value: float
+
+
+class CacheReport(Frozen):
+    """The rounding of the cache in one candidate: the least and largest scales of its layers."""
+
+    numbers: CacheName
+    layers: int  # that have scales
+    key_scales: tuple[float, float]
+    value_scales: tuple[float, float]
+
+
 class LayerReport(Frozen):
     """One decoder layer of one candidate."""
 
@@ -69,6 +85,7 @@ class LayerReport(Frozen):
     equivalence_error: float  # relative output error of the scaled, unrounded layer
     experts: ExpertTokens | None = None
     learning: LearningReport | None = None
+    cache_scales: CacheScales | None = None  # None: its cache is as it was, or it has none
     linears: tuple[LinearReport, ...]
 
 
@@ -152,6 +169,7 @@ class CandidateReport(Figures):
     bits_per_weight: float
     meets_target: bool | None = None  # None: no target was given
     verdict: str | None = None  # on the target, in words, with what the intervals say of it
+    cache: CacheReport | None = None  # None: keys and values are not rounded
     gain_over_rounding: float | None = None  # share of plain rounding's relative output error that is gone
     seconds: dict[str, float]  # of this candidate alone: searching, packing, verifying
     layers: tuple[LayerReport, ...] = ()
@@ -195,6 +213,8 @@ class Report(Frozen):
     complete: bool = True  # a job that ended without a result has an UnfinishedReport
     model: str
     model_digest: str
+    adapter: str | None = None  # merged into the weights: the original is the merged model
+    adapter_digest: str | None = None
     source: SourceFormat | None = None  # the form in which the model came
     calibration_digest: str | None = None  # None: no text was read
     recipe_digests: tuple[str, ...]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
@@ -21,14 +22,16 @@ from app.core.planning.cost_model import answers_bytes
 from app.core.planning.device_profile import DeviceKind
 from app.core.planning.model_free import StreamedPlan, plan_model_free
 from app.core.planning.plan import Plan, plan_job
+from app.core.planning.size_target import plan_within_size
 from app.core.records.specs import OWN_ANSWERS, CalibrationSpec, EvaluationSpec, Frozen, JobSpec, TextSpec
 from app.core.settings import Settings
-from app.core.sources.model_headers import ModelHeaders, with_code
+from app.core.sources.adapter_model import adapter_files, inspect_merged
+from app.core.sources.model_headers import ModelHeaders, merged_digest, with_code
 from app.core.sources.model_reference import parse_model_reference
-from app.core.sources.model_source import HubModel, LocalModel, open_model
-from app.core.sources.quantized_model import inspect_original
+from app.core.sources.model_source import HubModel, LocalModel, ModelFiles, open_adapter, open_model
 from app.core.sources.text_repetition import text_notes
-from app.core.sources.text_source import check_text, is_remote, open_text
+from app.core.sources.text_source import check_text, is_remote
+from app.core.sources.uploaded_text import open_job_text
 from app.core.storage.reuse import Contents, fingerprint, text_key
 from app.core.storage.storage_keys import FOLDERS
 
@@ -55,29 +58,49 @@ def check_submission(spec: JobSpec, settings: Settings) -> CheckedSubmission:
     if spec.webhook is not None:
         check_webhook(spec.webhook.url, settings)
     refuse_own_storage(spec.model, settings, param="model")
-    files = open_model(spec.model, model_roots=settings.model_roots, networks=settings.outgoing_networks)
-    headers = inspect_original(files)
+    files = open_model(spec.model, **settings.source_access)
+    adapter = None
+    if spec.adapter is not None:
+        refuse_own_storage(spec.adapter, settings, param="adapter")
+        adapter = open_adapter(spec.adapter, **settings.source_access)
+    headers = inspect_merged(files, adapter)
     plan = planned(spec, headers)
     calibration, calibration_key = pinned_text(spec.calibration, settings, param="calibration")
     evaluation, evaluation_key = spec.evaluation, None
     if spec.evaluation is not None:
         evaluation, evaluation_key = pinned_text(spec.evaluation, settings, param="evaluation")
         require_length(spec.evaluation, spec.evaluation_length, section="evaluation")
-    # Other sources have no versions to name: their reference stays as it was written.
-    model = files.name if isinstance(files, HubModel) else spec.model
     recipes = [candidate.recipe for candidate in plan.candidates]
-    pinned = {"calibration": calibration, "evaluation": evaluation, "model": model}
+    pinned = {
+        "calibration": calibration,
+        "evaluation": evaluation,
+        "model": pinned_reference(spec.model, files),
+        "adapter": None if adapter is None else pinned_reference(spec.adapter, adapter),
+    }
     spec = spec.with_recipes(recipes).model_copy(update=pinned)
-    contents = Contents(model=files.content_key(), calibration=calibration_key, evaluation=evaluation_key)
+    weights = merged_digest(files.content_key(), None if adapter is None else adapter.content_key())
+    contents = Contents(model=weights, calibration=calibration_key, evaluation=evaluation_key)
     require_length(spec.calibration, spec.calibration.sequence_length, section="calibration")
     calibrates, judges = ("\n".join((text and text.texts) or ()) for text in (calibration, evaluation))
     repeats = text_notes(calibrates, judges, "characters")
     return CheckedSubmission(
         spec=spec,
         plan=plan.model_copy(update={"notes": (*plan.notes, *repeats)}),
-        download_bytes=0 if isinstance(files, LocalModel) else sum(headers.files.values()),
+        download_bytes=fetched_bytes(files, headers.files)
+        + (0 if adapter is None else fetched_bytes(adapter, adapter_files(adapter))),
         fingerprint=fingerprint(spec, contents),
     )
+
+
+def pinned_reference(reference: str | None, files: ModelFiles) -> str | None:
+    """The reference with its commit. Other sources than the hub have no versions to name: theirs stays as it
+    was written."""
+    return files.name if isinstance(files, HubModel) else reference
+
+
+def fetched_bytes(files: ModelFiles, sizes: Mapping[str, int]) -> int:
+    """How much of the files has to come to a worker."""
+    return 0 if isinstance(files, LocalModel) else sum(sizes.values())
 
 
 def require_memory(checked: CheckedSubmission, registry: WorkerRegistry) -> None:
@@ -102,8 +125,10 @@ def require_memory(checked: CheckedSubmission, registry: WorkerRegistry) -> None
 def planned(spec: JobSpec, headers: ModelHeaders) -> Plan | StreamedPlan:
     """The plan, with what was noted about the model's files."""
     try:
-        plan_of = plan_job if spec.evaluation is not None else plan_model_free
-        plan = plan_of(spec, headers.config, headers.tensors)
+        if spec.evaluation is None:
+            plan: Plan | StreamedPlan = plan_model_free(spec, headers.config, headers.tensors)
+        else:
+            plan = plan_within_size(spec, lambda job: plan_job(job, headers.config, headers.tensors))
     except ModelRefused as fault:
         raise with_code(fault, headers.code) from fault
     if spec.deploy is not None:
@@ -159,13 +184,13 @@ def pinned_text(spec: TextSpecT, settings: Settings, *, param: str) -> tuple[Tex
                 f"there is no bundled dataset {spec.source!r}",
                 code="dataset_unknown",
                 remedy=f"use {', '.join(BUILTIN_TEXTS)}, {OWN_ANSWERS}, an hf:, s3:// or file:// file, "
-                "or inline texts",
+                "an upload: of yours, or inline texts",
                 param=f"{param}.dataset",
             )
         return spec, text_key(spec)
     refuse_own_storage(spec.source, settings, param=f"{param}.dataset")
     try:
-        text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
+        text = open_job_text(spec.source, settings)
         check_text(text)
     except TextRefused as fault:
         fault.param = fault.param or f"{param}.dataset"

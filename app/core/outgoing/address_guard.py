@@ -26,6 +26,8 @@ PLATFORM = (ipaddress.IPv4Network("168.63.129.16/32"), ipaddress.IPv4Network("19
 
 
 class DestinationRefused(InvalidRequest):
+    """Requests of the service may not go to this address."""
+
     code = "destination_refused"
 
 

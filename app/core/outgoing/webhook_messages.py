@@ -65,14 +65,19 @@ def message_of(before: Job | None, after: Job) -> Delivery | None:
     # A second attempt is no second start.
     if kind not in webhook.events or (after.state is JobState.RUNNING and after.attempt > 1):
         return None
+    return delivery(after, webhook.url, kind, job_fields(after))
+
+
+def delivery(job: Job, url: str, kind: str, fields: dict[str, Any]) -> Delivery:
+    """A message of this kind about a job, or about one of its artifacts."""
     now = datetime.now(UTC)
-    body = {"type": kind, "timestamp": now.isoformat().replace("+00:00", "Z"), "data": job_fields(after)}
+    body = {"type": kind, "timestamp": now.isoformat().replace("+00:00", "Z"), "data": fields}
     return Delivery(
         id=f"msg_{ULID()}",
-        job=after.id,
-        tenant=after.tenant,
+        job=job.id,
+        tenant=job.tenant,
         type=kind,
-        url=webhook.url,
+        url=url,
         body=json.dumps(body, separators=(",", ":")),
         created_at=now,
     )

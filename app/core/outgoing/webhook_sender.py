@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import httpx
-from redis.exceptions import RedisError
 
 from app.core.errors import NibbleError
 from app.core.outgoing.address_guard import OutgoingGuard, guarded_client
@@ -29,8 +26,7 @@ JITTER = 0.2
 LIMIT_S = 10.0
 HOLD_S = 60.0
 MAX_ANSWER_BYTES = 64 * 1024
-POLL_S = 0.5
-PARALLEL = 4
+PARALLEL = 4  # so that a slow receiver holds up one of them
 GONE = 410  # the receiver wants no more
 
 OnOutcome = Callable[[str], None]
@@ -113,34 +109,3 @@ class WebhookSender:
 
 def is_success(tried: WebhookTry) -> bool:
     return tried.status is not None and 200 <= tried.status < 300
-
-
-class WebhookThread(threading.Thread):
-    """Runs a sender in PARALLEL threads until it is stopped, so that a slow receiver holds up one of them."""
-
-    def __init__(self, sender: WebhookSender) -> None:
-        super().__init__(name="webhooks", daemon=True)
-        self._sender = sender
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="webhook") as pool:
-            for line in [pool.submit(self._work) for _ in range(PARALLEL)]:
-                line.result()
-
-    def _work(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                has_sent = self._sender.send_due()
-            except RedisError as fault:
-                log.warning("webhooks wait for redis: %s", fault)
-                has_sent = False
-            except Exception:  # the task boundary: the message is due again after its hold
-                log.exception("a webhook broke its sender")
-                has_sent = False
-            if not has_sent:
-                self._stopped.wait(POLL_S)
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self.join()

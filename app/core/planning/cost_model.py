@@ -6,8 +6,10 @@ engine's own code was measured at, everything else in bytes that pass through me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from app.core.formats.file_format import Scheme
 from app.core.planning.device_profile import Basis, DeviceKind, DeviceProfile, SearchStep
 from app.core.planning.large_layers import held_parameters, largest_expert_linear, layers_by_expert
 from app.core.planning.model_free import StreamedPlan
@@ -55,10 +57,19 @@ EXPERT_FORWARDS = 4  # where layers have experts: the copy starts anew for each 
 REPLAYED_BYTES = 2 * 2**30  # of a copy's outputs that wait to be replayed
 LESSON_BYTES = 120  # rounding of all weights and its gradients, per step
 PACK_BYTES = 40
-STREAMED_BYTES = 60  # a weight that is rounded by itself: read, largest, divided, rounded, packed, compared
+STREAMED_BYTES = 8  # a weight that is rounded by itself, in two compiled passes on two threads
 STREAMED_START_SECONDS = 2.0  # the process without transformers
 STREAMED_RAM_BYTES = 600_000_000  # interpreter, torch, and the slices of tensors in work
 VERIFY_BYTES = 60
+# An input value that a scheme rounds, of one linear: measured beside the rate of reading and writing arrays.
+INPUT_BYTES = {("int", 8): 130, ("float", 8): 220, ("float", 4): 740}
+# What a step of the search takes on other numbers, as a multiple of integers in groups: measured on a CPU by
+# the engine's own steps at 256 and 1024 in_features, each between both.
+STEP_FACTORS: Mapping[tuple[str, int], Mapping[SearchStep, float]] = {
+    ("float", 8): {"scales": 1.65, "nearest": 1.2, "clip": 0.5, "gptq": 0.9},
+    ("float", 4): {"scales": 2.1, "nearest": 1.4, "clip": 0.5, "gptq": 1.5},
+}
+WHOLE_ROWS_CLIP = 1.5  # of integers under one scale for a row
 SOFTMAX_BYTES = 80
 LAYER_BYTES = 40  # a decoder layer's norms, activations and residuals per token and channel
 ATTENTION_BYTES = 24  # softmax, per head and pair of tokens
@@ -223,6 +234,20 @@ class Costs:
         text = self.forward(samples, length) + product + self.passes(tokens * vocabulary, SOFTMAX_BYTES)
         return text + sum(self.task(name) for name in self.spec.tasks)
 
+    def input_rounding(self, candidate: CandidatePlan) -> float:
+        """Seconds of rounding what the quantized linears read in the evaluation, tasks included."""
+        spec = self.spec
+        sizes = [TASK_SIZES[name] for name in spec.tasks if name in TASK_SIZES]
+        tokens = spec.judged_on.num_samples * spec.evaluation_length
+        tokens += sum(size.rows(spec) * size.tokens for size in sizes)
+        seconds = 0.0
+        for linear in candidate.linears:
+            inputs = None if linear.scheme is None else linear.scheme.kind.inputs
+            if inputs is not None:
+                values = self.tokens(linear, tokens) * linear.in_features
+                seconds += self.passes(values, INPUT_BYTES[inputs.numbers, inputs.bits])
+        return seconds
+
     def task(self, name: str) -> float:
         """Seconds of one model's answers to a bundled task, and of lm-eval; of others the size is unknown."""
         size = TASK_SIZES.get(name)
@@ -296,7 +321,7 @@ class Costs:
             Stage.SEARCHING: self.scales(candidate) + self.rounding(candidate) + checking,
             Stage.PACKING: folders + self.passes(packed, PACK_BYTES) + written / self.profile.disk,
             Stage.VERIFYING: folders + self.passes(packed, VERIFY_BYTES) + written / self.profile.elementwise,
-            Stage.EVALUATING: self.evaluation() + reading,
+            Stage.EVALUATING: self.evaluation() + reading + self.input_rounding(candidate),
             Stage.PUBLISHING: written / HASHING + written / self.profile.disk,
         }
         if candidate.recipe.has_own_chain:
@@ -320,8 +345,9 @@ class Costs:
         return sum(
             (evaluations(recipe) * min(rows, SAMPLED_ROWS) + FINALISTS * rows)
             * width
+            * step_factor("scales", scheme)
             * self.profile.search_seconds("scales", width)
-            for rows, width in groups_of(self.plan, candidate)
+            for rows, width, scheme in groups_of(self.plan, candidate)
         )
 
     def rounding(self, candidate: CandidatePlan) -> float:
@@ -333,7 +359,10 @@ class Costs:
         if recipe.rounds_with_gptq:
             steps["gptq"] = 1
         return sum(
-            times * linear.parameters * self.profile.search_seconds(step, linear.in_features)
+            times
+            * linear.parameters
+            * step_factor(step, linear.scheme)
+            * self.profile.search_seconds(step, linear.in_features)
             for linear in candidate.linears
             if linear.scheme is not None
             for step, times in steps.items()
@@ -362,16 +391,26 @@ def inputs_of(plan: Plan) -> list[tuple[int, float]]:
     return inputs
 
 
-def groups_of(plan: Plan, candidate: CandidatePlan) -> list[tuple[int, int]]:
-    """(rows, channels) of every group with a scale search."""
+def step_factor(step: SearchStep, scheme: Scheme) -> float:
+    """Of a step of the search: what the scheme's numbers take beside integers in groups."""
+    kind = scheme.kind
+    if kind.numbers == "int":
+        return WHOLE_ROWS_CLIP if step == "clip" and scheme.group_size == -1 else 1.0
+    return STEP_FACTORS[kind.numbers, scheme.bits].get(step, 1.0)
+
+
+def groups_of(plan: Plan, candidate: CandidatePlan) -> list[tuple[int, int, Scheme]]:
+    """(rows, channels, scheme of the first linear) of every group with a scale search."""
     linears = {each.name: each for each in candidate.linears}
     groups = []
     for layer in range(plan.steps):
         prefix = plan.architecture.layer_prefix(layer)
         for group in plan.architecture.at(layer).groups:
             members = [linears[prefix + name] for name in group.balance_layers if prefix + name in linears]
-            if group.smooth_layer is not None and members and all(each.scheme for each in members):
-                groups.append((sum(each.out_features for each in members), members[0].in_features))
+            scheme = members[0].scheme if members and all(each.scheme for each in members) else None
+            if group.smooth_layer is not None and scheme is not None:
+                rows = sum(each.out_features for each in members)
+                groups.append((rows, members[0].in_features, scheme))
     return groups
 
 

@@ -20,6 +20,8 @@ SIZES: dict[DeviceKind, tuple[int, ...]] = {
 }  # fmt: skip
 WIDTHS: dict[DeviceKind, tuple[int, ...]] = {"cpu": (256, 1024), "cuda": (1024, 4096)}
 
+MEASURING_LIMIT_S = 30.0  # of all measuring by one worker
+
 
 class DeviceProfile(Kept):
     """Sustained rates of one device."""

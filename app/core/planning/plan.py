@@ -16,6 +16,7 @@ from app.core.formats.file_format import ModuleSchemes, Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.formats.targets import fused_by_name
 from app.core.planning.architectures import Architecture, architecture_of
+from app.core.planning.cached_attention import cache_notes, cached_modules, refuse_cache, scale_bytes
 from app.core.planning.family import Family, text_settings
 from app.core.planning.format_fit import (
     dense_bytes,
@@ -35,6 +36,7 @@ from app.core.planning.linear_shapes import (
     weight_dtype,
     with_head_step,
 )
+from app.core.planning.serving_advice import serving_notes
 from app.core.records.specs import Frozen, GroupSize, JobSpec, Recipe, SearchSpec, matches
 from app.core.sources.safetensors_header import TensorHeader
 
@@ -76,6 +78,7 @@ class CandidatePlan(Frozen):
     head: str | None = None  # the linear that is the head, if it is quantized
     full_precision: tuple[str, ...] = ("lm_head",)  # modules that keep it, for loaders to know
     towers: tuple[str, ...] = ()  # that hold some of them, as for images
+    cached: tuple[str, ...] = ()  # modules whose keys and values get scales
     output_bytes: dict[FormatName, int]
     bits_per_weight: float  # over the quantized linears, scales and zero points included
 
@@ -83,7 +86,8 @@ class CandidatePlan(Frozen):
     def modules(self) -> ModuleSchemes:
         """The candidate as formats see it."""
         schemes = {linear.name: linear.scheme for linear in self.linears}
-        return ModuleSchemes(schemes, self.full_precision, self.towers, self.head)
+        cache = self.recipe.kv_cache
+        return ModuleSchemes(schemes, self.full_precision, self.towers, self.head, cache)
 
     @property
     def in_layers(self) -> tuple[LinearPlan, ...]:
@@ -144,6 +148,7 @@ def plan_job(
     refuse_without_head(architecture, tensors)
     architecture = with_head_step(spec, architecture, num_layers, tensors)
     shapes |= head_shape(architecture, tensors)
+    refuse_cache(spec, architecture, config)
     spec, choices = with_group_sizes(spec, architecture, shapes)
     candidates = tuple(
         plan_candidate(spec, index, architecture, shapes, tensors) for index in range(len(spec.recipes))
@@ -234,9 +239,15 @@ def plan_notes(
             yield f"recipe {index}: {head_note(candidate, architecture)}"
         for note in (*unmatched(candidate, architecture), *idle_options(recipe)):
             yield f"recipe {index}: {note}"
+        layers = {architecture.layer_of(linear.name) for linear in candidate.in_layers}
+        for note in cache_notes(candidate.cached, len(layers)):
+            yield f"recipe {index}: {note}"
         fitted = [linear.reason for linear in candidate.linears if linear.fitted]
         if fitted:
             yield f"recipe {index}: {len(fitted)} linears get other groups or none, the first: {fitted[0]}"
+        modules = candidate.modules
+        for note in serving_notes(spec.serve_on, modules.distinct, candidate.bits_per_weight):
+            yield f"recipe {index}: {note}"
         for name in spec.formats:
             for note in FORMATS[name].loader_notes(candidate.modules, architecture.model_type):
                 yield f"recipe {index}: {note}"
@@ -379,6 +390,7 @@ def plan_candidate(
     quantized = sum(linear.parameters for linear in linears if linear.scheme)
     bits_per_weight = 8 * packed[spec.formats[0]] / quantized
     full_precision = full_precision_modules(architecture, linears, tensors)
+    cached = () if recipe.kv_cache is None else cached_modules(architecture, shapes)
     return CandidatePlan(
         recipe_index=index,
         label=f"{recipe.label} mixed {bits_per_weight:.2f}" if len(schemes) > 1 else recipe.label,
@@ -387,7 +399,11 @@ def plan_candidate(
         head=next((head for head in head_shape(architecture, tensors) if head in shapes), None),
         full_precision=full_precision,
         towers=towers(architecture, linears, full_precision),
-        output_bytes={name: dense_bytes(name, dense) + size for name, size in packed.items()},
+        cached=cached,
+        output_bytes={
+            name: dense_bytes(name, dense) + size + scale_bytes(cached, tensors[f"{linears[0].name}.weight"])
+            for name, size in packed.items()
+        },
         bits_per_weight=bits_per_weight,
     )
 

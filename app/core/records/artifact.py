@@ -27,6 +27,8 @@ class ArtifactManifest(Kept):
     created_at: datetime
     model: str
     model_digest: str
+    adapter: str | None = None  # that was merged into the weights before they were quantized
+    adapter_digest: str | None = None
     recipe: Recipe
     format: FormatName
     prefix: str

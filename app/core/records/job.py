@@ -67,6 +67,16 @@ class Problem(Kept):
         return cls(code=error.code, message=error.message, remedy=error.remedy)
 
 
+class ResultFigures(Kept):
+    """What a list shows of a job's result: one artifact (see figures_of); None: not evaluated."""
+
+    label: str | None = None  # of its recipe
+    bytes: int  # of all its files
+    perplexity_ratio: float | None = None  # to the original's
+    beyond_noise: bool | None = None  # whether the interval of that ratio leaves out 1
+    kl: float | None = None  # nats per token
+
+
 class Job(Kept):
     """The record of a job, as kept in Redis. `attempt` counts executions and fences stale ones."""
 
@@ -87,12 +97,14 @@ class Job(Kept):
     finished_at: datetime | None = None
     error: Problem | None = None
     artifacts: tuple[str, ...] = ()
+    figures: ResultFigures | None = None  # None also in records of earlier versions
     retry_of: str | None = None
     request_id: str | None = None  # of the request that made it, for the logs
     traceparent: str | None = None  # the span of that request
     fingerprint: str | None = None  # of its contents, as seen at submission
     contents: str | None = None  # the same of the files themselves, once a worker has read them
     reused_from: str | None = None  # the job that made its artifacts
+    has_hub_token: bool = False  # it was sent with one, which the record does not hold
 
     @property
     def is_terminal(self) -> bool:

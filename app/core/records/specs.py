@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     StringConstraints,
@@ -26,9 +27,11 @@ from pydantic import (
 from app.core.errors import field_path
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FormatName
-from app.core.formats.schemes import SCHEMES, SchemeKind, SchemeName
+from app.core.formats.schemes import SCHEMES, CacheName, SchemeKind, SchemeName
+from app.core.records.device_names import DeviceName
 from app.core.records.forms import Form
 from app.core.records.patterns import check_pattern
+from app.core.records.serving_options import DeploymentOptions
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,6 @@ GroupSize = Literal[16, 32, 64, 128, -1]
 WEIGHTS_ALONE = re.compile(r"w([2348])a16")  # another way to write the scheme wna16 with that many bits
 # Schemes of the same weights that need no range of the inputs.
 RANGELESS = {"w8a8-static": "w8a8", "fp8-static": "fp8", "nvfp4": "nvfp4a16"}
-Engine = Literal["auto", "transformers", "vllm"]
 TemplateUse = Literal["auto", "never", "always"]
 OWN_ANSWERS = "self"  # the dataset that the model itself writes
 
@@ -169,6 +171,7 @@ class Recipe(Frozen):
     rounding: Literal["nearest", "gptq"] = "nearest"
     ignore: tuple[str, ...] = ("lm_head",)
     indivisible: Literal["refuse", "nearest", "skip"] = "refuse"  # of in_features by group_size
+    kv_cache: CacheName | None = None  # a scale each for keys and values, by which servers keep them so
     search: SearchSpec = SearchSpec()
     overrides: tuple[Override, ...] = Field(default=(), max_length=64)
 
@@ -231,6 +234,8 @@ class Recipe(Frozen):
         """Why the weights alone do not decide the outcome, and what to change; None if they do."""
         if self.method != "rtn":
             return f"method {self.method} calibrates on a text: use method rtn"
+        if self.kv_cache is not None:
+            return f"kv_cache {self.kv_cache} takes the range of keys and values from a text: leave it out"
         names = (self.scheme, *(override.scheme or self.scheme for override in self.overrides))
         for name in names:
             inputs = SCHEMES[name].inputs
@@ -264,12 +269,13 @@ class Recipe(Frozen):
 
     @property
     def label(self) -> str:
-        """A short name for tables: `awq w4 g128`, `awq+gptq w3 g64 sym`."""
+        """A short name for tables: `awq w4 g128`, `awq+gptq w3 g64 sym`, `rtn fp8 kv fp8`."""
         method = f"{self.method}+gptq" if self.searches_scales and self.rounding == "gptq" else self.method
+        cache = "" if self.kv_cache is None else f" kv {self.kv_cache}"
         if self.scheme != "wna16":
-            return f"{method} {self.scheme}"
+            return f"{method} {self.scheme}{cache}"
         group = {"auto": "", -1: " channel"}.get(self.group_size, f" g{self.group_size}")
-        return f"{method} w{self.bits}{group}{' sym' if self.symmetric else ''}"
+        return f"{method} w{self.bits}{group}{' sym' if self.symmetric else ''}{cache}"
 
 
 class TextSpec(Frozen):
@@ -341,24 +347,39 @@ class EvaluationSpec(TextSpec):
 
 
 class TargetSpec(Frozen):
-    """The worst quality that may be published, relative to the original model."""
+    """The worst quality that may be published, relative to the original model, and the largest files."""
 
     max_perplexity_ratio: float | None = Field(default=None, gt=0, le=1000)
     max_kl: float | None = Field(default=None, gt=0, le=100)  # nats per token
     min_recovery: float | None = Field(default=None, gt=0, le=2)  # of the original's task scores, their mean
+    # bytes of the files in a format, or text such as 5GB; alone: the least error within them is sought
+    max_size: Annotated[ByteSize, Field(gt=0)] | None = None
     on_miss: Literal["fail", "publish"] = "fail"
 
     @model_validator(mode="after")
     def has_a_limit(self) -> TargetSpec:
-        if self.max_perplexity_ratio is None and self.max_kl is None and self.min_recovery is None:
-            raise ValueError("give `max_perplexity_ratio`, `max_kl`, `min_recovery`, or several of them")
+        if not self.limits_quality and self.max_size is None:
+            raise ValueError(
+                "give `max_perplexity_ratio`, `max_kl`, `min_recovery`, `max_size`, or several of them"
+            )
         return self
 
-    def excess(self, perplexity_ratio: float, kl: float, recovery: float | None = None) -> float:
+    @property
+    def limits_quality(self) -> bool:
+        """Whether the fewest bytes that reach it are sought; else the least error within `max_size`."""
+        return any(limit is not None for limit in (self.max_perplexity_ratio, self.max_kl, self.min_recovery))
+
+    def excess(
+        self, perplexity_ratio: float, kl: float, recovery: float | None = None, size: int = 0
+    ) -> float:
         """The largest share of a limit that the figures use; the target is met up to 1."""
         shares = [
             figure / limit
-            for figure, limit in ((perplexity_ratio, self.max_perplexity_ratio), (kl, self.max_kl))
+            for figure, limit in (
+                (perplexity_ratio, self.max_perplexity_ratio),
+                (kl, self.max_kl),
+                (size, self.max_size),
+            )
             if limit is not None
         ]
         if self.min_recovery is not None:
@@ -371,10 +392,13 @@ class TargetSpec(Frozen):
         ratio = f"at most {self.max_perplexity_ratio} times" if self.max_perplexity_ratio is not None else ""
         kl = f"a KL of at most {self.max_kl}" if self.max_kl is not None else ""
         recovery = f"{self.min_recovery:.4g} of the task scores" if self.min_recovery is not None else ""
-        return " and ".join(filter(None, (ratio, kl, recovery)))
+        size = f"files of at most {int(self.max_size)} bytes" if self.max_size is not None else ""
+        return " and ".join(filter(None, (ratio, kl, recovery, size)))
 
 
-WebhookEvent = Literal["job.started", "job.succeeded", "job.failed", "job.cancelled"]
+WebhookEvent = Literal[
+    "job.started", "job.succeeded", "job.failed", "job.cancelled", "artifact.pushed", "artifact.push_failed"
+]
 
 
 class WebhookSpec(Frozen):
@@ -384,69 +408,58 @@ class WebhookSpec(Frozen):
         max_length=2048
     )
     events: tuple[WebhookEvent, ...] = Field(
-        default=("job.succeeded", "job.failed", "job.cancelled"), min_length=1, max_length=4
+        default=("job.succeeded", "job.failed", "job.cancelled"), min_length=1, max_length=6
     )
 
 
-DeploymentName = Annotated[
+RepoId = Annotated[
     str,
     Form(
-        r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$",
-        "a deployment's name: at most 96 letters, digits and . _ : -, the first a letter or a digit",
+        r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+        "a hub repository: an account or organisation, / and a name",
+    ),
+]
+BranchName = Annotated[
+    str,
+    Form(
+        r"^(?!.*(\.\.|//))[A-Za-z0-9][A-Za-z0-9._/-]{0,126}[A-Za-z0-9]$|^[A-Za-z0-9]$",
+        "a branch: at most 128 letters, digits and . _ / -, the first and last a letter or a digit",
     ),
 ]
 
 
-class VllmOptions(Frozen):
-    """Options that are passed to `vllm serve`; vLLM's defaults hold for absent ones."""
+class PushOptions(Frozen):
+    """Where on the hub an artifact's files go, beside a model card."""
 
-    tensor_parallel_size: int | None = Field(default=None, ge=1, le=64)
-    pipeline_parallel_size: int | None = Field(default=None, ge=1, le=64)
-    distributed_executor_backend: Literal["mp", "ray"] | None = None  # ray: over several hosts
-    max_model_len: int | None = Field(default=None, ge=1)
-    max_num_seqs: int | None = Field(default=None, ge=1)
-    max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] | None = None
-    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] | None = None
-    enforce_eager: bool = False
-    enable_prefix_caching: bool | None = None
-    # vLLM's name of how the model writes tool calls; without it vLLM refuses requests with tools
-    tool_call_parser: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_-]{0,63}$")
+    repo_id: RepoId
+    private: bool = True  # of a repository that does not exist yet
+    revision: BranchName | None = None  # None: main; another branch is created where it is missing
+    commit_message: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
 
 
-class DeploymentOptions(Frozen):
-    """Options for serving an artifact: name, engine and number of servers."""
-
-    name: DeploymentName  # `model` of OpenAI requests
-    engine: Engine = "auto"
-    idle_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # None: never unloaded
-    replicas: int = Field(default=1, ge=1, le=16)
-    vllm: VllmOptions | None = None
-
-    @model_validator(mode="after")
-    def options_fit_engine(self) -> DeploymentOptions:
-        if self.vllm is not None and self.engine != "vllm":
-            raise ValueError('options of vllm need "engine": "vllm"')
-        return self
+TimeoutSeconds = Annotated[int, Field(ge=1, le=7 * 24 * 3600)]
 
 
 class JobSpec(Frozen):
     """The body of `POST /v1/jobs`."""
 
     model: str = Field(min_length=1, max_length=1024)
+    # a LoRA adapter as peft saves it, merged into the weights before all else: a reference as `model`
+    adapter: str | None = Field(default=None, min_length=1, max_length=1024)
     recipe: Recipe | Annotated[tuple[Recipe, ...], Field(min_length=1, max_length=16)] = Recipe()
     calibration: CalibrationSpec = CalibrationSpec()
     evaluation: EvaluationSpec | None = EvaluationSpec()  # None: weights alone are rounded, nothing is judged
     target: TargetSpec | None = None
     formats: tuple[FormatName, ...] = Field(default=("compressed-tensors",), min_length=1)
+    serve_on: DeviceName | None = None  # the notes say what the schemes mean there
     priority: Literal["high", "normal", "low"] = "normal"
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=32)
-    timeout_s: int = Field(default=14400, ge=1, le=7 * 24 * 3600)
+    timeout_s: TimeoutSeconds = 14400
     queue_timeout_s: int | None = Field(default=None, ge=1, le=30 * 24 * 3600)  # waiting for its first start
     force: bool = False  # compute again even if the result exists
     webhook: WebhookSpec | None = None
     deploy: DeploymentOptions | None = None  # serve the first artifact once the job has succeeded
+    push: PushOptions | None = None  # to the hub: the first artifact, too
 
     @field_validator("formats")
     @classmethod

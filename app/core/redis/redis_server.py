@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import ssl
 import stat
 import tempfile
 import time
@@ -30,8 +31,13 @@ from app.core.settings import Settings
 log = logging.getLogger(__name__)
 
 MAX_MEMORY = "1gb"
+# Of each job's stream of events at first: the server's own 4096 are four times what most jobs need.
+EVENT_BYTES = "1024"
 START_LIMIT_S = 60.0  # reading a large append-only file takes its time
 STOP_LIMIT_S = 10.0
+CERTIFICATE_REMEDY = (
+    "name its authority in NIBBLE_REDIS_URL: rediss://host:6379/0?ssl_ca_certs=/path/to/ca.pem"
+)
 MAX_SOCKET_PATH = 100  # sockaddr_un holds 108 bytes on Linux and 104 on macOS
 
 # The server's origin: NIBBLE_REDIS_URL, a program of PATH, the embedded one, or another process that runs it.
@@ -182,6 +188,7 @@ def start_redis(binary: str, folder: Path, socket: Path, lock: IO[bytes]) -> Own
         *("--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
         *("--dir", str(folder), "--logfile", str(folder / "server.log")),
         *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+        *("--stream-node-max-bytes", EVENT_BYTES),
         *("--maxmemory", MAX_MEMORY, "--maxmemory-policy", "noeviction", "--protected-mode", "yes"),
     ]
     return OwnedProcess(words, fds=(lock.fileno(),))
@@ -201,6 +208,12 @@ def wait_for_redis(redis: Redis, *, limit_s: float = 30.0) -> None:
         try:
             redis.ping()
         except redis_errors.RedisError as fault:
+            if reason := untrusted_certificate(fault):
+                raise Unavailable(
+                    f"the certificate of Redis is not trusted: {reason}",
+                    code="redis_untrusted",
+                    remedy=CERTIFICATE_REMEDY,
+                ) from fault
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"Redis does not answer: {fault}",
@@ -210,3 +223,13 @@ def wait_for_redis(redis: Redis, *, limit_s: float = 30.0) -> None:
             time.sleep(0.2)
         else:
             return
+
+
+def untrusted_certificate(fault: BaseException) -> str | None:
+    """OpenSSL's reason if a connection failed since the server's certificate is not trusted."""
+    cause: BaseException | None = fault
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -10,16 +10,18 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import ValidationError
 
 from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.settings import Settings
+from app.core.sources.adapter_model import adapter_files, inspect_merged
 from app.core.sources.file_digest import file_sha256
-from app.core.sources.model_source import LocalModel, model_digest, open_model
-from app.core.sources.quantized_model import inspect_original
-from app.core.sources.text_source import is_remote, open_text
+from app.core.sources.model_headers import merged_digest
+from app.core.sources.model_source import LocalModel, ModelFiles, model_digest, open_adapter, open_model
+from app.core.sources.text_source import is_remote
+from app.core.sources.uploaded_text import open_job_text
 from app.core.storage.cached_folders import CachedFolders
 from app.core.storage.reuse import text_key
 
@@ -33,6 +35,27 @@ class FetchedModel(Frozen):
     name: str
     digest: str
     notes: tuple[str, ...]
+    adapter: FetchedAdapter | None = None
+
+    @property
+    def merged_digest(self) -> str:
+        """The identity of the weights that the job starts from."""
+        return merged_digest(self.digest, None if self.adapter is None else self.adapter.digest)
+
+    def assigned(self) -> dict[str, Any]:
+        """The fields of a child's assignment."""
+        fields: dict[str, Any] = {
+            f"model_{name}": getattr(self, name) for name in ("folder", "name", "digest", "notes")
+        }
+        return fields | {f"adapter_{name}": value for name, value in self.adapter or ()}
+
+
+class FetchedAdapter(Frozen):
+    """The adapter that is merged into a model, on this host."""
+
+    folder: Path
+    name: str
+    digest: str
 
 
 class Digests(Kept):
@@ -49,18 +72,26 @@ class ModelCache:
         self._uses = ExitStack()  # of models that may not be removed until this cache is left
         self._settings = settings
 
-    def fetch(self, reference: str, on_bytes: OnBytes) -> FetchedModel:
-        """The model's folder and digest, downloaded if need be.
+    def fetch(self, reference: str, on_bytes: OnBytes, adapter: str | None = None) -> FetchedModel:
+        """The model's folder and digest, and those of the adapter, downloaded if need be.
 
-        Raises ModelRefused if its files are unsafe: they may have changed since the job was accepted.
+        Raises ModelRefused if files are unsafe: they may have changed since the job was accepted.
         """
-        files = open_model(
-            reference,
-            model_roots=self._settings.model_roots,
-            networks=self._settings.outgoing_networks,
+        files = open_model(reference, **self._settings.source_access)
+        opened = None if adapter is None else open_adapter(adapter, **self._settings.source_access)
+        headers = inspect_merged(files, opened)
+        folder, digest = self._folder(files, headers.files, on_bytes)
+        merged = None
+        if opened is not None:
+            own_folder, own_digest = self._folder(opened, adapter_files(opened), on_bytes)
+            merged = FetchedAdapter(folder=own_folder, name=opened.name, digest=own_digest)
+        return FetchedModel(
+            folder=folder, name=files.name, digest=digest, notes=headers.notes, adapter=merged
         )
-        headers = inspect_original(files)
-        sizes, key = headers.files, choice_key(files.content_key(), headers.files)
+
+    def _folder(self, files: ModelFiles, sizes: dict[str, int], on_bytes: OnBytes) -> tuple[Path, str]:
+        """The folder on this host that holds the chosen files, and their digest."""
+        key = choice_key(files.content_key(), sizes)
         with self._folders.locked(key, lambda: on_bytes(0)):
             if isinstance(files, LocalModel):
                 folder = files.folder
@@ -70,8 +101,7 @@ class ModelCache:
                     key, sizes, lambda path, dest: files.download(path, dest, on_bytes)
                 )
             digests = self._digests(key, folder, sizes, on_bytes)
-        digest = model_digest(digests)
-        return FetchedModel(folder=folder, name=files.name, digest=digest, notes=headers.notes)
+        return folder, model_digest(digests)
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +138,7 @@ def fetch_text(
     """
     if not is_remote(spec.source):
         return None
-    text = open_text(spec.source, model_roots=settings.model_roots, networks=settings.outgoing_networks)
+    text = open_job_text(spec.source, settings)
     if in_place and isinstance(text.files, LocalModel):
         return text.files.folder / text.path
     target = dest.with_name(dest.name + text.suffix)

@@ -169,7 +169,8 @@ def refuse_without_safetensors(name: str, sizes: Mapping[str, int]) -> None:
         raise refused(
             "model_weights_missing",
             f"{name} holds no weights in transformers' layout, only {', '.join(foreign[:3])}",
-            "convert the weights to transformers' layout, or merge the adapter into its base model",
+            "convert the weights to transformers' layout; of an adapter give the base model as `model`, "
+            "and it as `adapter`",
         )
     pickles = sorted(path for path in sizes if path.lower().endswith(PICKLES))
     if pickles:

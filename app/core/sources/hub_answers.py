@@ -34,13 +34,15 @@ class Meaning(NamedTuple):
     with_token: str
 
 
-CHECK_ID = "check the id; for a private one let the operator set HF_TOKEN"
+CHECK_ID = "check the id; for a private one send a hub_token, or let the operator set HF_TOKEN"
 MEANINGS: Mapping[str, Meaning] = {
     "GatedRepo": Meaning(
         "model_gated",
         "is gated",
-        "accept its terms at {page}, then let the operator set HF_TOKEN to a token of that account",
-        "let the account of HF_TOKEN accept the terms at {page}, and its token read gated repositories",
+        "accept its terms at {page}, then send a token of that account as hub_token (nibble submit "
+        "--hub-token), or let the operator set HF_TOKEN to it",
+        "let the account of the token (hub_token, else HF_TOKEN) accept the terms at {page}, and the token "
+        "read gated repositories",
     ),
     "RevisionNotFound": Meaning(
         "model_not_found", "does not exist in this revision", *("name a branch, tag or commit of {page}",) * 2
@@ -50,14 +52,18 @@ MEANINGS: Mapping[str, Meaning] = {
         "model_not_found",
         "does not exist, or is private",
         CHECK_ID,
-        "check the id; if it is private, let the account of HF_TOKEN read it",
+        "check the id; if it is private, let the account of the token (hub_token, else HF_TOKEN) read it",
     ),
-    "BadToken": Meaning("model_forbidden", "can't be read", *("let the operator renew HF_TOKEN",) * 2),
+    "BadToken": Meaning(
+        "model_forbidden",
+        "can't be read",
+        *("send another hub_token; without one, let the operator renew HF_TOKEN",) * 2,
+    ),
     "Forbidden": Meaning(
         "model_forbidden",
         "may not be read",
         CHECK_ID,
-        "let the token in HF_TOKEN have the permission to read it",
+        "let the token (hub_token, else HF_TOKEN) have the permission to read it",
     ),
     "BadRequest": Meaning("model_not_found", "is not understood by the hub", *("check id and revision",) * 2),
 }
@@ -77,7 +83,11 @@ def check_answer(answer: httpx.Response, asked: Asked) -> None:
         raise Unavailable(
             f"the hub answers {answer.status_code} for {asked.name}{reason and f': {reason}'}",
             remedy="try again later"
-            + ("; with HF_TOKEN the hub allows more requests" if answer.status_code == TOO_MANY else ""),
+            + (
+                "; with a hub_token, or HF_TOKEN, the hub allows more requests"
+                if answer.status_code == TOO_MANY
+                else ""
+            ),
         )
     remedy = meaning.with_token if asked.has_token else meaning.without_token
     raise ModelRefused(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from app.core.errors import ModelRefused, Unavailable, field_fault, field_path
 from app.core.outgoing.address_guard import IpNetwork, OutgoingGuard, guarded_client, origin_of
@@ -24,6 +25,10 @@ TRIES = 5
 MAX_REDIRECTS = 5
 MAX_LISTING_BYTES = 32 * 1024**2
 RepoKind = Literal["model", "dataset"]
+NO_WAY = (
+    "check that the service's host reaches the hub (network, DNS; the environment's proxies are not used), "
+    "set HF_ENDPOINT to a mirror that it reaches, or give a local folder: ./my-model or file:///…"
+)
 
 
 class HubModel:
@@ -36,11 +41,13 @@ class HubModel:
         *,
         kind: RepoKind = "model",
         networks: Sequence[IpNetwork] = (),
+        token: SecretStr | None = None,
     ) -> None:
         self.repository = repository
         self.kind = kind
         refuse_offline(repository)
-        self._client = hub_client(networks)
+        self._client = hub_client(networks, token)
+        weakref.finalize(self, self._client.close)
         self.commit, self._sizes, self._sha256 = read_listing(self._client, repository, revision, kind)
         self.name = f"hf:{repository}@{self.commit}"
 
@@ -96,7 +103,7 @@ class HubModel:
             tries = 0 if position > before else tries + 1
             if tries == TRIES:
                 raise Unavailable(
-                    f"{url} ends at byte {position} of {end}: {fault}", remedy="try again later"
+                    f"{url} ends at byte {position} of {end}: {fault}", remedy=NO_WAY
                 ) from fault
             if position < end:
                 time.sleep(0.2 * 2**tries)
@@ -149,19 +156,27 @@ class Listing(BaseModel):
     siblings: tuple[Sibling, ...] = ()
 
 
-def hub_client(networks: Sequence[IpNetwork]) -> httpx.Client:
+def hub_client(networks: Sequence[IpNetwork], token: SecretStr | None = None) -> httpx.Client:
+    """A client of the hub that acts with `token`, by default with the one of this host's environment."""
     # Imported here: the library costs a quarter second, and most jobs' models are no hub models.
-    from huggingface_hub import get_token
-    from huggingface_hub.constants import ENDPOINT, HF_HUB_DISABLE_IMPLICIT_TOKEN
+    from huggingface_hub.constants import ENDPOINT
 
     # Not the library's own headers: to write them it asks the hub for a list of agents, past the guard.
-    token = None if HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-    headers = {"User-Agent": "nibble", **({} if token is None else {"Authorization": f"Bearer {token}"})}
+    secret = own_token() if token is None else token.get_secret_value()
+    headers = {"User-Agent": "nibble", **({} if secret is None else {"Authorization": f"Bearer {secret}"})}
     # The endpoint is the operator's choice. Its redirects are not: each hop passes the guard.
     guard = OutgoingGuard(networks, trusted=[origin_of(httpx.URL(ENDPOINT))])
     return guarded_client(
         guard, headers=headers, timeout=30, follow_redirects=True, max_redirects=MAX_REDIRECTS
     )
+
+
+def own_token() -> str | None:
+    """The token in HF_TOKEN, or of a login on this host; None if there is none, or it may not be used."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_DISABLE_IMPLICIT_TOKEN
+
+    return None if HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
 
 
 def read_listing(
@@ -178,8 +193,7 @@ def read_listing(
     except (httpx.HTTPError, httpx.InvalidURL) as fault:
         raise Unavailable(
             f"the hub at {ENDPOINT} does not answer for {repository}: {fault}",
-            remedy="check the network, DNS and HF_ENDPOINT (proxies of the environment are not used), "
-            "or give a folder: file:///…",
+            remedy=NO_WAY,
         ) from fault
     check_answer(answer, asked_of(client, repository, revision, kind))
     try:

@@ -58,7 +58,7 @@ class ModelHeaders(Frozen):
 
     @property
     def source(self) -> SourceFormat:
-        types = Counter(tensor.encoding or tensor.dtype for tensor in self.tensors.values())
+        types = Counter(tensor.stored_as for tensor in self.tensors.values())
         is_gguf = self.gguf is not None
         return SourceFormat(format="gguf" if is_gguf else "safetensors", types=dict(types.most_common()))
 
@@ -81,7 +81,9 @@ def inspect_model(files: ReadableFiles) -> ModelHeaders:
         raise refused(
             "model_config_missing",
             f"{files.name} holds no config.json",
-            "give the folder or repository of a transformers model",
+            "give its base model as `model`, and this as `adapter`"
+            if "adapter_config.json" in sizes
+            else "give the folder or repository of a transformers model",
         )
     config = read_json(files, "config.json", sizes, MAX_JSON_BYTES)
     refuse_tokenizer_code(files, sizes)
@@ -177,6 +179,11 @@ def model_digest(hashes: Mapping[str, str]) -> str:
     """The model's identity, from the SHA-256 of each of its files."""
     lines = "".join(f"{path}\0{sha256}\n" for path, sha256 in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def merged_digest(model: str, adapter: str | None) -> str:
+    """The identity of a model's weights with an adapter merged into them: the model's own without one."""
+    return model if adapter is None else hashlib.sha256(f"{model}\0{adapter}".encode()).hexdigest()
 
 
 def read_headers(

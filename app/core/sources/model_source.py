@@ -14,9 +14,11 @@ from typing import Protocol
 
 from obstore import exceptions as store_errors
 from obstore.store import S3Store
+from pydantic import SecretStr
 
 from app.core.errors import ModelRefused, NibbleError, Unavailable
 from app.core.outgoing.address_guard import IpNetwork
+from app.core.sources.adapter_config import about_adapter
 from app.core.sources.hub_model import HubModel
 from app.core.sources.local_model import LocalModel, refuse_crowd
 from app.core.sources.model_headers import ModelHeaders, inspect_model, model_digest
@@ -32,6 +34,7 @@ __all__ = [
     "S3Model",
     "inspect_model",
     "model_digest",
+    "open_adapter",
     "open_model",
     "parse_model_reference",
 ]
@@ -62,18 +65,35 @@ class ModelFiles(Protocol):
 
 
 def open_model(
-    reference: str, *, model_roots: Sequence[Path], networks: Sequence[IpNetwork] = ()
+    reference: str,
+    *,
+    model_roots: Sequence[Path],
+    networks: Sequence[IpNetwork] = (),
+    hub_token: SecretStr | None = None,
 ) -> ModelFiles:
     """The files behind a reference. A hub branch or tag is resolved to a commit here, once.
 
-    `networks` are those besides the public internet to which requests may go.
+    `networks` are those besides the public internet to which requests may go; `hub_token`, by default this
+    host's, is what the hub is asked with.
     """
     parsed = parse_model_reference(reference)
     if parsed.scheme == "file":
         return LocalModel(Path(parsed.path), model_roots)
     if parsed.scheme == "s3":
         return S3Model(str(parsed), open_bucket(parsed.bucket or "", prefix=parsed.path))
-    return HubModel(parsed.path, parsed.revision, networks=networks)
+    return HubModel(parsed.path, parsed.revision, networks=networks, token=hub_token)
+
+
+def open_adapter(
+    reference: str,
+    *,
+    model_roots: Sequence[Path],
+    networks: Sequence[IpNetwork] = (),
+    hub_token: SecretStr | None = None,
+) -> ModelFiles:
+    """The files behind an adapter's reference, which has the forms and the rules of a model's."""
+    with about_adapter():
+        return open_model(reference, model_roots=model_roots, networks=networks, hub_token=hub_token)
 
 
 class S3Model:

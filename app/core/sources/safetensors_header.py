@@ -32,9 +32,9 @@ class TensorHeader(Frozen):
     """One tensor: `start` and `end` are absolute byte offsets in `file`.
 
     `dtype` and `shape` are those of its values, which lie there as they are unless `encoding` says in which
-    form: that of `quantized`, else a type of GGML. `interleaved` is the number of heads in whose rows the two
-    halves of rotary pairs alternate there. With `strides`, in values, they lie among others: the first at
-    `start`, the last before `end`.
+    form: that of `quantized` or `merged`, else a type of GGML. `interleaved` is the number of heads in whose
+    rows the two halves of rotary pairs alternate there. With `strides`, in values, they lie among others: the
+    first at `start`, the last before `end`.
     """
 
     dtype: str
@@ -46,11 +46,17 @@ class TensorHeader(Frozen):
     interleaved: int = 0
     strides: tuple[int, ...] = ()
     quantized: QuantizedValues | None = None
+    merged: MergedValues | None = None
 
     @property
     def size(self) -> int:
         """Bytes of the values."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def stored_as(self) -> str:
+        """The type of the numbers in the model's files."""
+        return self.merged.base.stored_as if self.merged is not None else self.encoding or self.dtype
 
 
 class QuantizedValues(Frozen):
@@ -73,6 +79,23 @@ class QuantizedValues(Frozen):
     stored_shape: TensorHeader | None = None  # a copy of the matrix's shape, to be compared
     first_row: int = 0
     step: int = 1
+
+
+class MergedValues(Frozen):
+    """What an adapter makes of the tensor `base`: `whole` in its stead, plus scale * up @ down.
+
+    `down` is (r, in) and `up` is (out, r); of a `table` of embeddings the product is transposed. With
+    `magnitude` each row has that length afterwards (DoRA). All but `base` lie in the adapter's folder; at
+    least one of `whole` and the pair `down` and `up` is there.
+    """
+
+    base: TensorHeader
+    whole: TensorHeader | None = None
+    down: TensorHeader | None = None
+    up: TensorHeader | None = None
+    table: bool = False
+    scale: float = 1.0
+    magnitude: TensorHeader | None = None
 
 
 def refuse(file: str, why: str) -> ModelRefused:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from pydantic import SecretStr
+
 from app.core.errors import ModelRefused, TextRefused
 from app.core.outgoing.address_guard import IpNetwork
 from app.core.records.specs import OWN_ANSWERS
@@ -33,7 +35,7 @@ SAID = frozenset(
 )
 FORMS = (
     "write builtin:wikitext2, self, hf:org/name/file.jsonl@revision, s3://bucket/file.jsonl, "
-    "file:///folder/file.jsonl, or put the texts into the request"
+    "file:///folder/file.jsonl or upload:<id of a dataset of yours>, or put the texts into the request"
 )
 
 
@@ -52,7 +54,13 @@ def is_remote(source: str) -> bool:
     return source not in HERE and not source.startswith(BUNDLED)
 
 
-def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence[IpNetwork] = ()) -> TextFile:
+def open_text(
+    reference: str,
+    *,
+    model_roots: Sequence[Path],
+    networks: Sequence[IpNetwork] = (),
+    hub_token: SecretStr | None = None,
+) -> TextFile:
     """The file behind a dataset reference.
 
     Raises TextRefused if it does not exist, is too large or may not be read.
@@ -64,7 +72,7 @@ def open_text(reference: str, *, model_roots: Sequence[Path], networks: Sequence
             "write it as .jsonl, as to_json of the library datasets does",
         )  # fmt: skip
     try:
-        files, path = locate(reference, model_roots, networks)
+        files, path = locate(reference, model_roots, networks, hub_token)
         size = files.list().get(path)
     except ModelRefused as fault:
         raise refuse_text(reference, fault.message, fault.remedy if fault.code in SAID else FORMS) from fault
@@ -84,7 +92,10 @@ def check_text(text: TextFile) -> None:
 
 
 def locate(
-    reference: str, model_roots: Sequence[Path], networks: Sequence[IpNetwork]
+    reference: str,
+    model_roots: Sequence[Path],
+    networks: Sequence[IpNetwork],
+    hub_token: SecretStr | None,
 ) -> tuple[ModelFiles, str]:
     scheme, _, rest = reference.partition(":")
     if scheme == "hf":
@@ -92,7 +103,7 @@ def locate(
         parts = PurePosixPath(path).parts
         repository = "/".join(parts[:2]) + separator + revision
         parsed = parse_model_reference(f"hf:{repository}")
-        files = HubModel(parsed.path, parsed.revision, kind="dataset", networks=networks)
+        files = HubModel(parsed.path, parsed.revision, kind="dataset", networks=networks, token=hub_token)
         return files, "/".join(parts[2:])
     parsed = parse_model_reference(reference)
     file = PurePosixPath(parsed.path)

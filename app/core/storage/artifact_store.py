@@ -7,7 +7,7 @@ artifacts/<id>/<prefix>/<path>      the files
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from app.core.errors import NotFound, RecordUnreadable
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
@@ -72,19 +72,25 @@ class ArtifactStore:
             raise missing(artifact_id)
         return named_file(manifest, path)
 
-    def page(self, tenant: str, *, limit: int, after: str | None) -> ArtifactPage:
-        """The tenant's artifacts, newest first, older than the id `after`."""
+    def page(
+        self, tenant: str, *, limit: int, after: str | None, only: Collection[str] | None = None
+    ) -> ArtifactPage:
+        """The tenant's artifacts, newest first, older than the id `after`.
+
+        `only`: the ids among which they are; None looks through all of storage.
+        """
         check_cursor("art", after)
         manifests: list[ArtifactManifest] = []
-        for manifest in self._newest_first(after):
+        for manifest in self._newest_first(after, only):
             if manifest.tenant == tenant:
                 manifests.append(manifest)
             if len(manifests) > limit:
                 break
         return ArtifactPage(manifests=tuple(manifests[:limit]), has_more=len(manifests) > limit)
 
-    def _newest_first(self, after: str | None) -> Iterator[ArtifactManifest]:
-        for artifact_id in reversed(self._objects.list_folders(ARTIFACTS)):
+    def _newest_first(self, after: str | None, only: Collection[str] | None) -> Iterator[ArtifactManifest]:
+        ids = self._objects.list_folders(ARTIFACTS) if only is None else sorted(only)
+        for artifact_id in reversed(ids):
             if is_id("art", artifact_id) and (after is None or artifact_id < after):
                 try:
                     manifest = read_manifest(self._objects, artifact_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -124,6 +124,11 @@ class ObjectStore:
                 remedy="write it again",
             ) from fault
 
+    async def put_as_it_comes(self, key: str, chunks: AsyncIterator[bytes]) -> None:
+        """As `put`, on the event loop, of content that arrives."""
+        with translated(check_key(key)):
+            await obstore.put_async(self._store, key, chunks)
+
     def create(self, key: str, content: bytes) -> bool:
         """Write an object if its key is free; False if it exists already."""
         with translated(check_key(key)):
@@ -186,14 +191,14 @@ class ObjectStore:
 
     def list_folders_like(self, prefix: str, start: str) -> list[str]:
         """The names of the folders below `prefix` that begin with `start`; on S3 without listing all."""
+        if not self.can_presign:  # a folder of this host has no order, and its files need not be looked at
+            return [name for name in self.list_folders(prefix) if name.startswith(start)]
         with translated(check_key(prefix)):
-            pages = obstore.list(self._store, prefix, offset=f"{prefix}/{start}")
             names: set[str] = set()
-            for page in pages:
+            for page in obstore.list(self._store, prefix, offset=f"{prefix}/{start}"):
                 folders = [meta["path"].removeprefix(prefix + "/").partition("/")[0] for meta in page]
                 names.update(name for name in folders if name.startswith(start))
-                # S3 lists in order; a folder of this host does not.
-                if self.can_presign and folders and folders[-1] > start and not folders[-1].startswith(start):
+                if folders and folders[-1] > start and not folders[-1].startswith(start):
                     break
         return sorted(names)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
 from app.core.access.limits import TenantLimits
-from app.core.errors import NotFound, RecordUnreadable
+from app.core.errors import NibbleError, NotFound, RecordUnreadable
 from app.core.records.artifact import ArtifactManifest
 from app.core.records.ids import artifact_id
-from app.core.records.job import Job
+from app.core.records.job import Job, ResultFigures
 from app.core.records.specs import Kept
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.storage_keys import ARTIFACTS, manifest_key, report_key
 
 log = logging.getLogger(__name__)
 
+NEAR = 1.01  # times the original's perplexity
 ID_TIME = slice(4, 14)  # the part of an id that names its time, which a job and its artifacts share
 
 
@@ -54,6 +57,25 @@ def published_before(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
     ids = tuple(artifact_id(job.id, index, name) for index in published for name in job.spec.formats)
     whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
     return ids if ids and whole else None
+
+
+def figures_of(objects: ObjectStore, artifacts: Sequence[str]) -> ResultFigures | None:
+    """Of the smallest artifact within NEAR of the original's perplexity, else of the one with the least KL.
+
+    None if none can be read.
+    """
+    seen = []
+    for art_id in artifacts:
+        try:
+            manifest = read_manifest(objects, art_id)
+            if manifest is not None:
+                seen.append(ResultFigures.model_validate({**manifest.summary, "bytes": manifest.size}))
+        except (NibbleError, ValidationError) as fault:  # the job has succeeded all the same
+            log.warning("no figures of %s: %s", art_id, fault)
+    near = [each for each in seen if each.perplexity_ratio is not None and each.perplexity_ratio <= NEAR]
+    if near:
+        return min(near, key=lambda each: each.bytes)
+    return min(seen, key=lambda each: (math.inf if each.kl is None else each.kl, each.bytes), default=None)
 
 
 def count_stored(objects: ObjectStore, limits: TenantLimits, manifest: ArtifactManifest) -> None:

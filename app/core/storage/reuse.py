@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from redis import Redis
@@ -19,6 +18,7 @@ from app.core.errors import NotFound
 from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.storage_keys import manifest_key, report_key
+from app.core.version import package_version
 
 KEPT_S = 90 * 24 * 3600
 
@@ -36,13 +36,6 @@ class JobResult(Kept):
 
     job: str
     artifacts: tuple[str, ...]
-
-
-def package_version() -> str:
-    try:
-        return version("nibble")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "0"
 
 
 def fingerprint(spec: JobSpec, contents: Contents) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 ARTIFACTS = "artifacts"
 CHECKPOINTS = "checkpoints"
 REPORTS = "reports"
-FOLDERS = (ARTIFACTS, CHECKPOINTS, REPORTS)  # of tenants' objects, which are read by id only
+DATASETS = "datasets"
+FOLDERS = (ARTIFACTS, CHECKPOINTS, REPORTS, DATASETS)  # of tenants' objects, which are read by id only
 
 
 def manifest_key(artifact_id: str) -> str:
@@ -15,6 +16,19 @@ def manifest_key(artifact_id: str) -> str:
 
 def report_key(job_id: str) -> str:
     return f"{REPORTS}/{job_id}.json"
+
+
+def dataset_folder(dataset_id: str) -> str:
+    return f"{DATASETS}/{dataset_id}"
+
+
+def dataset_manifest_key(dataset_id: str) -> str:
+    """The key of a dataset's manifest; creating it makes the dataset exist."""
+    return f"{DATASETS}/{dataset_id}/manifest.json"
+
+
+def dataset_content_key(dataset_id: str) -> str:
+    return f"{DATASETS}/{dataset_id}/content"
 
 
 def checkpoint_prefix(job_id: str) -> str:

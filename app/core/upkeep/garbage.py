@@ -14,18 +14,28 @@ from app.core.access.limits import TenantLimits
 from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.jobs.job_store import JobStore
 from app.core.records.artifact import ArtifactManifest
-from app.core.records.ids import is_id
+from app.core.records.ids import created_at, is_id
 from app.core.records.job import TERMINAL, Job, JobState
 from app.core.records.specs import Frozen
 from app.core.settings import Settings
+from app.core.storage.dataset_store import DatasetStore
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import ID_TIME, count_stored, discard, read_manifest
-from app.core.storage.storage_keys import ARTIFACTS, CHECKPOINTS, checkpoint_prefix, report_key
+from app.core.storage.storage_keys import (
+    ARTIFACTS,
+    CHECKPOINTS,
+    DATASETS,
+    checkpoint_prefix,
+    dataset_folder,
+    report_key,
+)
+from app.core.storage.tags import Tags
 
 log = logging.getLogger(__name__)
 
 # How long a failed job's checkpoints are kept for a retry.
 CHECKPOINTS_KEPT = timedelta(days=7)
+UPLOADS_LAST = timedelta(days=1)
 ACTIVE = (JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING)
 
 
@@ -35,19 +45,22 @@ class Garbage(Frozen):
     checkpoints: tuple[str, ...]
     artifacts: tuple[str, ...]
     jobs: tuple[str, ...]
+    datasets: tuple[str, ...] = ()  # uploads that were interrupted
 
     @property
     def count(self) -> int:
-        return len(self.checkpoints) + len(self.artifacts) + len(self.jobs)
+        return len(self.checkpoints) + len(self.artifacts) + len(self.jobs) + len(self.datasets)
 
 
 class GarbageCollector:
     def __init__(
-        self, store: JobStore, objects: ObjectStore, limits: TenantLimits, settings: Settings
+        self, store: JobStore, objects: ObjectStore, limits: TenantLimits, tags: Tags, settings: Settings
     ) -> None:
         self._store = store
         self._objects = objects
         self._limits = limits
+        self._tags = tags
+        self._in_order: set[str] = set()  # artifacts that are counted and will never be garbage
         self._kept = timedelta(days=settings.retention_days) if settings.retention_days else None
 
     def collect(self, *, dry_run: bool = False) -> Garbage:
@@ -57,13 +70,15 @@ class GarbageCollector:
             checkpoints=tuple(self._stale_checkpoints(now)),
             artifacts=tuple(self._orphans()),
             jobs=tuple(job.id for job in self._old_jobs(now)),
+            datasets=tuple(self._interrupted_uploads(now)),
         )
         if not dry_run:
             self._remove(garbage)
+        self._limits.all_are_counted()
         return garbage
 
     def _remove(self, garbage: Garbage) -> None:
-        for folder in garbage.checkpoints:
+        for folder in (*garbage.checkpoints, *garbage.datasets):
             self._objects.delete_prefix(folder)
         for folder in garbage.artifacts:
             self._remove_artifact(folder)
@@ -101,14 +116,31 @@ class GarbageCollector:
                 if job is None or not needs_checkpoints(job, now):
                     yield checkpoint_prefix(job_id)
 
+    def _interrupted_uploads(self, now: datetime) -> Iterator[str]:
+        """Folders of datasets without a manifest, once no upload can go on; what has one is counted."""
+        datasets = DatasetStore(self._objects)
+        for dataset_id in self._objects.list_folders(DATASETS):
+            if not is_id("ds", dataset_id):
+                continue
+            with left_alone():
+                manifest = datasets.find(dataset_id)
+                if manifest is not None:
+                    self._limits.add_artifact(manifest.tenant, manifest.id, manifest.size)
+                    if datasets.find(dataset_id) is None:  # deleted meanwhile
+                        self._limits.remove_artifact(manifest.tenant, manifest.id)
+                elif now - created_at(dataset_id) > UPLOADS_LAST:
+                    yield dataset_folder(dataset_id)
+
     def _orphans(self) -> Iterator[str]:
         """Folders without a manifest, and artifacts whose job ended without a result."""
         listed = [name for name in self._objects.list_folders(ARTIFACTS) if is_id("art", name)]
         # Read in one step, so that a job that changes its state meanwhile is not missed.
         times = {job_id[ID_TIME] for job_id in self._store.in_state(*ACTIVE)}
+        self._in_order.intersection_update(listed)
         for art_id in listed:
-            with left_alone():
-                yield from self._of_no_use(art_id, may_be_worked_on=art_id[ID_TIME] in times)
+            if art_id not in self._in_order:
+                with left_alone():
+                    yield from self._of_no_use(art_id, may_be_worked_on=art_id[ID_TIME] in times)
 
     def _of_no_use(self, art_id: str, *, may_be_worked_on: bool) -> Iterator[str]:
         manifest = read_manifest(self._objects, art_id)
@@ -118,13 +150,21 @@ class GarbageCollector:
             return
         job = self._find(manifest.job)
         if job is not None and job.has_no_result:
-            yield f"{ARTIFACTS}/{art_id}"
+            if tags := self._tags.of(manifest):
+                log.warning("left alone: %s has the tags %s", art_id, ", ".join(sorted(tags)))
+                count_stored(self._objects, self._limits, manifest)
+            else:
+                yield f"{ARTIFACTS}/{art_id}"
             return
         # Artifacts of deleted jobs stay; those of a job that goes on are counted when it has succeeded.
-        if job is None or job.is_terminal:
+        is_over = job is None or job.is_terminal
+        if is_over:
             count_stored(self._objects, self._limits, manifest)
         if not may_be_worked_on:
-            yield from self._other_attempts(manifest)
+            others = list(self._other_attempts(manifest))
+            yield from others
+            if is_over and not others:
+                self._in_order.add(art_id)
 
     def _other_attempts(self, manifest: ArtifactManifest) -> Iterator[str]:
         for prefix in self._objects.list_folders(f"{ARTIFACTS}/{manifest.id}"):
@@ -134,12 +174,12 @@ class GarbageCollector:
     def _old_jobs(self, now: datetime) -> Iterator[Job]:
         if self._kept is None:
             return
-        for state in TERMINAL:
-            for job_id in self._store.in_state(state):
-                with left_alone():
-                    job = self._find(job_id)
-                    if job is not None and job.finished_at is not None and job.finished_at < now - self._kept:
-                        yield job
+        latest = now - self._kept
+        for job_id in sorted(set(self._store.recorded_before(latest, *TERMINAL))):
+            with left_alone():
+                job = self._find(job_id)
+                if job is not None and job.finished_at is not None and job.finished_at < latest:
+                    yield job
 
 
 @contextmanager

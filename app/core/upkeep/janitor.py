@@ -1,31 +1,41 @@
 """Repairs jobs that lost their worker or queue entry, or whose end nobody followed up.
 
-Each API process runs one. They need no coordination: every step is a compare-and-set on the record, so one of
+One API process at a time has the duty. Two may: every step is a compare-and-set on the record, so one of
 them wins.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from redis.exceptions import RedisError
 
-from app.core.errors import Conflict, NibbleError, NotFound, RecordUnreadable, WorkerLost
+from app.core.errors import Conflict, NibbleError, NotFound, WorkerLost
 from app.core.jobs.job_queue import JobQueue, Place, entry_id
 from app.core.jobs.job_store import JobStore
 from app.core.jobs.outcome import Outcome
 from app.core.records.job import Job, JobState, transition
 from app.core.records.job_changes import failed, overdue, requeued, stale
 from app.core.storage.object_store import ObjectStore
-from app.core.storage.published import published_before
+from app.core.storage.published import figures_of, published_before
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[str], None]
 STEPS = ("requeued", "failed", "cancelled", "succeeded", "enqueued", "settled")
+
+
+class Wait(NamedTuple):
+    """What the janitor remembers of a waiting job, so that it reads each record once."""
+
+    entry: str  # of its next attempt
+    until: float  # by time.monotonic(), if it may wait for a limited time
 
 
 @dataclass
@@ -42,20 +52,15 @@ class Janitor:
     max_attempts: int = field(kw_only=True)
     on_step: OnStep = field(default=lambda step: None, kw_only=True)
     _moving: set[str] = field(default_factory=set, init=False)  # entries in no queue at the last pass
+    _waits: dict[str, Wait] = field(default_factory=dict, init=False)  # of the jobs that wait, by id
 
     def sweep(self) -> None:
-        """Do one pass."""
+        """Do one pass. What is in order costs a few reads in bulk; only the rest is looked at by itself."""
         for state in (JobState.RUNNING, JobState.CANCELLING):
-            for job in self._jobs(state):
+            for job in self._still(state, self.store.without_lease(self.store.in_state(state))):
                 self._check_lease(job)
         self.queue.sweep()
-        moving: set[str] = set()
-        for job in self._jobs(JobState.QUEUED):
-            if self._fail_overdue(job):
-                continue
-            if self._check_entry(job) is Place.MOVING:
-                moving.add(entry_id(job))
-        self._moving = moving
+        self._check_waiting()
         self._follow_up()
 
     def _follow_up(self) -> None:
@@ -64,16 +69,33 @@ class Janitor:
                 log.info("what follows from the end of job %s is done", job_id)
                 self.on_step("settled")
 
-    def _jobs(self, state: JobState) -> list[Job]:
-        jobs = []
-        for job_id in self.store.in_state(state):
-            try:
-                jobs.append(self.store.load(job_id))
-            except NotFound:  # deleted since the list was read
-                continue
-            except RecordUnreadable as fault:
-                log.warning("left to a newer janitor: %s", fault.message)
-        return [job for job in jobs if job.state is state]
+    def _still(self, state: JobState, job_ids: list[str]) -> list[Job]:
+        return [job for job in self.store.load_each(job_ids) if job.state is state]
+
+    def _check_waiting(self) -> None:
+        """Fail jobs that have waited too long, and queue again those that are neither in line nor queued."""
+        waiting = self.store.in_state(JobState.QUEUED)
+        self._waits = {job_id: self._waits[job_id] for job_id in waiting if job_id in self._waits}
+        for job in self._still(JobState.QUEUED, [each for each in waiting if each not in self._waits]):
+            self._waits[job.id] = self._wait_of(job)
+        queued, in_line, now = self.queue.waiting(), self.store.in_lines(), time.monotonic()
+        suspects = [
+            job_id
+            for job_id, wait in self._waits.items()
+            if wait.until <= now or (wait.entry not in queued and job_id not in in_line)
+        ]
+        moving: set[str] = set()
+        for job in self._still(JobState.QUEUED, suspects):
+            self._waits[job.id] = self._wait_of(job)
+            if not self._fail_overdue(job) and self._check_entry(job) is Place.MOVING:
+                moving.add(entry_id(job))
+        self._moving = moving
+
+    def _wait_of(self, job: Job) -> Wait:
+        limit_s = job.spec.queue_timeout_s
+        if limit_s is None or job.attempt > 0:
+            return Wait(entry_id(job), math.inf)
+        return Wait(entry_id(job), time.monotonic() + limit_s - self.store.age_s(job.id))
 
     def _check_lease(self, seen: Job) -> None:
         if self.store.holds(seen.id, seen.attempt):
@@ -107,7 +129,9 @@ class Janitor:
         if job.attempt != seen.attempt or job.state is not seen.state:
             raise stale(job, seen.attempt)
         if published is not None:
-            return transition(job, JobState.SUCCEEDED, artifacts=published, progress=job.progress.completed())
+            figures = figures_of(self.objects, published)
+            done = job.progress.completed()
+            return transition(job, JobState.SUCCEEDED, artifacts=published, figures=figures, progress=done)
         if job.state is JobState.CANCELLING:
             return transition(job, JobState.CANCELLED)
         if job.attempt < self.max_attempts:

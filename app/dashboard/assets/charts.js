@@ -3,7 +3,8 @@ import { number } from "./format.js";
 import { Table } from "./table.js";
 import { html, useEffect, useRef } from "./ui.js";
 
-const COLORS = ["--series-1", "--series-2", "--series-3", "--series-4"];
+const COLORS = Array.from({ length: 8 }, (_, index) => `--plot-${index + 1}`);
+const DASHES = [[], [8, 4], [2, 3]]; // for more lines than colours
 const HEIGHT = 240;
 
 function color(name) {
@@ -15,14 +16,16 @@ function axis(label, extra = {}) {
 }
 
 function seriesOf(names, kind) {
-  const drawn = { bars: uPlot.paths.bars({ size: [1, 100], gap: 0 }), points: () => null, line: undefined }[kind];
+  const drawn = kind === "bars" ? uPlot.paths.bars({ size: [1, 100], gap: 0 }) : undefined;
   return names.map((label, index) => ({
     label,
     stroke: color(COLORS[index % COLORS.length]),
     fill: kind === "bars" ? `${color(COLORS[index % COLORS.length])}80` : undefined,
     width: 2,
+    dash: DASHES[Math.floor(index / COLORS.length) % DASHES.length],
     paths: drawn,
-    points: { show: kind !== "bars", size: kind === "points" ? 10 : 5, fill: color(COLORS[index % COLORS.length]) },
+    value: (_, value) => number(value, 4),
+    points: { show: kind !== "bars", size: 5, fill: color(COLORS[index % COLORS.length]) },
   }));
 }
 
@@ -44,19 +47,18 @@ function axesFor({ x, y, log, whole }) {
   return [axis(x, whole ? { incrs: [1, 2, 5, 10, 20] } : {}), vertical];
 }
 
-function optionsFor({ x, y, names, kind, log, marks, levels, whole, data }, width) {
+function optionsFor({ x, y, names, kind, log, marks, levels, whole }, width) {
   const known = levels.map((level) => level.value);
   const range = (_, low, high) => (low === null ? [0, 1] : padded(Math.min(low, ...known), Math.max(high, ...known), log));
   const draws = [
     (plot) => marks.forEach((mark) => drawMark(plot, mark)),
     (plot) => levels.forEach((level) => drawLevel(plot, level)),
-    ...(kind === "points" ? [(plot) => drawNames(plot, names)] : []),
   ];
   return {
     width,
     height: HEIGHT,
-    legend: { live: false, show: names.length > 1 && kind !== "points" },
-    scales: { x: { time: false, ...(kind === "points" ? { range: () => padded(Math.min(...data[0]), Math.max(...data[0])) } : {}) }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
+    legend: { live: kind !== "bars", show: kind !== "bars" },
+    scales: { x: { time: false }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
     axes: axesFor({ x, y, log, whole }),
     series: [{ label: x }, ...seriesOf(names, kind)],
     hooks: { draw: draws },
@@ -68,27 +70,6 @@ function drawing(plot, draw) {
   plot.ctx.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
   draw(plot.ctx);
   plot.ctx.restore();
-}
-
-/** Draws each point's name beside it, on the side with enough room. */
-function drawNames(plot, names) {
-  drawing(plot, (ctx) => {
-    const { left, width } = plot.bbox;
-    ctx.fillStyle = color("--ink");
-    ctx.textBaseline = "middle";
-    const taken = [];
-    names.forEach((name, series) => {
-      const index = plot.data[series + 1].findIndex((value) => value !== null);
-      const at = plot.valToPos(plot.data[0][index], "x", true);
-      const isLate = at > left + width / 2;
-      ctx.textAlign = isLate ? "right" : "left";
-      let height = plot.valToPos(plot.data[series + 1][index], "y", true);
-      // Names of points that lie together are stacked.
-      while (taken.some(([x, y]) => Math.abs(x - at) < width / 4 && Math.abs(y - height) < 14 * devicePixelRatio)) height += devicePixelRatio;
-      taken.push([at, height]);
-      ctx.fillText(name, at + (isLate ? -10 : 10) * devicePixelRatio, height);
-    });
-  });
 }
 
 /** Draws a dashed, named horizontal line if it is within the chart. */
@@ -122,14 +103,14 @@ function drawMark(plot, mark) {
   plot.ctx.restore();
 }
 
-/** data: [xs, ys of the first name, ...]; kind: line, points or bars; marks: xs of vertical lines; levels: named
+/** data: [xs, ys of the first name, ...]; kind: line or bars; marks: xs of vertical lines; levels: named
  * horizontal ones; whole: xs count. */
 export function Chart({ title, data, names, x, y, kind = "line", log = false, marks = [], levels = [], whole = false }) {
   const place = useRef(null);
   useEffect(() => {
     const draw = () => {
       place.current.replaceChildren();
-      return new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole, data }, place.current.clientWidth), data, place.current);
+      return new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole }, place.current.clientWidth), data, place.current);
     };
     let plot = draw();
     const redraw = () => {

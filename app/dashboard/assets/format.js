@@ -57,6 +57,21 @@ export function change(ratio) {
   return `${points < 0 ? "−" : "+"}${Math.abs(points).toFixed(2)} %`;
 }
 
+/** Of figures beside the original: the change of perplexity, and what its 95 % interval says of it. */
+export function ratioInWords({ perplexity_ratio: ratio, perplexity_ratio_interval: interval, beyond_noise: isBeyond }) {
+  if (!ratio) return "–";
+  if (isBeyond === false) return `${change(ratio)}, within the noise`;
+  return interval ? `${change(ratio)} (${change(interval.low)} to ${change(interval.high)})` : change(ratio);
+}
+
+/** Whether the evaluation text is too short to tell the perplexity from the original's. */
+export const isNoise = (figures) => figures.beyond_noise === false;
+
+/** How many times smaller: 2.5×. */
+export const times = (before, after) => `${(before / after).toFixed(before / after < 9.95 ? 1 : 0)}×`;
+
+export const seconds = (from, to) => (from && to ? (new Date(to) - new Date(from)) / 1000 : null);
+
 /** The short name of a model reference. */
 export function modelName(reference) {
   const trimmed = reference.replace(/^(hf:|file:\/\/|s3:\/\/)/, "").replace(/\/$/, "");

@@ -14,10 +14,10 @@ let left = { path: "", list: EMPTY, scroll: 0 };
 export const isMoving = (job) => ["queued", "running", "cancelling"].includes(job.state);
 const pollEvery = (page) => (page.data.some(isMoving) ? MOVING_S : RESTING_S);
 
-function listPath({ state, label }) {
+function listPath({ state, q }) {
   const query = new URLSearchParams({ view: "brief", limit: PAGE });
   if (state) query.set("state", state);
-  if (label.includes("=")) query.append("label", label);
+  if (q.trim()) query.set("q", q.trim());
   return `/v1/jobs?${query}`;
 }
 
@@ -81,10 +81,12 @@ function useRemembered(path, list) {
   if (left.path === path) left.list = list;
 }
 
-/** { jobs, hasMore, isKnown, error, more }: `more` reads a further page of older jobs. */
+/** { jobs, hasMore, isKnown, counts, error, more, ask, drop }: `more` reads a further page of older jobs. */
 export function useJobFeed(filter) {
   const path = listPath(filter);
-  const newest = usePolled(path, pollEvery);
+  const newest = usePolled(`${path}&counts=true`, pollEvery);
+  const counts = useRef(null); // those of the filter before stay until the first answer
+  if (newest.value) counts.current = newest.value.counts;
   const [state, setState] = useState({ path, list: left.path === path ? left.list : EMPTY });
   const list = state.path === path ? state.list : EMPTY;
   const update = (page, after) => setState((before) => ({ path, list: merged(before.path === path ? before.list : EMPTY, page, after) }));
@@ -95,5 +97,6 @@ export function useJobFeed(filter) {
     const after = list.jobs.at(-1).id;
     update((await read(`${path}&after=${after}`, signal)).value, after);
   };
-  return { ...list, error: newest.error, more };
+  const drop = (ids) => setState((before) => ({ ...before, list: { ...before.list, jobs: before.list.jobs.filter((job) => !ids.has(job.id)) } }));
+  return { ...list, counts: counts.current, error: newest.error, more, ask: newest.ask, drop };
 }

@@ -1,10 +1,12 @@
 // Components that all pages share.
+import { remedyOf } from "./api.js";
 import { html, useEffect, useRef, useState } from "./ui.js";
 import { percent } from "./format.js";
 
 const MARKS = {
   queued: "○", running: "◐", cancelling: "◌", succeeded: "✓", failed: "✕", cancelled: "–",
-  starting: "◐", fetching: "◐", loading: "◐", restarting: "◌", ready: "✓", draining: "◌", stopped: "–", idle: "○", busy: "◐",
+  starting: "◐", fetching: "◐", loading: "◐", restarting: "◌", ready: "✓", draining: "◌", stopped: "–", paused: "‖", idle: "○", busy: "◐",
+  pending: "○", pushing: "◐", pushed: "✓",
 };
 
 /** A state as a word and a mark, so that colour is never the only sign. */
@@ -19,14 +21,16 @@ export function Bar({ fraction, label }) {
   </span>`;
 }
 
-/** An error with its remedy. */
-export function Problem({ error, title = "That did not work" }) {
+/** An error with its remedy; `children`: what can be done here. */
+export function Problem({ error, title = "Something went wrong", children }) {
   if (!error) return null;
+  const remedy = remedyOf(error);
   return html`<div class="problem" role="alert">
     <strong>${title}</strong>
     <p>${error.message}</p>
-    ${error.remedy && html`<p class="remedy"><span>What to do:</span> ${error.remedy}</p>`}
+    ${remedy && html`<p class="remedy"><span>What to do:</span> ${remedy}</p>`}
     ${error.code && html`<code>${error.code}</code>`}
+    ${children && html`<div class="actions">${children}</div>`}
   </div>`;
 }
 
@@ -37,7 +41,7 @@ export function Empty({ title, children }) {
 /** The page's body once its value has loaded; until then the error or a placeholder. */
 export function Loaded({ polled, children }) {
   if (polled.value !== undefined) return children(polled.value);
-  if (polled.error) return html`<${Problem} error=${polled.error} title="This cannot be shown" />`;
+  if (polled.error) return html`<${Problem} error=${polled.error} title="Can't load this" />`;
   return html`<p class="loading" role="status">Loading…</p>`;
 }
 
@@ -54,11 +58,12 @@ export function Copy({ text, label }) {
   </div>`;
 }
 
-/** A button that asks for confirmation in a dialog before it acts. */
-export function Confirmed({ label, question, consequence, action, kind = "quiet" }) {
+/** A dialog and the button that opens it; `action` is run by its form, and closes it unless it throws. */
+export function DialogButton({ label, title, action, confirm = label, kind = "quiet", confirmKind = "main", dismiss = "Cancel", failure, onClose, children }) {
   const dialog = useRef(null);
   const [error, setError] = useState(null);
-  const act = async () => {
+  const act = async (event) => {
+    event.preventDefault();
     try {
       await action();
       dialog.current?.close();
@@ -67,24 +72,40 @@ export function Confirmed({ label, question, consequence, action, kind = "quiet"
     }
   };
   return html`<button type="button" class=${kind} onClick=${() => dialog.current.showModal()}>${label}</button>
-    <dialog ref=${dialog} onClose=${() => setError(null)}>
-      <h2>${question}</h2>
-      <p>${consequence}</p>
-      <${Problem} error=${error} />
-      <div class="actions">
-        <button type="button" class="quiet" onClick=${() => dialog.current.close()}>Keep it</button>
-        <button type="button" class="danger" onClick=${act}>${label}</button>
-      </div>
+    <dialog ref=${dialog} onClose=${() => (setError(null), onClose?.())} aria-label=${title}>
+      <h2>${title}</h2>
+      <form class="stack" onSubmit=${act} onInput=${() => setError(null)}>
+        ${children}
+        <${Problem} error=${error} title=${failure} />
+        <div class="actions">
+          <button type="button" class="quiet" onClick=${() => dialog.current.close()}>${dismiss}</button>
+          <button type="submit" class=${confirmKind}>${confirm}</button>
+        </div>
+      </form>
     </dialog>`;
 }
 
-/** A page's heading; sets the document's title and takes the focus after a change of page. */
-export function Title({ children, text, aside }) {
+/** A button that asks for confirmation in a dialog before it acts. */
+export function Confirmed({ label, question, consequence, action, kind = "quiet", dismiss = "Cancel" }) {
+  return html`<${DialogButton} label=${label} title=${question} action=${action} kind=${kind} confirmKind="danger" dismiss=${dismiss}>
+    <p>${consequence}</p>
+  <//>`;
+}
+
+/** A reference to a control that takes the focus when its page opens. */
+export function useFirstFocus() {
+  const control = useRef(null);
+  useEffect(() => control.current?.focus({ preventScroll: true }), []);
+  return control;
+}
+
+/** A page's heading; sets the document's title and, unless a control of the page does, takes the focus when it opens. */
+export function Title({ children, text, aside, isFocused = true }) {
   const heading = useRef(null);
   useEffect(() => {
     document.title = `${text || children} · Nibble`;
   }, [text, children]);
-  useEffect(() => heading.current.focus({ preventScroll: true }), []);
+  useEffect(() => isFocused && heading.current.focus({ preventScroll: true }), []);
   return html`<div class="title"><h1 tabindex="-1" ref=${heading}>${children}</h1>${aside}</div>`;
 }
 
@@ -94,4 +115,9 @@ export function Facts({ rows, wide = false }) {
       ([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`,
     )}
   </dl>`;
+}
+
+/** A reference that wraps behind its slashes, not within words. */
+export function Reference({ text }) {
+  return text.split(/(?<=\/)/).map((step, index) => html`<span key=${index}>${step}<wbr /></span>`);
 }

@@ -1,10 +1,10 @@
-// A table with a caption. On narrow screens one of few columns scrolls by itself, one of many becomes a list of facts;
+// A table with a caption. On narrow screens one of two columns scrolls by itself, one of more becomes a list of facts;
 // the roles say that it is a table still.
 import { html } from "./ui.js";
 
-/** columns: [heading, row -> cell, "number" for right alignment]. */
+/** columns: [heading, row -> cell, "number" for right alignment or "long" for a line of its own on narrow screens]. */
 export function Table({ caption, columns, rows, keyOf, hideCaption = false }) {
-  return html`<div class=${columns.length > 4 ? "table stacked" : "table"} role="region" aria-label=${caption} tabindex="0">
+  return html`<div class=${columns.length > 2 ? "table stacked" : "table"} role="region" aria-label=${caption} tabindex="0">
     <table role="table">
       <caption class=${hideCaption ? "unseen" : ""}>${caption}</caption>
       <thead role="rowgroup"><tr role="row">${columns.map(([name, , kind]) => html`<th scope="col" role="columnheader" class=${kind} key=${name}>${name}</th>`)}</tr></thead>

@@ -1,25 +1,29 @@
 // Published models: the list, and one with its files.
 import { send } from "../api.js";
-import { age, bytes, change, date, modelName, number, recipeLabel } from "../format.js";
-import { Confirmed, Copy, Empty, Facts, Loaded, Title } from "../parts.js";
+import { may } from "../caller.js";
+import { age, bytes, date, modelName, number, ratioInWords, recipeLabel } from "../format.js";
+import { Confirmed, Copy, Empty, Facts, Loaded, Reference, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { Table } from "../table.js";
 import { html } from "../ui.js";
 import { DeployButton, suggestedName } from "./deploy.js";
+import { PushButton, Pushes, TagList, Tags } from "./push.js";
 
 const LIST = [
   ["Model", (artifact) => html`<a href=${`#/artifacts/${artifact.id}`}>${modelName(artifact.model)}</a>`],
   ["Recipe", (artifact) => artifact.summary.label || recipeLabel(artifact.recipe)],
   ["Format", (artifact) => artifact.format],
-  ["Size", (artifact) => bytes(artifact.size), "number"],
+  ["Size with tokenizer", (artifact) => bytes(artifact.size), "number"],
+  ["KL per token", (artifact) => number(artifact.summary.kl, 3), "number"],
   ["Bits per weight", (artifact) => number(artifact.summary.bits_per_weight, 3), "number"],
-  ["Perplexity against original", (artifact) => (artifact.summary.perplexity_ratio ? change(artifact.summary.perplexity_ratio) : "–"), "number"],
+  ["Perplexity against original", (artifact) => ratioInWords(artifact.summary), "number"],
+  ["Tags", (artifact) => html`<${TagList} tags=${artifact.tags} />`],
   ["Age", (artifact) => age(artifact.created_at)],
 ];
 const FILES = (artifact) => [
   ["File", (file) => html`<a href=${`/v1/artifacts/${artifact.id}/files/${file.path}`} download>${file.path}</a>`],
   ["Size", (file) => bytes(file.size), "number"],
-  ["SHA-256", (file) => html`<code class="digest">${file.sha256}</code>`],
+  ["SHA-256", (file) => html`<code class="digest">${file.sha256}</code>`, "long"],
 ];
 
 export function ArtifactsPage() {
@@ -27,7 +31,7 @@ export function ArtifactsPage() {
   return html`<${Title}>Artifacts<//>
     <${Loaded} polled=${polled}>${(page) =>
       page.data.length === 0
-        ? html`<${Empty} title="Nothing published yet">Successful jobs publish their models here. <a href="#/jobs/new">New job</a><//>`
+        ? html`<${Empty} title="No artifacts yet">Finished jobs publish their models here.${may("jobs:write") && html` <a href="#/jobs/new">New job</a>`}<//>`
         : html`<${Table} caption="Quantized models, newest first" columns=${LIST} rows=${page.data} keyOf=${(artifact) => artifact.id} />`}<//>`;
 }
 
@@ -53,32 +57,36 @@ function Use({ artifact }) {
   </section>`;
 }
 
-function Artifact({ artifact }) {
+function Artifact({ artifact, onChange }) {
   const { summary } = artifact;
+  const hasTags = artifact.tags.length > 0;
   const remove = async () => {
-    await send("DELETE", `/v1/artifacts/${artifact.id}`);
+    await send("DELETE", `/v1/artifacts/${artifact.id}${hasTags ? "?force=true" : ""}`);
     location.hash = "#/artifacts";
   };
   return html`<${Title} text=${modelName(artifact.model)} aside=${html`<div class="actions">
-      <${DeployButton} artifact=${artifact.id} suggested=${suggestedName(artifact)} />
-      <${Confirmed} label="Delete" question="Delete this artifact?" consequence="Its files are removed from storage. Deployments of it keep running until they are loaded anew." action=${remove} />
+      ${may("deployments:write") && html`<${DeployButton} artifact=${artifact.id} suggested=${suggestedName(artifact)} />`}
+      ${may("artifacts:write") && html`<${PushButton} artifact=${artifact.id} onPushed=${onChange} />
+      <${Confirmed} label="Delete" question="Delete this artifact?" consequence=${`${hasTags ? `It has the tags ${artifact.tags.join(", ")}, which go with it. ` : ""}Its files are removed from storage. Deployments of it keep running until they are restarted.`} action=${remove} />`}
     </div>`}>${modelName(artifact.model)} <small>${summary.label || recipeLabel(artifact.recipe)}</small><//>
     <${Facts} rows=${[
       ["Format", artifact.format],
-      ["Size", bytes(artifact.size)],
+      ["Size of all files", `${bytes(artifact.size)}${summary.bytes ? `, ${bytes(summary.bytes)} of them weights` : ""}`],
       ["Bits per weight", number(summary.bits_per_weight, 3)],
-      ["Perplexity", number(summary.perplexity, 5)],
-      ["Against the original", summary.perplexity_ratio && change(summary.perplexity_ratio)],
-      ["KL per token", number(summary.kl, 3)],
+      ["Perplexity", summary.perplexity && number(summary.perplexity, 4)],
+      ["Against the original", summary.perplexity_ratio && ratioInWords(summary)],
+      ["KL per token", typeof summary.kl === "number" && number(summary.kl, 3)],
       ["Same top token", summary.top1_agreement && `${(100 * summary.top1_agreement).toFixed(1)} %`],
       ["Published", date(artifact.created_at)],
     ]} />
+    <${Pushes} artifact=${artifact} />
+    <${Tags} artifact=${artifact} onChange=${onChange} />
     <${Use} artifact=${artifact} />
     <section class="stack" aria-labelledby="provenance">
-      <h2 id="provenance">Where it comes from</h2>
+      <h2 id="provenance">Provenance</h2>
       <${Facts} wide rows=${[
         ["Job", html`<a href=${`#/jobs/${artifact.job}`}>${artifact.job}</a>`],
-        ["Model", artifact.model],
+        ["Model", html`<${Reference} text=${artifact.model} />`],
         ["Digest of the model's files", html`<code class="digest">${artifact.model_digest}</code>`],
       ]} />
       <details><summary>Recipe</summary><${Copy} label="The recipe as JSON" text=${JSON.stringify(artifact.recipe, null, 2)} /></details>
@@ -87,6 +95,6 @@ function Artifact({ artifact }) {
 }
 
 export function ArtifactPage({ id }) {
-  const polled = usePolled(`/v1/artifacts/${id}`, () => null);
-  return html`<${Loaded} polled=${polled}>${(artifact) => html`<${Artifact} artifact=${artifact} />`}<//>`;
+  const polled = usePolled(`/v1/artifacts/${id}`, (artifact) => (artifact.pushes.some((push) => !push.finished_at) ? 2 : null));
+  return html`<${Loaded} polled=${polled}>${(artifact) => html`<${Artifact} artifact=${artifact} onChange=${polled.ask} />`}<//>`;
 }

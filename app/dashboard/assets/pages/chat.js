@@ -1,78 +1,109 @@
 // A playground for one deployment: streaming, with a stop button and the usual parameters.
 import { read, stream } from "../api.js";
+import { may } from "../caller.js";
 import { duration } from "../format.js";
-import { Problem, Title } from "../parts.js";
+import { Empty, Problem, Title, useFirstFocus } from "../parts.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 
 const PARAMETERS = [
   ["temperature", "Temperature", { min: 0, max: 2, step: 0.1 }],
   ["top_p", "Top p", { min: 0.05, max: 1, step: 0.05 }],
-  ["max_tokens", "Longest answer (tokens)", { min: 1, max: 4096, step: 1 }],
+  ["max_tokens", "Max tokens", { min: 1, max: 4096, step: 1 }],
 ];
 
+const place = (model) => `nibble-chat ${model}`;
+
+/** The messages of the chat with `model`, kept until the tab is closed. */
+function useMessages(model) {
+  const [messages, setMessages] = useState(() => JSON.parse(sessionStorage.getItem(place(model)) || "[]"));
+  useEffect(() => {
+    const whole = messages.filter((message) => message.content); // no answer that has not begun
+    if (whole.length) sessionStorage.setItem(place(model), JSON.stringify(whole));
+    else sessionStorage.removeItem(place(model));
+  }, [messages]);
+  return [messages, setMessages];
+}
+
+/** Counts what a stream brings: { tokens, first, rate }. */
+class Meter {
+  constructor() {
+    Object.assign(this, { started: performance.now(), first: null, chunks: 0 });
+  }
+
+  take(chunk) {
+    const text = chunk.choices[0]?.delta?.content || "";
+    if (text) {
+      this.first ??= performance.now();
+      this.chunks += 1;
+    }
+    const tokens = chunk.usage?.completion_tokens ?? this.chunks;
+    const rate = this.first && tokens > 1 ? (1000 * (tokens - 1)) / (performance.now() - this.first) : null;
+    return { text, said: { tokens, first: this.first && this.first - this.started, rate } };
+  }
+}
+
 function useChat(model, parameters) {
-  const [messages, setMessages] = useState([]);
+  const [messages, setMessages] = useMessages(model);
   const [error, setError] = useState(null);
   const [running, setRunning] = useState(null);
-  const ask = async (text) => {
-    const asked = [...messages, { role: "user", content: text }];
+  const answer = async (asked) => {
     const control = new AbortController();
     setError(null);
     setRunning(control);
-    const started = performance.now();
-    let answer = "";
-    let first = null;
-    let pieces = 0;
     setMessages([...asked, { role: "assistant", content: "" }]);
+    const meter = new Meter();
+    let content = "";
     try {
-      for await (const chunk of stream("/v1/chat/completions", { model, messages: asked.map(({ role, content }) => ({ role, content })), stream: true, stream_options: { include_usage: true }, ...parameters }, control.signal)) {
-        if (chunk.error) throw chunk.error;
-        const piece = chunk.choices[0]?.delta?.content || "";
-        if (piece) {
-          first ??= performance.now();
-          pieces += 1;
-        }
-        answer += piece;
-        const tokens = chunk.usage?.completion_tokens ?? pieces;
-        const rate = first && tokens > 1 ? (1000 * (tokens - 1)) / (performance.now() - first) : null;
-        setMessages([...asked, { role: "assistant", content: answer, said: { tokens, first: first && first - started, rate } }]);
+      const body = { model, messages: asked.map(({ role, content: text }) => ({ role, content: text })), stream: true, stream_options: { include_usage: true }, ...parameters };
+      for await (const chunk of stream("/v1/chat/completions", body, control.signal)) {
+        const { text, said } = meter.take(chunk);
+        content += text;
+        setMessages([...asked, { role: "assistant", content, said }]);
       }
     } catch (fault) {
       if (!control.signal.aborted) setError(fault);
+      // No empty bubble; what was said until then stays.
+      if (!content) setMessages(asked);
     } finally {
       setRunning(null);
     }
   };
-  return { messages, error, ask, stop: running && (() => running.abort()), clear: () => setMessages([]) };
+  const clear = () => (setMessages([]), setError(null));
+  return {
+    messages, error, clear, ask: (text) => answer([...messages, { role: "user", content: text }]),
+    again: () => answer(messages.slice(0, messages.findLastIndex((message) => message.role === "user") + 1)),
+    stop: running && (() => running.abort()),
+  };
 }
 
 function inWords({ tokens, first, rate }) {
-  const parts = [`${tokens} token${tokens === 1 ? "" : "s"}`];
-  if (rate) parts.push(`${rate.toFixed(1)} per second`);
-  if (first) parts.push(`first after ${duration(first / 1000)}`);
-  return parts.join(", ");
+  const figures = [`${tokens} token${tokens === 1 ? "" : "s"}`];
+  if (rate) figures.push(`${rate.toFixed(1)} per second`);
+  if (first) figures.push(`first after ${duration(first / 1000)}`);
+  return figures.join(", ");
 }
 
-const SOURCES = { model: "the model's own", default: "the usual, as the model names none" };
+const SOURCES = { model: "set by the model", default: "defaults, the model sets none" };
 const UNTIL_READ = { max_tokens: 128 };
 
-/** The parameters that a chat with the model starts with, and who named them. */
-function useParameters(model) {
+/** What a chat with the model starts with: parameters, who named them; or the fault that there is no such model. */
+function useModel(model) {
   const [parameters, setParameters] = useState(UNTIL_READ);
   const [source, setSource] = useState(null);
+  const [error, setError] = useState(null);
   useEffect(() => {
     const take = ({ value: { sampling } }) => {
       setParameters({ ...UNTIL_READ, ...sampling?.parameters });
       setSource(sampling?.source);
     };
-    read(`/v1/models/${encodeURIComponent(model)}`).then(take, () => {});
+    read(`/v1/models/${encodeURIComponent(model)}`).then(take, setError);
   }, [model]);
-  return [parameters, setParameters, source];
+  return { parameters, setParameters, source, isUnknown: error?.status === 404 };
 }
 
 function Parameters({ values, source, onChange }) {
   const listed = Object.entries(values).map(([name, value]) => `${name} ${value}`).join(", ");
-  return html`<details class="parameters"><summary>Parameters: ${listed}${source && ` (at first ${SOURCES[source]})`}</summary>
+  return html`<details class="parameters"><summary>Parameters: ${listed}${source && ` (${SOURCES[source]})`}</summary>
     <div class="fields">${PARAMETERS.map(([name, label, limits]) => html`<label key=${name}>${label}
       <input type="number" ...${limits} value=${values[name]}
         onInput=${(event) => event.target.value !== "" && onChange({ ...values, [name]: Number(event.target.value) })} />
@@ -80,8 +111,10 @@ function Parameters({ values, source, onChange }) {
   </details>`;
 }
 
+/** What stays at the foot of the page: the last fault, and the field. */
 function Composer({ chat }) {
   const [text, setText] = useState("");
+  const first = useFirstFocus();
   const submit = (event) => {
     event.preventDefault();
     if (!text.trim() || chat.stop) return;
@@ -91,31 +124,39 @@ function Composer({ chat }) {
   const onKey = (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
   };
-  return html`<form class="composer" onSubmit=${submit}>
-    <label class="unseen" for="message">Message</label>
-    <textarea id="message" rows="2" placeholder="Write a message; Enter sends it" value=${text}
-      onInput=${(event) => setText(event.target.value)} onKeyDown=${onKey}></textarea>
-    ${chat.stop
-      ? html`<button type="button" class="danger" onClick=${chat.stop}>Stop</button>`
-      : html`<button type="submit" class="main">Send</button>`}
-  </form>`;
+  return html`<div class="composer">
+    <${Problem} error=${chat.error} title="No answer"><button type="button" class="main" onClick=${chat.again}>Try again</button><//>
+    <form onSubmit=${submit}>
+      <label class="unseen" for="message">Message</label>
+      <textarea id="message" ref=${first} rows="2" placeholder="Write a message; Enter sends it" value=${text}
+        onInput=${(event) => setText(event.target.value)} onKeyDown=${onKey}></textarea>
+      ${chat.stop
+        ? html`<button type="button" class="danger" onClick=${chat.stop}>Stop</button>`
+        : html`<button type="submit" class="main">Send</button>`}
+    </form>
+  </div>`;
+}
+
+function Messages({ chat, model }) {
+  const end = useRef(null);
+  useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [chat.messages, chat.error]);
+  return html`<div class="messages" role="log" aria-live="polite" aria-label="Conversation">
+    ${chat.messages.map((message, index) => html`<div key=${index} class=${`message message-${message.role}`}>
+      <small>${message.role === "user" ? "You" : model}</small>
+      <p>${message.content || "…"}</p>
+      ${message.said && html`<small>${inWords(message.said)}</small>`}
+    </div>`)}
+    <div ref=${end}></div>
+  </div>`;
 }
 
 export function ChatPage({ id: model }) {
-  const [parameters, setParameters, source] = useParameters(model);
+  const { parameters, setParameters, source, isUnknown } = useModel(model);
   const chat = useChat(model, parameters);
-  const end = useRef(null);
-  useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [chat.messages]);
-  return html`<${Title} text=${`Chat with ${model}`} aside=${html`<button type="button" class="quiet" onClick=${chat.clear}>Start anew</button>`}>${model}<//>
+  if (!may("inference")) return html`<${Title}>${model}<//><${Empty} title="No right to chat">Sign in with a key that has the right inference.<//>`;
+  if (isUnknown) return html`<${Title} text="No such deployment">${model}<//><${Empty} title="There is no such deployment">Look for it among the <a href="#/deployments">deployments</a>.<//>`;
+  return html`<${Title} text=${`Chat with ${model}`} isFocused=${false} aside=${html`<button type="button" class="quiet" onClick=${chat.clear}>New chat</button>`}>${model}<//>
     <${Parameters} values=${parameters} source=${source} onChange=${setParameters} />
-    <div class="messages" role="log" aria-live="polite" aria-label="Conversation">
-      ${chat.messages.map((message, index) => html`<div key=${index} class=${`message message-${message.role}`}>
-        <small>${message.role === "user" ? "You" : model}</small>
-        <p>${message.content || "…"}</p>
-        ${message.said && html`<small>${inWords(message.said)}</small>`}
-      </div>`)}
-      <div ref=${end}></div>
-    </div>
-    <${Problem} error=${chat.error} title="No answer" />
+    <${Messages} chat=${chat} model=${model} />
     <${Composer} chat=${chat} />`;
 }

@@ -1,13 +1,16 @@
 // The deployments, with their servers and a link to the chat.
 import { send } from "../api.js";
+import { may } from "../caller.js";
 import { age, duration, number } from "../format.js";
-import { Confirmed, Copy, Empty, Facts, Loaded, Problem, State, Title } from "../parts.js";
+import { Confirmed, Empty, Facts, Loaded, Problem, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { useServerMetrics } from "../server_metrics.js";
 import { Table } from "../table.js";
 import { html } from "../ui.js";
+import { ChangeButton, PauseButton, Replacement } from "./deployment_changes.js";
+import { RequestExamples } from "./request_examples.js";
 
-const pollEvery = (page) => (page.data.some((each) => ["starting", "draining"].includes(each.state)) ? 2 : 10);
+const pollEvery = (page) => (page.data.some((each) => ["starting", "draining"].includes(each.state) || each.replacement) ? 2 : 10);
 
 const SERVERS = [
   ["Server", (server) => server.slot],
@@ -37,12 +40,6 @@ function Speed({ deployment, server, isOnly }) {
   </section>`;
 }
 
-function example(name) {
-  return `curl ${location.origin}/v1/chat/completions -H "Authorization: Bearer $NIBBLE_API_KEY" \\
-  -H 'Content-Type: application/json' \\
-  -d '{"model": "${name}", "messages": [{"role": "user", "content": "Hello"}]}'`;
-}
-
 function Deployment({ deployment, onChange }) {
   const remove = async () => {
     await send("DELETE", `/v1/deployments/${deployment.id}`);
@@ -54,22 +51,25 @@ function Deployment({ deployment, onChange }) {
       <h2>${deployment.name}</h2>
       <${State} state=${state} />
       <div class="actions">
-        ${["ready", "stopped"].includes(state) && html`<a class="main button" href=${`#/deployments/${encodeURIComponent(deployment.name)}/chat`}>Chat</a>`}
-        <${Confirmed} label="Delete" question=${`Delete ${deployment.name}?`} action=${remove}
-          consequence="Running answers are finished first; then clients get 404." />
+        ${["ready", "stopped"].includes(state) && may("inference") && html`<a class="main button" href=${`#/deployments/${encodeURIComponent(deployment.name)}/chat`}>Chat</a>`}
+        ${may("deployments:write") && html`<${ChangeButton} key=${deployment.revision} deployment=${deployment} onChange=${onChange} />
+          <${PauseButton} deployment=${deployment} onChange=${onChange} />`}
+        ${may("deployments:write") && html`<${Confirmed} label="Delete" question=${`Delete ${deployment.name}?`} action=${remove}
+          consequence="Running answers are finished first; then clients get 404." />`}
       </div>
     </div>
     <p><small>
       <a href=${`#/artifacts/${deployment.artifact}`}>${deployment.artifact}</a>, engine ${deployment.engine},
-      made ${age(deployment.created_at)}${deployment.idle_timeout_s ? `, unloads after ${duration(deployment.idle_timeout_s)} without requests` : ""}
+      ${deployment.aliases.length > 0 ? `also ${deployment.aliases.join(", ")}, ` : ""}created ${age(deployment.created_at)}${deployment.idle_timeout_s ? `, unloads after ${duration(deployment.idle_timeout_s)} without requests` : ""}
     </small></p>
     ${deployment.error
-      ? html`<${Problem} error=${deployment.error} title="It can't be served" />`
+      ? html`<${Problem} error=${deployment.error} title="Deployment failed" />`
       : deployment.reason && html`<p><small>${deployment.reason}</small></p>`}
+    <${Replacement} replacement=${deployment.replacement} />
     ${servers.length > 0 && html`<${Table} caption=${`Servers of ${deployment.name}`} hideCaption columns=${SERVERS} rows=${servers} />`}
     ${servers.filter((server) => server.state === "ready").map((server) =>
       html`<${Speed} key=${server.slot} deployment=${deployment} server=${server} isOnly=${servers.length === 1} />`)}
-    <details><summary>Call it</summary><${Copy} label="curl" text=${example(deployment.name)} /></details>
+    <${RequestExamples} name=${deployment.name} />
   </article>`;
 }
 
@@ -78,6 +78,6 @@ export function DeploymentsPage() {
   return html`<${Title}>Deployments<//>
     <${Loaded} polled=${polled}>${(page) =>
       page.data.length === 0
-        ? html`<${Empty} title="Nothing is served">Open an <a href="#/artifacts">artifact</a> and deploy it.<//>`
+        ? html`<${Empty} title="No deployments yet">Open an <a href="#/artifacts">artifact</a> and deploy it.<//>`
         : page.data.map((each) => html`<${Deployment} key=${each.id} deployment=${each} onChange=${polled.ask} />`)}<//>`;
 }

@@ -1,12 +1,15 @@
 // One job: its state, events and results.
 import { read, send } from "../api.js";
-import { bytes, change, clock, date, duration, modelName, number, recipeLabel } from "../format.js";
-import { Bar, Confirmed, Copy, Facts, Loaded, Problem, State, Title } from "../parts.js";
+import { may } from "../caller.js";
+import { bytes, change, clock, date, duration, modelName, number, recipeLabel, seconds } from "../format.js";
+import { Confirmed, Copy, Facts, Loaded, Problem, Reference, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { Table } from "../table.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 import { DeployButton, suggestedName } from "./deploy.js";
+import { Live, LiveDetails, inWords } from "./live.js";
 import { ReportSection } from "./report.js";
+import { RunAgain } from "./run_again.js";
 
 const STAGES = ["fetching", "calibrating", "searching", "packing", "verifying", "evaluating", "publishing"];
 const isOver = (job) => ["succeeded", "failed", "cancelled"].includes(job.state);
@@ -23,15 +26,17 @@ function Timeline({ job }) {
   </ol>`;
 }
 
-function Standing({ job }) {
-  const { fraction, layer, layers, eta_s: eta } = job.progress;
+/** Of a job that runs or waits, or that ended without a result. */
+function Standing({ job, events, labels }) {
+  const { layer, layers } = job.progress;
   return html`<section class="card" aria-label="Progress">
-    <div class="title"><${State} state=${job.state} />
-      ${!isOver(job) && html`<${Bar} fraction=${fraction} label="Progress of the job" />`}
-      <small>${layers ? `layer ${layer ?? 0} of ${layers}` : ""}${eta && !isOver(job) ? `, about ${duration(eta)} left` : ""}</small>
-    </div>
+    ${isOver(job)
+      ? html`<div class="title"><${State} state=${job.state} /><small>${layers ? `layer ${layer ?? 0} of ${layers}` : ""}</small></div>`
+      : html`<${Live} job=${job} events=${events} labels=${labels} />`}
     <${Timeline} job=${job} />
-    <${Problem} error=${job.error} title=${`It ${job.state}`} />
+    <${Problem} error=${job.error} title=${`Job ${job.state}`}>
+      ${may("jobs:write") && isOver(job) && html`<${RunAgain} job=${job} label=${job.error?.code === "deadline_exceeded" ? "Run again with more time" : "Run again"} kind="main" />`}
+    <//>
   </section>`;
 }
 
@@ -40,26 +45,28 @@ function Actions({ job, onChange }) {
     await send("POST", `/v1/jobs/${job.id}/cancel`);
     onChange();
   };
-  const retry = async () => {
-    const created = await send("POST", `/v1/jobs/${job.id}/retry`);
-    location.hash = `#/jobs/${created.id}`;
-  };
   const remove = async () => {
     await send("DELETE", `/v1/jobs/${job.id}`);
     location.hash = "#/jobs";
   };
+  if (!may("jobs:write")) return null;
   return html`<div class="actions">
     <a class="quiet button" href=${`#/jobs/new/${job.id}`}>Use as template</a>
     ${isOver(job)
-      ? html`<button type="button" class="quiet" onClick=${retry}>Run again</button>
+      ? html`${!job.error && html`<${RunAgain} job=${job} />`}
           <${Confirmed} label="Delete" question="Delete this job?" consequence="Its events and report are removed. Artifacts stay." action=${remove} />`
-      : html`<${Confirmed} label="Cancel job" question="Cancel this job?" consequence="Its results so far are discarded." action=${cancel} />`}
+      : html`<${Confirmed} label="Cancel job" question="Cancel this job?" consequence="Its results so far are discarded." dismiss="Keep running" action=${cancel} />`}
   </div>`;
 }
 
-function inWords(event) {
-  const { payload } = event;
-  return payload.message || payload.key || payload.stage || payload.state || payload.code || JSON.stringify(payload);
+/** Of a job whose result was there before: nothing was computed. */
+function Reused({ job }) {
+  if (!job.reused_from) return null;
+  return html`<div class="card notice" role="status">
+    <p><strong>This result existed already.</strong> Nothing was computed: the artifacts are those of
+      <a href=${`#/jobs/${job.reused_from}`}>${job.reused_from}</a>, which had the same model, text and recipe.</p>
+    ${may("jobs:write") && html`<div class="actions"><${RunAgain} job=${job} label="Compute anew" isForced /></div>`}
+  </div>`;
 }
 
 /** All events so far, read again whenever the job changes. */
@@ -70,22 +77,21 @@ function useEvents(job) {
   useEffect(() => {
     if (asking.current) return;
     asking.current = true;
-    const path = `/v1/jobs/${job.id}/events?limit=500${last.current ? `&after=${last.current}` : ""}`;
-    read(path)
-      .then(({ value }) => {
-        last.current = value.next;
-        if (value.data.length) setEvents((before) => [...before, ...value.data]);
-      }, () => {})
-      .finally(() => {
-        asking.current = false;
-      });
+    const ask = async () => {
+      const { value } = await read(`/v1/jobs/${job.id}/events?limit=500${last.current ? `&after=${last.current}` : ""}`);
+      last.current = value.next;
+      if (value.data.length) setEvents((before) => [...before, ...value.data]);
+      if (value.has_more) await ask();
+    };
+    ask().catch(() => {}).finally(() => {
+      asking.current = false;
+    });
   }, [job]);
   return events;
 }
 
-function Events({ job }) {
-  const events = useEvents(job);
-  return html`<details class="card" open=${!isOver(job)}>
+function Events({ events }) {
+  return html`<details class="card">
     <summary>Events (${events.length})</summary>
     <ol class="events">${[...events].reverse().map((event) => html`<li key=${event.id}>
       <time datetime=${event.at}>${clock(event.at)}</time> <strong>${event.kind}</strong> <span>${inWords(event)}</span>
@@ -95,18 +101,20 @@ function Events({ job }) {
 
 function Spec({ job }) {
   const { spec } = job;
-  const took = job.started_at && job.finished_at ? (new Date(job.finished_at) - new Date(job.started_at)) / 1000 : null;
+  const took = seconds(job.started_at, job.finished_at);
   return html`<${Facts} rows=${[
-      ["Model", spec.model],
+      ["Job", html`<code>${job.id}</code>`],
+      ["Model", html`<${Reference} text=${spec.model} />`],
       ["Recipe", recipesOf(spec).map(recipeLabel).join(", ")],
       ["Formats", spec.formats.join(", ")],
       ["Target", spec.target && targetInWords(spec.target)],
       ["Created", date(job.created_at)],
       ["Took", took === null ? null : duration(took)],
+      ["Worker", isOver(job) && job.worker],
       ["Attempt", job.attempt > 1 ? job.attempt : null],
       ["Labels", Object.entries(job.labels).map(([key, value]) => `${key}=${value}`).join(", ")],
+      ["Hub token", job.has_hub_token && "sent with the job and not kept: running it again needs it"],
       ["Repeats", job.retry_of && html`<a href=${`#/jobs/${job.retry_of}`}>${job.retry_of}</a>`],
-      ["Artifacts of", job.reused_from && html`<a href=${`#/jobs/${job.reused_from}`}>${job.reused_from}</a>`],
     ]} />
     <details><summary>As a request</summary><${Copy} label="The same job with curl" text=${asRequest(spec)} /></details>`;
 }
@@ -117,18 +125,19 @@ function asRequest(spec) {
   -H 'Content-Type: application/json' -d '${body}'`;
 }
 
-function targetInWords({ max_perplexity_ratio: ratio, max_kl: kl, min_recovery: recovery, on_miss: onMiss }) {
-  const parts = [
+function targetInWords({ max_perplexity_ratio: ratio, max_kl: kl, min_recovery: recovery, max_size: size, on_miss: onMiss }) {
+  const limits = [
     ratio && `perplexity at most ${change(ratio)}`, kl && `KL at most ${number(kl)}`,
-    recovery && `at least ${number(100 * recovery, 4)} % of the task scores`,
+    recovery && `at least ${number(100 * recovery, 4)} % of the task scores`, size && `at most ${bytes(size)}`,
   ].filter(Boolean);
-  return `${parts.join(" and ")}, else ${onMiss === "fail" ? "nothing is published" : "the best try is published"}`;
+  return `${limits.join(" and ")}, else ${onMiss === "fail" ? "nothing is published" : "the best try is published"}`;
 }
 
 /** The artifacts of these ids; an id whose artifact was deleted is left out. */
 function useArtifacts(ids) {
   const [artifacts, setArtifacts] = useState([]);
   useEffect(() => {
+    if (!may("artifacts:read")) return undefined;
     const control = new AbortController();
     Promise.all(ids.map((id) => read(`/v1/artifacts/${id}`, control.signal).then(({ value }) => value, () => null)))
       .then((found) => control.signal.aborted || setArtifacts(found.filter(Boolean)));
@@ -140,27 +149,34 @@ function useArtifacts(ids) {
 const ARTIFACTS = [
   ["Recipe", (artifact) => html`<a href=${`#/artifacts/${artifact.id}`}>${artifact.summary.label || recipeLabel(artifact.recipe)}</a>`],
   ["Format", (artifact) => artifact.format],
-  ["Size", (artifact) => bytes(artifact.size), "number"],
-  ["Download", (artifact) => artifact.files.filter((file) => file.path.endsWith(".safetensors")).map((file) =>
+  ["Size with tokenizer", (artifact) => bytes(artifact.size), "number"],
+  ["Weights", (artifact) => artifact.files.filter((file) => /\.(safetensors|gguf)$/.test(file.path)).map((file) =>
     html`<a class="line" key=${file.path} href=${`/v1/artifacts/${artifact.id}/files/${file.path}`} download>${file.path}</a>`)],
-  ["Serve", (artifact) => html`<${DeployButton} artifact=${artifact.id} suggested=${suggestedName(artifact)} kind="quiet small" />`],
+  ["Serve", (artifact) => (may("deployments:write") ? html`<${DeployButton} artifact=${artifact.id} suggested=${suggestedName(artifact)} kind="quiet small" />` : "–")],
 ];
 
-function Artifacts({ ids }) {
-  const artifacts = useArtifacts(ids);
+function Artifacts({ artifacts }) {
   if (artifacts.length === 0) return null;
   return html`<${Table} caption="Artifacts" columns=${ARTIFACTS} rows=${artifacts} keyOf=${(artifact) => artifact.id} />`;
 }
 
 function Job({ job, onChange }) {
   const recipes = recipesOf(job.spec);
+  const labels = recipes.map(recipeLabel);
+  const events = useEvents(job);
+  const artifacts = useArtifacts(job.artifacts);
+  const hasResult = job.state === "succeeded";
   return html`<${Title} text=${modelName(job.spec.model)} aside=${html`<${Actions} job=${job} onChange=${onChange} />`}>
-      ${modelName(job.spec.model)} <small>${recipes.length > 2 ? `${recipes.length} recipes` : recipes.map(recipeLabel).join(", ")}</small><//>
-    <${Standing} job=${job} />
-    <${Spec} job=${job} />
-    <${Artifacts} ids=${job.artifacts} />
-    ${job.links.report && html`<${ReportSection} path=${job.links.report} />`}
-    <${Events} job=${job} />`;
+      ${modelName(job.spec.model)} <small>${recipes.length > 2 ? `${recipes.length} recipes` : labels.join(", ")}</small>
+      ${hasResult && html` <${State} state=${job.state} />`}<//>
+    ${!hasResult && html`<${Standing} job=${job} events=${events} labels=${labels} />`}
+    <${Reused} job=${job} />
+    ${!isOver(job) && html`<${LiveDetails} events=${events} labels=${labels} />`}
+    <${ReportSection} path=${job.links.report ?? null} artifacts=${artifacts}>
+      <${Artifacts} artifacts=${artifacts} />
+      <${Spec} job=${job} />
+    <//>
+    <${Events} events=${events} />`;
 }
 
 export function JobPage({ id }) {

@@ -1,43 +1,75 @@
 // A job's quality report: candidates side by side, plots, and the time of each stage.
 import { Chart } from "../charts.js";
-import { bytes, change, duration, number } from "../format.js";
+import { bytes, change, duration, isNoise, number } from "../format.js";
+import { HeatMap } from "../heat_map.js";
 import { Facts, Loaded } from "../parts.js";
 import { usePolled } from "../polling.js";
+import { QualityPlot, plotted } from "../quality_plot.js";
 import { Table } from "../table.js";
 import { html, useState } from "../ui.js";
+import { intervalInWords, textInWords } from "./figures.js";
+import { Hero } from "./hero.js";
 
 const size = (candidate) => Math.max(...Object.values(candidate.bytes));
 const share = (value) => (typeof value === "number" ? `${(100 * value).toFixed(1)} %` : "–");
 const sum = (values) => values.reduce((total, value) => total + (value ?? 0), 0);
 
-/** Of the perplexity ratio, and whether the text can tell it from the original's. */
-function intervalInWords({ perplexity_ratio_interval: interval, beyond_noise: beyond }) {
-  return interval ? `${change(interval.low)} to ${change(interval.high)}${beyond ? "" : ", noise"}` : "–";
+/** The least and largest scale of the keys and of the values that a cache holds. */
+function cacheInWords({ cache }) {
+  const range = ([least, largest]) => `${number(least, 3)} to ${number(largest, 3)}`;
+  return cache ? `${cache.numbers}, keys ${range(cache.key_scales)}, values ${range(cache.value_scales)}` : "–";
 }
 
 function Candidates({ report }) {
-  const plain = report.candidates.filter((each) => each.recipe.method === "rtn");
-  const roundingOf = (each) => plain.find((other) => other !== each && ["bits", "group_size"].every((key) => other.recipe[key] === each.recipe[key]));
+  if (report.evaluation === null) return html`<${Unjudged} report=${report} />`;
   const columns = [
-    ["Recipe", (each) => html`${each.label}${report.published.includes(each.recipe_index) ? html` <span class="label">published</span>` : ""}`],
-    ["Perplexity", (each) => number(each.perplexity, 5), "number"],
-    ["Against original", (each) => (each.perplexity_ratio ? change(each.perplexity_ratio) : "–"), "number"],
-    ["95 % interval", intervalInWords, "number"],
+    ["Recipe", (each) => html`${each.label}${report.published.length < report.candidates.length && report.published.includes(each.recipe_index) ? html` <span class="label">published</span>` : ""}`, "name"],
+    ["Perplexity", (each) => number(each.perplexity, 4), "number"],
+    ["Against original (95 %)", intervalInWords, "number"],
     ["KL per token", (each) => number(each.kl, 3), "number"],
     ["KL of 99 %", (each) => number(each.kl_p99, 3), "number"],
     ["Same top token", (each) => share(each.top1_agreement), "number"],
-    ["Size", (each) => bytes(size(each)), "number"],
+    ["Weights", (each) => bytes(size(each)), "number"],
     ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
-    ["Own time", (each) => duration(sum(Object.values(each.seconds))), "number"],
-    ...(report.candidates.some(roundingOf) ? [["Against plain rounding", (each) => {
-      const rounded = roundingOf(each);
-      return rounded && each.perplexity ? change(each.perplexity / rounded.perplexity) : "–";
-    }, "number"]] : []),
+    ["Time", (each) => duration(sum(Object.values(each.seconds))), "number"],
+    ...(report.candidates.some((each) => each.cache) ? [["Scales of the cache", cacheInWords]] : []),
   ];
-  return html`<${Table} caption=${report.evaluation
-      ? `Candidates; the original has perplexity ${number(report.original.perplexity, 5)} and ${bytes(report.original.bytes)}`
-      : `Candidates, which were not evaluated; the original has ${bytes(report.original.bytes)}`}
+  return html`<${Table} caption=${`Candidates; the original has perplexity ${number(report.original.perplexity, 4)} and ${bytes(report.original.bytes)} of weights`}
+    columns=${columns} rows=${report.candidates} keyOf=${(each) => each.recipe_index} />
+    <p class="aside"><small>Perplexity and KL were measured on ${textInWords(report.evaluation)}.${" "}
+      ${report.candidates.some(isNoise) && "“Within the noise” means that this text can't tell the perplexity from the original's: compare the KL. "}
+      Weights alone: an artifact's size includes tokenizer and configuration.</small></p>`;
+}
+
+const rounded = (candidate) => candidate.linears.filter((linear) => typeof linear.weight_error === "number");
+
+/** Of the errors of a candidate's linears, each relative to its weights. */
+function errorsInWords(candidate) {
+  const errors = rounded(candidate).map((linear) => linear.weight_error);
+  return errors.length ? `${share(Math.min(...errors))} to ${share(Math.max(...errors))}` : "–";
+}
+
+/** Candidates of a job without an evaluation: their sizes, and how far rounding moved the weights. */
+function Unjudged({ report }) {
+  const columns = [
+    ["Recipe", (each) => each.label],
+    ["Weights", (each) => bytes(size(each)), "number"],
+    ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
+    ["Error of a linear's weights", errorsInWords, "number"],
+  ];
+  return html`<${Table} caption=${`Candidates, which were not evaluated; the original has ${bytes(report.original.bytes)}`}
     columns=${columns} rows=${report.candidates} keyOf=${(each) => each.recipe_index} />`;
+}
+
+/** The linears of a candidate without an evaluation whose weights rounding moved the most. */
+function WeightErrors({ candidate }) {
+  const worst = rounded(candidate).sort((a, b) => b.weight_error - a.weight_error).slice(0, 12);
+  if (worst.length === 0) return null;
+  return html`<${Table} caption="The linears that rounding moved the most" rows=${worst} keyOf=${(each) => each.linear} columns=${[
+    ["Linear", (each) => html`<code>${each.linear}</code>`],
+    ["Bits", (each) => each.bits, "number"],
+    ["Error of its weights", (each) => share(each.weight_error), "number"],
+  ]} />`;
 }
 
 const scored = (value, error) => (typeof error === "number" ? `${number(value, 4)} ± ${number(error, 2)}` : number(value, 4));
@@ -76,14 +108,17 @@ function Tries({ report }) {
     ["Bits per weight", (each) => number(each.bits_per_weight, 3), "number"],
     ["Target", (each) => `${each.meets_target ? "✓" : "✕"} ${each.verdict || (each.meets_target ? "met" : "missed")}`],
   ];
-  return html`<${Table} caption="Tries for the target" columns=${columns} rows=${report.tries} />`;
+  return html`<${Table} caption="Search for the target" columns=${columns} rows=${report.tries} />`;
 }
 
-function QualityPlot({ candidates, nameOf, original }) {
-  const sizes = [...new Set(candidates.map(size))].sort((a, b) => a - b);
-  const rows = candidates.map((each) => sizes.map((bytes) => (bytes === size(each) ? each.perplexity : null)));
-  return html`<${Chart} title="Perplexity of candidates against size" kind="points" x="MB" y="perplexity"
-    levels=${[{ value: original.perplexity, name: "original" }]} names=${candidates.map(nameOf)} data=${[sizes.map((bytes) => bytes / 1e6), ...rows]} />`;
+/** All candidates beside the original. */
+function Quality({ report, nameOf }) {
+  const { original, candidates } = report;
+  const models = [
+    { name: "original", size: original.bytes, value: original.perplexity, said: number(original.perplexity, 4) },
+    ...candidates.map((each) => plotted(each, nameOf(each), original.perplexity)),
+  ];
+  return html`<${QualityPlot} title="Perplexity against size; lines are 95 % intervals of the difference" y="perplexity" models=${models} />`;
 }
 
 /** Per layer: the sum over its linears of `pick`. */
@@ -98,9 +133,10 @@ function LayerPlots({ candidate }) {
     const chosen = layer.linears.filter((linear) => linear.ratio !== null);
     return chosen.length ? sum(chosen.map((linear) => linear.ratio)) / chosen.length : null;
   });
+  const isPlain = candidate.recipe.method === "rtn"; // both lines would be one
   return html`<div class="charts">
-    <${Chart} title="Error per layer, of plain rounding and as quantized" log whole x="layer" y="relative output error"
-      names=${["rounding", "as quantized"]} data=${[layers, relative("loss_rounding"), relative("loss")]} />
+    <${Chart} title=${isPlain ? "Error per layer" : "Error per layer, of plain rounding and as quantized"} log whole x="layer" y="relative output error"
+      names=${isPlain ? ["as quantized"] : ["plain rounding", "as quantized"]} data=${[layers, ...(isPlain ? [] : [relative("loss_rounding")]), relative("loss")]} />
     ${ratios.some((ratio) => ratio !== null) && html`<${Chart} title="Chosen ratio per layer, mean over its groups" whole x="layer" y="ratio"
       names=${["ratio"]} data=${[layers, ratios]} />`}
   </div>`;
@@ -114,7 +150,7 @@ function Sensitivity({ candidate }) {
     ["Linear", (each) => html`<code>${each.name}</code>`],
     ["Bits", (each) => each.bits, "number"],
     ["Relative output error", (each) => number(each.error, 3), "number"],
-    ["Beside the worst", (each) => html`<meter class="share" max=${worst[0].error} value=${each.error} aria-label=${`Error of ${each.name} beside the worst`}></meter>`],
+    ["Relative to the worst", (each) => html`<meter class="share" max=${worst[0].error} value=${each.error} aria-label=${`Error of ${each.name} relative to the worst`}></meter>`],
     ["Gain of clipping", (each) => (each.gain === null ? "–" : `${(100 * each.gain).toFixed(1)} %`), "number"],
   ]} />`;
 }
@@ -148,7 +184,7 @@ function Cost({ report }) {
   const rows = Object.entries(report.stages);
   return html`<${Table} caption="Time per stage" rows=${rows} keyOf=${([stage]) => stage} columns=${[
       ["Stage", ([stage]) => stage],
-      ["Seconds", ([, spent]) => duration(spent), "number"],
+      ["Time", ([, spent]) => duration(spent), "number"],
       ["Predicted", ([stage]) => duration(predicted[stage]), "number"],
     ]} />
     <${Facts} rows=${[
@@ -157,6 +193,19 @@ function Cost({ report }) {
       ["Resumed at layer", report.resumed_at_layer || null],
       ["Device", report.environment.device],
     ]} />`;
+}
+
+function Notes({ notes }) {
+  if (notes.length === 0) return null;
+  return html`<div><h3>Notes</h3><ul>${notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul></div>`;
+}
+
+/** What was decided in the layers of one candidate. */
+function Details({ candidate, histograms }) {
+  return html`${candidate.layers.length
+      ? html`<${LayerPlots} candidate=${candidate} /><${HeatMap} layers=${candidate.layers} /><${Sensitivity} candidate=${candidate} />`
+      : html`<${WeightErrors} candidate=${candidate} />`}
+    ${histograms.length > 0 && html`<${Histogram} histograms=${histograms} candidate=${candidate} />`}`;
 }
 
 function ReportBody({ report }) {
@@ -169,17 +218,16 @@ function ReportBody({ report }) {
   };
   return html`<section class="stack" aria-labelledby="report">
     <h2 id="report">Report</h2>
+    ${report.evaluation !== null && html`<${Quality} report=${report} nameOf=${nameOf} />`}
     <${Candidates} report=${report} />
     <${Tasks} report=${report} />
     <${Tries} report=${report} />
-    ${report.candidates.length > 1 && html`<${QualityPlot} candidates=${report.candidates} nameOf=${nameOf} original=${report.original} />
-      <label>Details of <select value=${index} onChange=${(event) => setIndex(Number(event.target.value))}>
+    ${report.candidates.length > 1 && html`<label>Details of <select value=${index} onChange=${(event) => setIndex(Number(event.target.value))}>
         ${report.candidates.map((each) => html`<option key=${each.recipe_index} value=${each.recipe_index}>${nameOf(each)}</option>`)}
       </select></label>`}
-    ${candidate && html`<${LayerPlots} candidate=${candidate} /><${Sensitivity} candidate=${candidate} />`}
-    ${report.histograms.length > 0 && html`<${Histogram} histograms=${report.histograms} candidate=${candidate} />`}
+    ${candidate && html`<${Details} candidate=${candidate} histograms=${report.histograms} />`}
     <${Cost} report=${report} />
-    ${report.notes.length > 0 && html`<div><h3>Notes</h3><ul>${report.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul></div>`}
+    <${Notes} notes=${report.notes} />
   </section>`;
 }
 
@@ -188,24 +236,28 @@ function Unfinished({ report }) {
   const predicted = report.prediction?.seconds || {};
   const layers = report.finished_layers === null ? null : `${report.finished_layers} of ${report.layers} finished`;
   return html`<section class="stack" aria-labelledby="report">
-    <h2 id="report">What it did until then</h2>
+    <h2 id="report">What was done until then</h2>
     <${Facts} rows=${[
-      ["Ended in", report.stage || (report.attempts ? "no stage" : "the queue: no worker had begun with it")],
+      ["Ended in", report.stage || (report.attempts ? "no stage" : "the queue: no worker had started it")],
       ["Layers", layers],
       ["Attempts", report.attempts || null],
       ["Waited", duration(report.waited_s)],
     ]} />
     <${Table} caption="Time per stage" rows=${Object.entries(report.stages)} keyOf=${([stage]) => stage} columns=${[
       ["Stage", ([stage]) => stage],
-      ["Seconds", ([, spent]) => duration(spent), "number"],
-      ["Predicted for the whole", ([stage]) => duration(predicted[stage]), "number"],
+      ["Time", ([, spent]) => duration(spent), "number"],
+      ["Predicted for the whole job", ([stage]) => duration(predicted[stage]), "number"],
     ]} />
-    ${report.notes.length > 0 && html`<div><h3>Notes</h3><ul>${report.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul></div>`}
+    <${Notes} notes=${report.notes} />
     ${report.output && html`<div><h3>Last output</h3><pre>${report.output}</pre></div>`}
   </section>`;
 }
 
-export function ReportSection({ path }) {
+/** The report at `path`, null while there is none; `children`, facts on the job, stand below what was won. */
+export function ReportSection({ path, artifacts, children }) {
   const polled = usePolled(path, () => null);
-  return html`<${Loaded} polled=${polled}>${(report) => (report.complete === false ? html`<${Unfinished} report=${report} />` : html`<${ReportBody} report=${report} />`)}<//>`;
+  if (path === null) return children;
+  return html`${polled.value?.complete && html`<${Hero} report=${polled.value} artifacts=${artifacts} />`}
+    ${children}
+    <${Loaded} polled=${polled}>${(report) => (report.complete === false ? html`<${Unfinished} report=${report} />` : html`<${ReportBody} report=${report} />`)}<//>`;
 }

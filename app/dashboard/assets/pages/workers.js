@@ -14,11 +14,11 @@ function runs(worker) {
 const COLUMNS = [
   ["Worker", (worker) => worker.name],
   ["State", (worker) => html`<${State} state=${worker.state} />`],
-  ["Takes", (worker) => (worker.queue === "serve" ? "deployments" : "jobs")],
+  ["Runs", (worker) => (worker.queue === "serve" ? "deployments" : "jobs")],
   ["Device", (worker) => html`${worker.device} <small>${worker.device_name}</small>`],
   ["Rates", (worker) => worker.rates || "–"],
   ["Memory in use", (worker) => (worker.memory_total ? `${bytes(worker.memory_bytes)} of ${bytes(worker.memory_total)}` : "–")],
-  ["Runs", runs],
+  ["Current work", runs],
   ["Host", (worker) => worker.host],
   ["Heartbeat", (worker) => age(worker.heartbeat_at)],
   ["Started", (worker) => age(worker.started_at)],
@@ -29,6 +29,6 @@ export function WorkersPage() {
   return html`<${Title}>Workers<//>
     <${Loaded} polled=${polled}>${(page) =>
       page.data.length === 0
-        ? html`<${Empty} title="No live workers">Jobs wait until one is started: <code>nibble worker --device auto</code>.<//>`
-        : html`<${Table} caption="Live workers" columns=${COLUMNS} rows=${page.data} keyOf=${(worker) => worker.name} />`}<//>`;
+        ? html`<${Empty} title="No workers">Jobs wait until you start one: <code>nibble worker --device auto</code>.<//>`
+        : html`<${Table} caption="Workers" columns=${COLUMNS} rows=${page.data} keyOf=${(worker) => worker.name} />`}<//>`;
 }

@@ -1,0 +1,109 @@
+"""Commands for operators: limits of tenants, and the record of changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from app.commands.job_options import without_none
+from app.commands.show import age_text, print_answer, print_page
+from app.commands.terminal import After, ApiKey, AsJson, Url, connect, human_bytes, table
+from app.core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+
+    from app.client.views import AuditAnswer, LimitsAnswer
+
+# A limit, the figure of use beside it, and what both are called.
+FIGURES = (
+    ("active_jobs", "active_jobs", "jobs that wait or run"),
+    ("running_jobs", "running_jobs", "jobs that run"),
+    ("storage_bytes", "storage_bytes", "storage"),
+    ("requests_per_minute", "", "requests per minute"),
+)
+Count = Annotated[int | None, typer.Option(min=0, help="The most; 0: no limit.", show_default=False)]
+
+
+def limits(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="A tenant; yours, if you are no operator.")],
+    *,
+    active_jobs: Count = None,
+    running_jobs: Count = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Such as 500GB; 0: no limit.", show_default=False)
+    ] = None,
+    requests_per_minute: Count = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Show a tenant's limits and what it uses; with options, set those limits (operators)."""
+    changes = without_none(
+        {
+            "active_jobs": active_jobs,
+            "running_jobs": running_jobs,
+            "storage_bytes": None if storage is None else byte_count(storage),
+            "requests_per_minute": requests_per_minute,
+        }
+    )
+    with connect(url, api_key) as client:
+        answer = client.tenant_limits(tenant)
+        if changes:
+            answer = client.set_tenant_limits(tenant, {**answer.limits, **changes})
+    print_answer(answer, show_limits, as_json=as_json)
+
+
+def byte_count(written: str) -> int:
+    """The bytes of `500GB`. Raises InvalidRequest."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(written))
+    except ValidationError as fault:
+        raise InvalidRequest(
+            f"{written} is no size", code="size_invalid", remedy="write it as 500GB or 2TB", param="storage"
+        ) from fault
+
+
+def show_limits(console: Console, answer: LimitsAnswer) -> None:
+    grid = table(f"!{answer.tenant}", ">used", ">limit")
+    for limit, usage, name in FIGURES:
+        most = answer.limits.get(limit) or None  # 0 is none
+        grid.add_row(name, amount(usage, answer.usage.get(usage)), amount(limit, most) or "none")
+    console.print(grid)
+
+
+def amount(name: str, count: int | None) -> str:
+    if count is None:
+        return ""
+    return human_bytes(count) if name.endswith("bytes") else str(count)
+
+
+def audit(
+    *,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Entries to list, newest first.")] = 20,
+    after: After = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """List changes and logins: when, with which key, what, and how it was answered; newest first."""
+    with connect(url, api_key) as client:
+        page = client.audit(limit=limit, after=after)
+    print_page(page, show_audit, as_json=as_json, command="nibble audit")
+
+
+def show_audit(console: Console, entries: Iterable[AuditAnswer]) -> None:
+    grid = table("!age", ">status", "!change", "!what", "?!key", "?detail")
+    for entry in entries:
+        moment = age_text(entry.at) if entry.at is not None else ""
+        grid.add_row(
+            moment, str(entry.status), entry.method, escape(entry.path.removeprefix("/v1/")), entry.key_id,
+            escape(entry.detail),
+        )  # fmt: skip
+    console.print(grid)

@@ -1,0 +1,60 @@
+"""Why a deployment is in its state, in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from app.core.deployments.deployment import Goal, LiveDeployment, Replica
+from app.core.deployments.placement import free_slots, placement, ready_count
+
+
+def reason(live: LiveDeployment, engines: Sequence[Sequence[str]]) -> str:
+    """The reason of its state; empty if all is well. `engines` are those of each worker that serves."""
+    deployment, spec = live.deployment, live.spec
+    if deployment.goal is Goal.REMOVE:
+        return "deleted; running requests are finished"
+    if deployment.goal is Goal.PAUSE:
+        return "paused by its owner; `nibble deployments resume` starts it again"
+    if deployment.error is not None:
+        return deployment.error.message
+    if deployment.goal is Goal.REST:
+        return f"no request for {spec.idle_timeout_s} s; the next one starts it again"
+    return "; ".join([*unready(live, engines), *replacing(live)])
+
+
+def unready(live: LiveDeployment, engines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """What its servers wait for."""
+    for replica in live.replicas:
+        if not replica.is_ready:
+            yield f"replica {replica.slot}: {said(replica)}"
+    absent = len(free_slots(live))
+    if absent:
+        count = len(placement(live))
+        yield f"{absent} of {count} replicas wait: {waits_for(live.spec.engine, engines)}"
+        if live.deployment.setback:
+            yield f"the last one that was tried failed: {live.deployment.setback}"
+
+
+def replacing(live: LiveDeployment) -> Iterator[str]:
+    """How far its replacement is."""
+    replacement = live.deployment.replacement
+    if replacement is None:
+        return
+    names = f"the replacement by {replacement.served.artifact} (generation {replacement.generation})"
+    if replacement.error is not None:
+        yield f"{names} failed: {replacement.error.message}; what served before goes on"
+    else:
+        ready = ready_count(live, replacement.generation)
+        yield f"{names} is under way: {ready} of {live.spec.replicas} servers ready"
+
+
+def said(replica: Replica) -> str:
+    return f"{replica.state}, {replica.note}" if replica.note else str(replica.state)
+
+
+def waits_for(engine: str, engines: Sequence[Sequence[str]]) -> str:
+    if not engines:
+        return "no worker takes the queue `serve`"
+    if engine != "auto" and not any(engine in offered for offered in engines):
+        return f"no worker has {engine} installed"
+    return "for a worker with a free slot"
