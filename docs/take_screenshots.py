@@ -95,6 +95,7 @@ def prepare(api: Api) -> dict[str, str]:
         "job": f"/jobs/{jobs[0]['id']}",
         "job-target": f"/jobs/{jobs[1]['id']}",
         "job-failed": f"/jobs/{jobs[2]['id']}",
+        "compare": f"/compare?jobs={jobs[0]['id']},{jobs[1]['id']}",
         "artifacts": "/artifacts",
         "artifact": f"/artifacts/{artifacts[2]}",
         "chat": "/deployments/wikitext-w4/chat",
@@ -117,7 +118,7 @@ def run_live(api: Api) -> list[str]:
 
 def chat(page: Page) -> None:
     page.get_by_text("Parameters").click()
-    page.get_by_label("Longest answer (tokens)").fill("48")
+    page.get_by_label("Max tokens").fill("48")
     page.get_by_label("Temperature").fill("0.5")
     for question in ("My lord, I pray you, tell me what the king", "And what says the queen?"):
         page.get_by_label("Message").fill(question)
@@ -162,7 +163,7 @@ def take(
             page.wait_for_timeout(600)
             if name in ACTIONS:
                 ACTIONS[name](page)
-            whole = name.startswith("job") or name == "artifact"
+            whole = name.startswith("job") or name in ("artifact", "compare")
             picture = page.screenshot(full_page=whole and look != "phone")
             # 256 colours are plenty for these pages, at a third of the bytes.
             colours = Image.open(BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)

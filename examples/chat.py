@@ -13,7 +13,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -30,8 +29,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from app.client import JobAnswer, NibbleClient
-from app.commands.chat import Conversation, answer, converse
-from app.commands.deployments import await_ready
+from app.commands.chat import Conversation, Pace, answer, converse
+from app.commands.deployments import await_change, is_ready
+from app.commands.gains import show_outcome
 from app.commands.jobs import watch_job
 
 PORT = 8420  # where `nibble up` listens; another one if it is taken
@@ -58,12 +58,7 @@ def quantized(client: NibbleClient, console: Console, model: DemoModel, num_samp
     job = watch_job(client, job.id, console)
     if job.state != "succeeded":
         raise DemoFailed(f"the job is {job.state}: {job.error.message if job.error else ''}")
-    report = client.report(job.id)
-    (candidate,) = report["candidates"]
-    console.print(
-        f"quantized to {candidate['bits_per_weight']:.2f} bits per weight ({candidate['label']}): "
-        f"perplexity {candidate['perplexity']:.2f}, {candidate['perplexity_ratio']:.4f} times the original's"
-    )
+    show_outcome(console, client.report(job.id))
     return job
 
 
@@ -85,24 +80,27 @@ def original_folder(client: NibbleClient, job: JobAnswer, model: DemoModel, fold
     return original
 
 
-def with_original(original: NibbleClient, console: Console) -> Callable[[Conversation], None]:
+class Beside:
     """Prints what the original answers to the same conversation; its answer is not added."""
 
-    def speak(talk: Conversation) -> None:
-        console.print(f"[bold yellow]{ORIGINAL}[/] ", end="")
-        other = deepcopy(talk)
-        other.model = ORIGINAL
-        answer(original, other, console)
+    def __init__(self, original: NibbleClient, console: Console) -> None:
+        self.original, self.console = original, console
+        self.pace = Pace()
 
-    return speak
+    def __call__(self, talk: Conversation) -> None:
+        self.console.print(f"[bold yellow]{ORIGINAL}[/] ", end="")
+        other = deepcopy(talk)
+        other.model, other.pace = ORIGINAL, Pace()
+        answer(self.original, other, self.console)
+        self.pace += other.pace
 
 
 def talk_to(
     client: NibbleClient, original: NibbleClient, console: Console, model: DemoModel, prompt: str
-) -> None:
-    """A conversation on a terminal; else one answer of each."""
+) -> tuple[Pace, Pace]:
+    """A conversation on a terminal; else one answer of each. Returns the original's pace and the other's."""
     conversation = Conversation(model=model.name, parameters=dict(model.parameters))
-    beside = with_original(original, console)
+    beside = Beside(original, console)
     if prompt or not sys.stdin.isatty():
         question = prompt or model.opening
         conversation.say(question)
@@ -110,10 +108,21 @@ def talk_to(
         beside(conversation)
         console.print(f"[bold green]{model.name}[/] ", end="")
         answer(client, conversation, console)
-        return
+        return beside.pace, conversation.pace
     console.print(f"[dim]{model.advice} Each question is answered twice: by the original, then quantized.[/]")
     console.print("[dim]/help lists the commands; Ctrl-D ends the conversation and the service.[/]")
     converse(client, conversation, console, beside=beside)
+    return beside.pace, conversation.pace
+
+
+def compare(client: NibbleClient, console: Console, job: JobAnswer, paces: tuple[Pace, Pace]) -> None:
+    """What was won, with the tokens per second of this conversation."""
+    report = client.report(job.id)
+    before, after = (pace.tokens_per_s for pace in paces)
+    report["original"]["tokens_per_s"] = before
+    report["candidates"][0]["tokens_per_s"] = after
+    console.print()
+    show_outcome(console, report)
 
 
 def run(console: Console, prompt: str, choice: str, num_samples: int | None) -> None:
@@ -126,11 +135,13 @@ def run(console: Console, prompt: str, choice: str, num_samples: int | None) -> 
             job = quantized(client, console, model, num_samples)
             served = original_folder(client, job, model, folder)
             with serving_original(served, folder / "original.log") as original:
-                await_ready(client, client.deployment_named(model.name), console, quiet=True)
+                deployment = client.deployment_named(model.name)
+                await_change(client, deployment, console, quiet=True, until=is_ready)
                 link = client.login_link().path
                 console.print(f"served after {time.monotonic() - started:.0f} s")
                 console.print(f"dashboard (the link logs a browser in, once): [bold]{client.url}{link}[/]\n")
-                talk_to(client, original, console, model, prompt)
+                paces = talk_to(client, original, console, model, prompt)
+                compare(client, console, job, paces)
     console.print("the service is stopped and its folder removed")
 
 
