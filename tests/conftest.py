@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from app.core.redis.redis_programs import embedded_binary
-from app.core.redis.redis_server import connect, wait_for_redis
+from app.core.redis.redis_server import connect
+from tests.servers import valkey
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
@@ -75,18 +74,8 @@ def example_model(repository: Path) -> Path:
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Valkey process that this test process started."""
-    binary = embedded_binary()
-    assert binary is not None, "install the extra [embedded]"
-    folder = tmp_path_factory.mktemp("valkey")
-    path = folder / "s"
-    command = [binary, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        url = f"unix://{path}"
-        client = connect(url)
-        wait_for_redis(client)
-        client.close()
+    with valkey(tmp_path_factory.mktemp("valkey")) as url:
         yield url
-        process.terminate()
 
 
 @pytest.fixture

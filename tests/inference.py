@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -24,8 +26,13 @@ from workers.serving.batch import Batch
 from workers.serving.engine import Engine, EngineLimits
 from workers.serving.loading import LoadRequest, load_model
 from workers.serving.requests import Generation, Sampling, StopRules, TextDelta
+from workers.serving.routes import create_app
 from workers.serving.served_model import ServedModel
 from workers.serving.server_metrics import ServerMetrics
+from workers.serving.slot_batch import SlotBatch
+from workers.serving.slot_cache import SlotLimits
+from workers.serving.step_attention import use_step_attention
+from workers.serving.steps import StepRunner
 from workers.serving.tokenization import Tokenization
 
 LIMITS = {
@@ -37,17 +44,34 @@ class Served:
     """A loaded artifact behind a running engine."""
 
     def __init__(
-        self, folder: Path, *, dtype: torch.dtype | None = None, native: bool = True, **limits: int
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        native: bool = True,
+        slots: StepRunner | None = None,
+        device: str = "cpu",
+        **limits: int,
     ) -> None:
-        self.loaded = load_model(LoadRequest(folder, torch.device("cpu"), dtype))
+        """`slots`: the batch of GPUs, whose steps this runs; the narrowest has 32 columns."""
+        self.loaded = load_model(LoadRequest(folder, torch.device(device), dtype))
         self.limits = EngineLimits(**{**LIMITS, **limits})
         self.tokenization = Tokenization(folder, self.loaded.model.config.get_text_config().vocab_size)
         self.metrics = ServerMetrics("tiny")
-        decoder = native_decoder(self.loaded.model, self.limits.max_model_len) if native else None
+        model = self.loaded.model
+        decoder = native_decoder(model, self.limits.max_model_len) if native and slots is None else None
         self.native = isinstance(decoder, NativeDecoder)
-        batch = Batch(
-            self.loaded.model, self.limits.max_cells, decoder if isinstance(decoder, NativeDecoder) else None
-        )
+        if slots is None:
+            batch = Batch(
+                model, self.limits.max_cells, decoder if isinstance(decoder, NativeDecoder) else None
+            )
+        else:
+            bounds = self.limits
+            memory = SlotLimits(
+                bounds.max_sequences, bounds.max_cells, bounds.max_model_len, first_columns=32
+            )
+            use_step_attention(model, "grouped")
+            batch = SlotBatch(model, memory, slots)
         self.engine = Engine(
             batch, self.tokenization, self.limits, self.metrics, self.tokenization.end_tokens
         )
@@ -87,6 +111,17 @@ class Served:
         )
         assert value is not None
         return value
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        """What the server's routes answer."""
+
+        async def run() -> httpx.Response:
+            self.served.bind(asyncio.get_running_loop())
+            transport = httpx.ASGITransport(create_app(self.served))
+            async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+                return await client.post(path, json=body)
+
+        return asyncio.run(run())
 
 
 def greedy(prompt: list[int], max_tokens: int, **stopping: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ MANIFESTS = sorted(
     if path.name not in ("kustomization.yaml", "autoscaling.yaml")
 )
 TOOLS = Path(sys.executable).parent
+COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -54,13 +55,56 @@ def test_compose_follows_its_specification() -> None:
     assert found.returncode == 0, found.stdout
 
 
+def test_compose_lint_has_only_to_say_what_is_decided() -> None:
+    """docs/decisions.md says why."""
+    result = run(
+        TOOLS / "compose-lint", "check", "--format", "json", "--fail-on", "low", "docker-compose.yml"
+    )
+    findings = json.loads(result.stdout)["findings"]
+    images = {("CL-0019", name) for name, service in COMPOSE["services"].items() if "image" in service}
+    workers = {("CL-0026", name) for name in ("worker", "server", "worker-gpu", "server-gpu")}
+    assert {(each["rule_id"], each["service"]) for each in findings} == images | workers
+
+
 def test_compose_gives_secrets_as_files_only() -> None:
-    compose = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
-    for service in compose["services"].values():
+    for service in COMPOSE["services"].values():
         assert not [name for name in service.get("environment", {}) if "KEY" in name or "PASSWORD" in name]
     used = {each if isinstance(each, str) else each["source"]
-            for service in compose["services"].values() for each in service.get("secrets", [])}  # fmt: skip
-    assert used == set(compose["secrets"])
+            for service in COMPOSE["services"].values() for each in service.get("secrets", [])}  # fmt: skip
+    assert used == set(COMPOSE["secrets"])
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_containers_are_confined(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert not service.get("privileged")
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert "/tmp" in service["tmpfs"]
+    assert service["mem_limit"]
+    assert "cpus" in service
+    assert service["pids_limit"] > 0
+    published = [str(port) for port in service.get("ports", [])]
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_containers_of_pods_are_confined(path: Path) -> None:
+    for document in yaml.safe_load_all(path.read_text()):
+        pod = document.get("spec", {}).get("template", {}).get("spec")
+        if pod is None:
+            continue
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["limits"]["memory"]
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
@@ -101,13 +145,29 @@ def test_every_manifest_is_in_the_kustomization() -> None:
     assert set(listed) == {path.name for path in MANIFESTS} | {"autoscaling.yaml"}
 
 
-def test_the_autoscaler_reads_the_queues_that_exist() -> None:
-    from app.core.jobs.job_queue import QUEUE_NAMES
+def test_the_autoscaler_reads_what_waits_and_may_read_it() -> None:
+    from app.core.changes.redis_keys import state_key
+    from app.core.records.job import JobState
 
     documents = yaml.safe_load_all((DOCKER / "kubernetes" / "autoscaling.yaml").read_text())
     scaled = next(each for each in documents if each["kind"] == "ScaledObject")
-    lists = {trigger["metadata"]["listName"] for trigger in scaled["spec"]["triggers"]}
-    assert lists == {f"rq:queue:{name}" for name in QUEUE_NAMES}
+    (name,) = {trigger["metadata"]["listName"] for trigger in scaled["spec"]["triggers"]}
+    assert name == state_key(JobState.QUEUED)
+    user = (DOCKER / "kubernetes" / "README.md").read_text().partition("user nibble-scaler")[2]
+    assert f'~{name}"' in user
+    assert "+eval +type +llen +scard" in user
+
+
+def test_servers_follow_a_metric_that_there_is() -> None:
+    from app.api.metrics import LOAD_METRICS
+
+    documents = yaml.safe_load_all((DOCKER / "kubernetes" / "autoscaling.yaml").read_text())
+    scaled = next(each for each in documents if each["metadata"]["name"] == "nibble-server")
+    server = yaml.safe_load((DOCKER / "kubernetes" / "server.yaml").read_text())
+    assert scaled["spec"]["scaleTargetRef"]["name"] == server["metadata"]["name"]
+    (trigger,) = scaled["spec"]["triggers"]
+    (name,) = re.findall(r"nibble_deployment_(\w+)", trigger["metadata"]["query"])
+    assert name in LOAD_METRICS
 
 
 def test_the_entry_point_turns_files_into_settings(tmp_path: Path) -> None:

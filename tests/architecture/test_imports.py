@@ -21,8 +21,11 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 BUILD_CLI = """
 import json, sys
+import typer
 from app.cli import build
-build()
+root = typer.main.get_command(build())
+for name in root.commands:
+    root.commands[name]  # imported when it is asked for
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 # What tensors-in, tensors-out code may know of the service: contracts and local files, no stores.
@@ -32,10 +35,11 @@ ENGINE_MAY_IMPORT = frozenset(
         "child.assignment", "errors", "formats.awq", "formats.compressed_tensors",
         "formats.file_format", "formats.gguf", "formats.registry", "formats.schemes",
         "jobs.report",
-        "planning.architectures", "planning.family", "planning.fused_experts", "planning.plan",
+        "planning.architectures", "planning.cached_attention", "planning.family", "planning.fused_experts",
+        "planning.plan",
         "records.artifact", "records.job", "records.specs",
-        "sources.file_choice", "sources.gguf_header", "sources.json_file", "sources.local_model",
-        "sources.model_headers", "sources.safetensors_header", "sources.text_content",
+        "sources.adapter_model", "sources.file_choice", "sources.gguf_header", "sources.json_file",
+        "sources.local_model", "sources.model_headers", "sources.safetensors_header", "sources.text_content",
         "sources.text_shapes", "system_faults",
     )
 )  # fmt: skip
@@ -62,6 +66,19 @@ def test_the_service_loads_nothing_heavy(program: str, tmp_path: Path) -> None:
 
 def test_help_loads_no_web_framework(tmp_path: Path) -> None:
     assert loaded_modules(BUILD_CLI, tmp_path).isdisjoint({"fastapi", "uvicorn", "rq", "redis"})
+
+
+LOADED_FOR_HELP = """
+import contextlib, io, json, sys
+from app.cli import main
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    main(["--help"])
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_help_of_all_loads_no_command(tmp_path: Path) -> None:
+    assert loaded_modules(LOADED_FOR_HELP, tmp_path).isdisjoint({"rich", "pydantic", "httpx", "fastapi"})
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -47,10 +47,23 @@ BUNDLED: dict[str, dict[str, Any]] = {
     "a target met at once": {"recipe": {}, "target": {"max_kl": 0.1}},
     "long text, few samples": {"calibration": {"num_samples": 8, "sequence_length": 1024}},
 }
+SCHEMES = {
+    "rtn": ("fp8", "fp8-block", "w8a8", "nvfp4a16", "mxfp4"),
+    "awq": ("fp8", "w8a8", "w4a8", "nvfp4", "mxfp4a16"),
+    "gptq": ("fp8", "fp8-block", "w8a8", "nvfp4", "mxfp4a16"),
+}
+BUNDLED |= {
+    f"{method} {scheme}": {"recipe": {"method": method, "scheme": scheme}}
+    for method, schemes in SCHEMES.items()
+    for scheme in schemes
+}
 WIDE: dict[str, dict[str, Any]] = {
     "awq w4 g128": {},
     "gptq w4 g128": {"recipe": GPTQ},
     "rtn w4 g128": {"recipe": {"method": "rtn"}},
+    "awq fp8": {"recipe": {"scheme": "fp8"}},
+    "awq nvfp4": {"recipe": {"scheme": "nvfp4"}},
+    "gptq nvfp4": {"recipe": {"method": "gptq", "scheme": "nvfp4"}},
 }
 WIDTHS = {"hidden 1024": ("small", 2), "hidden 2048": ("tinyllama-1.1b", 1)}  # random layers of these shapes
 

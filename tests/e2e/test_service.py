@@ -128,7 +128,7 @@ def test_a_job_from_submission_to_checked_files(
     assert said.returncode == 0, said.stderr + service.log.read_text()[-3000:]
     assert said.stdout.strip()
     assert "wiki" in service.nibble("deployments").stdout
-    deleted = service.nibble("deployments", "delete", "wiki")
+    deleted = service.nibble("deployments", "delete", "wiki", "--yes")
     assert deleted.returncode == 0, deleted.stderr
     wait_until(lambda: not any(runs(each, "workers.serving") for each in service.members()), STOP_LIMIT_S)
 

@@ -75,7 +75,7 @@ class Passage(BaseHTTPRequestHandler):
             content = content[:-1] + bytes([content[-1] ^ 1])
         self.answer(status, headers, content, cut=fault == "truncated" and len(content) > 1)
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on  # names of the base class
+    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do_HEAD = pass_on  # names of the base class
 
     def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(*self.server.target, timeout=60)

@@ -19,6 +19,7 @@ from app.core.sources.fetching import ModelCache
 from app.core.storage.artifact_store import file_key
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
+from app.core.storage.tags import Tags
 from app.core.upkeep.garbage import GarbageCollector
 from tests.faults.history import violations
 from tests.faults.storm import Storm
@@ -89,7 +90,7 @@ def test_nothing_is_lost_in_a_storm(s3_endpoint: str, tmp_path: Path) -> None:
             worker.popen.wait(60)
         objects = world.objects()
         limits = TenantLimits(world.redis, settings)
-        GarbageCollector(world.store, objects, limits, settings).collect()
+        GarbageCollector(world.store, objects, limits, Tags(world.redis), settings).collect()
         check_jobs(world, storm, objects, unbroken_weights(settings))
         assert objects.list("checkpoints") == []
         assert world.redis.scard("nibble:active:default") == 0

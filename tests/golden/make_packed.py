@@ -16,8 +16,10 @@ from torch import Tensor
 
 from app.core.formats.file_format import Scheme
 from app.core.formats.schemes import SCHEMES
+from app.core.planning.cached_attention import CACHE_SCALES
 from app.core.records.specs import Recipe
 from workers.formats import awq_packing, compressed_tensors_packing, gptq_packing
+from workers.modeling.cache_rounding import cache_scale
 from workers.modeling.quantized_weight import QuantizedWeight, zero_point
 
 FROZEN = Path(__file__).with_name("packed.json")
@@ -88,6 +90,10 @@ def packed() -> dict[str, dict[str, dict[str, object]]]:
             cases[f"compressed-tensors {name}"] = compressed_tensors_packing.pack_linear(
                 weight, torch.bfloat16
             )
+    cases["compressed-tensors kv fp8"] = {
+        name: cache_scale("fp8", torch.tensor(largest), torch.bfloat16).to(torch.bfloat16)
+        for name, largest in zip(CACHE_SCALES, (7.75, 0.0), strict=True)
+    }
     return {case: {name: entry(value) for name, value in tensors.items()} for case, tensors in cases.items()}
 
 

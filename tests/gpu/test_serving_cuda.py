@@ -65,7 +65,7 @@ def test_it_starts_and_reports_its_memory(server: InferenceProcess) -> None:
     assert (loading["kind"], loading["device"], ready["kind"]) == ("loading", DEVICE, "ready")
     assert 0 < ready["packed_bytes"] <= ready["peak_bytes"]
     assert sum(ready["kernels"].values()) == 42  # linears: seven in each of six layers
-    backend = "cuda" if torch.cuda.get_device_capability(0)[0] in (8, 9) else "triton"
+    backend = "cuda" if torch.cuda.get_device_capability(0)[0] in (8, 9, 10, 12) else "triton"
     assert all(f": {backend}" in kernel for kernel in ready["kernels"])
 
 

@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import httpx
 import pytest
 
@@ -16,6 +18,7 @@ from app.core.records.specs import Recipe
 from app.core.settings import Settings
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 from tests.integration.inference_process import InferenceProcess, inference_server
+from tests.servers import seaweedfs
 from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
 
 
@@ -37,14 +40,46 @@ def s3_server() -> Iterator[str]:
 def s3_endpoint(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """An S3 server without buckets, and the AWS_* variables that lead there."""
     httpx.post(f"{s3_server}/moto-api/reset", timeout=30).raise_for_status()
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-    }.items():
+    for name, value in s3_variables(s3_server).items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an S3 server that checks signatures, as docker-compose.yml has it."""
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
+        wait_for_http(endpoint)
+        yield endpoint
+
+
+@pytest.fixture
+def seaweedfs_endpoint(seaweedfs_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same as `s3_endpoint`."""
+    s3 = s3_client(seaweedfs_server)
+    for bucket in s3.list_buckets()["Buckets"]:
+        for entry in s3.list_objects_v2(Bucket=bucket["Name"]).get("Contents", []):
+            s3.delete_object(Bucket=bucket["Name"], Key=entry["Key"])
+        s3.delete_bucket(Bucket=bucket["Name"])
+    for name, value in s3_variables(seaweedfs_server).items():
+        monkeypatch.setenv(name, value)
+    return seaweedfs_server
+
+
+@pytest.fixture(params=["s3_endpoint", "seaweedfs_endpoint"])
+def any_s3_endpoint(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+def s3_variables(endpoint: str) -> dict[str, str]:
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    return {"AWS_ENDPOINT_URL": endpoint, **keys, "AWS_REGION": "us-east-1"}
+
+
+def s3_client(endpoint: str) -> Any:
+    """A client that is not ours."""
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
 
 def wait_for_http(url: str) -> None:
@@ -95,8 +130,9 @@ def small_artifact(artifacts: dict[str, Path]) -> Path:
     return artifacts["compressed-tensors"]
 
 
-@pytest.fixture(scope="session")
-def inference(small_artifact: Path) -> Iterator[InferenceProcess]:
-    """A running inference server on it."""
-    with inference_server(small_artifact, "--dtype", "float32") as running:
+@pytest.fixture(scope="session", params=["rows", "traced"])
+def inference(small_artifact: Path, request: pytest.FixtureRequest) -> Iterator[InferenceProcess]:
+    """A running inference server on it: steps as on a CPU, and as on a GPU with the stand-in for graphs."""
+    steps = {"rows": (), "traced": ("--steps", "traced", "--kernel-backend", "torch")}[request.param]
+    with inference_server(small_artifact, "--dtype", "float32", *steps) as running:
         yield running

@@ -1,4 +1,4 @@
-"""A small server that speaks the hub's protocol: revisions, file metadata, ranged downloads."""
+"""A small server that speaks the hub's protocol: revisions, file metadata, ranged downloads, commits."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from tests.integration.hub_writing import HubWrites, WrittenHub
 from tests.servers import running
 
-API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<repository>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)")
+API = re.compile(
+    r"/api/(?P<kind>models|datasets)/(?P<repository>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?"
+)
 RESOLVE = re.compile(
     r"/(?:(?P<kind>datasets)/)?(?P<repository>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
 )
 RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(WrittenHub, ThreadingHTTPServer):
     """Repositories by kind and id, then by commit; `branches` name commits."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubRequests)
+        WrittenHub.__init__(self)
+        ThreadingHTTPServer.__init__(self, ("127.0.0.1", 0), HubRequests)
         self.commits: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}
         self.branches: dict[tuple[str, str, str], str] = {}
         self.token: str | None = None
@@ -56,7 +60,7 @@ class HubServer(ThreadingHTTPServer):
         return None if files is None else (commit, files)
 
 
-class HubRequests(BaseHTTPRequestHandler):
+class HubRequests(HubWrites):
     server: HubServer
     protocol_version = "HTTP/1.1"
 
@@ -71,6 +75,8 @@ class HubRequests(BaseHTTPRequestHandler):
             self.answer(*forced)
         elif self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif path == "/api/whoami-v2":
+            self.who()
         elif match := API.fullmatch(path):
             self.answer_api(match)
         elif match := RESOLVE.fullmatch(path):
@@ -79,7 +85,7 @@ class HubRequests(BaseHTTPRequestHandler):
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def answer_api(self, match: re.Match[str]) -> None:
-        found = self.server.find(match["kind"], match["repository"], match["revision"])
+        found = self.server.find(match["kind"], match["repository"], match["revision"] or "main")
         if found is None:
             known = (match["kind"], match["repository"]) in self.server.commits
             code = "RevisionNotFound" if known else "RepoNotFound"
@@ -87,7 +93,8 @@ class HubRequests(BaseHTTPRequestHandler):
             return
         commit, files = found
         siblings = [self.sibling(name, content) for name, content in files.items()]
-        body = {"id": match["repository"], "sha": commit, "siblings": siblings}
+        card = self.server.cards.get(match["repository"], {})
+        body = {"id": match["repository"], "sha": commit, "siblings": siblings, "cardData": card}
         self.answer(200, json.dumps(body).encode(), {})
 
     def sibling(self, name: str, content: bytes) -> dict[str, object]:

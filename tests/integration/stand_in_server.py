@@ -1,7 +1,8 @@
 """An inference server without a model: it speaks the command lines of `workers.serving` and of `vllm serve`.
 
-`stand_in.json` among the artifact's files says how it starts. A request's fields say how it answers:
-`tokens` (how many), `gate` (go on when this file exists), `die_after` (kill itself after so many).
+`stand_in.json` among the artifact's files says how it starts and what its answers begin with. A request's
+fields say how it answers: `tokens` (how many), `gate` (go on when this file exists), `die_after` (kill itself
+after so many).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class StandIn:
     def __init__(self, name: str, behaviour: dict[str, Any]) -> None:
         self.name = name
         self.queue = int(behaviour.get("queue", 1000))
+        self.prefix = str(behaviour.get("prefix", ""))
         self.counts: Counter[str] = Counter()
 
     async def complete(self, request: Request) -> Response:
@@ -54,7 +56,8 @@ class StandIn:
             for index in range(body.get("tokens", 3)):
                 if index == body.get("die_after", -1):
                     os.kill(os.getpid(), signal.SIGKILL)
-                choice = {"index": 0, "delta": {"content": f"t{index} "}, "finish_reason": None}
+                content = f"{'' if index else self.prefix}t{index} "
+                choice = {"index": 0, "delta": {"content": content}, "finish_reason": None}
                 chunk = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": self.name,
                          "choices": [choice]}  # fmt: skip
                 yield f"data: {json.dumps(chunk)}\n\n".encode()
@@ -84,6 +87,11 @@ class StandIn:
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": self.name, "max_model_len": 512}]})
 
+    async def echo(self, request: Request) -> Response:
+        """Of vLLM's many other routes."""
+        headers = {name: request.headers.get(name) for name in ("anthropic-version", "authorization")}
+        return JSONResponse({"path": request.url.path, "body": await request.json(), "headers": headers})
+
     async def health(self, request: Request) -> Response:
         return Response()
 
@@ -94,6 +102,7 @@ class StandIn:
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
             Route("/health", self.health),
+            Route("/{path:path}", self.echo, methods=["POST"]),
         ]
 
 
@@ -136,6 +145,8 @@ def main() -> None:
         sys.stdout.flush()
         subprocess.Popen(["sleep", "600"])  # as vLLM's own engine process
     time.sleep(behaviour.get("load_s", 0))
+    while "load_gate" in behaviour and not Path(behaviour["load_gate"]).exists():
+        time.sleep(0.05)
     bound = socket.socket(proto=socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY for it
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((options.host, options.port))

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.core.access.api_keys import Scope
 from app.core.errors import JobFault
 from app.core.jobs.job_queue import Place
 from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
@@ -35,7 +36,8 @@ def test_a_submitted_job_is_recorded_and_queued(service: Service) -> None:
 def test_a_job_has_the_fields_of_the_contract(service: Service) -> None:
     assert list(service.submit()) == [
         "object", "id", "state", "stage", "progress", "attempt", "created_at", "started_at", "finished_at",
-        "spec", "labels", "error", "artifacts", "retry_of", "reused_from", "links",
+        "spec", "labels", "error", "worker", "artifacts", "figures", "retry_of", "reused_from",
+        "has_hub_token", "links",
     ]  # fmt: skip
 
 
@@ -314,6 +316,51 @@ def test_a_retry_is_a_new_job_with_the_same_spec(service: Service) -> None:
     assert again["id"] != job["id"]
 
 
+def test_a_retry_may_have_more_time_and_compute_anew(service: Service) -> None:
+    job = service.submit(timeout_s=2)
+    service.end(job["id"], JobState.FAILED)
+    body = {"timeout_s": 60, "force": True}
+    again = service.client.post(f"/v1/jobs/{job['id']}/retry", json=body).json()
+    assert again["spec"] == {**job["spec"], **body}
+    refused = service.client.post(f"/v1/jobs/{job['id']}/retry", json={"timeout_s": 0})
+    assert (refused.status_code, refused.json()["param"]) == (422, "timeout_s")
+
+
+def test_jobs_are_searched_by_words(service: Service) -> None:
+    search = service.submit(labels={"team": "search"}, recipe={"bits": 3})["id"]
+    other = service.submit(labels={"team": "platform"}, recipe={"method": "rtn"})["id"]
+
+    def found(q: str) -> list[str]:
+        return [job["id"] for job in service.client.get("/v1/jobs", params={"q": q}).json()["data"]]
+
+    assert found("team=SEARCH") == [search]
+    assert found("wikitext rtn") == [other]
+    assert found(other[-8:].lower()) == [other]
+    assert found("rtn w3") == []
+    assert found("  ") == [other, search]
+
+
+def test_jobs_are_counted_by_state_for_their_tenant(service: Service) -> None:
+    service.end(service.submit()["id"], JobState.FAILED)
+    service.submit()
+    page = service.client.get("/v1/jobs", params={"counts": True, "state": "failed"}).json()
+    assert {state: count for state, count in page["counts"].items() if count} == {"queued": 1, "failed": 1}
+    assert service.client.get("/v1/jobs").json()["counts"] is None
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
+        assert set(client.get("/v1/jobs", params={"counts": True}).json()["counts"].values()) == {0}
+
+
+def test_a_result_that_is_used_again_has_its_figures(service: Service) -> None:
+    first = service.submit()["id"]
+    artifact = service.publish(first, {"a": b"12345"})
+    service.end(first, artifacts=(artifact.id,))
+    answer = service.client.post("/v1/jobs", json={"model": MODEL})
+    job = answer.json()
+    assert (job["reused_from"], job["figures"]["bytes"], job["figures"]["kl"]) == (first, 5, None)
+    brief = service.client.get("/v1/jobs", params={"view": "brief"}).json()["data"][0]
+    assert brief["figures"] == job["figures"]
+
+
 def test_only_a_finished_job_is_deleted(service: Service) -> None:
     job_id = service.submit()["id"]
     assert service.client.delete(f"/v1/jobs/{job_id}").json()["code"] == "job_not_finished"
@@ -361,6 +408,67 @@ def test_an_estimate_names_figures_and_decisions(service: Service) -> None:
     assert estimate["output_bytes"] > estimate["download_bytes"] == 0
     assert {linear["bits"] for linear in estimate["candidates"][0]["linears"]} == {4}
     assert service.client.get("/v1/jobs").json()["data"] == []
+
+
+def test_an_estimate_tells_of_the_device_that_serves(service: Service) -> None:
+    def told(**body: object) -> list[str]:
+        answer = service.client.post("/v1/estimates", json={"model": MODEL, **body}).json()
+        return [note for note in answer["notes"] if "served on" in note]
+
+    def beat(name: str, device_name: str) -> None:
+        now = datetime.now(UTC)
+        record = WorkerRecord(
+            name=name, host="h", pid=1, device="cuda:0", device_name=device_name, queue="serve",
+            started_at=now, heartbeat_at=now,
+        )  # fmt: skip
+        WorkerRegistry(service.redis).beat(record, ttl_s=30)
+
+    assert told() == []
+    (note,) = told(serve_on="b200")
+    assert "served on b200, w4a16: vLLM 0.33.0 reads its weights alone" in note
+    assert "estimated from bytes and rates, not measured" in note
+    beat("one", "NVIDIA H100 80GB HBM3")
+    (note,) = told()
+    assert "served on h100" in note
+    (note,) = told(serve_on="l4")
+    assert "served on l4" in note
+    beat("two", "NVIDIA L4")
+    assert told() == []
+    refused = service.client.post("/v1/estimates", json={"model": MODEL, "serve_on": "abacus"})
+    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "serve_on")
+
+
+def test_a_recommendation_names_a_recipe_that_can_be_submitted(service: Service) -> None:
+    body = {"model": MODEL, "gpu": "h100", "memory": "24GB"}
+    answer = service.client.post("/v1/recommendations", json=body)
+    assert answer.status_code == 200
+    found = answer.json()
+    assert (found["object"], found["device"], found["memory_bytes"]) == ("recommendation", "h100", 24 * 10**9)
+    chosen = found["recommended"]
+    estimate = service.client.post("/v1/estimates", json={"model": MODEL, "recipe": chosen["recipe"]}).json()
+    assert estimate["output_bytes"] == chosen["output_bytes"]
+    assert chosen["cache_tokens"] > 10**6
+    speeds = [speed["verdict"] for speed in chosen["advice"]["speeds"]]
+    assert speeds == ["faster"] * 3
+    assert service.client.get("/v1/jobs").json()["data"] == []
+    for change, code in (({"gpu": "abacus"}, "validation_failed"), ({"model": "file:///nowhere"}, None)):
+        refused = service.client.post("/v1/recommendations", json={**body, **change})
+        assert refused.status_code in (403, 404, 422)
+        assert code in (None, refused.json()["code"])
+    unknown = service.client.post("/v1/recommendations", json={"model": MODEL, "gpu": "cpu"}).json()
+    assert (unknown["code"], unknown["param"]) == ("memory_unknown", "memory")
+
+
+def test_a_target_of_bytes_is_refused_with_the_smallest_size(service: Service) -> None:
+    for route in ("/v1/jobs", "/v1/estimates"):
+        answer = service.client.post(route, json={"model": MODEL, "target": {"max_size": 1000}})
+        problem = answer.json()
+        assert (answer.status_code, problem["code"], problem["param"]) == (
+            422, "target_size_impossible", "target.max_size",
+        )  # fmt: skip
+        assert "the smallest is" in problem["detail"]
+    job = service.client.post("/v1/jobs", json={"model": MODEL, "target": {"max_size": "4MB"}}).json()
+    assert (job["spec"]["recipe"]["bits"], job["spec"]["recipe"]["method"]) == (3, "awq")
 
 
 def test_own_answers_need_a_worker_with_room_for_the_model(service: Service) -> None:

@@ -132,6 +132,29 @@ def test_a_login_link_opens_one_session(service: Service) -> None:
         assert browser.get("/v1/jobs").status_code == 401
 
 
+def test_a_browser_gets_a_page_for_an_old_link(service: Service) -> None:
+    """A page without a session, the dashboard with one; programs get the problem."""
+    with logged_in(service) as browser:
+        browser.headers["Accept"] = "text/html,*/*"
+        answer = browser.get("/login?code=old")
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        browser.cookies.clear()
+        answer = browser.get("/login?code=old")
+        assert (answer.status_code, answer.headers["content-type"]) == (401, "text/html; charset=utf-8")
+        assert "nibble login" in answer.text
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_caller_is_told_who_it_is(service: Service) -> None:
+    with service.client_with(service.key(Scope.JOBS_READ, tenant="other")) as client:
+        caller = client.get("/v1/whoami").json()
+    assert (caller["tenant"], caller["scopes"]) == ("other", ["jobs:read"])
+    admin = service.client.get("/v1/whoami").json()
+    assert (admin["key"], len(admin["scopes"])) == (key_id(ADMIN_KEY), len(Scope))
+    with service.client_with(None) as stranger:
+        assert stranger.get("/v1/whoami").status_code == 401
+
+
 def test_logins_are_in_the_audit_log(service: Service) -> None:
     """A link that is opened again is told once, codes that are nobody's never: neither floods the log."""
     link = service.client.post("/v1/login-links").json()["path"]
@@ -169,6 +192,17 @@ def changes(service: Service) -> list[tuple[str, str]]:
     ]
 
 
+def code_of(answer: httpx.Response) -> str:
+    """The inference routes answer in OpenAI's shape, or in Anthropic's, which has no codes but types."""
+    body = answer.json()
+    fault: dict[str, str] = body.get("error", body)
+    return fault.get("code") or fault["type"]
+
+
+def expected_code(path: str, code: str) -> str:
+    return "permission_error" if path.startswith("/v1/messages") else code
+
+
 def test_a_foreign_page_changes_nothing_with_a_session(service: Service) -> None:
     with logged_in(service) as browser:
         for origin in ("https://evil.example", "null", "http://127.0.0.1:1", None):
@@ -177,14 +211,11 @@ def test_a_foreign_page_changes_nothing_with_a_session(service: Service) -> None
             for method, path in changes(service):
                 if path.startswith("/v1/"):
                     answer = browser.request(method, path, headers=headers)
-                    body = answer.json()
-                    # The inference routes answer in OpenAI's shape.
-                    assert (answer.status_code, body.get("error", body)["code"]) == (403, expected), path
+                    assert (answer.status_code, code_of(answer)) == (403, expected_code(path, expected)), path
 
 
 def test_a_foreign_name_is_refused_by_every_method(service: Service) -> None:
     """A page that let its own name point here (DNS rebinding)."""
     for method, path in [("GET", "/"), ("GET", "/v1/jobs"), *changes(service)]:
         answer = service.client.request(method, path, headers={"Host": "evil.example:8420"})
-        body = answer.json()
-        assert (answer.status_code, body.get("error", body)["code"]) == (403, "host_forbidden"), path
+        assert (answer.status_code, code_of(answer)) == (403, expected_code(path, "host_forbidden")), path

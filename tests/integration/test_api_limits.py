@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from app.core.storage.reuse import JobResult, ReuseIndex
 from app.core.upkeep.janitor import Janitor
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.workshop import Workshop
+from workers.attempts.attempt import give_turn
 
 
 def limit(service: Service, **limits: int) -> dict[str, Any]:
@@ -91,15 +94,63 @@ def test_turns_that_nobody_gave_are_given_by_a_sweep(service: Service, janitor: 
 
 
 def test_parallel_submissions_keep_to_the_turns(service: Service) -> None:
-    limit(service, running_jobs=3)
+    limit(service, running_jobs=2)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: service.submit()["id"], range(10)))
-    assert sorted(waits(service, job_id) for job_id in made) == [False] * 3 + [True] * 7
+    assert sorted(waits(service, job_id) for job_id in made) == [False] * 2 + [True] * 8
     for _ in range(7):
         running = next(job_id for job_id in service.store.in_state(JobState.QUEUED)
                        if not waits(service, job_id))  # fmt: skip
         service.client.post(f"/v1/jobs/{running}/cancel").raise_for_status()
-    assert sum(service.queue.depths().values()) == 3
+    assert sum(service.queue.depths().values()) == 2
+
+
+def queued(service: Service) -> list[str]:
+    """The jobs in the queue of normal priority, in order."""
+    entries: Any = service.redis.lrange("rq:queue:nibble-normal", 0, -1)
+    return [entry.decode().rpartition("-")[0] for entry in entries]
+
+
+def test_the_queue_has_the_tenants_in_turn(service: Service, redis_url: str, tmp_path: Path) -> None:
+    """However many jobs a tenant sends: another one's is behind two of them."""
+    many = [service.submit()["id"] for _ in range(5)]
+    with service.client_with(service.key(Scope.ADMIN, tenant="other")) as client:
+        few = [client.post("/v1/jobs", json={"model": MODEL}).json()["id"] for _ in range(2)]
+    urgent = service.submit(priority="high")["id"]
+    assert queued(service) == [*many[:2], *few]
+    assert not waits(service, urgent)  # each priority has places of its own
+    assert all(event.kind != "note" for event in service.store.events(many[4]))
+    workshop = Workshop(service.redis, redis_url, tmp_path / "workshop")
+    service.redis.lpop("rq:queue:nibble-normal")
+    service.claim(many[0])
+    give_turn(workshop.context(), "default")
+    assert queued(service) == [many[1], *few, many[2]]
+    service.client.post(f"/v1/jobs/{many[1]}/cancel").raise_for_status()
+    assert queued(service) == [*few, many[2], many[3]]
+    assert waits(service, many[4])
+    assert service.client.get("/v1/tenants/default/limits").json()["usage"]["running_jobs"] == 4
+
+
+def test_with_many_workers_a_tenant_has_more_places(service: Service) -> None:
+    """Claims follow each other too slowly for two places to fill them."""
+    service.redis.zadd("nibble:workers", {f"w{number}": 1e12 for number in range(100)})
+    made = [service.submit()["id"] for _ in range(5)]
+    assert queued(service) == made[:3]
+
+
+def test_a_place_whose_job_an_earlier_version_took_is_given(service: Service) -> None:
+    first, second, third = (service.submit()["id"] for _ in range(3))
+    service.claim(first)
+    service.redis.zadd("nibble:line:default", {first: 11})  # as it stays there without the mark of its end
+    assert waits(service, third)
+    turns = Turns(service.store, service.queue, lambda tenant: 0)
+    turns.sweep()
+    assert not waits(service, third)
+    for job_id in (second, third):
+        service.claim(job_id)
+    assert service.redis.smembers("nibble:lines") == {b"default"}
+    turns.sweep()
+    assert service.redis.smembers("nibble:lines") == set()
 
 
 def test_the_end_of_an_attempt_gives_the_turn(redis: Redis, redis_url: str, tmp_path: Path) -> None:
@@ -190,7 +241,9 @@ def age(service: Service, job_id: str, seconds: int) -> None:
     service.redis.xadd(name, first[1], id=f"{moment}-0")
 
 
-def test_a_job_that_waits_too_long_fails(service: Service, janitor: Janitor) -> None:
+def test_a_job_that_waits_too_long_fails(
+    service: Service, janitor: Janitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     late, begun = service.submit(queue_timeout_s=60)["id"], service.submit(queue_timeout_s=60)["id"]
     patient = service.submit()["id"]
     service.claim(begun)
@@ -198,6 +251,8 @@ def test_a_job_that_waits_too_long_fails(service: Service, janitor: Janitor) -> 
     assert service.store.load(late).state is JobState.QUEUED
     for job_id in (late, patient, begun):
         age(service, job_id, 61)
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 61)
+    monkeypatch.setattr("app.core.upkeep.janitor.time", later)
     janitor.sweep()
     ended = service.store.load(late)
     assert ended.error is not None

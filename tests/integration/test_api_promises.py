@@ -146,5 +146,5 @@ def test_the_terminal_prints_a_key_once_lists_and_revokes_it(
         assert found["scopes"] == ["jobs:read", "jobs:write"]
         assert found["last_used_at"] is not None
         assert found["expires_at"] is not None
-        nibble("keys", "revoke", found["id"])
+        nibble("keys", "revoke", found["id"], "--yes")
         assert client.get("/v1/jobs").status_code == 401

@@ -24,6 +24,7 @@ from app.client import (
     JobAnswer,
     NibbleClient,
     NotFound,
+    PreconditionFailed,
     Retries,
     ServiceRefused,
     ServiceUnreachable,
@@ -123,6 +124,12 @@ def test_a_lost_answer_makes_no_second_job(service: Service, flaky: FaultProxy, 
     made = ask(flaky.url, "deploy", {"artifact": manifest.id, "name": "tiny"})
     assert [each.id for each in ask(service.url, "each_deployment")] == [made.id]
     assert ask(service.url, "deployment_named", "tiny").id == made.id
+    flaky.pending.append("lost")
+    changed = ask(flaky.url, "change_deployment", made.id, {"replicas": 2, "aliases": ["small"]})
+    assert (changed.replicas, changed.revision) == (2, 2)  # sent twice, changed once
+    with pytest.raises(PreconditionFailed):
+        ask(service.url, "change_deployment", made.id, {"replicas": 3}, revision=1)
+    assert ask(service.url, "deployment_named", "small").replicas == 2
     flaky.pending.append("lost")
     ask(flaky.url, "delete_deployment", made.id, wait=True)
     assert not ask(service.url, "deployments").items
@@ -302,8 +309,9 @@ def test_leaving_an_iterator_closes_its_connection(service: Service) -> None:
 
 # Routes for browsers, for those who hold a link, and for OpenAI's own clients.
 FOR_OTHERS = re.compile(
-    r"^(GET /|GET /login|POST /v1/logout|GET /healthz|GET /metrics|GET /v1/downloads/.*"
-    r"|POST /v1/completions|GET /v1/models.*|GET /v1/deployments/.*/metrics|GET /v1/artifacts/.*/files/.*)$"
+    r"^(GET /|GET /login|POST /v1/logout|GET /v1/whoami|GET /healthz|GET /metrics|GET /v1/downloads/.*"
+    r"|POST /v1/(completions|responses|messages.*|embeddings)|POST /(de)?tokenize|GET /v1/models.*"
+    r"|GET /v1/scrape-targets|GET /v1/deployments/.*/metrics|GET /v1/artifacts/.*/files/.*)$"
 )
 
 

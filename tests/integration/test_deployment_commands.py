@@ -59,7 +59,7 @@ def test_deploy_chat_and_delete(
     assert "temperature is 0.5" in spoken
     assert "0 messages are left" in spoken
 
-    assert nibble("deployments", "delete", "tiny") == 0
+    assert nibble("deployments", "delete", "tiny", "--yes") == 0
     assert nibble("chat", "tiny", "hello") == 1
     assert nibble("deployments", "delete", "tiny") == 1
     assert "deployment_not_found" in capsys.readouterr().err
@@ -102,3 +102,34 @@ def test_deploy_tells_why_nothing_can_be_served(floor: Floor, capsys: pytest.Cap
     errors = capsys.readouterr().err
     assert "no kernel for 3 bits" in errors
     assert "use 4 bits" in errors
+
+
+def test_a_deployment_is_changed_while_it_serves(floor: Floor, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = floor.artifact(), floor.artifact(prefix="new ")
+    assert nibble("deploy", old, "--name", "tiny", "--alias", "small", "--max-num-seqs", "4") == 0
+    assert "also called small" in capsys.readouterr().out
+    assert nibble("deployments", "scale", "tiny", "2", "--json") == 0
+    scaled = json.loads(capsys.readouterr().out)
+    assert [server["state"] for server in scaled["servers"]] == ["ready", "ready"]
+    assert nibble("deployments", "scale", "small", "1") == 0  # an alias is a name here, too
+    assert nibble("deployments", "alias", "tiny", "other") == 0
+    assert nibble("deployments", "alias", "tiny", "small", "--remove") == 0
+    assert "also called other" in capsys.readouterr().out
+    assert nibble("deployments", "replace", "other", new) == 0
+    assert new in capsys.readouterr().out
+    assert nibble("chat", "other", "hello") == 0
+    assert capsys.readouterr().out == "new t0 t1 t2 \n"
+
+    assert nibble("deployments", "pause", "tiny") == 0
+    assert "paused by its owner" in capsys.readouterr().out
+    assert nibble("chat", "tiny", "hello") == 1
+    assert "deployment_paused" in capsys.readouterr().err
+    assert nibble("deployments", "resume", "tiny") == 0
+    wait_until(lambda: floor.chat("tiny").status_code == 200)
+
+    cause = {"code": "kernel_missing", "message": "no kernel for 3 bits", "remedy": "use 4 bits"}
+    assert nibble("deployments", "replace", "tiny", floor.artifact(fail=cause)) == 1
+    errors = capsys.readouterr().err
+    assert "no kernel for 3 bits" in errors
+    assert "use 4 bits" in errors
+    assert floor.chat("tiny").status_code == 200

@@ -64,6 +64,14 @@ def test_a_deployment_from_creation_to_removal(floor: Floor) -> None:
     route = f"/v1/deployments/{deployment_id}/servers"
     assert "vllm:num_requests_running" in floor.client.get(f"{route}/0/metrics").text
     assert floor.client.get(f"{route}/1/metrics").json()["code"] == "server_not_found"
+    (target,) = floor.client.get("/v1/scrape-targets").json()
+    assert target["targets"] == [floor.client.base_url.netloc.decode()]
+    assert (target["labels"]["deployment"], target["labels"]["server"]) == ("tiny", "0")
+    scraped = floor.client.get(target["labels"]["__metrics_path__"])
+    assert scraped.headers["content-type"].startswith("text/plain")
+    assert "vllm:num_requests_running" in scraped.text
+    with floor.service.client_with(floor.service.key(Scope.DEPLOYMENTS_READ, tenant="another")) as stranger:
+        assert stranger.get("/v1/scrape-targets").json() == []
 
     in_use = floor.client.delete(f"/v1/artifacts/{artifact}")
     assert (in_use.status_code, in_use.json()["code"]) == (409, "artifact_in_use")
@@ -74,6 +82,32 @@ def test_a_deployment_from_creation_to_removal(floor: Floor) -> None:
     cached = floor.service.settings.state_dir / "cache" / "artifacts" / artifact
     wait_until(lambda: not cached.exists())
     assert floor.client.delete(f"/v1/artifacts/{artifact}").status_code == 204
+
+
+@pytest.mark.usefixtures("worker")
+def test_what_a_server_answers_below_v1_is_passed_on(floor: Floor) -> None:
+    """By rule, not by a list: also routes that vLLM will have. What is the service's own stays its own."""
+    floor.ready("org/tiny")
+    post, body = floor.client.post, {"model": "org/tiny", "x": 1}
+    for path in (
+        "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/v1/rerank",
+        "/v1/audio/speech", "/tokenize", "/detokenize",
+    ):  # fmt: skip
+        answer = post(path, json=body, headers={"anthropic-version": "2023-06-01"}).json()
+        expected = {"anthropic-version": "2023-06-01", "authorization": None}
+        assert (answer["path"], answer["body"], answer["headers"]) == (path, body, expected)
+    for path in ("/v1/rerank", "/v1/files"):
+        unknown = post(path, content=b"no JSON")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_url")
+    assert post("/v1/jobs/x/nothing", json=body).headers["content-type"] == "application/problem+json"
+    assert floor.client.patch("/v1/jobs").headers["allow"] == "GET, HEAD, POST"
+    anthropic = post("/v1/messages", json={"model": "absent"}).json()
+    assert (anthropic["type"], anthropic["error"]["type"]) == ("error", "not_found_error")
+    card = floor.client.get("/v1/models/org/tiny").json()
+    assert card["id"] == "org/tiny"
+    assert card["parent"].startswith("file://")
+    assert card["quantization"] == {**card["quantization"], "format": "awq", "bits": 4}
+    assert {floor.client.get(path).status_code for path in ("/health", "/ping", "/version")} == {200}
 
 
 @pytest.mark.usefixtures("worker")
@@ -144,7 +178,7 @@ def test_without_a_worker_a_deployment_says_what_it_waits_for(floor: Floor) -> N
     [
         ({"name": "taken"}, 409, "deployment_name_taken"),
         ({"artifact": "art_01ARZ3NDEKTSV4RRFFQ69G5FAV"}, 404, "artifact_not_found"),
-        ({"name": "a/b"}, 422, "validation_failed"),
+        ({"name": "a//b"}, 422, "validation_failed"),
         ({"replicas": 0}, 422, "validation_failed"),
         ({"engine": "sglang"}, 422, "validation_failed"),
         ({"vllm": {"max_num_seqs": 4}}, 422, "validation_failed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from app.core.errors import ModelRefused
 from app.core.planning.family import FAMILIES, Family, ScaleGroup, known_family, known_types
-from workers.discovery import smooth_layers
+from workers.discovery import random_weights, smooth_layers
 from workers.discovery.__main__ import all_types, written
 from workers.discovery.family_discovery import discover, discover_type
 from workers.discovery.layer_tracing import find_layers, logits_of, some_ids, traced_layers
@@ -71,6 +72,13 @@ def test_groups_are_those_that_were_written_by_hand(model_type: str) -> None:
 )
 def test_the_file_of_a_family_is_what_tracing_finds(model_type: str) -> None:
     assert written(discover_type(model_type)) == (FAMILIES / f"{model_type}.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize("model_type", sorted(known_types()))
+def test_no_name_of_a_family_is_of_one_expert(model_type: str) -> None:
+    """Where a type's default has a single expert, its tensor has the values of all of them."""
+    written_family = (FAMILIES / f"{model_type}.json").read_text("utf-8")
+    assert re.search(r"experts\.\d", written_family) is None
 
 
 @pytest.mark.parametrize(
@@ -215,7 +223,9 @@ def test_a_class_that_needs_an_absent_package_is_refused(monkeypatch: pytest.Mon
 
         _backends = ("timm",)
 
-    monkeypatch.setattr(transformers, "LlamaForCausalLM", StandIn)
+    # Where it is looked up, and alone: behind other files' tests another class was found.
+    monkeypatch.setattr(random_weights.transformers, "LlamaForCausalLM", StandIn)
+    monkeypatch.setattr(random_weights, "text_classes", lambda _model_type: ["LlamaForCausalLM"])
     with pytest.raises(ModelRefused, match="needs a package that is absent: timm"):
         discover({"model_type": "llama"})
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from redis import Redis
+from ulid import ULID
 
 from app.core.access.limits import TenantLimits
 from app.core.records.ids import artifact_id, new_id
@@ -14,6 +16,7 @@ from app.core.records.job import Job, JobState
 from app.core.records.job_changes import cancel_requested
 from app.core.storage.published import withdraw
 from app.core.storage.storage_keys import checkpoint_prefix, manifest_key, report_key
+from app.core.storage.tags import Tags
 from app.core.upkeep.garbage import GarbageCollector
 from tests.integration.api_service import Service
 from tests.integration.workshop import Workshop
@@ -25,9 +28,15 @@ def workshop(redis: Redis, redis_url: str, tmp_path: Path) -> Workshop:
 
 
 @pytest.fixture
-def collector(workshop: Workshop) -> GarbageCollector:
+def new_collector(workshop: Workshop) -> Callable[[], GarbageCollector]:
     limits = TenantLimits(workshop.redis, workshop.settings)
-    return GarbageCollector(workshop.store, workshop.objects, limits, workshop.settings)
+    tags = Tags(workshop.redis)
+    return lambda: GarbageCollector(workshop.store, workshop.objects, limits, tags, workshop.settings)
+
+
+@pytest.fixture
+def collector(new_collector: Callable[[], GarbageCollector]) -> GarbageCollector:
+    return new_collector()
 
 
 def half_published(workshop: Workshop, job: Job) -> str:
@@ -80,9 +89,10 @@ def test_what_a_failed_job_made_visible_is_withdrawn(workshop: Workshop, collect
 
 
 def test_only_the_bytes_of_jobs_that_succeeded_are_counted(
-    workshop: Workshop, collector: GarbageCollector
+    workshop: Workshop, new_collector: Callable[[], GarbageCollector]
 ) -> None:
     """An artifact of a job that goes on may be withdrawn yet, and takes its bytes along."""
+    collector = new_collector()
     limits, done = workshop.context().limits, workshop.run(workshop.submit())
     (art_id,) = done.artifacts
     size = limits.stored_bytes("default")
@@ -95,6 +105,7 @@ def test_only_the_bytes_of_jobs_that_succeeded_are_counted(
     assert workshop.store.create(
         done.model_copy(update={"state": JobState.QUEUED, "artifacts": (), "finished_at": None})
     )
+    collector = new_collector()  # one that has not seen the job at its end, from which no job comes back
     collector.collect()
     assert (workshop.manifest(done) is not None, limits.stored_bytes("default")) == (True, 0)
     limits.add_artifact("default", art_id, size)
@@ -106,8 +117,11 @@ def test_only_the_bytes_of_jobs_that_succeeded_are_counted(
 def test_records_go_after_their_time_and_artifacts_stay(
     workshop: Workshop, collector: GarbageCollector
 ) -> None:
-    done, fresh = workshop.run(workshop.submit()), workshop.run(workshop.submit())
     past = datetime.now(UTC) - timedelta(days=31)
+    fresh = workshop.run(workshop.submit())
+    old = fresh.model_copy(update={"id": f"job_{ULID.from_datetime(past)}", "created_at": past})
+    assert workshop.store.create(old.model_copy(update={"state": JobState.QUEUED, "attempt": 0}))
+    done = workshop.run(old)
     workshop.store.delete("default", done.id)
     assert workshop.store.create(done.model_copy(update={"finished_at": past}))
     collector.collect()
@@ -154,3 +168,47 @@ def test_what_cannot_be_read_is_left_alone_and_holds_up_nothing(
     assert (named.checkpoints, named.artifacts) == ((checkpoint_prefix(gone),), ())
     assert withdraw(workshop.objects, workshop.context().limits, damaged) == []
     assert workshop.objects.list(f"artifacts/{damaged.artifacts[0]}/attempt-1")
+
+
+def test_the_second_collection_reads_no_manifest_again(
+    workshop: Workshop, collector: GarbageCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order once, in order for good: a collection costs what was made since the last one."""
+    first = workshop.run(workshop.submit())
+    collector.collect()
+    read: list[str] = []
+    get = workshop.objects.get
+    monkeypatch.setattr(workshop.objects, "get", lambda key: read.append(key) or get(key))
+    collector.collect()
+    assert read == []
+    second = workshop.run(workshop.submit())
+    read.clear()
+    collector.collect()
+    assert read == [manifest_key(second.artifacts[0])]
+    workshop.objects.delete(manifest_key(first.artifacts[0]))
+    workshop.objects.delete_prefix(f"artifacts/{first.artifacts[0]}")
+    assert collector.collect().count == 0
+
+
+def test_lists_read_the_tenants_own_artifacts_once_all_are_counted(service: Service) -> None:
+    """Before that, all of storage: what a Redis that lost its data does not know is listed too."""
+    limits = TenantLimits(service.redis, service.settings)
+    job_id = service.submit()["id"]
+    own = service.publish(job_id, {"config.json": b"{}"})
+    service.publish(job_id, {"config.json": b"{}"}, tenant="other", format_name="gptq")
+    assert limits.artifacts("default") is None
+
+    def listed() -> list[str]:
+        return [each["id"] for each in service.client.get("/v1/artifacts").json()["data"]]
+
+    assert listed() == [own.id]
+    service.end(job_id)
+    tags = Tags(service.redis)
+    GarbageCollector(service.store, service.objects, limits, tags, service.settings).collect()
+    assert limits.artifacts("default") == [own.id]
+    assert listed() == [own.id]
+    assert [each["id"] for each in service.client.get("/v1/registry").json()["data"][0]["versions"]] == [
+        own.id
+    ]
+    service.redis.flushdb()
+    assert limits.artifacts("default") is None

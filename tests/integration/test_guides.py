@@ -24,9 +24,11 @@ from typer.main import get_command
 
 from app.cli import build
 from app.core.deployments.deployment import DeploymentSpec
+from app.core.jobs.recommendation import RecommendationRequest
 from app.core.outgoing.webhook_messages import new_secret, signature
 from app.core.records.job import JobState
-from app.core.records.specs import JobSpec, Recipe
+from app.core.records.job_body import JobSubmission
+from app.core.records.specs import Recipe
 from app.core.redis.redis_programs import embedded_binary
 from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
@@ -36,7 +38,7 @@ from tests.waiting import wait_until
 DOCS = Path(__file__).parents[2] / "docs"
 WITH_BODIES = sorted(path for path in DOCS.glob("guides/*.md") if "```json\n" in path.read_text())
 FENCE = re.compile(
-    r"^(?P<mark><!-- executed -->\n)?(<!-- not executed: (?P<reason>.+) -->\n)?"
+    r"^(?P<mark><!-- executed -->\n)?(<!-- not executed: (?P<reason>[^\n]+) -->\n)?"
     r"```(?P<language>\w+)\n(?P<text>.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
@@ -129,7 +131,7 @@ def test_lines_of_the_guides_are_executed_or_say_why_not(page: Path, monkeypatch
         if block["language"] not in ("sh", "python") or block["mark"]:
             continue
         assert block["reason"], block["text"]
-        for line in block["text"].splitlines():
+        for line in block["text"].replace("\\\n", " ").splitlines():
             check_words(shlex.split(line.partition(">")[0], comments=True), monkeypatch)
     Settings()
 
@@ -151,7 +153,12 @@ def check_words(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", WITH_BODIES, ids=lambda page: page.name)
 def test_bodies_of_the_guides_are_accepted(page: Path) -> None:
-    shapes: dict[str, type[BaseModel]] = {"artifact": DeploymentSpec, "model": JobSpec, "method": Recipe}
+    shapes: dict[str, type[BaseModel]] = {
+        "gpu": RecommendationRequest,
+        "artifact": DeploymentSpec,
+        "model": JobSubmission,
+        "method": Recipe,
+    }
     names = {"…": "hf:org/name", "art_…": "art_01ARZ3NDEKTSV4RRFFQ69G5FAV"}
     for text in blocks(str(page.relative_to(DOCS)), "json", executed=False):
         for placeholder, name in names.items():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from app.core.sources.model_source import model_digest
+from tests.adapters import GOLDEN
 from tests.integration.hub_server import HubServer, hub_server
 
 Probe = Callable[..., dict[str, Any]]
@@ -73,6 +74,20 @@ def test_a_branch_is_pinned_to_its_commit(hub: HubServer, probe: Probe, files: d
     assert answer["tensors"] == ["a"]
     hub.push("org/name", {**files, "config.json": b"{}"})
     assert probe("inspect", answer["name"])["name"] == answer["name"]
+
+
+def test_an_adapter_is_pinned_like_the_model(hub: HubServer, probe: Probe, example_model: Path) -> None:
+    def pushed(name: str, folder: Path) -> str:
+        commit = hub.push(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+        return f"hf:{name}@{commit}"
+
+    model, adapter = pushed("org/base", example_model), pushed("me/tuned", GOLDEN / "bundled")
+    assert probe("submit", "org/base me/tuned") == {"model": model, "adapter": adapter}
+    pushed("me/tuned", GOLDEN / "lora")
+    assert probe("submit", f"org/base {adapter}") == {"model": model, "adapter": adapter}
+    assert probe("submit", "org/base me/tuned")["code"] == "adapter_mismatch"
+    gone = probe("submit", "org/base me/none")
+    assert (gone["code"], gone["param"]) == ("model_not_found", "adapter")
 
 
 def test_headers_are_read_without_the_weights(hub: HubServer, probe: Probe, files: dict[str, bytes]) -> None:
@@ -168,14 +183,14 @@ GATED = "Access to model org/name is restricted and you are not in the authorize
 # hold, and what the remedy must hold without and with a token.
 REFUSALS: list[tuple[int, dict[str, str], str, str, str, str]] = [
     (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED}, "model_gated", GATED,
-     "accept its terms at", "let the account of HF_TOKEN accept"),
+     "accept its terms at", "HF_TOKEN) accept the terms"),
     (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED}, "model_gated", GATED,
-     "accept its terms at", "let the account of HF_TOKEN accept"),
+     "accept its terms at", "HF_TOKEN) accept the terms"),
     (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "model_forbidden",
      "Invalid credentials", "renew HF_TOKEN", "renew HF_TOKEN"),
     (401, {"X-Error-Code": "RepoNotFound"}, "model_not_found", "does not exist, or is private",
-     "set HF_TOKEN", "account of HF_TOKEN"),
-    (401, {}, "model_not_found", "status 401", "set HF_TOKEN", "account of HF_TOKEN"),
+     "set HF_TOKEN", "account of the token"),
+    (401, {}, "model_not_found", "status 401", "set HF_TOKEN", "account of the token"),
     (403, {"X-Error-Message": "Access to this resource is disabled."}, "model_forbidden",
      "Access to this resource is disabled.", "HF_TOKEN", "the permission to read"),
     (404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, "model_not_found",
@@ -186,7 +201,7 @@ REFUSALS: list[tuple[int, dict[str, str], str, str, str, str]] = [
     (404, {}, "model_not_found", "status 404", "check the id", "check the id"),
     (400, {"X-Error-Message": "Bad revision"}, "model_not_found", "Bad revision", "check id", "check id"),
     (429, {"X-Error-Message": "Too many requests"}, "unavailable", "Too many requests",
-     "with HF_TOKEN", "with HF_TOKEN"),
+     "with a hub_token", "with a hub_token"),
     (500, {}, "unavailable", "500", "try again later", "try again later"),
 ]  # fmt: skip
 

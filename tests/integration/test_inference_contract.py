@@ -233,9 +233,13 @@ def test_demanded_tool_calls(client: openai.OpenAI, choice: Any, stream: bool) -
     assert json.loads(arguments)["city"] in ("Rome", "Oslo")
 
 
-def test_tools_are_rendered_unless_the_choice_is_none(client: openai.OpenAI) -> None:
-    """The bundled template shows none, so they cost no tokens; they are accepted all the same."""
-    assert text_of(chat(client, tools=[TOOL])) == text_of(chat(client, tools=[TOOL], tool_choice="none"))
+def test_a_model_without_a_form_of_calls_says_so(client: openai.OpenAI) -> None:
+    """Its template shows no tools: a call that it wrote of its own accord could not be told from text."""
+    with pytest.raises(openai.BadRequestError, match="has no form of tool calls that is known") as refusal:
+        chat(client, tools=[TOOL])
+    assert refusal.value.code == "tool_form_unknown"
+    assert "set tool_choice to required" in str(refusal.value)
+    assert text_of(chat(client, tools=[TOOL], tool_choice="none")) == text_of(chat(client))
 
 
 def test_content_in_parts(client: openai.OpenAI) -> None:
@@ -283,7 +287,7 @@ def test_text_completions_of_tokens_with_logprobs(client: openai.OpenAI) -> None
         ({"logit_bias": {"5000": 1}}, "logit_bias"),
         ({"stop": [""]}, "stop.0"),
         ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
-        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"extra_body": {"guided_json": "no schema"}}, "guided_json"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
     ],
 )

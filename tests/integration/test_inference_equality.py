@@ -8,8 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from app.core.errors import ModelRefused
 from app.core.formats.registry import FormatName
 from tests.inference import Served, dequantized, generated, greedy, prompts_of_text
+from workers.serving.loading import LoadRequest, load_model
+from workers.serving.slot_batch import OPERATORS, runner_of
+from workers.serving.steps import TracedSteps
 
 PROMPTS, NEW_TOKENS = 20, 24
 
@@ -55,6 +59,18 @@ def test_scheduling_changes_no_answer(
     requests = [greedy(prompt, NEW_TOKENS) for prompt in prompts_of_text(PROMPTS)]
     assert served.generate(requests) == alone
     assert served.preemptions > 0 if "max_cells" in limits else served.preemptions == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_trace_refuses_kernels_that_it_would_miss(small_artifact: Path, backend: str) -> None:
+    """Those that a library computes by address; PyTorch's operators are traced."""
+    loaded = load_model(LoadRequest(small_artifact, torch.device("cpu"), torch.float32, backend))
+    names = {kernel.partition(": ")[2].partition(" ")[0] for kernel in loaded.kernels}
+    if names <= OPERATORS:
+        assert isinstance(runner_of(loaded.model, "traced"), TracedSteps)
+    else:
+        with pytest.raises(ModelRefused, match=f"kernels of {', '.join(sorted(names))} are none"):
+            runner_of(loaded.model, "traced")
 
 
 @pytest.mark.parametrize("format_name", ["awq", "gptq"])

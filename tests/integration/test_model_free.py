@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,13 @@ def test_the_service_publishes_what_nothing_was_judged_of(
     report = Report.model_validate_json(workshop.objects.get(report_key(job.id)))
     assert report.candidates[0].perplexity is None
     assert "checkpoint" in workshop.kinds(job)
+
+
+def test_the_path_loads_no_transformers() -> None:
+    """It takes as long to load as PyTorch, which is a third of a small job."""
+    code = "import sys, workers.child.__main__, workers.child.streaming; print('transformers' in sys.modules)"
+    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert child.stdout.strip() == "False"
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import promql_parser
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import MatchOp, VectorSelector
 
-from app.core.deployments.deployment import DeploymentSpec
+from app.core.deployments.deployment import DeploymentSpec, Goal, Replica, ReplicaState
 from app.core.deployments.deployment_store import DeploymentStore
 from app.core.jobs.worker_registry import WorkerRecord, WorkerRegistry
 from app.core.records.job import JobState, Problem
@@ -140,6 +141,66 @@ def test_grouped_labels_exist(samples: dict[str, list[dict[str, str]]]) -> None:
         read = [selector.name or "" for selector in selectors(promql_parser.parse(expression))]
         if all(samples.get(name) for name in read if name not in OWN):
             assert grouped <= known, where
+
+
+def test_a_deployments_load_is_one_reading(service: Service) -> None:
+    """An autoscaler divides one of these by another: each deployment has all of them, under one label."""
+    artifact = service.publish(service.submit()["id"], {"config.json": b"{}"})
+    store = DeploymentStore(service.redis)
+    busy = store.create("default", DeploymentSpec(artifact=artifact.id, name="busy", replicas=2))
+    rests = store.create("other", DeploymentSpec(artifact=artifact.id, name="rests"))
+    store.update(rests.id, lambda before: before.model_copy(update={"goal": Goal.REST}))
+    now = datetime.now(UTC)
+    for slot, (state, running, waiting) in enumerate(
+        [(ReplicaState.READY, 3, 2), (ReplicaState.LOADING, 0, 0)]
+    ):
+        replica = Replica(
+            deployment=busy.id, slot=slot, owner="o", worker="w", engine="transformers", state=state,
+            url="http://127.0.0.1:9", running=running, waiting=waiting, since=now,
+        )  # fmt: skip
+        assert store.beat(replica, ttl_s=30)
+    shown: dict[str, dict[str, float]] = {}
+    for each in text_string_to_metric_families(service.client.get("/metrics").text):
+        if each.name.startswith("nibble_deployment_"):
+            shown[each.name] = {sample.labels["deployment"]: sample.value for sample in each.samples}
+            assert all(sample.labels.keys() == {"deployment"} for sample in each.samples)
+    assert shown == {
+        "nibble_deployment_running": {busy.id: 3, rests.id: 0},
+        "nibble_deployment_waiting": {busy.id: 2, rests.id: 0},
+        "nibble_deployment_replicas": {busy.id: 2, rests.id: 0},
+        "nibble_deployment_ready": {busy.id: 1, rests.id: 0},
+    }
+
+
+def test_the_shipped_configuration_finds_the_servers(service: Service, repository: Path) -> None:
+    """By Prometheus' HTTP service discovery, with the key that compose gives it."""
+    shipped = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    (job,) = [each for each in shipped["scrape_configs"] if each["job_name"] == "nibble-servers"]
+    (discovery,) = job["http_sd_configs"]
+    assert discovery["authorization"] == job["authorization"]
+    key_file = Path(job["authorization"]["credentials_file"])
+    compose = yaml.safe_load((repository / "docker-compose.yml").read_text())["services"]["prometheus"]
+    assert {"source": "api_key", "target": key_file.name} in compose["secrets"]
+    assert key_file.parent == Path("/run/secrets")
+    artifact = service.publish(service.submit()["id"], {"config.json": b"{}"})
+    deployment = DeploymentStore(service.redis).create(
+        "default", DeploymentSpec(artifact=artifact.id, name="tiny")
+    )
+    replica = Replica(
+        deployment=deployment.id, slot=0, owner="o", worker="w", engine="transformers",
+        state=ReplicaState.READY, url="http://127.0.0.1:9", since=datetime.now(UTC),
+    )  # fmt: skip
+    assert DeploymentStore(service.redis).beat(replica, ttl_s=30)
+    answer = service.client.get(httpx.URL(discovery["url"]).path)
+    assert answer.headers["content-type"] == "application/json"  # Prometheus takes no other
+    (group,) = answer.json()
+    assert group.keys() == {"targets", "labels"}
+    assert group["targets"] == [httpx.URL(service.url).netloc.decode()]
+    assert all(re.fullmatch(r"[a-z_]+", name) for name in group["labels"])
+    assert all(isinstance(value, str) for value in group["labels"].values())
+    path = group["labels"]["__metrics_path__"]
+    assert path == f"/v1/deployments/{deployment.id}/servers/0/metrics"
+    assert service.client.get(path).status_code != 404
 
 
 def test_every_alert_has_a_remedy_here_and_in_the_documentation(repository: Path) -> None:

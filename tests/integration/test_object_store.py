@@ -9,16 +9,16 @@ import pytest
 from app.core.errors import InvalidRequest, NotFound, Unavailable
 from app.core.storage import object_store
 from app.core.storage.object_store import ObjectStore
+from tests.integration.conftest import s3_client
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(params=["file", "memory", "s3_endpoint", "seaweedfs_endpoint"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "file":
         return ObjectStore((tmp_path / "a folder").as_uri())
     if request.param == "memory":
         return ObjectStore("memory:///")
-    endpoint = request.getfixturevalue("s3_endpoint")
-    httpx.put(f"{endpoint}/bucket", timeout=30).raise_for_status()
+    s3_client(request.getfixturevalue(request.param)).create_bucket(Bucket="bucket")
     return ObjectStore("s3://bucket/some/prefix")
 
 
@@ -34,6 +34,8 @@ def test_bytes_files_and_streams_are_stored(store: ObjectStore, tmp_path: Path) 
     ]
 
 
+# Not moto, which looks for the object and writes it in two steps.
+@pytest.mark.parametrize("store", ["file", "memory", "seaweedfs_endpoint"], indirect=True)
 def test_only_one_of_many_creates_an_object(store: ObjectStore) -> None:
     won: list[bytes] = []
 
@@ -92,7 +94,8 @@ def test_folders_are_listed_and_deleted(store: ObjectStore) -> None:
     assert [head.key for head in store.list("a")] == ["a/1/x", "a/1/y/z", "a/2/x", "a/top"]
     assert store.list_folders("a") == ["1", "2"]
     assert store.delete_prefix("a/1") == 2
-    assert store.list_folders("a") == ["2"]
+    # SeaweedFS lists a folder that became empty until it cleans up.
+    assert [name for name in store.list_folders("a") if store.list(f"a/{name}")] == ["2"]
     assert store.head("ab/x") is not None
 
 
@@ -110,8 +113,8 @@ def test_other_urls_are_refused(url: str) -> None:
         ObjectStore(url)
 
 
-def test_a_signed_url_reads_without_credentials(s3_endpoint: str) -> None:
-    httpx.put(f"{s3_endpoint}/bucket", timeout=30)
+def test_a_signed_url_reads_without_credentials(any_s3_endpoint: str) -> None:
+    s3_client(any_s3_endpoint).create_bucket(Bucket="bucket")
     store = ObjectStore("s3://bucket/prefix")
     store.put("a", b"content")
     assert store.can_presign

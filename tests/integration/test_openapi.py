@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -32,8 +33,15 @@ SEED = os.environ.get("SEED", "1")
 # The servers behind these are no part of this test; `/login` takes codes, not keys.
 SKIPPED = r"^/v1/(chat/)?completions|^/login"
 
-# A body may keep to its schema and still name a model that doesn't exist.
-CHECKS = '[checks]\npositive_data_acceptance.expected-statuses = ["2xx", "3xx", "4xx"]\n'
+# What the document allows is not refused with 400 or 422. A body of these may keep to its schema and still
+# name a model that doesn't exist, or hold what is no text.
+CONTENT_DECIDES = "POST /v1/jobs", "POST /v1/estimates", "POST /v1/recommendations", "POST /v1/datasets"
+ANSWERS = ["2xx", "3xx", "401", "403", "404", "409", "412", "413", "416", "429", "5xx"]
+CHECKS = f"[checks]\npositive_data_acceptance.expected-statuses = {json.dumps(ANSWERS)}\n" + "".join(
+    f'[[operations]]\ninclude-name = "{name}"\n'
+    f"checks.positive_data_acceptance.expected-statuses = {json.dumps([*ANSWERS, '422'])}\n"
+    for name in CONTENT_DECIDES
+)
 HEADERS = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
 

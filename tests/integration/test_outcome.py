@@ -23,6 +23,7 @@ from app.core.records.job_changes import cancel_requested
 from app.core.settings import Settings
 from app.core.storage.reuse import ReuseIndex
 from app.core.storage.storage_keys import FOLDERS, checkpoint_prefix, report_key
+from app.core.storage.tags import Tags
 from app.core.upkeep.garbage import GarbageCollector
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service, running_service
 from tests.integration.workshop import Workshop
@@ -439,9 +440,8 @@ def ended_without_more(floor: Floor, state: JobState) -> str:
 @pytest.mark.parametrize("state", list(WAYS))
 def test_what_follows_is_completed_wherever_the_process_died(floor: Floor, state: JobState) -> None:
     service, steps, has_died = floor.service, 0, True
-    collector = GarbageCollector(
-        floor.store, floor.objects, TenantLimits(floor.redis, service.settings), service.settings
-    )
+    limits = TenantLimits(floor.redis, service.settings)
+    collector = GarbageCollector(floor.store, floor.objects, limits, Tags(floor.redis), service.settings)
     while has_died:
         floor.redis.flushdb()
         for folder in FOLDERS:

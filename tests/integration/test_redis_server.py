@@ -83,6 +83,14 @@ def test_the_embedded_server_is_private_and_durable(settings: Settings) -> None:
         client.close()
 
 
+def test_a_jobs_events_take_what_they_need(settings: Settings) -> None:
+    """A server of its own settings reserves four kilobytes for the first one."""
+    with resolve_redis(settings) as server, connect(server.url) as redis:
+        for number in range(12):
+            redis.xadd("events", {"kind": "stage", "payload": f'{{"stage": "packing", "attempt": {number}}}'})
+        assert redis.memory_usage("events") < 1500
+
+
 def test_a_second_process_of_the_same_folder_shares_the_server(settings: Settings) -> None:
     with resolve_redis(settings) as first:
         second = resolve_redis(settings)

@@ -20,11 +20,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 from redis.retry import Retry
 
+from app.core.changes.redis_keys import state_key
 from app.core.deployments.deployment import DeploymentSpec, Replica, ReplicaState
-from app.core.deployments.deployment_store import DeploymentStore, failed
-from app.core.jobs.job_queue import QUEUE_NAMES
+from app.core.deployments.deployment_store import DeploymentStore
+from app.core.deployments.transitions import paused
 from app.core.records.ids import new_id
-from app.core.records.job import Problem
+from app.core.records.job import JobState
 from app.core.redis.redis_programs import embedded_binary
 from app.core.redis.redis_server import connect, wait_for_redis
 from app.core.settings import Settings
@@ -124,7 +125,7 @@ def serve_as_a_worker(users: Users) -> None:
         assert store.all()
         store.touch([deployment])
         assert store.release(replica)
-        store.update(deployment.id, lambda found: failed(found, Problem(code="x", message="y")))
+        store.update(deployment.id, paused)
         assert store.forget(deployment)
 
 
@@ -227,17 +228,19 @@ def test_kubernetes_gives_each_pod_a_user_of_its_own(tmp_path: Path, repository:
 
 
 def check_the_scaler(redis: Redis) -> None:
-    """KEDA asks for a list's length in a script."""
+    """KEDA asks for a key's size in a script, as its type demands."""
+    waiting = state_key(JobState.QUEUED)
     with redis:
-        for queue in QUEUE_NAMES:
-            script = "return {redis.call('type', KEYS[1]).ok, redis.call('llen', KEYS[1])}"
-            assert redis.eval(script, 1, f"rq:queue:{queue}") == [b"none", 0]
+        script = "return {redis.call('type', KEYS[1]).ok, redis.call('llen', KEYS[1])}"
+        assert redis.eval(script, 1, waiting) == [b"none", 0]
+        assert redis.eval("return redis.call('scard', KEYS[1])", 1, waiting) == 0
         for command in (
             *FORBIDDEN,
             *SECRETS,
-            "LPUSH rq:queue:nibble-high x",
-            "LLEN rq:queues",
-            "GET rq:queue:nibble-high",
+            f"SADD {waiting} x",
+            f"SMEMBERS {waiting}",
+            "SCARD nibble:state:running",
+            "LLEN rq:queue:nibble-high",
         ):
             with pytest.raises(NoPermissionError):
                 redis.execute_command(*command.split())

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 import obstore
 import pytest
 
 from app.core.errors import ModelRefused
+from app.core.jobs.submission import check_submission
+from app.core.records.specs import JobSpec
 from app.core.settings import Settings
+from app.core.sources.adapter_config import CONFIG
+from app.core.sources.adapter_model import WEIGHTS
 from app.core.sources.fetching import ModelCache
 from app.core.sources.file_digest import file_sha256
 from app.core.sources.model_source import inspect_model, model_digest, open_model
 from app.core.sources.text_source import open_text
 from app.core.storage.object_store import open_bucket
+from tests.adapters import GOLDEN
+from tests.integration.conftest import s3_client
+from workers.modeling.checkpoint import Checkpoint
+
+CHANGED = "model.layers.5.mlp.down_proj.weight"
 
 
 @pytest.fixture
-def bucket(s3_endpoint: str, example_model: Path) -> str:
+def bucket(any_s3_endpoint: str, example_model: Path) -> str:
     """A bucket that holds the bundled model below a prefix, and a text."""
-    assert httpx.put(f"{s3_endpoint}/models").status_code == 200
+    s3_client(any_s3_endpoint).create_bucket(Bucket="models")
     store = open_bucket("models")
     for path in example_model.iterdir():
         obstore.put(store, f"small/model/{path.name}", path)
@@ -41,6 +49,24 @@ def test_an_s3_model_is_inspected_and_fetched(bucket: str, example_model: Path, 
     hashes = {name: file_sha256(example_model / name) for name in local.files}
     assert model.digest == model_digest(hashes)
     assert {path.name for path in model.folder.iterdir()} == set(local.files)
+
+
+def test_an_adapter_is_fetched_beside_the_model(bucket: str, example_model: Path, tmp_path: Path) -> None:
+    """Its two files alone; a job with another one starts from other weights."""
+    store = open_bucket("models")
+    for path in (GOLDEN / "bundled").iterdir():
+        obstore.put(store, f"tuned/{path.name}", path)
+    spec = JobSpec(model=bucket, adapter="s3://models/tuned")
+    checked = check_submission(spec, Settings())
+    sizes = {name: (GOLDEN / "bundled" / name).stat().st_size for name in (CONFIG, WEIGHTS)}
+    plain = check_submission(JobSpec(model=bucket), Settings())
+    assert checked.download_bytes - plain.download_bytes == sum(sizes.values())
+    with ModelCache(tmp_path / "cache", Settings()) as cache:
+        model = cache.fetch(bucket, nothing, "s3://models/tuned")
+        assert model.adapter is not None
+        assert {path.name: path.stat().st_size for path in model.adapter.folder.iterdir()} == sizes
+        assert model.merged_digest != model.digest == cache.fetch(bucket, nothing).digest
+    assert Checkpoint.original(model.folder, model.adapter.folder).tensor(CHANGED).ndim == 2
 
 
 def test_a_replaced_object_is_fetched_again(bucket: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.tiny_models import save_model
 from workers.discovery.random_weights import tiny_model
 
 NEW_TOKENS = 10
-FAMILIES = ("qwen3_5", "lfm2", "jamba", "gemma3", "gemma4", "qwen3_vl", "gpt_oss", "qwen3_next")
+FAMILIES = ("qwen3_5", "lfm2", "jamba", "gemma3", "gemma4", "qwen3_vl", "gpt_oss", "qwen3_next", "apertus")
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

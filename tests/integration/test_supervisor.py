@@ -19,7 +19,8 @@ from app.core.jobs.job_store import JobStore
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job, JobState, Progress
 from app.core.records.job_changes import cancel_requested, requeued
-from app.core.records.specs import DeploymentOptions, JobSpec
+from app.core.records.serving_options import DeploymentOptions
+from app.core.records.specs import JobSpec
 from app.core.storage.published import published_before
 from app.core.storage.reuse import ReuseIndex
 from app.core.storage.storage_keys import checkpoint_prefix, manifest_key, report_key

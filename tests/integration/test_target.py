@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from pydantic import ByteSize
 
 from app.core.child.assignment import REPORT, Noted, Stage, StageStarted
 from app.core.errors import TargetMissed
@@ -119,3 +121,31 @@ def test_lost_statistics_are_made_anew_to_the_same_bytes(tmp_path: Path) -> None
     name, index = "compressed-tensors", whole.finished.outputs[0].recipe_index
     files = [(run.folder(name, index) / "model.safetensors").read_bytes() for run in (whole, again)]
     assert files[0] == files[1]
+
+
+def test_the_least_error_within_bytes_is_published(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2")
+    free = EngineRun(tiny_spec(QUICK), model, tmp_path / "free")
+    limit = int(sum(free.report.candidates[0].bytes.values()) * 1.15)
+    run = EngineRun(tiny_target(TargetSpec(max_size=ByteSize(limit))), model, tmp_path / "work")
+    tries = run.report.tries
+    assert len(tries) > 1
+    assert all(one.meets_target and max(one.bytes.values()) <= limit for one in tries)
+    best = min(tries, key=lambda one: one.kl)
+    assert run.report.published == (best.recipe_index,)
+    assert best.kl < tries[0].kl
+    assert any("exceed target.max_size" in note or "bytes leave" in note for note in run.report.notes)
+
+
+def test_bytes_that_do_not_reach_the_quality_fail_with_the_nearest(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2")
+    free = EngineRun(tiny_spec(QUICK), model, tmp_path / "free")
+    limit = int(sum(free.report.candidates[0].bytes.values()) * 1.05)
+    target = TargetSpec(max_kl=1e-9, max_size=ByteSize(limit))
+    with pytest.raises(TargetMissed) as missed:
+        EngineRun(tiny_target(target), model, tmp_path / "work")
+    message = missed.value.message
+    assert f"files of at most {limit} bytes was asked for" in message
+    assert f"a KL of at most {target.max_kl}" in message
+    (size,) = re.findall(r" in (\d+) bytes; ", message)
+    assert int(size) <= limit

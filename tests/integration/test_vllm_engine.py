@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.records.specs import VllmOptions
+from app.core.records.serving_options import ServerOptions, VllmOptions
 from tests.integration.api_service import Service
 from tests.integration.serving_floor import Floor
 from tests.integration.workshop import REPOSITORY
@@ -102,6 +102,6 @@ def test_on_a_cpu_several_servers_of_vllm_share_the_memory(
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     if set_by_host is not None:
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", set_by_host)
-    options = VllmOptions(gpu_memory_utilization=share)
+    options = ServerOptions(engine="vllm", vllm=VllmOptions(gpu_memory_utilization=share))
     launch = Launch(tmp_path, tmp_path, "tiny", "127.0.0.1", device, "auto", 1.0, options)
     assert vllm_environment(launch).get("VLLM_CPU_KVCACHE_SPACE") == cache_gib

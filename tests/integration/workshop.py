@@ -13,12 +13,14 @@ from pathlib import Path
 
 from redis import Redis
 
+from app.core.access.hub_tokens import HubTokens
 from app.core.access.limits import TenantLimits
 from app.core.deployments.deployment_store import DeploymentStore
 from app.core.formats.registry import FormatName
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobStore
 from app.core.planning.device_profile import NOMINAL
+from app.core.pushes.push_store import PushStore
 from app.core.records.artifact import ArtifactManifest
 from app.core.records.ids import artifact_id, new_id
 from app.core.records.job import Job
@@ -28,8 +30,9 @@ from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import read_manifest
 from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.tally import Tally
-from app.core.telemetry.tracing import Tracer
+from app.core.telemetry.tracing import Destination, Tracer
 from app.core.upkeep.janitor import Janitor
+from app.core.version import package_version
 from workers.attempts.attempt import run_attempt
 from workers.attempts.context import WorkerContext
 
@@ -78,8 +81,10 @@ class Workshop:
             shutdown=self.shutdown,
             reuse=ReuseIndex(self.redis, self.objects),
             limits=TenantLimits(self.redis, self.settings),
+            pushes=PushStore(self.redis),
+            hub_tokens=HubTokens(self.redis, self.settings),
             tally=Tally(self.redis),
-            tracer=Tracer(self.settings.otlp_endpoint, "test"),
+            tracer=Tracer(Destination.of(self.settings, "nibble-worker", package_version())),
             profile=NOMINAL["cpu"].model_copy(update={"assumed": ()}),
             child_module=STAND_IN,
         )

@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from app.core.formats.file_format import Scheme
 from app.core.formats.registry import FORMATS, FormatName
-from app.core.formats.schemes import SCHEMES, SchemeName
+from app.core.formats.schemes import SCHEMES, CacheName, SchemeName
 from app.core.jobs.report import CandidateReport
 from app.core.records.specs import Bits, CalibrationSpec, EvaluationSpec, Recipe
 from tests.tiny_models import TEXTS, TOKENIZER, EngineRun, tiny_spec
@@ -29,17 +29,20 @@ class Cell:
     group_size: int = 128
     method: str = "rtn"
     scheme: SchemeName = "wna16"
+    cache: CacheName | Literal[""] = ""
 
     def __str__(self) -> str:
+        cache = f" kv {self.cache}" if self.cache else ""
         if self.scheme != "wna16":
-            return f"{self.format} {self.scheme} {self.method}"
+            return f"{self.format} {self.scheme} {self.method}{cache}"
         groups = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.format} W{self.bits} {groups} {self.zero_points} {self.method}"
+        return f"{self.format} W{self.bits} {groups} {self.zero_points} {self.method}{cache}"
 
     @property
     def numbers(self) -> str:
-        """The scheme, or the grid of plain integers."""
-        return f"{self.bits} bits, {self.zero_points}" if self.scheme == "wna16" else self.scheme
+        """The scheme, or the grid of plain integers, and what the cache holds."""
+        weights = f"{self.bits} bits, {self.zero_points}" if self.scheme == "wna16" else self.scheme
+        return f"{weights}, cache {self.cache}" if self.cache else weights
 
     @property
     def zero_points(self) -> str:
@@ -47,7 +50,7 @@ class Cell:
 
 
 def short_form() -> list[Cell]:
-    """Every format x bits x symmetry, and every other scheme, by plain rounding."""
+    """Every format x bits x symmetry, every other scheme and an FP8 cache, by plain rounding."""
     integers = [
         Cell(name, bits, symmetric)
         for name, file_format in FORMATS.items()
@@ -56,12 +59,16 @@ def short_form() -> list[Cell]:
         if file_format.refusal({Scheme(bits=bits, group_size=128, symmetric=symmetric)}) is None
     ]
     others = [Recipe(scheme=name) for name in SCHEMES if name != "wna16"]
+    others.append(Recipe(group_size=128, kv_cache="fp8"))
     return [*integers, *(cell_of("compressed-tensors", recipe, "rtn") for recipe in others)]
 
 
 def cell_of(format_name: FormatName, recipe: Recipe, method: str) -> Cell:
     assert recipe.group_size != "auto"
-    return Cell(format_name, recipe.bits, recipe.symmetric, recipe.group_size, method, recipe.scheme)
+    return Cell(
+        format_name, recipe.bits, recipe.symmetric, recipe.group_size, method, recipe.scheme,
+        recipe.kv_cache or "",
+    )  # fmt: skip
 
 
 def long_form() -> list[Cell]:
@@ -69,7 +76,7 @@ def long_form() -> list[Cell]:
     further = [
         Cell(cell.format, cell.bits, cell.symmetric, group_size, method)
         for cell in short_form()
-        if cell.bits == 4 and cell.scheme == "wna16"
+        if cell.bits == 4 and cell.scheme == "wna16" and not cell.cache
         for group_size, method in (*((size, "rtn") for size in (32, 64, -1)), (128, "awq"), (64, "gptq"))
         if not (cell.format == "awq" and group_size == -1)
     ]
@@ -111,7 +118,7 @@ def jobs_of(cells: list[Cell]) -> Iterator[tuple[tuple[FormatName, ...], list[Re
     for cell in cells:
         fields = {
             "bits": cell.bits, "symmetric": cell.symmetric, "group_size": cell.group_size,
-            "scheme": cell.scheme,
+            "scheme": cell.scheme, "kv_cache": cell.cache or None,
         }  # fmt: skip
         formats[Recipe.model_validate({"method": cell.method, **fields})].append(cell.format)
     jobs: dict[tuple[FormatName, ...], list[Recipe]] = defaultdict(list)

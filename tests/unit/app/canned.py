@@ -49,7 +49,7 @@ def canned_service(answers: dict[str, tuple[int, object]] | None = None) -> Iter
             if status != 204:
                 self.wfile.write(content)
 
-        do_GET = do_POST = do_DELETE = answer
+        do_GET = do_POST = do_PATCH = do_DELETE = answer
 
         def log_message(self, *arguments: object) -> None:
             """Keep the test's output clean."""

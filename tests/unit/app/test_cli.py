@@ -107,7 +107,7 @@ def test_jobs_shows_brackets_of_a_name_as_they_are(
     )
     assert run("jobs", "--state", "succeeded", "--url", service.url) == 0
     out = capsys.readouterr().out
-    assert "awq w3 g128 and 1 more  a/[b]" in " ".join(out.split("  "))
+    assert "awq w3 g128 and 1 more  a/[b]" in out
     assert "nibble jobs --after cursor" in out
     assert service.requests[0][0] == "GET /v1/jobs?state=succeeded&limit=20"
 
@@ -189,3 +189,91 @@ def test_an_empty_list_says_what_comes_next(
     service.answers[f"GET /v1/{command}"] = (200, {"data": [], "has_more": False})
     assert run(command, "--url", service.url) == 0
     assert capsys.readouterr().out.startswith("none: ")
+
+
+def test_watch_prints_nothing_before_the_service_has_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("watch", "job_1", "--url", "http://127.0.0.1:9") == 3
+    assert capsys.readouterr().out == ""
+
+
+def test_watch_ends_with_what_was_won(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    interval = {"low": 0.99, "high": 1.01}
+    candidate = {"label": "awq w4", "perplexity": 12.3, "perplexity_ratio": 1.002, "kl": 0.01,
+                 "perplexity_ratio_interval": interval, "bytes": {"awq": 5_000_000}}  # fmt: skip
+    report = {"original": {"perplexity": 12.28, "bytes": 10_000_000}, "candidates": [candidate]}
+    service.answers["GET /v1/jobs/job_1"] = (200, JOB)
+    service.answers["GET /v1/jobs/job_1/report"] = (200, report)
+    assert run("watch", "job_1", "--url", service.url) == 0
+    out = capsys.readouterr().out
+    assert "10.0 MB → 5.0 MB (2.0× smaller)" in out
+    assert "within the noise" in out
+    assert "nibble deploy art_1 --name NAME" in out
+
+
+def test_submit_says_what_comes_next(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    service.answers["POST /v1/jobs"] = (202, {**JOB, "state": "queued", "artifacts": []})
+    options = ("--target-kl", "0.02", "--priority", "high", "--webhook", "https://a.example", "--deploy", "b")
+    assert run("submit", "a/b", *options, "--timeout", "60", "--force", "--url", service.url) == 0
+    out = capsys.readouterr().out
+    assert all(f"nibble {command} job_1" in out for command in ("watch", "logs", "cancel"))
+    assert json.loads(service.requests[0][2]) == {
+        "model": "a/b", "target": {"max_kl": 0.02}, "priority": "high", "webhook": {"url": "https://a.example"},
+        "deploy": {"name": "b"}, "timeout_s": 60, "force": True,
+    }  # fmt: skip
+
+
+def test_a_result_that_was_there_is_said_to_be(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    service.answers["POST /v1/jobs"] = (200, {**JOB, "reused_from": "job_0"})
+    assert run("submit", "a/b", "--url", service.url) == 0
+    assert "made before, by job_0; --force computes it again" in capsys.readouterr().out
+
+
+def test_retry_takes_more_time(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    service.answers["POST /v1/jobs/job_1/retry"] = (202, {**JOB, "state": "queued"})
+    assert run("retry", "job_1", "--timeout", "90", "--force", "--url", service.url) == 0
+    assert json.loads(service.requests[-1][2]) == {"timeout_s": 90, "force": True}
+    assert "nibble watch job_1" in capsys.readouterr().out
+
+
+def test_logs_are_events_in_words_with_what_the_process_wrote(
+    service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = [
+        {
+            "id": "1-1",
+            "kind": "state",
+            "at": "2026-01-01T10:00:00Z",
+            "payload": {"state": "queued", "attempt": 0},
+        },
+        {
+            "id": "1-2",
+            "kind": "stage",
+            "at": "2026-01-01T10:00:05Z",
+            "payload": {"stage": "searching", "attempt": 2},
+        },
+        {"id": "1-3", "kind": "note", "payload": {"code": "x", "message": "a note", "detail": {}}},
+        {
+            "id": "1-4",
+            "kind": "failure",
+            "payload": {"code": "child_crashed", "output": "the last [words]\n"},
+        },
+        {"id": "1-5", "kind": "unheard", "payload": {"a": 1, "b": {}, "c": None}},
+    ]
+    # The last page of events has a cursor, too: what happens later is read from there.
+    page = {"data": events, "has_more": False, "next": "1-5"}
+    service.answers["GET /v1/jobs/job_1/events"] = (200, page)
+    assert run("logs", "job_1", "--url", service.url) == 0
+    assert sum("/events" in line for line, _, _ in service.requests) == 1
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "10:00:00 queued", "10:00:05 searching, attempt 2", "a note", "its process failed [child_crashed]",
+        "the last [words]", "a 1",
+    ]  # fmt: skip
+
+
+def test_an_error_of_an_inference_route_keeps_its_words(
+    service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = {"message": "the model 'nix' does not exist", "code": "model_not_found", "param": "model"}
+    service.answers["GET /v1/models/nix"] = (404, {"error": error})
+    assert run("chat", "nix", "hello", "--url", service.url) == 1
+    assert "error the model 'nix' does not exist [model_not_found]" in capsys.readouterr().err

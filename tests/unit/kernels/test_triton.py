@@ -24,11 +24,10 @@ PROBLEM = LinearProduct(
 installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@installed
-def test_every_scheme_is_the_references(repository: Path) -> None:
-    """In a process of its own: whether kernels are interpreted is decided when they are imported."""
+def interpreted(probe: str, repository: Path) -> dict[str, float | None]:
+    """What a probe prints last, in a process with Triton's interpreter."""
     result = subprocess.run(
-        [sys.executable, "-m", PROBE],
+        [sys.executable, "-m", probe],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -37,7 +36,22 @@ def test_every_scheme_is_the_references(repository: Path) -> None:
         cwd=repository,
     )
     assert result.returncode == 0, result.stderr
-    errors = json.loads(result.stdout.splitlines()[-1])
+    errors: dict[str, float | None] = json.loads(result.stdout.splitlines()[-1])
+    return errors
+
+
+@installed
+def test_attention_reads_what_the_mask_shows_and_nothing_else(repository: Path) -> None:
+    """Against float64; hidden keys and values are NaN."""
+    errors = interpreted("tests.unit.kernels.attention_probe", repository)
+    assert len(errors) == 5
+    assert {name: error for name, error in errors.items() if error is None or not error < 1e-5} == {}
+
+
+@installed
+def test_every_scheme_is_the_references(repository: Path) -> None:
+    """In a process of its own: whether kernels are interpreted is decided when they are imported."""
+    errors = interpreted(PROBE, repository)
     assert len(errors) == 37
     assert {name: error for name, error in errors.items() if error is None or not error < 5e-3} == {}
 

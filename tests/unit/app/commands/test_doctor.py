@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from app.cli import main
+from app.commands import doctor
 from app.commands.checks import devices, host
+from app.commands.checks.check import Check
 from app.core.settings import Settings
 
 
@@ -167,3 +169,49 @@ def test_a_driver_tool_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_pat
     program(tmp_path, "nvidia-smi", "exit 9")
     assert devices.gpu_names() == []
     assert devices.check_driver([], {}).status == "warning"
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "finding"),
+    [
+        (
+            {"compiler": "nvrtc 13.0", "folder": "cubins", "kernels": {"sm_80": 9, "sm_90a": 20}},
+            "ok", "9 for sm_80, 20 for sm_90a in cubins, by nvrtc 13.0",
+        ),
+        ({"error": "neither nvcc nor the NVRTC library was found"}, "warning",
+         "neither nvcc nor the NVRTC library was found"),
+    ],
+)  # fmt: skip
+def test_kernels_are_compiled_by_a_program_of_the_worker(
+    monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], status: str, finding: str
+) -> None:
+    asked: list[str] = []
+
+    def answer(module: str, limit_s: float) -> dict[str, Any]:
+        asked.append(module)
+        return facts
+
+    monkeypatch.setattr(devices, "facts_of", answer)
+    check = devices.check_kernels()
+    assert (check.status, check.finding) == (status, finding)
+    assert bool(check.remedy) == (status == "warning")
+    assert asked == ["workers.devices.kernel_compilation"]
+
+
+def test_kernels_are_compiled_after_the_other_checks_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes a minute: what is known by then is on the screen."""
+    shown: list[str] = []
+
+    def compiled() -> Check:
+        shown.append(capsys.readouterr().out)
+        return Check("kernels", "ok", "compiled")
+
+    monkeypatch.setattr(doctor, "every_check", lambda: iter([Check("python", "ok", "3.11")]))
+    monkeypatch.setattr(doctor, "check_kernels", compiled)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--compile"])
+    assert (ended.value.code or 0) == 0
+    assert "python" in shown[0]
+    assert "kernels" in capsys.readouterr().out

@@ -110,6 +110,7 @@ def test_limits_of_time_can_be_raised_where_a_job_is_submitted(monkeypatch: pyte
 
     monkeypatch.setattr(jobs, "connect", service)
     monkeypatch.setattr(jobs, "show_job", lambda *_: None)
+    monkeypatch.setattr(jobs, "show_next_steps", lambda *_: None)
     with pytest.raises(SystemExit):
         main(["submit", "a/b", "--timeout", "90", "--queue-timeout", "7"])
     assert sent == [{"model": "a/b", "timeout_s": 90, "queue_timeout_s": 7}]
@@ -117,7 +118,17 @@ def test_limits_of_time_can_be_raised_where_a_job_is_submitted(monkeypatch: pyte
 
 def test_each_option_has_its_place_in_the_body() -> None:
     options = {field.name for field in fields(job_options.JobOptions)}
-    assert options == {*job_options.PLACES, "evaluated", "formats", "spec"}
+    assert options == {*job_options.PLACES, "adapter", "evaluated", "formats", "serve_on", "spec"}
+
+
+def test_an_adapter_is_a_folder_or_a_reference(tmp_path: Path) -> None:
+    for adapter, reference in (("hf:me/tuned", "hf:me/tuned"), (str(tmp_path), tmp_path.as_uri())):
+        body = job_options.job_body("hf:a/b", job_options.JobOptions(adapter=adapter))
+        assert body == {"model": "hf:a/b", "adapter": reference}
+    with pytest.raises(InvalidRequest) as refusal:
+        job_options.job_body("hf:a/b", job_options.JobOptions(adapter=str(tmp_path / "none")))
+    assert refusal.value.param == "adapter"
+    assert "save_pretrained" in refusal.value.remedy
 
 
 def test_a_job_can_do_without_an_evaluation() -> None:
@@ -140,6 +151,7 @@ def test_experts_can_be_calibrated_on_every_token(
 
     monkeypatch.setattr(jobs, "connect", service)
     monkeypatch.setattr(jobs, "show_job", lambda *_: None)
+    monkeypatch.setattr(jobs, "show_next_steps", lambda *_: None)
     with pytest.raises(SystemExit):
         main(["submit", "a/b", flag])
     assert sent == [{"model": "a/b", "calibration": {"all_experts": asked}}]

@@ -7,14 +7,17 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from app.commands import machine
 from app.commands.checks import host
-from app.commands.machine import Machine, Member, Voice
+from app.commands.machine import Machine, Member
+from app.commands.up_view import MeasuringNews, Voice
 from app.core.errors import Unavailable
+from app.core.jobs.worker_registry import WorkerRecord
 from app.core.settings import Settings
 from tests.waiting import wait_until
 
@@ -104,6 +107,54 @@ def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path, monkeypatch
             Machine(settings).run()
     assert "NIBBLE_PORT" in caught.value.remedy
     assert not (tmp_path / "state").exists()
+
+
+def test_of_the_logs_only_warnings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "2026-11-28T10:00:00.000+00:00 INFO app.access: GET /v1/jobs 200",
+        '{"at": "2026-11-28T10:00:00.000+00:00", "level": "info", "logger": "a", "message": "b"}',
+        "2026-11-28T10:00:00.000+00:00 WARNING app: the disk is nearly full",
+        "Traceback (most recent call last):",
+    ]
+    voice = Voice(as_json=False)
+    for line in lines:
+        voice.hear("api", line)
+    assert capsys.readouterr().out.splitlines() == [f"api      | {line}" for line in lines[2:]]
+    voice.show_tail("api")
+    assert capsys.readouterr().out.splitlines() == [f"api      | {line}" for line in lines[:2]]
+    voice.show_tail("api")
+    for line in lines:
+        Voice(as_json=False, verbose=True).hear("api", line)
+    assert len(capsys.readouterr().out.splitlines()) == len(lines)
+
+
+def test_the_box_leaves_links_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    link = "http://127.0.0.1:8420/login?code=" + "x" * 60
+    Voice(as_json=False).show_ready("http://127.0.0.1:8420", link, "/state/api-key", "from the hub")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  {link}" in lines
+    assert "ready at http://127.0.0.1:8420" in lines[0]
+
+
+def test_measuring_is_told_once_with_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    facts = {
+        "name": "w",
+        "host": "h",
+        "pid": 1,
+        "device": "cpu",
+        "started_at": moment,
+        "heartbeat_at": moment,
+    }
+    news = MeasuringNews(Voice(as_json=False))
+    for measuring in (False, True, True, False, False):
+        news.look([WorkerRecord(**facts, measuring=measuring)])
+    begun, ended = capsys.readouterr().out.splitlines()
+    assert begun.startswith("measuring cpu once, for estimates: 0 s of at most 30 s")
+    assert "measured in 0 s" in ended
 
 
 def test_lines_as_json(capsys: pytest.CaptureFixture[str]) -> None:

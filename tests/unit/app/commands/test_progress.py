@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from datetime import UTC, datetime, timedelta
 
 from rich.console import Console
 
@@ -45,3 +46,13 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "searching" in out.getvalue()
     assert "layer 4/8, 3.0 s left" in out.getvalue()
     assert "a note" in out.getvalue()
+
+
+def test_the_bar_counts_from_the_start_of_the_job_and_appears_with_the_first_news() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with progress_view(console) as view:
+        assert out.getvalue() == ""
+        view.count_from(datetime.now(UTC) - timedelta(hours=1, minutes=2))
+        view.show("searching", Progress(fraction=0.5))
+    assert "1:02:0" in out.getvalue()

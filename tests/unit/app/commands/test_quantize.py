@@ -166,7 +166,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--device", "cuda:99"), "there is no cuda:99"),
         (("--dataset", "gone.jsonl"), "there is no file gone.jsonl"),
         (("--dataset", "builtin:pile"), "builtin:pile"),
-        (("--bits", "5"), "recipe.bits"),
+        (("--bits", "5"), "--bits"),
         (("--bits", "3", "--format", "awq"), "holds 4 bits only"),
     ],
 )

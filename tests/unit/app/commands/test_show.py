@@ -53,6 +53,40 @@ def test_a_report_of_an_earlier_version_lacks_figures() -> None:
     assert "1.00365" in text_of(show_report, {**REPORT, "candidates": [candidate]})
 
 
+def test_a_report_without_an_evaluation_shows_sizes_and_errors_of_weights() -> None:
+    linears = [
+        {"linear": "a", "weight_error": 0.0263}, {"linear": "b", "weight_error": 0.0191},
+        {"linear": "c", "weight_error": None},
+    ]  # fmt: skip
+    candidate = {
+        "label": "rtn fp8", "perplexity": None, "perplexity_ratio": None, "perplexity_ratio_interval": None,
+        "kl": None, "kl_p99": None, "top1_agreement": None, "bits_per_weight": 8.01, "linears": linears,
+        "bytes": {"compressed-tensors": 3_500_000}, "layers": [],
+    }  # fmt: skip
+    document = {
+        **REPORT, "evaluation": None, "original": {"perplexity": None, "bytes": 7_000_000},
+        "notes": ["a note"],
+        "candidates": [candidate, {**candidate, "label": "rtn mxfp4", "linears": []}],
+    }  # fmt: skip
+    text = text_of(show_report, document)
+    for part in ("rtn fp8", "rtn mxfp4", "3.5 MB", "7.0 MB", "8.01", "1.9% to 2.6%", "10.75", "a note"):
+        assert part in text
+    assert "not evaluated: nothing is known of the quality" in text
+    assert not any(word in text for word in ("perplexity", "KL", "None", "nan"))
+
+
+def test_a_report_shows_the_scales_of_a_cache() -> None:
+    cache = {
+        "numbers": "fp8",
+        "layers": 6,
+        "key_scales": [0.011047, 0.02356],
+        "value_scales": [0.009, 0.0121],
+    }
+    text = text_of(show_report, {**REPORT, "candidates": [{"label": "awq w4 kv fp8", "cache": cache}]})
+    scales = "scales of 0.011 to 0.0236 and 0.009 to 0.0121"
+    assert f"awq w4 kv fp8: keys and values of 6 layers are fp8, with {scales}" in text
+
+
 def test_a_report_shows_task_scores_with_their_errors() -> None:
     interval = {"standard_error": 0.01, "low": 0.951, "high": 1.002}
     score = {

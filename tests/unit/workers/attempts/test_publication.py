@@ -11,10 +11,13 @@ from app.core.errors import JobFault, Unavailable
 from app.core.records.ids import artifact_id, new_id
 from app.core.records.job import Job
 from app.core.records.specs import JobSpec
+from app.core.sources.fetching import FetchedModel
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import published_before, read_manifest
 from app.core.storage.storage_keys import report_key
 from workers.attempts.publication import Publication
+
+MODEL = FetchedModel(folder=Path("/models/any"), name="any", digest="d" * 64, notes=())
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def stop() -> None:
 
 
 def publication(objects: ObjectStore, job: Job, folder: Path) -> Publication:
-    return Publication(objects, job, model_digest="d" * 64, work_folder=folder)
+    return Publication(objects, job, model=MODEL, work_folder=folder)
 
 
 def test_files_report_and_manifests_are_written(

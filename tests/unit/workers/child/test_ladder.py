@@ -9,7 +9,8 @@ import pytest
 
 from app.core.errors import RecipeUnsupported
 from app.core.planning.plan import CandidatePlan, Plan, plan_job
-from app.core.records.specs import JobSpec, Override, Recipe
+from app.core.planning.size_target import file_bytes
+from app.core.records.specs import JobSpec, Override, Recipe, TargetSpec
 from app.core.sources.safetensors_header import TensorHeader
 from workers.child.ladder import (
     AS_ASKED,
@@ -275,3 +276,41 @@ def test_a_scheme_is_followed_by_a_wider_one(scheme: str, wider: tuple[str, int,
 
 def test_groups_of_a_scheme_stay() -> None:
     assert groups_of(32)(Recipe.model_validate({"scheme": "fp8-block"})) is None
+
+
+def within(model: Model, recipe: Recipe, room: int, **limits: float) -> TargetSpec:
+    """A target of bytes that leaves so much room above the recipe's files."""
+    size = file_bytes(model.plan(recipe).candidates[0]) + room
+    return TargetSpec.model_validate({"max_size": size, **limits})
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_kl": 0.1}])
+def test_more_bits_stay_within_a_target_of_bytes(limits: dict[str, float]) -> None:
+    model = Model()
+    recipe = Recipe(bits=3, group_size=32)
+    model.add(recipe, 2.0)
+    model.add(recipe, 1.9, "groups of 32", v_proj=0.02)
+    target = within(model, recipe, 20_000, **limits)
+    step = next_step(model.tries, model.plan(Recipe()).architecture, model.refusal, target)
+    assert step.recipe is not None
+    size = file_bytes(model.plan(step.recipe).candidates[0])
+    assert target.max_size is not None
+    assert file_bytes(model.tries[0].candidate) < size <= target.max_size
+
+
+def test_without_a_limit_to_quality_all_bytes_are_spent_at_once() -> None:
+    model = Model()
+    recipe = Recipe(bits=3, group_size=32)
+    model.add(recipe, 2.0)
+    model.add(recipe, 1.9, "groups of 32", v_proj=0.02)
+    architecture, room = model.plan(Recipe()).architecture, 120_000
+    sizes = []
+    for limits in ({}, {"max_kl": 0.1}):
+        step = next_step(model.tries, architecture, model.refusal, within(model, recipe, room, **limits))
+        assert step.recipe is not None
+        sizes.append(file_bytes(model.plan(step.recipe).candidates[0]))
+    assert sizes[0] > sizes[1]
+    model.add(recipe, 1.0, "more bits 1")
+    end = next_step(model.tries, architecture, model.refusal, within(model, recipe, 0))
+    assert end.recipe is None
+    assert "has the most bits that the target's bytes leave" in end.passed[-1]

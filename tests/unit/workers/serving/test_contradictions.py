@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from app.core.errors import InvalidRequest
 from tests.inference import Served
 from tests.tiny_models import TOKENIZER, random_model, save_model
+from workers.serving.constraints import Constraint
 from workers.serving.detokenizer import Detokenizer
 from workers.serving.grammar import Grammars
 from workers.serving.requests import Choice, Generation, Sampling, Sequence, StopRules
@@ -161,9 +162,9 @@ def test_no_refusal_of_a_schema_holds_the_parsers_state(served: Served, content:
         ({"type": []}, "allow at least one value"),
         ({"not": {}}, "keywords and formats that constrained decoding knows"),
         ({"type": "string", "format": "nope"}, "keywords and formats that constrained decoding knows"),
-        ({"type": "nope"}, "correct the schema there"),
-        ({"$ref": "#/definitions/x"}, "correct the schema there"),
-        ({"type": "string", "pattern": "("}, "correct the schema there"),
+        ({"type": "nope"}, "correct it there"),
+        ({"$ref": "#/definitions/x"}, "correct it there"),
+        ({"type": "string", "pattern": "("}, "correct it there"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -197,7 +198,7 @@ def test_a_tiny_penalty_leaves_the_other_rules_in_force(temperature: float) -> N
 
 def test_a_token_that_the_grammar_refuses_is_an_error_in_words() -> None:
     grammars = Grammars((TOKENIZER / "tokenizer.json").read_text("utf-8"), 4096, [END])
-    matcher = grammars.json_schema(OBJECT, "response_format")
+    matcher = grammars.matcher(Constraint("schema", OBJECT, "response_format"))
     with pytest.raises(InvalidRequest) as refusal:
         matcher.take(600)
     assert not any(dump in refusal.value.message for dump in DUMPS)

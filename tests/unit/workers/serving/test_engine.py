@@ -20,6 +20,7 @@ from app.core.errors import QueueFull, Unavailable
 from tests.inference import Served, greedy, sampled
 from tests.tiny_models import random_model, save_model
 from tests.waiting import until
+from workers.serving.conversations import render
 from workers.serving.http_server import listen, serve
 from workers.serving.protocol import ChatRequest
 from workers.serving.requests import Generation
@@ -262,15 +263,12 @@ def test_logprobs_of_a_text_have_the_token_itself(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("choice", "expected"), [(None, "visit|Hi|ask:"), ("none", "|Hi|ask:")])
-def test_tools_reach_the_template_unless_none_may_be_called(
-    folder: Path, choice: str | None, expected: str
-) -> None:
-    served = Served(folder).served
+def test_tools_reach_the_template_unless_none_may_be_called(choice: str | None, expected: str) -> None:
     source = (
         "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}|"
         "{{ messages[0].content }}|{% if add_generation_prompt %}ask:{% endif %}"
     )
-    served.tokenization.template = ChatTemplate(source, {})
+    template = ChatTemplate(source, {})
     tool = {"type": "function", "function": {"name": "visit"}}
     body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "tool_choice": choice}
-    assert served.render(ChatRequest.model_validate(body)) == expected
+    assert render(template, ChatRequest.model_validate(body)) == expected

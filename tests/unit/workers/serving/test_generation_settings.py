@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from app.core.errors import ModelRefused
 from tests.inference import Served
 from tests.tiny_models import random_model, save_model
+from workers.serving.conversations import chat_prompts
 from workers.serving.generation_settings import end_tokens, read_settings, sampling_defaults
 from workers.serving.protocol import ChatRequest
 from workers.serving.served_model import Prompts
@@ -96,7 +97,7 @@ def test_an_answer_ends_at_a_token_that_only_a_file_names(saved: Path, place: st
 def answer(served: Served, body: dict[str, Any]) -> list[int]:
     request = ChatRequest.model_validate(body)
     model = served.served
-    prompts = model.chat_prompts(request)
+    prompts = chat_prompts(model, request)
     return served.generate(
         [
             {

@@ -55,7 +55,7 @@ NUMBERS = (
         "seed",
         "temperature",
     ),
-    *("top_p", "top_k", "min_p", "min_tokens"),
+    *("top_p", "top_k", "min_p", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens"),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from app.core.records.specs import CalibrationSpec
 from tests.inference import Served
 from tests.tiny_models import TOKENIZER, random_model, save_model
 from workers.child.work import template_note
+from workers.serving.conversations import render, template_of
 from workers.serving.protocol import ChatRequest
-from workers.serving.routes import create_app
 from workers.serving.tokenization import Tokenization
 from workers.texts.documents import Document
 from workers.texts.windows import all_windows, load_tokenizer
@@ -92,24 +91,15 @@ def answered(served: Served, folder: Path, tools: list[dict[str, Any]] | None) -
     """The prompt of a request to a server that has the folder's tokenizer."""
     served.tokenization.template = Tokenization(folder, 4096).template
     body = {"messages": MESSAGES, "tools": tools, "add_generation_prompt": False}
-    return served.served.render(ChatRequest.model_validate(body))
+    return render(template_of(served.tokenization), ChatRequest.model_validate(body))
 
 
 def asked(served: Served, *bodies: dict[str, Any]) -> list[httpx.Response]:
     """Answers of the routes, a chat for messages and a completion else."""
-
-    async def main() -> list[httpx.Response]:
-        served.served.bind(asyncio.get_running_loop())
-        transport = httpx.ASGITransport(create_app(served.served))
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            return [
-                await client.post(
-                    "/v1/chat/completions" if "messages" in body else "/v1/completions", json=body
-                )
-                for body in bodies
-            ]
-
-    return asyncio.run(main())
+    return [
+        served.post("/v1/chat/completions" if "messages" in body else "/v1/completions", body)
+        for body in bodies
+    ]
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])

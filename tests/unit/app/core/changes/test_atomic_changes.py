@@ -15,9 +15,12 @@ from app.core.deployments import deployment_store
 from app.core.errors import Conflict
 from app.core.jobs import job_scripts
 from app.core.outgoing import webhook_messages
+from app.core.pushes import push_store
+from app.core.storage import tags
+from app.core.upkeep import duty
 
 ECHO = Script("return {first, second, key, other}", keys=("key", "other"), args=("first", "second"))
-MODULES = (job_scripts, deployment_store, webhook_messages, limits, login, stamps)
+MODULES = (job_scripts, deployment_store, webhook_messages, limits, login, stamps, push_store, tags, duty)
 SCRIPTS = [
     pytest.param(script, id=f"{module.__name__.rpartition('.')[2]}-{name}")
     for module in MODULES

@@ -14,6 +14,7 @@ from app.core.deployments.deployment import (
     Replica,
     ReplicaState,
 )
+from app.core.deployments.reasons import reason
 from app.core.records.ids import new_id
 from app.core.records.job import Problem
 
@@ -46,6 +47,8 @@ def live(*states: ReplicaState, engine: str = "auto", replicas: int = 2, **chang
         (live(goal=Goal.REST), DeploymentState.STOPPED),
         (live(ReplicaState.READY, goal=Goal.REMOVE), DeploymentState.DRAINING),
         (live(error=Problem(code="c", message="m")), DeploymentState.FAILED),
+        (live(ReplicaState.DRAINING, goal=Goal.PAUSE), DeploymentState.PAUSED),
+        (live(goal=Goal.PAUSE, error=Problem(code="c", message="m")), DeploymentState.PAUSED),
     ],
 )
 def test_the_state_follows_from_goal_and_replicas(found: LiveDeployment, state: DeploymentState) -> None:
@@ -53,20 +56,21 @@ def test_the_state_follows_from_goal_and_replicas(found: LiveDeployment, state: 
 
 
 def test_a_reason_names_what_is_missing() -> None:
-    assert live(ReplicaState.READY, ReplicaState.READY).reason([("transformers",)]) == ""
-    assert "no worker takes the queue" in live().reason([])
-    assert "no worker has vllm" in live(engine="vllm").reason([("transformers",)])
-    assert "1 of 2 replicas wait: for a worker with a free slot" in live(ReplicaState.READY).reason(
-        [("transformers",)]
-    )
-    assert "replica 0: loading" in live(ReplicaState.LOADING).reason([("transformers",)])
+    engines = [("transformers",)]
+    assert reason(live(ReplicaState.READY, ReplicaState.READY), engines) == ""
+    assert "no worker takes the queue" in reason(live(), [])
+    assert "no worker has vllm" in reason(live(engine="vllm"), engines)
+    waits = "1 of 2 replicas wait: for a worker with a free slot"
+    assert waits in reason(live(ReplicaState.READY), engines)
+    assert "replica 0: loading" in reason(live(ReplicaState.LOADING), engines)
 
 
 def test_names_are_fit_for_requests_and_paths() -> None:
-    for name in ("", "-a", "a/b", "a b", "a" * 97, "ä"):
+    for name in ("", "-a", "/a", "a/", "a//b", "a/../b", "a b", "a" * 97, "ä"):
         with pytest.raises(ValidationError):
             DeploymentSpec(artifact=new_id("art"), name=name)
-    assert DeploymentSpec(artifact=new_id("art"), name="Llama-3.1:8b_w4").name
+    for name in ("Llama-3.1:8b_w4", "org/model"):
+        assert DeploymentSpec(artifact=new_id("art"), name=name).name == name
 
 
 def test_what_is_no_artifacts_id_is_told_with_where_to_find_one() -> None:

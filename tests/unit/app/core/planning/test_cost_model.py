@@ -10,7 +10,7 @@ from app.core.child.assignment import PREDICTION, Noted
 from app.core.planning import cost_model
 from app.core.planning.cost_model import Prediction, predict
 from app.core.planning.device_profile import NOMINAL, DeviceKind, DeviceProfile
-from app.core.planning.plan import plan_job
+from app.core.planning.plan import Plan, plan_job
 from app.core.records.job import Stage
 from app.core.records.specs import BUNDLED_TASKS, CalibrationSpec, JobSpec
 from app.core.sources.model_source import inspect_model, open_model
@@ -35,6 +35,17 @@ def predicted(model: Path, profile: DeviceProfile = NOMINAL["cpu"], **changes: o
     headers = inspect_model(open_model(model.as_uri(), model_roots=(model.parent,)))
     spec = JobSpec.model_validate({"model": "m", **changes})
     return predict(plan_job(spec, headers.config, headers.tensors), spec, profile)
+
+
+INPUT = {  # bytes for a value
+    "fp8": 220, "fp8-static": 220, "w4a8": 220, "w8a8": 130, "nvfp4": 740, "mxfp4": 740,
+}  # fmt: skip
+
+
+def plan_of(model: Path, scheme: str) -> Plan:
+    headers = inspect_model(open_model(model.as_uri(), model_roots=(model.parent,)))
+    spec = JobSpec.model_validate({"model": "m", "recipe": {"method": "rtn", "scheme": scheme}})
+    return plan_job(spec, headers.config, headers.tensors)
 
 
 def test_the_engine_has_the_same_constants() -> None:
@@ -151,6 +162,30 @@ def test_rates_of_the_search_follow_the_width() -> None:
     assert found == pytest.approx([2e-8, 2e-8, 3.5e-8, 5e-8, 8e-8])
     older = profile.model_copy(update={"search": {}})
     assert older.search_seconds("clip", 256) == NOMINAL["cpu"].search_seconds("clip", 256)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "w8a8", "w4a8", "nvfp4", "mxfp4"])
+def test_rounding_inputs_costs_evaluation(bundled: Path, scheme: str) -> None:
+    """Beside the same weights alone; FP4 takes more operations than FP8, and that more than int8."""
+    plain = predicted(bundled, recipe={"method": "rtn", "scheme": "w8a16"}).seconds[Stage.EVALUATING]
+    own = predicted(bundled, recipe={"method": "rtn", "scheme": scheme}).seconds[Stage.EVALUATING]
+    linears = plan_of(bundled, scheme).candidates[0].linears
+    values = 64 * 512 * sum(linear.in_features for linear in linears if linear.scheme)
+    assert own - plain == pytest.approx(values * INPUT[scheme] / NOMINAL["cpu"].elementwise, rel=1e-6)
+    few = {"method": "rtn", "scheme": scheme, "ignore": ["lm_head", "re:.*mlp.*"]}
+    assert predicted(bundled, recipe=few).seconds[Stage.EVALUATING] < own
+
+
+def test_steps_on_other_numbers_have_their_own_cost(bundled: Path) -> None:
+    def searching(scheme: str, method: str) -> float:
+        recipe = {"method": method, "scheme": scheme}
+        return predicted(bundled, recipe=recipe).seconds[Stage.SEARCHING]
+
+    assert searching("w4a8", "awq") == searching("w4a16", "awq")
+    assert searching("nvfp4a16", "awq") > searching("fp8", "awq")
+    assert searching("fp8", "gptq") < searching("w4a16", "gptq")
+    assert searching("w8a8", "gptq") > searching("w4a16", "gptq")  # ranges of whole rows
+    assert searching("nvfp4a16", "rtn") > searching("fp8", "rtn") > searching("w4a16", "rtn")
 
 
 def test_a_target_needs_room_for_statistics(bundled: Path) -> None:

@@ -1,0 +1,240 @@
+"""The dashboard's forms in Chromium: what is refused, corrected, hidden, and run again."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from app.core.jobs.job_store import JobStore
+from app.core.records.ids import new_id
+from app.core.records.job import Job, JobState, Problem, transition
+from app.core.records.specs import JobSpec
+from tests.e2e.dashboard_visit import Visit, call, job_store, login_path, needs_chromium
+from tests.e2e.history import record
+from tests.e2e.installed import Service
+from tests.e2e.results import finished
+
+pytestmark = needs_chromium
+
+
+def test_a_refusal_goes_with_its_cause(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    model = page.get_by_role("textbox", name="Model")
+    expect(model).to_be_focused()
+    model.fill(example_model.as_uri())
+    page.get_by_text("Target, text, limits").click()
+    # The estimate is not there yet when the form is sent.
+    page.route("**/v1/estimates", lambda route: route.abort())
+    page.get_by_label("Time limit").fill("0")
+    page.get_by_role("button", name="Submit job").click()
+    refused = page.get_by_text("The job was refused")
+    expect(refused).to_be_visible()
+    expect(page.locator(".field-bad")).to_contain_text("Time limit")
+    expect(page.get_by_role("alert").first).not_to_contain_text("openapi.json")
+    page.get_by_label("Time limit").fill("600")
+    expect(refused).to_have_count(0)
+    expect(page.locator(".field-bad")).to_have_count(0)
+    visit.forgive_network()
+
+
+def test_what_would_be_refused_cannot_be_submitted(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    submit = page.get_by_role("button", name="Submit job")
+    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_text("Target, text, limits").click()
+    page.get_by_label("Time limit").fill("0")
+    expect(submit).to_be_disabled()
+    expect(page.get_by_text("Correct what is marked first.")).to_be_visible()
+    page.get_by_label("Time limit").fill("60")
+    expect(submit).to_be_enabled()
+    page.get_by_label("Labels").fill("justalabel")
+    expect(page.locator(".field-bad")).to_contain_text("write key=value")
+    expect(submit).to_be_disabled()
+    page.get_by_label("Labels").fill("team=search")
+    expect(submit).to_be_enabled()
+    assert visit.faults() == []
+
+
+def test_a_folder_is_a_model(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    with page.expect_request("**/v1/estimates") as sent:
+        page.get_by_role("textbox", name="Model").fill(str(example_model))
+    assert sent.value.post_data_json["model"] == example_model.as_uri()
+    expect(page.get_by_text("bits per weight")).to_be_visible()
+
+
+def choice(page: Page, name: str) -> Locator:
+    """The field of a recipe with this label."""
+    return page.locator(".field", has=page.get_by_text(name, exact=True)).locator("select")
+
+
+@pytest.mark.parametrize(
+    ("method", "shown", "hidden"),
+    [
+        ("awq", ("Rounding", "Search", "Bits"), ()),
+        ("gptq", ("Bits", "KV cache"), ("Rounding", "Search")),
+        ("rtn", ("Bits", "KV cache"), ("Rounding", "Search")),
+    ],
+)
+def test_fields_that_a_method_ignores_are_hidden(
+    visit: Visit, method: str, shown: tuple[str, ...], hidden: tuple[str, ...]
+) -> None:
+    page = visit.open("/jobs/new")
+    page.get_by_text("Customize, or compare").click()
+    choice(page, "Rounding").select_option("gptq")
+    choice(page, "Method").select_option(method)
+    for name in shown:
+        expect(choice(page, name)).to_be_visible()
+    for name in hidden:
+        expect(choice(page, name)).to_have_count(0)
+    choice(page, "Scheme").select_option("fp8")
+    expect(choice(page, "Bits")).to_have_count(0)
+
+
+def test_several_recipes_in_one_job(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_text("Customize, or compare").click()
+    page.get_by_role("button", name="Add a recipe").click()
+    second = page.get_by_role("group", name="Recipe 2")
+    second.get_by_label("Method").select_option("rtn")
+    second.get_by_label("Bits").select_option("8")
+    page.get_by_role("button", name="Add a recipe").click()
+    with page.expect_request(
+        lambda request: request.url.endswith("/v1/estimates") and len(request.post_data_json["recipe"]) == 2
+    ) as sent:
+        page.get_by_role("button", name="Remove recipe 3").click()
+    recipes = sent.value.post_data_json["recipe"]
+    assert [(each["method"], each["bits"]) for each in recipes] == [("awq", 4), ("rtn", 8)]
+    estimate = page.get_by_label("Estimate")
+    expect(estimate).to_contain_text("rtn w8 g128")
+    expect(estimate).to_contain_text("awq w4 g128")
+    assert visit.faults() == []
+
+
+DROP = """([zone, name, text]) => {
+  const moved = new DataTransfer();
+  moved.items.add(new File([text], name));
+  document.querySelector(zone).dispatchEvent(new DragEvent("drop", { dataTransfer: moved, bubbles: true }));
+}"""
+
+
+def test_a_text_of_ones_own_is_dropped_and_previewed(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_text("Target, text, limits").click()
+    page.get_by_label("Tokens per window").fill("32")
+    text = "The river ran past the mill and the mill stood still. " * 8
+    rows = "".join(json.dumps({"text": f"{number}. {text}"}) + "\n" for number in range(20))
+    page.get_by_label("Your own text").set_input_files(
+        {"name": "rivers.jsonl", "mimeType": "application/jsonl", "buffer": rows.encode()}
+    )
+    preview = page.get_by_role("status").filter(has_text="rivers.jsonl")
+    expect(preview).to_contain_text("20 documents")
+    expect(preview).to_contain_text("windows of 32 tokens")
+    expect(preview).to_contain_text("0. The river ran")
+    reference = page.get_by_label("Calibration text").input_value()
+    assert reference == call(visit.service, "/v1/datasets", method="GET")["data"][0]["reference"]
+    assert visit.faults() == []
+    page.evaluate(DROP, [".drop", "bad.csv", "a,b\n1\n"])
+    expect(page.get_by_text("The text was not taken")).to_be_visible()
+    expect(page.get_by_label("Calibration text")).to_have_value(reference)
+    with page.expect_request("**/v1/estimates") as sent:
+        page.get_by_label("Evaluation windows").fill("16")
+    body = sent.value.post_data_json
+    assert (body["calibration"]["dataset"], body["evaluation"]) == (reference, {"num_samples": 16})
+
+
+def out_of_time(store: JobStore, model: str) -> str:
+    spec = JobSpec.model_validate({"model": model, "timeout_s": 2})
+    error = Problem(code="deadline_exceeded", message="it ran longer than 2 s", remedy="raise timeout_s")
+    return record(store, spec, datetime.now(UTC), lambda job: transition(job, JobState.FAILED, error=error))
+
+
+def test_a_job_that_ran_out_of_time_gets_more(visit: Visit, example_model: Path) -> None:
+    """The remedy can be followed on the page that names it, also through a template."""
+    with job_store(visit.service) as store:
+        job = out_of_time(store, example_model.as_uri())
+    page = visit.open(f"/jobs/{job}")
+    expect(page.get_by_text("Run it again with more time")).to_be_visible()
+    page.get_by_role("button", name="Run again with more time").click()
+    limit = page.get_by_role("dialog").get_by_label("Time limit")
+    expect(limit).to_have_value("4")
+    limit.fill("900")
+    assert visit.faults() == []
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_url(lambda url: job not in url)
+    again = call(visit.service, f"/v1/jobs/{page.url.rpartition('/')[2]}", method="GET")
+    assert (again["retry_of"], again["spec"]["timeout_s"]) == (job, 900)
+    call(visit.service, f"/v1/jobs/{again['id']}/cancel")
+    visit.open(f"/jobs/new/{job}")
+    page.get_by_text("Target, text, limits").click()
+    expect(page.get_by_label("Time limit")).to_have_value("2")
+
+
+def test_a_result_that_was_there_before_says_so(visit: Visit, example_model: Path) -> None:
+    with job_store(visit.service) as store:
+        first = finished(visit.service, store, [{"method": "awq"}])
+        spec = JobSpec.model_validate({"model": example_model.as_uri()})
+        job = Job(
+            id=new_id("job"), tenant="default", spec=spec, created_at=datetime.now(UTC),
+            state=JobState.SUCCEEDED, reused_from=first,
+        )  # fmt: skip
+        store.create(job)
+    page = visit.open(f"/jobs/{job.id}")
+    expect(page.get_by_text("This result existed already.")).to_be_visible()
+    page.get_by_role("button", name="Compute anew").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_label("Compute anew")).to_be_checked()
+    with page.expect_request("**/retry") as sent:
+        dialog.get_by_role("button", name="Run", exact=True).click()
+    assert sent.value.post_data_json["force"] is True
+    page.wait_for_url(lambda url: job.id not in url)
+    call(visit.service, f"/v1/jobs/{page.url.rpartition('/')[2]}/cancel")
+
+
+def test_a_service_that_is_away_does_not_refuse(visit: Visit, example_model: Path) -> None:
+    """On a page that polls nothing: a banner, no word of a refusal, and a way back at once."""
+    page = visit.open("/jobs/new")
+    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    expect(page.get_by_text("bits per weight")).to_be_visible()
+    page.context.set_offline(True)
+    page.get_by_text("Small", exact=True).click()
+    expect(page.get_by_text("The service has not answered since")).to_be_visible()
+    page.get_by_role("button", name="Submit job").click()
+    expect(page.get_by_text("Not submitted")).to_be_visible()
+    assert "refused" not in page.locator("main").inner_text()
+    assert "Failed to fetch" not in page.locator("main").inner_text()
+    assert visit.faults() == []
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Try now").click()
+    expect(page.get_by_text("The service has not answered since")).to_have_count(0)
+    expect(page.get_by_label("Estimate")).to_contain_text("w3")
+    visit.forgive_network()
+
+
+def test_an_old_login_link_is_a_page_or_the_dashboard(browser: Browser, service: Service) -> None:
+    link = service.url + login_path(service)
+    page = browser.new_page()
+    page.goto(link)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    page.goto(link)
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    stranger = browser.new_context().new_page()
+    stranger.goto(link)
+    expect(stranger.get_by_role("heading", level=1)).to_have_text("This login link has expired")
+    expect(stranger.get_by_text("nibble login")).to_be_visible()
+    stranger.get_by_role("link", name="Sign in").click()
+    field = stranger.get_by_label("API key")
+    expect(field).to_be_focused()
+    field.fill("nib_wrong")
+    stranger.get_by_role("button", name="Sign in").click()
+    expect(stranger.get_by_role("alert")).to_contain_text("Check that the whole key was copied")
+    field.fill("nib_other")
+    expect(stranger.get_by_role("alert")).to_have_count(0)
+    stranger.close()
+    page.close()
