@@ -5,6 +5,7 @@
 #   make test     lint, types, import rules and every test
 #   make tasks    install lm-eval, for `evaluation.tasks` and its tests
 #   make judges   our files opened and served by vLLM and llama.cpp, which it installs
+#   make clients  the clients that users bring, against a deployment; it installs them
 #   make quick    what changed, with its unit tests alone, in under a minute
 #
 #   make latest   the tests against the newest versions that pyproject.toml admits
@@ -21,6 +22,7 @@ PYTHON ?=
 VERSIONS ?= recorded
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+SERVICE := $(VENV)/service-installed
 # A Python 3.11 and a Python 3.12, for which `make lock` resolves.
 LOCK_PYTHONS ?= python3.11 python3.12
 # Each test process computes with one thread. Three keep two cores busy, since tests wait for processes that start
@@ -28,22 +30,28 @@ LOCK_PYTHONS ?= python3.11 python3.12
 PYTEST_WORKERS ?= 3
 # Where the environments of judges are, and which of their forms runs: short or long.
 JUDGES ?= .judges
+CLIENTS ?= .clients
 FORM ?= short
 # A file stays in one process: what its tests share (a service, a quantized model) is made once. Files are taken in
 # the order of testpaths, long ones first, so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install tasks chat demo test judges quick latest lock lint format types imports unit integration faults fuzz families guards e2e gpu bench clean
+.PHONY: help install tasks chat demo test judges clients quick latest lock lint format types imports unit integration faults fuzz families guards e2e gpu gpu-wheels bench clean
 
 help:
-	@sed -n '3,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,13s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
-# The versions that constraints.txt records, or with VERSIONS=newest what pyproject.toml admits.
-$(STAMP): pyproject.toml constraints.txt .ci/install .ci/find-python
+# The versions that constraints.txt records, or with VERSIONS=newest what pyproject.toml admits. What the service
+# needs comes first: a conversation does not wait for the tools of the tests.
+$(SERVICE): pyproject.toml constraints.txt .ci/install .ci/find-python
 	@test -x $(BIN)/python || "$$(.ci/find-python $(PYTHON))" -m venv $(VENV)
-	.ci/install $(VENV) $(VERSIONS)
+	.ci/install $(VENV) $(VERSIONS) all
+	touch $(SERVICE)
+
+$(STAMP): $(SERVICE)
+	.ci/install $(VENV) $(VERSIONS) dev
 	touch $(STAMP)
 
 # lm-eval and what it needs take a minute and 500 MB, so only those who score tasks have it.
@@ -54,10 +62,10 @@ tasks: $(STAMP)
 # PROMPT="Who was Ada Lovelace?" asks one question instead of holding a conversation; without a terminal that is the default.
 # MODEL=bundled takes the small model of this repository, as both do where SmolLM2 can't be had.
 MODEL ?= smollm2
-chat: $(STAMP)
+chat: $(SERVICE)
 	@$(BIN)/python examples/chat.py --model $(MODEL) "$(PROMPT)"
 
-demo: $(STAMP)
+demo: $(SERVICE)
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 test: lint types imports $(STAMP)
@@ -73,6 +81,12 @@ ifdef FAMILIES
 else
 	JUDGES=$(JUDGES) FORM=$(FORM) OMP_NUM_THREADS=1 $(BIN)/pytest tests/judges --timeout 3600
 endif
+
+# Clients that are not ours against a deployment, each in a folder of its own (CLIENTS=folder, 2.4 GB) with the versions of
+# tests/clients/versions. RECORD=1 writes the guide's table anew.
+clients: $(STAMP)
+	tests/clients/install $(BIN)/python $(CLIENTS)
+	CLIENTS=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/pytest tests/clients
 
 # While one works: it needs no service but a Valkey of its own, and says how much time it took.
 quick: $(STAMP)
@@ -130,9 +144,15 @@ guards: $(STAMP)
 e2e: $(STAMP)
 	$(BIN)/pytest tests/e2e
 
-# On a host with a GPU; names its devices and versions first.
-gpu: $(STAMP)
-	$(BIN)/pytest tests/gpu
+# On a host with a GPU, with the Python and PyTorch that are there; nothing is installed. WHEELS=folder brings what
+# they lack, from `make gpu-wheels` on a host that reaches a registry.
+GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,python3)
+WHEELS ?=
+gpu:
+	$(GPU_PYTHON) tests/benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
+
+gpu-wheels: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu_wheels.py $(or $(WHEELS),gpu-wheels)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/quantize.py
