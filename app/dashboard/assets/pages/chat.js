@@ -1,7 +1,7 @@
 // A playground for one deployment: streaming, with a stop button and the usual parameters.
-import { read, stream } from "../api.js";
+import { answerStream, paceInWords } from "../answer_stream.js";
+import { read } from "../api.js";
 import { may } from "../caller.js";
-import { duration } from "../format.js";
 import { Empty, Problem, Title, useFirstFocus } from "../parts.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 
@@ -24,24 +24,6 @@ function useMessages(model) {
   return [messages, setMessages];
 }
 
-/** Counts what a stream brings: { tokens, first, rate }. */
-class Meter {
-  constructor() {
-    Object.assign(this, { started: performance.now(), first: null, chunks: 0 });
-  }
-
-  take(chunk) {
-    const text = chunk.choices[0]?.delta?.content || "";
-    if (text) {
-      this.first ??= performance.now();
-      this.chunks += 1;
-    }
-    const tokens = chunk.usage?.completion_tokens ?? this.chunks;
-    const rate = this.first && tokens > 1 ? (1000 * (tokens - 1)) / (performance.now() - this.first) : null;
-    return { text, said: { tokens, first: this.first && this.first - this.started, rate } };
-  }
-}
-
 function useChat(model, parameters) {
   const [messages, setMessages] = useMessages(model);
   const [error, setError] = useState(null);
@@ -51,14 +33,11 @@ function useChat(model, parameters) {
     setError(null);
     setRunning(control);
     setMessages([...asked, { role: "assistant", content: "" }]);
-    const meter = new Meter();
     let content = "";
     try {
-      const body = { model, messages: asked.map(({ role, content: text }) => ({ role, content: text })), stream: true, stream_options: { include_usage: true }, ...parameters };
-      for await (const chunk of stream("/v1/chat/completions", body, control.signal)) {
-        const { text, said } = meter.take(chunk);
-        content += text;
-        setMessages([...asked, { role: "assistant", content, said }]);
+      for await (const soFar of answerStream({ model, messages: asked, ...parameters }, control.signal)) {
+        ({ content } = soFar);
+        setMessages([...asked, { role: "assistant", ...soFar }]);
       }
     } catch (fault) {
       if (!control.signal.aborted) setError(fault);
@@ -74,13 +53,6 @@ function useChat(model, parameters) {
     again: () => answer(messages.slice(0, messages.findLastIndex((message) => message.role === "user") + 1)),
     stop: running && (() => running.abort()),
   };
-}
-
-function inWords({ tokens, first, rate }) {
-  const figures = [`${tokens} token${tokens === 1 ? "" : "s"}`];
-  if (rate) figures.push(`${rate.toFixed(1)} per second`);
-  if (first) figures.push(`first after ${duration(first / 1000)}`);
-  return figures.join(", ");
 }
 
 const SOURCES = { model: "set by the model", default: "defaults, the model sets none" };
@@ -144,7 +116,7 @@ function Messages({ chat, model }) {
     ${chat.messages.map((message, index) => html`<div key=${index} class=${`message message-${message.role}`}>
       <small>${message.role === "user" ? "You" : model}</small>
       <p>${message.content || "…"}</p>
-      ${message.said && html`<small>${inWords(message.said)}</small>`}
+      ${message.said && html`<small>${paceInWords(message.said)}</small>`}
     </div>`)}
     <div ref=${end}></div>
   </div>`;
