@@ -20,7 +20,6 @@
     │   ├── RecordUnreadable    damaged, or written by another version of the service
     │   └── Paused              its owner has stopped it
     └── JobFault                a job that was accepted ends without a result
-        ├── Cancelled           its owner asked for it
         ├── WorkerLost          its worker stopped renewing the lease
         ├── DeadlineExceeded    it ran longer than `timeout_s`
         ├── ChildKilled         its process was killed from outside
@@ -168,10 +167,6 @@ class RecordUnreadable(Unavailable):
 
 class JobFault(NibbleError):
     code = "job_failed"
-
-
-class Cancelled(JobFault):
-    code = "cancelled"
 
 
 class WorkerLost(JobFault):

@@ -82,9 +82,6 @@ class HubModel:
     def content_key(self) -> str:
         return hashlib.sha256(f"{self.kind}\0{self.repository}\0{self.commit}".encode()).hexdigest()
 
-    def known_sha256(self, path: str) -> str | None:
-        return self._sha256.get(path)
-
     def chunks(self, path: str, start: int, end: int) -> Iterator[bytes]:
         """The bytes from `start` to `end`; a broken connection is resumed."""
         from huggingface_hub import hf_hub_url

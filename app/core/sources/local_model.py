@@ -77,9 +77,6 @@ class LocalModel:
             stamps.append(f"{path}\0{size}\0{(self.folder / path).stat().st_mtime_ns}")
         return hashlib.sha256("\n".join([self.name, *stamps]).encode()).hexdigest()
 
-    def known_sha256(self, path: str) -> str | None:
-        return None
-
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:

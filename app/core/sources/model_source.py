@@ -60,9 +60,6 @@ class ModelFiles(Protocol):
     def content_key(self) -> str:
         """A digest that changes when a file does, found without reading contents."""
 
-    def known_sha256(self, path: str) -> str | None:
-        """The file's SHA-256 where the source states it, else None."""
-
 
 def open_model(
     reference: str,
@@ -142,9 +139,6 @@ class S3Model:
     def content_key(self) -> str:
         lines = [f"{path}\0{size}\0{self._stamps[path]}" for path, size in sorted(self.list().items())]
         return hashlib.sha256("\n".join([self.name, *lines]).encode()).hexdigest()
-
-    def known_sha256(self, path: str) -> str | None:
-        return None
 
 
 @contextmanager

@@ -36,9 +36,6 @@ class UploadedText:
     def content_key(self) -> str:
         return self._manifest.sha256
 
-    def known_sha256(self, path: str) -> str | None:
-        return self._manifest.sha256
-
 
 def open_job_text(reference: str, settings: Settings) -> TextFile:
     """The file behind a reference of a job's text; an uploaded one is the tenant's that `settings` act for.
