@@ -1,4 +1,4 @@
-"""`/v1/deployments`: serve an artifact under a name."""
+"""`/v1/deployments`: serve an artifact, or its original, under a name."""
 
 from __future__ import annotations
 
@@ -31,11 +31,16 @@ from app.core.deployments.deployment import (
     Served,
 )
 from app.core.deployments.deployment_change import DeploymentChange
-from app.core.deployments.served_families import refuse_unserved_format
+from app.core.deployments.originals import about_original, not_for_vllm, why_own_server
+from app.core.deployments.served_families import refuse_unserved_format, unserved_note
 from app.core.deployments.transitions import removed
 from app.core.errors import InvalidRequest, NotFound, Unavailable
+from app.core.jobs.submission import refuse_own_storage
+from app.core.records.artifact import ArtifactManifest
 from app.core.records.ids import check_cursor, new_id
 from app.core.records.serving_options import ServerOptions
+from app.core.sources.adapter_model import inspect_merged
+from app.core.sources.model_source import open_adapter, open_model
 from app.core.storage.artifact_store import file_key
 
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"])
@@ -155,7 +160,13 @@ def delete_deployment(deployment_id: str, services: ServicesParam, principal: De
     responses={200: {"content": {"text/plain": {}}}},
 )
 def read_server_metrics(
-    deployment_id: str, slot: int, services: ServicesParam, principal: DeploymentsReader
+    deployment_id: str,
+    slot: int,
+    services: ServicesParam,
+    principal: DeploymentsReader,
+    names: Annotated[
+        list[str] | None, Query(alias="name[]", description="Names of samples; else all")
+    ] = None,
 ) -> Response:
     """One server's metrics under vLLM's names. The service relays them: a server's address is private."""
     live = services.deployments.get(principal.tenant, deployment_id)
@@ -167,7 +178,9 @@ def read_server_metrics(
             remedy="read the deployment: `servers` lists its servers",
         )
     try:
-        metrics = httpx.get(f"{url}/metrics", timeout=METRICS_LIMIT_S, trust_env=False)
+        metrics = httpx.get(
+            f"{url}/metrics", params={"name[]": names or []}, timeout=METRICS_LIMIT_S, trust_env=False
+        )
     except httpx.TransportError as fault:
         raise Unavailable(
             f"server {slot} of {live.spec.name} does not answer: {fault}",
@@ -205,12 +218,36 @@ def resolved(services: Services, tenant: str, artifact: str) -> str:
 def require_servable(services: Services, tenant: str, served: Served) -> None:
     """Refuse what no server could be started with: NotFound, ModelRefused, InvalidRequest."""
     manifest = services.artifacts.get(tenant, served.artifact)
-    refuse_unserved_format(manifest.format, param="artifact")
     require_engine(services, served)
+    if served.original:
+        require_servable_original(services, manifest, served)
+        return
+    refuse_unserved_format(manifest.format, param="artifact")
     has_config = any(file.path == "config.json" for file in manifest.files)
     if served.engine == "transformers" and served.max_model_len is not None and has_config:
         config = json.loads(services.objects.get(file_key(manifest, "config.json")))
         check_context(config, served.max_model_len)
+
+
+def require_servable_original(services: Services, manifest: ArtifactManifest, served: Served) -> None:
+    """Refuse an original that can't be read or served, from its headers, as a job on it would be."""
+    settings = services.settings
+    with about_original(manifest):
+        for reference, param in ((manifest.model, "model"), (manifest.adapter, "adapter")):
+            if reference is not None:
+                refuse_own_storage(reference, settings, param=param)
+        files = open_model(manifest.model, **settings.source_access)
+        adapter = manifest.adapter and open_adapter(manifest.adapter, **settings.source_access)
+        headers = inspect_merged(files, adapter or None)
+    why_own = why_own_server(is_gguf=headers.gguf is not None, has_adapter=adapter is not None)
+    if why_own is not None and served.engine == "vllm":
+        raise not_for_vllm(why_own)
+    engines = serving_engines(services)
+    may_be_vllm = why_own is None and (not engines or any("vllm" in offered for offered in engines))
+    engine = "transformers" if served.engine == "auto" and not may_be_vllm else served.engine
+    unserved_note(str(headers.config.get("model_type")), engine, param="engine")
+    if engine == "transformers" and served.max_model_len is not None:
+        check_context(headers.config, served.max_model_len)
 
 
 def require_engine(services: Services, options: ServerOptions) -> None:
