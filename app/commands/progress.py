@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from app.commands.terminal import human_seconds
+from app.commands.terminal import human_bytes, human_seconds
 from app.core.records.job import Progress
 
 LINE_STEP = 0.1  # lines in a pipe: one per tenth of the job
@@ -34,6 +35,12 @@ class ProgressView(Protocol):
 
     def note(self, message: str) -> None: ...
 
+    def on_device(self, name: str) -> None:
+        """Show from now on where the job runs."""
+
+    def layer_done(self, layer: int, error: float) -> None:
+        """Show from now on the relative output error of the layer that was finished last."""
+
 
 def progress_view(console: Console) -> ProgressView:
     return BarView(console) if console.is_terminal else LineView(console)
@@ -43,6 +50,32 @@ def layers_text(progress: Progress) -> str:
     if progress.layer is None or progress.layers is None:
         return ""
     return f"layer {progress.layer}/{progress.layers}"
+
+
+def use_text(progress: Progress) -> str:
+    """`1.2 GB, 1.9 cores` of the newest sample; with a GPU also its memory and how busy it is."""
+    use = progress.use
+    if use is None:
+        return ""
+    text = f"{human_bytes(use.memory_bytes[-1])}, {use.cpu_cores[-1]:.1f} cores"
+    if use.gpu_memory_bytes:
+        text += f", GPU {human_bytes(use.gpu_memory_bytes[-1])}, {use.gpu_share[-1]:.0%} busy"
+    return text
+
+
+def layer_text(layer: int, error: float) -> str:
+    return f"layer {layer}: error {error:.2g}"
+
+
+class FactsBar(Bar):
+    """A bar with a line of facts below it, cut where the terminal ends."""
+
+    facts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.facts:
+            yield Text(self.facts, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class TimeSince(ProgressColumn):
@@ -62,7 +95,8 @@ class BarView:
 
     def __init__(self, console: Console) -> None:
         self.since = TimeSince()
-        self.bar = Bar(
+        self.device = self.layer = ""
+        self.bar = FactsBar(
             TextColumn("[bold]{task.description:<12}"),
             BarColumn(bar_width=20),
             TaskProgressColumn(),
@@ -89,11 +123,18 @@ class BarView:
         if progress.eta_s is not None:
             parts.append(f"{human_seconds(progress.eta_s)} left")
         detail = ", ".join(filter(None, parts))
+        self.bar.facts = " · ".join(filter(None, (use_text(progress), self.layer, self.device)))
         self.bar.update(self.task, description=stage, completed=progress.fraction, detail=detail)
         self.bar.start()
 
     def note(self, message: str) -> None:
         self.bar.console.print(f"[yellow]note[/] {escape(message)}")
+
+    def on_device(self, name: str) -> None:
+        self.device = name
+
+    def layer_done(self, layer: int, error: float) -> None:
+        self.layer = layer_text(layer, error)
 
 
 class LineView:
@@ -101,6 +142,7 @@ class LineView:
         self.console = console
         self.seen: set[str] = set()
         self.next_fraction = 0.0
+        self.layer = ""
 
     def __enter__(self) -> Self:
         return self
@@ -118,10 +160,17 @@ class LineView:
             return  # stages alternate from layer to layer
         self.seen.add(stage)
         self.next_fraction = progress.fraction + LINE_STEP
-        self.line(f"{stage} {progress.fraction:.0%} {layers_text(progress)}".rstrip())
+        facts = (layers_text(progress), use_text(progress), self.layer)
+        self.line(f"{stage} {progress.fraction:.0%} {', '.join(filter(None, facts))}".rstrip())
 
     def note(self, message: str) -> None:
         self.line(f"note: {message}")
+
+    def on_device(self, name: str) -> None:
+        self.line(f"runs on {name}")
+
+    def layer_done(self, layer: int, error: float) -> None:
+        self.layer = layer_text(layer, error)
 
     def line(self, text: str) -> None:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

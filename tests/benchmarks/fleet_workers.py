@@ -60,6 +60,7 @@ class SleepingChild:
     """Stands in for the job's process: its messages and files, and sleep where it computes."""
 
     service_s = 0.0  # seconds of each job
+    pid = os.getpid()
 
     def __init__(self, assignment: Assignment, *, module: str) -> None:
         self._assignment = assignment
@@ -73,7 +74,7 @@ class SleepingChild:
     def stop(self, grace_s: float) -> None:
         """It ends by itself within seconds."""
 
-    def messages(self) -> Iterator[ProgressMessage]:
+    def messages(self, on_wait: object) -> Iterator[ProgressMessage]:
         folder = self._assignment.work_folder
         for layer, stage in enumerate(STAGES):
             yield StageStarted(stage=stage)

@@ -16,6 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from app.core.errors import JobFault
 from app.core.jobs.job_queue import Place
 from app.core.jobs.job_store import JobStore
+from app.core.jobs.unfinished import unfinished_report
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job, JobState, Progress
 from app.core.records.job_changes import cancel_requested, requeued
@@ -28,6 +29,8 @@ from app.core.telemetry.logs import ids_of
 from app.core.telemetry.tally import Tally
 from tests.integration.workshop import MODEL, Workshop
 from tests.waiting import wait_until
+from workers.attempts import attempt as attempts
+from workers.attempts import resource_use
 from workers.attempts.attempt import run_attempt
 from workers.attempts.attempt_record import AttemptRecord
 from workers.attempts.ending import Ending
@@ -48,6 +51,42 @@ def during(action: Callable[[], object]) -> threading.Thread:
 
 def wait_for_checkpoint(workshop: Workshop, job: Job) -> None:
     wait_until(lambda: "checkpoint" in workshop.kinds(job))
+
+
+def test_a_running_jobs_use_is_in_its_record_while_it_runs(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource_use, "EVERY_S", 0.05)
+    monkeypatch.setattr(attempts, "USE_S", 0.1)
+    job = workshop.submit(fault="hang")
+    attempt = during(lambda: workshop.run(job))
+
+    def samples() -> int:
+        use = workshop.store.load(job.id).progress.use
+        return 0 if use is None else len(use.memory_bytes)
+
+    # It hangs after two layers: what is new from then on is its use alone.
+    wait_until(lambda: workshop.store.load(job.id).progress.layer == 2)
+    before = samples()
+    wait_until(lambda: samples() > before + 3)
+    progress = workshop.store.load(job.id).progress
+    assert (progress.layer, progress.fraction) == (2, 0.5)
+    assert progress.use is not None
+    assert max(progress.use.memory_bytes) > 10_000_000
+    workshop.store.update(job.id, cancel_requested)
+    attempt.join()
+    ended = workshop.store.load(job.id)
+    assert ended.state is JobState.CANCELLED
+    assert ended.progress == Progress(fraction=0.5, layer=2, layers=4)
+
+
+def test_a_process_that_crashed_leaves_its_peak(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource_use, "EVERY_S", 0.02)
+    job = workshop.run(workshop.submit(fault="exit", pause="0.2"))
+    report = unfinished_report(job, workshop.store.events(job.id, limit=1000))
+    assert report.peak_rss_bytes is not None
+    assert report.peak_rss_bytes > 10_000_000
+    assert report.output == "the last words\n"
 
 
 def test_a_job_is_published_once_and_leaves_nothing_behind(workshop: Workshop) -> None:

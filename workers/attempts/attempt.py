@@ -50,12 +50,14 @@ from workers.attempts.context import WorkerContext
 from workers.attempts.ending import Ending
 from workers.attempts.faults import disk_fault, reported
 from workers.attempts.publication import Publication, inside
+from workers.attempts.resource_use import ResourceSampler
 from workers.attempts.stages import Stages
 from workers.attempts.watch import Stopped, Watch
 
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.5  # the record is rewritten at most this often for progress alone
+USE_S = 10.0  # and this often where nothing but the use of memory and processors is new
 TAIL_CHARACTERS = 4000  # of the child's output in the failure event
 
 
@@ -97,8 +99,9 @@ class Attempt:
         self._record = AttemptRecord(context.store, job, watch)
         self._ending = Ending(context, self._record)
         self._stages = Stages(context.tally, context.tracer, job, self._record.to_the_end)
-        self._fraction = 0.0
+        self._progress = Progress()
         self._written = 0.0
+        self._sampler: ResourceSampler | None = None  # while the child runs
 
     def run(self) -> None:
         """Do the work and write how it ended."""
@@ -183,7 +186,7 @@ class Attempt:
         return result
 
     def _fetch_model(self, settings: Settings) -> FetchedModel:
-        cache = self._stack.enter_context(ModelCache(settings.state_dir / "cache" / "models", settings))
+        cache = self._stack.enter_context(ModelCache(settings.model_cache_dir, settings))
         return cache.fetch(self._job.spec.model, self._watch.on_bytes, self._job.spec.adapter)
 
     def _prepare(self, model: FetchedModel, texts: FetchedTexts) -> tuple[Assignment, CheckpointMirror]:
@@ -223,10 +226,13 @@ class Attempt:
         """
         grace_s = self._context.settings.cancel_grace_s
         self._stages.leave()  # the start of a process that imports torch is no part of fetching
-        with JobChild(assignment, module=self._context.child_module) as child:
+        with (
+            JobChild(assignment, module=self._context.child_module) as child,
+            ResourceSampler(child.pid, assignment.device) as self._sampler,
+        ):
             self._watch.call_on_stop(lambda: child.stop(grace_s))
             try:
-                for message in child.messages():
+                for message in child.messages(self._renew_use):
                     if isinstance(message, Finished):
                         return message
                     if isinstance(message, Failed):
@@ -237,9 +243,9 @@ class Attempt:
                 raise child.wait_fault(grace_s)
             except JobFault as fault:
                 self._watch.check()
-                self._record.event(
-                    "failure", {"code": fault.code, "output": child.output_tail()[-TAIL_CHARACTERS:]}
-                )
+                output = child.output_tail()[-TAIL_CHARACTERS:]
+                peak = self._sampler.peak_bytes
+                self._record.event("failure", {"code": fault.code, "output": output, "peak_rss_bytes": peak})
                 raise
 
     def _take_in(self, message: ProgressMessage, mirror: CheckpointMirror) -> None:
@@ -275,9 +281,19 @@ class Attempt:
         self._record.update(lambda job: job.model_copy(update={"stage": stage}))
 
     def _set_progress(self, message: Progressed) -> None:
-        self._fraction = min(1.0, max(self._fraction, message.fraction))
-        if time.monotonic() - self._written < PROGRESS_S:
+        fraction = min(1.0, max(self._progress.fraction, message.fraction))
+        self._progress = Progress(**message.model_dump(exclude={"kind", "fraction"}), fraction=fraction)
+        self._write_progress(PROGRESS_S)
+
+    def _renew_use(self) -> None:
+        """Between two steps of a large layer nothing else would be new for minutes."""
+        if self._sampler is not None and self._sampler.use is not None:
+            self._write_progress(USE_S)
+
+    def _write_progress(self, pause_s: float) -> None:
+        if time.monotonic() - self._written < pause_s:
             return
         self._written = time.monotonic()
-        progress = Progress(**message.model_dump(exclude={"kind", "fraction"}), fraction=self._fraction)
+        use = None if self._sampler is None else self._sampler.use
+        progress = self._progress.model_copy(update={"use": use})
         self._record.update(lambda job: job.model_copy(update={"progress": progress}))

@@ -1,4 +1,7 @@
-"""Memory in use on a worker's device, for its heartbeats: the GPU's, or the host's where there is none."""
+"""Memory in use on a worker's device, for its heartbeats: the GPU's, or the host's where there is none.
+
+Of a GPU also how busy it is, while a job runs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from app.core.planning.host_devices import driver_name
 
 MEMORY_TABLE = Path("/proc/meminfo")
 SMI_LIMIT_S = 5
+MIB = 1024**2  # of which nvidia-smi counts memory
 
 
 class DeviceMemory(NamedTuple):
@@ -27,14 +31,26 @@ def device_memory(device: str) -> DeviceMemory:
 
 def gpu_memory(index: str) -> DeviceMemory:
     """As nvidia-smi reports it."""
-    fields = "--query-gpu=memory.used,memory.total"
-    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", "-i", driver_name(int(index))]
+    figures = gpu_figures(int(index), "memory.used", "memory.total")
+    return DeviceMemory(figures[0] * MIB, figures[1] * MIB) if figures else UNKNOWN
+
+
+def gpu_use(index: int) -> tuple[int, float] | None:
+    """Bytes in use by all processes, and the share of the last second that it was busy; None: not known."""
+    figures = gpu_figures(index, "memory.used", "utilization.gpu")
+    return (figures[0] * MIB, figures[1] / 100) if figures else None
+
+
+def gpu_figures(index: int, *names: str) -> list[int]:
+    """Figures of nvidia-smi in its own units; empty where it has none."""
+    fields = f"--query-gpu={','.join(names)}"
+    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", "-i", driver_name(index)]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_LIMIT_S, check=True)
-        used, total = (int(number) * 1024**2 for number in answer.stdout.split(","))
+        numbers = [int(number) for number in answer.stdout.split(",")]
     except (OSError, ValueError, subprocess.SubprocessError):
-        return UNKNOWN
-    return DeviceMemory(used, total)
+        return []
+    return numbers if len(numbers) == len(names) else []
 
 
 def host_memory() -> DeviceMemory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError
 
@@ -39,8 +39,8 @@ class JobChild(OwnedProcess):
         finally:
             os.close(progress_end)
 
-    def messages(self) -> Iterator[ProgressMessage]:
-        """The child's messages, until it has ended.
+    def messages(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[ProgressMessage]:
+        """The child's messages, until it has ended; `on_wait` is called every POLL_S seconds without one.
 
         Raises JobFault for a line that is no message.
         """
@@ -50,6 +50,7 @@ class JobChild(OwnedProcess):
             if not ready:
                 if self.has_ended():  # a grandchild may still hold the pipe open
                     return
+                on_wait()
                 continue
             received = os.read(self._progress, 1 << 16)
             if not received:

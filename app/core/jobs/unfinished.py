@@ -38,6 +38,7 @@ class UnfinishedReport(Frozen):
     waited_s: float  # for workers, all attempts together
     stages: dict[Stage, float] = Field(description="wall seconds per stage of all attempts, from the events")
     prediction: Prediction | None  # made by the last attempt before its work
+    peak_rss_bytes: int | None = None  # seen every two seconds, of an attempt whose process crashed
     notes: tuple[str, ...]
     output: str | None  # the last lines of the process, if it crashed
 
@@ -68,6 +69,7 @@ def unfinished_report(job: Job, events: Sequence[JobEvent]) -> UnfinishedReport:
         waited_s=waited_s,
         stages=stages,
         prediction=prediction_of(events),
+        peak_rss_bytes=failures[-1].get("peak_rss_bytes") if failures else None,
         notes=notes_of(events),
         output=failures[-1].get("output") if failures else None,
     )

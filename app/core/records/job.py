@@ -42,6 +42,21 @@ class Stage(StrEnum):
     PUBLISHING = "publishing"
 
 
+class ResourceUse(Kept):
+    """What a job's process uses since its start: samples every `every_s` seconds, the newest last.
+
+    Of a longer time each sample is the peak of memory and the mean of use. Memory and cores are of the process
+    and what it started; `gpu_memory_bytes` is of all processes on the device.
+    """
+
+    began_at: datetime
+    every_s: float
+    memory_bytes: tuple[int, ...]
+    cpu_cores: tuple[float, ...]  # in use on average: 1.5 is one and a half
+    gpu_memory_bytes: tuple[int, ...] = ()  # empty without a GPU, as gpu_share is
+    gpu_share: tuple[float, ...] = ()  # of the time, 0..1, in which the device was busy
+
+
 class Progress(Kept):
     """Progress of the whole job: `fraction` in 0..1 never decreases within an attempt."""
 
@@ -49,6 +64,12 @@ class Progress(Kept):
     layer: int | None = None  # finished decoder layers
     layers: int | None = None
     eta_s: float | None = None  # seconds to the end, once enough was seen to tell
+    use: ResourceUse | None = None  # while its process runs; in no list, and gone once the job has ended
+
+    @property
+    def brief(self) -> Progress:
+        """Without what a list does not show."""
+        return self.model_copy(update={"use": None})
 
     def completed(self) -> Progress:
         """The progress of a succeeded job: all layers, if their number is known."""
@@ -134,4 +155,5 @@ def transition(job: Job, to: JobState, **changes: object) -> Job:
         )
     if to in TERMINAL:
         changes.setdefault("finished_at", datetime.now(UTC))
+        changes.setdefault("progress", job.progress.brief)
     return job.model_copy(update={"state": to, **changes})

@@ -73,6 +73,43 @@ def test_watch_exits_with_1_for_a_failed_job(service: Canned, capsys: pytest.Cap
     assert "NaN [weights_bad]" in capsys.readouterr().out
 
 
+def test_watch_shows_device_notes_and_layers_as_they_come(
+    service: Canned, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = {
+        **JOB, "state": "running", "stage": "searching", "worker": "here-1", "artifacts": [],
+        "progress": {"fraction": 0.5, "layer": 1, "layers": 2},
+    }  # fmt: skip
+
+    def changes(client: NibbleClient, job: str) -> Iterator[JobAnswer]:
+        yield JobAnswer.model_validate(running)
+        yield JobAnswer.model_validate(JOB)
+
+    events = [
+        {"id": "1-0", "kind": "note", "payload": {"code": "prediction", "message": "9 s are expected"}},
+        {"id": "2-0", "kind": "checkpoint", "payload": {"key": "layer-0", "layer": 0, "error": 0.0312}},
+        {
+            "id": "3-0",
+            "kind": "note",
+            "payload": {"code": "plan", "message": "down_proj keeps its precision"},
+        },
+    ]
+    worker = {
+        "name": "here-1", "host": "h", "device": "cpu", "device_name": "Xeon", "queue": "quantize",
+        "state": "busy",
+        "started_at": "2026-01-01T00:00:00Z", "heartbeat_at": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    monkeypatch.setattr(NibbleClient, "follow", changes)
+    service.answers["GET /v1/jobs/job_1/events"] = (200, {"data": events, "has_more": False, "next": "3-0"})
+    service.answers["GET /v1/workers"] = (200, {"data": [worker]})
+    assert run("watch", "job_1", "--url", service.url) == 0
+    out = capsys.readouterr().out
+    assert "runs on Xeon (here-1)" in out
+    assert "note: down_proj keeps its precision" in out
+    assert "layer 0: error 0.031" in out
+    assert "are expected" not in out
+
+
 def test_watch_as_json_prints_a_line_for_each_change(
     service: Canned, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,7 +145,8 @@ def test_jobs_shows_brackets_of_a_name_as_they_are(
     assert run("jobs", "--state", "succeeded", "--url", service.url) == 0
     out = capsys.readouterr().out
     assert "awq w3 g128 and 1 more  a/[b]" in out
-    assert "nibble jobs --after cursor" in out
+    assert "more: nibble jobs --state succeeded --url" in out
+    assert out.endswith("--after cursor\n")
     assert service.requests[0][0] == "GET /v1/jobs?state=succeeded&limit=20"
 
 

@@ -171,7 +171,7 @@ function Job({ job, onChange }) {
       ${hasResult && html` <${State} state=${job.state} />`}<//>
     ${!hasResult && html`<${Standing} job=${job} events=${events} labels=${labels} />`}
     <${Reused} job=${job} />
-    ${!isOver(job) && html`<${LiveDetails} events=${events} labels=${labels} />`}
+    ${!isOver(job) && html`<${LiveDetails} job=${job} events=${events} labels=${labels} />`}
     <${ReportSection} path=${job.links.report ?? null} artifacts=${artifacts}>
       <${Artifacts} artifacts=${artifacts} />
       <${Spec} job=${job} />

@@ -1,6 +1,6 @@
 // A job while it runs: how long already, where, the error of each layer as it comes, what it says.
 import { Chart } from "../charts.js";
-import { clock, duration, number, seconds } from "../format.js";
+import { bytes, clock, duration, number, percent, seconds } from "../format.js";
 import { usePolled, useAway, useTick } from "../polling.js";
 import { Bar, Facts, State } from "../parts.js";
 import { html } from "../ui.js";
@@ -38,6 +38,34 @@ function LayerErrors({ events, labels }) {
   return html`<${Chart} title="Error per layer, as the layers are done" log whole x="layer" y="relative output error" names=${[...recipes.keys()]} data=${[layers, ...rows]} />`;
 }
 
+/** What the job's process uses: [title, y, names, columns] of each chart. */
+function chartsOf({ memory_bytes: memory, cpu_cores: cores, gpu_memory_bytes: gpu, gpu_share: busy }) {
+  const asGb = (values) => values.map((value) => value / 1e9);
+  const charts = [
+    ["Memory of the job", "GB", ["process", ...(gpu.length ? ["GPU, all its processes"] : [])], [asGb(memory), ...(gpu.length ? [asGb(gpu)] : [])]],
+    ["Processor cores in use", "cores", ["cores"], [cores]],
+  ];
+  return busy.length ? [...charts, ["How busy the GPU is", "%", ["busy"], [busy.map((share) => 100 * share)]]] : charts;
+}
+
+function ResourceUse({ use }) {
+  if (!use || use.memory_bytes.length < 2) return null;
+  const times = use.memory_bytes.map((_, index) => new Date(use.began_at) / 1000 + (index + 1) * use.every_s);
+  return html`<div class="charts">${chartsOf(use).map(([title, y, names, columns]) => html`<${Chart} key=${title} title=${title} time
+    x="time" y=${y} names=${names} data=${[times, ...columns]} />`)}</div>`;
+}
+
+/** The newest sample in words. */
+function useInWords(use) {
+  if (!use) return [];
+  const { memory_bytes: memory, cpu_cores: cores, gpu_memory_bytes: gpu, gpu_share: busy } = use;
+  return [
+    ["Memory", `${bytes(memory.at(-1))}, at most ${bytes(Math.max(...memory))}`],
+    ["Processor", `${number(cores.at(-1), 2)} cores`],
+    ["GPU", gpu.length ? `${bytes(gpu.at(-1))}, ${percent(busy.at(-1))} busy` : null],
+  ];
+}
+
 /** The worker that runs the job, with its device. */
 function useDevice(job) {
   const workers = usePolled(job.worker ? "/v1/workers" : null, 10);
@@ -58,13 +86,15 @@ export function Live({ job, events, labels }) {
       ["Time left", eta && !away ? `about ${duration(eta)}` : null],
       ["Layer", layers ? `layer ${layer ?? 0} of ${layers}` : null],
       ["Device", device],
+      ...useInWords(job.progress.use),
     ]} />
     ${notes.length > 0 && html`<p><small>Last note: ${inWords(notes.at(-1))}</small></p>`}`;
 }
 
-/** The chart and the last events of a job that runs. */
-export function LiveDetails({ events, labels }) {
+/** The charts and the last events of a job that runs. */
+export function LiveDetails({ job, events, labels }) {
   return html`<${LayerErrors} events=${events} labels=${labels} />
+    <${ResourceUse} use=${job.progress.use} />
     ${events.length > 0 && html`<section class="card" aria-labelledby="log"><h2 id="log">Log</h2>
       <div role="log" aria-label="The last events"><ol class="log">${events.slice(-TAIL).map((event) => html`<li key=${event.id}>
         <time datetime=${event.at}>${clock(event.at)}</time> <strong>${event.kind}</strong> <span>${inWords(event)}</span></li>`)}</ol></div>

@@ -179,17 +179,31 @@ function Histogram({ histograms, candidate }) {
   </div>`;
 }
 
+/** A size beside the one that was estimated. */
+const besideEstimate = (measured, estimated) => (estimated ? `${bytes(measured)}, estimated ${bytes(estimated)}` : bytes(measured));
+
+/** How many cores worked on average, by the stages whose processor time is known. */
+function coresInWords({ cpu_seconds: cpu = {}, stages }) {
+  const spent = sum(Object.keys(cpu).map((stage) => stages[stage]));
+  return spent > 0 ? `${number(sum(Object.values(cpu)) / spent, 2)} cores on average` : null;
+}
+
+/** Time and memory beside what was estimated before the run. */
 function Cost({ report }) {
-  const predicted = report.prediction?.seconds || {};
-  const rows = Object.entries(report.stages);
-  return html`<${Table} caption="Time per stage" rows=${rows} keyOf=${([stage]) => stage} columns=${[
+  const { prediction } = report;
+  const predicted = prediction?.seconds || {};
+  const rows = [...new Set([...Object.keys(predicted), ...Object.keys(report.stages)])].map((stage) => [stage, report.stages[stage]]);
+  const total = ["total", sum(Object.values(report.stages))];
+  const expected = prediction ? { ...predicted, total: sum(Object.values(predicted)) } : {};
+  return html`<${Table} caption="Time per stage" rows=${[...rows, total]} keyOf=${([stage]) => stage} columns=${[
       ["Stage", ([stage]) => stage],
       ["Time", ([, spent]) => duration(spent), "number"],
-      ["Predicted", ([stage]) => duration(predicted[stage]), "number"],
+      ["Estimated", ([stage]) => duration(expected[stage]), "number"],
     ]} />
     <${Facts} rows=${[
-      ["Peak memory", bytes(report.peak_rss_bytes)],
-      ["Peak GPU memory", report.peak_vram_bytes ? bytes(report.peak_vram_bytes) : null],
+      ["Peak memory", besideEstimate(report.peak_rss_bytes, prediction?.ram_bytes)],
+      ["Peak GPU memory", report.peak_vram_bytes ? besideEstimate(report.peak_vram_bytes, prediction?.vram_bytes) : null],
+      ["Processor", coresInWords(report)],
       ["Resumed at layer", report.resumed_at_layer || null],
       ["Device", report.environment.device],
     ]} />`;
@@ -242,11 +256,12 @@ function Unfinished({ report }) {
       ["Layers", layers],
       ["Attempts", report.attempts || null],
       ["Waited", duration(report.waited_s)],
+      ["Most memory seen", report.peak_rss_bytes ? besideEstimate(report.peak_rss_bytes, report.prediction?.ram_bytes) : null],
     ]} />
     <${Table} caption="Time per stage" rows=${Object.entries(report.stages)} keyOf=${([stage]) => stage} columns=${[
       ["Stage", ([stage]) => stage],
       ["Time", ([, spent]) => duration(spent), "number"],
-      ["Predicted for the whole job", ([stage]) => duration(predicted[stage]), "number"],
+      ["Estimated for the whole job", ([stage]) => duration(predicted[stage]), "number"],
     ]} />
     <${Notes} notes=${report.notes} />
     ${report.output && html`<div><h3>Last output</h3><pre>${report.output}</pre></div>`}

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from rich.console import Console
 
 from app.commands.progress import progress_view
-from app.core.records.job import Progress
+from app.core.records.job import Progress, ResourceUse
 
 
 def test_a_pipe_gets_a_line_for_each_stage_and_each_tenth() -> None:
@@ -56,3 +56,35 @@ def test_the_bar_counts_from_the_start_of_the_job_and_appears_with_the_first_new
         view.count_from(datetime.now(UTC) - timedelta(hours=1, minutes=2))
         view.show("searching", Progress(fraction=0.5))
     assert "1:02:0" in out.getvalue()
+
+
+def used(*, gpu: bool = False) -> Progress:
+    device = {"gpu_memory_bytes": (8 * 10**9,), "gpu_share": (0.97,)} if gpu else {}
+    now = datetime.now(UTC)
+    use = ResourceUse(
+        began_at=now, every_s=2, memory_bytes=(10**9, 12 * 10**8), cpu_cores=(0.5, 1.92), **device
+    )
+    return Progress(fraction=0.5, layer=4, layers=8, use=use)
+
+
+def test_a_terminal_of_80_columns_shows_use_device_and_the_last_layers_error_below_the_bar() -> None:
+    out = io.StringIO()
+    with progress_view(Console(file=out, force_terminal=True, width=80)) as view:
+        view.on_device("Xeon")
+        view.layer_done(3, 0.0123)
+        view.show("searching", used())
+    lines = out.getvalue().splitlines()
+    assert any("1.2 GB, 1.9 cores · layer 3: error 0.012 · Xeon" in line for line in lines)
+    assert any("searching" in line and "50%" in line and "layer 4/8" in line for line in lines)
+
+
+def test_a_pipe_says_the_device_once_and_use_and_error_with_each_line() -> None:
+    out = io.StringIO()
+    with progress_view(Console(file=out, width=200)) as view:
+        view.on_device("NVIDIA [H100] (host-1)")
+        view.layer_done(3, 0.0123)
+        view.show("searching", used(gpu=True))
+    assert [line.partition("Z ")[2] for line in out.getvalue().splitlines()] == [
+        "runs on NVIDIA [H100] (host-1)",
+        "searching 50% layer 4/8, 1.2 GB, 1.9 cores, GPU 8.0 GB, 97% busy, layer 3: error 0.012",
+    ]

@@ -109,12 +109,16 @@ def test_a_report_shows_the_tries_and_the_prediction_beside_the_fact() -> None:
         "label": "awq w3 g128 mixed 3.61", "rung": "more bits", "perplexity_ratio": 1.00412, "kl": 0.02,
         "bits_per_weight": 3.61, "seconds": 7.5, "meets_target": True,
     }  # fmt: skip
-    document = {**REPORT, "tries": [tried], "prediction": {"seconds": {"calibrating": 8.25}}}
+    prediction = {"seconds": {"calibrating": 8.25}, "ram_bytes": 900_000_000, "vram_bytes": 0}
+    used = {"peak_rss_bytes": 1_100_000_000, "peak_vram_bytes": None, "cpu_seconds": {"calibrating": 19.0}}
+    document = {**REPORT, "tries": [tried], "prediction": prediction, **used}
     text = text_of(show_report, document)
     verdict = "met, but the 95 % interval of the perplexity ratio reaches 1.01300"
     assert verdict in text_of(show_report, {**REPORT, "tries": [{**tried, "verdict": verdict}]})
     for part in ("awq w3 g128 mixed 3.61", "more bits", "1.00412", "7.50", "met", "predicted", "8.25"):
         assert part in text
+    assert "peak memory 1.1 GB, estimated 900.0 MB\nprocessor 2.0 cores on average\n" in text
+    assert "GPU memory" not in text
     assert "predicted" not in text_of(show_report, REPORT)
 
 
