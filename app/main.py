@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from redis.exceptions import RedisError
 from starlette.middleware.cors import CORSMiddleware
 
@@ -39,6 +39,7 @@ from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
 from app.api.polled import PolledAnswers
 from app.api.services import Services
+from app.api.query_parameters import refuse_unknown_parameters
 from app.core.access.api_keys import ApiKey, bootstrap_key
 from app.core.errors import NibbleError
 from app.core.outgoing.address_guard import OutgoingGuard
@@ -89,7 +90,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     errors.install(app)
     for module in ROUTES:
-        app.include_router(module.router)
+        checks = [] if module is inference else [Depends(refuse_unknown_parameters)]
+        app.include_router(module.router, dependencies=checks)
     dashboard.install(app)
     describe(app)
     app.add_middleware(AuditTrail)

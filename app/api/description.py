@@ -38,7 +38,8 @@ PATTERNS = {
 INTRODUCTION: dict[str, Any] = {
     "summary": "Quantizes language models.",
     "description": "Jobs quantize a model of a hub or a folder and publish artifacts; deployments serve them "
-    "behind OpenAI's routes. Errors are RFC 9457 problems, on inference routes OpenAI's.",
+    "behind OpenAI's routes. Errors are RFC 9457 problems, on inference routes OpenAI's. Fields and query "
+    "parameters that a route does not have are refused, but for inference.",
     "contact": {"name": "the operator of this service"},
     "servers": [{"url": "/", "description": "this service"}],
     "openapi_tags": [

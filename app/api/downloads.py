@@ -20,7 +20,7 @@ class LinkRequest(Frozen):
     """The body of `POST /v1/artifacts/{id}/links`."""
 
     path: str = Field(min_length=1, max_length=1024)
-    expires_in_s: int = Field(default=3600, ge=1, le=7 * 24 * 3600, strict=True)
+    expires_in_s: int = Field(default=3600, ge=1, le=7 * 24 * 3600)
 
 
 class Signed(BaseModel):

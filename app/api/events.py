@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, ServicesParam
@@ -23,8 +23,6 @@ EVENT_ID = re.compile(r"\d{1,15}-\d{1,15}")
 
 
 class EventQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
     after: str | None = Field(default=None, description="The id of the last event that the client received.")
     limit: int = Field(default=100, ge=1, le=1000)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, JobsWriter, ServicesParam
@@ -98,9 +98,7 @@ async def created_answer(services: Services, created: Creation, prefer: str | No
 
 
 class JobQuery(BaseModel):
-    """Filters of the list. Unknown parameters are refused, like unknown fields of a body."""
-
-    model_config = ConfigDict(extra="forbid")
+    """Filters of the list."""
 
     state: JobState | None = None
     label: list[str] = Field(default=[], description="key=value; repeat it to require several labels.")

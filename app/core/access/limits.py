@@ -9,7 +9,7 @@ import math
 import time
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from redis import Redis
 
 from app.core.changes.atomic_changes import NOW, Script
@@ -40,16 +40,10 @@ return '0'
 class Limits(Frozen):
     """The most that a tenant may use."""
 
-    active_jobs: int = Field(default=0, ge=0, strict=True)
-    running_jobs: int = Field(default=0, ge=0, strict=True)
-    storage_bytes: int = Field(default=0, ge=0, strict=True)
-    requests_per_minute: int = Field(default=0, ge=0, le=10_000_000, strict=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _whole(cls, value: object) -> object:
-        """JSON has one kind of number: 44.0 is an integer."""
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    active_jobs: int = Field(default=0, ge=0)
+    running_jobs: int = Field(default=0, ge=0)
+    storage_bytes: int = Field(default=0, ge=0)
+    requests_per_minute: int = Field(default=0, ge=0, le=10_000_000)
 
 
 class TenantLimits:

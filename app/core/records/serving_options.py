@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from app.core.records.forms import Form
+from app.core.records.json_types import JsonTyped
 
 Engine = Literal["auto", "transformers", "vllm"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
@@ -33,7 +34,7 @@ Sequences = Annotated[int, Field(ge=1, le=4096)]
 CacheShare = Annotated[float, Field(gt=0, le=0.95)]
 
 
-class VllmOptions(BaseModel):
+class VllmOptions(JsonTyped):
     """Options that are passed to `vllm serve`; vLLM's defaults hold for absent ones."""
 
     model_config = STRICT
@@ -53,7 +54,7 @@ class VllmOptions(BaseModel):
     tool_call_parser: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_-]{0,63}$")
 
 
-class ServerOptions(BaseModel):
+class ServerOptions(JsonTyped):
     """What a server is started with. A change of any of these needs new servers."""
 
     model_config = STRICT

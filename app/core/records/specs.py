@@ -30,6 +30,7 @@ from app.core.formats.registry import FormatName
 from app.core.formats.schemes import SCHEMES, CacheName, SchemeKind, SchemeName
 from app.core.records.device_names import DeviceName
 from app.core.records.forms import Form
+from app.core.records.json_types import JsonTyped
 from app.core.records.patterns import check_pattern
 from app.core.records.serving_options import DeploymentOptions
 
@@ -63,8 +64,8 @@ TaskName = Annotated[
 ]
 
 
-class Frozen(BaseModel):
-    """Base of all wire records: immutable, and unknown fields are errors."""
+class Frozen(JsonTyped):
+    """Base of all wire records: immutable, and unknown fields and other types are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

@@ -1,0 +1,138 @@
+"""What a slip would turn into another request is refused: types of fields, names of query parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+
+from app.api.errors import is_inference
+from app.api.query_parameters import parameters_of
+from app.core.records.ids import new_id
+from app.core.settings import Settings
+from app.main import ROUTES, create_app
+from tests.integration.api_service import Service
+
+# What is no value of each type. 44.0 is an integer in JSON, and every integer is a number.
+OTHERS: dict[str, tuple[object, ...]] = {
+    "boolean": (1, 0, "yes", "true", 1.0),
+    "integer": (True, "44", 44.5),
+    "number": (True, "44"),
+}
+IDS: dict[str, object] = {
+    "job_id": new_id("job"), "artifact_id": new_id("art"), "deployment_id": new_id("dep"),
+    "dataset_id": new_id("ds"), "push_id": new_id("push"), "delivery_id": "msg_x", "key_id": "0" * 16,
+    "tenant": "default", "slot": 0, "path": "x",
+}  # fmt: skip
+
+
+def types_of(schema: dict[str, Any]) -> set[str]:
+    """The types of JSON that a property takes, but null."""
+    branches = schema.get("anyOf", [schema])
+    return {str(branch.get("type", "object")) for branch in branches} - {"null"}
+
+
+def properties(
+    document: dict[str, Any], schema: dict[str, Any]
+) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+    """The path and the types of every property of a body, also in records within it."""
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for branch in schema.get("anyOf", ()):
+        yield from properties(document, branch)
+    for name, inner in schema.get("properties", {}).items():
+        yield (name,), types_of(inner)
+        for path, types in properties(document, inner):
+            yield (name, *path), types
+
+
+def bodies(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Method, path and schema of each JSON body but those of inference."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            content = operation.get("requestBody", {}).get("content", {})
+            if "application/json" in content and not is_inference(path):
+                yield method.upper(), path, content["application/json"]["schema"]
+
+
+def nested(path: tuple[str, ...], value: object) -> object:
+    for name in reversed(path):
+        value = {name: value}
+    return value
+
+
+def test_no_boolean_integer_or_number_takes_another_type(service: Service) -> None:
+    document = service.client.get("/openapi.json").json()
+    seen: dict[str, int] = {}
+    taken = []
+    for method, path, schema in bodies(document):
+        for field, types in properties(document, schema):
+            for kind in types & OTHERS.keys() if "string" not in types else ():
+                for value in OTHERS[kind] if len(types) == 1 else (True,):
+                    answer = service.client.request(method, path.format(**IDS), json=nested(field, value))
+                    name = ".".join(field)
+                    seen[kind] = seen.get(kind, 0) + 1
+                    faults = answer.json().get("errors", ()) if answer.status_code == 422 else ()
+                    if name not in {fault["path"] for fault in faults}:
+                        taken.append(f"{method} {path} {name}: {value!r} -> {answer.status_code}")
+    assert taken == []
+    assert seen["boolean"] >= 50
+    assert seen["integer"] >= 60
+    assert seen["number"] >= 10
+
+
+def test_whole_floats_are_integers(service: Service) -> None:
+    limits = {"active_jobs": 44.0}
+    assert service.client.put("/v1/tenants/default/limits", json=limits).json()["limits"]["active_jobs"] == 44
+    job = service.submit(calibration={"num_samples": 16.0}, recipe={"search": {"grid_points": 20.0}})
+    assert job["spec"]["calibration"]["num_samples"] == 16
+    assert job["spec"]["recipe"]["search"]["grid_points"] == 20
+
+
+def test_a_refused_type_is_told_in_words(service: Service) -> None:
+    answer = service.client.post("/v1/deployments", json={"name": "x", "replicas": True})
+    faults = {fault["path"]: fault["message"] for fault in answer.json()["errors"]}
+    assert faults["replicas"] == "Input should be a valid integer"
+
+
+def test_a_parameter_that_a_route_does_not_have_is_refused_on_every_route(service: Service) -> None:
+    document = service.client.get("/openapi.json").json()
+    answers = {}
+    for path, operations in document["paths"].items():
+        if not path.startswith("/v1/") or is_inference(path):
+            continue
+        for method in operations:
+            answer = service.client.request(method, path.format(**IDS), params={"stat": "failed"})
+            answers[f"{method} {path}"] = (answer.status_code, answer.json().get("code"))
+    assert len(answers) >= 40
+    assert set(answers.values()) == {(422, "unknown_parameter")}
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/artifacts", "/v1/audit", "/v1/workers"])
+def test_a_refusal_names_the_parameter_and_the_known_ones(service: Service, path: str) -> None:
+    document = service.client.get("/openapi.json").json()
+    parameters = document["paths"][path]["get"].get("parameters", ())
+    known = [each["name"] for each in parameters if each["in"] == "query"]
+    problem = service.client.get(path, params={"stat": "failed"}).json()
+    assert problem["param"] == "stat"
+    assert f"GET {path} has no parameter 'stat'" in problem["detail"]
+    assert problem["remedy"] == f"leave it out; it takes {', '.join(known) or 'none'}"
+
+
+def test_inference_takes_parameters_that_it_does_not_know(service: Service) -> None:
+    assert service.client.get("/v1/models", params={"api-version": "2026-01-01"}).status_code == 200
+
+
+def test_the_parameters_of_each_route_are_those_of_the_document() -> None:
+    described = create_app(Settings()).openapi()["paths"]
+    compared = 0
+    for route in (route for module in ROUTES for route in module.router.routes):
+        if isinstance(route, APIRoute) and route.include_in_schema:
+            for method in route.methods or ():
+                parameters = described[route.path_format][method.lower()].get("parameters", ())
+                known = [each["name"] for each in parameters if each["in"] == "query"]
+                assert list(parameters_of(route)) == known
+                compared += 1
+    assert compared >= 50
