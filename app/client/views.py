@@ -28,6 +28,7 @@ class JobAnswer(ServiceAnswer):
     spec: dict[str, Any] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
     error: Problem | None = None
+    worker: str | None = None  # of its last attempt
     artifacts: tuple[str, ...] = ()
     retry_of: str | None = None
     reused_from: str | None = None
@@ -38,11 +39,17 @@ class JobAnswer(ServiceAnswer):
         return self.state in TERMINAL
 
     def require_success(self) -> Self:
-        """This job, if it succeeded. Raises JobEnded with its error if it failed or was cancelled."""
+        """This job, if it succeeded. Raises JobEnded: with its error if it failed."""
         if self.state == "succeeded":
             return self
-        error = self.error or Problem(code=f"job_{self.state}", message=f"job {self.id} is {self.state}")
-        raise JobEnded(f"{self.id}: {error.message}", code=error.code, remedy=error.remedy)
+        if self.error is None:
+            remedy = (
+                "`nibble retry {}` runs it again" if self.is_terminal else "`nibble watch {}` shows its end"
+            )
+            raise JobEnded(
+                f"{self.id} is {self.state}", code=f"job_{self.state}", remedy=remedy.format(self.id)
+            )
+        raise JobEnded(f"{self.id}: {self.error.message}", code=self.error.code, remedy=self.error.remedy)
 
 
 class FileAnswer(ServiceAnswer):
@@ -137,6 +144,7 @@ class DeploymentAnswer(ServiceAnswer):
     id: str
     name: str
     artifact: str
+    original: bool = False  # the model that the artifact was made of is served
     engine: str
     state: str
     reason: str = ""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from app.commands.job_options import without_none
-from app.commands.show import age_text, print_answer, print_page
-from app.commands.terminal import After, ApiKey, AsJson, Url, connect, human_bytes, table
+from app.commands.lists import print_page
+from app.commands.option_groups import without_none
+from app.commands.show import age_text, print_answer
+from app.commands.terminal import After, Service, human_bytes, table
 from app.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ def limits(
         str | None, typer.Option(metavar="SIZE", help="Such as 500GB; 0: no limit.", show_default=False)
     ] = None,
     requests_per_minute: Count = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Show a tenant's limits and what it uses; with options, set those limits (operators)."""
     changes = without_none(
@@ -51,11 +50,11 @@ def limits(
             "requests_per_minute": requests_per_minute,
         }
     )
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         answer = client.tenant_limits(tenant)
         if changes:
             answer = client.set_tenant_limits(tenant, {**answer.limits, **changes})
-    print_answer(answer, show_limits, as_json=as_json)
+    print_answer(answer, show_limits, as_json=service.as_json)
 
 
 def byte_count(written: str) -> int:
@@ -85,17 +84,16 @@ def amount(name: str, count: int | None) -> str:
 
 
 def audit(
+    context: typer.Context,
     *,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Entries to list, newest first.")] = 20,
     after: After = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """List changes and logins: when, with which key, what, and how it was answered; newest first."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         page = client.audit(limit=limit, after=after)
-    print_page(page, show_audit, as_json=as_json, command="nibble audit")
+    print_page(page, show_audit, context, as_json=service.as_json)
 
 
 def show_audit(console: Console, entries: Iterable[AuditAnswer]) -> None:

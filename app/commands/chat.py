@@ -5,24 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from app.commands.option_groups import option, without_none
 from app.commands.short_ids import LAST, deployment_of
 from app.commands.terminal import (
-    ApiKey,
-    AsJson,
     ExitCode,
-    Url,
-    connect,
+    Service,
     print_json,
     report_error,
     stderr,
     stdout,
 )
+from app.core.counted import counted
 from app.core.errors import NibbleError
 
 if TYPE_CHECKING:
@@ -94,6 +93,21 @@ class Conversation:
             pass
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """The options of an answer: fields of a request. What is None is left to the model."""
+
+    temperature: Annotated[float | None, option("0 always picks the likeliest token.", least=0)] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Choose among this share of likely tokens.", show_default=False),
+    ] = None
+    top_k: Annotated[int | None, option("Choose among so many likeliest tokens.", least=0)] = None
+    repetition_penalty: Annotated[float | None, option("Above 1: repeat less.", least=0.01)] = None
+    max_tokens: Annotated[int | None, option("Longest answer in tokens.", least=1)] = None
+    seed: Annotated[int | None, option("Sampling seed; the same seed repeats the answer.")] = None
+
+
 def chat(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A deployment's name, or `last`.")],
     prompt: Annotated[
@@ -101,46 +115,21 @@ def chat(
         typer.Argument(help="One question; without it a conversation.", show_default=False),
     ] = None,
     *,
-    system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="0 always picks the likeliest token.", show_default=False),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Choose among this share of likely tokens.", show_default=False),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="Choose among so many likeliest tokens.", show_default=False)
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(min=0.01, help="Above 1: repeat less.", show_default=False)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer in tokens.", show_default=False)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Sampling seed; the same seed repeats the answer.", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    system: Annotated[str | None, option("System prompt.")] = None,
+    options: Sampling,
+    service: Service,
 ) -> None:
     """Chat with a deployment. With --json: one question, its answer as one document.
 
     Without options it is sampled as the model's generation_config.json asks, else at temperature 0.7.
     """
-    if as_json and prompt is None and sys.stdin.isatty():
+    if service.as_json and prompt is None and sys.stdin.isatty():
         raise typer.BadParameter(
             "--json needs a question: there is no conversation in JSON", param_hint="PROMPT"
         )
-    options = {
-        "temperature": temperature, "top_p": top_p, "top_k": top_k,
-        "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "seed": seed,
-    }  # fmt: skip
-    asked = {key: value for key, value in options.items() if value is not None}
+    asked = without_none(asdict(options))
     console = stdout()
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         if name == LAST:
             name = deployment_of(client, name).name
         sampling = client.model(name).get("sampling") or {}
@@ -148,7 +137,7 @@ def chat(
         talk = Conversation(model=name, parameters=parameters, system=system)
         if prompt is not None or not sys.stdin.isatty():
             talk.say(prompt if prompt is not None else sys.stdin.read())
-            if as_json:
+            if service.as_json:
                 print_json(whole_answer(client, talk))
             else:
                 answer(client, talk, console)
@@ -207,7 +196,8 @@ def command(talk: Conversation, line: str, console: Console) -> None:
         console.print("[dim]a new conversation[/]")
     elif word == "/undo":
         talk.undo()
-        console.print(f"[dim]{len(talk.exchanges)} messages are left[/]")
+        left = counted(len(talk.exchanges), "message")
+        console.print(f"[dim]{left} left[/]")
     elif word == "/system":
         talk.system = rest or None
         console.print("[dim]noted[/]")
@@ -262,7 +252,9 @@ def answer(client: NibbleClient, talk: Conversation, console: Console) -> None:
     talk.pace += pace
     if console.is_terminal:
         rate = pace.tokens_per_s or 0.0
-        console.print(f"[dim]{usage} tokens, {rate:.1f} per second, first after {first - started:.2f} s[/]")
+        console.print(
+            f"[dim]{counted(usage, 'token')}, {rate:.1f} per second, first after {first - started:.2f} s[/]"
+        )
 
 
 def whole_answer(client: NibbleClient, talk: Conversation) -> dict[str, Any]:

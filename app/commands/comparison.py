@@ -11,8 +11,14 @@ from rich.markup import escape
 from app.commands.gains import is_beyond_noise, percent, smallest
 from app.commands.short_ids import artifact_id, job_id
 from app.commands.show import model_name
-from app.commands.terminal import ApiKey, AsJson, Url, connect, human_bytes, print_json, stdout, table
-from app.core.errors import NibbleError
+from app.commands.terminal import (
+    Service,
+    human_bytes,
+    print_json,
+    stdout,
+    table,
+)
+from app.core.errors import NibbleError, NotFound
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,18 +39,16 @@ def compare(
         ),
     ],
     *,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Compare jobs and artifacts with their originals: size, perplexity, KL, top token.
 
     Each original is the first row of its results. A perplexity that the evaluation text can't tell from the
     original's is marked as noise. The best figure of those that differ is bold.
     """
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         rows = compared_rows(client, what)
-    if as_json:
+    if service.as_json:
         print_json({"rows": rows})
     else:
         show_comparison(stdout(), rows)
@@ -70,10 +74,22 @@ def results_of(client: NibbleClient, written: str) -> list[tuple[Row, Row]]:
         report = report_of(client, artifacts[0].job)
     else:
         job = client.job(job_id(client, written)).require_success()
-        artifacts = [client.artifact(each) for each in job.artifacts]
+        artifacts = [each for each in (artifact_or_none(client, each) for each in job.artifacts) if each]
+        if not artifacts:
+            raise NotFound(
+                f"the artifacts of {job.id} were deleted", code="artifact_not_found",
+                remedy=f"`nibble report {job.id}` has its figures",
+            )  # fmt: skip
         report = client.report(job.id)
     original = {"label": "original", **(report.get("original") or {})}
     return [(original_row(each, original), result_row(each, report)) for each in artifacts]
+
+
+def artifact_or_none(client: NibbleClient, whole: str) -> ArtifactAnswer | None:
+    try:
+        return client.artifact(whole)
+    except NotFound:  # it was deleted; its job names it still
+        return None
 
 
 def report_of(client: NibbleClient, job: str) -> Mapping[str, Any]:
@@ -95,8 +111,8 @@ def result_row(artifact: ArtifactAnswer, report: Mapping[str, Any]) -> Row:
     figures = {name: summary.get(name) for name in MEASURED}
     size = smallest(summary.get("bytes")) or artifact.size
     return {
-        "model": artifact.model, "label": str(summary.get("label", artifact.format)), "artifact": artifact.id,
-        "job": artifact.job, **figures, "bytes": size,
+        "model": artifact.model, "label": str(summary.get("label", artifact.format)),
+        "format": artifact.format, "artifact": artifact.id, "job": artifact.job, **figures, "bytes": size,
         "perplexity_ratio_interval": summary.get("perplexity_ratio_interval"),
         "beyond_noise": summary.get("beyond_noise"),
         "original_bytes": (report.get("original") or {}).get("bytes"),
@@ -115,10 +131,8 @@ def show_comparison(console: Console, rows: Sequence[Row]) -> None:
         "?!artifact",
         turns=True,
     )
-    several = len({row["model"] for row in rows}) > 1
     best = best_values(rows)
-    for row in rows:
-        name = row["label"] if not several else f"{model_name(row['model'])} {row['label']}"
+    for row, name in zip(rows, row_names(rows), strict=True):
         grid.add_row(
             escape(name),
             marked(row, "bytes", best, size_text(row)),
@@ -130,6 +144,16 @@ def show_comparison(console: Console, rows: Sequence[Row]) -> None:
             row.get("artifact") or "",
         )
     console.print(grid)
+
+
+def row_names(rows: Sequence[Row]) -> list[str]:
+    """Labels, with the model where there are several, and the format where one recipe has several."""
+    several = len({row["model"] for row in rows}) > 1
+    names = [f"{model_name(row['model'])} {row['label']}" if several else row["label"] for row in rows]
+    return [
+        f"{name} {row['format']}" if names.count(name) > 1 and row["artifact"] else name
+        for row, name in zip(rows, names, strict=True)
+    ]
 
 
 def best_values(rows: Sequence[Row]) -> dict[str, float]:

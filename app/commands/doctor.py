@@ -24,6 +24,7 @@ from app.commands.checks.host import (
 from app.commands.checks.redis_checks import check_redis
 from app.commands.checks.storage_checks import check_storage
 from app.commands.terminal import AsJson, ExitCode, print_json, read_settings, stdout
+from app.core.counted import counted
 from app.core.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -91,7 +92,3 @@ def show_check(console: Console, check: Check) -> None:
     if check.remedy:
         word = "hint" if check.status == "ok" else "remedy"
         console.print(f"{'':<8} [bold]{word:<18}[/] {escape(check.remedy)}")
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number or 'no'} {thing}s"

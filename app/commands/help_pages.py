@@ -5,14 +5,15 @@ a command only when it is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from app.commands.examples import EXAMPLES
+from app.commands.option_groups import Command, takes_groups
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # How typer writes the type of a value, and what stands there for people.
@@ -22,6 +23,7 @@ VALUE_WORDS = {
     "path": "PATH", "file": "FILE", "directory": "FOLDER",
 }  # fmt: skip
 OWN_OPTIONS = "Options"
+CommandT = TypeVar("CommandT", bound=Command)
 
 
 class Entry(NamedTuple):
@@ -80,19 +82,37 @@ def load(name: str, entry: Entry) -> Any:
     """The command or group of an entry."""
     module, _, attribute = entry.where.partition(":")
     loaded = getattr(import_module(f"app.commands.{module}"), attribute)
-    if isinstance(loaded, typer.Typer):
-        return typer.main.get_group(loaded)
+    if isinstance(loaded, CommandGroup):
+        return typer.main.get_group(loaded.typer)
     single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    single.command(name, cls=HelpfulCommand)(loaded)
+    single.command(name, cls=HelpfulCommand)(takes_groups(loaded))
     return typer.main.get_command(single)
 
 
-def group(help_text: str, *, no_args_is_help: bool = False) -> typer.Typer:
-    """A group of commands, such as `nibble artifacts`."""
-    return typer.Typer(
-        help=help_text, no_args_is_help=no_args_is_help, cls=HelpfulGroup, rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )  # fmt: skip
+class CommandGroup:
+    """Commands below a word, such as `nibble artifacts`, and what the word does alone."""
+
+    def __init__(self, help_text: str, *, no_args_is_help: bool = False) -> None:
+        self.typer = typer.Typer(
+            help=help_text, no_args_is_help=no_args_is_help, cls=HelpfulGroup, rich_markup_mode=None,
+            pretty_exceptions_enable=False,
+        )  # fmt: skip
+
+    def command(self, name: str | None = None) -> Callable[[CommandT], CommandT]:
+        return registered(self.typer.command(name, cls=HelpfulCommand))
+
+    def callback(self) -> Callable[[CommandT], CommandT]:
+        return registered(self.typer.callback(invoke_without_command=True))
+
+
+def registered(register: Callable[[Command], Command]) -> Callable[[CommandT], CommandT]:
+    """Registers a command with the options of its groups, and leaves it as it is."""
+
+    def decorate(command: CommandT) -> CommandT:
+        register(takes_groups(command))
+        return command
+
+    return decorate
 
 
 def write_options(command: Any, ctx: Any, formatter: Any) -> None:

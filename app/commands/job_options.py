@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import wraps
-from inspect import Parameter, Signature, signature
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
-from app.commands.terminal import among
+from app.commands import option_groups
+from app.commands.option_groups import without_none
 from app.core.errors import InvalidRequest
 from app.core.formats.registry import FormatName
 from app.core.formats.schemes import CacheName, SchemeName
@@ -27,16 +27,7 @@ from app.core.sources.json_file import json_fault
 RECIPE, TARGET, TEXTS, SERVICE = "Recipe", "Targets", "Calibration and evaluation", "The job"
 
 
-def option(text: str, *names: str, values: tuple[str, ...] = (), panel: str = RECIPE) -> Any:
-    """An option without a default: the job's body has its own."""
-    return typer.Option(
-        *names,
-        help=text,
-        show_default=False,
-        autocompletion=among(*values) if values else None,
-        rich_help_panel=panel,
-    )
-
+option = partial(option_groups.option, panel=RECIPE)
 
 IdempotencyKey = Annotated[
     str | None, option("Submitting twice with the same key creates one job.", panel=SERVICE)
@@ -192,31 +183,6 @@ class JobOptions:
     ] = None
 
 
-Command = Callable[..., None]
-
-
-def takes_job_options(command: Command) -> Command:
-    """Replace a command's last parameter `options` by one option per field of JobOptions."""
-    shared = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters_of(JobOptions)]
-    own = [parameter for parameter in parameters_of(command) if parameter.name != "options"]
-
-    @wraps(command)
-    def expanded(*arguments: object, **named: Any) -> None:
-        options = JobOptions(**{each.name: named.pop(each.name) for each in shared})
-        command(*arguments, **named, options=options)
-
-    first = [each for each in own if each.kind is not Parameter.KEYWORD_ONLY]
-    last = [each for each in own if each.kind is Parameter.KEYWORD_ONLY]
-    del expanded.__wrapped__  # typer would read the parameters of the command itself
-    expanded.__signature__ = Signature([*first, *shared, *last])  # type: ignore[attr-defined]  # inspect reads it
-    expanded.__annotations__ = {each.name: each.annotation for each in [*own, *shared]}
-    return expanded
-
-
-def parameters_of(function: Callable[..., object]) -> list[Parameter]:
-    return list(signature(function, eval_str=True).parameters.values())
-
-
 # Option -> section and field of a job's body.
 PLACES = {
     "method": ("recipe", "method"),
@@ -290,10 +256,6 @@ def sections(options: JobOptions) -> dict[str, dict[str, Any]]:
         if value is not None:
             placed.setdefault(section, {})[field] = value
     return placed
-
-
-def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def model_reference(model: str) -> str:

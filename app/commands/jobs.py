@@ -10,11 +10,11 @@ import typer
 from app.commands import job_options
 from app.commands.gains import show_outcome
 from app.commands.hub_token import HubTokenOption, read_hub_token
-from app.commands.progress import progress_view
+from app.commands.lists import print_page
+from app.commands.option_groups import among, without_none
 from app.commands.short_ids import JobId, job_id
 from app.commands.show import (
     print_answer,
-    print_page,
     show_estimate,
     show_event,
     show_job,
@@ -25,17 +25,14 @@ from app.commands.show import (
 )
 from app.commands.terminal import (
     After,
-    ApiKey,
-    AsJson,
     ExitCode,
     Limit,
-    Url,
-    among,
-    connect,
+    Service,
     print_json,
     stderr,
     stdout,
 )
+from app.commands.watching import watch_job
 from app.core.errors import NibbleError
 from app.core.records.job import JobState
 
@@ -50,10 +47,10 @@ ModelName = Annotated[
 ]
 
 
-@job_options.takes_job_options
 def submit(
     model: ModelName = None,
     *,
+    options: job_options.JobOptions,
     labels: job_options.Labels = None,
     idempotency_key: job_options.IdempotencyKey = None,
     timeout: job_options.Timeout = None,
@@ -66,10 +63,7 @@ def submit(
     hub_token: HubTokenOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show progress until the job ends.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the job's page in the browser.")] = False,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
-    options: job_options.JobOptions,
+    service: Service,
 ) -> None:
     """Submit a job: quantize a model.
 
@@ -77,7 +71,7 @@ def submit(
     the service: 4 bits with AWQ.
     """
     body = job_options.job_body(model, options, job_options.split_labels(labels))
-    body |= job_options.without_none(
+    body |= without_none(
         {
             "timeout_s": timeout,
             "queue_timeout_s": queue_timeout,
@@ -89,13 +83,13 @@ def submit(
             "hub_token": read_hub_token(hub_token),
         }
     )
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         job = client.submit(body, idempotency_key=idempotency_key)
         if open_page:
             open_job(client, job.id)
         if watch:
-            follow(client, job.id, as_json=as_json)
-        elif as_json:
+            follow(client, job.id, as_json=service.as_json)
+        elif service.as_json:
             print_json(job.model_dump(mode="json"))
         else:
             show_job(stdout(), job)
@@ -124,10 +118,10 @@ def show_next_steps(console: Console, job: JobAnswer) -> None:
         console.print(f"  {command}  [dim]{purpose}[/]")
 
 
-def watch(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def watch(job: JobId, *, service: Service) -> None:
     """Show a job's progress until it ends, then what was won. With --json: one line for each change."""
-    with connect(url, api_key) as client:
-        follow(client, job_id(client, job), as_json=as_json)
+    with service.connect() as client:
+        follow(client, job_id(client, job), as_json=service.as_json)
 
 
 def follow(client: NibbleClient, whole: str, *, as_json: bool) -> None:
@@ -169,18 +163,8 @@ def report_or_nothing(client: NibbleClient, whole: str) -> dict[str, Any]:
         return {}
 
 
-def watch_job(client: NibbleClient, whole: str, console: Console) -> JobAnswer:
-    """Show progress until the job has ended; returns the ended job."""
-    with progress_view(console) as view:
-        for job in client.follow(whole):
-            if job.is_terminal:
-                break
-            view.count_from(job.started_at or job.created_at)
-            view.show((job.stage if job.state == "running" else None) or job.state, job.progress)
-    return job
-
-
 def jobs(
+    context: typer.Context,
     *,
     state: Annotated[
         str | None,
@@ -189,21 +173,19 @@ def jobs(
     label: Annotated[str | None, typer.Option(help="Only jobs with key=value.", show_default=False)] = None,
     limit: Limit = 20,
     after: After = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """List jobs, newest first."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         page = client.jobs(state=state, label=label, limit=limit, after=after)
-    print_page(page, show_jobs, as_json=as_json, command="nibble jobs")
+    print_page(page, show_jobs, context, as_json=service.as_json)
 
 
-def cancel(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def cancel(job: JobId, *, service: Service) -> None:
     """Cancel a queued or running job."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         cancelled = client.cancel(job_id(client, job))
-    print_answer(cancelled, show_job, as_json=as_json)
+    print_answer(cancelled, show_job, as_json=service.as_json)
 
 
 def retry(
@@ -212,38 +194,34 @@ def retry(
     timeout: job_options.Timeout = None,
     force: job_options.Force = False,
     hub_token: HubTokenOption = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Run an ended job again, as a new job; a failed one goes on after its last finished layer."""
     token = read_hub_token(hub_token)
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         again = client.retry(job_id(client, job), hub_token=token, timeout_s=timeout, force=force)
-    print_answer(again, show_job, as_json=as_json)
-    if not as_json:
+    print_answer(again, show_job, as_json=service.as_json)
+    if not service.as_json:
         show_next_steps(stdout(), again)
 
 
-def events(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def events(job: JobId, *, service: Service) -> None:
     """Show a job's events, past and future, until it ends."""
-    with connect(url, api_key) as client:
-        print_events(client.events(job_id(client, job)), show_event, as_json=as_json)
+    with service.connect() as client:
+        print_events(client.events(job_id(client, job)), show_event, as_json=service.as_json)
 
 
 def logs(
     job: JobId,
     *,
     follow_on: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Print what a job did, line by line, and what its process wrote if it crashed."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         whole = job_id(client, job)
         lines = client.events(whole) if follow_on else past_events(client, whole)
-        print_events(lines, show_log_line, as_json=as_json)
+        print_events(lines, show_log_line, as_json=service.as_json)
 
 
 def past_events(client: NibbleClient, whole: str) -> Iterator[EventAnswer]:
@@ -268,18 +246,18 @@ def print_events(
             show(console, event)
 
 
-def workers(*, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def workers(context: typer.Context, *, service: Service) -> None:
     """List the live workers with their host, device and status."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         page = client.workers()
-    print_page(page, show_workers, as_json=as_json, command="nibble workers")
+    print_page(page, show_workers, context, as_json=service.as_json)
 
 
-def report(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def report(job: JobId, *, service: Service) -> None:
     """Show a job's report: perplexities, sizes, seconds, and what was won."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         document = client.report(job_id(client, job))
-    if as_json:
+    if service.as_json:
         print_json(document)
     else:
         console = stdout()
@@ -287,32 +265,29 @@ def report(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: Api
         show_outcome(console, document)
 
 
-def export(job: JobId, *, as_json: AsJson = False, url: Url = None, api_key: ApiKey = None) -> None:
+def export(job: JobId, *, service: Service) -> None:
     """Print a job's params, metrics and tags as flat JSON, for experiment trackers."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         document = client.export(job_id(client, job))
-    if as_json:
+    if service.as_json:
         print_json(document)
     else:
         stdout().print_json(data=document)
 
 
-@job_options.takes_job_options
 def estimate(
     model: ModelName = None,
     *,
-    hub_token: HubTokenOption = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
     options: job_options.JobOptions,
+    hub_token: HubTokenOption = None,
+    service: Service,
 ) -> None:
     """Predict a job's time, memory and size without running it."""
     body = job_options.job_body(model, options)
-    body |= job_options.without_none({"hub_token": read_hub_token(hub_token)})
-    with connect(url, api_key) as client:
+    body |= without_none({"hub_token": read_hub_token(hub_token)})
+    with service.connect() as client:
         document = client.estimate(body)
-    if as_json:
+    if service.as_json:
         print_json(document)
     else:
         show_estimate(stdout(), document)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from app.commands.short_ids import LAST, artifact_id, job_id
-from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout
+from app.commands.short_ids import LAST, artifact_id, deployment_of, job_id
+from app.commands.terminal import Service, print_json, stdout
 
 if TYPE_CHECKING:
     from app.client import NibbleClient
@@ -25,32 +25,30 @@ def open_dashboard(
         ),
     ] = None,
     *,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Open the dashboard, or one of its pages, in the browser, signed in.
 
     Prints the link where no browser can be opened. It can be used once, within ten minutes.
     """
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         page = page_of(client, what)
         link = login_link(client, page)
-    if as_json:
+    if service.as_json:
         print_json({"url": link})
     else:
         open_link(link)
 
 
 def page_of(client: NibbleClient, what: str | None) -> str:
-    """The page of the dashboard that shows it."""
+    """The page of the dashboard that shows it. Raises NotFound if it does not exist."""
     if what is None:
         return "/jobs"
     if what == LAST or what.startswith("job_"):
-        return f"/jobs/{job_id(client, what)}"
+        return f"/jobs/{client.job(job_id(client, what)).id}"
     if what.startswith("art_"):
-        return f"/artifacts/{artifact_id(client, what)}"
-    return f"/deployments/{what}/chat"
+        return f"/artifacts/{client.artifact(artifact_id(client, what)).id}"
+    return f"/deployments/{deployment_of(client, what).name}/chat"
 
 
 def open_page(client: NibbleClient, page: str) -> None:

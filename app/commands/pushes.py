@@ -10,21 +10,17 @@ import typer
 from rich.markup import escape
 
 from app.commands.hub_token import HubTokenOption, read_hub_token
-from app.commands.job_options import without_none
+from app.commands.lists import print_page
+from app.commands.option_groups import without_none
 from app.commands.progress import progress_view
 from app.commands.short_ids import ArtifactId, artifact_id
-from app.commands.show import age_text, print_answer, print_page, recipe_text, show_artifact
+from app.commands.show import age_text, print_answer, recipe_text, show_artifact
 from app.commands.terminal import (
     After,
-    ApiKey,
-    AsJson,
     ExitCode,
-    Url,
-    connect,
+    Service,
     human_bytes,
     show_fault,
-    stderr,
-    stdout,
     table,
 )
 from app.core.records.job import Progress
@@ -52,20 +48,18 @@ def push(
     ] = None,
     hub_token: HubTokenOption = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is pushed.")] = True,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Push an artifact to the hub, with a model card."""
     body = {"repo_id": repo_id, "private": not public}
     body |= without_none(
         {"revision": branch, "commit_message": message, "hub_token": read_hub_token(hub_token)}
     )
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         state = client.push(artifact_id(client, artifact), body)
         if wait:
-            state = await_push(client, state, stderr() if as_json else stdout())
-    print_answer(state, show_push, as_json=as_json)
+            state = await_push(client, state, service.console)
+    print_answer(state, show_push, as_json=service.as_json)
     if state.state == "failed":
         raise typer.Exit(ExitCode.FAILED)
 
@@ -96,31 +90,28 @@ def tag(
         list[str] | None,
         typer.Option("--remove", help="A tag to take from it; repeatable.", show_default=False),
     ] = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Give tags to an artifact: a tag moves from the model's other versions to this one."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         changed = client.change_tags(artifact_id(client, artifact), add=tags or (), remove=remove or ())
-    print_answer(changed, show_artifact, as_json=as_json)
+    print_answer(changed, show_artifact, as_json=service.as_json)
 
 
 def registry(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Only this source model.", show_default=False)
     ] = None,
     *,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Artifacts to look at, newest first.")] = 200,
     after: After = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """List the versions of each model: what was made of it, with tags and pushes."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         page = client.registry(model=model, limit=limit, after=after)
-    print_page(page, show_registry, as_json=as_json, command="nibble registry")
+    print_page(page, show_registry, context, as_json=service.as_json)
 
 
 def show_registry(console: Console, models: Iterable[VersionsAnswer]) -> None:

@@ -41,14 +41,13 @@ REMEDIES = {
 OF_A_SERVICE = frozenset({"deploy", "force", "labels", "priority", "queue_timeout_s", "timeout_s", "webhook"})
 
 
-@job_options.takes_job_options
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a reference as for submit.")],
     *,
+    options: job_options.JobOptions,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must be new or empty.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     as_json: AsJson = False,
-    options: job_options.JobOptions,
 ) -> None:
     """Quantize a model on this machine, without a service."""
     body = job_options.job_body(model, options)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from app.commands.job_options import model_reference, without_none
+from app.commands.job_options import model_reference
+from app.commands.option_groups import among, without_none
 from app.commands.show import figure, show_notes, size_text
-from app.commands.terminal import ApiKey, AsJson, Url, among, connect, print_json, stdout, table
+from app.commands.terminal import Service, print_json, stdout, table
 from app.core.records.device_names import DeviceName
 
 if TYPE_CHECKING:
@@ -39,15 +40,13 @@ def recommend(
     memory: Memory = None,
     sequences: Sequences = None,
     context: Context = None,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Name a recipe for a model and the device that serves it, with what else would do and what would not."""
     body = without_none({"memory": memory, "sequences": sequences, "context": context})
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         document = client.recommend({"model": model_reference(model), "gpu": gpu, **body})
-    if as_json:
+    if service.as_json:
         print_json(document)
     else:
         show_recommendation(stdout(), document)

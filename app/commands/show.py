@@ -13,19 +13,11 @@ from rich.markup import escape
 
 from app.commands.remedies import with_options
 from app.commands.terminal import human_bytes, human_seconds, print_json, show_fault, stdout, table
+from app.core.counted import counted
 
 if TYPE_CHECKING:
-    from app.client.views import ArtifactAnswer, EventAnswer, JobAnswer, Page, ServiceAnswer, WorkerAnswer
+    from app.client.views import ArtifactAnswer, EventAnswer, JobAnswer, ServiceAnswer, WorkerAnswer
 
-# Hints for new users, shown for an empty list.
-EMPTY = {
-    "nibble jobs": "`nibble submit MODEL` creates a job",
-    "nibble artifacts": "a successful job publishes them",
-    "nibble registry": "a successful job publishes artifacts",
-    "nibble deployments": "`nibble deploy ARTIFACT --name NAME` creates one",
-    "nibble workers": "`nibble worker` starts one, `nibble up` all that this machine needs",
-}
-ItemT = TypeVar("ItemT")
 AnswerT = TypeVar("AnswerT", bound="ServiceAnswer")
 
 # An estimate's figures in the order of the table, and what they are called.
@@ -63,22 +55,6 @@ def print_answer(answer: AnswerT, show: Callable[[Console, AnswerT], None], *, a
         print_json(answer.model_dump(mode="json"))
     else:
         show(stdout(), answer)
-
-
-def print_page(
-    page: Page[ItemT], show: Callable[[Console, Iterable[ItemT]], None], *, as_json: bool, command: str
-) -> None:
-    """Print a page of a list, and the command for the next page."""
-    if as_json:
-        print_json(page.model_dump(mode="json", by_alias=True))
-        return
-    console = stdout()
-    if not page.items:
-        console.print(f"none: {EMPTY.get(command, 'nothing is there')}")
-        return
-    show(console, page.items)
-    if page.has_more:
-        console.print(f"more: {command} --after {page.next}")
 
 
 def show_jobs(console: Console, jobs: Iterable[JobAnswer]) -> None:
@@ -161,7 +137,7 @@ def event_text(event: EventAnswer) -> str:
         case "checkpoint":
             return f"kept {str(payload.get('key', '')).rpartition('/')[2]}"
         case "resumed":
-            return f"goes on after {payload.get('checkpoints')} checkpoints{of_attempt}"
+            return f"goes on after {counted(payload.get('checkpoints') or 0, 'checkpoint')}{of_attempt}"
     return ", ".join(
         f"{name} {text_of(value)}" for name, value in payload.items() if value not in (None, "", [], {})
     )
@@ -174,7 +150,7 @@ def text_of(value: object) -> str:
 def show_workers(console: Console, workers: Iterable[WorkerAnswer]) -> None:
     grid = table("worker", "!queue", "!state", "device", "runs", "?rates", "?!heartbeat")
     for worker in workers:
-        runs = worker.job or (f"{worker.servers} servers" if worker.servers else "")
+        runs = worker.job or (counted(worker.servers, "server") if worker.servers else "")
         device = worker.device_name if worker.device == "cpu" else f"{worker.device} {worker.device_name}"
         beat = worker.heartbeat_at.strftime("%H:%M:%SZ")
         rates = worker.rates or ""
@@ -276,6 +252,7 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
     show_tasks(console, candidates)
     show_tries(console, report.get("tries", []))
     show_stages(console, report.get("stages", {}), report.get("prediction") or {})
+    show_use(console, report)
     show_notes(console, report)
 
 
@@ -301,6 +278,7 @@ def show_unjudged(console: Console, report: Mapping[str, Any]) -> None:
     console.print(grid)
     console.print("not evaluated: nothing is known of the quality")
     show_stages(console, report.get("stages", {}), report.get("prediction") or {})
+    show_use(console, report)
     show_notes(console, report)
 
 
@@ -317,9 +295,10 @@ def show_unfinished(console: Console, report: Mapping[str, Any]) -> None:
     elif stage is None:
         console.print(f"it ended in attempt {report['attempts']}, before any stage")
     else:
-        done = f", {finished} of {layers} layers finished" if finished is not None else ""
+        done = f", {finished} of {counted(layers or 0, 'layer')} finished" if finished is not None else ""
         console.print(f"it ended in the stage {escape(stage)}{done}, attempt {report.get('attempts')}")
         show_stages(console, report.get("stages", {}), report.get("prediction") or {})
+    show_use(console, report)
     show_notes(console, report)
     if report.get("output"):
         console.print(escape(str(report["output"])))
@@ -331,8 +310,9 @@ def show_caches(console: Console, candidates: Iterable[Mapping[str, Any]]) -> No
         cache = candidate.get("cache")
         if cache is not None:
             keys, values = ("{:.3g} to {:.3g}".format(*cache[f"{name}_scales"]) for name in ("key", "value"))
+            layers = counted(cache["layers"], "layer")
             console.print(
-                f"{escape(str(candidate.get('label', '')))}: keys and values of {cache['layers']} layers are "
+                f"{escape(str(candidate.get('label', '')))}: keys and values of {layers} are "
                 f"{cache['numbers']}, with scales of {keys} and {values}"
             )
 
@@ -395,6 +375,22 @@ def show_stages(console: Console, stages: Mapping[str, float], prediction: Mappi
     total = [f"{sum(predicted.values()):.2f}"] if predicted else []
     grid.add_row("total", f"{sum(stages.values()):.2f}", *total)
     console.print(grid)
+
+
+def show_use(console: Console, report: Mapping[str, Any]) -> None:
+    """Peaks of memory beside the estimate, and how many cores worked on average."""
+    prediction, cpu_seconds = report.get("prediction") or {}, report.get("cpu_seconds") or {}
+    for name, measured, estimated in (
+        ("peak memory", "peak_rss_bytes", "ram_bytes"),
+        ("peak GPU memory", "peak_vram_bytes", "vram_bytes"),
+    ):
+        if report.get(measured):
+            expected = prediction.get(estimated)
+            beside = f", estimated {human_bytes(expected)}" if expected else ""
+            console.print(f"{name} {human_bytes(report[measured])}{beside}")
+    spent = sum(report["stages"].get(stage, 0.0) for stage in cpu_seconds)
+    if spent > 0:
+        console.print(f"processor {sum(cpu_seconds.values()) / spent:.1f} cores on average")
 
 
 def figure(number: float | None, digits: int) -> str:
@@ -476,7 +472,7 @@ def show_decisions(console: Console, candidate: Mapping[str, Any]) -> None:
     counts = Counter(decision_text(linear) for linear in candidate.get("linears", []))
     console.print(f"[bold]{escape(str(candidate.get('label', '')))}[/]")
     for text, count in counts.items():
-        console.print(f"  {count} linears: {escape(text)}")
+        console.print(f"  {counted(count, 'linear')}: {escape(text)}")
 
 
 def decision_text(linear: Mapping[str, Any]) -> str:

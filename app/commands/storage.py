@@ -6,20 +6,18 @@ from typing import Annotated
 
 import typer
 
-from app.commands.terminal import ApiKey, AsJson, Url, connect, print_json, stdout
+from app.commands.terminal import Service, print_json, stdout
 
 
 def gc(
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
-    as_json: AsJson = False,
-    url: Url = None,
-    api_key: ApiKey = None,
+    service: Service,
 ) -> None:
     """Remove unreferenced data: incomplete uploads, checkpoints of ended jobs, expired records."""
-    with connect(url, api_key) as client:
+    with service.connect() as client:
         collected = client.collect_garbage(dry_run=dry_run)
-    if as_json:
+    if service.as_json:
         print_json(collected.model_dump(mode="json"))
         return
     console = stdout()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from app.commands.clean_console import CleanConsole, printable
 from app.commands.remedies import OPTION_OF_FIELD, in_terminal_words, with_options
 from app.commands.tables import WholeTable
 from app.core.errors import Conflict, InvalidRequest, NibbleError, field_fault
@@ -57,9 +58,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs in
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 
-def among(*words: str) -> Callable[[str], list[str]]:
-    """Shell completion of an option's value; the service checks the value."""
-    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+@dataclass(frozen=True)
+class Service:
+    """The options of every command that asks a service."""
+
+    as_json: AsJson = False
+    url: Url = None
+    api_key: ApiKey = None
+
+    def connect(self) -> NibbleClient:
+        return connect(self.url, self.api_key)
+
+    @property
+    def console(self) -> Console:
+        """Where people follow what happens: apart from the JSON, if that is asked for."""
+        return stderr() if self.as_json else stdout()
 
 
 def stdout() -> Console:
@@ -74,7 +87,7 @@ def console_on(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     # rich follows COLUMNS by itself where it is set.
     width = None if stream.isatty() or os.environ.get("COLUMNS", "").isdecimal() else PIPE_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=True)
+    return CleanConsole(stderr=stderr, width=width, highlight=False, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:
@@ -101,7 +114,7 @@ def confirm(question: str, *, yes: bool) -> None:
             code="confirmation_needed",
             remedy="add --yes",
         )
-    typer.confirm(question, abort=True, err=True)
+    typer.confirm(printable(question), abort=True, err=True)
 
 
 def report_error(error: NibbleError, *, as_json: bool = False) -> ExitCode:

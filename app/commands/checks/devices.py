@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app.commands.checks.check import Check
+from app.core.counted import counted
 from app.core.errors import InvalidRequest
 from app.core.planning.host_devices import DEVICE, gpu_names, listed_gpus
 
@@ -35,7 +36,7 @@ def chosen_device(device: str) -> str:
     number = int(device.partition(":")[2])
     if number >= len(names) and not Path(f"/dev/nvidia{number}").exists():
         raise InvalidRequest(
-            f"there is no {device}: the driver shows {len(names) or 'no'} GPUs",
+            f"there is no {device}: the driver shows {counted(len(names), 'GPU')}",
             code="device_absent",
             remedy="use auto or cpu; `nibble doctor` checks the GPUs",
         )

@@ -89,3 +89,45 @@ def test_only_figures_that_differ_are_marked() -> None:
     assert marked(better, "kl", best, "0.0500") == "[bold]0.0500[/]"
     assert marked(row, "kl", best, "0.1000") == "0.1000"
     assert marked(row, "bytes", best, "5 B") == "5 B"
+
+
+@pytest.mark.parametrize(
+    ("state", "remedy"),
+    [("queued", "nibble watch"), ("running", "nibble watch"), ("cancelling", "nibble watch"),
+     ("cancelled", "nibble retry")],
+)  # fmt: skip
+def test_a_job_without_a_result_is_named_once(
+    state: str, remedy: str, service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.answers[f"GET /v1/jobs/{FIRST}"] = (200, {**job(FIRST), "state": state, "artifacts": []})
+    assert run("compare", FIRST, SECOND, "--url", service.url) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error {FIRST} is {state} [job_{state}]"
+    assert f"`{remedy} {FIRST}`" in second
+
+
+def test_artifacts_that_were_deleted_are_left_out(
+    service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, gone = f"art_{FIRST[4:]}", f"art_{SECOND[4:]}"
+    service.answers[f"GET /v1/jobs/{FIRST}"] = (200, {**job(FIRST), "artifacts": [gone, kept]})
+    del service.answers[f"GET /v1/artifacts/{gone}"]
+    assert run("compare", FIRST, "--url", service.url) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    del service.answers[f"GET /v1/artifacts/{kept}"]
+    assert run("compare", FIRST, "--url", service.url) == 1
+    assert f"`nibble report {FIRST}`" in capsys.readouterr().err
+
+
+def test_recipes_and_formats_of_a_job_have_names_of_their_own(
+    service: Canned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ["art_1", "art_2", "art_3"]
+    forms = [("awq w4 g64", "awq"), ("awq w4 g64", "compressed-tensors"), ("rtn w3 g64", "awq")]
+    for whole, (label, form) in zip(ids, forms, strict=True):
+        answer = {**artifact(FIRST, label=label, bytes=5), "id": whole, "format": form}
+        service.answers[f"GET /v1/artifacts/{whole}"] = (200, answer)
+    service.answers[f"GET /v1/jobs/{FIRST}"] = (200, {**job(FIRST), "artifacts": ids})
+    assert run("compare", FIRST, "--url", service.url) == 0
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == ["original", "awq w4 g64 awq", "awq w4 g64 compressed-tensors", "rtn w3 g64"]

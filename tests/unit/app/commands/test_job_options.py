@@ -14,7 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from app.cli import main
-from app.commands import job_options, jobs
+from app.commands import job_options, jobs, terminal
+from app.commands.option_groups import takes_groups
 from app.core.errors import InvalidRequest
 
 
@@ -89,7 +90,7 @@ def test_labels() -> None:
 
 
 def test_a_command_takes_the_options_of_a_job() -> None:
-    @job_options.takes_job_options
+    @takes_groups
     def command(model: str, *, loud: bool = False, options: job_options.JobOptions) -> None:
         seen.append((model, loud, options))
 
@@ -108,7 +109,7 @@ def test_limits_of_time_can_be_raised_where_a_job_is_submitted(monkeypatch: pyte
     def service(*_: object) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(submit=lambda body, **_: sent.append(body))
 
-    monkeypatch.setattr(jobs, "connect", service)
+    monkeypatch.setattr(terminal, "connect", service)
     monkeypatch.setattr(jobs, "show_job", lambda *_: None)
     monkeypatch.setattr(jobs, "show_next_steps", lambda *_: None)
     with pytest.raises(SystemExit):
@@ -149,7 +150,7 @@ def test_experts_can_be_calibrated_on_every_token(
     def service(*_: object) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(submit=lambda body, **_: sent.append(body))
 
-    monkeypatch.setattr(jobs, "connect", service)
+    monkeypatch.setattr(terminal, "connect", service)
     monkeypatch.setattr(jobs, "show_job", lambda *_: None)
     monkeypatch.setattr(jobs, "show_next_steps", lambda *_: None)
     with pytest.raises(SystemExit):
