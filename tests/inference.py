@@ -79,7 +79,7 @@ class Served:
         self.engine.start()
 
     def answers(self, requests: list[dict[str, Any]]) -> list[list[TextDelta]]:
-        """All deltas of each request; the requests run together."""
+        """All deltas of each request; the requests start at the same step."""
         found: list[list[TextDelta]] = [[] for _ in requests]
         left = [request.get("n", 1) for request in requests]
         ended = threading.Event()
@@ -90,10 +90,13 @@ class Served:
             if not any(left):
                 ended.set()
 
-        for number, request in enumerate(requests):
-            self.engine.submit(
-                Generation(id=f"r{number}", deliver=lambda piece, n=number: deliver(n, piece), **request)
-            )
+        generations = [
+            Generation(id=f"r{number}", deliver=lambda piece, n=number: deliver(n, piece), **request)
+            for number, request in enumerate(requests)
+        ]
+        with self.engine._arrived:  # the engine looks when all are there
+            for generation in generations:
+                self.engine.submit(generation)
         assert ended.wait(60)
         return found
 

@@ -169,7 +169,7 @@ def test_shards_of_an_earlier_model_go(service: Service, hub: HubServer, artifac
 
 def test_damaged_files_are_not_pushed(service: Service, hub: HubServer, artifact: ArtifactManifest) -> None:
     key = f"artifacts/{artifact.id}/{artifact.prefix}/model.safetensors"
-    service.objects.put(key, b"x" + WEIGHTS[1:])
+    service.objects.put(key, bytes([WEIGHTS[0] ^ 1]) + WEIGHTS[1:])
     push = pushed(service, artifact.id)
     assert (push["state"], push["error"]["code"]) == ("failed", "storage_corrupt")
     assert hub.objects == {}
