@@ -24,6 +24,7 @@ from app.api import (
     keys,
     operations,
     recommendations,
+    service_settings,
     sessions,
     storage,
     tenants,
@@ -38,8 +39,8 @@ from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestRecord
 from app.api.origin import OriginGuard
 from app.api.polled import PolledAnswers
-from app.api.services import Services
 from app.api.query_parameters import refuse_unknown_parameters
+from app.api.services import Services
 from app.core.access.api_keys import ApiKey, bootstrap_key
 from app.core.errors import NibbleError
 from app.core.outgoing.address_guard import OutgoingGuard
@@ -57,7 +58,7 @@ from app.core.version import package_version
 ROUTES = (
     *(inference, jobs, events, webhooks, estimates, recommendations, artifacts, versions, downloads),
     datasets,
-    *(workers, deployments, keys, tenants, audit, sessions, storage, operations),
+    *(workers, deployments, keys, tenants, audit, sessions, storage, service_settings, operations),
 )
 
 
@@ -85,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=package_version(),
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
         lifespan=lifespan,
-        docs_url=None,  # the interactive pages load scripts from other hosts
+        docs_url=None,  # /docs is the dashboard's: the framework's pages load scripts from other hosts
         redoc_url=None,
     )
     errors.install(app)

@@ -1,11 +1,16 @@
-"""Writes docs/settings.md from `.env.example`, whose names and defaults a test compares with the code."""
+"""Writes docs/settings.md, and the meanings that the service shows, from `.env.example`.
+
+A test compares its names and defaults with the code.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from app.api.service_settings import MEANINGS
 from app.core.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -41,9 +46,15 @@ def settings() -> Iterator[tuple[str, str, str]]:
                 yield assigned[1], assigned[2], meaning + (" Never shown in messages." if secret else "")
 
 
+def meanings() -> str:
+    """As JSON: name and meaning of each setting."""
+    return json.dumps({name: meaning for name, _, meaning in settings()}, indent=1, ensure_ascii=False) + "\n"
+
+
 def escaped(text: str) -> str:
     return re.sub(r"([|<>\[\]*])", r"\\\1", text)
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(), "utf-8")
+    MEANINGS.write_text(meanings(), "utf-8")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +18,7 @@ from app.api.events import checked_event_id
 from app.api.methods import LOGIN
 from app.api.services import Services
 from app.core.access.api_keys import Principal
-from app.core.access.audit_log import AuditEntry
+from app.core.access.audit_log import AuditEntry, AuditFilter
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
@@ -33,15 +34,34 @@ class AuditList(BaseModel):
     next: str | None
 
 
+class AuditQuery(BaseModel):
+    """Of `GET /v1/audit`."""
+
+    key: str = Field(default="", max_length=64, description="The id of a key.")
+    q: str = Field(
+        default="",
+        max_length=200,
+        description="Words that all occur in method, path, detail and the request's id.",
+    )
+    since: datetime | None = Field(default=None, description="The earliest time; without a zone it is UTC.")
+    refused: bool = Field(default=False, description="Only what was answered with 4xx or 5xx.")
+    limit: int = Field(default=100, ge=1, le=1000)
+    after: str | None = Field(default=None, description="`next` of the previous page.")
+
+    @property
+    def chosen(self) -> AuditFilter:
+        since = self.since
+        if since is not None and since.tzinfo is None:
+            since = since.replace(tzinfo=UTC)
+        words = tuple(self.q.lower().split())
+        return AuditFilter(key=self.key, words=words, since=since, is_refused=self.refused)
+
+
 @router.get("")
-def list_audit(
-    services: ServicesParam,
-    principal: Admin,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: str | None = None,
-) -> AuditList:
+def list_audit(services: ServicesParam, principal: Admin, query: Annotated[AuditQuery, Query()]) -> AuditList:
     """The tenant's changes and logins, newest first, each with its key and status."""
-    entries = services.audit.page(principal.tenant, limit=limit + 1, before=checked_event_id(after))
+    limit, before = query.limit, checked_event_id(query.after)
+    entries = services.audit.page(principal.tenant, limit=limit + 1, before=before, chosen=query.chosen)
     data = tuple(entries[:limit])
     has_more = len(entries) > limit
     return AuditList(data=data, has_more=has_more, next=data[-1].id if has_more else None)

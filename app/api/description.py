@@ -11,7 +11,13 @@ from fastapi import FastAPI
 from app.api.errors import PROBLEM_TYPE, ProblemDocument, is_inference
 from app.api.schema_forms import with_readable_schemas
 from app.core.error_answers import STATUS
-from app.core.records.ids import ARTIFACT_ID_PATTERN, DATASET_ID_PATTERN, JOB_ID_PATTERN, ULID_PATTERN
+from app.core.records.ids import (
+    ARTIFACT_ID_PATTERN,
+    DATASET_ID_PATTERN,
+    DELIVERY_ID_PATTERN,
+    JOB_ID_PATTERN,
+    ULID_PATTERN,
+)
 
 PROBLEMS = sorted({*STATUS.values(), 413} - {500})
 OPEN_PROBLEMS = (403, 422, 503)  # of routes that need no key
@@ -29,6 +35,7 @@ PATTERNS = {
     ("/v1/datasets", "after"): DATASET_ID_PATTERN,
     ("/v1/deployments", "after"): rf"^dep_{ULID_PATTERN}$",
     ("/v1/audit", "after"): EVENT_ID_PATTERN,
+    ("/v1/webhook-deliveries", "after"): DELIVERY_ID_PATTERN,
     ("/v1/jobs", "Idempotency-Key"): r"^[\x20-\x7e]{1,255}$",
     ("/v1/jobs", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
     ("/v1/jobs/{job_id}/retry", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
@@ -54,8 +61,8 @@ INTRODUCTION: dict[str, Any] = {
         {"name": "tenants", "description": "Limits of each tenant."},
         {"name": "audit", "description": "Who changed what."},
         {"name": "sessions", "description": "Log a browser in and out."},
-        {"name": "storage", "description": "Collect what nobody needs any more."},
-        {"name": "operations", "description": "Health, metrics and the dashboard."},
+        {"name": "storage", "description": "What is stored, and the collection of what nobody needs."},
+        {"name": "operations", "description": "Health, metrics, settings and the dashboard."},
     ],
 }
 CONTENT_SCHEMAS: dict[str, dict[str, Any]] = {  # texts and streams are strings

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from fastapi import APIRouter
-from pydantic import BaseModel
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
 
 from app.api.dependencies import Admin, JobsReader, JobsWriter, ServicesParam
-from app.core.outgoing.webhook_messages import Delivery, WebhookTry
+from app.core.outgoing.webhook_messages import Delivery, DeliveryState, WebhookTry
+from app.core.records.ids import check_cursor
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 
@@ -20,7 +21,7 @@ class DeliveryView(BaseModel):
     job: str
     type: str
     url: str
-    state: Literal["pending", "delivered", "failed"]
+    state: DeliveryState
     created_at: datetime
     tries: tuple[WebhookTry, ...]
 
@@ -34,6 +35,14 @@ class DeliveryList(BaseModel):
     data: tuple[DeliveryView, ...]
     has_more: bool = False
     next: str | None = None
+
+
+class DeliveryQuery(BaseModel):
+    """Of `GET /v1/webhook-deliveries`."""
+
+    state: DeliveryState | None = None
+    limit: int = Field(default=50, ge=1, le=100)
+    after: str | None = Field(default=None, description="`next` of the previous page.")
 
 
 class WebhookSecret(BaseModel):
@@ -55,6 +64,19 @@ def redeliver_message(
     """Send a webhook again with the same id."""
     services.jobs.get(principal.tenant, job_id)
     return DeliveryView.of(services.deliveries.redeliver(job_id, delivery_id))
+
+
+@router.get("/webhook-deliveries")
+def list_recent_deliveries(
+    services: ServicesParam, principal: JobsReader, query: Annotated[DeliveryQuery, Query()]
+) -> DeliveryList:
+    """The newest 1,000 webhooks of the last 30 days about any of the tenant's jobs, newest first."""
+    check_cursor("msg", query.after)
+    limit, before, state = query.limit, query.after, query.state
+    deliveries = services.deliveries.page(principal.tenant, limit=limit + 1, before=before, state=state)
+    data = tuple(DeliveryView.of(delivery) for delivery in deliveries[:limit])
+    has_more = len(deliveries) > limit
+    return DeliveryList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
 
 
 @router.get("/webhook-secret")

@@ -76,6 +76,16 @@ def test_a_page_that_is_made_is_what_the_sources_say(writer: str, repository: Pa
     assert compared.returncode == 0, f"run `python docs/{writer}.py`\n{compared.stderr}"
 
 
+def test_meanings_of_settings_are_those_of_the_example(repository: Path) -> None:
+    """`GET /v1/settings` shows them; the example is in no wheel."""
+    program = (
+        "from docs.write_settings import MEANINGS as path, meanings\n"
+        "assert meanings() == path.read_text('utf-8')"
+    )
+    compared = subprocess.run([sys.executable, "-c", program], cwd=repository, check=False)
+    assert compared.returncode == 0, "run `python docs/write_settings.py`"
+
+
 # Codes of notes in events and plans; what the client says where no service answers; what a stand-in says.
 NO_ERRORS = {
     "checkpoint_damaged", "devices", "rates_assumed", "reused", "unused_tensors", "service_unreachable",

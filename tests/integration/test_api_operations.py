@@ -32,6 +32,7 @@ ALLOWED = {
         "GET /v1/jobs", "GET /v1/jobs/{job_id}", "GET /v1/jobs/{job_id}/events",
         "GET /v1/jobs/{job_id}/report", "POST /v1/estimates", "GET /v1/workers", "POST /v1/recommendations",
         "GET /v1/jobs/{job_id}/webhook-deliveries", "GET /v1/jobs/{job_id}/export",
+        "GET /v1/webhook-deliveries",
         "GET /v1/datasets", "GET /v1/datasets/{dataset_id}",
     },
     Scope.JOBS_WRITE: {

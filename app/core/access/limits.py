@@ -104,7 +104,12 @@ class TenantLimits:
             )
 
     def stored_bytes(self, tenant: str) -> int:
-        return sum(int(size) for size in self._redis.hvals(usage_key(tenant)))
+        return sum(self.stored(tenant).values())
+
+    def stored(self, tenant: str) -> dict[str, int]:
+        """The bytes of each artifact and dataset that is counted, by its id."""
+        sizes = self._redis.hgetall(usage_key(tenant))
+        return {name.decode(): int(size) for name, size in sizes.items()}
 
     def active_jobs(self, tenant: str) -> int:
         return int(self._redis.scard(active_key(tenant)))

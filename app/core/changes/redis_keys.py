@@ -84,6 +84,7 @@ worker_key = named("worker")  # by name: the worker's record as JSON, with an ex
 DUE = "nibble:webhooks:due"  # sorted set of messages by the time of their next try
 delivery_key = named("delivery")  # by message: the message and its tries, as JSON
 deliveries_key = named("deliveries")  # by job: sorted set of its messages
+tenant_deliveries_key = named("webhooks:of")  # by tenant: sorted set of its newest messages, capped
 webhook_secret_key = named("webhook-secret")  # by tenant: hash: current; with `:previous`, the one before
 
 # Tenants and callers.

@@ -11,15 +11,22 @@ import hashlib
 import hmac
 import json
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from redis import Redis
-from ulid import ULID
 
 from app.core.changes.atomic_changes import NOW, Script
-from app.core.changes.redis_keys import DUE, deliveries_key, delivery_key, webhook_secret_key
+from app.core.changes.redis_keys import (
+    DUE,
+    deliveries_key,
+    delivery_key,
+    tenant_deliveries_key,
+    webhook_secret_key,
+)
 from app.core.errors import NotFound
+from app.core.records.ids import new_id
 from app.core.records.job import Job, JobState
 from app.core.records.specs import Kept
 
@@ -27,6 +34,10 @@ PREFIX = "whsec_"
 # A secret that was replaced signs for this long beside its successor.
 ROTATION_S = 24 * 3600
 MAX_LISTED = 100
+MAX_OF_TENANT = 1000  # messages that can be listed over all its jobs
+
+
+DeliveryState = Literal["pending", "delivered", "failed"]
 
 
 class WebhookTry(Kept):
@@ -48,7 +59,7 @@ class Delivery(Kept):
     url: str
     body: str
     created_at: datetime
-    state: Literal["pending", "delivered", "failed"] = "pending"
+    state: DeliveryState = "pending"
     tries: tuple[WebhookTry, ...] = ()
 
 
@@ -73,7 +84,7 @@ def delivery(job: Job, url: str, kind: str, fields: dict[str, Any]) -> Delivery:
     now = datetime.now(UTC)
     body = {"type": kind, "timestamp": now.isoformat().replace("+00:00", "Z"), "data": fields}
     return Delivery(
-        id=f"msg_{ULID()}",
+        id=new_id("msg"),
         job=job.id,
         tenant=job.tenant,
         type=kind,
@@ -188,9 +199,25 @@ class DeliveryStore:
             again_in_s=again_in_s,
         )
 
-    def list(self, job_id: str) -> list[Delivery]:
+    def list(self, job_id: str) -> Sequence[Delivery]:
         """A job's messages, oldest first."""
-        ids = self._redis.zrange(deliveries_key(job_id), 0, MAX_LISTED - 1)
+        return self._read(self._redis.zrange(deliveries_key(job_id), 0, MAX_LISTED - 1))
+
+    def page(
+        self, tenant: str, *, limit: int, before: str | None, state: DeliveryState | None = None
+    ) -> Sequence[Delivery]:
+        """The tenant's messages before the id `before`, newest first; of one state, if it is named."""
+        newest = "+" if before is None else f"({before}"
+        listed: Sequence[Delivery] = []
+        while ids := self._redis.zrevrangebylex(tenant_deliveries_key(tenant), newest, "-", 0, MAX_LISTED):
+            listed = [*listed, *(each for each in self._read(ids) if state in (None, each.state))]
+            if len(listed) >= limit:
+                break
+            newest = f"({ids[-1].decode()}"
+        return listed[:limit]
+
+    def _read(self, ids: Sequence[bytes]) -> Sequence[Delivery]:
+        """The messages of these ids; those that are older than what is kept are left out."""
         records = self._redis.mget([delivery_key(each.decode()) for each in ids]) if ids else []
         deliveries = [Delivery.of_record(record) for record in records if record is not None]
         return [delivery for delivery in deliveries if delivery is not None]

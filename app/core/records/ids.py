@@ -12,12 +12,13 @@ from ulid import ULID
 from app.core.errors import MalformedRequest
 from app.core.formats.registry import FormatName
 
-Kind = Literal["job", "art", "dep", "push", "ds"]
+Kind = Literal["job", "art", "dep", "push", "ds", "msg"]
 ULID_PATTERN = r"[0-7][0-9A-HJKMNP-TV-Z]{25}"
 JOB_ID_PATTERN = rf"^job_{ULID_PATTERN}$"
 ARTIFACT_ID_PATTERN = rf"^art_{ULID_PATTERN}$"
 DEPLOYMENT_ID_PATTERN = rf"^dep_{ULID_PATTERN}$"
 DATASET_ID_PATTERN = rf"^ds_{ULID_PATTERN}$"
+DELIVERY_ID_PATTERN = rf"^msg_{ULID_PATTERN}$"
 
 
 def new_id(kind: Kind) -> str:

@@ -26,7 +26,7 @@ function States({ counts, chosen, onChoose }) {
 }
 
 /** A field that keeps what is typed, whatever else happens on the page, and passes it on once typing pauses. */
-function Search({ text, onChange }) {
+export function Search({ text, onChange, placeholder = "Search model, recipe, label or id" }) {
   const [typed, setTyped] = useState(text);
   const passed = useRef(text);
   useEffect(() => {
@@ -35,7 +35,7 @@ function Search({ text, onChange }) {
     return () => clearTimeout(timer);
   }, [typed]);
   return html`<label class="search"><span class="unseen">Search</span>
-    <input type="search" placeholder="Search model, recipe, label or id" value=${typed} onInput=${(event) => setTyped(event.target.value)} /></label>`;
+    <input type="search" placeholder=${placeholder} value=${typed} onInput=${(event) => setTyped(event.target.value)} /></label>`;
 }
 
 function Filters({ query, set, counts }) {
