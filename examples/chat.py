@@ -32,7 +32,7 @@ from app.client import JobAnswer, NibbleClient
 from app.commands.chat import Conversation, Pace, answer, converse
 from app.commands.deployments import await_change, is_ready
 from app.commands.gains import show_outcome
-from app.commands.jobs import watch_job
+from app.commands.watching import watch_job
 
 PORT = 8420  # where `nibble up` listens; another one if it is taken
 

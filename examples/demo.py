@@ -16,8 +16,8 @@ from local_service import DemoFailed, ended, free_port, running_service
 from rich.console import Console
 
 from app.client import JobAnswer, NibbleClient
-from app.commands.jobs import watch_job
 from app.commands.show import show_job, show_report
+from app.commands.watching import watch_job
 
 TEST_TEXT = REPOSITORY / "workers" / "texts" / "builtin" / "wikitext2" / "test.txt"
 # The loader computes in its own order and dtype; a packing mistake is off by far more.

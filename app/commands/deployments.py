@@ -102,7 +102,9 @@ def deploy(
         body = {"artifact": artifact_id(client, artifact), "name": name, **servers.body()}
         deployment = client.deploy(body)
         if wait:
-            deployment = await_change(client, deployment, service, until=is_ready)
+            deployment = await_change(
+                client, deployment, service.console, quiet=service.as_json, until=is_ready
+            )
         print_answer(deployment, show_deployment, as_json=service.as_json)
         if not service.as_json:
             stdout().print(f"\ntalk to it: [bold]nibble chat {escape(name)}[/]")
@@ -122,10 +124,10 @@ def ready_servers(each: DeploymentAnswer) -> int:
 
 
 def await_change(
-    client: NibbleClient, deployment: DeploymentAnswer, service: Service, *, until: Until
+    client: NibbleClient, deployment: DeploymentAnswer, console: Console, *, quiet: bool, until: Until
 ) -> DeploymentAnswer:
     """Wait until the deployment is so, and show its status. Raises Unavailable if it fails."""
-    shown, console = "", service.console
+    shown = ""
     with (
         console.status(f"starting {escape(deployment.name)}") as status,
         closing(client.follow_deployment(deployment.id)) as changes,
@@ -133,7 +135,7 @@ def await_change(
         for deployment in changes:
             if until(deployment) or deployment.state not in ("starting", "ready") or failure(deployment):
                 break
-            if deployment.reason != shown and not service.as_json:
+            if deployment.reason != shown and not quiet:
                 shown = deployment.reason
                 status.update(escape(shown))
                 if not console.is_terminal:
@@ -196,7 +198,8 @@ def change(name: str, changes: dict[str, Any], service: Service, *, until: Until
     with service.connect() as client:
         deployment = client.change_deployment(deployment_of(client, name).id, changes)
         if until is not None:
-            deployment = await_change(client, deployment, service, until=until)
+            console, quiet = service.console, service.as_json
+            deployment = await_change(client, deployment, console, quiet=quiet, until=until)
     print_answer(deployment, show_deployment, as_json=service.as_json)
 
 
