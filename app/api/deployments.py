@@ -22,7 +22,7 @@ from app.api.preconditions import (
 from app.api.schemas import DeploymentList, DeploymentView
 from app.api.services import Services
 from app.core.changes.redis_keys import DEPLOYMENTS_STAMP, WORKERS_STAMP
-from app.core.deployments.context_length import check_context
+from app.core.deployments.context_length import check_length
 from app.core.deployments.deployment import (
     Deployment,
     DeploymentSpec,
@@ -38,7 +38,7 @@ from app.core.errors import InvalidRequest, NotFound, Unavailable
 from app.core.jobs.submission import refuse_own_storage
 from app.core.records.artifact import ArtifactManifest
 from app.core.records.ids import check_cursor, new_id
-from app.core.records.serving_options import ServerOptions
+from app.core.records.serving_options import Engine, ServerOptions
 from app.core.sources.adapter_model import inspect_merged
 from app.core.sources.model_source import open_adapter, open_model
 from app.core.storage.artifact_store import file_key
@@ -223,10 +223,10 @@ def require_servable(services: Services, tenant: str, served: Served) -> None:
         require_servable_original(services, manifest, served)
         return
     refuse_unserved_format(manifest.format, param="artifact")
-    has_config = any(file.path == "config.json" for file in manifest.files)
-    if served.engine == "transformers" and served.max_model_len is not None and has_config:
+    asked = served.for_vllm.max_model_len
+    if asked is not None and any(file.path == "config.json" for file in manifest.files):
         config = json.loads(services.objects.get(file_key(manifest, "config.json")))
-        check_context(config, served.max_model_len)
+        check_length(config, served, likely_engine(services, served))
 
 
 def require_servable_original(services: Services, manifest: ArtifactManifest, served: Served) -> None:
@@ -242,12 +242,16 @@ def require_servable_original(services: Services, manifest: ArtifactManifest, se
     why_own = why_own_server(is_gguf=headers.gguf is not None, has_adapter=adapter is not None)
     if why_own is not None and served.engine == "vllm":
         raise not_for_vllm(why_own)
-    engines = serving_engines(services)
-    may_be_vllm = why_own is None and (not engines or any("vllm" in offered for offered in engines))
-    engine = "transformers" if served.engine == "auto" and not may_be_vllm else served.engine
+    engine = "transformers" if why_own is not None else likely_engine(services, served)
     unserved_note(str(headers.config.get("model_type")), engine, param="engine")
-    if engine == "transformers" and served.max_model_len is not None:
-        check_context(headers.config, served.max_model_len)
+    check_length(headers.config, served, engine)
+
+
+def likely_engine(services: Services, options: ServerOptions) -> Engine:
+    """The engine that is asked for; `auto` only where a worker has vLLM, or none lives that could tell."""
+    engines = serving_engines(services)
+    may_be_vllm = not engines or any("vllm" in offered for offered in engines)
+    return "transformers" if options.engine == "auto" and not may_be_vllm else options.engine
 
 
 def require_engine(services: Services, options: ServerOptions) -> None:

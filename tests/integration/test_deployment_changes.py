@@ -269,6 +269,7 @@ def test_of_two_changes_at_once_one_is_refused(floor: Floor) -> None:
         ({"cache_share": 1.5, "engine": "transformers"}, 422, "validation_failed"),
         ({"max_num_seqs": 4, "engine": "vllm", "vllm": {"max_num_seqs": 4}}, 422, "validation_failed"),
         ({"max_model_len": 4097, "engine": "transformers"}, 422, "max_model_len_too_large"),
+        ({"max_model_len": 4097}, 422, "max_model_len_too_large"),  # engine auto
         ({"artifact": "art_01ARZ3NDEKTSV4RRFFQ69G5FAV"}, 404, "artifact_not_found"),
     ],
 )
@@ -278,7 +279,7 @@ def test_what_can_not_be_is_refused(floor: Floor, fields: dict[str, Any], status
     artifact = floor.service.publish(job_id, {"stand_in.json": b"{}", "config.json": config}).id
     deployment_id = floor.deploy("tiny", artifact)
     before = floor.view(deployment_id)
-    answers = [patch(floor, deployment_id, **fields)]
+    answers = [patch(floor, deployment_id, paused=True, **fields), patch(floor, deployment_id, **fields)]
     if "name" not in fields:
         whole = {"artifact": artifact, "name": "new", **fields}
         answers.append(floor.client.post("/v1/deployments", json=whole))

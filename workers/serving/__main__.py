@@ -27,8 +27,9 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from app.core.deployments.context_length import check_context, longest_context
+from app.core.deployments.context_length import check_length, longest_context
 from app.core.errors import NibbleError, OutOfMemory
+from app.core.records.serving_options import ServerOptions
 from app.core.system_faults import STATE_FOLDER, system_fault
 from app.core.telemetry.logs import log_warnings
 from kernels.cpu.whole_decoder import NativeDecoder
@@ -117,7 +118,7 @@ def limits_of(options: argparse.Namespace, loaded: LoadedModel, device: torch.de
     cells = options.cache_tokens or cache_cells(loaded, device, options.cache_share)
     asked: int | None = options.max_model_len
     if asked is not None:
-        check_context(loaded.config, asked)
+        check_length(loaded.config, ServerOptions(max_model_len=asked), "transformers")
         if asked > cells:
             raise OutOfMemory(
                 f"max_model_len is {asked}, and the memory for the cache holds {cells} tokens",

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from app.core.errors import InvalidRequest
 from app.core.planning.family import text_settings
+from app.core.records.serving_options import Engine, ServerOptions
 
 USUAL = 2048
+IN_POSITIONS = ("su", "longrope", "llama3")  # kinds of RoPE that `max_position_embeddings` counts already
 
 
 def longest_context(config: Mapping[str, object]) -> int:
@@ -15,13 +17,33 @@ def longest_context(config: Mapping[str, object]) -> int:
     return int(str(text_settings(config).get("max_position_embeddings") or USUAL))
 
 
-def check_context(config: Mapping[str, object], max_model_len: int) -> None:
-    """Raises InvalidRequest for more tokens than the model reads."""
-    longest = longest_context(config)
-    if max_model_len > longest:
+def widest_context(config: Mapping[str, object]) -> int | None:
+    """The most tokens that vLLM reads, which multiplies by RoPE's factor; None where config.json has none."""
+    settings = text_settings(config)
+    if not settings.get("max_position_embeddings"):
+        return None
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling")
+    factor = 1.0
+    if isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) not in IN_POSITIONS:
+        factor = float(str(rope.get("factor") or 1))
+    lengths = [longest_context(config) * max(1.0, factor), settings.get("model_max_length")]
+    return int(max(float(str(length)) for length in lengths if length is not None))
+
+
+def check_length(
+    config: Mapping[str, object], options: ServerOptions, engine: Engine, *, section: str = ""
+) -> None:
+    """Raises InvalidRequest for more tokens than the model reads. `auto`: either engine may serve it.
+
+    `section` precedes the field's name in the error.
+    """
+    own = options.max_model_len
+    asked = own if engine == "transformers" else options.for_vllm.max_model_len
+    most = longest_context(config) if engine == "transformers" else widest_context(config)
+    if asked is not None and most is not None and asked > most:
         raise InvalidRequest(
-            f"max_model_len is {max_model_len}; the model reads {longest} tokens at most",
+            f"max_model_len is {asked}; the model reads {most} tokens at most",
             code="max_model_len_too_large",
-            remedy=f"ask for at most {longest}, or leave it out",
-            param="max_model_len",
+            remedy=f"ask for at most {most}, or leave it out",
+            param=f"{section}{'vllm.' if own is None else ''}max_model_len",
         )

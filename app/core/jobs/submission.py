@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
+from app.core.deployments.context_length import check_length
 from app.core.deployments.served_families import refuse_unserved_format, unserved_note
 from app.core.errors import ModelRefused, TextRefused
 from app.core.jobs.worker_registry import WorkerRegistry
@@ -132,6 +133,7 @@ def planned(spec: JobSpec, headers: ModelHeaders) -> Plan | StreamedPlan:
     except ModelRefused as fault:
         raise with_code(fault, headers.code) from fault
     if spec.deploy is not None:
+        check_length(headers.config, spec.deploy, spec.deploy.engine, section="deploy.")
         refuse_unserved_format(spec.formats[0], param="deploy")
     deploy = spec.deploy and unserved_note(plan.model_type, spec.deploy.engine)
     return plan.model_copy(update={"notes": (*headers.notes, *plan.notes, *filter(None, [deploy]))})
