@@ -201,11 +201,8 @@ def test_too_little_text_names_the_length_of_its_own_windows(settings: Settings,
 def test_a_deployment_beyond_the_models_length_is_refused_before_the_run(
     settings: Settings, example_model: Path, options: dict[str, object]
 ) -> None:
-    engine = {"engine": "vllm"} if "vllm" in options else {}
-    spec = JobSpec.model_validate(
-        {"model": example_model.as_uri(), "deploy": {"name": "x", **engine, **options}}
-    )
-    with pytest.raises(InvalidRequest, match="the model reads 512 tokens at most") as refusal:
+    spec = JobSpec.model_validate({"model": example_model.as_uri(), "deploy": {"name": "x", **options}})
+    with pytest.raises(InvalidRequest, match="the model reads 1024 tokens at most") as refusal:
         check_submission(spec, settings)
     assert refusal.value.code == "max_model_len_too_large"
     assert refusal.value.param in ("deploy.max_model_len", "deploy.vllm.max_model_len")
