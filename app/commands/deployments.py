@@ -13,7 +13,7 @@ from rich.markup import escape
 from app.commands.help_pages import CommandGroup
 from app.commands.lists import print_page
 from app.commands.option_groups import among, option, without_none
-from app.commands.short_ids import ArtifactId, artifact_id, deployment_of
+from app.commands.short_ids import ArtifactId, artifact_id, deployment_of, require_own
 from app.commands.show import print_answer
 from app.commands.terminal import (
     After,
@@ -259,6 +259,8 @@ def alias(
     """Give a deployment further names, which requests may use, or take some away."""
     with service.connect() as client:
         before = deployment_of(client, name)
+        if remove:
+            require_own(aliases, before.aliases, "alias", before.name)
         others = [each for each in before.aliases if each not in aliases]
         body = {"aliases": others if remove else [*others, *aliases]}
         deployment = client.change_deployment(before.id, body, revision=before.revision)

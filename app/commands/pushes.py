@@ -13,7 +13,7 @@ from app.commands.hub_token import HubTokenOption, read_hub_token
 from app.commands.lists import print_page
 from app.commands.option_groups import without_none
 from app.commands.progress import progress_view
-from app.commands.short_ids import ArtifactId, artifact_id
+from app.commands.short_ids import ArtifactId, artifact_id, require_own
 from app.commands.show import age_text, print_answer, recipe_text, show_artifact
 from app.commands.terminal import (
     After,
@@ -94,7 +94,11 @@ def tag(
 ) -> None:
     """Give tags to an artifact: a tag moves from the model's other versions to this one."""
     with service.connect() as client:
-        changed = client.change_tags(artifact_id(client, artifact), add=tags or (), remove=remove or ())
+        whole = artifact_id(client, artifact)
+        if remove:
+            before = client.artifact(whole)
+            require_own(remove, before.tags, "tag", before.id)
+        changed = client.change_tags(whole, add=tags or (), remove=remove or ())
     print_answer(changed, show_artifact, as_json=service.as_json)
 
 

@@ -54,6 +54,18 @@ def deployment_of(client: NibbleClient, written: str) -> DeploymentAnswer:
     return client.deployment_named(whole_id(written, "deployment", lambda: newest))
 
 
+def require_own(names: Iterable[str], own: Iterable[str], noun: str, owner: str) -> None:
+    """Raises NotFound for a name to take away that the owner does not have: most likely a slip."""
+    present = sorted(own)
+    absent = [name for name in names if name not in present]
+    if absent:
+        raise NotFound(
+            f"{owner} has no {noun} {', '.join(absent)}",
+            code="name_not_found",
+            remedy=f"take away of: {', '.join(present)}" if present else f"nothing: it has no {noun}",
+        )
+
+
 def whole_id(written: str, noun: str, newest_first: Callable[[], Iterable[str]]) -> str:
     """The id that is meant; as written if none begins so, for the service to refuse.
 

@@ -115,6 +115,13 @@ def test_a_deployment_is_changed_while_it_serves(floor: Floor, capsys: pytest.Ca
     assert nibble("deployments", "alias", "tiny", "other") == 0
     assert nibble("deployments", "alias", "tiny", "small", "--remove") == 0
     assert "also called other" in capsys.readouterr().out
+    assert nibble("deployments", "alias", "tiny", "small", "other", "--remove") == 1  # it has that no more
+    refusal = capsys.readouterr().err
+    assert "tiny has no alias small" in refusal
+    assert "take away of: other" in refusal
+    assert nibble("deployments", "alias", "tiny", "--remove", "nobodys") == 1
+    assert nibble("tag", old, "--remove", "production") == 1
+    assert f"{old} has no tag production" in capsys.readouterr().err
     assert nibble("deployments", "replace", "other", new) == 0
     assert new in capsys.readouterr().out
 
