@@ -8,6 +8,7 @@ from typing import Any
 from app.api.least_recent import LeastRecent
 from app.core.deployments.deployment import LiveDeployment
 from app.core.errors import NibbleError
+from app.core.records.artifact import ArtifactManifest
 from app.core.storage.artifact_store import ArtifactStore
 
 MAX_CARDS = 4096
@@ -33,7 +34,6 @@ class ModelCards:
             "object": "model",
             "created": int(live.deployment.created_at.timestamp()),
             "owned_by": "nibble",
-            "root": live.spec.artifact,
             "max_model_len": min(lengths, default=None),
             "permission": [],
             **self._origin(live),
@@ -41,15 +41,35 @@ class ModelCards:
         }
 
     def _origin(self, live: LiveDeployment) -> Document:
-        """The model that was quantized, and how; null while the artifact can't be read."""
-        origin = self._origins.get(live.spec.artifact)
+        """What is served, what that was made of, and how; while the artifact can't be read, its id alone."""
+        subject = live.spec.served.subject
+        origin = self._origins.get(subject)
         if origin is None:
             try:
                 manifest = self._artifacts.get(live.deployment.tenant, live.spec.artifact)
             except NibbleError:
-                return {"parent": None, "quantization": None}
-            named = {"method", "scheme", "bits", "group_size", "symmetric"}
-            recipe = manifest.recipe.model_dump(mode="json", include=named)
-            origin = {"parent": manifest.model, "quantization": {**recipe, "format": manifest.format}}
-            self._origins.put(live.spec.artifact, origin)
+                return {"root": live.spec.artifact, "parent": None, "quantization": None}
+            origin = original_of(manifest) if live.spec.original else quantized_of(manifest)
+            self._origins.put(subject, origin)
         return origin
+
+
+def quantized_of(manifest: ArtifactManifest) -> Document:
+    """An artifact: its parent is the model that was quantized."""
+    recipe = manifest.recipe.model_dump(
+        mode="json", include={"method", "scheme", "bits", "group_size", "symmetric"}
+    )
+    return {
+        "root": manifest.id,
+        "parent": manifest.model,
+        "quantization": {**recipe, "format": manifest.format},
+    }
+
+
+def original_of(manifest: ArtifactManifest) -> Document:
+    """The model that was quantized; with an adapter merged into it, that of the model, as vLLM shows one."""
+    return {
+        "root": manifest.adapter or manifest.model,
+        "parent": None if manifest.adapter is None else manifest.model,
+        "quantization": None,
+    }

@@ -92,7 +92,7 @@ class BriefJobView(BaseModel):
             id=job.id,
             state=job.state,
             stage=job.stage,
-            progress=job.progress,
+            progress=job.progress.brief,
             created_at=job.created_at,
             started_at=job.started_at,
             finished_at=job.finished_at,
@@ -177,6 +177,7 @@ class DeploymentView(BaseModel):
     id: str
     name: str
     artifact: str
+    original: bool  # the model that the artifact was made of is served
     engine: Engine
     state: DeploymentState
     reason: str  # explains any state but ready

@@ -205,6 +205,11 @@ class Settings(BaseSettings):
         return other
 
     @property
+    def model_cache_dir(self) -> Path:
+        """Where the workers of this host keep downloaded models."""
+        return self.state_dir / "cache" / "models"
+
+    @property
     def scratch_dir(self) -> Path:
         """Where jobs of this host keep their work folders."""
         return self.state_dir / "work"

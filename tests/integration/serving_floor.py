@@ -100,6 +100,7 @@ class Floor:
             **os.environ,
             "NIBBLE_STATE_DIR": str(settings.state_dir),
             "NIBBLE_REDIS_URL": str(settings.redis_url),
+            "NIBBLE_MODEL_ROOTS": os.pathsep.join(map(str, settings.model_roots)),
             "NIBBLE_DRAIN_S": "20",
             **environment,
         }

@@ -13,6 +13,7 @@ from tests.integration.api_service import Service
 from tests.integration.serving_floor import Floor
 from tests.integration.workshop import REPOSITORY
 from tests.waiting import wait_until
+from workers.replicas.served_files import ServedFiles
 from workers.replicas.server_process import Launch, vllm_environment
 
 
@@ -103,5 +104,5 @@ def test_on_a_cpu_several_servers_of_vllm_share_the_memory(
     if set_by_host is not None:
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", set_by_host)
     options = ServerOptions(engine="vllm", vllm=VllmOptions(gpu_memory_utilization=share))
-    launch = Launch(tmp_path, tmp_path, "tiny", "127.0.0.1", device, "auto", 1.0, options)
+    launch = Launch(ServedFiles(tmp_path), tmp_path, "tiny", "127.0.0.1", device, "auto", 1.0, options)
     assert vllm_environment(launch).get("VLLM_CPU_KVCACHE_SPACE") == cache_gib

@@ -10,6 +10,7 @@ import logging
 import shutil
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +18,14 @@ from pathlib import Path
 import httpx
 
 from app.core.deployments.deployment import Deployment, Replica, ReplicaState
+from app.core.deployments.originals import not_for_vllm
 from app.core.errors import InvalidRequest, NibbleError, NotFound
 from app.core.records.job import Problem
 from app.core.settings import Settings
 from app.core.storage.artifact_store import ArtifactStore
 from workers.attempts.faults import disk_fault
 from workers.replicas.artifact_cache import ArtifactCache
+from workers.replicas.served_files import ServedFiles, served_files
 from workers.replicas.server_process import (
     SERVER_MODULE,
     Launch,
@@ -109,8 +112,9 @@ class ReplicaKeeper(threading.Thread):
         """Fetch, then start the server repeatedly. Raises errors that another start can't fix."""
         while True:
             try:
-                with self._context.cache.in_use(self.deployment.spec.artifact):
-                    self._serve(self._launch(self._fetch(), work_folder))
+                with self._files() as files:
+                    self._choose_engine(files)
+                    self._serve(self._launch(files, work_folder))
             except (NotFound, InvalidRequest, ServerRefused):
                 raise
             except NibbleError as fault:
@@ -134,16 +138,24 @@ class ReplicaKeeper(threading.Thread):
         )
         self._pause(BACKOFF_S[self._failures - 1])
 
-    def _fetch(self) -> Path:
+    def _files(self) -> AbstractContextManager[ServedFiles]:
         if self.replica.restarts == 0:
             self._publish(ReplicaState.FETCHING)
-        manifest = self._context.artifacts.get(self.deployment.tenant, self.deployment.spec.artifact)
-        return self._context.cache.fetch(manifest, self._check)
+        context = self._context
+        return served_files(self.deployment, context.artifacts, context.cache, context.settings, self._check)
 
-    def _launch(self, folder: Path, work_folder: Path) -> Launch:
+    def _choose_engine(self, files: ServedFiles) -> None:
+        """Take our own engine where vLLM can't serve the files. Raises ModelRefused if vLLM was asked for."""
+        if self.replica.engine == "transformers" or files.why_own is None:
+            return
+        if self.deployment.spec.engine == "vllm":
+            raise not_for_vllm(files.why_own)
+        self.replica = self.replica.model_copy(update={"engine": "transformers"})
+
+    def _launch(self, files: ServedFiles, work_folder: Path) -> Launch:
         settings, spec = self._context.settings, self.deployment.spec
         return Launch(
-            folder=folder,
+            files=files,
             work_folder=work_folder,
             name=spec.name,
             host=self._context.host,

@@ -194,7 +194,7 @@ class ServingSupervisor:
         """Record that the replacement serves, once all its servers do."""
         incoming = live.deployment.incoming
         if incoming is not None and is_replaced(live):
-            log.info("%s serves %s now", live.spec.name, incoming.served.artifact)
+            log.info("%s serves %s now", live.spec.name, incoming.served.subject)
             self._store.update(live.id, lambda deployment: promoted(deployment, incoming.generation))
 
     def _unload_if_idle(self, live: LiveDeployment) -> None:

@@ -25,6 +25,7 @@ from app.core.child.confinement import child_environment
 from app.core.child.owned_process import OwnedProcess, exit_words
 from app.core.errors import NibbleError
 from app.core.records.serving_options import ServerOptions, VllmOptions
+from workers.replicas.served_files import ServedFiles
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class ServerLoad(NamedTuple):
 class Launch(NamedTuple):
     """The settings that a server is started with."""
 
-    folder: Path  # the artifact's files
+    files: ServedFiles
     work_folder: Path  # for temporary files
     name: str
     host: str
@@ -128,10 +129,11 @@ class OwnServer(ServerProcess):
         self._reports, reports_end = os.pipe()
         os.set_blocking(self._reports, False)
         words = [
-            *(launch.module, "--artifact", str(launch.folder), "--name", launch.name),
+            *(launch.module, "--artifact", str(launch.files.folder), "--name", launch.name),
             *("--host", launch.host, "--port", "0", "--device", launch.device),
             *("--kernel-backend", launch.kernel_backend, "--drain-s", str(launch.drain_s)),
             *("--ready-fd", str(reports_end)),
+            *original_arguments(launch.files),
             *own_arguments(launch.options),
         ]
         try:
@@ -184,7 +186,7 @@ class VllmServer(ServerProcess):
         # longer than the 107 characters that a socket's may have.
         self._sockets = tempfile.TemporaryDirectory(prefix="nibble-")
         words = [
-            *("app.core.child.parent_guard", program, "serve", str(launch.folder)),
+            *("app.core.child.parent_guard", program, "serve", str(launch.files.folder)),
             *("--served-model-name", launch.name, "--host", launch.host, "--port", str(port)),
             *vllm_arguments(launch.options.for_vllm),
         ]
@@ -230,6 +232,13 @@ def own_arguments(options: ServerOptions) -> list[str]:
         "--cache-share": options.cache_share,
     }
     return [word for flag, value in chosen.items() if value is not None for word in (flag, str(value))]
+
+
+def original_arguments(files: ServedFiles) -> list[str]:
+    """How our own server reads the files of an original."""
+    if not files.is_original:
+        return []
+    return ["--original", *([] if files.adapter is None else ["--adapter", str(files.adapter)])]
 
 
 def vllm_arguments(options: VllmOptions) -> list[str]:

@@ -79,6 +79,10 @@ class ReadyPipe:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workers.serving", description=__doc__)
     parser.add_argument("--artifact", type=Path, required=True, help="the artifact's folder")
+    parser.add_argument(
+        "--original", action="store_true", help="the folder is a source of jobs: plain weights are read of it"
+    )
+    parser.add_argument("--adapter", type=Path, help="with --original: the adapter's folder, merged into it")
     parser.add_argument("--name", required=True, help="what requests call the model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
@@ -180,8 +184,17 @@ def run(options: argparse.Namespace, bound: socket.socket, pipe: ReadyPipe) -> N
         torch.set_num_threads(options.threads)
     pipe.send("loading", artifact=str(options.artifact), device=options.device)
     device = select_device(options.device)
-    loaded = load_model(LoadRequest(options.artifact, device, DTYPES[options.dtype], options.kernel_backend))
-    tokenization = Tokenization(options.artifact, int(loaded.model.config.get_text_config().vocab_size))
+    request = LoadRequest(
+        options.artifact,
+        device,
+        DTYPES[options.dtype],
+        options.kernel_backend,
+        is_original=options.original,
+        adapter=options.adapter,
+    )
+    loaded = load_model(request)
+    with request.text_folder() as folder:
+        tokenization = Tokenization(folder, int(loaded.model.config.get_text_config().vocab_size))
     metrics = ServerMetrics(options.name)
     limits = limits_of(options, loaded, device)
     batch = batch_of(loaded.model, limits, options, metrics)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from workers.modeling.input_rounding import InputRounder
 from workers.modeling.quantized_linear import QuantizedLinear, quantized_linear
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.modeling.rounding_linear import RoundingLinear
+from workers.modeling.side_files import write_side_files
 from workers.modeling.soundness import parts_of, some
 from workers.process import returned_at_once, status_bytes
 
@@ -51,6 +54,22 @@ class LoadRequest:
     device: torch.device
     dtype: torch.dtype | None = None  # None: the model's own
     kernel_backend: str = "auto"
+    is_original: bool = False  # a source of jobs, whose weights are read as plain ones
+    adapter: Path | None = None  # merged into them
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.original(self.folder, self.adapter) if self.is_original else Checkpoint(self.folder)
+
+    @contextlib.contextmanager
+    def text_folder(self) -> Iterator[Path]:
+        """The folder with tokenizer, templates and settings; of an original they are as in its artifacts."""
+        if not self.is_original:
+            yield self.folder
+            return
+        with TemporaryDirectory() as folder:
+            checkpoint = self.checkpoint()
+            write_side_files(checkpoint, Path(folder), checkpoint.config)
+            yield Path(folder)
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ class Loader:
 
     def __init__(self, request: LoadRequest) -> None:
         self.request, self.device = request, select_device(request.device)
-        self.checkpoint = Checkpoint(request.folder)
+        self.checkpoint = request.checkpoint()
         self.config = {**self.checkpoint.config}
         self.quantization = self.config.pop("quantization_config", None) or {}
         self.format_name = format_of(self.quantization) if self.quantization else None

@@ -14,6 +14,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Self
 
+from pydantic import Field
+
 from app.core.records.forms import Form
 from app.core.records.ids import ARTIFACT_ID_PATTERN
 from app.core.records.job import Problem
@@ -30,17 +32,32 @@ ArtifactId = Annotated[
     ),
 ]
 
+Original = Annotated[
+    bool,
+    Field(
+        description="true: serve the model that the artifact was made of, not quantized, as a baseline; with "
+        "the job's adapter merged into it"
+    ),
+]
+
 
 class Served(ServerOptions):
     """What a server is started with."""
 
     artifact: ArtifactId
+    original: Original = False
+
+    @property
+    def subject(self) -> str:
+        """What is served, in words."""
+        return f"the original of {self.artifact}" if self.original else self.artifact
 
 
 class DeploymentSpec(DeploymentOptions):
     """The body of `POST /v1/deployments`; a recorded one has the artifact's id."""
 
     artifact: ArtifactId
+    original: Original = False
 
     @property
     def served(self) -> Served:

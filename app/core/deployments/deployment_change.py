@@ -42,6 +42,9 @@ class DeploymentChange(Frozen):
     aliases: Aliases | None = Field(default=None, description="All further names.")
     idle_timeout_s: IdleSeconds | None = Field(default=None, description="null: never unloaded.")
     artifact: ArtifactId | None = Field(default=None, description="What replaces the present one.")
+    original: bool | None = Field(
+        default=None, description="true: serve the model that the artifact was made of; false: the artifact."
+    )
     engine: Engine | None = None
     dtype: Dtype | None = None
     max_model_len: Tokens | None = None

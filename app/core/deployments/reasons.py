@@ -40,7 +40,7 @@ def replacing(live: LiveDeployment) -> Iterator[str]:
     replacement = live.deployment.replacement
     if replacement is None:
         return
-    names = f"the replacement by {replacement.served.artifact} (generation {replacement.generation})"
+    names = f"the replacement by {replacement.served.subject} (generation {replacement.generation})"
     if replacement.error is not None:
         yield f"{names} failed: {replacement.error.message}; what served before goes on"
     else:

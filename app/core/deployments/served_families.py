@@ -36,10 +36,10 @@ def served_formats() -> str:
     return ", ".join(name for name in FORMATS if FORMATS[name].unserved is None)
 
 
-def unserved_note(model_type: str, engine: Engine) -> str | None:
+def unserved_note(model_type: str, engine: Engine, *, param: str) -> str | None:
     """A note on a deployment that the service's own server could not answer for, if another might.
 
-    Raises ModelRefused if it is the one that was asked for.
+    Raises ModelRefused if it is the one that was asked for; `param` is the field that names the engine.
     """
     reason = unserved().get(model_type)
     if engine == "vllm" or reason is None:
@@ -48,6 +48,6 @@ def unserved_note(model_type: str, engine: Engine) -> str | None:
     if engine == "auto":
         return f"{message}; `deploy` needs a worker with vLLM"
     raise ModelRefused(
-        message, code="model_not_served", param="deploy.engine",
-        remedy="deploy with engine vllm, if that has the model; or leave `deploy` out",
+        message, code="model_not_served", param=param,
+        remedy="deploy with engine vllm, if that has the model; or don't deploy it",
     )  # fmt: skip

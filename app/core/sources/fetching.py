@@ -36,6 +36,7 @@ class FetchedModel(Frozen):
     digest: str
     notes: tuple[str, ...]
     adapter: FetchedAdapter | None = None
+    is_gguf: bool = False
 
     @property
     def merged_digest(self) -> str:
@@ -86,7 +87,12 @@ class ModelCache:
             own_folder, own_digest = self._folder(opened, adapter_files(opened), on_bytes)
             merged = FetchedAdapter(folder=own_folder, name=opened.name, digest=own_digest)
         return FetchedModel(
-            folder=folder, name=files.name, digest=digest, notes=headers.notes, adapter=merged
+            folder=folder,
+            name=files.name,
+            digest=digest,
+            notes=headers.notes,
+            adapter=merged,
+            is_gguf=headers.gguf is not None,
         )
 
     def _folder(self, files: ModelFiles, sizes: dict[str, int], on_bytes: OnBytes) -> tuple[Path, str]:
