@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -23,7 +24,7 @@ from app.commands.checks.host import (
 )
 from app.commands.checks.redis_checks import check_redis
 from app.commands.checks.storage_checks import check_storage
-from app.commands.terminal import AsJson, ExitCode, print_json, read_settings, stdout
+from app.commands.terminal import AsJson, ExitCode, human_seconds, print_json, read_settings, stdout
 from app.core.counted import counted
 from app.core.errors import InvalidRequest
 
@@ -34,7 +35,10 @@ COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 CompileKernels = Annotated[
-    bool, typer.Option("--compile", help="Compile the usual CUDA kernels into the cache, too: a minute.")
+    bool,
+    typer.Option(
+        "--compile", help="Compile the usual CUDA kernels into the cache, too: a minute of processor time."
+    ),
 ]
 
 
@@ -46,7 +50,8 @@ def doctor(*, as_json: AsJson = False, compile_kernels: CompileKernels = False) 
     """
     console = stdout()
     checks = []
-    compiled = (check_kernels() for _ in range(compile_kernels))  # after the others are shown
+    news = CompilationNews(console, quiet=as_json)
+    compiled = (news.compile() for _ in range(compile_kernels))  # after the others are shown
     for check in chain(every_check(), compiled):
         checks.append(check)
         if not as_json:
@@ -64,6 +69,30 @@ def doctor(*, as_json: AsJson = False, compile_kernels: CompileKernels = False) 
         console.print(f"\n{counted(problems, 'problem')}, {counted(warnings, 'warning')}")
     if problems:
         raise typer.Exit(ExitCode.FAILED)
+
+
+class CompilationNews:
+    """Says which kernel is compiled, and how long those of each architecture took."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self.console, self.quiet = console, quiet
+        self.began = 0.0
+
+    def compile(self) -> Check:
+        self.began = time.monotonic()
+        if self.quiet:
+            return check_kernels(lambda kernel: None)
+        with self.console.status("CUDA kernels: looking for a compiler") as self.status:
+            return check_kernels(self.hear)
+
+    def hear(self, kernel: Mapping[str, Any]) -> None:
+        now, name = time.monotonic(), kernel["architecture"]
+        last = f"{kernel['source']} in {human_seconds(kernel['seconds'])}"
+        self.status.update(f"CUDA kernels for {name}: {kernel['done']} of {kernel['of']}, {last}")
+        if kernel["done"] == kernel["of"]:
+            spent = human_seconds(now - self.began)
+            self.console.print(f"{'compiled':<8} {name:<18} {counted(kernel['of'], 'kernel')} in {spent}")
+            self.began = now
 
 
 def every_check() -> Iterator[Check]:

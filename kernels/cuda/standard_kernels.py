@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +17,17 @@ from kernels.cuda.layout import Format
 from kernels.cuda.linear import DECODE_TOKENS, LOADED_TOKENS, RECORD_SOURCE
 
 Source = tuple[str, dict[str, int]]  # a file of csrc/cuda, and its macros
+
+
+class CompiledKernel(NamedTuple):
+    """A kernel that is in the cache now: its source, the seconds that took, the how-manieth of how many."""
+
+    architecture: str
+    source: str
+    seconds: float
+    done: int
+    of: int
+
 
 # Processors and shared bytes of a block, which decide on shapes: A100, H100, B200, RTX PRO 6000.
 DEVICES = {
@@ -50,9 +63,20 @@ def linear_kernel(architecture: str, tokens: int, rows: int, channels: int, form
     return decode.SOURCE, decode.make_plan(tokens, rows, channels, form, device).shape.defines(form, DTYPE)
 
 
-def compile_all(architecture: str, cache: CubinCache, threads: int) -> int:
-    """Fill the cache: how many kernels it has for this architecture now. Raises CompileError."""
+def compile_each(architecture: str, cache: CubinCache, threads: int) -> Iterator[CompiledKernel]:
+    """Fill the cache with the kernels of an architecture: each as it is ready. Raises CompileError."""
+
+    def compiled(kernel: Source) -> tuple[str, float]:
+        began = time.monotonic()
+        cache.get(kernel[0], architecture, kernel[1])
+        return kernel[0], time.monotonic() - began
+
     kernels = list(standard_kernels(architecture))
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda kernel: cache.get(kernel[0], architecture, kernel[1]), kernels))
-    return len(kernels)
+        running = [pool.submit(compiled, kernel) for kernel in kernels]
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                yield CompiledKernel(architecture, *future.result(), done, len(kernels))
+        finally:
+            for future in running:  # after a fault the others are not worth the wait
+                future.cancel()

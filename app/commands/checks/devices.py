@@ -8,17 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from app.commands.checks.check import Check
+from app.commands.terminal import human_seconds
 from app.core.counted import counted
 from app.core.errors import InvalidRequest
 from app.core.planning.host_devices import DEVICE, gpu_names, listed_gpus
 
 PROBE_LIMIT_S = 180
-COMPILE_LIMIT_S = 900  # on a slow processor, for all architectures
+UNFINISHED = "the compilation ended without an answer"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 
 
@@ -58,16 +61,38 @@ def check_devices() -> list[Check]:
     return [*checks, check_compiler(facts)]
 
 
-def check_kernels() -> Check:
-    """Compile the usual CUDA kernels into the cache."""
-    facts = facts_of("workers.devices.kernel_compilation", COMPILE_LIMIT_S)
-    if "error" in facts:
+def check_kernels(on_kernel: Callable[[Mapping[str, Any]], None]) -> Check:
+    """Compile the usual CUDA kernels into the cache. `on_kernel` hears of each that is ready.
+
+    It takes as long as it takes: what is in the cache by then stays there if it is interrupted.
+    """
+    facts: dict[str, Any] = {"error": UNFINISHED}
+    began = time.monotonic()
+    for facts in answers_of("workers.devices.kernel_compilation"):
+        if "source" in facts:
+            on_kernel(facts)
+    if "error" in facts or "source" in facts:
         remedy = (
             "install PyTorch's CUDA build or the CUDA toolkit; kernels are compiled when first used otherwise"
         )
-        return Check("cuda kernels", "warning", str(facts["error"]), remedy)
+        return Check("cuda kernels", "warning", str(facts.get("error", UNFINISHED)), remedy)
     counts = ", ".join(f"{count} for {name}" for name, count in facts["kernels"].items())
-    return Check("cuda kernels", "ok", f"{counts} in {facts['folder']}, by {facts['compiler']}")
+    took = human_seconds(time.monotonic() - began)
+    return Check("cuda kernels", "ok", f"{counts} in {facts['folder']}, by {facts['compiler']}, in {took}")
+
+
+def answers_of(module: str) -> Iterator[dict[str, Any]]:
+    """Each line of JSON that a program of the worker prints, as it comes; `error` at its end if it fails."""
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            [sys.executable, "-m", module], stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as program:
+            for line in program.stdout or ():
+                if line.startswith("{"):
+                    yield json.loads(line)
+        if program.returncode:
+            errors.seek(0)
+            yield {"error": (errors.read().strip().splitlines() or [UNFINISHED])[-1]}
 
 
 def probed() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kernels.cuda.compiler import (
 from kernels.cuda.cubin_cache import CubinCache, register_counts, spilled_bytes
 from kernels.cuda.decode import VARIANTS, DecodeShape, make_plan
 from kernels.cuda.layout import Format
-from kernels.cuda.standard_kernels import DEVICES, compile_all
+from kernels.cuda.standard_kernels import DEVICES, compile_each
 
 COMPILER = find_compiler()
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="neither nvcc nor NVRTC is here")
@@ -183,13 +183,16 @@ def test_the_usual_kernels_are_those_that_loading_asks_for(architecture: str, tm
     """Under the keys of the cache that a first call looks up; a second filling compiles nothing."""
     compiler = CountingCompiler()
     cache = CubinCache(tmp_path, compiler)
-    count = compile_all(architecture, cache, threads=2)
+    first = list(compile_each(architecture, cache, threads=2))
+    count = len(first)
+    assert [kernel.done for kernel in first] == list(range(1, count + 1))
+    assert {(kernel.architecture, kernel.of) for kernel in first} == {(architecture, count)}
     assert len(compiler.calls) == count == len(set(compiler.calls))
     form = Format(4, 128, asymmetric=False, scale_dtype=torch.bfloat16)
     plan = make_plan(8, 14336, 4096, form, DEVICES[architecture])
     cache.get("decode.cu", architecture, plan.shape.defines(form, torch.bfloat16))
     cache.get("search.cu", architecture)
-    assert compile_all(architecture, cache, threads=2) == len(compiler.calls) == count
+    assert len(list(compile_each(architecture, cache, threads=2))) == len(compiler.calls) == count
     sources = {source for source, *_ in compiler.calls}
     assert sources == {
         "search.cu",

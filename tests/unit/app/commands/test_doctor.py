@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from app.commands import doctor
 from app.commands.checks import devices, host
 from app.commands.checks.check import Check
 from app.core.settings import Settings
+from kernels.cuda.compiler import ARCHITECTURES
 
 
 def run(capsys: pytest.CaptureFixture[str]) -> tuple[object, dict[str, dict[str, str]]]:
@@ -171,31 +174,70 @@ def test_a_driver_tool_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert devices.check_driver([], {}).status == "warning"
 
 
+KERNEL = {"architecture": "sm_80", "source": "decode.cu", "seconds": 0.5, "done": 1, "of": 9}
+
+
 @pytest.mark.parametrize(
-    ("facts", "status", "finding"),
+    ("last", "status", "finding"),
     [
         (
             {"compiler": "nvrtc 13.0", "folder": "cubins", "kernels": {"sm_80": 9, "sm_90a": 20}},
-            "ok", "9 for sm_80, 20 for sm_90a in cubins, by nvrtc 13.0",
+            "ok", "9 for sm_80, 20 for sm_90a in cubins, by nvrtc 13.0, in ",
         ),
         ({"error": "neither nvcc nor the NVRTC library was found"}, "warning",
          "neither nvcc nor the NVRTC library was found"),
+        (KERNEL, "warning", "ended without an answer"),
     ],
 )  # fmt: skip
 def test_kernels_are_compiled_by_a_program_of_the_worker(
-    monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], status: str, finding: str
+    monkeypatch: pytest.MonkeyPatch, last: dict[str, Any], status: str, finding: str
 ) -> None:
     asked: list[str] = []
 
-    def answer(module: str, limit_s: float) -> dict[str, Any]:
+    def answers(module: str) -> Iterator[dict[str, Any]]:
         asked.append(module)
-        return facts
+        yield from (KERNEL, last)
 
-    monkeypatch.setattr(devices, "facts_of", answer)
-    check = devices.check_kernels()
-    assert (check.status, check.finding) == (status, finding)
+    monkeypatch.setattr(devices, "answers_of", answers)
+    heard: list[Mapping[str, Any]] = []
+    check = devices.check_kernels(heard.append)
+    assert (check.status, finding in check.finding) == (status, True)
     assert bool(check.remedy) == (status == "warning")
     assert asked == ["workers.devices.kernel_compilation"]
+    assert heard[0] == KERNEL
+
+
+NVCC = """
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.1" ;;
+  *compute_120*search.cu*) [ -z "$FAULTY" ] || { echo "no such feature" >&2; exit 1; } ;;
+esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && echo code > "$2"; shift; done
+exit 0
+"""
+
+
+def test_the_compilation_is_told_kernel_by_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the program itself, for all architectures, with a compiler that is quick."""
+    program(tmp_path, "nvcc", NVCC)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    news = doctor.CompilationNews(doctor.stdout(), quiet=False)
+    check = news.compile()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["compiled", name] for name in ARCHITECTURES]
+    assert all(re.search(r"\d+ kernels in [\d.]+ s$", line) for line in lines)
+    assert (check.status, "by nvcc 13.0.1, in " in check.finding) == ("ok", True)
+    # What was compiled stays; a fault names its source and ends the compilation.
+    cubins = tmp_path / ".cache" / "nibble" / "cubins"
+    for file in cubins.glob("search-sm_120-*"):
+        file.unlink()
+    monkeypatch.setenv("FAULTY", "1")
+    check = doctor.CompilationNews(doctor.stdout(), quiet=True).compile()
+    assert (check.status, "search.cu failed" in check.finding) == ("warning", True)
+    assert capsys.readouterr().out == ""
 
 
 def test_kernels_are_compiled_after_the_other_checks_are_shown(
@@ -204,7 +246,7 @@ def test_kernels_are_compiled_after_the_other_checks_are_shown(
     """It takes a minute: what is known by then is on the screen."""
     shown: list[str] = []
 
-    def compiled() -> Check:
+    def compiled(on_kernel: object) -> Check:
         shown.append(capsys.readouterr().out)
         return Check("kernels", "ok", "compiled")
 
