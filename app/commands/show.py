@@ -14,6 +14,7 @@ from rich.markup import escape
 from app.commands.remedies import with_options
 from app.commands.terminal import human_bytes, human_seconds, print_json, show_fault, stdout, table
 from app.core.counted import counted
+from app.core.records.job import Problem
 
 if TYPE_CHECKING:
     from app.client.views import ArtifactAnswer, EventAnswer, JobAnswer, ServiceAnswer, WorkerAnswer
@@ -287,9 +288,8 @@ def show_unfinished(console: Console, report: Mapping[str, Any]) -> None:
     finished, layers, stage = report.get("finished_layers"), report.get("layers"), report.get("stage")
     recipes = ", ".join(report.get("recipes", []))
     console.print(f"{escape(str(report.get('model', '')))}, {escape(recipes)}: {report.get('state')}")
-    error = report.get("error")
-    if error is not None:
-        console.print(f"[bold red]error[/] {escape(str(error.get('message')))}")
+    if report.get("error") is not None:
+        show_fault(console, Problem.model_validate(report["error"]))
     if not report.get("attempts"):
         console.print(f"no worker had begun with it in {human_seconds(report.get('waited_s'))}")
     elif stage is None:

@@ -125,14 +125,15 @@ def test_a_report_shows_the_tries_and_the_prediction_beside_the_fact() -> None:
 def test_the_report_of_a_job_without_a_result_shows_what_it_did() -> None:
     document: dict[str, object] = {
         "complete": False, "state": "failed", "model": "a/b", "recipes": ["awq w4 g64"], "attempts": 2,
-        "error": {"code": "child_crashed", "message": "it ended with exit code 3"}, "stage": "searching",
-        "finished_layers": 7, "layers": 30, "stages": {"calibrating": 9.5, "searching": 1.25},
+        "error": {"code": "child_crashed", "message": "it ended with exit code 3", "remedy": "retry"},
+        "stage": "searching", "finished_layers": 7, "layers": 30,
+        "stages": {"calibrating": 9.5, "searching": 1.25},
         "prediction": {"seconds": {"calibrating": 8.25}}, "notes": ["lm_head keeps its precision"],
         "output": "the last words",
     }  # fmt: skip
     text = text_of(show_report, document)
     for part in (
-        "a/b, awq w4 g64: failed", "exit code 3",
+        "a/b, awq w4 g64: failed", "exit code 3 [child_crashed]\nremedy retry\n",
         "it ended in the stage searching, 7 of 30 layers finished, attempt 2",
         "9.50", "8.25", "10.75", "lm_head keeps its precision", "the last words",
     ):  # fmt: skip
