@@ -39,6 +39,9 @@ Name = Annotated[
     str, typer.Argument(metavar="NAME", help="A deployment's name, its id, the start of it, or `last`.")
 ]
 
+Original = Annotated[
+    bool, typer.Option("--original", help="The model that it was made of, unquantized: the baseline.")
+]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is ready.")]
 Until = Callable[["DeploymentAnswer"], bool]
 OF_VLLM = ("tensor_parallel_size", "pipeline_parallel_size")
@@ -93,6 +96,7 @@ def deploy(
     artifact: ArtifactId,
     *,
     name: Annotated[str, typer.Option("--name", "-n", help="The model's name in requests.")],
+    original: Original = False,
     servers: Servers,
     wait: Wait = True,
     service: Service,
@@ -100,6 +104,8 @@ def deploy(
     """Serve an artifact with OpenAI's API."""
     with service.connect() as client:
         body = {"artifact": artifact_id(client, artifact), "name": name, **servers.body()}
+        if original:
+            body["original"] = True
         deployment = client.deploy(body)
         if wait:
             deployment = await_change(
@@ -236,6 +242,7 @@ def replace(
     name: Name,
     artifact: ArtifactId,
     *,
+    original: Original = False,
     wait: Wait = True,
     service: Service,
 ) -> None:
@@ -244,8 +251,8 @@ def replace(
     New servers start beside the old ones, which end as the new ones are ready.
     """
     with service.connect() as client:
-        chosen = artifact_id(client, artifact)
-    change(name, {"artifact": chosen}, service, until=is_replaced if wait else None)
+        chosen = {"artifact": artifact_id(client, artifact), "original": original}
+    change(name, chosen, service, until=is_replaced if wait else None)
 
 
 @deployments.command()
@@ -267,16 +274,20 @@ def alias(
     print_answer(deployment, show_deployment, as_json=service.as_json)
 
 
+def subject(each: DeploymentAnswer) -> str:
+    return f"original of {each.artifact}" if each.original else each.artifact
+
+
 def show_deployments(console: Console, items: Iterable[DeploymentAnswer]) -> None:
     grid = table("!name", "!state", "!artifact", "!servers", "?!engine", "?why")
     for each in items:
         servers = f"{ready_servers(each)} of {each.replicas}"
-        grid.add_row(escape(each.name), each.state, each.artifact, servers, each.engine, escape(each.reason))
+        grid.add_row(escape(each.name), each.state, subject(each), servers, each.engine, escape(each.reason))
     console.print(grid)
 
 
 def show_deployment(console: Console, each: DeploymentAnswer) -> None:
-    console.print(f"[bold]{escape(each.name)}[/]  {each.state}  {each.id}  {each.artifact}")
+    console.print(f"[bold]{escape(each.name)}[/]  {each.state}  {each.id}  {subject(each)}")
     if each.aliases:
         console.print(f"also called {escape(', '.join(each.aliases))}")
     if each.reason:

@@ -62,7 +62,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "registry": ("nibble registry", "nibble registry Qwen/Qwen3-0.6B"),
     "tag": ("nibble tag last production", "nibble tag art_01M8ERG --remove production"),
     "push": ("nibble push last my-name/qwen3-w4 --hub-token env:HF_TOKEN",),
-    "deploy": ("nibble deploy last --name qwen", "nibble deploy art_01M8ERG -n qwen --replicas 2"),
+    "deploy": ("nibble deploy last --name qwen", "nibble deploy last --name qwen-original --original"),
     "deployments": ("nibble deployments",),
     "deployments show": ("nibble deployments show qwen",),
     "deployments delete": ("nibble deployments delete qwen",),

@@ -19,9 +19,10 @@ from app.core.sources.fetching import ModelCache
 from app.core.storage.artifact_store import file_key
 from app.core.storage.storage_keys import manifest_key
 from tests.adapters import factors, write_adapter
-from tests.integration.api_service import EXAMPLES, Service
+from tests.integration.api_service import ADMIN_KEY, EXAMPLES, Service
 from tests.integration.hub_server import HubServer, hub_server
 from tests.integration.serving_floor import Floor
+from tests.integration.test_deployment_commands import nibble
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import random_model, tiny_model
 from tests.waiting import wait_until
@@ -177,6 +178,24 @@ def test_what_can_not_be_served_is_refused_at_once(
     assert remedy in answer.json()["remedy"]
     if param == "original":
         assert manifest.id in answer.json()["detail"]
+
+
+def test_the_terminal_serves_an_original_and_replaces_it(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NIBBLE_URL", service.url)
+    monkeypatch.setenv("NIBBLE_API_KEY", ADMIN_KEY)
+    manifest = artifact_of(service, tiny_model(tmp_path / "source").as_uri())
+    said = f"original of {manifest.id}"
+    with Floor(service).worker():
+        assert nibble("deploy", manifest.id, "--name", "base", "--original") == 0
+        assert said in capsys.readouterr().out
+        assert nibble("deployments") == 0
+        assert said in capsys.readouterr().out
+        assert nibble("deployments", "replace", "base", manifest.id) == 0
+        shown = capsys.readouterr().out
+    assert manifest.id in shown
+    assert said not in shown.partition("base")[2].splitlines()[0]
 
 
 def gguf(folder: Path) -> dict[str, Any]:
