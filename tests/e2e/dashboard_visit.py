@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
+from app.core.access.api_keys import Scope
 from app.core.jobs.job_store import JobStore
 from app.core.redis.redis_server import connect, resolve_redis
 from app.core.settings import Settings
@@ -69,6 +70,17 @@ class Visit:
             if fault["impact"] in ("serious", "critical")
             for node in fault["nodes"]
         ]
+
+
+def visit_with(browser: Browser, service: Service, *scopes: Scope) -> Page:
+    """A page of someone whose key has these scopes."""
+    key = call(service, "/v1/keys", {"scopes": scopes})["key"]
+    page = browser.new_page()
+    page.goto(service.url)
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("navigation", name="Sections")).to_be_visible()
+    return page
 
 
 def api_key(service: Service) -> str:

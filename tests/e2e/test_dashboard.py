@@ -100,7 +100,7 @@ def deploy_and_chat(visit: Visit) -> None:
     page.get_by_role("button", name="Deploy").click()
     page.get_by_label("Model name").fill("from-the-page")
     page.get_by_role("dialog").get_by_role("button", name="Deploy").click()
-    expect(page.get_by_role("heading", name="from-the-page")).to_be_visible()
+    expect(page.get_by_role("heading", level=1)).to_have_text("from-the-page")
     page.get_by_role("link", name="Chat").click(timeout=120_000)
     page.get_by_text("Parameters").click()
     page.get_by_label("Max tokens").fill("8")
@@ -111,10 +111,10 @@ def deploy_and_chat(visit: Visit) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     expect(page.locator(".message-assistant p")).not_to_have_text("…")
     assert visit.faults() == []
-    page.get_by_role("link", name="Deployments").click()
-    speed = page.get_by_role("region", name="Speed of server 0")
-    expect(speed).to_contain_text("First token, mean")
-    expect(speed).to_contain_text("tokens/s")
+    page.get_by_role("link", name="Deployment", exact=True).click()
+    load = page.get_by_role("region", name="Load")
+    expect(load).to_contain_text("1, with 8 tokens")
+    expect(load.locator("figure")).to_have_count(4)
     assert visit.faults() == []
 
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 
 from app.core.access.api_keys import Scope
-from tests.e2e.dashboard_visit import Visit, call, job_store, needs_chromium
+from tests.e2e.dashboard_visit import Visit, call, job_store, needs_chromium, visit_with
 from tests.e2e.history import fill
 from tests.e2e.installed import Service
 from tests.e2e.results import LAYERS, finished, forget, layer_done, running
@@ -120,17 +120,6 @@ def test_several_running_jobs_are_cancelled(visit: Visit, moving: str) -> None:
     page.get_by_role("button", name="Cancel 1 job").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel 1 job").click()
     expect(page.locator(f"[data-job={moving}] .state-cancelling")).to_be_visible()
-
-
-def visit_with(browser: Browser, service: Service, *scopes: Scope) -> Page:
-    """A page of someone whose key has these scopes."""
-    key = call(service, "/v1/keys", {"scopes": scopes})["key"]
-    page = browser.new_page()
-    page.goto(service.url)
-    page.get_by_label("API key").fill(key)
-    page.get_by_role("button", name="Sign in").click()
-    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
-    return page
 
 
 def test_a_key_that_reads_sees_no_other_buttons(browser: Browser, service: Service) -> None:

@@ -1,7 +1,7 @@
 // Charts on a canvas (uPlot), each with its numbers as a table for those who can't see it.
-import { number } from "./format.js";
+import { clock, number } from "./format.js";
 import { Table } from "./table.js";
-import { html, useEffect, useRef } from "./ui.js";
+import { html, useEffect, useRef, useState } from "./ui.js";
 
 const COLORS = Array.from({ length: 8 }, (_, index) => `--plot-${index + 1}`);
 const DASHES = [[], [8, 4], [2, 3]]; // for more lines than colours
@@ -15,7 +15,7 @@ function axis(label, extra = {}) {
   return { label, stroke: color("--muted"), grid: { stroke: color("--line") }, ticks: { stroke: color("--line") }, ...extra };
 }
 
-function seriesOf(names, kind) {
+function seriesOf(names, kind, time) {
   const drawn = kind === "bars" ? uPlot.paths.bars({ size: [1, 100], gap: 0 }) : undefined;
   return names.map((label, index) => ({
     label,
@@ -25,7 +25,8 @@ function seriesOf(names, kind) {
     dash: DASHES[Math.floor(index / COLORS.length) % DASHES.length],
     paths: drawn,
     value: (_, value) => number(value, 4),
-    points: { show: kind !== "bars", size: 5, fill: color(COLORS[index % COLORS.length]) },
+    // Over time, where there are many, those alone that no line reaches.
+    points: { ...(time ? {} : { show: kind !== "bars" }), size: 5, fill: color(COLORS[index % COLORS.length]) },
   }));
 }
 
@@ -40,16 +41,20 @@ function padded(low, high, log) {
 const isRound = (value) => [1, 2, 5].some((step) => Math.abs(Math.log10(value / step) % 1) < 1e-6);
 const roundOnes = (_, ticks) => ticks.map((tick) => (tick !== null && isRound(tick) ? tick : null));
 
-function axesFor({ x, y, log, whole }) {
+const clocks = (_, ticks) => ticks.map((tick) => clock(1000 * tick));
+
+function axesFor({ x, y, log, whole, time }) {
   const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick, log ? 3 : 6)));
   const vertical = axis(y, { size: 70, values, ...(log ? { filter: roundOnes } : {}) });
   if (log) vertical.grid.filter = roundOnes;
-  return [axis(x, whole ? { incrs: [1, 2, 5, 10, 20] } : {}), vertical];
+  const horizontal = whole ? { incrs: [1, 2, 5, 10, 20] } : {};
+  return [time ? axis(null, { values: clocks, space: 80, size: 30 }) : axis(x, horizontal), vertical];
 }
 
-function optionsFor({ x, y, names, kind, log, marks, levels, whole }, width) {
+function optionsFor({ x, y, names, kind, log, marks, levels, whole, time }, width) {
   const known = levels.map((level) => level.value);
-  const range = (_, low, high) => (low === null ? [0, 1] : padded(Math.min(low, ...known), Math.max(high, ...known), log));
+  const around = (_, low, high) => (low === null ? [0, 1] : padded(Math.min(low, ...known), Math.max(high, ...known), log));
+  const range = time ? (_, low, high) => [0, 1.12 * high || 1] : around;
   const draws = [
     (plot) => marks.forEach((mark) => drawMark(plot, mark)),
     (plot) => levels.forEach((level) => drawLevel(plot, level)),
@@ -57,10 +62,11 @@ function optionsFor({ x, y, names, kind, log, marks, levels, whole }, width) {
   return {
     width,
     height: HEIGHT,
+    padding: time ? [null, 24, null, null] : undefined, // the last clock time is whole
     legend: { live: kind !== "bars", show: kind !== "bars" },
-    scales: { x: { time: false }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
-    axes: axesFor({ x, y, log, whole }),
-    series: [{ label: x }, ...seriesOf(names, kind)],
+    scales: { x: { time }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
+    axes: axesFor({ x, y, log, whole, time }),
+    series: [{ label: x, ...(time ? { value: (_, at) => (at === null ? "–" : clock(1000 * at)) } : {}) }, ...seriesOf(names, kind, time)],
     hooks: { draw: draws },
   };
 }
@@ -103,33 +109,50 @@ function drawMark(plot, mark) {
   plot.ctx.restore();
 }
 
+/** The figures of a chart; of one over time the newest first. */
+function Numbers({ title, data, names, x, time }) {
+  const [isOpen, setOpen] = useState(false);
+  const rows = data[0].map((_, index) => data.map((column) => column[index]));
+  const columns = [x, ...names].map((name, column) => [name, (row) => (time && column === 0 ? clock(1000 * row[0]) : number(row[column], 5)), "number"]);
+  return html`<details onToggle=${(event) => setOpen(event.currentTarget.open)}><summary>Numbers</summary>
+    ${isOpen && html`<div class="numbers"><${Table} caption=${title} hideCaption columns=${columns} rows=${time ? rows.reverse() : rows} /></div>`}</details>`;
+}
+
 /** data: [xs, ys of the first name, ...]; kind: line or bars; marks: xs of vertical lines; levels: named
- * horizontal ones; whole: xs count. */
-export function Chart({ title, data, names, x, y, kind = "line", log = false, marks = [], levels = [], whole = false }) {
+ * horizontal ones; whole: xs count; time: xs are seconds since 1970, and ys begin at zero. */
+export function Chart({ title, data, names, x, y, kind = "line", log = false, marks = [], levels = [], whole = false, time = false }) {
   const place = useRef(null);
+  const plot = useRef(null);
+  const latest = useRef(data);
+  latest.current = data;
+  // Once it is drawn: of a chart over time the newest figures stand below it, until the pointer asks for others.
+  const showNewest = () => time && requestAnimationFrame(() => {
+    if (plot.current && typeof plot.current.cursor.idx !== "number") plot.current.setLegend({ idx: latest.current[0].length - 1 });
+  });
   useEffect(() => {
     const draw = () => {
+      plot.current?.destroy();
       place.current.replaceChildren();
-      return new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole }, place.current.clientWidth), data, place.current);
+      plot.current = new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole, time }, place.current.clientWidth), latest.current, place.current);
+      showNewest();
     };
-    let plot = draw();
-    const redraw = () => {
-      plot.destroy();
-      plot = draw();
-    };
-    addEventListener("resize", redraw);
-    addEventListener("themechange", redraw);
+    draw();
+    addEventListener("resize", draw);
+    addEventListener("themechange", draw);
     return () => {
-      removeEventListener("resize", redraw);
-      removeEventListener("themechange", redraw);
-      plot.destroy();
+      removeEventListener("resize", draw);
+      removeEventListener("themechange", draw);
+      plot.current.destroy();
+      plot.current = null;
     };
-  }, [JSON.stringify(data), log, JSON.stringify(marks)]);
-  const rows = data[0].map((_, index) => data.map((column) => column[index]));
-  const columns = [x, ...names].map((name, column) => [name, (row) => number(row[column], 5), "number"]);
+  }, [JSON.stringify([names, marks, levels]), log]);
+  useEffect(() => {
+    plot.current.setData(data);
+    showNewest();
+  }, [JSON.stringify(data)]);
   return html`<figure>
     <figcaption>${title}</figcaption>
     <div ref=${place} role="img" aria-label=${`${title}; the numbers are in the table below`}></div>
-    <details><summary>Numbers</summary><${Table} caption=${title} hideCaption columns=${columns} rows=${rows} /></details>
+    <${Numbers} title=${title} data=${data} names=${names} x=${x} time=${time} />
   </figure>`;
 }

@@ -17,14 +17,24 @@ const ROUTES = [
   [/^\/artifacts\/(art_[0-9A-Z]+)$/, "artifacts", "ArtifactPage", "artifacts"],
   [/^\/registry$/, "registry", "RegistryPage", "registry"],
   [/^\/deployments$/, "deployments", "DeploymentsPage", "deployments"],
+  [/^\/deployments\/([^/]+)$/, "deployment", "DeploymentPage", "deployments"],
   [/^\/deployments\/([^/]+)\/chat$/, "chat", "ChatPage", "deployments"],
   [/^\/workers$/, "workers", "WorkersPage", "workers"],
+  [/^\/admin\/keys$/, "keys", "KeysPage", "admin"],
+  [/^\/admin\/limits$/, "limits", "LimitsPage", "admin"],
+  [/^\/admin\/audit$/, "audit", "AuditPage", "admin"],
+  [/^\/admin\/webhooks$/, "webhooks", "WebhooksPage", "admin"],
+  [/^\/admin\/storage$/, "storage", "StoragePage", "admin"],
+  [/^\/admin\/settings$/, "settings", "SettingsPage", "admin"],
 ];
+// [section, its name, the scope that opens it, its first page]
 const SECTIONS = [
   ["jobs", "Jobs", "jobs:read"], ["artifacts", "Artifacts", "artifacts:read"], ["registry", "Registry", "artifacts:read"],
   ["deployments", "Deployments", "deployments:read"], ["workers", "Workers", "jobs:read"],
+  ["admin", "Administration", "admin", "admin/keys"],
 ];
 const KNOCK_S = 5;
+const mayOpen = (section) => SECTIONS.some(([name, , scope]) => name === section && may(scope));
 
 function route(path) {
   for (const [pattern, module, component, section] of ROUTES) {
@@ -90,7 +100,7 @@ function Account({ onSignedOut }) {
         <div><dt>Rights</dt><dd>${scopes.includes("admin") ? "all of its tenant" : scopes.join(", ")}</dd></div>
         <div><dt>Version</dt><dd>Nibble ${version}</dd></div>
       </dl>
-      <a href="/openapi.json">API description</a>
+      <a href="/docs">API description</a>
       <a href="/metrics">Metrics</a>
       <${ThemeButton} />
       <${Problem} error=${error} title="Sign-out failed" />
@@ -107,7 +117,7 @@ function Frame({ section, onSignedOut, children }) {
     <header class="top">
       <a class="brand" href="#/jobs"><img src="/assets/icon.svg" alt="" width="24" height="24" /> Nibble</a>
       <nav aria-label="Sections">
-        ${SECTIONS.filter(([, , scope]) => may(scope)).map(([name, label]) => html`<a key=${name} href=${`#/${name}`}
+        ${SECTIONS.filter(([, , scope]) => may(scope)).map(([name, label, , first = name]) => html`<a key=${name} href=${`#/${first}`}
           aria-current=${name === section ? "page" : undefined}>${label}</a>`)}
       </nav>
       <${Account} onSignedOut=${onSignedOut} />
@@ -149,7 +159,7 @@ function usePage({ module, component }) {
 /** Loads the other pages' modules while nothing else is to be done. */
 function useOtherPages() {
   useEffect(() => {
-    const load = () => document.hidden || ROUTES.forEach(([, module]) => import(`./pages/${module}.js`).catch(() => {}));
+    const load = () => document.hidden || ROUTES.filter(([, , , section]) => mayOpen(section)).forEach(([, module]) => import(`./pages/${module}.js`).catch(() => {}));
     const timer = setTimeout(load, 1500);
     return () => clearTimeout(timer);
   }, []);

@@ -6,7 +6,7 @@ import { percent } from "./format.js";
 const MARKS = {
   queued: "○", running: "◐", cancelling: "◌", succeeded: "✓", failed: "✕", cancelled: "–",
   starting: "◐", fetching: "◐", loading: "◐", restarting: "◌", ready: "✓", draining: "◌", stopped: "–", paused: "‖", idle: "○", busy: "◐",
-  pending: "○", pushing: "◐", pushed: "✓",
+  pending: "○", pushing: "◐", pushed: "✓", delivered: "✓",
 };
 
 /** A state as a word and a mark, so that colour is never the only sign. */
@@ -45,20 +45,36 @@ export function Loaded({ polled, children }) {
   return html`<p class="loading" role="status">Loading…</p>`;
 }
 
-export function Copy({ text, label }) {
+/** Copies `text`; where a page has no clipboard, over plain HTTP, by selecting it. */
+async function copyText(text, beside) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = Object.assign(document.createElement("textarea"), { value: text });
+  beside.after(area); // in the dialog, if it stands in one
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+  return beside.focus();
+}
+
+export function CopyButton({ text, kind = "quiet" }) {
   const [done, setDone] = useState(false);
-  const copy = async () => {
-    await navigator.clipboard.writeText(text);
+  const copy = async (event) => {
+    await copyText(text, event.currentTarget);
     setDone(true);
     setTimeout(() => setDone(false), 1500);
   };
+  return html`<button type="button" class=${kind} onClick=${copy}>${done ? "Copied" : "Copy"}</button>`;
+}
+
+export function Copy({ text, label }) {
   return html`<div class="copy">
     <pre tabindex="0" aria-label=${label}>${text}</pre>
-    <button type="button" class="quiet" onClick=${copy}>${done ? "Copied" : "Copy"}</button>
+    <${CopyButton} text=${text} />
   </div>`;
 }
 
-/** A dialog and the button that opens it; `action` is run by its form, and closes it unless it throws. */
+/** A dialog and the button that opens it; `action` is run by its form, and closes it unless it throws. `children`
+ * may be a function of the fault that it threw. */
 export function DialogButton({ label, title, action, confirm = label, kind = "quiet", confirmKind = "main", dismiss = "Cancel", failure, onClose, children }) {
   const dialog = useRef(null);
   const [error, setError] = useState(null);
@@ -75,7 +91,7 @@ export function DialogButton({ label, title, action, confirm = label, kind = "qu
     <dialog ref=${dialog} onClose=${() => (setError(null), onClose?.())} aria-label=${title}>
       <h2>${title}</h2>
       <form class="stack" onSubmit=${act} onInput=${() => setError(null)}>
-        ${children}
+        ${typeof children === "function" ? children(error) : children}
         <${Problem} error=${error} title=${failure} />
         <div class="actions">
           <button type="button" class="quiet" onClick=${() => dialog.current.close()}>${dismiss}</button>

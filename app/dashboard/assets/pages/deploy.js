@@ -3,6 +3,9 @@ import { send } from "../api.js";
 import { modelName } from "../format.js";
 import { DialogButton } from "../parts.js";
 import { html, useState } from "../ui.js";
+import { Field } from "./form_fields.js";
+import { AsCurl } from "./request_examples.js";
+import { askedFor, BLANK, ServingFields } from "./serving_fields.js";
 
 export function suggestedName(artifact) {
   const { scheme, bits } = artifact.recipe;
@@ -12,18 +15,17 @@ export function suggestedName(artifact) {
 
 export function DeployButton({ artifact, suggested, kind = "main" }) {
   const [name, setName] = useState(suggested);
-  const [engine, setEngine] = useState("auto");
+  const [fields, setFields] = useState(BLANK);
+  const [isOpen, setOpen] = useState(false);
+  const set = (field) => (value) => setFields((before) => ({ ...before, [field]: value }));
+  const body = { artifact, name, ...askedFor(fields) };
   const deploy = async () => {
-    await send("POST", "/v1/deployments", { artifact, name, engine });
-    location.hash = "#/deployments";
+    await send("POST", "/v1/deployments", body);
+    location.hash = `#/deployments/${encodeURIComponent(name)}`;
   };
-  return html`<${DialogButton} label="Deploy" title="Deploy this model" kind=${kind} action=${deploy} failure="Not deployed">
-    <label>Model name
-      <input value=${name} required maxlength="96" onInput=${(event) => setName(event.target.value)} /></label>
-    <small>What clients send as “model”.</small>
-    <label>Engine
-      <select value=${engine} onChange=${(event) => setEngine(event.target.value)}>
-        <option value="auto">auto</option><option value="transformers">transformers</option><option value="vllm">vLLM</option>
-      </select></label>
-  <//>`;
+  return html`<${DialogButton} label="Deploy" title="Deploy this model" kind=${kind} action=${deploy} failure="Not deployed">${(error) => html`
+    <${Field} label="Model name" path="name" error=${error} hint="What clients send as “model”.">
+      <input value=${name} required maxlength="96" onInput=${(event) => setName(event.target.value)} /><//>
+    <details open=${isOpen || Boolean(error)} onToggle=${(event) => setOpen(event.currentTarget.open)}><summary>Options</summary><div class="fields"><${ServingFields} fields=${fields} set=${set} error=${error} /></div></details>
+    <${AsCurl} path="/v1/deployments" body=${body} />`}<//>`;
 }

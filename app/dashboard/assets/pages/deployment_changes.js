@@ -1,25 +1,27 @@
-// What its owner may change of a deployment while it serves: replicas, names, the artifact, a pause.
+// What its owner may do with a deployment while it serves: change its options, replace its artifact, pause, delete it.
 import { send } from "../api.js";
-import { DialogButton } from "../parts.js";
+import { may } from "../caller.js";
+import { Confirmed, DialogButton, Problem } from "../parts.js";
 import { html, useState } from "../ui.js";
+import { Field } from "./form_fields.js";
+import { bodyOf, fieldsOf, ServingFields } from "./serving_fields.js";
 
 /** PATCH that is refused if another change came since the page was read. */
 function change(deployment, body) {
   return send("PATCH", `/v1/deployments/${deployment.id}`, body, { headers: { "If-Match": `"${deployment.revision}"` } });
 }
 
-const names = (text) => text.split(",").map((name) => name.trim()).filter(Boolean);
-
-/** The fields that differ from what the deployment has. */
-export function changesOf(deployment, { replicas, aliases, artifact }) {
-  const body = {};
-  if (Number(replicas) !== deployment.replicas) body.replicas = Number(replicas);
-  if (names(aliases).join() !== deployment.aliases.join()) body.aliases = names(aliases);
+/** The body that makes `fields` and `artifact` of what the deployment has; null takes an option back. */
+export function changesOf(deployment, fields, artifact) {
+  const [before, after] = [fieldsOf(deployment), fields].map((each) => bodyOf(each, deployment));
+  const differs = (name) => JSON.stringify(before[name]) !== JSON.stringify(after[name]);
+  const names = [...new Set(Object.keys({ ...before, ...after }))].filter(differs);
+  const body = Object.fromEntries(names.map((name) => [name, after[name] ?? null]));
   if (artifact.trim() && artifact.trim() !== deployment.artifact) body.artifact = artifact.trim();
   return body;
 }
 
-export function PauseButton({ deployment, onChange }) {
+function PauseButton({ deployment, onChange }) {
   const paused = deployment.state === "paused";
   if (paused || deployment.state === "failed") {
     const resume = async () => (await change(deployment, { paused: false }), onChange());
@@ -31,27 +33,42 @@ export function PauseButton({ deployment, onChange }) {
     <p>Running answers are finished. Then requests are refused until it is resumed, and its memory is free.</p><//>`;
 }
 
-export function ChangeButton({ deployment, onChange }) {
-  const before = () => ({
-    replicas: String(deployment.replicas), aliases: deployment.aliases.join(", "), artifact: deployment.artifact,
-  });
-  const [fields, setFields] = useState(before);
-  const set = (name) => (event) => setFields({ ...fields, [name]: event.target.value });
+function ChangeButton({ deployment, onChange }) {
+  const [fields, setFields] = useState(() => fieldsOf(deployment));
+  const [artifact, setArtifact] = useState(deployment.artifact);
+  const set = (field) => (value) => setFields((before) => ({ ...before, [field]: value }));
+  const undo = () => (setFields(fieldsOf(deployment)), setArtifact(deployment.artifact));
+  const body = changesOf(deployment, fields, artifact);
   const apply = async () => {
-    const body = changesOf(deployment, fields);
     if (Object.keys(body).length > 0) await change(deployment, body);
     onChange();
   };
-  return html`<${DialogButton} label="Change" title=${`Change ${deployment.name}`} confirm="Apply" action=${apply} failure="Not changed" onClose=${() => setFields(before())}>
-    <label>Replicas
-      <input type="number" min="1" max="16" required value=${fields.replicas} onInput=${set("replicas")} /></label>
-    <label>Artifact
-      <input value=${fields.artifact} required onInput=${set("artifact")} /></label>
-    <small>Another one, by its id or as model@tag, replaces the present one server by server; no request is lost.</small>
-    <label>Further names
-      <input value=${fields.aliases} onInput=${set("aliases")} /></label>
-    <small>Separated by commas; clients may send them as “model”.</small>
-  <//>`;
+  return html`<${DialogButton} label="Change" title=${`Change ${deployment.name}`} confirm="Apply" action=${apply} failure="Not changed" onClose=${undo}>${(error) => html`
+    <${Field} label="Artifact" path="artifact" error=${error} hint="Another one, by its id or as model@tag, replaces the present one server by server; no request is lost.">
+      <input value=${artifact} required onInput=${(event) => setArtifact(event.target.value)} /><//>
+    <div class="fields"><${ServingFields} fields=${fields} set=${set} error=${error} /></div>
+    <small>A change of the engine or of what stands below it replaces the servers too.</small>`}<//>`;
+}
+
+/** What the signed-in key may do with the deployment; `onDelete` once it is gone. */
+export function DeploymentActions({ deployment, onChange, onDelete }) {
+  const remove = async () => {
+    await send("DELETE", `/v1/deployments/${deployment.id}`);
+    onDelete();
+  };
+  return html`<div class="actions">
+    ${["ready", "stopped"].includes(deployment.state) && may("inference") && html`<a class="main button" href=${`#/deployments/${encodeURIComponent(deployment.name)}/chat`}>Chat</a>`}
+    ${may("deployments:write") && html`<${ChangeButton} key=${deployment.revision} deployment=${deployment} onChange=${onChange} />
+      <${PauseButton} deployment=${deployment} onChange=${onChange} />
+      <${Confirmed} label="Delete" question=${`Delete ${deployment.name}?`} action=${remove}
+        consequence="Running answers are finished first; then clients get 404." />`}
+  </div>`;
+}
+
+/** Why it does not serve as its owner wants. */
+export function Hindrance({ deployment }) {
+  if (deployment.error) return html`<${Problem} error=${deployment.error} title="Deployment failed" />`;
+  return deployment.reason ? html`<p><small>${deployment.reason}</small></p>` : null;
 }
 
 /** What is known of a replacement that is under way, or that failed. */
