@@ -26,6 +26,7 @@ from app.api import (
     recommendations,
     service_settings,
     sessions,
+    sources,
     storage,
     tenants,
     versions,
@@ -57,7 +58,7 @@ from app.core.version import package_version
 # Matched in this order: inference, the route most sensitive to latency, comes first.
 ROUTES = (
     *(inference, jobs, events, webhooks, estimates, recommendations, artifacts, versions, downloads),
-    datasets,
+    *(datasets, sources),
     *(workers, deployments, keys, tenants, audit, sessions, storage, service_settings, operations),
 )
 

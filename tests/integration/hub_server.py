@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tests.integration.hub_writing import HubWrites, WrittenHub
 from tests.servers import running
@@ -77,12 +77,23 @@ class HubRequests(HubWrites):
             self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif path == "/api/whoami-v2":
             self.who()
+        elif path == "/api/models":
+            self.answer_search()
         elif match := API.fullmatch(path):
             self.answer_api(match)
         elif match := RESOLVE.fullmatch(path):
             self.answer_file(match)
         else:
             self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def answer_search(self) -> None:
+        """As the hub: repositories with the text in their ids, those with the most downloads first."""
+        query = dict(parse_qsl(urlsplit(self.path).query))
+        assert (query["sort"], query["direction"]) == ("downloads", "-1")
+        named = [name for kind, name in self.server.commits if kind == "models" and query["search"] in name]
+        entries = [{"id": name, "downloads": 10 * len(name), "private": False} for name in named]
+        entries.sort(key=lambda entry: -int(str(entry["downloads"])))
+        self.answer(200, json.dumps(entries[: int(query["limit"])]).encode(), {})
 
     def answer_api(self, match: re.Match[str]) -> None:
         found = self.server.find(match["kind"], match["repository"], match["revision"] or "main")

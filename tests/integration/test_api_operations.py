@@ -33,7 +33,7 @@ ALLOWED = {
         "GET /v1/jobs/{job_id}/report", "POST /v1/estimates", "GET /v1/workers", "POST /v1/recommendations",
         "GET /v1/jobs/{job_id}/webhook-deliveries", "GET /v1/jobs/{job_id}/export",
         "GET /v1/webhook-deliveries",
-        "GET /v1/datasets", "GET /v1/datasets/{dataset_id}",
+        "GET /v1/datasets", "GET /v1/datasets/{dataset_id}", "GET /v1/sources",
     },
     Scope.JOBS_WRITE: {
         "POST /v1/jobs", "POST /v1/jobs/{job_id}/cancel", "POST /v1/jobs/{job_id}/retry",
