@@ -17,8 +17,9 @@ from app.core.jobs.report import (
     Report,
     WeightHistogram,
 )
+from app.core.planning.cost_model import Prediction
 from app.core.records.ids import new_id
-from app.core.records.job import Job, JobState, Progress, ResultFigures, transition
+from app.core.records.job import Job, JobState, Progress, ResourceUse, ResultFigures, transition
 from app.core.records.specs import JobSpec, Recipe
 from app.core.settings import Settings
 from app.core.storage.object_store import ObjectStore
@@ -87,6 +88,16 @@ def report_on(spec: JobSpec, *, windows: int) -> Report:
         published=tuple(range(len(candidates))),
         histograms=(WeightHistogram(linear="a", low=-1, high=1, counts=(1, 2, 1), percentiles={}),),
         stages={"searching": 10.0},
+        cpu_seconds={"searching": 19.0},
+        prediction=Prediction(
+            basis="measured",
+            seconds={"searching": 12.0},
+            candidate_seconds=(),
+            ram_bytes=900_000_000,
+            vram_bytes=0,
+            disk_bytes=0,
+            output_bytes=(),
+        ),
         peak_rss_bytes=10**9,
         peak_vram_bytes=None,
         environment={"device": "cpu"},
@@ -134,7 +145,12 @@ def layer_done(store: JobStore, job_id: str, layer: int) -> None:
     """The event of a finished layer and the progress after it."""
     solved = {"recipe_index": 0, "layer": layer, "error": 0.01 * (layer + 1), "error_of_rounding": 0.05}
     store.append_event(job_id, "checkpoint", {"key": f"layer-{layer}", "attempt": 1, **solved})
-    progress = Progress(fraction=0.1 * (layer + 1), layer=layer + 1, layers=LAYERS, eta_s=60)
+    use = ResourceUse(
+        began_at=datetime.now(UTC) - timedelta(seconds=6), every_s=2,
+        memory_bytes=(800_000_000, 1_400_000_000, 1_200_000_000), cpu_cores=(0.9, 1.8, 1.9),
+        gpu_memory_bytes=(8 * 10**9,) * 3, gpu_share=(0.4, 0.9, 0.97),
+    )  # fmt: skip
+    progress = Progress(fraction=0.1 * (layer + 1), layer=layer + 1, layers=LAYERS, eta_s=60, use=use)
     store.update(job_id, lambda job: job.model_copy(update={"progress": progress}), attempt=1)
 
 

@@ -48,6 +48,11 @@ def test_a_finished_job_opens_with_what_was_won(visit: Visit) -> None:
     # One word for one size: weights here, all files at the artifact.
     expect(candidates.get_by_role("columnheader", name="Weights")).to_be_visible()
     expect(page.locator(".heat rect")).to_have_count(4 * LAYERS)
+    # Time and memory beside the estimate.
+    stages = page.get_by_role("region", name="Time per stage")
+    expect(stages.get_by_role("row", name="total 10 s 12 s")).to_have_count(1)
+    expect(page.get_by_text("1.0 GB, estimated 900 MB")).to_be_visible()
+    expect(page.get_by_text("1.9 cores on average")).to_be_visible()
     assert visit.faults() == []
 
 
@@ -106,6 +111,18 @@ def test_a_running_job_is_followed(visit: Visit) -> None:
     figure = page.locator("figure", has_text="Error per layer, as the layers are done")
     figure.get_by_text("Numbers").click()
     expect(figure.locator("details").get_by_role("row")).to_have_count(1 + 2)
+    # What its process uses: the newest sample in words, all of them as curves.
+    for text in ("1.2 GB, at most 1.4 GB", "1.9 cores", "8.0 GB, 97 % busy"):
+        expect(progress).to_contain_text(text)
+    for title, newest in (
+        ("Memory of the job", "1.2"),
+        ("Processor cores in use", "1.9"),
+        ("How busy the GPU is", "97"),
+    ):
+        curve = page.locator("figure", has_text=title)
+        curve.get_by_text("Numbers").click()
+        expect(curve.locator("details").get_by_role("row")).to_have_count(1 + 3)
+        expect(curve.locator("details").get_by_role("row", name=newest)).to_have_count(1)
     elapsed = page.get_by_text("Elapsed").locator("xpath=following-sibling::dd")
     before = elapsed.inner_text()
     with job_store(visit.service) as store:
