@@ -150,7 +150,7 @@ def reached(service: Service, path: str, state: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def deployed(service: Service, artifact: str) -> dict[str, Any]:
     """A deployment whose server answers."""
-    made = call(service, "/v1/deployments", {"artifact": artifact, "name": "w8"})["id"]
+    made = call(service, "/v1/deployments", {"artifact": artifact, "name": "w8", "aliases": ["copy"]})["id"]
 
     return reached(service, f"/v1/deployments/{made}", "ready")
 
@@ -260,6 +260,26 @@ def test_the_load_over_time(visit: Visit, service: Service, deployed: dict[str, 
 
 def size_of(answer: Response) -> int:
     return int(answer.headers.get("content-length", 0))
+
+
+def test_two_real_answers_beside_each_other(visit: Visit, deployed: dict[str, Any]) -> None:
+    """The same message under both names of the deployment, with the same seed."""
+    page = visit.open("/deployments/w8/chat")
+    page.get_by_label("Compare with").select_option("copy")
+    page.get_by_text("Parameters").click()
+    page.get_by_label("Max tokens").fill("8")
+    page.get_by_label("Seed").fill("3")
+    page.get_by_label("Message").fill("The river")
+    page.keyboard.press("Enter")
+    answers = page.locator(".message-assistant")
+    expect(answers).to_have_count(2)
+    for each in answers.all():
+        expect(each).to_contain_text("8 tokens")
+        expect(each).to_contain_text("first after")
+    expect(page.get_by_role("button", name="Regenerate")).to_have_count(2)
+    first, second = answers.locator("p").all_inner_texts()
+    assert first == second
+    assert visit.faults() == []
 
 
 def test_a_servers_metrics_by_name(visit: Visit, deployed: dict[str, Any]) -> None:

@@ -76,7 +76,8 @@ export function titleOf({ turns }) {
 /** The messages that `model` reads before it answers the last turn: of other turns its own answer, else the first. */
 export function messagesFor({ system, turns }, model) {
   const before = turns.slice(0, -1).flatMap(({ question, answers }) => {
-    const answer = answers.find((each) => each.model === model) ?? answers[0];
+    const whole = answers.filter((each) => each.content);
+    const answer = whole.find((each) => each.model === model) ?? whole[0];
     return answer ? [{ role: "user", content: question }, { role: "assistant", content: answer.content }] : [];
   });
   const last = turns.slice(-1).map(({ question }) => ({ role: "user", content: question }));

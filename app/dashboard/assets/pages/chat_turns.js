@@ -3,11 +3,11 @@ import { paceInWords } from "../answer_stream.js";
 import { CopyButton, Problem } from "../parts.js";
 import { html, useEffect, useRef } from "../ui.js";
 
-function Answer({ answer, again }) {
+function Answer({ answer, again, isRunning }) {
   const { model, content, said } = answer;
   return html`<div class="message message-assistant">
     <small>${model}</small>
-    <p>${content || "…"}</p>
+    <p>${content || (isRunning ? "…" : html`<em>An empty answer</em>`)}</p>
     <div class="message-foot">
       ${said && html`<small>${paceInWords(said)}</small>`}
       ${content && html`<${CopyButton} text=${content} kind="link" />`}
@@ -22,7 +22,7 @@ function Place({ turn, model, chat, isLast }) {
   const error = isLast ? chat.errors[model] : null;
   const again = isLast && !chat.stop ? () => chat.again([model]) : null;
   return html`<div class="answer">
-    ${answer && html`<${Answer} answer=${answer} again=${error ? null : again} />`}
+    ${answer && html`<${Answer} answer=${answer} again=${error ? null : again} isRunning=${isLast && chat.stop} />`}
     <${Problem} error=${error} title="No answer"><button type="button" class="main" onClick=${again}>Try again</button><//>
     ${again && !answer && !error && html`<button type="button" class="quiet small" onClick=${again}>Ask ${model}</button>`}
   </div>`;
