@@ -22,10 +22,19 @@ from redis import Redis
 from ulid import ULID
 
 from app.core.access.limits import TenantLimits
-from app.core.changes.redis_keys import COUNTED, events_key, job_key, jobs_key, state_key, usage_key
+from app.core.changes.redis_keys import (
+    COUNTED,
+    LABELLED,
+    events_key,
+    job_key,
+    jobs_key,
+    state_key,
+    usage_key,
+)
 from app.core.jobs.job_encoding import encode
 from app.core.jobs.job_queue import JobQueue
 from app.core.jobs.job_store import JobFilter, JobStore
+from app.core.jobs.label_index import label_keys
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
 from app.core.records.ids import artifact_id
 from app.core.records.job import Job, JobState, Problem, Progress, Stage
@@ -42,6 +51,7 @@ from tests.benchmarks.fleet_measures import cost_of, usage_of
 from tests.benchmarks.service import REPOSITORY
 from tests.outcomes import outcome_over
 
+LABELS = {"team": "search"}
 TENANTS = [f"tenant-{number:02}" for number in range(20)]
 FAILED = 50  # one job of so many has failed
 CHUNK = 500
@@ -110,7 +120,8 @@ def fill(
     client.config_set("maxmemory", 0)  # the embedded server holds 1 GB
     client.config_set("appendonly", "no")  # until all is there
     storage, now = folder / "storage", datetime.now(UTC)
-    spec = JobSpec(model=(REPOSITORY / "examples" / "wikitext-llama-6m").as_uri(), formats=("awq",))
+    model = (REPOSITORY / "examples" / "wikitext-llama-6m").as_uri()
+    spec = JobSpec(model=model, formats=("awq",), labels=LABELS)
     kinds = [Texts.of(kept_job(number, "nobody", spec, now)) for number in (0, 1)]
     before, began = usage_of(redis), time.monotonic()
     for start in range(0, count, CHUNK):
@@ -124,6 +135,9 @@ def fill(
                 job_key(job_id), mapping={"record": record, "spec": spec.model_dump_json(), "version": 9}
             )
             pipe.zadd(jobs_key(tenant), {job_id: 0})
+            for label in label_keys(tenant, LABELS):
+                pipe.zadd(label, {job_id: 0})
+            pipe.hincrby(LABELLED, tenant, 1)
             pipe.sadd(state_key(texts.job.state), job_id)
             for event in EVENTS:
                 pipe.xadd(events_key(job_id), event)
@@ -147,6 +161,7 @@ class Reader:
 
     def __init__(self, redis: Redis, folder: Path) -> None:
         settings = Settings(state_dir=folder / "state", storage_url=(folder / "storage").as_uri())
+        self._redis: Any = redis
         self._store, self._objects = JobStore(redis), ObjectStore(settings.object_store_url)
         self._limits = TenantLimits(redis, settings)
         queue = JobQueue(redis, limit=1000)
@@ -163,7 +178,12 @@ class Reader:
             "list": lambda: page("tenant-03", JobFilter(limit=25)),
             "list, failed": lambda: page("tenant-00", JobFilter(limit=25, state=JobState.FAILED)),
             "list, running": lambda: page("tenant-03", JobFilter(limit=25, state=JobState.RUNNING)),
+            "list, a label": lambda: page("tenant-03", JobFilter(limit=25, labels=LABELS)),
             "list, a label that is nowhere": lambda: page("tenant-03", JobFilter(labels={"a": "b"})),
+            "list, a label and failed": lambda: page(
+                "tenant-03", JobFilter(limit=25, labels=LABELS, state=JobState.FAILED)
+            ),
+            "list, a label after an upgrade": self._page_without_index,
             "counts": lambda: self._store.counts_of("tenant-03"),
             "artifacts": self._page_of_artifacts,
             "artifacts, all looked through": lambda: self._artifacts.page("tenant-03", limit=25, after=None),
@@ -171,6 +191,11 @@ class Reader:
             "first collection": self._collector.collect,
             "next collection": self._collector.collect,
         }
+
+    def _page_without_index(self) -> object:
+        """The first search of a tenant whose jobs an earlier version recorded."""
+        self._redis.hdel(LABELLED, "tenant-03")
+        return self._store.page("tenant-03", JobFilter(labels={"a": "b"}))
 
     def _page_of_artifacts(self) -> object:
         only = self._limits.artifacts("tenant-03")

@@ -34,6 +34,9 @@ LINES = "nibble:lines"  # set of tenants with a job in line or queue
 job_key = named("job")
 jobs_key = named("jobs")  # by tenant: sorted set of ids, score 0, as ULIDs sort by time
 state_key = named("state")  # by state: set of ids, for the janitor and the metrics
+LABELLED = (
+    "nibble:labelled"  # hash: by tenant, how many of its jobs are in the sets of their labels (label_index)
+)
 active_key = named("active")  # by tenant: set of ids of jobs that have not ended, for the quota
 turns_key = named("turns")  # by tenant: set of ids of jobs that are queued or run (turns)
 # By tenant: sorted set of ids of jobs that wait, by priority: those in line, then those in the queue (turns).
@@ -42,6 +45,11 @@ events_key = named("events")  # by job: stream of events, capped
 postponed_key = named("postponed")  # by job: there while it waits after a fault, before it is queued again
 duty_key = named("duty")  # by name: the API process that does it for all, with an expiry (upkeep/duty)
 lease_key = named("lease")  # by job: the attempt that a worker executes, with an expiry
+
+
+def label_key(tenant: str, label: str) -> str:
+    """Sorted set of the ids of the tenant's jobs with this `key=value`, score 0, as of all its jobs."""
+    return f"nibble:label:{tenant}:{label}"
 
 
 def result_key(tenant: str, fingerprint: str) -> str:

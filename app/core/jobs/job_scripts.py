@@ -7,7 +7,7 @@ end of a job, so that it is followed up even if the process dies (outcome).
 from __future__ import annotations
 
 from app.core.changes.atomic_changes import Script
-from app.core.changes.redis_keys import ENDED, FAILURES, JOB_CHANGES, LINES, WORKERS
+from app.core.changes.redis_keys import ENDED, FAILURES, JOB_CHANGES, LABELLED, LINES, WORKERS
 from app.core.changes.stamps import STAMP
 from app.core.outgoing.delivery_scripts import DELIVERY_ARGS, DELIVERY_KEYS, RECORD_DELIVERY
 
@@ -34,6 +34,7 @@ end
 
 CREATE = Script(
     keys=(*JOB_KEYS, "tenant_jobs", *DELIVERY_KEYS),
+    more_keys="labels",
     args=("id", "tenant", "record", "spec", "payload", "is_active", "most_active", "most_turns",
           "least_queued", "rank", *DELIVERY_ARGS),  # most: 0 is no limit; rank: in line
     body=f"""
@@ -57,6 +58,8 @@ else
 end
 redis.call('HSET', job, 'record', record, 'spec', spec, 'version', 1)
 redis.call('ZADD', tenant_jobs, 0, id)
+for _, label in ipairs(labels) do redis.call('ZADD', label, 0, id) end
+redis.call('HINCRBY', '{LABELLED}', tenant, 1)
 redis.call('SADD', state, id)
 redis.call('XADD', events, '*', 'kind', 'state', 'payload', payload)
 stamp(jobs_stamp)
@@ -102,13 +105,16 @@ return 1
 # -1 while what follows from the job's end is not done.
 DELETE = Script(
     keys=("job", "state", "events", "lease", "tenant_jobs", "jobs_stamp"),
-    args=("id", "version"),
+    more_keys="labels",
+    args=("id", "tenant", "version"),
     body=f"""
 {STAMP}
 if redis.call('SISMEMBER', '{ENDED}', id) == 1 then return -1 end
 if redis.call('HGET', job, 'version') ~= version then return 0 end
 redis.call('DEL', job, events, lease)
 redis.call('ZREM', tenant_jobs, id)
+for _, label in ipairs(labels) do redis.call('ZREM', label, id) end
+if redis.call('HINCRBY', '{LABELLED}', tenant, -1) <= 0 then redis.call('HDEL', '{LABELLED}', tenant) end
 redis.call('SREM', state, id)
 stamp(jobs_stamp)
 redis.call('PUBLISH', '{JOB_CHANGES}', id)

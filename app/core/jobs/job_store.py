@@ -48,6 +48,7 @@ from app.core.jobs.job_scripts import (
     STRIKE,
     SWAP,
 )
+from app.core.jobs.label_index import LabelIndex, label_keys
 from app.core.outgoing.delivery_scripts import delivery_keys
 from app.core.outgoing.webhook_messages import message_of
 from app.core.records.ids import check_cursor, first_id, is_id
@@ -81,8 +82,9 @@ class JobFilter(Frozen):
     after: str | None = None
 
     @property
-    def is_selective(self) -> bool:
-        return self.state is not None or bool(self.labels) or bool(self.words)
+    def looks_inside(self) -> bool:
+        """Whether records must be read to tell; for labels and rare states there are sets of ids."""
+        return self.state is not None or bool(self.words)
 
     def matches(self, job: Job) -> bool:
         if self.state is not None and job.state is not self.state:
@@ -151,6 +153,7 @@ class JobStore:
         self._next_turn, self._strike = NEXT_TURN.on(redis), STRIKE.on(redis)
         self._oldest = OLDEST.on(redis)
         self._renew, self._release = RENEW.on(redis), RELEASE.on(redis)
+        self._labels = LabelIndex(redis)
 
     def create(self, job: Job, *, most_active: int = 0, most_turns: int = 0, least_queued: int = 0) -> bool:
         """Record a new job; False if its id exists already.
@@ -163,6 +166,7 @@ class JobStore:
             **job_keys(job),
             **delivery_of(None, job),
             tenant_jobs=jobs_key(job.tenant),
+            labels=label_keys(job.tenant, job.spec.labels),
             id=job.id,
             tenant=job.tenant,
             record=encode(job),
@@ -267,26 +271,33 @@ class JobStore:
         return {state: by_state[state] for state in JobState}
 
     def _newest_first(self, tenant: str, selection: JobFilter) -> Iterator[Job]:
+        """Candidates of the selection: at least those that match."""
         check_cursor("job", selection.after)
+        sets = self._labels.sets(tenant, selection.labels)
         if selection.state not in (None, JobState.SUCCEEDED):
-            yield from self.load_each(self._in_rare_state(tenant, selection), step=selection.limit + 1)
-            return
+            sets.append(state_key(selection.state))  # among many that succeeded the others are few
+        if len(sets) > 1 or selection.state not in (None, JobState.SUCCEEDED):
+            ids = self._in_all([jobs_key(tenant), *sets], selection.after)
+            yield from self.load_each(ids, step=selection.limit + 1)
+        else:
+            yield from self._in_order(sets[0] if sets else jobs_key(tenant), selection)
+
+    def _in_all(self, keys: Sequence[str], after: str | None) -> list[str]:
+        """The ids that are in every set, newest first."""
+        newest_first = sorted((job_id.decode() for job_id in self._redis.zinter(keys)), reverse=True)
+        return [job_id for job_id in newest_first if after is None or job_id < after]
+
+    def _in_order(self, ordered: str, selection: JobFilter) -> Iterator[Job]:
+        """The jobs of a sorted set of ids, read as far as they are asked for."""
         after = selection.after
-        step = PAGE_STEP if selection.is_selective else selection.limit + 1
+        step = PAGE_STEP if selection.looks_inside else selection.limit + 1
         while True:
             upper = "+" if after is None else f"({after}"
-            ids = self._redis.zrevrangebylex(jobs_key(tenant), upper, "-", start=0, num=step)
+            ids = self._redis.zrevrangebylex(ordered, upper, "-", start=0, num=step)
             yield from self.load_each([job_id.decode() for job_id in ids])
             if len(ids) < step:
                 return
             after = ids[-1].decode()
-
-    def _in_rare_state(self, tenant: str, selection: JobFilter) -> list[str]:
-        """The tenant's jobs in the state, newest first: among many that succeeded they are few."""
-        assert selection.state is not None
-        members = self._redis.zinter([jobs_key(tenant), state_key(selection.state)])
-        newest_first = sorted((job_id.decode() for job_id in members), reverse=True)
-        return [job_id for job_id in newest_first if selection.after is None or job_id < selection.after]
 
     def load_each(self, job_ids: Sequence[str], *, step: int = PAGE_STEP) -> Iterator[Job]:
         """The jobs of these ids that exist and can be read, in their order, `step` at a time."""
@@ -321,7 +332,9 @@ class JobStore:
             lease=lease_key(job_id),
             tenant_jobs=jobs_key(tenant),
             jobs_stamp=jobs_stamp(tenant),
+            labels=label_keys(tenant, job.spec.labels),
             id=job_id,
+            tenant=tenant,
             version=version,
         )
         if deleted == -1:

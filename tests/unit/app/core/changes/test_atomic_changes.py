@@ -13,14 +13,17 @@ from app.core.changes.atomic_changes import MAX_COLLISIONS, Script, versioned_up
 from app.core.changes.redis_keys import job_key
 from app.core.deployments import deployment_store
 from app.core.errors import Conflict
-from app.core.jobs import job_scripts
+from app.core.jobs import job_scripts, label_index
 from app.core.outgoing import webhook_messages
 from app.core.pushes import push_store
 from app.core.storage import tags
 from app.core.upkeep import duty
 
 ECHO = Script("return {first, second, key, other}", keys=("key", "other"), args=("first", "second"))
-MODULES = (job_scripts, deployment_store, webhook_messages, limits, login, stamps, push_store, tags, duty)
+MODULES = (
+    *(job_scripts, label_index, deployment_store, webhook_messages, limits, login, stamps, push_store, tags),
+    duty,
+)
 SCRIPTS = [
     pytest.param(script, id=f"{module.__name__.rpartition('.')[2]}-{name}")
     for module in MODULES
