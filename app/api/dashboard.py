@@ -6,7 +6,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from app.dashboard import ASSETS, PAGE
+from app.dashboard import ASSETS, PAGE, REFERENCE
 
 router = APIRouter(tags=["operations"])
 
@@ -31,9 +31,16 @@ def index(request: Request) -> Response:
     return JSONResponse({
         "service": "nibble",
         "version": request.app.version,
-        "links": {"openapi": "/openapi.json", "jobs": "/v1/jobs", "artifacts": "/v1/artifacts",
-                  "health": "/healthz", "ready": "/readyz", "metrics": "/metrics"},
+        "links": {"docs": "/docs", "openapi": "/openapi.json", "jobs": "/v1/jobs",
+                  "artifacts": "/v1/artifacts", "health": "/healthz", "ready": "/readyz",
+                  "metrics": "/metrics"},
     }, headers={"Vary": "Accept"})  # fmt: skip
+
+
+@router.get("/docs", include_in_schema=False)
+def reference() -> Response:
+    """The description of the API as a page for people; it reads `/openapi.json`."""
+    return FileResponse(REFERENCE, media_type="text/html", headers=PAGE_HEADERS)
 
 
 class Assets(StaticFiles):
