@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 # First path segments of management routes below /v1. Every other path answers in OpenAI's shape.
 MANAGED = frozenset({
     "artifacts", "audit", "datasets", "deployments", "downloads", "estimates", "gc", "jobs", "keys",
-    "login-links", "logout", "recommendations", "registry", "scrape-targets", "settings", "sources", "storage",
-    "tenants", "webhook-deliveries", "webhook-secret", "whoami", "workers",
+    "login-links", "logout", "recommendations", "registry", "scrape-targets", "settings", "sources",
+    "storage", "tenants", "webhook-deliveries", "webhook-secret", "whoami", "workers",
 })  # fmt: skip
 TOKENS = ("/tokenize", "/detokenize")  # inference, outside of /v1 as at vLLM
 PROBLEM_TYPE = "application/problem+json"
