@@ -1,13 +1,16 @@
 """Pictures of every page for the documentation, from a live service with the bundled model.
 
-python docs/take_screenshots.py        writes docs/images/*.png; needs Chromium and the dev extra
+python docs/take_screenshots.py               writes docs/images/*.png; needs Chromium and the dev extra
+python docs/take_screenshots.py chat compare  writes those of these pages alone
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -88,8 +91,10 @@ def prepare(api: Api) -> dict[str, str]:
     assert isinstance(artifacts, list), first["error"]
     for job in jobs[1:]:
         api.wait(f"/v1/jobs/{job['id']}", ended)
-    deployed = api.post("/v1/deployments", {"artifact": artifacts[2], "name": "wikitext-w4"})
-    api.wait(f"/v1/deployments/{deployed['id']}", {"ready", "failed"})
+    for name, original in (("wikitext-original", True), ("wikitext-w4", False)):
+        served = {"artifact": artifacts[2], "name": name, "original": original}
+        deployed = api.post("/v1/deployments", served)
+        api.wait(f"/v1/deployments/{deployed['id']}", {"ready", "failed"})
     return {
         "new-job": "/jobs/new",
         "job": f"/jobs/{jobs[0]['id']}",
@@ -100,6 +105,8 @@ def prepare(api: Api) -> dict[str, str]:
         "artifact": f"/artifacts/{artifacts[2]}",
         "chat": "/deployments/wikitext-w4/chat",
         "deployments": "/deployments",
+        "deployment": "/deployments/wikitext-w4",
+        "deploy": f"/artifacts/{artifacts[2]}",
         "workers": "/workers",
     }
 
@@ -117,21 +124,52 @@ def run_live(api: Api) -> list[str]:
 
 
 def chat(page: Page) -> None:
+    """A conversation with the quantized model and its original beside it, and an older one."""
+    page.get_by_label("Compare with").select_option("wikitext-original")
     page.get_by_text("Parameters").click()
-    page.get_by_label("Max tokens").fill("48")
-    page.get_by_label("Temperature").fill("0.5")
-    for question in ("My lord, I pray you, tell me what the king", "And what says the queen?"):
+    for field, value in (("Max tokens", "48"), ("Temperature", "0.5"), ("Seed", "5")):
+        page.get_by_label(field).fill(value)
+    page.get_by_text("Parameters").click()
+    for question in (
+        "Who goes there, in the middle of the night?",
+        "My lord, tell me what the king has said",
+    ):
+        page.get_by_role("button", name="New chat").click()
         page.get_by_label("Message").fill(question)
         page.get_by_role("button", name="Send").click()
         page.get_by_role("button", name="Send").wait_for(timeout=60_000)
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
 
 
-def deployments(page: Page) -> None:
-    page.get_by_text("tokens/s").wait_for()
+# Asks for longer and longer answers, some at a time, for so many milliseconds.
+LOAD = """async (lasting) => {
+  const until = performance.now() + lasting;
+  for (let tokens = 40; performance.now() < until; tokens = Math.min(150, tokens + 20)) {
+    await Promise.all([1, 2, 3].map((each) => fetch("/v1/completions", {
+      method: "POST", headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({
+        model: "wikitext-w4", prompt: "The king", max_tokens: tokens * each, ignore_eos: true,
+      }),
+    })));
+    await new Promise((resolve) => setTimeout(resolve, 1200));
+  }
+}"""
+
+
+def deployment(page: Page) -> None:
+    page.get_by_role("region", name="Load").wait_for()
+    page.evaluate(LOAD, 45_000)
+
+
+def deploy(page: Page) -> None:
+    page.get_by_role("button", name="Deploy").click()
+    page.get_by_text("Options", exact=True).click()
+    page.get_by_role("dialog").get_by_label("Engine").select_option("transformers")
+    page.evaluate("document.activeElement.blur()")
 
 
 def new_job(page: Page) -> None:
-    page.get_by_role("textbox", name="Model").fill(MODEL)
+    page.get_by_role("combobox", name="Model").fill(MODEL)
     page.get_by_text("Within one percent").click()
     page.get_by_text("bits per weight").wait_for()
     page.evaluate("document.activeElement.blur()")
@@ -163,7 +201,7 @@ def take(
             page.wait_for_timeout(600)
             if name in ACTIONS:
                 ACTIONS[name](page)
-            whole = name.startswith("job") or name in ("artifact", "compare")
+            whole = name.startswith("job") or name in ("artifact", "compare", "deployment")
             picture = page.screenshot(full_page=whole and look != "phone")
             # 256 colours are plenty for these pages, at a third of the bytes.
             colours = Image.open(BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
@@ -171,10 +209,11 @@ def take(
         context.close()
 
 
-ACTIONS = {"chat": chat, "new-job": new_job, "deployments": deployments}
+ACTIONS = {"chat": chat, "new-job": new_job, "deployment": deployment, "deploy": deploy}
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
+    """`names`: of the pages to picture; all if there are none."""
     IMAGES.mkdir(exist_ok=True)
     shutil.copytree(REPOSITORY / "examples", MODELS, dirs_exist_ok=True)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -186,10 +225,11 @@ def main() -> None:
         api = Api(service)
         pages = prepare(api)
         browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
-        take(browser, service, api, pages)
-        take_live(browser, service, api)
+        take(browser, service, api, {name: pages[name] for name in pages if not names or name in names})
+        if not names or "jobs" in names:
+            take_live(browser, service, api)
         browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

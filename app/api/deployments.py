@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated
 
 import httpx
@@ -32,6 +33,7 @@ from app.core.deployments.deployment import (
 )
 from app.core.deployments.deployment_change import DeploymentChange
 from app.core.deployments.originals import about_original, not_for_vllm, why_own_server
+from app.core.deployments.reasons import ServingWorker
 from app.core.deployments.served_families import refuse_unserved_format, unserved_note
 from app.core.deployments.transitions import removed
 from app.core.errors import InvalidRequest, NotFound, Unavailable
@@ -81,8 +83,8 @@ def list_deployments(
     check_cursor("dep", after)
     own = [live for live in services.deployments.all() if live.deployment.tenant == principal.tenant]
     older = [live for live in own if after is None or live.id < after]
-    engines = serving_engines(services)
-    views = tuple(DeploymentView.of(live, engines) for live in older[:limit])
+    workers = serving_workers(services)
+    views = tuple(DeploymentView.of(live, workers) for live in older[:limit])
     has_more = len(older) > limit
     page = DeploymentList(data=views, has_more=has_more, next=views[-1].id if has_more else None)
     return tagged_answer(page, if_none_match)
@@ -98,7 +100,7 @@ def read_deployment(
 ) -> Response:
     """The deployment, its state and its replicas."""
     view = DeploymentView.of(
-        services.deployments.get(principal.tenant, deployment_id), serving_engines(services)
+        services.deployments.get(principal.tenant, deployment_id), serving_workers(services)
     )
     return tagged_answer(view, if_none_match, poll_after(view), revision=view.revision)
 
@@ -178,9 +180,7 @@ def read_server_metrics(
             remedy="read the deployment: `servers` lists its servers",
         )
     try:
-        metrics = httpx.get(
-            f"{url}/metrics", params={"name[]": names or []}, timeout=METRICS_LIMIT_S, trust_env=False
-        )
+        metrics = httpx.get(f"{url}/metrics", timeout=METRICS_LIMIT_S, trust_env=False)
     except httpx.TransportError as fault:
         raise Unavailable(
             f"server {slot} of {live.spec.name} does not answer: {fault}",
@@ -188,12 +188,20 @@ def read_server_metrics(
             remedy="try again",
         ) from fault
     content_type = metrics.headers.get("content-type", "text/plain")
-    return Response(metrics.content, headers={"Content-Type": content_type})
+    content = metrics.content if names is None else samples_of(metrics.content, names)
+    return Response(content, headers={"Content-Type": content_type})
+
+
+def samples_of(metrics: bytes, names: list[str]) -> bytes:
+    """The samples with these names, of Prometheus's text format."""
+    named = {name.encode() for name in names}
+    lines = metrics.splitlines(keepends=True)
+    return b"".join(line for line in lines if re.split(rb"[{ ]", line, maxsplit=1)[0] in named)
 
 
 def answer(services: Services, live: LiveDeployment, *, status: int = 200) -> JSONResponse:
     """The deployment with a Retry-After hint for polling."""
-    view = DeploymentView.of(live, serving_engines(services))
+    view = DeploymentView.of(live, serving_workers(services))
     headers = {"Location": view.links["self"]} if status == 202 else {}
     headers |= poll_after(view)
     headers["ETag"] = entity_tag(view.model_dump_json().encode(), view.revision)
@@ -205,9 +213,17 @@ def poll_after(view: DeploymentView) -> dict[str, str]:
     return {"Retry-After": POLL_AFTER_S} if view.state in CHANGING or is_replacing else {}
 
 
+def serving_workers(services: Services) -> list[ServingWorker]:
+    return [
+        ServingWorker(worker.engines, worker.servers, worker.slots)
+        for worker in services.workers.living()
+        if worker.queue == "serve"
+    ]
+
+
 def serving_engines(services: Services) -> list[tuple[str, ...]]:
     """The engines of each live worker of the queue `serve`."""
-    return [worker.engines for worker in services.workers.living() if worker.queue == "serve"]
+    return [worker.engines for worker in serving_workers(services)]
 
 
 def resolved(services: Services, tenant: str, artifact: str) -> str:

@@ -169,6 +169,10 @@ def test_options_at_creation(visit: Visit, artifact: str) -> None:
     dialog.get_by_label("Tensor parallel").fill("2")
     expect(dialog.get_by_label("Cache share")).to_have_count(0)
     dialog.get_by_text("As curl").click()
+    original = dialog.get_by_label("Its original, not quantized, as a baseline")
+    original.check()
+    expect(dialog.locator("pre")).to_contain_text('"original": true')
+    original.uncheck()
     expect(dialog.locator("pre")).to_contain_text('"tensor_parallel_size": 2')
     assert visit.faults() == []
     dialog.get_by_role("button", name="Deploy").click()
@@ -260,6 +264,16 @@ def test_the_load_over_time(visit: Visit, service: Service, deployed: dict[str, 
 
 def size_of(answer: Response) -> int:
     return int(answer.headers.get("content-length", 0))
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_what_is_served_with_its_figures(visit: Visit, artifact: str, original: bool) -> None:
+    """The figures are the artifact's: of an original none is shown."""
+    page, _ = opened(visit, "/deployments/small", artifact=artifact, original=original)
+    model = page.get_by_role("region", name="Model")
+    expect(model).to_contain_text("wikitext-llama-6m")
+    expect(model).to_contain_text("not quantized" if original else "rtn w8 g128, compressed-tensors")
+    expect(model.get_by_text("Bits per weight")).to_have_count(0 if original else 1)
 
 
 def test_two_real_answers_beside_each_other(visit: Visit, deployed: dict[str, Any]) -> None:

@@ -169,9 +169,8 @@ class OperationRoutes:
     async def version(self, _http: Request) -> Response:
         return json_response({"version": version("nibble")})
 
-    async def metrics(self, http: Request) -> Response:
-        text = self.served.metrics.text(http.query_params.getlist("name[]"))
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(self, _http: Request) -> Response:
+        return Response(self.served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def model_entry(served: ServedModel, created: int) -> dict[str, Any]:

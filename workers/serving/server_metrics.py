@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -80,6 +79,5 @@ class ServerMetrics:
         self._whole.observe(time.monotonic() - sequence.generation.arrived)
         self._length.observe(sequence.generated)
 
-    def text(self, names: Collection[str] = ()) -> bytes:
-        """In Prometheus's text format; with `names` those samples alone, as its own servers take `name[]`."""
-        return generate_latest(self.registry.restricted_registry(names) if names else self.registry)
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -16,7 +16,7 @@ function axis(label, extra = {}) {
 }
 
 function seriesOf(names, kind, time) {
-  const drawn = kind === "bars" ? uPlot.paths.bars({ size: [1, 100], gap: 0 }) : undefined;
+  const drawn = { bars: uPlot.paths.bars({ size: [1, 100], gap: 0 }), steps: uPlot.paths.stepped({ align: -1 }) }[kind];
   return names.map((label, index) => ({
     label,
     stroke: color(COLORS[index % COLORS.length]),
@@ -118,7 +118,7 @@ function Numbers({ title, data, names, x, time }) {
     ${isOpen && html`<div class="numbers"><${Table} caption=${title} hideCaption columns=${columns} rows=${time ? rows.reverse() : rows} /></div>`}</details>`;
 }
 
-/** data: [xs, ys of the first name, ...]; kind: line or bars; marks: xs of vertical lines; levels: named
+/** data: [xs, ys of the first name, ...]; kind: line, bars, or steps for what holds since the x before; marks: xs of vertical lines; levels: named
  * horizontal ones; whole: xs count; time: xs are seconds since 1970, and ys begin at zero. */
 export function Chart({ title, data, names, x, y, kind = "line", log = false, marks = [], levels = [], whole = false, time = false }) {
   const place = useRef(null);

@@ -18,7 +18,8 @@ export function DeployButton({ artifact, suggested, kind = "main" }) {
   const [fields, setFields] = useState(BLANK);
   const [isOpen, setOpen] = useState(false);
   const set = (field) => (value) => setFields((before) => ({ ...before, [field]: value }));
-  const body = { artifact, name, ...askedFor(fields) };
+  const [original, setOriginal] = useState(false);
+  const body = { artifact, name, ...(original && { original }), ...askedFor(fields) };
   const deploy = async () => {
     await send("POST", "/v1/deployments", body);
     location.hash = `#/deployments/${encodeURIComponent(name)}`;
@@ -26,6 +27,7 @@ export function DeployButton({ artifact, suggested, kind = "main" }) {
   return html`<${DialogButton} label="Deploy" title="Deploy this model" kind=${kind} action=${deploy} failure="Not deployed">${(error) => html`
     <${Field} label="Model name" path="name" error=${error} hint="What clients send as “model”.">
       <input value=${name} required maxlength="96" onInput=${(event) => setName(event.target.value)} /><//>
+    <label class="tick"><input type="checkbox" checked=${original} onChange=${(event) => setOriginal(event.target.checked)} /> Its original, not quantized, as a baseline</label>
     <details open=${isOpen || Boolean(error)} onToggle=${(event) => setOpen(event.currentTarget.open)}><summary>Options</summary><div class="fields"><${ServingFields} fields=${fields} set=${set} error=${error} /></div></details>
     <${AsCurl} path="/v1/deployments" body=${body} />`}<//>`;
 }

@@ -40,16 +40,17 @@ function Standing({ deployment }) {
   ]} />`;
 }
 
-/** What is served, with what was measured of it. */
-function Served({ id }) {
+/** What is served, with what was measured of it; of the original nothing was. */
+function Served({ id, original }) {
   const { value: artifact } = usePolled(may("artifacts:read") ? `/v1/artifacts/${id}` : null, () => null);
   const link = html`<a href=${`#/artifacts/${id}`}>${id}</a>`;
   const { summary } = artifact ?? {};
   return html`<section class="stack" aria-labelledby="served"><h2 id="served">Model</h2>
     <${Facts} rows=${[
-      ["Artifact", link],
-      ...(artifact ? [
-        ["Model", modelName(artifact.model)],
+      [original ? "Original of" : "Artifact", link],
+      ["Model", artifact && modelName(artifact.model)],
+      ...(original ? [["Recipe", "not quantized"]] : []),
+      ...(artifact && !original ? [
         ["Recipe", `${summary.label}, ${artifact.format}`],
         ["Size of the weights", summary.bytes && bytes(summary.bytes)],
         ["Bits per weight", number(summary.bits_per_weight, 3)],
@@ -69,7 +70,7 @@ function Deployment({ deployment, onChange }) {
     <${Replacement} replacement=${deployment.replacement} />
     <${Standing} deployment=${deployment} />
     <${DeploymentLoad} deployment=${deployment.id} slots=${ready} />
-    <${Served} id=${deployment.artifact} />
+    <${Served} id=${deployment.artifact} original=${deployment.original} />
     ${servers.length > 0 && html`<${Table} caption="Servers" columns=${SERVERS} rows=${servers} keyOf=${(server) => server.slot} />`}
     <${RequestExamples} name=${name} />`;
 }

@@ -74,7 +74,7 @@ export function Hindrance({ deployment }) {
 /** What is known of a replacement that is under way, or that failed. */
 export function Replacement({ replacement }) {
   if (!replacement) return null;
-  const artifact = html`<a href=${`#/artifacts/${replacement.served.artifact}`}>${replacement.served.artifact}</a>`;
+  const artifact = html`${replacement.served.original && "The original of "}<a href=${`#/artifacts/${replacement.served.artifact}`}>${replacement.served.artifact}</a>`;
   return replacement.error
     ? html`<p><small>${artifact} could not replace it: ${replacement.error.message}. The present one goes on serving.</small></p>`
     : html`<p><small>Being replaced by ${artifact}: ${replacement.ready ?? 0} new servers are ready.</small></p>`;

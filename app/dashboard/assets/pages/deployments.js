@@ -26,7 +26,7 @@ function Deployment({ deployment, onChange }) {
     </div>
     <p>${loadInWords(deployment)}</p>
     <p><small>
-      <a href=${`#/artifacts/${deployment.artifact}`}>${deployment.artifact}</a>,
+      ${deployment.original && "the original of "}<a href=${`#/artifacts/${deployment.artifact}`}>${deployment.artifact}</a>,
       ${aliases.length > 0 ? ` also ${aliases.join(", ")},` : ""} created ${age(deployment.created_at)}
     </small></p>
     <${Hindrance} deployment=${deployment} />
