@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from app.core.deployments.deployment import DeploymentState, LiveDeployment, ReplicaState, Served
 from app.core.deployments.placement import ready_count
-from app.core.deployments.reasons import reason
+from app.core.deployments.reasons import ServingWorker, reason
 from app.core.jobs.job_store import JobEvent, JobPage
 from app.core.jobs.worker_registry import WorkerRecord
 from app.core.planning.device_profile import Basis
@@ -199,8 +199,8 @@ class DeploymentView(BaseModel):
     links: dict[str, str]
 
     @classmethod
-    def of(cls, live: LiveDeployment, engines: Sequence[Sequence[str]]) -> Self:
-        """`engines`: the engines of each live worker of the queue `serve`."""
+    def of(cls, live: LiveDeployment, workers: Sequence[ServingWorker]) -> Self:
+        """`workers`: all that serve."""
         deployment, spec = live.deployment, live.spec
         links = {"self": f"/v1/deployments/{live.id}", "artifact": f"/v1/artifacts/{spec.artifact}"}
         shown = set(ReplicaView.model_fields)
@@ -212,7 +212,7 @@ class DeploymentView(BaseModel):
             generation=deployment.generation,
             replacement=replacement_view(live),
             state=live.state,
-            reason=reason(live, engines),
+            reason=reason(live, workers),
             error=deployment.error,
             servers=tuple(ReplicaView(**each.model_dump(include=shown)) for each in live.replicas),
             job=deployment.job,

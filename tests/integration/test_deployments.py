@@ -161,6 +161,15 @@ def test_a_long_stream_keeps_its_deployment_awake(floor: Floor) -> None:
     assert state == "ready"
 
 
+def test_more_replicas_than_slots_name_the_setting_that_gives_more(floor: Floor) -> None:
+    with floor.worker(NIBBLE_SERVE_SLOTS="1"):
+        deployment_id = floor.deploy("tiny", replicas=3)
+        said = (
+            "2 of 3 replicas wait: none of 1 slot is free (1 worker); NIBBLE_SERVE_SLOTS gives a worker more"
+        )
+        wait_until(lambda: said in floor.view(deployment_id)["reason"], 30)
+
+
 def test_without_a_worker_a_deployment_says_what_it_waits_for(floor: Floor) -> None:
     deployment_id = floor.deploy("tiny", engine="vllm", vllm={"tensor_parallel_size": 2})
     view = floor.view(deployment_id)

@@ -215,6 +215,7 @@ class ServingSupervisor:
         memory = device_memory(self._record.device)
         changes = {
             "servers": len(self._keepers),
+            "slots": self._context.settings.serve_slots,
             "heartbeat_at": datetime.now(UTC),
             "memory_bytes": memory.used,
             "memory_total": memory.total,

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from app.core.counted import counted
 from app.core.deployments.deployment import Goal, LiveDeployment, Replica
 from app.core.deployments.placement import free_slots, placement, ready_count
 
 
-def reason(live: LiveDeployment, engines: Sequence[Sequence[str]]) -> str:
-    """The reason of its state; empty if all is well. `engines` are those of each worker that serves."""
+class ServingWorker(NamedTuple):
+    """A live worker of the queue `serve`."""
+
+    engines: tuple[str, ...]
+    servers: int  # that it runs
+    slots: int  # how many it may run; 0: not known
+
+
+def reason(live: LiveDeployment, workers: Sequence[ServingWorker]) -> str:
+    """The reason of its state; empty if all is well. `workers` are all that serve."""
     deployment, spec = live.deployment, live.spec
     if deployment.goal is Goal.REMOVE:
         return "deleted; running requests are finished"
@@ -19,10 +29,10 @@ def reason(live: LiveDeployment, engines: Sequence[Sequence[str]]) -> str:
         return deployment.error.message
     if deployment.goal is Goal.REST:
         return f"no request for {spec.idle_timeout_s} s; the next one starts it again"
-    return "; ".join([*unready(live, engines), *replacing(live)])
+    return "; ".join([*unready(live, workers), *replacing(live)])
 
 
-def unready(live: LiveDeployment, engines: Sequence[Sequence[str]]) -> Iterator[str]:
+def unready(live: LiveDeployment, workers: Sequence[ServingWorker]) -> Iterator[str]:
     """What its servers wait for."""
     for replica in live.replicas:
         if not replica.is_ready:
@@ -30,7 +40,7 @@ def unready(live: LiveDeployment, engines: Sequence[Sequence[str]]) -> Iterator[
     absent = len(free_slots(live))
     if absent:
         count = len(placement(live))
-        yield f"{absent} of {count} replicas wait: {waits_for(live.spec.engine, engines)}"
+        yield f"{absent} of {count} replicas wait: {waits_for(live.spec.engine, workers)}"
         if live.deployment.setback:
             yield f"the last one that was tried failed: {live.deployment.setback}"
 
@@ -52,9 +62,16 @@ def said(replica: Replica) -> str:
     return f"{replica.state}, {replica.note}" if replica.note else str(replica.state)
 
 
-def waits_for(engine: str, engines: Sequence[Sequence[str]]) -> str:
-    if not engines:
+def waits_for(engine: str, workers: Sequence[ServingWorker]) -> str:
+    if not workers:
         return "no worker takes the queue `serve`"
-    if engine != "auto" and not any(engine in offered for offered in engines):
+    able = [worker for worker in workers if engine in ("auto", *worker.engines)]
+    if not able:
         return f"no worker has {engine} installed"
-    return "for a worker with a free slot"
+    if any(worker.servers < worker.slots or not worker.slots for worker in able):
+        return "for a worker with a free slot"
+    slots = counted(sum(worker.slots for worker in able), "slot")
+    return (
+        f"none of {slots} is free ({counted(len(able), 'worker')}); NIBBLE_SERVE_SLOTS gives a worker more, "
+        "and so does another worker with --queue serve"
+    )

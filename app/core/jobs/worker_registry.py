@@ -27,6 +27,7 @@ class WorkerRecord(Kept):
     queue: Literal["jobs", "serve"] = "jobs"
     engines: tuple[str, ...] = ()  # that a worker of the queue `serve` can run
     servers: int = 0  # that it runs
+    slots: int = 0  # how many it may run; 0 of a worker of an earlier version
     memory_bytes: int | None = None  # in use on its device; without a GPU the host's
     memory_total: int | None = None
     job: str | None = None

@@ -14,7 +14,7 @@ from app.core.deployments.deployment import (
     Replica,
     ReplicaState,
 )
-from app.core.deployments.reasons import reason
+from app.core.deployments.reasons import ServingWorker, reason
 from app.core.records.ids import new_id
 from app.core.records.job import Problem
 
@@ -56,13 +56,29 @@ def test_the_state_follows_from_goal_and_replicas(found: LiveDeployment, state: 
 
 
 def test_a_reason_names_what_is_missing() -> None:
-    engines = [("transformers",)]
-    assert reason(live(ReplicaState.READY, ReplicaState.READY), engines) == ""
+    workers = [ServingWorker(("transformers",), servers=1, slots=4)]
+    assert reason(live(ReplicaState.READY, ReplicaState.READY), workers) == ""
     assert "no worker takes the queue" in reason(live(), [])
-    assert "no worker has vllm" in reason(live(engine="vllm"), engines)
+    assert "no worker has vllm" in reason(live(engine="vllm"), workers)
     waits = "1 of 2 replicas wait: for a worker with a free slot"
-    assert waits in reason(live(ReplicaState.READY), engines)
-    assert "replica 0: loading" in reason(live(ReplicaState.LOADING), engines)
+    assert waits in reason(live(ReplicaState.READY), workers)
+    assert "replica 0: loading" in reason(live(ReplicaState.LOADING), workers)
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [
+        ([(4, 4)], "1 of 2 replicas wait: none of 4 slots is free (1 worker); NIBBLE_SERVE_SLOTS gives"),
+        ([(4, 4), (1, 1)], "none of 5 slots is free (2 workers); NIBBLE_SERVE_SLOTS gives a worker more"),
+        ([(4, 4), (1, 2)], "for a worker with a free slot"),
+        ([(4, 4), (1, 0)], "for a worker with a free slot"),  # of an earlier version: not known
+    ],
+)
+def test_a_reason_names_the_setting_that_gives_more_slots(workers: list[tuple[int, int]], said: str) -> None:
+    all_full = [ServingWorker(("transformers",), *counts) for counts in workers]
+    other = ServingWorker(("vllm",), servers=0, slots=4)  # its free slots are of no use
+    spec = live(ReplicaState.READY, engine="transformers")
+    assert said in reason(spec, [*all_full, other])
 
 
 def test_names_are_fit_for_requests_and_paths() -> None:
