@@ -138,7 +138,7 @@ def end(error: NibbleError, arguments: list[str] | None) -> None:
     from app.commands.terminal import report_error
 
     command_line = sys.argv[1:] if arguments is None else arguments
-    sys.exit(report_error(error, as_json="--json" in command_line))
+    sys.exit(report_error(error, as_json="--json" in command_line, typed=command_line))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def refusal(answer: httpx.Response) -> ServiceRefused:
     problem = json_object(answer)
     of_inference = problem.get("error")
     if isinstance(of_inference, dict):  # in OpenAI's shape
-        problem = {**of_inference, "detail": of_inference.get("message")}
+        message, remedy = split_remedy(str(of_inference.get("message")))
+        problem = {**of_inference, "detail": message, "remedy": remedy}
     # The detail covers the first field; the others are appended.
     fields = field_faults(problem)
     message = problem.get("detail") or problem.get("title") or f"HTTP status {answer.status_code}"
@@ -172,7 +173,19 @@ def inference_refusal(answer: httpx.Response) -> InferenceRefused:
 
 def inference_error(error: Mapping[str, Any]) -> InferenceRefused:
     code = error.get("code")
-    return InferenceRefused(str(error.get("message")), code=str(code) if code is not None else None)
+    message, remedy = split_remedy(str(error.get("message")))
+    return InferenceRefused(message, remedy=remedy, code=str(code) if code is not None else None)
+
+
+def split_remedy(message: str) -> tuple[str, str]:
+    """An inference route's message without its remedy, and that: it stands at the end, in brackets."""
+    depth = 0
+    for index in reversed(range(len(message))):
+        depth += {")": 1, "(": -1}.get(message[index], 0)
+        if depth == 0:
+            is_last = message.endswith(")") and message[:index].endswith(" ")
+            return (message[: index - 1], message[index + 1 : -1]) if is_last else (message, "")
+    return message, ""
 
 
 def field_faults(problem: Mapping[str, Any]) -> tuple[FieldFault, ...]:

@@ -31,6 +31,7 @@ OPTION_OF_FIELD = {
     "hub_token": "--hub-token",
     "serve_on": "--serve-on",
     "formats": "--format",
+    "aliases": "--alias",
     "deploy": "--deploy",
     "force": "--force",
 }
@@ -44,8 +45,8 @@ SERVED = "name a deployment that is ready; `nibble deployments` lists them"
 BY_CODE = {
     "api_key_missing": KEY,
     "api_key_unknown": KEY,
+    "api_key_expired": KEY,
     "origin_missing": KEY,
-    "hub_token_missing": "bring it again with --hub-token FILE; operators may set NIBBLE_HUB_TOKEN instead",
     "invalid_cursor": "give --after what the page before printed at its end",
     "json_invalid": "give valid JSON in the file of --spec",
     "model_missing": SERVED,
@@ -70,6 +71,12 @@ ROUTES = {
 VALUES = r"\d|rtn|awq|gptq|omniquant|w\w+16|fp8|w8a8|nvfp4|mxfp4|nearest"
 # Further words, in this order: a pattern, and what takes its place.
 WORDS = (
+    (r"^send it again: .* or nibble retry (--hub-token FILE)", r"`nibble retry JOB \1` brings it again"),
+    (r"^send hub_token \((--hub-token FILE)\)", r"give \1"),
+    (
+        r"^use a key with (?:the scope )?(\w+(?::\w+)?)$",
+        r"give --api-key a key with \1; with an admin's, `nibble keys create --scopes \1` makes one",
+    ),
     (r"artifacts are read with GET /v1/artifacts", "`nibble artifacts download` reads artifacts"),
     (r"see /openapi\.json for the routes and their methods", BY_CODE["unknown_url"]),
     (r"send text to /v1/completions, which needs no template, or (correct the model's)", r"\1 template"),

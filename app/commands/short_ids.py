@@ -21,6 +21,16 @@ SHOWN = 6  # of those that begin alike
 WHOLE = re.compile(rf"(job|art|dep|push|msg|ds)_{ULID_PATTERN}")
 AS_ID = "an id, the start of one, or `last`"
 
+# How the first of each kind comes about.
+FIRST = {
+    "job": "`nibble submit MODEL` creates a job",
+    "artifact": "a job publishes artifacts when it succeeds: `nibble submit MODEL` creates one",
+    "dataset": "`nibble datasets upload FILE` stores one",
+    "deployment": "`nibble deploy ARTIFACT --name NAME` creates one",
+    "key": "`nibble keys create --scopes jobs:read,jobs:write` creates one",
+    "webhook": "`nibble submit MODEL --webhook URL` asks for them",
+}
+
 JobId = Annotated[str, typer.Argument(metavar="JOB", help=f"A job: {AS_ID}.")]
 ArtifactId = Annotated[str, typer.Argument(metavar="ARTIFACT", help=f"An artifact: {AS_ID}.")]
 
@@ -79,7 +89,7 @@ def whole_id(written: str, noun: str, newest_first: Callable[[], Iterable[str]])
             raise NotFound(
                 f"there is no {noun} yet",
                 code=f"{noun}_not_found",
-                remedy="`nibble --help` shows how to begin",
+                remedy=FIRST.get(noun, ""),
             )
         return newest
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -117,7 +118,7 @@ def confirm(question: str, *, yes: bool) -> None:
     typer.confirm(printable(question), abort=True, err=True)
 
 
-def report_error(error: NibbleError, *, as_json: bool = False) -> ExitCode:
+def report_error(error: NibbleError, *, as_json: bool = False, typed: Sequence[str] = ()) -> ExitCode:
     """Print an error with its code and remedy to stderr; returns its exit code."""
     code = ExitCode.UNREACHABLE if error.code == "service_unreachable" else ExitCode.FAILED
     remedy = in_terminal_words(error.code, error.remedy)
@@ -130,15 +131,27 @@ def report_error(error: NibbleError, *, as_json: bool = False) -> ExitCode:
         }
         sys.stderr.write(json.dumps({"error": document}, separators=(",", ":")) + "\n")
         return code
-    show_fault(stderr(), error)
+    show_fault(stderr(), error, typed)
     return code
 
 
-def show_fault(console: Console, fault: NibbleError | Problem) -> None:
-    """Print an error with its code, and its remedy in the words of the terminal."""
-    param = fault.param if isinstance(fault, NibbleError) else None
-    where = f" ({OPTION_OF_FIELD.get(param, param)})" if param and param not in fault.message else ""
-    message = with_options(fault.message + where)
+def option_of(param: str, typed: Sequence[str]) -> str:
+    """The option that sets a field of a body or query; of a field without one its name."""
+    field = ".".join(step for step in param.split(".") if not step.isdecimal())  # of a list's entry: the list
+    option = "--" + field.partition(".")[0].replace("_", "-")
+    is_typed = any(word.partition("=")[0] == option for word in typed)
+    return OPTION_OF_FIELD.get(field, option if is_typed else param)
+
+
+def show_fault(console: Console, fault: NibbleError | Problem, typed: Sequence[str] = ()) -> None:
+    """Print an error with its code, and its remedy, in the words of the terminal: those that were `typed`."""
+    param = (fault.param if isinstance(fault, NibbleError) else None) or ""
+    option, message = option_of(param, typed), fault.message
+    if param and message.startswith(f"{param}: "):
+        message = option + message.removeprefix(param)
+    elif param not in message and option not in message:
+        message = f"{message} ({option})"
+    message = with_options(message)
     console.print(f"[bold red]error[/] {escape(message)} [dim]\\[{escape(fault.code)}][/]")
     if fault.remedy:
         console.print(f"[bold]remedy[/] {escape(in_terminal_words(fault.code, fault.remedy))}")

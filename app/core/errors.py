@@ -49,6 +49,8 @@ FIELD_FAULTS = {
     "model_attributes_type": "a JSON object is needed",
     "model_type": "a JSON object is needed",
     "bool_type": "true or false is needed",
+    "byte_size": "it is not a size: write it as 24GB",
+    "byte_size_unit": "it is not a size: write it as 24GB",
 }
 
 

@@ -23,10 +23,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import SecretStr, StringConstraints
+from pydantic import SecretStr
 from redis import Redis
 
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
+from app.core.records.forms import Form
 from app.core.records.specs import Frozen, Kept
 from app.core.settings import Settings
 
@@ -40,7 +41,10 @@ KEYS = "nibble:keys"
 REVOKED = "nibble:keys:revoked"
 USE_STEP_S = 60.0  # resolution of a key's last use
 
-TenantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+TenantName = Annotated[
+    str,
+    Form(r"^[a-z0-9][a-z0-9_-]{0,62}$", "a tenant's name: lower-case letters, digits, - and _, at most 63"),
+]
 
 
 class Scope(StrEnum):

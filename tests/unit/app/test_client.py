@@ -24,6 +24,7 @@ from app.client import (
     TooMany,
     Unavailable,
 )
+from app.client.errors import split_remedy
 from app.client.paths import is_loopback
 from app.client.server_sent import Message, Messages
 from app.client.views import Page
@@ -361,3 +362,21 @@ def test_a_method_says_what_it_takes() -> None:
     assert list(signature(NibbleClient.jobs).parameters) == ["self", "state", "label", "limit", "after"]
     assert signature(NibbleClient.jobs) == signature(AsyncNibbleClient.jobs)
     assert (NibbleClient.jobs.__doc__ or "").startswith("A page of jobs")
+
+
+@pytest.mark.parametrize(
+    ("message", "parts"),
+    [
+        ("no such model (use a name)", ("no such model", "use a name")),
+        (
+            "9 (of 8) tokens (send fewer (or none))",
+            ("9 (of 8) tokens", "send fewer (or none)"),
+        ),
+        ("no remedy", ("no remedy", "")),
+        ("a call f(x)", ("a call f(x)", "")),
+        ("an odd )", ("an odd )", "")),
+        ("", ("", "")),
+    ],
+)
+def test_an_inference_routes_remedy_is_told_from_its_message(message: str, parts: tuple[str, str]) -> None:
+    assert split_remedy(message) == parts
