@@ -134,8 +134,8 @@ function Composer({ chat }) {
       <textarea id="message" ref=${field} rows="2" placeholder="Write a message; Enter sends it" value=${text}
         onInput=${(event) => setText(event.target.value)} onKeyDown=${onKey}></textarea>
       ${chat.stop
-        ? html`<button type="button" class="danger" onClick=${chat.stop}>Stop</button>`
-        : html`<button type="submit" class="main">Send</button>`}
+        ? html`<button key="stop" type="button" class="danger" onClick=${chat.stop}>Stop</button>`
+        : html`<button key="send" type="submit" class="main">Send</button>`}
     </form>
   </div>`;
 }

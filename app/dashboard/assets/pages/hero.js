@@ -54,13 +54,19 @@ export function bestOf(report) {
   return [best, published.length < 2 ? "" : near.length ? `, the smallest ${of} within 1 % of the original's perplexity` : `, the nearest to the original ${of}`];
 }
 
+/** The artifact of the candidate that `bestOf` finds. */
+export function bestArtifact(report, artifacts) {
+  const [best] = bestOf(report);
+  return artifacts.find((artifact) => artifact.summary.label === best?.label) ?? artifacts[0];
+}
+
 export function Hero({ report, artifacts }) {
   const [best, why] = bestOf(report);
   const deployments = usePolled(may("deployments:read") ? "/v1/deployments?limit=100" : null, 15);
   if (!best) return null;
-  const artifact = artifacts.find((each) => each.summary.label === best.label) ?? artifacts[0];
+  const artifact = bestArtifact(report, artifacts);
   const weights = Math.max(...Object.values(best.bytes));
-  const deployment = artifact && deployments.value?.data.find((each) => each.artifact === artifact.id);
+  const deployment = artifact && deployments.value?.data.find((each) => each.artifact === artifact.id && !each.original);
   const speaks = deployment?.servers.some((each) => each.state === "ready");
   return html`<section class="hero" aria-labelledby="result">
     <div class="title"><h2 id="result">Result <small>${best.label}${why}</small></h2>

@@ -7,8 +7,9 @@ import { usePolled } from "../polling.js";
 import { QualityPlot, plotted } from "../quality_plot.js";
 import { Table } from "../table.js";
 import { html, useState } from "../ui.js";
+import { Answers } from "./answers.js";
 import { intervalInWords, textInWords } from "./figures.js";
-import { Hero } from "./hero.js";
+import { Hero, bestArtifact } from "./hero.js";
 
 const size = (candidate) => Math.max(...Object.values(candidate.bytes));
 const share = (value) => (typeof value === "number" ? `${(100 * value).toFixed(1)} %` : "–");
@@ -272,7 +273,9 @@ function Unfinished({ report }) {
 export function ReportSection({ path, artifacts, children }) {
   const polled = usePolled(path, () => null);
   if (path === null) return children;
+  const best = polled.value?.complete && bestArtifact(polled.value, artifacts);
   return html`${polled.value?.complete && html`<${Hero} report=${polled.value} artifacts=${artifacts} />`}
+    ${best && html`<${Answers} key=${best.id} artifact=${best} artifacts=${artifacts} />`}
     ${children}
     <${Loaded} polled=${polled}>${(report) => (report.complete === false ? html`<${Unfinished} report=${report} />` : html`<${ReportBody} report=${report} />`)}<//>`;
 }
