@@ -31,7 +31,7 @@ pytestmark = needs_chromium
 @pytest.mark.timeout(480)
 def test_from_the_form_to_the_chat(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
-    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_role("combobox", name="Model").fill(example_model.as_uri())
     page.get_by_text("Nearly lossless").click()
     page.get_by_text("Customize, or compare").click()
     page.get_by_label("KV cache").select_option("fp8")
@@ -181,7 +181,7 @@ def test_a_hidden_tab_asks_nothing(visit: Visit) -> None:
 
 def test_refusals_stand_beside_their_fields(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
-    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_role("combobox", name="Model").fill(example_model.as_uri())
     page.get_by_text("Target, text, limits").click()
     page.get_by_label("Tokens per window").fill("few")
     field = page.locator(".field-bad")
@@ -212,7 +212,7 @@ def test_a_template_keeps_what_has_no_field(visit: Visit, example_model: Path) -
 
 def test_a_job_without_an_evaluation_from_form_to_artifact(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
-    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_role("combobox", name="Model").fill(example_model.as_uri())
     page.get_by_label("Compare with the original").uncheck()
     page.get_by_label("Scheme").select_option("fp8")
     expect(page.get_by_text("nothing will be known of the model's quality")).to_be_visible()

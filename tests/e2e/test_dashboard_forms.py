@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
@@ -23,7 +26,7 @@ pytestmark = needs_chromium
 
 def test_a_refusal_goes_with_its_cause(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
-    model = page.get_by_role("textbox", name="Model")
+    model = page.get_by_role("combobox", name="Model")
     expect(model).to_be_focused()
     model.fill(example_model.as_uri())
     page.get_by_text("Target, text, limits").click()
@@ -44,7 +47,7 @@ def test_a_refusal_goes_with_its_cause(visit: Visit, example_model: Path) -> Non
 def test_what_would_be_refused_cannot_be_submitted(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
     submit = page.get_by_role("button", name="Submit job")
-    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_role("combobox", name="Model").fill(example_model.as_uri())
     page.get_by_text("Target, text, limits").click()
     page.get_by_label("Time limit").fill("0")
     expect(submit).to_be_disabled()
@@ -62,7 +65,7 @@ def test_what_would_be_refused_cannot_be_submitted(visit: Visit, example_model: 
 def test_a_folder_is_a_model(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
     with page.expect_request("**/v1/estimates") as sent:
-        page.get_by_role("textbox", name="Model").fill(str(example_model))
+        page.get_by_role("combobox", name="Model").fill(str(example_model))
     assert sent.value.post_data_json["model"] == example_model.as_uri()
     expect(page.get_by_text("bits per weight")).to_be_visible()
 
@@ -97,7 +100,7 @@ def test_fields_that_a_method_ignores_are_hidden(
 
 def test_several_recipes_in_one_job(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
-    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_role("combobox", name="Model").fill(example_model.as_uri())
     page.get_by_text("Customize, or compare").click()
     page.get_by_role("button", name="Add a recipe").click()
     second = page.get_by_role("group", name="Recipe 2")
@@ -125,7 +128,7 @@ DROP = """([zone, name, text]) => {
 
 def test_a_text_of_ones_own_is_dropped_and_previewed(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
-    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_role("combobox", name="Model").fill(example_model.as_uri())
     page.get_by_text("Target, text, limits").click()
     page.get_by_label("Tokens per window").fill("32")
     text = "The river ran past the mill and the mill stood still. " * 8
@@ -200,7 +203,7 @@ def test_a_result_that_was_there_before_says_so(visit: Visit, example_model: Pat
 def test_a_service_that_is_away_does_not_refuse(visit: Visit, example_model: Path) -> None:
     """On a page that polls nothing: a banner, no word of a refusal, and a way back at once."""
     page = visit.open("/jobs/new")
-    page.get_by_role("textbox", name="Model").fill(example_model.as_uri())
+    page.get_by_role("combobox", name="Model").fill(example_model.as_uri())
     expect(page.get_by_text("bits per weight")).to_be_visible()
     page.context.set_offline(True)
     page.get_by_text("Small", exact=True).click()
@@ -238,3 +241,173 @@ def test_an_old_login_link_is_a_page_or_the_dashboard(browser: Browser, service:
     expect(stranger.get_by_role("alert")).to_have_count(0)
     stranger.close()
     page.close()
+
+
+# Fields of a job's body without one in the form, and why.
+WITHOUT_FIELD = {
+    "calibration.texts": "a text is uploaded, which gives a reference",
+    "evaluation.texts": "a text is uploaded, which gives a reference",
+    "deploy.vllm": "the options that the deployments' dialog has; others by the API",
+}
+
+
+def leaves(schema: dict[str, Any], schemas: dict[str, Any], path: str = "") -> Iterator[str]:
+    """The paths of all fields below a schema; of lists, those of their entries."""
+    if "$ref" in schema:
+        yield from leaves(schemas[schema["$ref"].rsplit("/", 1)[1]], schemas, path)
+    elif "properties" in schema:
+        for name, inner in schema["properties"].items():
+            yield from leaves(inner, schemas, f"{path}.{name}" if path else name)
+    elif "items" in schema and any(key in schema["items"] for key in ("$ref", "properties")):
+        yield from leaves(schema["items"], schemas, path)
+    elif branches := [each for each in schema.get("anyOf", []) if each.get("type") != "null"]:
+        for branch in branches:
+            yield from leaves(branch, schemas, path)
+    else:
+        yield path
+
+
+def fields_of_the_form(page: Page) -> set[str]:
+    paths = page.locator("[data-path]").evaluate_all("nodes => nodes.map((node) => node.dataset.path)")
+    return {re.sub(r"\.\d+", "", path) for path in paths}
+
+
+def test_every_field_of_a_jobs_body_has_one_in_the_form(visit: Visit) -> None:
+    page = visit.open("/jobs/new")
+    page.get_by_text("Customize, or compare").click()
+    page.get_by_text("Search, exceptions").click()
+    page.get_by_role("button", name="Add an exception").click()
+    page.get_by_text("Target, text, limits").click()
+    for label in ("Deploy as", "Push to", "Webhook"):
+        page.get_by_label(label, exact=True).fill("https://example.org/x")
+    page.get_by_text("How it is served").click()
+    shown = fields_of_the_form(page)
+    choice(page, "Search").select_option("evolutionary")
+    shown |= fields_of_the_form(page)
+    choice(page, "Method").select_option("omniquant")
+    shown |= fields_of_the_form(page)
+    choice(page, "Engine").select_option("transformers")
+    shown |= fields_of_the_form(page)
+    document = call(visit.service, "/openapi.json", method="GET")
+    schemas = document["components"]["schemas"]
+    body = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    wanted_paths = set(leaves(body, schemas))
+    assert {"recipe.bits", "recipe.overrides.match", "webhook.url", "hub_token", "labels"} <= wanted_paths
+    excused = {path for path in wanted_paths if any(path.startswith(name) for name in WITHOUT_FIELD)}
+    assert wanted_paths - shown - excused == set()
+    assert {
+        name for name in WITHOUT_FIELD if not any(path.startswith(name) for path in wanted_paths)
+    } == set()
+    assert visit.faults() == []
+
+
+def test_what_the_form_is_filled_with_is_what_is_sent(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    page.get_by_role("combobox", name="Model").fill(str(example_model))
+    page.get_by_text("Customize, or compare").click()
+    page.get_by_text("Search, exceptions").click()
+    page.get_by_label("Kept as they are").fill("lm_head, re:.*layers\\.[0-9]{1,2}\\.self_attn\\.o_proj")
+    page.get_by_label("Clip outliers").select_option("no")
+    page.get_by_role("button", name="Add an exception").click()
+    page.get_by_label("Linears").fill("down_proj")
+    page.get_by_label("Their bits").select_option("8")
+    page.get_by_text("Target, text, limits").click()
+    for label, text in {
+        "Max size of the files": "1GB", "Calibration windows": "4", "Tokens per window": "32",
+        "Evaluation windows": "4", "Tasks": "builtin:continuation", "Documents per task": "8",
+        "Deploy as": "mine", "Push to": "me/mine",
+        "Webhook": "https://93.184.216.34/told", "Hub token": "hf_x", "Labels": "team=search",
+    }.items():  # fmt: skip
+        page.get_by_label(label, exact=True).fill(text)
+    page.get_by_label("If nothing meets it").select_option("publish")
+    choice(page, "Chat template").select_option("never")
+    page.get_by_label("Served on").select_option("h100")
+    page.get_by_label("Branch").fill("w4")
+    page.get_by_label("Private, if it is new").uncheck()
+    page.get_by_label("job.started").check()
+    page.get_by_text("How it is served").click()
+    with page.expect_request(
+        lambda request: request.url.endswith("/v1/estimates") and "replicas" in str(request.post_data)
+    ) as sent:
+        page.get_by_label("Replicas").fill("2")
+    body = sent.value.post_data_json
+    assert body["recipe"]["ignore"] == ["lm_head", "re:.*layers\\.[0-9]{1,2}\\.self_attn\\.o_proj"]
+    assert body["recipe"]["overrides"] == [{"match": "down_proj", "bits": 8}]
+    assert body["recipe"]["search"] == {"strategy": "grid", "duo_scaling": "both", "clip": False}
+    assert body["target"] == {"max_size": "1GB", "on_miss": "publish"}
+    assert body["calibration"] == {
+        "dataset": "builtin:wikitext2", "num_samples": 4, "sequence_length": 32, "chat_template": "never",
+        "all_experts": False,
+    }  # fmt: skip
+    assert body["evaluation"] == {"num_samples": 4, "tasks": ["builtin:continuation"], "task_limit": 8}
+    assert body["deploy"] == {"name": "mine", "engine": "auto", "replicas": 2, "aliases": []}
+    assert body["push"] == {"repo_id": "me/mine", "revision": "w4", "private": False}
+    assert body["webhook"]["events"] == ["job.succeeded", "job.failed", "job.cancelled", "job.started"]
+    assert (body["hub_token"], body["serve_on"], body["labels"]) == ("hf_x", "h100", {"team": "search"})
+    answer = sent.value.response()
+    assert answer is not None
+    assert answer.status == 200, answer.text()
+
+
+def test_a_model_is_chosen_by_keyboard_from_what_there_is(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    model = page.get_by_role("combobox", name="Model")
+    expect(model).to_be_focused()
+    expect(page.get_by_role("listbox", name="Models")).to_have_count(0)
+    model.press_sequentially("wikitext")
+    options = page.get_by_role("listbox", name="Models").get_by_role("option")
+    expect(options.filter(has_text=str(example_model))).to_have_count(1)
+    expect(model).to_have_attribute("aria-expanded", "true")
+    count = options.count()
+    for _ in range(count):
+        model.press("ArrowDown")
+        active = page.locator(f"#{model.get_attribute('aria-activedescendant')}")
+        expect(active).to_have_attribute("aria-selected", "true")
+        if str(example_model) in active.inner_text():
+            break
+    assert visit.faults() == []
+    model.press("Enter")
+    expect(model).to_have_value(str(example_model))
+    expect(page.get_by_role("listbox", name="Models")).to_have_count(0)
+    expect(page.get_by_text("bits per weight")).to_be_visible()
+    # Escape leaves what is typed.
+    model.fill("wiki")
+    expect(options.first).to_be_visible()
+    model.press("Escape")
+    expect(page.get_by_role("listbox", name="Models")).to_have_count(0)
+    expect(model).to_have_value("wiki")
+    # On the way to it the text is a name on a hub, which the estimate does not reach from here.
+    assert all("503" in complaint for complaint in visit.complaints)
+    visit.complaints.clear()
+
+
+def test_a_sweep_over_models_and_what_is_refused_of_it(visit: Visit, example_model: Path) -> None:
+    page = visit.open("/jobs/new")
+    model = page.get_by_role("combobox", name="Model", exact=True)
+    model.fill(example_model.as_uri())
+    page.get_by_role("button", name="Add a model").click()
+    page.get_by_role("combobox", name="Model 2").fill("file:///nowhere/else")
+    estimate = page.get_by_label("Estimate")
+    expect(estimate).to_contain_text("2 jobs")
+    expect(estimate).to_contain_text("of weights")
+    expect(estimate).to_contain_text("would be refused")
+    page.get_by_label("Name of the sweep").fill("mine")
+    page.get_by_text("Target, text, limits").click()
+    page.get_by_label("Deploy as").fill("one")
+    expect(page.get_by_text("names one result: leave it empty")).to_be_visible()
+    page.get_by_label("Deploy as").fill("")
+    page.get_by_label("Labels").fill("team=search")
+    assert visit.faults() == []
+    page.get_by_role("button", name="Submit 2 jobs").click()
+    told = page.get_by_role("alert").filter(has_text="1 of 2 jobs were not submitted")
+    expect(told).to_contain_text("submitted as job_")
+    expect(told).to_contain_text("/nowhere/else")
+    # Another second model: the first one was submitted already, under the same key.
+    page.get_by_role("combobox", name="Model 2").fill(f"{example_model.as_uri()}/")
+    page.get_by_role("button", name="Submit 2 jobs").click()
+    page.wait_for_url("**/#/jobs?q=sweep%3Dmine")
+    rows = page.locator("li[data-job]")
+    expect(rows).to_have_count(2)
+    for row in rows.all():
+        expect(row).to_contain_text("sweep=mine")
+        expect(row).to_contain_text("team=search")

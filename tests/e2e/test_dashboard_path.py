@@ -18,7 +18,7 @@ TEXT = "The river ran past the mill, and the mill stood still beside the road. "
 def sweep(page: Page, model: str) -> None:
     """Three recipes on an own text, from an empty form."""
     page.get_by_role("link", name="New job", exact=True).click()
-    expect(page.get_by_role("textbox", name="Model")).to_be_focused()
+    expect(page.get_by_role("combobox", name="Model")).to_be_focused()
     page.keyboard.type(model)
     page.get_by_text("Customize, or compare").click()
     for _ in range(2):

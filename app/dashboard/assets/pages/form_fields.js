@@ -11,7 +11,7 @@ export function messagesFor(error, path) {
 /** `faults`: what this page itself finds wrong. */
 export function Field({ label, path, error, hint, faults = [], children }) {
   const messages = [...faults, ...messagesFor(error, path)];
-  return html`<div class=${messages.length ? "field field-bad" : "field"}>
+  return html`<div class=${messages.length ? "field field-bad" : "field"} data-path=${path}>
     <label><span>${label}</span>${children}</label>
     ${hint && html`<small>${hint}</small>`}
     ${messages.map((message) => html`<small class="bad" role="alert" key=${message}>${message}</small>`)}

@@ -57,14 +57,14 @@ export function askedFor(fields) {
   return Object.fromEntries(Object.entries(bodyOf(fields)).filter(([name, value]) => JSON.stringify(value) !== JSON.stringify(usual[name])));
 }
 
-/** Labels, hints and refusals of `fields`; `set(name)` takes the value of one. */
-export function ServingFields({ fields, set, error }) {
+/** Labels, hints and refusals of `fields`; `set(name)` takes the value of one; `under`: where they are in the body. */
+export function ServingFields({ fields, set, error, under = "" }) {
   const input = (name, more = {}) => html`<input value=${fields[name]} inputmode="decimal" onInput=${(event) => set(name)(event.target.value)} ...${more} />`;
-  return html`<${Field} label="Replicas" path="replicas" error=${error} hint="servers, each with a copy of the model">${input("replicas")}<//>
-    <${Field} label="Idle timeout (seconds)" path="idle_timeout_s" error=${error} hint="unloaded after it; the next request loads it">${input("idle_timeout_s", { placeholder: "never unloaded" })}<//>
-    <${Field} label="Further names" path="aliases" error=${error} hint="separated by commas">${input("aliases", { inputmode: "text" })}<//>
-    <${Field} label="Engine" path="engine" error=${error}><${Choice} value=${fields.engine} onChange=${set("engine")} options=${ENGINES} /><//>
-    <${Field} label="Dtype" path="dtype" error=${error} hint="of what is computed, and of the cache"><${Choice} value=${fields.dtype} onChange=${set("dtype")} options=${DTYPES} /><//>
+  return html`<${Field} label="Replicas" path=${`${under}replicas`} error=${error} hint="servers, each with a copy of the model">${input("replicas")}<//>
+    <${Field} label="Idle timeout (seconds)" path=${`${under}idle_timeout_s`} error=${error} hint="unloaded after it; the next request loads it">${input("idle_timeout_s", { placeholder: "never unloaded" })}<//>
+    <${Field} label="Further names" path=${`${under}aliases`} error=${error} hint="separated by commas">${input("aliases", { inputmode: "text" })}<//>
+    <${Field} label="Engine" path=${`${under}engine`} error=${error}><${Choice} value=${fields.engine} onChange=${set("engine")} options=${ENGINES} /><//>
+    <${Field} label="Dtype" path=${`${under}dtype`} error=${error} hint="of what is computed, and of the cache"><${Choice} value=${fields.dtype} onChange=${set("dtype")} options=${DTYPES} /><//>
     ${OPTIONS.filter(([, , , engines]) => engines.includes(fields.engine)).map(([path, label, hint, , blank]) =>
-      html`<${Field} key=${path} label=${label} path=${path} error=${error} hint=${hint}>${input(path, { placeholder: blank })}<//>`)}`;
+      html`<${Field} key=${path} label=${label} path=${`${under}${path}`} error=${error} hint=${hint}>${input(path, { placeholder: blank })}<//>`)}`;
 }
