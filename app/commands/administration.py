@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 
 # A limit, the figure of use beside it, and what both are called.
 FIGURES = (
-    ("active_jobs", "active_jobs", "jobs that wait or run"),
-    ("running_jobs", "running_jobs", "jobs that run"),
+    ("active_jobs", "active_jobs", "queued and running jobs"),
+    ("running_jobs", "running_jobs", "running jobs"),
     ("storage_bytes", "storage_bytes", "storage"),
     ("requests_per_minute", "", "requests per minute"),
 )
-Count = Annotated[int | None, typer.Option(min=0, help="The most; 0: no limit.", show_default=False)]
+Count = Annotated[int | None, typer.Option(min=0, help="Most at a time; 0: no limit.", show_default=False)]
 
 
 def limits(
-    tenant: Annotated[str, typer.Argument(metavar="TENANT", help="A tenant; yours, if you are no operator.")],
+    tenant: Annotated[
+        str,
+        typer.Argument(metavar="TENANT", help="Only operators may name another tenant than their own."),
+    ],
     *,
     active_jobs: Count = None,
     running_jobs: Count = None,
@@ -65,7 +68,10 @@ def byte_count(written: str) -> int:
         return int(TypeAdapter(ByteSize).validate_python(written))
     except ValidationError as fault:
         raise InvalidRequest(
-            f"{written} is no size", code="size_invalid", remedy="write it as 500GB or 2TB", param="storage"
+            f"{written} is not a size",
+            code="size_invalid",
+            remedy="write it as 500GB or 2TB",
+            param="storage",
         ) from fault
 
 

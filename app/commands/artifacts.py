@@ -119,4 +119,4 @@ def delete(
     if service.as_json:
         print_json({"id": whole, "deleted": True})
     else:
-        stdout().print(f"{escape(whole)} is gone")
+        stdout().print(f"{escape(whole)} is deleted")

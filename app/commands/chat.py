@@ -42,7 +42,7 @@ PARAMETERS: dict[str, tuple[type[float] | type[int], float, float]] = {
     "max_tokens": (int, 1, 2**31),
     "seed": (int, -(2**63), 2**63 - 1),
 }
-SOURCES = {"model": "the model's own", "default": "the usual: the model names none"}
+SOURCES = {"model": "the model's own", "default": "Nibble's default: the model sets none"}
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,19 @@ class Conversation:
 class Sampling:
     """The options of an answer: fields of a request. What is None is left to the model."""
 
-    temperature: Annotated[float | None, option("0 always picks the likeliest token.", least=0)] = None
+    temperature: Annotated[float | None, option("0 always picks the most likely token.", least=0)] = None
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Choose among this share of likely tokens.", show_default=False),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Sample from the most likely tokens of this total probability.",
+            show_default=False,
+        ),
     ] = None
-    top_k: Annotated[int | None, option("Choose among so many likeliest tokens.", least=0)] = None
-    repetition_penalty: Annotated[float | None, option("Above 1: repeat less.", least=0.01)] = None
-    max_tokens: Annotated[int | None, option("Longest answer in tokens.", least=1)] = None
+    top_k: Annotated[int | None, option("Sample from this many of the most likely tokens.", least=0)] = None
+    repetition_penalty: Annotated[float | None, option("Above 1 repeats less.", least=0.01)] = None
+    max_tokens: Annotated[int | None, option("Maximum length of the answer, in tokens.", least=1)] = None
     seed: Annotated[int | None, option("Sampling seed; the same seed repeats the answer.")] = None
 
 
@@ -148,7 +153,7 @@ def chat(
 
 
 def sampling_text(sampling: Mapping[str, Any], asked: Mapping[str, float | int]) -> str:
-    """`temperature 0.7, top_p 0.95 (the usual: the model names none); seed 3 (yours)`."""
+    """`temperature 0.7, top_p 0.95 (Nibble's default: the model sets none); seed 3 (yours)`."""
     rest = {name: value for name, value in sampling.get("parameters", {}).items() if name not in asked}
     origin = SOURCES.get(str(sampling.get("source")), "the server's")
     listed = [
@@ -156,7 +161,7 @@ def sampling_text(sampling: Mapping[str, Any], asked: Mapping[str, float | int])
         for values, source in ((rest, origin), (asked, "yours"))
         if values
     ]
-    return "; ".join(listed) or "sampled as the server does by itself"
+    return "; ".join(listed) or "sampling: the server's default"
 
 
 def converse(
@@ -205,7 +210,7 @@ def command(talk: Conversation, line: str, console: Console) -> None:
         set_parameter(talk, rest, console)
     else:
         if word != "/help":
-            console.print(f"there is no {escape(word)}")
+            console.print(f"unknown command {escape(word)}")
         console.print(HELP)
 
 
@@ -274,4 +279,4 @@ def whole_answer(client: NibbleClient, talk: Conversation) -> dict[str, Any]:
 
 def waiting(console: Console, seconds: float) -> None:
     if console.is_terminal:
-        console.print(f"[dim]it is loading; asking again in {seconds:.0f} s[/]")
+        console.print(f"[dim]the model is loading; trying again in {seconds:.0f} s[/]")

@@ -59,24 +59,25 @@ class Servers:
         ),
     ] = "auto"
     replicas: Annotated[int, typer.Option(metavar="N", min=1, max=16, help="Number of servers.")] = 1
-    aliases: Annotated[
-        list[str] | None, option("A further name; may be repeated.", "--alias", metavar="NAME")
-    ] = None
+    aliases: Annotated[list[str] | None, option("Another name; repeatable.", "--alias", metavar="NAME")] = (
+        None
+    )
     dtype: Annotated[
         str | None,
         option(
-            "Of computing and cache: float16, bfloat16, float32.",
+            "Data type of computation and cache: float16, bfloat16, float32.",
             values=("auto", "float16", "bfloat16", "float32"),
         ),
     ] = None
-    max_model_len: Annotated[int | None, option("Of a prompt and its answer.", metavar="TOKENS", least=1)] = (
-        None
-    )
+    max_model_len: Annotated[
+        int | None, option("Longest prompt with its answer.", metavar="TOKENS", least=1)
+    ] = None
     max_num_seqs: Annotated[
-        int | None, option("Requests that run at once; more wait.", metavar="N", least=1)
+        int | None, option("Requests served at the same time; others wait.", metavar="N", least=1)
     ] = None
     cache_share: Annotated[
-        float | None, option("transformers: of the free memory for the cache, as 0.5.", metavar="SHARE")
+        float | None,
+        option("transformers: the cache's share of free memory, such as 0.5.", metavar="SHARE"),
     ] = None
     idle_timeout_s: Annotated[
         int | None, option("Unload after this long without a request.", "--idle-timeout", metavar="SECONDS")
@@ -113,7 +114,7 @@ def deploy(
             )
         print_answer(deployment, show_deployment, as_json=service.as_json)
         if not service.as_json:
-            stdout().print(f"\ntalk to it: [bold]nibble chat {escape(name)}[/]")
+            stdout().print(f"\nchat with it: [bold]nibble chat {escape(name)}[/]")
 
 
 def is_ready(each: DeploymentAnswer) -> bool:
@@ -191,12 +192,12 @@ def delete(name: Name, *, yes: Yes = False, service: Service) -> None:
     with service.connect() as client:
         deployment = deployment_of(client, name)
         confirm(f"delete the deployment {deployment.name}?", yes=yes)
-        with service.console.status(f"{escape(deployment.name)} finishes its requests"):
+        with service.console.status(f"{escape(deployment.name)} is finishing its requests"):
             client.delete_deployment(deployment.id, wait=True)
     if service.as_json:
         print_json({"id": deployment.id, "name": deployment.name, "deleted": True})
     else:
-        stdout().print(f"{escape(deployment.name)} is gone")
+        stdout().print(f"{escape(deployment.name)} is deleted")
 
 
 def change(name: str, changes: dict[str, Any], service: Service, *, until: Until | None = None) -> None:
@@ -258,9 +259,9 @@ def replace(
 @deployments.command()
 def alias(
     name: Name,
-    aliases: Annotated[list[str], typer.Argument(metavar="ALIAS...", help="Further names.")],
+    aliases: Annotated[list[str], typer.Argument(metavar="ALIAS...", help="Additional names.")],
     *,
-    remove: Annotated[bool, typer.Option("--remove", help="Take these names away.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove these names.")] = False,
     service: Service,
 ) -> None:
     """Give a deployment further names, which requests may use, or take some away."""
@@ -289,7 +290,7 @@ def show_deployments(console: Console, items: Iterable[DeploymentAnswer]) -> Non
 def show_deployment(console: Console, each: DeploymentAnswer) -> None:
     console.print(f"[bold]{escape(each.name)}[/]  {each.state}  {each.id}  {subject(each)}")
     if each.aliases:
-        console.print(f"also called {escape(', '.join(each.aliases))}")
+        console.print(f"aliases: {escape(', '.join(each.aliases))}")
     if each.reason:
         console.print(escape(each.reason))
     grid = table(">server", "state", "engine", "worker", ">running", ">waiting", ">restarts")

@@ -87,7 +87,7 @@ def uncertainty(candidate: Figures) -> str:
     """The interval that the change of the perplexity lies in."""
     interval = candidate.get("perplexity_ratio_interval")
     if interval is None:
-        return "" if candidate.get("perplexity_ratio") is None else "of the perplexity unknown"
+        return "" if candidate.get("perplexity_ratio") is None else "the perplexity's interval is unknown"
     return f"95 % interval {percent(interval['low']).removesuffix(' %')} to {percent(interval['high'])}"
 
 

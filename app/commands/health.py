@@ -17,7 +17,7 @@ def check_worker() -> None:
     settings = read_settings()
     if settings.redis_url is None:
         raise Unavailable(
-            "NIBBLE_REDIS_URL is not set: heartbeats can't be read", code="redis_unknown",
+            "NIBBLE_REDIS_URL is not set, so heartbeats can't be read", code="redis_unknown",
             remedy="set it to the Redis that the worker uses",
         )  # fmt: skip
     host = socket.gethostname()

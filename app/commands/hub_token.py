@@ -43,7 +43,7 @@ def read_hub_token(source: str | None) -> str | None:
 def checked(text: str) -> str:
     token = text.strip()
     if not token:
-        raise refused("it holds no token")
+        raise refused("it is empty")
     return token
 
 

@@ -32,16 +32,17 @@ option = partial(option_groups.option, panel=RECIPE)
 IdempotencyKey = Annotated[
     str | None, option("Submitting twice with the same key creates one job.", panel=SERVICE)
 ]
-Labels = Annotated[list[str] | None, option("key=value; may be repeated.", "--label", panel=SERVICE)]
-Timeout = Annotated[int | None, option("Longest run in seconds; default 14400.", panel=SERVICE)]
-QueueTimeout = Annotated[int | None, option("Longest wait for a worker in seconds.", panel=SERVICE)]
+Labels = Annotated[list[str] | None, option("key=value; repeatable.", "--label", panel=SERVICE)]
+Timeout = Annotated[int | None, option("Time limit of the run in seconds; default 14400.", panel=SERVICE)]
+QueueTimeout = Annotated[int | None, option("Longest wait for a worker, in seconds.", panel=SERVICE)]
 PriorityName = Annotated[
     str | None, option("high, normal (default) or low.", values=("high", "normal", "low"), panel=SERVICE)
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Compute again what was made before.", rich_help_panel=SERVICE)
+    bool,
+    typer.Option("--force", help="Compute again even if a result exists.", rich_help_panel=SERVICE),
 ]
-Webhook = Annotated[str | None, option("URL that hears of the job's end.", panel=SERVICE)]
+Webhook = Annotated[str | None, option("URL to notify when the job ends.", panel=SERVICE)]
 PushTo = Annotated[
     str | None,
     typer.Option(
@@ -62,7 +63,7 @@ class JobOptions:
     scheme: Annotated[
         str | None,
         option(
-            "Numbers of weights and inputs: w4a16 and its like (default), fp8, w8a8, nvfp4, mxfp4, …",
+            "Number formats of weights and inputs: w4a16 and similar (default), fp8, w8a8, nvfp4, mxfp4, …",
             values=get_args(SchemeName),
         ),
     ] = None
@@ -92,7 +93,7 @@ class JobOptions:
     max_ratio: Annotated[
         float | None,
         option(
-            "Quality target: recipes are tried until one meets it; 1.01 allows one percent more perplexity.",
+            "Quality target: tries recipes until one meets it; 1.01 allows one percent more perplexity.",
             "--max-perplexity-ratio",
             panel=TARGET,
         ),
@@ -100,33 +101,35 @@ class JobOptions:
     max_kl: Annotated[
         float | None,
         option(
-            "Quality target: the most KL to the original, in nats per token.", "--target-kl", panel=TARGET
+            "Quality target: highest KL to the original, in nats per token.",
+            "--target-kl",
+            panel=TARGET,
         ),
     ] = None
     min_recovery: Annotated[
         float | None,
         option(
-            "Quality target: the least share of the original's task scores, such as 0.99; needs --task.",
+            "Quality target: lowest share of the original's task scores, such as 0.99; needs --task.",
             panel=TARGET,
         ),
     ] = None
     max_size: Annotated[
         str | None,
         option(
-            "Target: files of at most so many bytes, such as 5GB; alone: the least error within them.",
+            "Target: largest size of the files, such as 5GB; alone: the smallest error within it.",
             panel=TARGET,
         ),
     ] = None
     formats: Annotated[
         list[str] | None,
         option(
-            f"{', '.join(get_args(FormatName))}; may be repeated; default compressed-tensors.",
+            f"{', '.join(get_args(FormatName))}; repeatable; default compressed-tensors.",
             "--format",
             values=get_args(FormatName),
         ),
     ] = None
     num_samples: Annotated[int | None, option("Number of calibration windows.", panel=TEXTS)] = None
-    sequence_length: Annotated[int | None, option("Tokens per window of calibration.", panel=TEXTS)] = None
+    sequence_length: Annotated[int | None, option("Tokens per calibration window.", panel=TEXTS)] = None
     dataset: Annotated[
         str | None,
         option(
@@ -144,12 +147,12 @@ class JobOptions:
     ] = None
     eval_samples: Annotated[int | None, option("Number of evaluation windows.", panel=TEXTS)] = None
     eval_sequence_length: Annotated[
-        int | None, option("Tokens per window of evaluation; default as calibration's.", panel=TEXTS)
+        int | None, option("Tokens per evaluation window; default: as for calibration.", panel=TEXTS)
     ] = None
     evaluated: Annotated[
         bool | None,
         option(
-            "Whether the outcome is judged; method rtn can do without: any safetensors, tensor by tensor.",
+            "Whether to measure the result; method rtn works without: any safetensors, tensor by tensor.",
             "--evaluation/--no-evaluation",
             panel=TEXTS,
         ),
@@ -157,12 +160,12 @@ class JobOptions:
     tasks: Annotated[
         list[str] | None,
         option(
-            f"A task to score: {', '.join(BUNDLED_TASKS)} or one of lm-eval's; repeatable.",
+            f"A task to evaluate: {', '.join(BUNDLED_TASKS)} or one of lm-eval's; repeatable.",
             "--task",
             panel=TEXTS,
         ),
     ] = None
-    task_limit: Annotated[int | None, option("Documents of each task; default all.", panel=TEXTS)] = None
+    task_limit: Annotated[int | None, option("Documents per task; default: all.", panel=TEXTS)] = None
     serve_on: Annotated[
         str | None,
         option(
@@ -237,13 +240,13 @@ def job_body(
         held = body.get(section)
         if changes and held is not None and not isinstance(held, dict):
             raise typer.BadParameter(
-                f"options can't change the {section} of the file: it is no object", param_hint="--spec"
+                f"options can't change the {section} of the file: it is not an object", param_hint="--spec"
             )
         if changes:
             body[section] = {**(held or {}), **changes}
     if options.evaluated is False:
         if "evaluation" in sections(options):
-            raise typer.BadParameter("options of the evaluation contradict it", param_hint="--no-evaluation")
+            raise typer.BadParameter("it contradicts the evaluation's options", param_hint="--no-evaluation")
         body["evaluation"] = None
     return body
 

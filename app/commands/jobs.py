@@ -106,7 +106,7 @@ def show_next_steps(console: Console, job: JobAnswer) -> None:
     """What can be done with a new job; with one whose result was there already."""
     if job.is_terminal:
         if job.reused_from is not None:
-            console.print(f"made before, by {job.reused_from}; --force computes it again")
+            console.print(f"{job.reused_from} has this result already; --force computes it again")
         steps = [(f"nibble report {job.id}", "what was won")]
     else:
         steps = [
@@ -135,7 +135,7 @@ def follow(client: NibbleClient, whole: str, *, as_json: bool) -> None:
         try:
             job = watch_job(client, whole, console)
         except KeyboardInterrupt:
-            stderr().print(f"the job goes on: nibble watch {whole} follows it")
+            stderr().print(f"the job goes on; nibble watch {whole} shows it")
             stderr().print(f"nibble cancel {whole} stops it")
             raise
         show_end(client, job, console)
@@ -147,7 +147,7 @@ def show_end(client: NibbleClient, job: JobAnswer, console: Console) -> None:
     """The ended job, what was won, and what can be done next."""
     show_job(console, job)
     if job.state != "succeeded":
-        console.print(f"what it did until then: nibble report {job.id}")
+        console.print(f"what it did before that: nibble report {job.id}")
         return
     show_outcome(console, report_or_nothing(client, job.id))
     console.print(f"all figures: nibble report {job.id}")
@@ -214,7 +214,7 @@ def events(job: JobId, *, service: Service) -> None:
 def logs(
     job: JobId,
     *,
-    follow_on: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    follow_on: Annotated[bool, typer.Option("--follow", "-f", help="Follow until the job ends.")] = False,
     service: Service,
 ) -> None:
     """Print what a job did, line by line, and what its process wrote if it crashed."""

@@ -59,7 +59,7 @@ def create(
 def list_keys(
     context: typer.Context,
     *,
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.", show_default=False)] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only keys of this tenant.", show_default=False)] = None,
     service: Service,
 ) -> None:
     """List keys with their tenant, scopes and last use."""

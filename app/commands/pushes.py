@@ -37,11 +37,11 @@ def push(
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="A hub repository, account/name.")],
     *,
     public: Annotated[
-        bool, typer.Option("--public/--private", help="What a new repository becomes.")
+        bool, typer.Option("--public/--private", help="Visibility of a new repository.")
     ] = False,
     branch: Annotated[
         str | None,
-        typer.Option(help="Branch; created where it is missing. Default main.", show_default=False),
+        typer.Option(help="Branch, created if it is missing; default main.", show_default=False),
     ] = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Message of the commit.", show_default=False)
@@ -88,7 +88,7 @@ def tag(
     *,
     remove: Annotated[
         list[str] | None,
-        typer.Option("--remove", help="A tag to take from it; repeatable.", show_default=False),
+        typer.Option("--remove", help="A tag to remove; repeatable.", show_default=False),
     ] = None,
     service: Service,
 ) -> None:

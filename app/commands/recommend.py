@@ -58,7 +58,7 @@ def show_recommendation(console: Console, document: Mapping[str, Any]) -> None:
 
     chosen = document.get("recommended")
     memory = size_text(document.get("usable_bytes"))
-    console.print(f"{escape(str(document.get('device_title')))}, {memory} of its memory")
+    console.print(f"{escape(str(document.get('device_title')))}, {memory} of memory to use")
     choices = [one for one in (chosen, *document.get("alternatives", [])) if one]
     grid = table("!scheme", "!method", ">size", ">bits/weight", "?>sequences", "?>room", "?>tokens of cache")
     for choice in choices:

@@ -72,7 +72,7 @@ def require_own(names: Iterable[str], own: Iterable[str], noun: str, owner: str)
         raise NotFound(
             f"{owner} has no {noun} {', '.join(absent)}",
             code="name_not_found",
-            remedy=f"take away of: {', '.join(present)}" if present else f"nothing: it has no {noun}",
+            remedy=f"remove one of: {', '.join(present)}" if present else f"nothing: it has no {noun}",
         )
 
 
@@ -103,7 +103,7 @@ def whole_id(written: str, noun: str, newest_first: Callable[[], Iterable[str]])
         raise InvalidRequest(
             f"{len(alike)} {noun}s begin with {written}: {', '.join(alike[:SHOWN])}{more}",
             code="id_ambiguous",
-            remedy="type more characters; the newest is `last`",
+            remedy="type more characters, or `last` for the newest",
         )
     return alike[0]
 

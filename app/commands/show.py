@@ -136,9 +136,9 @@ def event_text(event: EventAnswer) -> str:
         case "failure":
             return f"its process failed [{payload.get('code')}]"
         case "checkpoint":
-            return f"kept {str(payload.get('key', '')).rpartition('/')[2]}"
+            return f"saved {str(payload.get('key', '')).rpartition('/')[2]}"
         case "resumed":
-            return f"goes on after {counted(payload.get('checkpoints') or 0, 'checkpoint')}{of_attempt}"
+            return f"resumed after {counted(payload.get('checkpoints') or 0, 'checkpoint')}{of_attempt}"
     return ", ".join(
         f"{name} {text_of(value)}" for name, value in payload.items() if value not in (None, "", [], {})
     )
@@ -262,7 +262,7 @@ def show_unjudged(console: Console, report: Mapping[str, Any]) -> None:
     candidates = report.get("candidates", [])
     formats = list(dict.fromkeys(name for candidate in candidates for name in candidate.get("bytes", {})))
     grid = table(
-        "candidate", *[f">{name}" for name in formats], ">bits/weight", ">error of a linear's weights",
+        "candidate", *[f">{name}" for name in formats], ">bits/weight", ">weight error by linear",
         title=escape(model_text(report)),
     )  # fmt: skip
     original = report.get("original", {})
@@ -277,7 +277,7 @@ def show_unjudged(console: Console, report: Mapping[str, Any]) -> None:
             f"{share_text(errors[0])} to {share_text(errors[-1])}" if errors else "",
         )
     console.print(grid)
-    console.print("not evaluated: nothing is known of the quality")
+    console.print("not evaluated: its quality is unknown")
     show_stages(console, report.get("stages", {}), report.get("prediction") or {})
     show_use(console, report)
     show_notes(console, report)
@@ -291,9 +291,9 @@ def show_unfinished(console: Console, report: Mapping[str, Any]) -> None:
     if report.get("error") is not None:
         show_fault(console, Problem.model_validate(report["error"]))
     if not report.get("attempts"):
-        console.print(f"no worker had begun with it in {human_seconds(report.get('waited_s'))}")
+        console.print(f"no worker started it within {human_seconds(report.get('waited_s'))}")
     elif stage is None:
-        console.print(f"it ended in attempt {report['attempts']}, before any stage")
+        console.print(f"it ended in attempt {report['attempts']}, before the first stage")
     else:
         done = f", {finished} of {counted(layers or 0, 'layer')} finished" if finished is not None else ""
         console.print(f"it ended in the stage {escape(stage)}{done}, attempt {report.get('attempts')}")
@@ -477,7 +477,7 @@ def show_decisions(console: Console, candidate: Mapping[str, Any]) -> None:
 
 def decision_text(linear: Mapping[str, Any]) -> str:
     if linear.get("bits") is None:
-        return f"keep their precision, {linear.get('reason')}"
+        return f"unquantized, {linear.get('reason')}"
     if linear.get("scheme"):
         return str(linear["scheme"])
     return f"{linear['bits']} bits, group size {linear.get('group_size')}"

@@ -11,7 +11,7 @@ from app.commands.terminal import Service, print_json, stdout
 
 def gc(
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what to be removed.")] = False,
     service: Service,
 ) -> None:
     """Remove unreferenced data: incomplete uploads, checkpoints of ended jobs, expired records."""
@@ -24,4 +24,4 @@ def gc(
     names = (*collected.checkpoints, *collected.artifacts, *collected.jobs, *collected.datasets)
     for name in names:
         console.print(name)
-    console.print(f"{len(names)} {'would be removed' if dry_run else 'removed'}")
+    console.print(f"{len(names)} {'to be removed' if dry_run else 'removed'}")

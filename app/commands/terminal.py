@@ -111,7 +111,7 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise Conflict(
-            f"{question.rstrip('?')}: nobody can be asked, standard input is no terminal",
+            f"{question.rstrip('?')}: can't ask for confirmation: standard input is not a terminal",
             code="confirmation_needed",
             remedy="add --yes",
         )

@@ -79,7 +79,7 @@ class Voice:
         self.console.rule(f"[bold green]Nibble is ready at {escape(url)}")
         for line in (
             f"[bold]{escape(link)}[/]",
-            "open it in a browser: it signs in, once, within ten minutes",
+            "open it in a browser to sign in; it works once, within ten minutes",
             "",
             f"API key  {escape(key)}",
             f"models   {escape(models)}",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 datasets = CommandGroup("Upload, list, show and delete texts of your own.", no_args_is_help=True)
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help=f"A dataset: {AS_ID}.")]
-SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens of the windows that are counted.")]
+SequenceLength = Annotated[int, typer.Option(min=8, help="Tokens per window, for the count of windows.")]
 
 
 def dataset_id(client: NibbleClient, written: str) -> str:
@@ -46,7 +46,7 @@ def upload(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A text file: .jsonl, .json, .csv, .tsv or .txt, also packed as .gz.",
+            help="A text file: .jsonl, .json, .csv, .tsv or .txt, or any of them as .gz.",
         ),
     ],
     *,
@@ -56,7 +56,7 @@ def upload(
     """Upload a text for calibration and evaluation, and show what was read of it."""
     if not file.is_file():
         raise InvalidRequest(
-            f"there is no file {file}", code="text_source_invalid", remedy="give a text file of this machine"
+            f"there is no file {file}", code="text_source_invalid", remedy="name a text file on this machine"
         )
     with service.connect() as client:
         dataset = client.upload_dataset(file.name, file, sequence_length=sequence_length)
@@ -105,7 +105,7 @@ def delete(dataset: DatasetId, *, yes: Yes = False, service: Service) -> None:
     if service.as_json:
         print_json({"id": whole, "deleted": True})
     else:
-        stdout().print(f"{escape(whole)} is gone")
+        stdout().print(f"{escape(whole)} is deleted")
 
 
 def show_datasets(console: Console, datasets: Iterable[DatasetAnswer]) -> None:

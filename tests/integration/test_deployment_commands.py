@@ -55,9 +55,9 @@ def test_deploy_chat_and_delete(
     assert nibble("chat", "tiny") == 0
     spoken = capsys.readouterr().out
     assert "t0 t1 t2" in spoken
-    assert "temperature 0.7, top_p 0.95 (the usual: the model names none)" in spoken
+    assert "temperature 0.7, top_p 0.95 (Nibble's default: the model sets none)" in spoken
     assert "temperature is 0.5" in spoken
-    assert "0 messages are left" in spoken
+    assert "no messages left" in spoken
 
     assert nibble("deployments", "delete", "tiny", "--yes") == 0
     assert nibble("chat", "tiny", "hello") == 1
@@ -107,18 +107,18 @@ def test_deploy_tells_why_nothing_can_be_served(floor: Floor, capsys: pytest.Cap
 def test_a_deployment_is_changed_while_it_serves(floor: Floor, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = floor.artifact(), floor.artifact(prefix="new ")
     assert nibble("deploy", old, "--name", "tiny", "--alias", "small", "--max-num-seqs", "4") == 0
-    assert "also called small" in capsys.readouterr().out
+    assert "aliases: small" in capsys.readouterr().out
     assert nibble("deployments", "scale", "tiny", "2", "--json") == 0
     scaled = json.loads(capsys.readouterr().out)
     assert [server["state"] for server in scaled["servers"]] == ["ready", "ready"]
     assert nibble("deployments", "scale", "small", "1") == 0  # an alias is a name here, too
     assert nibble("deployments", "alias", "tiny", "other") == 0
     assert nibble("deployments", "alias", "tiny", "small", "--remove") == 0
-    assert "also called other" in capsys.readouterr().out
+    assert "aliases: other" in capsys.readouterr().out
     assert nibble("deployments", "alias", "tiny", "small", "other", "--remove") == 1  # it has that no more
     refusal = capsys.readouterr().err
     assert "tiny has no alias small" in refusal
-    assert "take away of: other" in refusal
+    assert "remove one of: other" in refusal
     assert nibble("deployments", "alias", "tiny", "--remove", "nobodys") == 1
     assert nibble("tag", old, "--remove", "production") == 1
     assert f"{old} has no tag production" in capsys.readouterr().err

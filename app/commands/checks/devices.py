@@ -73,7 +73,7 @@ def check_kernels(on_kernel: Callable[[Mapping[str, Any]], None]) -> Check:
             on_kernel(facts)
     if "error" in facts or "source" in facts:
         remedy = (
-            "install PyTorch's CUDA build or the CUDA toolkit; kernels are compiled when first used otherwise"
+            "install PyTorch's CUDA build or the CUDA toolkit; otherwise kernels are compiled at first use"
         )
         return Check("cuda kernels", "warning", str(facts.get("error", UNFINISHED)), remedy)
     counts = ", ".join(f"{count} for {name}" for name, count in facts["kernels"].items())
@@ -106,7 +106,7 @@ def facts_of(module: str, limit_s: float) -> dict[str, Any]:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except (OSError, subprocess.SubprocessError) as fault:
-        return {"error": f"the probe did not end: {fault}"}
+        return {"error": f"the probe failed: {fault}"}
     if answer.returncode:
         return {"error": (answer.stderr.strip().splitlines() or ["it can't be imported"])[-1]}
     facts: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
@@ -134,8 +134,8 @@ def check_driver(names: list[str], facts: Mapping[str, Any]) -> Check:
     listing = ", ".join(f"{device['name']} (compute capability {device['capability']})" for device in devices)
     foreign = [device["name"] for device in devices if not device["own_kernels"]]
     if foreign:
-        remedy = "nothing to do: Triton or PyTorch computes there, slower; own kernels are for 8.x and 9.x"
-        return Check("gpu", "warning", f"{listing}: no kernels of our own for {', '.join(foreign)}", remedy)
+        remedy = "nothing to do: those of Triton or PyTorch are used; Nibble's need 8.x, 9.x, 10.x or 12.x"
+        return Check("gpu", "warning", f"{listing}: Nibble has no kernels for {', '.join(foreign)}", remedy)
     return Check("gpu", "ok", listing)
 
 
@@ -143,7 +143,7 @@ def check_cuda_compiler(facts: Mapping[str, Any]) -> Check:
     version = facts.get("cuda_compiler")
     if version:
         return Check("cuda compiler", "ok", str(version))
-    remedy = "install PyTorch's CUDA build (it brings NVRTC), or nvcc; until then Triton or PyTorch computes"
+    remedy = "install PyTorch's CUDA build (it brings NVRTC), or nvcc; Triton or PyTorch are used until then"
     return Check("cuda compiler", "warning", "neither nvcc nor NVRTC", remedy)
 
 
@@ -151,12 +151,12 @@ def check_compiler(facts: Mapping[str, Any]) -> Check:
     """Check the compiler of the CPU kernels, which are compiled at first use."""
     fault = facts.get("compiler_error")
     if fault:
-        remedy = "install g++ (apt install g++); until then PyTorch's own kernels compute on the CPU, slower"
+        remedy = "install g++ (apt install g++); until then PyTorch's slower kernels are used on the CPU"
         return Check("c++ compiler", "warning", str(fault), remedy)
     lacking = facts.get("cpu_lacks")
     if lacking:
         finding = (
-            f"{facts.get('compiler')}; the processor lacks {', '.join(lacking)}: PyTorch's kernels compute"
+            f"{facts.get('compiler')}; the processor lacks {', '.join(lacking)}: PyTorch's kernels are used"
         )
         return Check("c++ compiler", "ok", finding)
     return Check("c++ compiler", "ok", str(facts.get("compiler")))

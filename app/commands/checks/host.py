@@ -56,7 +56,7 @@ def check_cache(settings: Settings) -> Check:
         folder = Path.home() / ".cache" / "nibble"
     except RuntimeError as fault:
         return Check("cache folder", "problem", str(fault), "set HOME to a writable folder")
-    remedy = "set HOME to a writable folder: without it kernels are slower, or compiled at each start"
+    remedy = "set HOME to a writable folder: without it kernels are slower, or are compiled at every start"
     return writable("cache folder", folder, remedy)
 
 

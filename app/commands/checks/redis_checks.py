@@ -101,7 +101,7 @@ def check_eviction(facts: dict[str, Any]) -> Check:
 def check_persistence(facts: dict[str, Any]) -> Check:
     name = "redis persistence"
     if not int(facts.get("aof_enabled", 0)):
-        finding = "appendonly is off: jobs that were accepted are lost when it restarts"
+        finding = "appendonly is off: accepted jobs are lost when it restarts"
         return Check(name, "problem", finding, "set `appendonly yes` and `appendfsync everysec`")
     if facts.get("aof_last_write_status", "ok") != "ok":
         return Check(name, "problem", "its last write to the append-only file failed", "free its disk")

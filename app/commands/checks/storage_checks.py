@@ -47,5 +47,5 @@ def probe(store: ObjectStore, key: str) -> Check | None:
         remedy = "use storage with conditional writes: AWS S3, MinIO, SeaweedFS 3.8x or a folder"
         return Check(NAME, "problem", finding, remedy)
     if store.get(key) != PROBE or store.read_range(key, 2, 6) != PROBE[2:6]:
-        return Check(NAME, "problem", "it returns other bytes than were written", "don't use this storage")
+        return Check(NAME, "problem", "what it returns is not what was written", "don't use this storage")
     return None

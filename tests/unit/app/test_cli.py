@@ -263,7 +263,7 @@ def test_submit_says_what_comes_next(service: Canned, capsys: pytest.CaptureFixt
 def test_a_result_that_was_there_is_said_to_be(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
     service.answers["POST /v1/jobs"] = (200, {**JOB, "reused_from": "job_0"})
     assert run("submit", "a/b", "--url", service.url) == 0
-    assert "made before, by job_0; --force computes it again" in capsys.readouterr().out
+    assert "job_0 has this result already; --force computes it again" in capsys.readouterr().out
 
 
 def test_retry_takes_more_time(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def said(*lines: str) -> tuple[str, Conversation]:
 
 def test_a_command_that_does_not_exist_is_named() -> None:
     text, _ = said("/nix")
-    assert text.startswith("there is no /nix")
+    assert text.startswith("unknown command /nix")
     assert "/undo" in text
 
 

@@ -31,7 +31,7 @@ def test_a_change_beyond_it_is_not() -> None:
     unsaid = {name: value for name, value in beyond.items() if name != "beyond_noise"}
     assert "noise" not in dict(outcome_lines(ORIGINAL, unsaid))["perplexity"]
     unknown = {**CANDIDATE, "perplexity_ratio_interval": None}
-    assert dict(outcome_lines(ORIGINAL, unknown))["uncertain"] == "of the perplexity unknown"
+    assert dict(outcome_lines(ORIGINAL, unknown))["uncertain"] == "the perplexity's interval is unknown"
 
 
 def test_what_was_not_measured_has_no_line() -> None:

@@ -20,7 +20,7 @@ def test_the_recipe_stands_first_with_its_size_and_room() -> None:
     found = recommended("h100", "24GB", sequences=14)
     text = shown(found)
     assert found.recommended is not None
-    assert "NVIDIA H100 SXM, 22.1 GB of its memory" in text
+    assert "NVIDIA H100 SXM, 22.1 GB of memory to use" in text
     assert "fp8 + FP8 cache rtn rows 9.1 GB 8.0" in text
     assert f"1. fp8: {found.recommended.why[:40]}" in text
     assert text.index("1. fp8") < text.index("w4a16: four bits") < text.index("not nvfp4:")

@@ -114,7 +114,7 @@ def test_commands_take_short_ids(written: str, service: Canned, capsys: pytest.C
     assert run("report", written, "--json", "--url", service.url) == 0
     assert run("cancel", written, "--url", service.url) == 0
     assert run("artifacts", "delete", written.replace("job_", "art_"), "--yes", "--url", service.url) == 0
-    assert f"art_{IDS[0][4:]} is gone" in capsys.readouterr().out
+    assert f"art_{IDS[0][4:]} is deleted" in capsys.readouterr().out
 
 
 def test_nothing_is_deleted_unasked(service: Canned, capsys: pytest.CaptureFixture[str]) -> None:

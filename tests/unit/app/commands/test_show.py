@@ -71,7 +71,7 @@ def test_a_report_without_an_evaluation_shows_sizes_and_errors_of_weights() -> N
     text = text_of(show_report, document)
     for part in ("rtn fp8", "rtn mxfp4", "3.5 MB", "7.0 MB", "8.01", "1.9% to 2.6%", "10.75", "a note"):
         assert part in text
-    assert "not evaluated: nothing is known of the quality" in text
+    assert "not evaluated: its quality is unknown" in text
     assert not any(word in text for word in ("perplexity", "KL", "None", "nan"))
 
 
@@ -139,7 +139,7 @@ def test_the_report_of_a_job_without_a_result_shows_what_it_did() -> None:
     ):  # fmt: skip
         assert part in text
     waited: dict[str, object] = {"complete": False, "state": "cancelled", "attempts": 0, "waited_s": 60}
-    assert "no worker had begun with it in 1 min 00 s" in text_of(show_report, waited)
+    assert "no worker started it within 1 min 00 s" in text_of(show_report, waited)
 
 
 def test_an_estimate_shows_figures_and_notes() -> None:
