@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -169,6 +170,14 @@ class Operations:
         return self.exchange.read(
             views.DeliveryPage, Call("GET", job_route(id_of(job), "webhook-deliveries"))
         )
+
+    @returns
+    def recent_webhook_deliveries(
+        self, *, state: str | None = None, limit: int = 50, after: str | None = None
+    ) -> Flow[views.DeliveryPage]:
+        """A page of the newest webhooks about any job, newest first."""
+        params = query({"state": state, "limit": limit, "after": after})
+        return self.exchange.read(views.DeliveryPage, Call("GET", "/v1/webhook-deliveries", params=params))
 
     @returns
     def redeliver(self, job: JobLike, delivery_id: str) -> Flow[views.DeliveryAnswer]:
@@ -391,8 +400,27 @@ class Operations:
         return self.exchange.read(views.GarbageAnswer, call)
 
     @returns
-    def audit(self, *, limit: int = 100, after: str | None = None) -> Flow[views.AuditPage]:
-        params = query({"limit": limit, "after": after})
+    def storage(self) -> Flow[views.StorageAnswer]:
+        return self.exchange.read(views.StorageAnswer, Call("GET", "/v1/storage"))
+
+    @returns
+    def settings(self) -> Flow[views.SettingPage]:
+        """The settings of the API process, for operators; what is secret is masked."""
+        return self.exchange.read(views.SettingPage, Call("GET", "/v1/settings"))
+
+    @returns
+    def audit(
+        self,
+        words: str | None = None,
+        *,
+        key: str | None = None,
+        since: datetime | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> Flow[views.AuditPage]:
+        """A page of changes and logins, newest first; with `words`, those in which all of them occur."""
+        moment = since.isoformat() if since is not None else None
+        params = query({"q": words, "key": key, "since": moment, "limit": limit, "after": after})
         return self.exchange.read(views.AuditPage, Call("GET", "/v1/audit", params=params))
 
     # Access. A key is shown once: if that answer is lost, a retry is refused and names the key.

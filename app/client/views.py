@@ -227,6 +227,25 @@ class LimitsAnswer(ServiceAnswer):
     usage: dict[str, int]
 
 
+class StorageAnswer(ServiceAnswer):
+    """What the caller's tenant stores: `count` and `bytes` of each kind."""
+
+    tenant: str
+    artifacts: dict[str, int]
+    datasets: dict[str, int]
+    is_complete: bool = True
+
+
+class SettingAnswer(ServiceAnswer):
+    """A setting in force; `value` is None if it is empty, and masked if it is secret."""
+
+    name: str
+    value: str | None = None
+    is_set: bool = False
+    is_secret: bool = False
+    meaning: str = ""
+
+
 class SecretAnswer(ServiceAnswer):
     secret: str
 
@@ -243,6 +262,7 @@ class GarbageAnswer(ServiceAnswer):
     artifacts: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
+    bytes: int | None = None  # of the folders, with `dry_run`
 
 
 ItemT = TypeVar("ItemT")
@@ -273,4 +293,5 @@ WorkerPage = Page[WorkerAnswer]  # Live workers.
 KeyPage = Page[KeyAnswer]  # Keys, oldest first.
 DeliveryPage = Page[DeliveryAnswer]  # Webhooks of a job, oldest first.
 RegistryPage = Page[VersionsAnswer]  # Models, the one with the newest artifact first.
+SettingPage = Page[SettingAnswer]  # Settings, in the order of the code.
 AuditPage = Page[AuditAnswer]  # Changes, newest first.

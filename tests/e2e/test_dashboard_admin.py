@@ -254,7 +254,7 @@ def test_storage_is_looked_at_before_anything_is_removed(visit: Visit) -> None:
     (lost / "layer-0").write_bytes(b"x" * 2000)
     page.get_by_role("button", name="Find what can go").click()
     expect(page.get_by_text("Can go: 1 checkpoint, 2.0 kB")).to_be_visible()
-    page.get_by_text("1 checkpoints of jobs").click()
+    page.get_by_text("Checkpoints of jobs that no longer need them (1)").click()
     expect(page.get_by_text(f"checkpoints/{lost.name}")).to_be_visible()
     assert visit.faults() == []
     assert lost.exists()

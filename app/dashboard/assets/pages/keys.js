@@ -72,7 +72,7 @@ function Revoke({ item, onChange }) {
 
 const columns = (onChange) => [
   ["Name", (item) => html`${item.name || "–"}${item.id === whoIsSignedIn().key && html` <span class="label">yours</span>`}`],
-  ["Id", (item) => html`<code>${item.id}</code>`],
+  ["Id", (item) => html`<code>${item.id}</code>`, "long"],
   ["Scopes", (item) => html`<span class="scope-list">${item.scopes.join(", ")}</span>`, "long"],
   ...(may("operator") ? [["Tenant", (item) => item.tenant]] : []),
   ["Created", (item) => html`<span title=${date(item.created_at)}>${age(item.created_at)}</span>`],

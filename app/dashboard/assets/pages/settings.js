@@ -10,12 +10,12 @@ import { Search } from "./jobs.js";
 
 function Value({ setting }) {
   if (setting.value === null) return html`<small>empty</small>`;
-  return html`<code class="digest"><${Reference} text=${setting.value} /></code>${setting.value.includes("***") && html` <small>hidden</small>`}`;
+  return html`<code class="digest value"><${Reference} text=${setting.value} /></code>${setting.value.includes("***") && html` <small>hidden</small>`}`;
 }
 
 const COLUMNS = [
   ["Setting", (setting) => html`<code class="whole">${setting.name}</code>`, "long"],
-  ["Value", (setting) => html`<${Value} setting=${setting} />`],
+  ["Value", (setting) => html`<${Value} setting=${setting} />`, "long"],
   ["From", (setting) => (setting.is_set ? html`<strong>set</strong>` : "default")],
   ["Meaning", (setting) => setting.meaning, "long"],
 ];

@@ -9,10 +9,10 @@ import { Administration } from "./administration.js";
 
 // [field, one, several, what it is]
 const KINDS = [
-  ["checkpoints", "checkpoint", "checkpoints", "checkpoints of jobs that no longer need them"],
-  ["artifacts", "artifact", "artifacts", "artifacts that were never finished or whose job has no result"],
-  ["datasets", "upload", "uploads", "uploads that were interrupted"],
-  ["jobs", "job record", "job records", "records of jobs older than the retention time"],
+  ["checkpoints", "checkpoint", "checkpoints", "Checkpoints of jobs that no longer need them"],
+  ["artifacts", "artifact", "artifacts", "Artifacts that were never finished or whose job has no result"],
+  ["datasets", "upload", "uploads", "Uploads that were interrupted"],
+  ["jobs", "job record", "job records", "Records of jobs older than the retention time"],
 ];
 const countOf = (garbage) => KINDS.reduce((sum, [field]) => sum + garbage[field].length, 0);
 const inWords = (garbage) => KINDS.filter(([field]) => garbage[field].length > 0)
@@ -24,7 +24,7 @@ function Found({ garbage, onCollected }) {
   return html`<div class="stack">
     <p role="status">Can go: <strong>${inWords(garbage)}</strong>, ${bytes(garbage.bytes)} in storage.</p>
     ${KINDS.filter(([field]) => garbage[field].length > 0).map(([field, , , meaning]) => html`<details key=${field}>
-      <summary>${garbage[field].length} ${meaning}</summary>
+      <summary>${meaning} (${garbage[field].length})</summary>
       <ul class="names">${garbage[field].map((name) => html`<li key=${name}><code>${name}</code></li>`)}</ul></details>`)}
     <div class="actions"><${Confirmed} label="Remove them" kind="main" question=${`Remove ${inWords(garbage)}?`} action=${collect}
       consequence="Their files are deleted for good. What came into use meanwhile stays." /></div>

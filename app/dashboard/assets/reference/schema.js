@@ -5,7 +5,7 @@ import { Prose } from "./prose.js";
 const NAME = /^#\/components\/schemas\/(.+)$/;
 const nameOf = (schema) => NAME.exec(schema.$ref ?? "")?.[1] ?? null;
 // [the least, the most, of what]
-const LIMITS = [["minimum", "maximum", ""], ["minLength", "maxLength", " characters"], ["minItems", "maxItems", " items"], ["minProperties", "maxProperties", " entries"]];
+const LIMITS = [["minimum", "maximum", ""], ["minLength", "maxLength", " characters"], ["minItems", "maxItems", " items"], ["minProperties", "maxProperties", " fields"]];
 
 const branches = (schema) => schema.anyOf ?? schema.oneOf ?? schema.allOf ?? null;
 
@@ -28,9 +28,11 @@ function mentioned(schema) {
   return [...(branches(schema) ?? []), schema.items, typeof schema.additionalProperties === "object" ? schema.additionalProperties : null].flatMap(mentioned);
 }
 
+const counted = (count, what) => `${count}${count === 1 ? what.replace(/s$/, "") : what}`;
+
 function rangesOf(schema) {
   const ranges = LIMITS.map(([least, most, what]) => [schema[least], schema[most], what]).filter(([low, high]) => low !== undefined || high !== undefined)
-    .map(([low, high, what]) => (high === undefined ? `at least ${low}${what}` : low === undefined ? `at most ${high}${what}` : `${low} to ${high}${what}`));
+    .map(([low, high, what]) => (high === undefined ? `at least ${counted(low, what)}` : low === undefined ? `at most ${counted(high, what)}` : `${low} to ${counted(high, what)}`));
   if (schema.exclusiveMinimum !== undefined) ranges.push(`more than ${schema.exclusiveMinimum}`);
   if (schema.exclusiveMaximum !== undefined) ranges.push(`less than ${schema.exclusiveMaximum}`);
   return ranges;
