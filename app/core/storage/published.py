@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
@@ -20,7 +20,6 @@ from app.core.storage.storage_keys import ARTIFACTS, manifest_key, report_key
 log = logging.getLogger(__name__)
 
 NEAR = 1.01  # times the original's perplexity
-ID_TIME = slice(4, 14)  # the part of an id that names its time, which a job and its artifacts share
 
 
 class ReportHead(Kept):
@@ -46,17 +45,30 @@ def read_manifest(objects: ObjectStore, art_id: str) -> ArtifactManifest | None:
 
 def published_before(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
     """The artifacts of a job whose attempt died between its last manifest and its last record."""
+    ids = announced(objects, job) or ()  # where no report can be read another attempt writes it again
+    whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
+    return ids if ids and whole else None
+
+
+def announced(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
+    """The artifacts that the job's report names, which is stored before the first of their manifests.
+
+    None if it is damaged.
+    """
     try:
         report = ReportHead.model_validate_json(objects.get(report_key(job.id)))
     except NotFound:
-        return None
-    except ValidationError:  # another attempt writes it again, and meets the manifests if there are any
+        return ()
+    except ValidationError:
         log.warning("the stored report of %s can't be read", job.id)
         return None
-    published = report.published if report.published is not None else range(len(job.spec.recipes))
-    ids = tuple(artifact_id(job.id, index, name) for index in published for name in job.spec.formats)
-    whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
-    return ids if ids and whole else None
+    return outputs_of(job) if report.published is None else outputs_of(job, report.published)
+
+
+def outputs_of(job: Job, recipes: Iterable[int] | None = None) -> tuple[str, ...]:
+    """The ids that these recipes' artifacts have, by default those of the request."""
+    indices = range(len(job.spec.recipes)) if recipes is None else recipes
+    return tuple(artifact_id(job.id, index, name) for index in indices for name in job.spec.formats)
 
 
 def figures_of(objects: ObjectStore, artifacts: Sequence[str]) -> ResultFigures | None:
@@ -101,14 +113,15 @@ def withdraw(objects: ObjectStore, limits: TenantLimits, job: Job) -> list[str]:
 
     An attempt that dies between the manifests of two formats has made one of them visible.
     """
+    visible = announced(objects, job)
     withdrawn = []
-    for art_id in objects.list_folders_like(ARTIFACTS, f"art_{job.id[ID_TIME]}"):
+    for art_id in outputs_of(job) if visible is None else visible:
         try:
             manifest = read_manifest(objects, art_id)
-        except RecordUnreadable as fault:  # perhaps of another job
+        except RecordUnreadable as fault:
             log.warning("not withdrawn with %s: %s", job.id, fault.message)
             continue
-        if manifest is not None and manifest.job == job.id:
+        if manifest is not None:
             discard(objects, limits, manifest)
             withdrawn.append(art_id)
     return withdrawn
