@@ -145,13 +145,13 @@ def chat(page: Page) -> None:
 LOAD = """async (lasting) => {
   const until = performance.now() + lasting;
   for (let tokens = 40; performance.now() < until; tokens = Math.min(150, tokens + 20)) {
-    await Promise.all([1, 2, 3].map((each) => fetch("/v1/completions", {
+    await Promise.all([1, 2, 3, 3, 3].map((each) => fetch("/v1/completions", {
       method: "POST", headers: { "Content-Type": "application/json" },
       body: JSON.stringify({
         model: "wikitext-w4", prompt: "The king", max_tokens: tokens * each, ignore_eos: true,
       }),
     })));
-    await new Promise((resolve) => setTimeout(resolve, 1200));
+    await new Promise((resolve) => setTimeout(resolve, 200));
   }
 }"""
 

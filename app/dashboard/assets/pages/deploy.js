@@ -27,7 +27,7 @@ export function DeployButton({ artifact, suggested, kind = "main" }) {
   return html`<${DialogButton} label="Deploy" title="Deploy this model" kind=${kind} action=${deploy} failure="Not deployed">${(error) => html`
     <${Field} label="Model name" path="name" error=${error} hint="What clients send as “model”.">
       <input value=${name} required maxlength="96" onInput=${(event) => setName(event.target.value)} /><//>
-    <label class="tick"><input type="checkbox" checked=${original} onChange=${(event) => setOriginal(event.target.checked)} /> Its original, not quantized, as a baseline</label>
+    <label class="tick"><input type="checkbox" checked=${original} onChange=${(event) => setOriginal(event.target.checked)} /> Serve the original instead, not quantized, as a baseline</label>
     <details open=${isOpen || Boolean(error)} onToggle=${(event) => setOpen(event.currentTarget.open)}><summary>Options</summary><div class="fields"><${ServingFields} fields=${fields} set=${set} error=${error} /></div></details>
     <${AsCurl} path="/v1/deployments" body=${body} />`}<//>`;
 }

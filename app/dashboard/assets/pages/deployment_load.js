@@ -18,7 +18,7 @@ function Totals({ servers }) {
   const sum = (key) => servers.reduce((all, each) => all + each[key], 0);
   const inTime = (key) => duration(mean(servers.map((each) => each[key])));
   return html`<${Facts} rows=${[
-    ["Answers", `${sum("answers")}, with ${sum("tokens")} tokens`],
+    ["Answers", `${sum("answers").toLocaleString()}, with ${sum("tokens").toLocaleString()} tokens`],
     ["First token, mean", inTime("first")],
     ["Between tokens, mean", inTime("between")],
     ["Whole answer, mean", inTime("whole")],
