@@ -55,10 +55,12 @@ function ModelInput({ id, value, onChange, onPaste, input }) {
     <input id=${id} role="combobox" aria-autocomplete="list" aria-expanded=${isShown} aria-controls=${list} aria-activedescendant=${isShown && active >= 0 ? `${list}-${active}` : undefined}
       autocomplete="off" autocapitalize="none" spellcheck=${false} required ref=${input} value=${value} placeholder="Qwen/Qwen3-0.6B"
       onInput=${(event) => (setOpen(true), setActive(-1), onChange(event.target.value))} onClick=${() => setOpen(true)} onKeyDown=${onKey} onBlur=${close} onPaste=${onPaste} />
-    <ul class="combo-list" role="listbox" id=${list} aria-label="Models" hidden=${!isShown}>
-      ${sources.map((source, index) => html`<${Option} key=${source.reference} source=${source} id=${`${list}-${index}`} isActive=${index === active} onChoose=${choose} />`)}
-    </ul>
-    ${isOpen && hub === "no_answer" && html`<small class="combo-note" role="status">The hub does not answer: only recent models and folders are listed.</small>`}
+    <div class="combo-list" hidden=${!isShown}>
+      <ul role="listbox" id=${list} aria-label="Models">
+        ${sources.map((source, index) => html`<${Option} key=${source.reference} source=${source} id=${`${list}-${index}`} isActive=${index === active} onChoose=${choose} />`)}
+      </ul>
+      ${hub === "no_answer" && html`<small role="status">The hub does not answer: recent models and folders alone are listed.</small>`}
+    </div>
   </div>`;
 }
 
