@@ -1,4 +1,4 @@
-"""A newcomer in Chromium: own text, three recipes, the best one deployed, and all of it removed."""
+"""A newcomer in Chromium: own text, three recipes, the best beside its original, and all of it removed."""
 
 from __future__ import annotations
 
@@ -65,18 +65,32 @@ def test_a_newcomers_path(visit: Visit, example_model: Path) -> None:
     expect(page.locator(".message-assistant")).to_contain_text("8 tokens")
     visit.open(f"/jobs/{job}")
     expect(result).to_contain_text("tokens/s")
+    talk_beside_the_original(page)
     remove_all(visit, job)
 
 
+def talk_beside_the_original(page: Page) -> None:
+    """On the job's page: the original is served for it, and answers the same question."""
+    page.get_by_text("Answers beside the original").click()
+    for number, prompt in enumerate(("The river", "", "", "", ""), 1):
+        page.get_by_label(f"Prompt {number}", exact=True).fill(prompt)
+    page.get_by_role("button", name="Serve the original and compare").click()
+    pair = page.get_by_role("group", name="Answers to prompt 1")
+    for side in ("Original", "Quantized"):
+        answer = pair.locator(".message").filter(has_text=side)
+        expect(answer).to_contain_text("per second", timeout=120_000)
+
+
 def remove_all(visit: Visit, job: str) -> None:
-    """The deployment, the artifacts and the job, each on its page."""
+    """The deployments, the artifacts and the job, each on its page."""
     page = visit.page
     artifacts = call(visit.service, f"/v1/jobs/{job}", method="GET")["artifacts"]
     visit.open("/deployments")
-    card = page.get_by_role("article").filter(has_text="the-best")
-    card.get_by_role("button", name="Delete").click()
-    card.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(card).to_have_count(0)
+    for name in ("the-best", "-original-"):
+        card = page.get_by_role("article").filter(has_text=name)
+        card.get_by_role("button", name="Delete").click()
+        card.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        expect(card).to_have_count(0)
     for artifact in artifacts:
         visit.open(f"/artifacts/{artifact}")
         page.get_by_role("button", name="Delete").click()
