@@ -94,7 +94,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """The options of an answer: fields of a request. What is None is left to the model."""
 
     temperature: Annotated[float | None, option("0 always picks the most likely token.", least=0)] = None
@@ -121,7 +121,7 @@ def chat(
     ] = None,
     *,
     system: Annotated[str | None, option("System prompt.")] = None,
-    options: Sampling,
+    options: SamplingOptions,
     service: Service,
 ) -> None:
     """Chat with a deployment. With --json: one question, its answer as one document.

@@ -151,7 +151,7 @@ def row_names(rows: Sequence[Row]) -> list[str]:
     several = len({row["model"] for row in rows}) > 1
     names = [f"{model_name(row['model'])} {row['label']}" if several else row["label"] for row in rows]
     return [
-        f"{name} {row['format']}" if names.count(name) > 1 and row["artifact"] else name
+        f"{name} ({row['format']})" if names.count(name) > 1 and row["artifact"] else name
         for row, name in zip(rows, names, strict=True)
     ]
 

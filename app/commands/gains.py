@@ -106,7 +106,7 @@ def percent(ratio: float) -> str:
 
 def same_top_token(candidate: Figures) -> str:
     share = candidate.get("top1_agreement")
-    return "" if share is None else f"the original's for {share:.1%} of the tokens"
+    return "" if share is None else f"same as the original's for {share:.1%} of tokens"
 
 
 def recovered(candidate: Figures) -> str:

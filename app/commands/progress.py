@@ -13,6 +13,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from app.commands.remedies import with_options
 from app.commands.terminal import human_bytes, human_seconds
 from app.core.records.job import Progress
 
@@ -128,7 +129,7 @@ class BarView:
         self.bar.start()
 
     def note(self, message: str) -> None:
-        self.bar.console.print(f"[yellow]note[/] {escape(message)}")
+        self.bar.console.print(f"[yellow]note[/] {escape(with_options(message))}")
 
     def on_device(self, name: str) -> None:
         self.device = name
@@ -164,7 +165,7 @@ class LineView:
         self.line(f"{stage} {progress.fraction:.0%} {', '.join(filter(None, facts))}".rstrip())
 
     def note(self, message: str) -> None:
-        self.line(f"note: {message}")
+        self.line(f"note: {with_options(message)}")
 
     def on_device(self, name: str) -> None:
         self.line(f"runs on {name}")

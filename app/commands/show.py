@@ -36,6 +36,7 @@ FIGURES = {
     "device": "device",
     "basis": "speed of the device",
 }
+BASES = {"nominal": "assumed: not measured yet"}  # what an estimate's rates are, in words
 STATE_COLOURS = {
     "queued": "cyan",
     "running": "blue",
@@ -116,7 +117,11 @@ def show_log_line(console: Console, event: EventAnswer) -> None:
 
 
 def event_text(event: EventAnswer) -> str:
-    """An event in words; of an unknown kind its fields."""
+    """An event in words, with options in place of fields; of an unknown kind its fields."""
+    return with_options(worded(event))
+
+
+def worded(event: EventAnswer) -> str:
     payload = event.payload
     attempt = payload.get("attempt")
     of_attempt = f", attempt {attempt}" if isinstance(attempt, int) and attempt > 1 else ""
@@ -490,7 +495,7 @@ def estimate_text(name: str, value: object) -> str:
         return f"about {human_seconds(value)}"
     if isinstance(value, int) and name == "parameters":
         return human_count(value)
-    return escape(str(value))
+    return escape(BASES.get(str(value), str(value)) if name == "basis" else str(value))
 
 
 def human_count(count: int) -> str:

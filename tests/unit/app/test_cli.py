@@ -315,3 +315,17 @@ def test_an_error_of_an_inference_route_keeps_its_words(
     service.answers["GET /v1/models/nix"] = (404, {"error": error})
     assert run("chat", "nix", "hello", "--url", service.url) == 1
     assert "error the model 'nix' does not exist [model_not_found]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["logs", "events", "report"])
+def test_notes_name_options(command: str, service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "4 evaluation windows leave more noise: raise evaluation.num_samples to 8"
+    event = {"id": "1-0", "kind": "note", "payload": {"code": "plan", "message": note}}
+    service.answers["GET /v1/jobs/job_1/report"] = (200, {"model": "a/b", "notes": [note]})
+    service.answers["GET /v1/jobs/job_1/events"] = (200, {"data": [event]})
+    if command == "events":
+        streamed = f"id: 1-0\nevent: note\ndata: {json.dumps(event)}\n\n"
+        service.answers["GET /v1/jobs/job_1/events"] = (200, streamed)
+        service.then["GET /v1/jobs/job_1/events"] = (204, None)
+    assert run(command, "job_1", "--url", service.url) == 0
+    assert "raise --eval-samples to 8" in capsys.readouterr().out

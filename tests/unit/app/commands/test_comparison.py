@@ -130,4 +130,4 @@ def test_recipes_and_formats_of_a_job_have_names_of_their_own(
     service.answers[f"GET /v1/jobs/{FIRST}"] = (200, {**job(FIRST), "artifacts": ids})
     assert run("compare", FIRST, "--url", service.url) == 0
     names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert names == ["original", "awq w4 g64 awq", "awq w4 g64 compressed-tensors", "rtn w3 g64"]
+    assert names == ["original", "awq w4 g64 (awq)", "awq w4 g64 (compressed-tensors)", "rtn w3 g64"]

@@ -21,7 +21,7 @@ def test_a_change_within_the_interval_is_called_noise() -> None:
         "perplexity": "12.31 → 12.40, +0.70 %: within the noise",
         "uncertain": "95 % interval -0.21 to +1.21 %",
         "KL": "0.0123 nats per token",
-        "top token": "the original's for 94.3% of the tokens",
+        "top token": "same as the original's for 94.3% of tokens",
     }
 
 

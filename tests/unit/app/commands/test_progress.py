@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from rich.console import Console
 
 from app.commands.progress import progress_view
@@ -88,3 +89,11 @@ def test_a_pipe_says_the_device_once_and_use_and_error_with_each_line() -> None:
         "runs on NVIDIA [H100] (host-1)",
         "searching 50% layer 4/8, 1.2 GB, 1.9 cores, GPU 8.0 GB, 97% busy, layer 3: error 0.012",
     ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_note_names_options(*, is_terminal: bool) -> None:
+    written = io.StringIO()
+    with progress_view(Console(file=written, force_terminal=is_terminal, width=100, highlight=False)) as view:
+        view.note("raise evaluation.num_samples")
+    assert "raise --eval-samples" in written.getvalue()
