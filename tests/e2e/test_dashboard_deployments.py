@@ -62,6 +62,35 @@ def test_what_differs_is_sent_with_the_revision_that_was_read(visit: Visit) -> N
     assert visit.faults() == []
 
 
+def test_older_deployments_are_listed_too(visit: Visit) -> None:
+    def reply(route: Route) -> None:
+        old = "after=dep_1" in route.request.url
+        shown = SMALL | ({"id": "dep_0", "name": "old"} if old else {})
+        route.fulfill(json={"object": "list", "data": [shown], "next": "dep_1", "has_more": not old})
+
+    visit.page.route("**/v1/deployments**", reply)
+    page = visit.open("/deployments")
+    expect(page.get_by_role("heading", name="small")).to_be_visible()
+    page.get_by_role("button", name="Older deployments").click()
+    expect(page.get_by_role("heading", name="old")).to_be_visible()
+    expect(page.get_by_role("button", name="Older deployments")).to_have_count(0)
+    assert visit.faults() == []
+
+
+def test_pages_do_without_what_plain_http_lacks(visit: Visit, example_model: Path) -> None:
+    """From another host over HTTP a browser gives neither a clipboard nor `crypto.randomUUID`."""
+    lacks = "for (const [of, name] of [[crypto, 'randomUUID'], [navigator, 'clipboard']])"
+    visit.page.add_init_script(f"{lacks} Object.defineProperty(of, name, {{ value: undefined }});")
+    visit.page.route("**/v1/estimates", lambda route: None)  # none comes before the form is sent
+    page = visit.open("/jobs/new")
+    page.get_by_role("combobox", name="Model").fill(str(example_model / "absent"))
+    page.get_by_role("button", name="Submit job").click()
+    expect(page.get_by_text("The job was refused")).to_be_visible()
+    page, _ = opened(visit, "/deployments/small")
+    page.get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+
+
 def test_options_without_a_field_stay(visit: Visit) -> None:
     vllm = {"tensor_parallel_size": 2, "tool_call_parser": "hermes"}
     page, sent = opened(visit, engine="vllm", vllm=vllm)
@@ -278,7 +307,9 @@ def test_what_is_served_with_its_figures(visit: Visit, artifact: str, original: 
 
 def test_two_real_answers_beside_each_other(visit: Visit, deployed: dict[str, Any]) -> None:
     """The same message under both names of the deployment, with the same seed."""
-    page = visit.open("/deployments/w8/chat")
+    # The charts of the deployment's page go on here.
+    with visit.page.expect_response("**/metrics?*"):
+        page = visit.open("/deployments/w8/chat")
     page.get_by_label("Compare with").select_option("copy")
     page.get_by_text("Parameters").click()
     page.get_by_label("Max tokens").fill("8")

@@ -1,5 +1,6 @@
 // Conversations of the playground, kept in this browser for each tenant: the newest, within a size.
 import { whoIsSignedIn } from "./caller.js";
+import { randomId } from "./random_id.js";
 
 export const MOST = 50;
 export const MOST_CHARACTERS = 1_000_000; // a browser gives a site about five times as many
@@ -8,7 +9,7 @@ const VERSION = 1;
 const place = () => `nibble-conversations ${whoIsSignedIn().tenant}`;
 
 /** One without a turn. `turns`: { question, answers: [{ model, content, said }] }; `parameters`: texts of the fields. */
-export const blank = (model) => ({ id: crypto.randomUUID?.() ?? String(Math.random()), at: Date.now(), models: [model], system: "", parameters: {}, turns: [] });
+export const blank = (model) => ({ id: randomId(), at: Date.now(), models: [model], system: "", parameters: {}, turns: [] });
 
 const areAll = (values, kind) => values.every((value) => typeof value === kind);
 const isFigure = (value) => value === null || typeof value === "number";

@@ -3,7 +3,7 @@ import { age } from "../format.js";
 import { isChanging } from "../deployment_feed.js";
 import { Empty, Loaded, State, Title } from "../parts.js";
 import { usePolled } from "../polling.js";
-import { html } from "../ui.js";
+import { html, useState } from "../ui.js";
 import { DeploymentActions, Hindrance, Replacement } from "./deployment_changes.js";
 
 const pollEvery = (page) => (page.data.some(isChanging) ? 2 : 10);
@@ -34,11 +34,17 @@ function Deployment({ deployment, onChange }) {
   </article>`;
 }
 
+/** Those older than `after`, and behind a button the ones before them. */
+function Deployments({ after = "" }) {
+  const polled = usePolled(`/v1/deployments${after && `?after=${after}`}`, pollEvery);
+  const [isOpen, setOpen] = useState(false);
+  return html`<${Loaded} polled=${polled}>${(page) => html`
+    ${page.data.map((each) => html`<${Deployment} key=${each.id} deployment=${each} onChange=${polled.ask} />`)}
+    ${page.data.length === 0 && !after && html`<${Empty} title="No deployments yet">Open an <a href="#/artifacts">artifact</a> and deploy it.<//>`}
+    ${page.has_more && (isOpen ? html`<${Deployments} after=${page.next} />`
+      : html`<div class="actions"><button type="button" class="quiet" onClick=${() => setOpen(true)}>Older deployments</button></div>`)}`}<//>`;
+}
+
 export function DeploymentsPage() {
-  const polled = usePolled("/v1/deployments", pollEvery);
-  return html`<${Title}>Deployments<//>
-    <${Loaded} polled=${polled}>${(page) =>
-      page.data.length === 0
-        ? html`<${Empty} title="No deployments yet">Open an <a href="#/artifacts">artifact</a> and deploy it.<//>`
-        : page.data.map((each) => html`<${Deployment} key=${each.id} deployment=${each} onChange=${polled.ask} />`)}<//>`;
+  return html`<${Title}>Deployments<//><${Deployments} />`;
 }

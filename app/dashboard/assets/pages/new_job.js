@@ -4,6 +4,7 @@ import { may } from "../caller.js";
 import { bytes, duration, modelName, number, parameters } from "../format.js";
 import { Empty, Facts, Problem, Title, useFirstFocus } from "../parts.js";
 import { useAway } from "../polling.js";
+import { randomId } from "../random_id.js";
 import { html, useEffect, useMemo, useRef, useState } from "../ui.js";
 import { FieldGroups, Ticks } from "./field_groups.js";
 import { messagesFor } from "./form_fields.js";
@@ -147,7 +148,7 @@ function useSubmission(bodies) {
   const texts = bodies.map((body) => JSON.stringify(body));
   useEffect(() => setResults([]), [texts.join("\n")]);
   const sendOne = async (body, text) => {
-    if (!keys.current.has(text)) keys.current.set(text, crypto.randomUUID());
+    if (!keys.current.has(text)) keys.current.set(text, randomId());
     try {
       return { job: await send("POST", "/v1/jobs", body, { headers: { "Idempotency-Key": keys.current.get(text) } }) };
     } catch (error) {
