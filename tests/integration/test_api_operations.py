@@ -307,6 +307,10 @@ def test_browsers_get_the_dashboard_under_a_strict_policy(service: Service) -> N
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
+    with service.client_with(None) as stranger:
+        reference = stranger.get("/docs")
+    assert (reference.status_code, reference.headers["content-security-policy"]) == (200, policy)
+    assert service.client.get("/").json()["links"]["docs"] == "/docs"
     script = service.client.get("/assets/main.js")
     assert script.headers["content-type"].startswith("text/javascript")
     tag = {"If-None-Match": script.headers["etag"]}

@@ -10,7 +10,7 @@ import { Administration } from "./administration.js";
 import { More } from "./audit.js";
 import { Choice } from "./form_fields.js";
 
-const PER_PAGE = 25;
+const PER_PAGE = 15; // few, as it is polled while one is pending
 const STATES = [["", "all"], ["pending", "pending"], ["delivered", "delivered"], ["failed", "failed"]];
 const MASK = `whsec_${"•".repeat(24)}`;
 const whilePending = (entries) => (entries.some((entry) => entry.state === "pending") ? 5 : null);
