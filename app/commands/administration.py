@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from app.commands.lists import print_page
-from app.commands.option_groups import without_none
+from app.commands.option_groups import option, without_none
 from app.commands.show import age_text, print_answer
 from app.commands.terminal import After, Service, human_bytes, table
 from app.core.errors import InvalidRequest
@@ -68,10 +69,9 @@ def byte_count(written: str) -> int:
         return int(TypeAdapter(ByteSize).validate_python(written))
     except ValidationError as fault:
         raise InvalidRequest(
-            f"{written} is not a size",
+            f"--storage {written} is not a size",
             code="size_invalid",
-            remedy="write it as 500GB or 2TB",
-            param="storage",
+            remedy="write it as 500GB or 2TB, or 0 for no limit",
         ) from fault
 
 
@@ -91,14 +91,29 @@ def amount(name: str, count: int | None) -> str:
 
 def audit(
     context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="WORD...", help="Only entries with all these words.", show_default=False),
+    ] = None,
     *,
+    key: Annotated[str | None, option("Only entries of the key with this id.", metavar="KEY_ID")] = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            metavar="DATE",
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"],
+            help="Only since then (UTC).",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Entries to list, newest first.")] = 20,
     after: After = None,
     service: Service,
 ) -> None:
     """List changes and logins: when, with which key, what, and how it was answered; newest first."""
+    moment = since.replace(tzinfo=UTC) if since is not None else None
     with service.connect() as client:
-        page = client.audit(limit=limit, after=after)
+        page = client.audit(" ".join(words or ()) or None, key=key, since=moment, limit=limit, after=after)
     print_page(page, show_audit, context, as_json=service.as_json)
 
 

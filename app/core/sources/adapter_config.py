@@ -21,6 +21,9 @@ from app.core.sources.json_file import ReadableFiles, parse_json
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 1024**2
 MAX_PATTERNS = 4096
+AGAIN = "save the adapter again with peft's save_pretrained"
+# What a model's files are refused with where they are damaged.
+DAMAGED = ("model_config_invalid", "model_header_invalid", "model_file_too_large")
 WRITTEN = "give the folder or repository that peft's save_pretrained has written"
 MERGE = "merge it with peft's merge_and_unload(), save the model, and submit that"
 # What says nothing of the merged weights: how it was trained, and for which modules, which its tensors show.
@@ -134,6 +137,8 @@ def about_adapter() -> Iterator[None]:
         yield
     except ModelRefused as refusal:
         refusal.param = "adapter"
+        if refusal.code in DAMAGED:
+            refusal.code, refusal.remedy = "adapter_invalid", AGAIN
         if refusal.code == "model_not_found":
             refusal.remedy = WRITTEN
         raise
@@ -144,7 +149,7 @@ def adapter_refused(code: str, message: str, remedy: str) -> ModelRefused:
 
 
 def invalid(why: str) -> ModelRefused:
-    return adapter_refused("adapter_invalid", f"{CONFIG}: {why}", "save the adapter again with peft")
+    return adapter_refused("adapter_invalid", f"{CONFIG}: {why}", AGAIN)
 
 
 def unsupported(why: str, remedy: str = MERGE) -> ModelRefused:

@@ -16,6 +16,7 @@ from typing import Any
 from app.core.errors import ModelRefused
 from app.core.records.specs import Frozen
 from app.core.sources.adapter_config import (
+    AGAIN,
     CONFIG,
     MERGE,
     LoraConfig,
@@ -74,7 +75,7 @@ def read_adapter(files: ReadableFiles) -> Adapter:
             raise adapter_refused(
                 "adapter_invalid",
                 f"{files.name} holds no {WEIGHTS}{instead}",
-                "save the adapter again with peft's save_pretrained",
+                AGAIN,
             )
         stored = read_headers(files, [WEIGHTS], sizes)[WEIGHTS]
         other = next((name for name in stored if not name.startswith(PREFIX)), None)

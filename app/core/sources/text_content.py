@@ -146,6 +146,12 @@ def table_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, str | None
         if separator:
             next(reader.reader)
         fields = [field.strip() for field in reader.fieldnames or ()]
+        twice = sorted(field for field in FIELDS.intersection(fields) if fields.count(field) > 1)
+        if twice:
+            raise refused(
+                f"{name}: the header names `{twice[0]}` twice",
+                "keep one column of that name, and rename the other",
+            )
         reader.fieldnames = fields
         line = reader.line_num + 1
         for row in reader:

@@ -339,6 +339,8 @@ FILES: list[tuple[str, bytes, str]] = [
     ("a.csv", b"text;label\nx;1;2\n", "a.csv, line 2: more cells than the header names"),
     ("a.csv", b"question;answer\nx;y\n", "a.csv, line 2: `question;answer`, but none of the fields"),
     ("a.csv", b'text,label\n"x\ny",1\n"x,2\n', "a.csv, line 4: not a row of a table"),
+    ("a.csv", b"text,text\nx,y\n", "a.csv: the header names `text` twice"),
+    ("a.tsv", b"prompt\tcompletion\t prompt\nx\ty\tz\n", "a.tsv: the header names `prompt` twice"),
     ("a.csv", b"text\nx,2\n", "a.csv, line 2: more cells than the header names"),
     ("a.csv", b"prompt,completion\nx,y\nx\n", "a.csv, line 3: `completion` is null beside `prompt`"),
     ("a.csv", b"question,answer\nx,y\n", "a.csv, line 2: `question`, `answer`, but none of the fields"),
@@ -420,3 +422,8 @@ def test_the_guide_names_every_shape_and_ending(repository: Path) -> None:
         assert shape.example in guide
     for suffix in (*SUFFIXES, PACKED):
         assert f"`{suffix}`" in guide
+
+
+def test_columns_that_are_not_read_may_repeat() -> None:
+    content = b"id,text,id,,\n1,x,2,,\n"
+    assert list(documents_of("a.csv", content)) == [Document(text="x")]
