@@ -1,15 +1,13 @@
 """From nothing to an assistant that answers: start the service, quantize a model, serve it, talk to it.
 
 `make chat` runs this. On a terminal a conversation follows; else one question is asked, the first argument,
-and its answer printed. The original answers each question, too, from a server of its own. Everything but the
-fetched model is kept in a temporary folder that goes away at the end.
+and its answer printed. The original answers each question, too, from a deployment of its own. Everything but
+the fetched model is kept in a temporary folder that goes away at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import tempfile
 import time
@@ -17,14 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from demo_model import CHOICES, DemoModel, demo_model
-from local_service import (
-    ORIGINAL,
-    DemoFailed,
-    ended,
-    free_port,
-    running_service,
-    serving_original,
-)
+from local_service import DemoFailed, ended, free_port, running_service
 from rich.console import Console
 from rich.markup import escape
 
@@ -34,6 +25,7 @@ from app.commands.deployments import await_change, is_ready
 from app.commands.gains import show_outcome
 from app.commands.watching import watch_job
 
+ORIGINAL = "original"  # its name
 PORT = 8420  # where `nibble up` listens; another one if it is taken
 
 
@@ -62,45 +54,25 @@ def quantized(client: NibbleClient, console: Console, model: DemoModel, num_samp
     return job
 
 
-def original_folder(client: NibbleClient, job: JobAnswer, model: DemoModel, folder: Path) -> Path:
-    """The unquantized model as the inference server opens it: beside a GGUF file, config and tokenizer."""
-    if (model.folder / "config.json").exists():
-        return model.folder
-    artifact, original = folder / "artifact", folder / ORIGINAL
-    client.download(job.artifacts[0], artifact)
-    original.mkdir()
-    for file in model.folder.iterdir():
-        (original / file.name).symlink_to(file)
-    for pattern in ("tokenizer*", "chat_template*"):
-        for file in artifact.glob(pattern):
-            shutil.copyfile(file, original / file.name)
-    config = json.loads((artifact / "config.json").read_text("utf-8"))
-    del config["quantization_config"]
-    (original / "config.json").write_text(json.dumps(config))
-    return original
-
-
 class Beside:
     """Prints what the original answers to the same conversation; its answer is not added."""
 
-    def __init__(self, original: NibbleClient, console: Console) -> None:
-        self.original, self.console = original, console
+    def __init__(self, client: NibbleClient, console: Console) -> None:
+        self.client, self.console = client, console
         self.pace = Pace()
 
     def __call__(self, talk: Conversation) -> None:
         self.console.print(f"[bold yellow]{ORIGINAL}[/] ", end="")
         other = deepcopy(talk)
         other.model, other.pace = ORIGINAL, Pace()
-        answer(self.original, other, self.console)
+        answer(self.client, other, self.console)
         self.pace += other.pace
 
 
-def talk_to(
-    client: NibbleClient, original: NibbleClient, console: Console, model: DemoModel, prompt: str
-) -> tuple[Pace, Pace]:
+def talk_to(client: NibbleClient, console: Console, model: DemoModel, prompt: str) -> tuple[Pace, Pace]:
     """A conversation on a terminal; else one answer of each. Returns the original's pace and the other's."""
     conversation = Conversation(model=model.name, parameters=dict(model.parameters))
-    beside = Beside(original, console)
+    beside = Beside(client, console)
     if prompt or not sys.stdin.isatty():
         question = prompt or model.opening
         conversation.say(question)
@@ -133,15 +105,14 @@ def run(console: Console, prompt: str, choice: str, num_samples: int | None) -> 
         console.print("starting the service")
         with running_service(folder / "state", free_port(PORT), model.folder) as client:
             job = quantized(client, console, model, num_samples)
-            served = original_folder(client, job, model, folder)
-            with serving_original(served, folder / "original.log") as original:
-                deployment = client.deployment_named(model.name)
+            original = client.deploy({"name": ORIGINAL, "artifact": job.artifacts[0], "original": True})
+            for deployment in (client.deployment_named(model.name), original):
                 await_change(client, deployment, console, quiet=True, until=is_ready)
-                link = client.login_link().path
-                console.print(f"served after {time.monotonic() - started:.0f} s")
-                console.print(f"dashboard (the link logs a browser in, once): [bold]{client.url}{link}[/]\n")
-                paces = talk_to(client, original, console, model, prompt)
-                compare(client, console, job, paces)
+            link = client.login_link().path
+            console.print(f"served after {time.monotonic() - started:.0f} s")
+            console.print(f"dashboard (the link logs a browser in, once): [bold]{client.url}{link}[/]\n")
+            paces = talk_to(client, console, model, prompt)
+            compare(client, console, job, paces)
     console.print("the service is stopped and its folder removed")
 
 

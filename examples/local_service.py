@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -22,7 +21,6 @@ from app.core.access.api_keys import KEY_FILE
 from app.core.errors import NibbleError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ORIGINAL = "original"  # what its server calls it
 START_LIMIT_S = 210.0  # what `nibble up` allows itself, and a little
 STOP_LIMIT_S = 40.0
 
@@ -79,32 +77,6 @@ def running_service(state: Path, port: int, models: Path) -> Iterator[NibbleClie
         raise
     finally:
         stop(service)
-
-
-@contextmanager
-def serving_original(folder: Path, log: Path) -> Iterator[NibbleClient]:
-    """The inference server on an unquantized model, under the name `ORIGINAL`."""
-    reading, writing = os.pipe()
-    command = [
-        sys.executable, "-m", "app.core.child.start", str(os.getpid()), "workers.serving",
-        "--artifact", str(folder), "--name", ORIGINAL, "--ready-fd", str(writing),
-    ]  # fmt: skip
-    with log.open("wb") as out:
-        server = subprocess.Popen(
-            command, cwd=REPOSITORY, pass_fds=(writing,), stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-    os.close(writing)
-    try:
-        with os.fdopen(reading) as pipe:
-            message = next((said for said in map(json.loads, pipe) if said["kind"] != "loading"), None)
-        if message is None or message["kind"] != "ready":
-            sys.stderr.write(log.read_text(errors="replace"))
-            raise DemoFailed(f"the original is not served: {message}")
-        with NibbleClient(f"http://127.0.0.1:{message['port']}") as client:
-            yield client
-    finally:
-        stop(server)
 
 
 def await_ready(url: str, service: subprocess.Popen[bytes]) -> None:
