@@ -62,7 +62,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "keys": Entry("keys:keys", "Create, list and revoke API keys."),
         "limits": Entry("administration:limits", "Show or set a tenant's limits, and what it uses."),
         "audit": Entry("administration:audit", "List changes: who did what, newest first."),
-        "webhooks": Entry("deliveries:webhooks", "List and repeat a job's webhooks; show their secret."),
+        "webhooks": Entry("deliveries:webhooks", "List and repeat webhooks; show their secret."),
         "gc": Entry("storage:gc", "Remove unreferenced data."),
     },
     "Help": {

@@ -1,4 +1,4 @@
-"""Commands about a job's webhooks: list, repeat, and the secret that signs them."""
+"""Commands about webhooks: list, repeat, and the secret that signs them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from rich.markup import escape
 
 from app.commands.help_pages import CommandGroup
 from app.commands.lists import print_page
-from app.commands.short_ids import JobId, delivery_id, job_id
+from app.commands.option_groups import option
+from app.commands.short_ids import AS_ID, JobId, delivery_id, job_id
 from app.commands.show import age_text
 from app.commands.terminal import (
+    After,
+    Limit,
     Service,
     Yes,
     confirm,
@@ -25,27 +28,48 @@ from app.commands.terminal import (
 if TYPE_CHECKING:
     from app.client.views import DeliveryAnswer
 
-webhooks = CommandGroup(
-    "List and repeat a job's webhooks; show or replace their secret.", no_args_is_help=True
-)
+webhooks = CommandGroup("List and repeat webhooks; show or replace their secret.", no_args_is_help=True)
 
 
 @webhooks.command("list")
-def list_deliveries(context: typer.Context, job: JobId, *, service: Service) -> None:
-    """List a job's webhooks with their tries, oldest first."""
+def list_deliveries(
+    context: typer.Context,
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="JOB", help=f"A job: {AS_ID}; without it the newest of all jobs.", show_default=False
+        ),
+    ] = None,
+    *,
+    state: Annotated[
+        str | None,
+        option("Only webhooks in this state, of all jobs.", values=("pending", "delivered", "failed")),
+    ] = None,
+    limit: Limit = 20,
+    after: After = None,
+    service: Service,
+) -> None:
+    """List webhooks with their tries: of a job, oldest first, or the newest of all jobs."""
+    if job is not None:
+        for name, value in (("--state", state), ("--after", after)):
+            if value is not None:
+                raise typer.BadParameter("it is for the list of all jobs", param_hint=name)
     with service.connect() as client:
-        page = client.webhook_deliveries(job_id(client, job))
+        if job is None:
+            page = client.recent_webhook_deliveries(state=state, limit=limit, after=after)
+        else:
+            page = client.webhook_deliveries(job_id(client, job))
     print_page(page, show_deliveries, context, as_json=service.as_json)
 
 
 def show_deliveries(console: Console, deliveries: Iterable[DeliveryAnswer]) -> None:
-    grid = table("!webhook", "!state", "!type", ">tries", "?!age", "?last answer")
+    grid = table("!webhook", "!state", "!type", ">tries", "?!age", "?last answer", "?!job")
     for delivery in deliveries:
         last = delivery.tries[-1] if delivery.tries else {}
         grid.add_row(
             delivery.id, delivery.state, delivery.type, str(len(delivery.tries)),
             age_text(delivery.created_at),
-            escape(str(last.get("error") or last.get("status") or "")),
+            escape(str(last.get("error") or last.get("status") or "")), delivery.job,
         )  # fmt: skip
     console.print(grid)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -65,7 +66,7 @@ def repeated(context: typer.Context) -> Iterator[str]:
             value = context.params[param.name]
             name = [param.opts[-1]] if param.param_type_name == "option" else []
             for each in value if isinstance(value, list | tuple) else [value]:
-                yield from (*name, str(each))
+                yield from (*name, each.isoformat() if isinstance(each, datetime) else str(each))
 
 
 def typed(context: typer.Context) -> list[Any]:

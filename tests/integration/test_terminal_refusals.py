@@ -36,7 +36,7 @@ ULID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 # Options whose value is anybody's: any text is one.
 FREE = {
     "--name", "--message", "--branch", "--system", "--idempotency-key", "--url", "--api-key", "--tag",
-    "--remove", "--out",
+    "--remove", "--out", "--key",
 }  # fmt: skip
 COMMAND = re.compile(r"`(nibble [^`]*)`")
 Typed = dict[str, list[str]]

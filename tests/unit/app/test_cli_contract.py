@@ -81,6 +81,7 @@ ANSWERS: dict[str, tuple[int, object]] = {
     "POST /v1/login-links": (201, {"path": "/login?code=x", "expires_at": "2026-01-01T00:00:00Z"}),
     "POST /v1/gc": (200, {"checkpoints": [], "artifacts": [], "jobs": []}),
     "POST /v1/artifacts/art_1/links": (201, {"url": "/v1/downloads/x", "expires_at": "2026-01-01T00:00:00Z"}),
+    "GET /v1/webhook-deliveries": (200, {**PAGE, "data": [DELIVERY]}),
     "GET /v1/jobs/job_1/webhook-deliveries": (200, {**PAGE, "data": [DELIVERY]}),
     "POST /v1/jobs/job_1/webhook-deliveries/msg_1/redeliver": (202, DELIVERY),
     "GET /v1/webhook-secret": (200, {"secret": "whsec_x"}),

@@ -21,16 +21,13 @@ LISTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "registry": ("/v1/registry", ("org/name",)),
     "datasets list": ("/v1/datasets", ("--sequence-length", "64")),
     "deployments": ("/v1/deployments", ()),
-    "audit": ("/v1/audit", ()),
+    "audit": ("/v1/audit", ("POST", "a key", "--since", "2026-11-01")),
+    "webhooks list": ("/v1/webhook-deliveries", ("--state", "failed")),
 }
 # Answered whole: there is no next page.
-WHOLE = {
-    "keys list": "/v1/keys",
-    "webhooks list": "/v1/jobs/{job_id}/webhook-deliveries",
-    "workers": "/v1/workers",
-}
-# No lists of the terminal: events are followed, and the other one is for the dashboard.
-ELSEWHERE = {"/v1/jobs/{job_id}/events", "/v1/webhook-deliveries"}
+WHOLE = {"keys list": "/v1/keys", "workers": "/v1/workers"}
+# No list of the terminal: events are followed.
+ELSEWHERE = {"/v1/jobs/{job_id}/events"}
 
 
 @pytest.fixture
@@ -82,8 +79,12 @@ def test_a_cut_list_prints_the_command_for_the_rest(
 
 @pytest.mark.parametrize("command", [*LISTS, *WHOLE])
 def test_an_empty_list_says_so(command: str, service: Canned, capsys: pytest.CaptureFixture[str]) -> None:
-    route = (LISTS[command][0] if command in LISTS else WHOLE[command]).replace("{job_id}", "job_1")
+    route = LISTS[command][0] if command in LISTS else WHOLE[command]
     service.answers[f"GET {route}"] = (200, {"data": [], "has_more": False})
-    words = ("job_1",) if command == "webhooks list" else ()
-    assert run(*command.split(), *words, "--url", service.url) == 0
+    assert run(*command.split(), "--url", service.url) == 0
     assert capsys.readouterr().out.startswith("none")
+
+
+def test_filters_of_all_jobs_are_refused_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("webhooks", "list", "job_1", "--state", "failed") == 2
+    assert "--state" in capsys.readouterr().err
