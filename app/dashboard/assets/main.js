@@ -27,13 +27,14 @@ const ROUTES = [
   [/^\/admin\/storage$/, "storage", "StoragePage", "admin"],
   [/^\/admin\/settings$/, "settings", "SettingsPage", "admin"],
 ];
-// [section, its name, the scope that opens it, its first page]
+// [section, its name, the scope that opens it, its first page]; of two rows of a section the first that may be opened
 const SECTIONS = [
   ["jobs", "Jobs", "jobs:read"], ["artifacts", "Artifacts", "artifacts:read"], ["registry", "Registry", "artifacts:read"],
   ["deployments", "Deployments", "deployments:read"], ["workers", "Workers", "jobs:read"],
-  ["admin", "Administration", "admin", "admin/keys"],
+  ["admin", "Administration", "admin", "admin/keys"], ["admin", "Administration", "operator", "admin/settings"],
 ];
 const KNOCK_S = 5;
+const sections = () => SECTIONS.filter(([name, , scope], index) => may(scope) && SECTIONS.findIndex((each) => each[0] === name && may(each[2])) === index);
 const mayOpen = (section) => SECTIONS.some(([name, , scope]) => name === section && may(scope));
 
 function route(path) {
@@ -117,7 +118,7 @@ function Frame({ section, onSignedOut, children }) {
     <header class="top">
       <a class="brand" href="#/jobs"><img src="/assets/icon.svg" alt="" width="24" height="24" /> Nibble</a>
       <nav aria-label="Sections">
-        ${SECTIONS.filter(([, , scope]) => may(scope)).map(([name, label, , first = name]) => html`<a key=${name} href=${`#/${first}`}
+        ${sections().map(([name, label, , first = name]) => html`<a key=${name} href=${`#/${first}`}
           aria-current=${name === section ? "page" : undefined}>${label}</a>`)}
       </nav>
       <${Account} onSignedOut=${onSignedOut} />

@@ -12,6 +12,7 @@ import { Choice } from "./form_fields.js";
 import { Search } from "./jobs.js";
 
 const PER_PAGE = 50;
+const REFRESH_S = 30;
 const HOUR_MS = 3_600_000;
 const TIMES = [["", "any time"], ["1", "last hour"], ["24", "last 24 hours"], ["168", "last 7 days"], ["720", "last 30 days"]];
 
@@ -67,7 +68,8 @@ export function More({ list, label }) {
 
 function Log() {
   const [query, set] = useQuery();
-  const list = usePagedList(usePath(query));
+  const isSearched = ["q", "key", "refused"].some((name) => query.get(name)); // which reads the whole log if little matches
+  const list = usePagedList(usePath(query), () => (isSearched ? null : REFRESH_S));
   const keys = usePolled("/v1/keys", () => null);
   const names = useMemo(() => new Map((keys.value?.data ?? []).map((key) => [key.id, key.name])), [keys.value]);
   return html`<${Filters} query=${query} set=${set} names=${names} />
