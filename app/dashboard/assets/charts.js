@@ -51,6 +51,9 @@ function axesFor({ x, y, log, whole, time }) {
   return [time ? axis(null, { values: clocks, space: 80, size: 30 }) : axis(x, horizontal), vertical];
 }
 
+/** From the first moment to the last; around the only one there is. */
+const moments = (_, first, last) => (last > first ? [first, last] : [first - 30, last + 30]);
+
 function optionsFor({ x, y, names, kind, log, marks, levels, whole, time }, width) {
   const known = levels.map((level) => level.value);
   const around = (_, low, high) => (low === null ? [0, 1] : padded(Math.min(low, ...known), Math.max(high, ...known), log));
@@ -64,7 +67,7 @@ function optionsFor({ x, y, names, kind, log, marks, levels, whole, time }, widt
     height: HEIGHT,
     padding: time ? [null, 24, null, null] : undefined, // the last clock time is whole
     legend: { live: kind !== "bars", show: kind !== "bars" },
-    scales: { x: { time }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
+    scales: { x: time ? { time, range: moments } : { time }, y: { ...(log ? { distr: 3 } : {}), ...(kind === "bars" ? {} : { range }) } },
     axes: axesFor({ x, y, log, whole, time }),
     series: [{ label: x, ...(time ? { value: (_, at) => (at === null ? "–" : clock(1000 * at)) } : {}) }, ...seriesOf(names, kind, time)],
     hooks: { draw: draws },
