@@ -21,10 +21,10 @@ from app.core.errors import BodyTooLarge, Conflict, InvalidRequest, NibbleError,
 from app.core.records.dataset import DatasetManifest, TextPreview
 from app.core.records.ids import new_id
 from app.core.sources.text_content import (
+    CONVERT_REMEDY,
     HEAD_BYTES,
     MAX_TEXT_BYTES,
-    PACKED,
-    SUFFIXES,
+    READ_ENDINGS,
     check_head,
     text_suffix,
 )
@@ -175,12 +175,18 @@ def require_no_reader(services: Services, manifest: DatasetManifest) -> None:
 
 
 def check_name(name: str) -> None:
-    if NAME.fullmatch(name) is None or text_suffix(name) is None:
-        ends = ", ".join(SUFFIXES)
+    if NAME.fullmatch(name) is None:
         raise InvalidRequest(
             f"{name[:200]!r} is no name of a text file",
             code="dataset_name_invalid",
-            remedy=f"use letters, digits and . _ - and an end of {ends}, with {PACKED} if it is packed",
+            remedy=f"use letters, digits and . _ - and an end of {READ_ENDINGS}",
+            param="name",
+        )
+    if text_suffix(name) is None:
+        raise InvalidRequest(
+            f"the name of {name} must end in one of {READ_ENDINGS}",
+            code="dataset_name_invalid",
+            remedy=CONVERT_REMEDY,
             param="name",
         )
 

@@ -318,6 +318,13 @@ class Operations:
         params = query({"limit": limit, "after": after})
         return self.exchange.read(views.DeploymentPage, Call("GET", "/v1/deployments", params=params))
 
+    @returns
+    def server_metrics(self, deployment_id: str, slot: int) -> Flow[str]:
+        """The metrics of a deployment's server, as Prometheus reads them."""
+        where = route("deployments", deployment_id, "servers", str(slot), "metrics")
+        answer = yield from self.exchange.sent(Call("GET", where))
+        return str(answer.text)
+
     @yields
     def each_deployment(self) -> Stream[views.DeploymentAnswer]:
         return each(lambda after: Operations.deployments(self, limit=PAGE, after=after))

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from app.commands.terminal import human_bytes
+from app.core.records.job import NEAR
 
 Figures = Mapping[str, Any]
+# From a candidate's label to tokens per second of the original and of the candidate; None where not served.
+SpeedOf = Callable[[str], tuple[float | None, float | None]]
 NAMES = 12  # columns of a figure's name
 
 
 def best_candidate(report: Figures) -> Figures | None:
-    """The candidate that is published first, else the one nearest to the original; None if there is none."""
-    candidates = list(report.get("candidates", []))
+    """Of the published candidates the smallest near the original, else the one with the least KL.
+
+    None if there is none; of a report that publishes nothing all candidates count.
+    """
+    candidates: list[Figures] = list(report.get("candidates", []))
     published = report.get("published") or []
-    if published:
-        candidates = [each for each in candidates if each.get("recipe_index") == published[0]] or candidates
+    candidates = [each for each in candidates if each.get("recipe_index") in published] or candidates
+    near = [each for each in candidates if (each.get("perplexity_ratio") or NEAR + 1) <= NEAR]
+    if near:
+        return min(near, key=lambda each: (smallest(each.get("bytes")) or 0, nearness(each)))
     return min(candidates, key=nearness, default=None)
 
 
@@ -29,12 +37,15 @@ def nearness(figures: Figures) -> float:
     return float(kl) if kl is not None else float("inf")
 
 
-def show_outcome(console: Console, report: Figures) -> None:
-    """Print what was won, or nothing for a job without a result."""
+def show_outcome(console: Console, report: Figures, speed: SpeedOf | None = None) -> None:
+    """Print what was won, or nothing for a job without a result; `speed` says how fast it is served."""
     candidate = best_candidate(report)
     if candidate is None or report.get("complete") is False:
         return
-    lines = outcome_lines(report.get("original", {}), candidate)
+    before, after = (None, None) if speed is None else speed(str(candidate.get("label")))
+    lines = outcome_lines(
+        {"tokens_per_s": before, **report.get("original", {})}, {"tokens_per_s": after, **candidate}
+    )
     if not lines:
         return
     console.print()

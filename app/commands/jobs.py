@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from app.commands.gains import show_outcome
 from app.commands.hub_token import HubTokenOption, read_hub_token
 from app.commands.lists import print_page
 from app.commands.option_groups import among, without_none
+from app.commands.served_speed import served_speed
 from app.commands.short_ids import JobId, job_id
 from app.commands.show import (
     print_answer,
@@ -149,7 +151,8 @@ def show_end(client: NibbleClient, job: JobAnswer, console: Console) -> None:
     if job.state != "succeeded":
         console.print(f"what it did before that: nibble report {job.id}")
         return
-    show_outcome(console, report_or_nothing(client, job.id))
+    speed = partial(served_speed, client, job.id)
+    show_outcome(console, report_or_nothing(client, job.id), speed)
     console.print(f"all figures: nibble report {job.id}")
     if job.artifacts and not job.spec.get("deploy"):
         console.print(f"serve it: nibble deploy {job.artifacts[0]} --name NAME")
@@ -256,13 +259,14 @@ def workers(context: typer.Context, *, service: Service) -> None:
 def report(job: JobId, *, service: Service) -> None:
     """Show a job's report: perplexities, sizes, seconds, and what was won."""
     with service.connect() as client:
-        document = client.report(job_id(client, job))
-    if service.as_json:
-        print_json(document)
-    else:
-        console = stdout()
-        show_report(console, document)
-        show_outcome(console, document)
+        whole = job_id(client, job)
+        document = client.report(whole)
+        if service.as_json:
+            print_json(document)
+        else:
+            console = stdout()
+            show_report(console, document)
+            show_outcome(console, document, partial(served_speed, client, whole))
 
 
 def export(job: JobId, *, service: Service) -> None:

@@ -109,6 +109,7 @@ def test_what_no_job_could_read_is_refused_and_not_kept(
     answer = service.client.post("/v1/datasets", params={"name": name}, content=content, headers=OCTETS)
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
     assert answer.json()["remedy"]
+    assert ("to_json" in answer.json()["remedy"]) == (name == "train.parquet")
     assert service.client.get("/v1/datasets").json()["data"] == []
     assert service.objects.list("datasets") == []
 

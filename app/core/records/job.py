@@ -88,6 +88,9 @@ class Problem(Kept):
         return cls(code=error.code, message=error.message, remedy=error.remedy)
 
 
+NEAR = 1.01  # times the original's perplexity: of what is within, the smallest is the best
+
+
 class ResultFigures(Kept):
     """What a list shows of a job's result: one artifact (see figures_of); None: not evaluated."""
 

@@ -39,15 +39,15 @@ def matches_words(text: str, words: Sequence[str]) -> bool:
 
 def local_models(roots: Sequence[Path], words: Sequence[str], limit: int) -> list[Path]:
     """Folders with config.json, and GGUF files, whose path below the root holds all words."""
-    found: list[Path] = []
+    named: list[Path] = []
     for root in roots:
         real = Path(os.path.realpath(root))
         for path in models_below(real):
             if matches_words(str(path), words):
-                found.append(path)
-            if len(found) == limit:
-                return found
-    return found
+                named.append(path)
+            if len(named) == limit:
+                return named
+    return named
 
 
 def models_below(root: Path) -> Iterator[Path]:

@@ -36,6 +36,12 @@ SEPARATOR_LINE = re.compile(r"""["']?sep=(.)["']?\r?\n""", re.IGNORECASE)  # Exc
 GZIP = b"\x1f\x8b"
 NOT_BLANK = re.compile(r"\S")
 FIRST_LINE = re.compile(r"\s*(.*)")
+READ_ENDINGS = f"{', '.join(SUFFIXES)}, with {PACKED} if it is packed"
+# Of a file in another form, Parquet for one.
+CONVERT_REMEDY = (
+    'write it as .jsonl: datasets.load_dataset("parquet", data_files="FILE")["train"].to_json("FILE.jsonl"), '
+    'or pandas.read_parquet("FILE").to_json("FILE.jsonl", orient="records", lines=True)'
+)
 ROWS_REMEDY = "write rows such as " + " or ".join(shape.example for shape in SHAPES)
 
 

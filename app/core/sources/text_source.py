@@ -18,10 +18,10 @@ from app.core.records.specs import OWN_ANSWERS
 from app.core.sources.model_reference import parse_model_reference
 from app.core.sources.model_source import HubModel, LocalModel, ModelFiles, S3Model
 from app.core.sources.text_content import (
+    CONVERT_REMEDY,
     HEAD_BYTES,
     MAX_TEXT_BYTES,
-    PACKED,
-    SUFFIXES,
+    READ_ENDINGS,
     check_head,
     text_suffix,
 )
@@ -66,11 +66,7 @@ def open_text(
     Raises TextRefused if it does not exist, is too large or may not be read.
     """
     if text_suffix(reference.partition("@")[0]) is None:
-        ends = ", ".join(SUFFIXES)
-        raise refuse_text(
-            reference, f"the file's name must end in one of {ends}, with {PACKED} if it is packed",
-            "write it as .jsonl, as to_json of the library datasets does",
-        )  # fmt: skip
+        raise refuse_text(reference, f"the file's name must end in one of {READ_ENDINGS}", CONVERT_REMEDY)
     try:
         files, path = locate(reference, model_roots, networks, hub_token)
         size = files.list().get(path)

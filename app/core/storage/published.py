@@ -12,14 +12,13 @@ from app.core.access.limits import TenantLimits
 from app.core.errors import NibbleError, NotFound, RecordUnreadable
 from app.core.records.artifact import ArtifactManifest
 from app.core.records.ids import artifact_id
-from app.core.records.job import Job, ResultFigures
+from app.core.records.job import NEAR, Job, ResultFigures
 from app.core.records.specs import Kept
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.storage_keys import ARTIFACTS, manifest_key, report_key
 
 log = logging.getLogger(__name__)
 
-NEAR = 1.01  # times the original's perplexity
 
 
 class ReportHead(Kept):

@@ -20,13 +20,22 @@ function Perplexity({ best, evaluation }) {
   <//>`;
 }
 
-/** Tokens per second of one answer, of the server that serves the artifact. */
-function Speed({ deployment }) {
-  const server = deployment.servers.find((each) => each.state === "ready");
-  const metrics = useServerMetrics(deployment.id, server.slot);
+const readySlot = (deployment) => deployment?.servers.find((each) => each.state === "ready")?.slot;
+
+/** Beside the quantized model's speed that of its original, where it is served too. */
+function BesideOriginal({ original, speed }) {
+  const metrics = useServerMetrics(original.id, readySlot(original));
   if (!metrics?.between) return null;
-  return html`<${Tile} name="Speed of one answer" value=${`${number(1 / metrics.between, 3)} tokens/s`}>
-    measured by ${deployment.name}, first token after ${duration(metrics.first)}<//>`;
+  return html`, original ${number(1 / metrics.between, 3)} (${times(speed * metrics.between, 1)})`;
+}
+
+/** Tokens per second of one answer, of the server that serves the artifact. */
+function Speed({ deployment, original }) {
+  const metrics = useServerMetrics(deployment.id, readySlot(deployment));
+  if (!metrics?.between) return null;
+  const speed = 1 / metrics.between;
+  return html`<${Tile} name="Speed of one answer" value=${`${number(speed, 3)} tokens/s`}>
+    measured by ${deployment.name}, first token after ${duration(metrics.first)}${readySlot(original) !== undefined && html`<${BesideOriginal} original=${original} speed=${speed} />`}<//>`;
 }
 
 function Actions({ artifact, deployment }) {
@@ -66,8 +75,9 @@ export function Hero({ report, artifacts }) {
   if (!best) return null;
   const artifact = bestArtifact(report, artifacts);
   const weights = Math.max(...Object.values(best.bytes));
-  const deployment = artifact && deployments.value?.data.find((each) => each.artifact === artifact.id && !each.original);
-  const speaks = deployment?.servers.some((each) => each.state === "ready");
+  const serving = (deployments.value?.data ?? []).filter((each) => each.artifact === artifact?.id);
+  const [deployment, original] = [serving.find((each) => !each.original), serving.find((each) => each.original)];
+  const speaks = readySlot(deployment) !== undefined;
   return html`<section class="hero" aria-labelledby="result">
     <div class="title"><h2 id="result">Result <small>${best.label}${why}</small></h2>
       ${artifact && html`<${Actions} artifact=${artifact} deployment=${deployment} />`}</div>
@@ -80,7 +90,7 @@ export function Hero({ report, artifacts }) {
       ${typeof best.top1_agreement === "number" && html`<${Tile} name="Same top token" value=${`${(100 * best.top1_agreement).toFixed(1)} %`}>
         of the original's likeliest tokens<//>`}
       ${report.evaluation === null && html`<${Tile} name="Quality" value="not measured">the job asked for no evaluation<//>`}
-      ${speaks && html`<${Speed} deployment=${deployment} />`}
+      ${speaks && html`<${Speed} deployment=${deployment} original=${original} />`}
     </dl>
   </section>`;
 }

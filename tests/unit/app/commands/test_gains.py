@@ -44,9 +44,14 @@ def test_what_was_not_measured_has_no_line() -> None:
 
 
 def test_of_several_the_published_one_counts_else_the_nearest() -> None:
-    near = {**CANDIDATE, "recipe_index": 1, "label": "awq w8", "kl": 0.001}
-    assert best_candidate({"candidates": [CANDIDATE, near]}) == near
-    assert best_candidate({"candidates": [CANDIDATE, near], "published": [0]}) == CANDIDATE
+    near = {**CANDIDATE, "recipe_index": 1, "label": "awq w8", "kl": 0.001, "bytes": {"awq": 9_000_000}}
+    # As in the dashboard: the smallest of those within a percent of the original's perplexity.
+    assert best_candidate({"candidates": [near, CANDIDATE]}) == CANDIDATE
+    far = {**CANDIDATE, "perplexity_ratio": 1.02}
+    assert best_candidate({"candidates": [far, near]}) == near
+    farther = {**near, "perplexity_ratio": 1.03}
+    assert best_candidate({"candidates": [far, farther]}) == farther
+    assert best_candidate({"candidates": [CANDIDATE, near], "published": [1]}) == near
     assert best_candidate({"candidates": []}) is None
 
 
