@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,8 @@ from app.core.access.audit_log import AuditEntry, AuditFilter
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
 
+DATE = re.compile(r"\d{4}-\d\d-\d\d")
+
 # POST routes that change nothing.
 QUESTIONS = frozenset({"/v1/estimates", "/v1/recommendations", "/v1/chat/completions", "/v1/completions"})
 
@@ -34,6 +37,13 @@ class AuditList(BaseModel):
     next: str | None
 
 
+def written(value: object) -> object:
+    """Raises ValueError for what is no date: a number would be taken for seconds."""
+    if isinstance(value, str) and DATE.match(value) is None:
+        raise ValueError("a time is written as 2026-11-28 or 2026-11-28T12:00:00Z")
+    return value
+
+
 class AuditQuery(BaseModel):
     """Of `GET /v1/audit`."""
 
@@ -43,7 +53,9 @@ class AuditQuery(BaseModel):
         max_length=200,
         description="Words that all occur in method, path, detail and the request's id.",
     )
-    since: datetime | None = Field(default=None, description="The earliest time; without a zone it is UTC.")
+    since: Annotated[datetime, BeforeValidator(written)] | None = Field(
+        default=None, description="The earliest time; without a zone it is UTC."
+    )
     refused: bool = Field(default=False, description="Only what was answered with 4xx or 5xx.")
     limit: int = Field(default=100, ge=1, le=1000)
     after: str | None = Field(default=None, description="`next` of the previous page.")

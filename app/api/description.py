@@ -36,12 +36,8 @@ PATTERNS = {
     ("/v1/deployments", "after"): rf"^dep_{ULID_PATTERN}$",
     ("/v1/audit", "after"): EVENT_ID_PATTERN,
     ("/v1/webhook-deliveries", "after"): DELIVERY_ID_PATTERN,
-    ("/v1/jobs", "Idempotency-Key"): r"^[\x20-\x7e]{1,255}$",
-    ("/v1/jobs", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
-    ("/v1/jobs/{job_id}/retry", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
-    ("/v1/deployments", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
-    ("/v1/artifacts/{artifact_id}/push", "idempotency-key"): r"^[\x20-\x7e]{1,255}$",
 }
+EVERYWHERE = {"idempotency-key": r"^[\x20-\x7e]{1,255}$"}
 INTRODUCTION: dict[str, Any] = {
     "summary": "Quantizes language models.",
     "description": "Jobs quantize a model of a hub or a folder and publish artifacts; deployments serve them "
@@ -96,7 +92,9 @@ def with_problems(document: dict[str, Any]) -> dict[str, Any]:
             add_problems(path, operation)
             add_content_schemas(operation)
             for parameter in operation.get("parameters", ()):
-                add_pattern(parameter["schema"], PATTERNS.get((path, parameter["name"])))
+                name, schema = parameter["name"], without_null(parameter["schema"])
+                parameter["schema"] = schema
+                add_pattern(schema, PATTERNS.get((path, name)) or EVERYWHERE.get(name))
     # A browser gets the dashboard, a program an index.
     document["paths"]["/"]["get"]["responses"]["200"]["content"]["application/json"] = {
         "schema": CONTENT_SCHEMAS["application/json"]
@@ -123,6 +121,17 @@ def add_content_schemas(operation: dict[str, Any]) -> None:
         for media_type, content in answer.get("content", {}).items():
             if not content.get("schema"):
                 content["schema"] = CONTENT_SCHEMAS.get(media_type, {"type": "string"})
+
+
+def without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a parameter, which is absent and never null: `null` would be a text."""
+    branches = [branch for branch in schema.get("anyOf", ()) if branch != {"type": "null"}]
+    if not branches:
+        return schema
+    if len(branches) == 1 and "$ref" in branches[0]:
+        return dict(branches[0])
+    rest = {key: value for key, value in schema.items() if key != "anyOf" and value is not None}
+    return {**rest, **branches[0]} if len(branches) == 1 else {**rest, "anyOf": branches}
 
 
 def add_pattern(schema: dict[str, Any], pattern: str | None) -> None:

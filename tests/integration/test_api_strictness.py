@@ -136,3 +136,26 @@ def test_the_parameters_of_each_route_are_those_of_the_document() -> None:
                 assert list(parameters_of(route)) == known
                 compared += 1
     assert compared >= 50
+
+
+def test_no_parameter_of_the_document_is_null(service: Service) -> None:
+    """In a URL or a header `null` is a text; a generated client would send it."""
+    document = service.client.get("/openapi.json").json()
+    parameters = [
+        (path, each["name"], each["schema"])
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+        for each in operation.get("parameters", ())
+    ]
+    nullable = [
+        (path, name) for path, name, schema in parameters if {"type": "null"} in schema.get("anyOf", ())
+    ]
+    assert nullable == []
+    keys = [schema for _, name, schema in parameters if name.lower() == "idempotency-key"]
+    assert len(keys) >= 5
+    assert {schema["pattern"] for schema in keys} == {r"^[\x20-\x7e]{1,255}$"}
+
+
+@pytest.mark.parametrize(("since", "status"), [("0.5", 422), ("1795885311", 422), ("2026-11-28", 200)])
+def test_a_time_is_a_date_and_no_number(service: Service, since: str, status: int) -> None:
+    assert service.client.get("/v1/audit", params={"since": since}).status_code == status

@@ -286,6 +286,10 @@ def test_what_can_not_be_is_refused(floor: Floor, fields: dict[str, Any], status
     for answer in answers:
         assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
     assert floor.view(deployment_id) == before
+    assert patch(floor, deployment_id).status_code == 422  # nothing to change
+    assert patch(floor, deployment_id, paused=True).status_code == 202
+    refused = patch(floor, deployment_id, **fields)
+    assert (refused.status_code, refused.json()["code"]) == (status, code)
     with floor.service.client_with(floor.service.key(Scope.DEPLOYMENTS_READ)) as reader:
         assert reader.patch(f"/v1/deployments/{deployment_id}", json={"replicas": 2}).status_code == 403
 

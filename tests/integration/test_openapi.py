@@ -33,9 +33,15 @@ SEED = os.environ.get("SEED", "1")
 # The servers behind these are no part of this test; `/login` takes codes, not keys.
 SKIPPED = r"^/v1/(chat/)?completions|^/login"
 
-# What the document allows is not refused with 400 or 422. A body of these may keep to its schema and still
-# name a model that doesn't exist, or hold what is no text.
-CONTENT_DECIDES = "POST /v1/jobs", "POST /v1/estimates", "POST /v1/recommendations", "POST /v1/datasets"
+# What the document allows is not refused with 400 or 422, but for these: a body may keep to its schema
+# and name a model that doesn't exist, hold what is no text, or fields that do not go together or with the
+# record; and an Idempotency-Key may have come with another body before.
+CONTENT_DECIDES = (
+    *("POST /v1/jobs", "POST /v1/estimates", "POST /v1/recommendations", "POST /v1/datasets"),
+    *("PATCH /v1/artifacts/{artifact_id}", "PATCH /v1/deployments/{deployment_id}"),
+    *("POST /v1/deployments", "POST /v1/keys", "POST /v1/artifacts/{artifact_id}/push"),
+    "POST /v1/jobs/{job_id}/retry",
+)
 ANSWERS = ["2xx", "3xx", "401", "403", "404", "409", "412", "413", "416", "429", "5xx"]
 CHECKS = f"[checks]\npositive_data_acceptance.expected-statuses = {json.dumps(ANSWERS)}\n" + "".join(
     f'[[operations]]\ninclude-name = "{name}"\n'

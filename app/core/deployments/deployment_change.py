@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, Field, ValidationError
+from typing import Self
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from app.core.deployments.deployment import ArtifactId, Deployment, DeploymentSpec, Served
 from app.core.deployments.transitions import (
@@ -51,6 +53,12 @@ class DeploymentChange(Frozen):
     max_num_seqs: Sequences | None = None
     cache_share: CacheShare | None = None
     vllm: VllmOptions | None = None
+
+    @model_validator(mode="after")
+    def has_a_change(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("give at least one field to change")
+        return self
 
     @property
     def present(self) -> dict[str, object]:
