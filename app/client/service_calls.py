@@ -140,6 +140,12 @@ class Operations:
         return self.exchange.document(Call("GET", job_route(id_of(job), "export")))
 
     @returns
+    def sources(self, text: str = "", *, limit: int = 8) -> Flow[views.SourcesAnswer]:
+        """Models that may be meant: of recent jobs, in folders, on the hub; at most `limit` of each."""
+        params = query({"q": text, "limit": limit})
+        return self.exchange.read(views.SourcesAnswer, Call("GET", "/v1/sources", params=params))
+
+    @returns
     def estimate(self, body: Body) -> Flow[dict[str, Any]]:
         call = Call("POST", "/v1/estimates", json=plain(body), repeatable=True)
         return self.exchange.document(call)

@@ -167,6 +167,19 @@ class EventAnswer(ServiceAnswer):
     payload: dict[str, Any] = Field(default_factory=dict)
 
 
+class SourceAnswer(ServiceAnswer):
+    """A model to choose from; `origin` is recent, folder or hub."""
+
+    reference: str
+    origin: str
+    downloads: int | None = None
+
+
+class SourcesAnswer(ServiceAnswer):
+    sources: tuple[SourceAnswer, ...] = Field(alias="data")
+    hub: str = "not_asked"  # asked, or no_answer
+
+
 class WorkerAnswer(ServiceAnswer):
     name: str
     host: str

@@ -10,9 +10,10 @@ import httpx
 import huggingface_hub.constants
 import pytest
 
+from app.client import NibbleClient
 from app.core.access.api_keys import Scope
 from app.core.sources.model_suggestions import DEEPEST, MOST_ENTRIES, local_models
-from tests.integration.api_service import MODEL, Service
+from tests.integration.api_service import ADMIN_KEY, MODEL, Service
 from tests.integration.hub_server import HubServer, hub_server
 
 NOWHERE = "http://127.0.0.1:9"
@@ -41,6 +42,9 @@ def test_models_of_the_tenants_jobs_come_first_and_each_once(service: Service) -
     assert [reference for _, reference in named(service.client)].count(MODEL) == 1
     assert named(service.client, "WIKI llama")[0] == ("recent", MODEL)
     assert named(service.client, "wiki nowhere") == []
+    with NibbleClient(service.url, api_key=ADMIN_KEY) as client:
+        answer = client.sources("wikitext", limit=1)
+    assert [(each.origin, each.reference) for each in answer.sources] == [("recent", MODEL)]
     # Another tenant has not run it: it lies in a folder that jobs may read.
     with service.client_with(service.key(Scope.JOBS_READ, tenant="other")) as other:
         assert ("folder", MODEL) in named(other)
