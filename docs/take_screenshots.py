@@ -48,6 +48,11 @@ JOBS = [
     },
     {"recipe": {"bits": 2, "group_size": 64}, "timeout_s": 2, "labels": {"team": "search"}},
 ]
+KEYS: list[dict[str, object]] = [
+    {"name": "search team", "scopes": ["jobs:read", "jobs:write", "artifacts:read"]},
+    {"name": "chat application", "scopes": ["inference"], "expires_in_s": 90 * 24 * 3600},
+    {"name": "research", "scopes": ["admin"], "tenant": "research"},
+]
 # While the list of jobs is pictured: one runs, and others wait for it.
 LIVE = [
     {
@@ -95,6 +100,8 @@ def prepare(api: Api) -> dict[str, str]:
         served = {"artifact": artifacts[2], "name": name, "original": original}
         deployed = api.post("/v1/deployments", served)
         api.wait(f"/v1/deployments/{deployed['id']}", {"ready", "failed"})
+    for body in KEYS:
+        api.post("/v1/keys", body)
     return {
         "new-job": "/jobs/new",
         "job": f"/jobs/{jobs[0]['id']}",
@@ -108,6 +115,9 @@ def prepare(api: Api) -> dict[str, str]:
         "deployment": "/deployments/wikitext-w4",
         "deploy": f"/artifacts/{artifacts[2]}",
         "workers": "/workers",
+        "keys": "/admin/keys",
+        "audit": "/admin/audit",
+        "api": "/admin/keys",  # it has a page of its own, to which its action goes
     }
 
 
@@ -209,7 +219,13 @@ def take(
         context.close()
 
 
-ACTIONS = {"chat": chat, "new-job": new_job, "deployment": deployment, "deploy": deploy}
+def api_page(page: Page) -> None:
+    page.goto(page.url.partition("#")[0] + "docs#cancel_job")
+    page.get_by_text("Refusals").wait_for()
+    page.evaluate("scrollTo(0, 0)")
+
+
+ACTIONS = {"chat": chat, "new-job": new_job, "deployment": deployment, "deploy": deploy, "api": api_page}
 
 
 def main(names: Sequence[str]) -> None:

@@ -75,8 +75,8 @@ const columns = (onChange) => [
   ["Id", (item) => html`<code>${item.id}</code>`, "long"],
   ["Scopes", (item) => html`<span class="scope-list">${item.scopes.join(", ")}</span>`, "long"],
   ...(may("operator") ? [["Tenant", (item) => item.tenant]] : []),
-  ["Created", (item) => html`<span title=${date(item.created_at)}>${age(item.created_at)}</span>`],
-  ["Last used", (item) => (item.last_used_at ? html`<span title=${date(item.last_used_at)}>${age(item.last_used_at)}</span>` : "never")],
+  ["Created", (item) => html`<span class="whole" title=${date(item.created_at)}>${age(item.created_at)}</span>`],
+  ["Last used", (item) => (item.last_used_at ? html`<span class="whole" title=${date(item.last_used_at)}>${age(item.last_used_at)}</span>` : "never")],
   ["Expires", (item) => (item.expired ? html`<span class="bad">expired</span>` : item.expires_at ? date(item.expires_at) : "never")],
   ["Action", (item) => html`<${Revoke} item=${item} onChange=${onChange} />`],
 ];
