@@ -16,14 +16,14 @@ async def refuse_unknown_parameters(request: Request) -> None:
     path = request.url.path
     if not request.scope["query_string"] or not path.startswith("/v1/"):
         return
-    operation, known = f"{request.method} {path[:200]}", parameters_of(request.scope["route"])
+    operation, taken = f"{request.method} {path[:200]}", parameters_of(request.scope["route"])
     for name in request.query_params:
-        if name not in known:
+        if name not in taken:
             raise InvalidRequest(
                 f"{operation} has no parameter {name[:100]!r}",
                 code="unknown_parameter",
-                remedy=f"leave it out; it takes {', '.join(known)}"
-                if known
+                remedy=f"leave it out; it takes {', '.join(taken)}"
+                if taken
                 else "leave it out; it takes none",
                 param=name[:100],
             )
