@@ -57,7 +57,7 @@ from workers.attempts.watch import Stopped, Watch
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.5  # the record is rewritten at most this often for progress alone
-USE_S = 10.0  # and this often where nothing but the use of memory and processors is new
+USE_S = 30.0  # and this often where nothing but the use of memory and processors is new
 TAIL_CHARACTERS = 4000  # of the child's output in the failure event
 
 
