@@ -12,8 +12,8 @@ from app.core.counted import counted
 
 # Verbs, and units of numbers that are no counts.
 NO_NOUNS = {
-    "is", "has", "does", "hides", "holds", "lacks", "sends", "finishes", "follows", "stops", "nats",
-    "cores", "tokens", "times", "bits",
+    "is", "has", "was", "does", "hides", "holds", "lacks", "sends", "finishes", "follows", "stops", "shows",
+    "needs", "takes", "reads", "says", "ends", "begins", "lists", "nats", "cores", "tokens", "times", "bits",
 }  # fmt: skip
 
 
