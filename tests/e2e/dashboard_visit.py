@@ -79,7 +79,7 @@ def visit_with(browser: Browser, service: Service, *scopes: Scope) -> Page:
     page.goto(service.url)
     page.get_by_label("API key").fill(key)
     page.get_by_role("button", name="Sign in").click()
-    expect(page.get_by_role("navigation", name="Sections")).to_be_visible()
+    expect(page.get_by_text("Account")).to_be_visible()
     return page
 
 

@@ -347,6 +347,25 @@ def test_a_key_that_reads_sees_the_page_alone(
         for name in ("Change", "Pause", "Delete"):
             expect(page.get_by_role("button", name=name)).to_have_count(0)
     expect(page.get_by_role("region", name="Load")).to_contain_text("tokens")
+    page.goto(f"{service.url}/#/deployments/w8/chat")
+    expect(page.get_by_text("No right to chat")).to_be_visible()
+    expect(page.get_by_label("Message")).to_have_count(0)
+    page.close()
+
+
+def test_a_key_for_inference_alone_chats(
+    browser: Browser, service: Service, deployed: dict[str, Any]
+) -> None:
+    page = visit_with(browser, service, Scope.INFERENCE)
+    refused: list[str] = []
+    page.on("response", lambda answer: refused.append(answer.url) if answer.status == 403 else None)
+    page.goto(f"{service.url}/#/deployments/w8/chat")
+    expect(page.get_by_label("Compare with")).to_be_visible()
+    page.get_by_label("Message").fill("The river")
+    page.keyboard.press("Enter")
+    expect(page.locator(".message-assistant")).to_contain_text("first after")
+    expect(page.get_by_role("link", name="Deployment")).to_have_count(0)
+    assert refused == []
     page.close()
 
 
