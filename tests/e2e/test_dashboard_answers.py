@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,8 @@ def said(service: Service, name: str, prompt: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(browser: Browser, service: Service, job: str) -> Iterator[dict[str, str]]:
-    """The names of both deployments, which the first visit has started; deleted in the end."""
+def served(browser: Browser, service: Service, job: str) -> dict[str, str]:
+    """The names of both deployments, which the first visit has started."""
     visit = Visit(browser, service)
     part = opened(visit, job)
     fill(part)
@@ -97,9 +96,7 @@ def served(browser: Browser, service: Service, job: str) -> Iterator[dict[str, s
     assert visit.faults() == []
     visit.page.close()
     assert visit.complaints == []
-    yield names
-    for each in by_side.values():
-        call(service, f"/v1/deployments/{each['id']}", method="DELETE")
+    return names
 
 
 def check_pair(pair: Locator, service: Service, names: dict[str, str], prompt: str) -> None:
@@ -165,6 +162,22 @@ def test_it_can_be_stopped(visit: Visit, job: str, served: dict[str, str]) -> No
     expect(part.get_by_role("alert")).to_have_count(0)
     expect(part.get_by_role("group", name="Answers to prompt 2")).to_have_count(0)
     assert len(held) == 2
+
+
+def test_what_has_ended_by_itself_starts_again(visit: Visit, job: str, served: dict[str, str]) -> None:
+    original = next(each for each in deployments(visit.service) if each["original"])
+    path = f"/v1/deployments/{original['id']}"
+    call(visit.service, path, {"idle_timeout_s": 1}, method="PATCH")
+    said(visit.service, served["original"], "The river")  # the time counts from this question
+    wait_until(lambda: call(visit.service, path, method="GET")["state"] == "stopped", 60)
+    call(visit.service, path, {"idle_timeout_s": 600}, method="PATCH")
+    part = opened(visit, job)
+    fill(part, ["The river ran", "", "", "", ""])
+    part.get_by_role("button", name="Compare answers").click()
+    pair = part.get_by_role("group", name="Answers to prompt 1")
+    expect(pair).to_contain_text("differ from word", timeout=120_000)
+    # The request that wakes it is refused: the browser says so.
+    visit.complaints = [text for text in visit.complaints if "status of 503" not in text]
 
 
 def test_on_a_phone_the_answers_stand_below_each_other(
