@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from app.api.artifact_views import ArtifactList, ArtifactView, views_of
 from app.api.dependencies import ArtifactsReader, ArtifactsWriter, ServicesParam
 from app.api.errors import problem
+from app.api.paging import PageQuery
 from app.api.preconditions import (
     UNCHANGED,
     ByteRange,
@@ -52,11 +53,9 @@ class Conditions(BaseModel):
 ConditionsParam = Annotated[Conditions, Header()]
 
 
-class ArtifactQuery(BaseModel):
+class ArtifactQuery(PageQuery):
     """Filters of the list."""
 
-    limit: int = Field(default=20, ge=1, le=100)
-    after: str | None = Field(default=None, description="`next` of the previous page.")
     tag: str | None = Field(default=None, description="Only artifacts with this tag, of any model.")
 
 

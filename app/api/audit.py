@@ -17,6 +17,7 @@ from app.api.callers import SAFE_METHODS
 from app.api.dependencies import Admin, ServicesParam
 from app.api.events import checked_event_id
 from app.api.methods import LOGIN
+from app.api.paging import PageQuery
 from app.api.services import Services
 from app.core.access.api_keys import Principal
 from app.core.access.audit_log import AuditEntry, AuditFilter
@@ -44,7 +45,7 @@ def written(value: object) -> object:
     return value
 
 
-class AuditQuery(BaseModel):
+class AuditQuery(PageQuery):
     """Of `GET /v1/audit`."""
 
     key: str = Field(default="", max_length=64, description="The id of a key.")
@@ -58,7 +59,6 @@ class AuditQuery(BaseModel):
     )
     refused: bool = Field(default=False, description="Only what was answered with 4xx or 5xx.")
     limit: int = Field(default=100, ge=1, le=1000)
-    after: str | None = Field(default=None, description="`next` of the previous page.")
 
     @property
     def chosen(self) -> AuditFilter:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 
 from app.api.dependencies import JobsReader, JobsWriter, ServicesParam
 from app.api.middleware import BODY_LIMIT_S, too_slow
+from app.api.paging import PageQuery
 from app.api.services import Services
 from app.core.access.api_keys import Principal
 from app.core.errors import BodyTooLarge, Conflict, InvalidRequest, NibbleError, QuotaExceeded, TextRefused
@@ -128,17 +129,17 @@ async def upload_dataset(
     return DatasetView.of(manifest, query.sequence_length)
 
 
+class DatasetQuery(PageQuery):
+    sequence_length: SequenceLength = 512
+
+
 @router.get("")
 def list_datasets(
-    services: ServicesParam,
-    principal: JobsReader,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(description="`next` of the previous page.")] = None,
-    sequence_length: SequenceLength = 512,
+    services: ServicesParam, principal: JobsReader, query: Annotated[DatasetQuery, Query()]
 ) -> DatasetList:
     """The tenant's datasets, newest first."""
-    page = services.datasets.page(principal.tenant, limit=limit, after=after)
-    views = tuple(DatasetView.of(manifest, sequence_length) for manifest in page.manifests)
+    page = services.datasets.page(principal.tenant, limit=query.limit, after=query.after)
+    views = tuple(DatasetView.of(manifest, query.sequence_length) for manifest in page.manifests)
     return DatasetList(data=views, has_more=page.has_more, next=views[-1].id if page.has_more else None)
 
 

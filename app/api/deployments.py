@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from app.api.dependencies import DeploymentsReader, DeploymentsWriter, ServicesParam
+from app.api.paging import PageQuery
 from app.api.polled import polled
 from app.api.preconditions import (
     UNCHANGED,
@@ -75,11 +76,11 @@ def create_deployment(
 def list_deployments(
     services: ServicesParam,
     principal: DeploymentsReader,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: str | None = None,
+    query: Annotated[PageQuery, Query()],
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The tenant's deployments, newest first."""
+    limit, after = query.limit, query.after
     check_cursor("dep", after)
     own = [live for live in services.deployments.all() if live.deployment.tenant == principal.tenant]
     older = [live for live in own if after is None or live.id < after]

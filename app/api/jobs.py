@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from app.api.dependencies import JobsReader, JobsWriter, ServicesParam
 from app.api.job_creation import Creation, Order, create_job
+from app.api.paging import PageQuery
 from app.api.polled import polled
 from app.api.preconditions import (
     UNCHANGED,
@@ -97,7 +98,7 @@ async def created_answer(services: Services, created: Creation, prefer: str | No
     return answer(job, status=202 if created.is_new else 200, headers=headers)
 
 
-class JobQuery(BaseModel):
+class JobQuery(PageQuery):
     """Filters of the list."""
 
     state: JobState | None = None
@@ -108,8 +109,6 @@ class JobQuery(BaseModel):
         description="Words that all occur in id, model, recipes and labels.",
     )
     counts: bool = Field(default=False, description="With the number of the tenant's jobs in each state.")
-    limit: int = Field(default=20, ge=1, le=100)
-    after: str | None = Field(default=None, description="`next` of the previous page.")
     view: Literal["full", "brief"] = Field(default="full", description="`brief` leaves out the specs.")
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from app.api.artifact_views import ArtifactView, PushView, views_of
 from app.api.dependencies import ArtifactsReader, ArtifactsWriter, ServicesParam
+from app.api.paging import PageQuery
 from app.api.preconditions import UNCHANGED, IdempotencyKey, IfNoneMatch, tagged_answer
 from app.api.push_requests import check_push
 from app.core.records.ids import new_id
@@ -55,12 +56,11 @@ class Registry(BaseModel):
     next: str | None
 
 
-class RegistryQuery(BaseModel):
+class RegistryQuery(PageQuery):
     """Filters of the registry."""
 
     model: str | None = Field(default=None, max_length=1024, description="Only this source model.")
     limit: int = Field(default=200, ge=1, le=1000, description="Artifacts to look at, newest first.")
-    after: str | None = Field(default=None, description="`next` of the previous page.")
 
 
 @router.patch("/artifacts/{artifact_id}")

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from app.api.dependencies import Admin, JobsReader, JobsWriter, ServicesParam
+from app.api.paging import PageQuery
 from app.core.outgoing.webhook_messages import Delivery, DeliveryState, WebhookTry
 from app.core.records.ids import check_cursor
 
@@ -37,12 +38,11 @@ class DeliveryList(BaseModel):
     next: str | None = None
 
 
-class DeliveryQuery(BaseModel):
+class DeliveryQuery(PageQuery):
     """Of `GET /v1/webhook-deliveries`."""
 
     state: DeliveryState | None = None
     limit: int = Field(default=50, ge=1, le=100)
-    after: str | None = Field(default=None, description="`next` of the previous page.")
 
 
 class WebhookSecret(BaseModel):
