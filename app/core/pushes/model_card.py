@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from app.core.counted import counted
 from app.core.errors import ModelRefused
 from app.core.formats.registry import FORMATS
 from app.core.records.artifact import ArtifactManifest
@@ -139,7 +140,7 @@ def text_of(entry: Mapping[str, Any]) -> str:
     """A text of the report: how much of what. Files and uploads of the service are not named."""
     source = str(entry.get("dataset", ""))
     name = f"`{source}`" if source.startswith(("builtin:", "hf:", "self")) else "a text of the owner's"
-    return f"{entry.get('windows')} windows of {entry.get('sequence_length')} tokens of {name}"
+    return f"{counted(entry.get('windows', 0), 'window')} of {entry.get('sequence_length')} tokens of {name}"
 
 
 def candidate_of(manifest: ArtifactManifest, report: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -174,7 +175,7 @@ def figures(
 
 def task_rows(candidate: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for score in (candidate.get("tasks") or {}).get("scores", []):
-        name = f"{score['task']}, {score['metric']}, {score['documents']} documents"
+        name = f"{score['task']}, {score['metric']}, {counted(score['documents'], 'document')}"
         for model in ("original", "quantized"):
             error = score.get(f"{model}_standard_error")
             uncertain = "" if error is None else f" ± {error:.4f}"

@@ -20,7 +20,6 @@ from app.core.storage.storage_keys import ARTIFACTS, manifest_key, report_key
 log = logging.getLogger(__name__)
 
 
-
 class ReportHead(Kept):
     """The published recipes of a report; None means all."""
 

@@ -86,6 +86,9 @@ export function recipeLabel(recipe) {
   return `${method} w${recipe.bits} ${group}${recipe.symmetric ? " sym" : ""}`;
 }
 
+/** `1 document`, `2,000 documents`. */
+export const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+
 /** A count of parameters: 5.8 M, 8 B. */
 export function parameters(count) {
   return count < 1e9 ? `${number(count / 1e6, 3)} M` : `${number(count / 1e9, 3)} B`;

@@ -1,12 +1,12 @@
 // Figures of a report in words that several pages share.
-import { change, isNoise } from "../format.js";
+import { change, counted, isNoise } from "../format.js";
 import { html } from "../ui.js";
 
 /** A text's size in words: 64 windows of 512 tokens of builtin:wikitext2. */
 export function textInWords(entry) {
   if (!entry) return "";
   const { windows, sequence_length: length, dataset } = entry;
-  return `${windows} window${windows === 1 ? "" : "s"} of ${length} tokens of ${dataset}`;
+  return `${counted(windows, "window")} of ${length} tokens of ${dataset}`;
 }
 
 /** The perplexity's change with its 95 % interval, and whether the text can tell it from none. */

@@ -1,6 +1,6 @@
 // The models of the form: what is typed is completed from recent jobs, folders and the hub; several make a sweep.
 import { read } from "../api.js";
-import { number } from "../format.js";
+import { counted } from "../format.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 import { Field, messagesFor } from "./form_fields.js";
 import { MOST_MODELS } from "./job_form.js";
@@ -29,7 +29,7 @@ const shownAs = (reference) => (reference.startsWith("file://") ? decodeURI(refe
 
 function Option({ source, id, isActive, onChoose }) {
   return html`<li role="option" id=${id} aria-selected=${isActive} onMouseDown=${(event) => (event.preventDefault(), onChoose(source))}>
-    <span>${shownAs(source.reference)}</span> <small>${source.origin}${source.downloads ? `, ${number(source.downloads)} downloads` : ""}</small></li>`;
+    <span>${shownAs(source.reference)}</span> <small>${source.origin}${source.downloads ? `, ${counted(source.downloads, "download")}` : ""}</small></li>`;
 }
 
 /** A text field with a list of what may be meant, by the pattern of a combobox: arrows, Enter, Escape. */

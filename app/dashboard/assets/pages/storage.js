@@ -1,7 +1,7 @@
 // What the tenant stores; for the operator, the collection of what nothing refers to.
 import { send } from "../api.js";
 import { may } from "../caller.js";
-import { bytes } from "../format.js";
+import { bytes, counted } from "../format.js";
 import { Confirmed, Facts, Loaded, Problem } from "../parts.js";
 import { usePolled } from "../polling.js";
 import { html, useState } from "../ui.js";
@@ -62,14 +62,14 @@ function Collection({ onCollected }) {
   </section>`;
 }
 
-const counted = ({ count, bytes: size }, one, several) => `${bytes(size)}, ${count} ${count === 1 ? one : several}`;
+const held = ({ count, bytes: size }, noun) => `${bytes(size)}, ${counted(count, noun)}`;
 
 function Stored({ polled }) {
   return html`<${Loaded} polled=${polled}>${(stored) => html`<section class="card" aria-labelledby="stored">
     <h2 id="stored">The tenant ${stored.tenant}</h2>
     <${Facts} rows=${[
-      ["Artifacts", html`<a href="#/artifacts">${counted(stored.artifacts, "artifact", "artifacts")}</a>`],
-      ["Datasets", counted(stored.datasets, "dataset", "datasets")],
+      ["Artifacts", html`<a href="#/artifacts">${held(stored.artifacts, "artifact")}</a>`],
+      ["Datasets", held(stored.datasets, "dataset")],
       ["Together", bytes(stored.artifacts.bytes + stored.datasets.bytes)],
     ]} />
     ${!stored.is_complete && html`<p><small>Artifacts from before Redis was last empty may be missing here; the next collection counts them.</small></p>`}

@@ -1,6 +1,6 @@
 // A text of one's own for calibration: chosen or dropped, uploaded, and shown as the service reads it.
 import { read, upload } from "../api.js";
-import { bytes } from "../format.js";
+import { bytes, counted } from "../format.js";
 import { Problem } from "../parts.js";
 import { html, useEffect, useState } from "../ui.js";
 
@@ -20,9 +20,9 @@ function Preview({ dataset }) {
   const about = dataset.is_estimate ? "about " : "";
   const counts = [
     bytes(dataset.size),
-    dataset.documents !== null && `${about}${dataset.documents} documents`,
+    dataset.documents !== null && `${about}${counted(dataset.documents, "document")}`,
     dataset.conversations && `${dataset.conversations} of them conversations`,
-    dataset.windows !== null && `about ${dataset.windows} windows of ${dataset.sequence_length} tokens`,
+    dataset.windows !== null && `about ${counted(dataset.windows, "window")} of ${dataset.sequence_length} tokens`,
   ].filter(Boolean);
   return html`<div role="status"><p><strong>${dataset.name}</strong>: ${counts.join(", ")}</p>
     <ul class="plain first-texts">${dataset.first.map((text, index) => html`<li key=${index}>${text}</li>`)}</ul></div>`;
