@@ -231,7 +231,7 @@ def test_progress_and_errors_are_shown(service: Service) -> None:
     progress = Progress(fraction=0.5, layer=3, layers=6, eta_s=4.5)
     service.store.update(job_id, lambda job: job.model_copy(update={"progress": progress}), attempt=1)
     job = service.client.get(f"/v1/jobs/{job_id}").json()
-    assert job["progress"] == {"fraction": 0.5, "layer": 3, "layers": 6, "eta_s": 4.5}
+    assert job["progress"] == {"fraction": 0.5, "layer": 3, "layers": 6, "eta_s": 4.5, "use": None}
     problem = Problem.of(JobFault("it broke", remedy="mend it"))
     other = service.submit()["id"]
     service.end(other, JobState.FAILED, error=problem)
