@@ -45,8 +45,8 @@ class Stage(StrEnum):
 class ResourceUse(Kept):
     """What a job's process uses since its start: samples every `every_s` seconds, the newest last.
 
-    Of a longer time each sample is the peak of memory and the mean of use. Memory and cores are of the process
-    and what it started; `gpu_memory_bytes` is of all processes on the device.
+    Of a longer time each sample is the peak of memory and the mean of use. Memory and cores are of the
+    process and what it started; `gpu_memory_bytes` is of all processes on the device.
     """
 
     began_at: datetime
