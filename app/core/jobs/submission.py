@@ -135,9 +135,7 @@ def planned(spec: JobSpec, headers: ModelHeaders) -> Plan | StreamedPlan:
     if spec.deploy is not None:
         check_length(headers.config, spec.deploy, spec.deploy.engine, section="deploy.")
         refuse_unserved_format(spec.formats[0], param="deploy")
-    deploy = spec.deploy and unserved_note(
-        plan.model_type, spec.deploy.engine, param="deploy.engine"
-    )
+    deploy = spec.deploy and unserved_note(plan.model_type, spec.deploy.engine, param="deploy.engine")
     return plan.model_copy(update={"notes": (*headers.notes, *plan.notes, *filter(None, [deploy]))})
 
 
