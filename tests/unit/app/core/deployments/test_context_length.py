@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.core.deployments.context_length import check_length
+from app.core.deployments.context_length import check_length, longest_context, widest_context
 from app.core.errors import InvalidRequest
 from app.core.records.serving_options import Engine, ServerOptions, VllmOptions
 
@@ -18,6 +18,8 @@ LLAMA3 = {**PLAIN, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
 LONGER = {**PLAIN, "model_max_length": 8192}
 WRAPPED = {"text_config": PLAIN}
 UNBOUNDED: dict[str, Any] = {"model_type": "mamba"}
+# What no configuration of a model says, but what anybody may write into one.
+NO_NUMBERS: list[Any] = ["long", "4096", [4096], {}, True, -1, 0, 10**400, float("inf"), float("nan")]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,14 @@ def test_no_more_tokens_than_the_engine_reads(
         with pytest.raises(InvalidRequest, match=f"{most + 1}; the model reads {most} tokens") as refusal:
             check_length(config, ServerOptions(engine=engine, max_model_len=most + 1), engine)
         assert refusal.value.param == "max_model_len"
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_a_length_that_is_no_number_counts_as_absent(value: Any) -> None:
+    assert longest_context({"max_position_embeddings": value}) == 2048
+    assert widest_context({"max_position_embeddings": value}) is None
+    assert widest_context({**PLAIN, "rope_scaling": {"rope_type": "linear", "factor": value}}) == 4096
+    assert widest_context({**PLAIN, "model_max_length": value}) == 4096
 
 
 def test_the_options_of_vllm_count_too() -> None:
