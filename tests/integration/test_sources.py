@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,10 @@ def test_folders_are_looked_through_within_bounds_and_without_following_links(tm
     assert [path.name for path in local_models([root], [], 9)] == ["one.gguf", "a-model", "b-model"]
     assert [path.name for path in local_models([root], ["b-m"], 9)] == ["b-model"]
     assert len(local_models([root], [], 2)) == 2
+    for name in (b"lat\xffin", b"esc\x1b[31m"):
+        Path(os.fsdecode(os.fsencode(root) + b"/" + name)).mkdir()
+        Path(os.fsdecode(os.fsencode(root) + b"/" + name + b"/config.json")).write_text("{}")
+    assert len(local_models([root], [], 9)) == 3
     crowd = tmp_path / "crowd"
     crowd.mkdir()
     (crowd / "z-model").mkdir()

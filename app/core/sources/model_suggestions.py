@@ -38,12 +38,12 @@ def matches_words(text: str, words: Sequence[str]) -> bool:
 
 
 def local_models(roots: Sequence[Path], words: Sequence[str], limit: int) -> list[Path]:
-    """Folders with config.json, and GGUF files, whose path below the root holds all words."""
+    """Folders with config.json, and GGUF files, whose path holds all words; without unprintable names."""
     named: list[Path] = []
     for root in roots:
         real = Path(os.path.realpath(root))
         for path in models_below(real):
-            if matches_words(str(path), words):
+            if str(path).isprintable() and matches_words(str(path), words):
                 named.append(path)
             if len(named) == limit:
                 return named
