@@ -381,6 +381,43 @@ def test_a_model_is_chosen_by_keyboard_from_what_there_is(visit: Visit, example_
     visit.complaints.clear()
 
 
+def test_models_with_odd_names_are_shown_and_lead_where_they_say(visit: Visit) -> None:
+    references = ["file:///models/50%25%20of%23it", "file:///models/%FF"]
+    listed = [{"object": "source", "reference": each, "origin": "folder"} for each in references]
+    page = visit.page
+    page.route("**/v1/sources*", lambda route: route.fulfill(json={"data": listed, "hub": "not_asked"}))
+    visit.open("/jobs/new")
+    model = page.get_by_role("combobox", name="Model")
+    model.click()
+    options = page.get_by_role("option")
+    expect(options).to_contain_text(["/models/50% of#it", "/models/%FF"])
+    with page.expect_request("**/v1/estimates") as request:
+        options.first.dispatch_event("mousedown")
+    expect(model).to_have_value("/models/50% of#it")
+    assert request.value.post_data_json["model"] == references[0]
+    # An address that stands for no text is a page like others, and no blank one.
+    visit.open("/deployments/%FF")
+    expect(page.get_by_text("There is no such deployment")).to_be_visible()
+
+
+def test_what_is_pasted_beyond_a_sweep_is_said_to_be_left_out(visit: Visit) -> None:
+    page = visit.open("/jobs/new")
+    pasted = "\n\n".join(f"file:///nowhere/{number % 18}" for number in range(40))
+    page.get_by_role("combobox", name="Model").evaluate(
+        """(field, text) => {
+          const clipboardData = new DataTransfer();
+          clipboardData.setData("text/plain", text);
+          const pasted = { clipboardData, bubbles: true, cancelable: true };
+          field.dispatchEvent(new ClipboardEvent("paste", pasted));
+        }""",
+        pasted,
+    )
+    expect(page.get_by_role("combobox", name=re.compile("Model"))).to_have_count(16)
+    expect(page.get_by_text("the last 2 of those that were pasted are left out")).to_be_visible()
+    page.get_by_role("button", name="Remove model 16").click()
+    expect(page.get_by_text("are left out")).to_have_count(0)
+
+
 def test_a_sweep_over_models_and_what_is_refused_of_it(visit: Visit, example_model: Path) -> None:
     page = visit.open("/jobs/new")
     model = page.get_by_role("combobox", name="Model", exact=True)

@@ -1,6 +1,15 @@
 // The address of a page: a path behind the #, and what is filtered or chosen there, behind a ?.
 import { useEffect, useState } from "./ui.js";
 
+/** The text that `encoded` stands for; itself where it stands for none: anybody can type an address. */
+export function decoded(encoded) {
+  try {
+    return decodeURIComponent(encoded);
+  } catch {
+    return encoded;
+  }
+}
+
 /** The path, without what stands behind a ?. */
 export function pathNow() {
   return location.hash.slice(1).split("?")[0] || "/jobs";

@@ -1,6 +1,6 @@
 // The frame around every page, and the routes of the pages. Only the first page's modules are loaded at once.
 import { onConnection, knock, send, whenSignedOut } from "./api.js";
-import { pathNow } from "./address.js";
+import { decoded, pathNow } from "./address.js";
 import { may, readCaller, whoIsSignedIn } from "./caller.js";
 import { clock } from "./format.js";
 import { Problem } from "./parts.js";
@@ -40,7 +40,7 @@ const mayOpen = (section) => SECTIONS.some(([name, , scope]) => name === section
 function route(path) {
   for (const [pattern, module, component, section] of ROUTES) {
     const match = pattern.exec(path);
-    if (match) return { module, component, section, id: match[1] && decodeURIComponent(match[1]) };
+    if (match) return { module, component, section, id: match[1] && decoded(match[1]) };
   }
   return { module: null, section: "" };
 }

@@ -81,7 +81,7 @@ function labelsOf(text) {
 /** A model as the service writes it: a folder becomes its file:// address. */
 export function referenceOf(text) {
   const model = text.trim();
-  return model.startsWith("/") ? `file://${encodeURI(model)}` : model;
+  return model.startsWith("/") ? `file://${model.split("/").map(encodeURIComponent).join("/")}` : model;
 }
 
 const READERS = {

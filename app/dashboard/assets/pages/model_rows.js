@@ -1,4 +1,5 @@
 // The models of the form: what is typed is completed from recent jobs, folders and the hub; several make a sweep.
+import { decoded } from "../address.js";
 import { read } from "../api.js";
 import { counted } from "../format.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
@@ -25,7 +26,7 @@ function useSources(text, isOpen) {
 }
 
 /** A reference as people write it: a folder as its path, a hub's model as its id. */
-const shownAs = (reference) => (reference.startsWith("file://") ? decodeURI(reference.slice(7)) : reference.replace(/^hf:/, ""));
+const shownAs = (reference) => (reference.startsWith("file://") ? decoded(reference.slice(7)) : reference.replace(/^hf:/, ""));
 
 function Option({ source, id, isActive, onChoose }) {
   return html`<li role="option" id=${id} aria-selected=${isActive} onMouseDown=${(event) => (event.preventDefault(), onChoose(source))}>
@@ -66,23 +67,27 @@ function ModelInput({ id, value, onChange, onPaste, input }) {
 
 /** `onChange` gets the models, changed; lines that are pasted become rows. */
 export function ModelRows({ models, onChange, errors, first }) {
+  const [leftOut, setLeftOut] = useState(0);
   const change = (index) => (text) => onChange(models.map((each, at) => (at === index ? text : each)));
   const onPaste = (index) => (event) => {
     const lines = event.clipboardData.getData("text").split(/\s*\n\s*/).filter(Boolean);
     if (lines.length < 2) return;
     event.preventDefault();
-    onChange([...models.slice(0, index), ...lines, ...models.slice(index + 1)].filter((each, at, all) => all.indexOf(each) === at).slice(0, MOST_MODELS));
+    const all = [...new Set([...models.slice(0, index), ...lines, ...models.slice(index + 1)])];
+    onChange(all.slice(0, MOST_MODELS));
+    setLeftOut(Math.max(0, all.length - MOST_MODELS));
   };
   return html`<div class="models">
     ${models.map((model, index) => html`<div class=${messagesFor(errors[index], "model").length ? "field field-bad" : "field"} data-path="model" key=${index}>
       <div class="model-row"><label for=${`model-${index}`}><span>${index === 0 ? "Model" : `Model ${index + 1}`}</span></label>
         <${ModelInput} id=${`model-${index}`} value=${model} input=${index === 0 ? first : undefined} onChange=${change(index)} onPaste=${onPaste(index)} />
-        ${models.length > 1 && html`<button type="button" class="quiet small" aria-label=${`Remove model ${index + 1}`} onClick=${() => onChange(models.filter((_, at) => at !== index))}>Remove</button>`}</div>
+        ${models.length > 1 && html`<button type="button" class="quiet small" aria-label=${`Remove model ${index + 1}`} onClick=${() => (setLeftOut(0), onChange(models.filter((_, at) => at !== index)))}>Remove</button>`}</div>
       ${index === 0 && html`<small>org/name on the hub, s3://bucket/prefix, or a folder under an allowed root</small>`}
       ${messagesFor(errors[index], "model").map((message) => html`<small class="bad" role="alert" key=${message}>${message}</small>`)}
     </div>`)}
     <p class="add"><button type="button" class="quiet small" disabled=${models.length >= MOST_MODELS} onClick=${() => onChange([...models, ""])}>Add a model</button>
       <small> Each model is a job of its own with the same settings.</small></p>
+    ${leftOut > 0 && html`<p class="bad" role="alert"><small>A sweep has at most ${MOST_MODELS} models: the last ${leftOut} of those that were pasted are left out.</small></p>`}
   </div>`;
 }
 
