@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from app.api.dependencies import CallerWith
 from app.core.errors import InvalidRequest
 
 
@@ -19,6 +20,7 @@ async def refuse_unknown_parameters(request: Request) -> None:
     operation, taken = f"{request.method} {path[:200]}", parameters_of(request.scope["route"])
     for name in request.query_params:
         if name not in taken:
+            await admit(request)
             raise InvalidRequest(
                 f"{operation} has no parameter {name[:100]!r}",
                 code="unknown_parameter",
@@ -27,6 +29,13 @@ async def refuse_unknown_parameters(request: Request) -> None:
                 else "leave it out; it takes none",
                 param=name[:100],
             )
+
+
+async def admit(request: Request) -> None:
+    """Who calls is settled before what is refused, which is counted and logged as any other request."""
+    for dependency in request.scope["route"].dependant.dependencies:
+        if isinstance(dependency.call, CallerWith):
+            await dependency.call(request)
 
 
 def parameters_of(route: APIRoute) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 
 from app.api.errors import is_inference
 from app.api.query_parameters import parameters_of
+from app.core.access.api_keys import Scope
 from app.core.records.ids import new_id
 from app.core.settings import Settings
 from app.main import ROUTES, create_app
@@ -119,6 +120,17 @@ def test_a_refusal_names_the_parameter_and_the_known_ones(service: Service, path
     assert problem["param"] == "stat"
     assert f"GET {path} has no parameter 'stat'" in problem["detail"]
     assert problem["remedy"] == f"leave it out; it takes {', '.join(known) or 'none'}"
+
+
+def test_a_parameter_is_refused_after_the_caller_and_is_in_the_audit_log(service: Service) -> None:
+    client, beta = service.client, {"beta": "true"}
+    stranger = {"Authorization": "Bearer nib_0000_none"}
+    assert client.post("/v1/jobs", params=beta, headers=stranger, json={}).status_code == 401
+    reader = {"Authorization": f"Bearer {service.key(Scope.JOBS_READ)}"}
+    assert client.post("/v1/jobs", params=beta, headers=reader, json={}).status_code == 403
+    request_id = client.post("/v1/jobs", params=beta, json={}).headers["X-Request-ID"]
+    entry = client.get("/v1/audit", params={"q": request_id}).json()["data"][0]
+    assert (entry["method"], entry["path"], entry["status"]) == ("POST", "/v1/jobs", 422)
 
 
 def test_inference_takes_parameters_that_it_does_not_know(service: Service) -> None:
