@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,22 @@ def test_prompts_stay_in_the_browser(visit: Visit, job: str, served: dict[str, s
     expect(part.get_by_label("Prompt 1", exact=True)).to_have_value(
         "Explain in two sentences why the sky is blue."
     )
+
+
+def test_without_room_in_the_browser_prompts_are_changed_all_the_same(
+    visit: Visit, job: str, served: dict[str, str]
+) -> None:
+    visit.page.add_init_script("Storage.prototype.setItem = () => { throw new Error('no room'); };")
+    visit.page.reload()
+    part = opened(visit, job)
+    part.get_by_label("Prompt 1", exact=True).fill("Only mine")
+    part.get_by_label("Prompt 2", exact=True).fill("Mine too")
+    expect(part.get_by_label("Prompt 1", exact=True)).to_have_value("Only mine")
+    visit.page.get_by_text("Account").click()
+    theme = visit.page.get_by_role("button", name=re.compile("(Dark|Light) theme"))
+    before = theme.inner_text()
+    theme.click()
+    expect(theme).not_to_have_text(before)
 
 
 def test_a_fault_stands_where_the_answer_would(visit: Visit, job: str, served: dict[str, str]) -> None:

@@ -279,8 +279,9 @@ def with_stored(page: Page, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["{", "null", "3", '{"conversations": 3}', json.dumps({"conversations": [None, {"id": 1}, GOOD]}),
-     json.dumps({"conversations": [GOOD | {"turns": [{"question": "x", "answers": [{"model": 1}]}]}]})],
-    ids=["no-json", "null", "a-number", "no-list", "some", "an-answer"],
+     json.dumps({"conversations": [GOOD | {"turns": [{"question": "x", "answers": [{"model": 1}]}]}]}),
+     json.dumps({"conversations": [GOOD | {"at": 1e300, "turns": []}]})],
+    ids=["no-json", "null", "a-number", "no-list", "some", "an-answer", "a-time"],
 )  # fmt: skip
 def test_what_cannot_be_read_breaks_nothing(visit: Visit, chat: Page, text: str) -> None:
     with_stored(chat, text)

@@ -1,6 +1,7 @@
 // Conversations of the playground, kept in this browser for each tenant: the newest, within a size.
 import { whoIsSignedIn } from "./caller.js";
 import { randomId } from "./random_id.js";
+import { remember } from "./remember.js";
 
 export const MOST = 50;
 export const MOST_CHARACTERS = 1_000_000; // a browser gives a site about five times as many
@@ -12,6 +13,7 @@ const place = () => `nibble-conversations ${whoIsSignedIn().tenant}`;
 export const blank = (model) => ({ id: randomId(), at: Date.now(), models: [model], system: "", parameters: {}, turns: [] });
 
 const areAll = (values, kind) => values.every((value) => typeof value === kind);
+const isTime = (value) => typeof value === "number" && !Number.isNaN(new Date(value).valueOf());
 const isFigure = (value) => value === null || typeof value === "number";
 
 function isAnswer({ model, content, said }) {
@@ -20,7 +22,7 @@ function isAnswer({ model, content, said }) {
 
 /** Whether what was stored is a conversation: another version, or another hand, may have written it. */
 function isConversation({ id, at, models, system, parameters, turns }) {
-  return areAll([id, system, ...models, ...Object.values(parameters)], "string") && typeof at === "number" && models.length > 0
+  return areAll([id, system, ...models, ...Object.values(parameters)], "string") && isTime(at) && models.length > 0
     && turns.every(({ question, answers }) => typeof question === "string" && answers.every(isAnswer));
 }
 
@@ -51,12 +53,8 @@ function store(conversations) {
   for (; ; left.pop()) {
     const text = JSON.stringify({ version: VERSION, conversations: left });
     if (text.length > MOST_CHARACTERS && left.length > 1) continue;
-    try {
-      localStorage.setItem(place(), text);
-      return true;
-    } catch {
-      if (left.length < 2) return false; // no room, or no storage at all
-    }
+    if (remember(place(), text)) return true;
+    if (left.length < 2) return false;
   }
 }
 

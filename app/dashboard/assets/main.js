@@ -5,6 +5,7 @@ import { may, readCaller, whoIsSignedIn } from "./caller.js";
 import { clock } from "./format.js";
 import { Problem } from "./parts.js";
 import { useAway } from "./polling.js";
+import { remember } from "./remember.js";
 import { html, render, useEffect, useState } from "./ui.js";
 
 // [pattern, module, its component, section]
@@ -77,7 +78,7 @@ function ThemeButton() {
   const change = () => {
     const next = isDark ? "light" : "dark";
     document.documentElement.dataset.theme = next;
-    localStorage.setItem("nibble-theme", next);
+    remember("nibble-theme", next);
     setTheme(next);
     dispatchEvent(new Event("themechange"));
   };

@@ -5,6 +5,7 @@ import { may } from "../caller.js";
 import { modelName } from "../format.js";
 import { Problem, State } from "../parts.js";
 import { usePolled } from "../polling.js";
+import { remember } from "../remember.js";
 import { html, useEffect, useRef, useState } from "../ui.js";
 import { suggestedName } from "./deploy.js";
 
@@ -32,7 +33,7 @@ function usePrompts() {
       return PROMPTS;
     }
   });
-  const keep = (next) => (localStorage.setItem(STORED, JSON.stringify(next)), setPrompts(next));
+  const keep = (next) => (remember(STORED, JSON.stringify(next)), setPrompts(next));
   return [prompts, keep];
 }
 
