@@ -260,6 +260,17 @@ def test_of_two_changes_at_once_one_is_refused(floor: Floor) -> None:
     assert details[0] == 'tiny: {"replicas": 5}'
 
 
+@pytest.mark.parametrize("change", [{}, {"original": None, "replicas": None}])
+def test_a_change_of_nothing_is_refused(floor: Floor, change: dict[str, None]) -> None:
+    deployment_id = floor.deploy("tiny")
+    answer = patch(floor, deployment_id, **change)
+    assert (answer.status_code, answer.json()["detail"]) == (
+        422,
+        "the body: give at least one field to change",
+    )
+    assert patch(floor, deployment_id, idle_timeout_s=None).status_code == 202  # null: never unloaded
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "code"),
     [

@@ -56,7 +56,7 @@ class DeploymentChange(Frozen):
 
     @model_validator(mode="after")
     def has_a_change(self) -> Self:
-        if not self.model_fields_set:
+        if not self.present:
             raise ValueError("give at least one field to change")
         return self
 
