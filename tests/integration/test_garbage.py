@@ -14,6 +14,7 @@ from app.core.access.limits import TenantLimits
 from app.core.records.ids import artifact_id, new_id
 from app.core.records.job import Job, JobState
 from app.core.records.job_changes import cancel_requested
+from app.core.records.specs import TargetSpec
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.published import withdraw
 from app.core.storage.storage_keys import checkpoint_prefix, manifest_key, report_key
@@ -89,33 +90,25 @@ def test_what_a_failed_job_made_visible_is_withdrawn(workshop: Workshop, collect
     assert workshop.objects.list("artifacts") == []
 
 
-@pytest.mark.parametrize(
-    ("report", "index", "withdrawn"),
-    [
-        ('{"published": [7]}', 7, True),  # a rung that the search for the target added
-        ('{"published": [0]}', 7, False),  # of another job, if of any
-        ("{}", 0, True),
-        ("damaged", 0, True),
-        (None, 0, False),  # manifests come after the report
-    ],
-)
-def test_the_report_says_what_is_to_be_withdrawn(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, report: str | None, index: int, withdrawn: bool
+@pytest.mark.parametrize("has_target", [False, True])
+def test_what_is_withdrawn_is_found_by_its_ids(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, has_target: bool
 ) -> None:
-    """Without a look at the artifacts of all jobs, however many there are."""
+    """All of a folder are looked through only where a search for a target may have added recipes."""
     job = workshop.run(workshop.submit())
     manifest = workshop.manifest(job)
     assert manifest is not None
-    moved = manifest.model_copy(update={"id": artifact_id(job.id, index, manifest.format)})
-    workshop.objects.delete(manifest_key(manifest.id))
-    workshop.objects.put(manifest_key(moved.id), moved.model_dump_json().encode())
-    workshop.objects.delete(report_key(job.id))
-    if report is not None:
-        workshop.objects.put(report_key(job.id), report.encode())
-    monkeypatch.setattr(ObjectStore, "list_folders", None)
-    found = withdraw(workshop.objects, workshop.context().limits, job)
-    assert found == ([moved.id] if withdrawn else [])
-    assert (workshop.objects.head(manifest_key(moved.id)) is None) == withdrawn
+    ids = {manifest.id}
+    if has_target:
+        spec = job.spec.model_copy(update={"target": TargetSpec(max_kl=0.1)})
+        job = job.model_copy(update={"spec": spec})
+        added = manifest.model_copy(update={"id": artifact_id(job.id, 7, manifest.format)})
+        workshop.objects.put(manifest_key(added.id), added.model_dump_json().encode())
+        ids.add(added.id)
+    else:
+        monkeypatch.setattr(ObjectStore, "list_folders", None)
+    assert set(withdraw(workshop.objects, workshop.context().limits, job)) == ids
+    assert workshop.objects.list("artifacts") == []
 
 
 def test_only_the_bytes_of_jobs_that_succeeded_are_counted(

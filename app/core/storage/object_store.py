@@ -189,6 +189,19 @@ class ObjectStore:
             listing = obstore.list_with_delimiter(self._store, prefix + "/")
         return sorted(path.rstrip("/").rpartition("/")[2] for path in listing["common_prefixes"])
 
+    def list_folders_like(self, prefix: str, start: str) -> list[str]:
+        """The names of the folders below `prefix` that begin with `start`; on S3 without listing all."""
+        if not self.can_presign:  # a folder of this host has no order, and its files need not be looked at
+            return [name for name in self.list_folders(prefix) if name.startswith(start)]
+        with translated(check_key(prefix)):
+            names: set[str] = set()
+            for page in obstore.list(self._store, prefix, offset=f"{prefix}/{start}"):
+                folders = [meta["path"].removeprefix(prefix + "/").partition("/")[0] for meta in page]
+                names.update(name for name in folders if name.startswith(start))
+                if folders and folders[-1] > start and not folders[-1].startswith(start):
+                    break
+        return sorted(names)
+
     def list(self, prefix: str) -> list[ObjectHead]:
         """Every object below the folder `prefix`, by key."""
         with translated(check_key(prefix)):

@@ -19,6 +19,8 @@ from app.core.storage.storage_keys import ARTIFACTS, manifest_key, report_key
 
 log = logging.getLogger(__name__)
 
+ID_TIME = slice(4, 14)  # the part of an id that names its time, which a job and its artifacts share
+
 
 class ReportHead(Kept):
     """The published recipes of a report; None means all."""
@@ -43,30 +45,33 @@ def read_manifest(objects: ObjectStore, art_id: str) -> ArtifactManifest | None:
 
 def published_before(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
     """The artifacts of a job whose attempt died between its last manifest and its last record."""
-    ids = announced(objects, job) or ()  # where no report can be read another attempt writes it again
-    whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
-    return ids if ids and whole else None
-
-
-def announced(objects: ObjectStore, job: Job) -> tuple[str, ...] | None:
-    """The artifacts that the job's report names, which is stored before the first of their manifests.
-
-    None if it is damaged.
-    """
     try:
         report = ReportHead.model_validate_json(objects.get(report_key(job.id)))
     except NotFound:
-        return ()
-    except ValidationError:
+        return None
+    except ValidationError:  # another attempt writes it again, and meets the manifests if there are any
         log.warning("the stored report of %s can't be read", job.id)
         return None
-    return outputs_of(job) if report.published is None else outputs_of(job, report.published)
+    ids = outputs_of(job, report.published)
+    whole = all(objects.head(manifest_key(art_id)) is not None for art_id in ids)
+    return ids if ids and whole else None
 
 
 def outputs_of(job: Job, recipes: Iterable[int] | None = None) -> tuple[str, ...]:
     """The ids that these recipes' artifacts have, by default those of the request."""
     indices = range(len(job.spec.recipes)) if recipes is None else recipes
     return tuple(artifact_id(job.id, index, name) for index in indices for name in job.spec.formats)
+
+
+def may_be_visible(objects: ObjectStore, job: Job) -> Iterable[str]:
+    """At least the ids of what the job's attempts have made visible.
+
+    A search for a target adds recipes, and each attempt may end it elsewhere: those artifacts are looked for
+    by the time that is in their ids.
+    """
+    if job.spec.target is None:
+        return outputs_of(job)
+    return objects.list_folders_like(ARTIFACTS, f"art_{job.id[ID_TIME]}")
 
 
 def figures_of(objects: ObjectStore, artifacts: Sequence[str]) -> ResultFigures | None:
@@ -111,15 +116,14 @@ def withdraw(objects: ObjectStore, limits: TenantLimits, job: Job) -> list[str]:
 
     An attempt that dies between the manifests of two formats has made one of them visible.
     """
-    visible = announced(objects, job)
     withdrawn = []
-    for art_id in outputs_of(job) if visible is None else visible:
+    for art_id in may_be_visible(objects, job):
         try:
             manifest = read_manifest(objects, art_id)
-        except RecordUnreadable as fault:
+        except RecordUnreadable as fault:  # perhaps of another job
             log.warning("not withdrawn with %s: %s", job.id, fault.message)
             continue
-        if manifest is not None:
+        if manifest is not None and manifest.job == job.id:
             discard(objects, limits, manifest)
             withdrawn.append(art_id)
     return withdrawn

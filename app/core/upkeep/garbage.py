@@ -20,7 +20,7 @@ from app.core.records.specs import Frozen
 from app.core.settings import Settings
 from app.core.storage.dataset_store import DatasetStore
 from app.core.storage.object_store import ObjectStore
-from app.core.storage.published import count_stored, discard, read_manifest
+from app.core.storage.published import ID_TIME, count_stored, discard, read_manifest
 from app.core.storage.storage_keys import (
     ARTIFACTS,
     CHECKPOINTS,
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 # How long a failed job's checkpoints are kept for a retry.
 CHECKPOINTS_KEPT = timedelta(days=7)
 UPLOADS_LAST = timedelta(days=1)
-ID_TIME = slice(4, 14)  # the part of an id that names its time, which a job and its artifacts share
 ACTIVE = (JobState.QUEUED, JobState.RUNNING, JobState.CANCELLING)
 
 
