@@ -60,7 +60,7 @@ def pytest_runtest_setup() -> None:
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting of the person who runs the tests reaches them, and nothing is kept in their home."""
     for name in list(os.environ):
-        if name.startswith(("NIBBLE_", "AWS_", "HF_")):
+        if name.startswith(("NIBBLE_", "AWS_", "HF_")) or name in ("COLUMNS", "LINES"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("NIBBLE_STATE_DIR", str(tmp_path / "state"))
 

@@ -23,7 +23,7 @@ from tests.tiny_models import TOKENIZER
 from tests.waiting import wait_until
 
 PROBES = Path(__file__).parent / "probes"
-CLIENTS = Path(os.environ.get("CLIENTS", PROBES.parents[2] / ".clients"))
+CLIENTS = Path(os.environ.get("CLIENTS", PROBES.parents[2] / ".clients")).resolve()
 NAME = "org/taught"
 LIMIT_S = 280
 

@@ -52,7 +52,7 @@ async function events() {
   const route = "/v1/jobs/{job_id}/events";
   const page = list((await client.GET(route, { params: { path, query: { limit: 2 } } })).data);
   same([page.data.length, page.has_more], [2, true]);
-  const rest = list((await client.GET(route, { params: { path, query: { after: page.next } } })).data);
+  const rest = list((await client.GET(route, { params: { path, query: { after: page.next ?? undefined } } })).data);
   const headers = { Accept: "text/event-stream" };
   const stream = await client.GET(route, { params: { path }, headers, parseAs: "text" });
   const lines = String(stream.data).split("\n").filter((line) => line.startsWith("id: "));
