@@ -441,6 +441,10 @@ def test_a_sweep_over_models_and_what_is_refused_of_it(visit: Visit, example_mod
     expect(told).to_contain_text("/nowhere/else")
     # Another second model: the first one was submitted already, under the same key.
     page.get_by_role("combobox", name="Model 2").fill(f"{example_model.as_uri()}/")
+    expect(page.get_by_role("button", name="Submit 2 jobs")).to_have_count(0)  # it is the first one again
+    page.get_by_role("combobox", name="Model 2").fill(
+        f"{example_model.parent.as_uri()}/./{example_model.name}"
+    )
     page.get_by_role("button", name="Submit 2 jobs").click()
     page.wait_for_url("**/#/jobs?q=sweep%3Dmine")
     rows = page.locator("li[data-job]")

@@ -158,3 +158,18 @@ def test_who_is_signed_in_and_the_way_out(browser: Browser, service: Service) ->
     page.goto(f"{service.url}/#/jobs")
     expect(page.get_by_label("API key")).to_be_focused()
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("scope", "heading"),
+    [(Scope.ARTIFACTS_READ, "Artifacts"), (Scope.DEPLOYMENTS_READ, "Deployments"), (Scope.ADMIN, "Jobs")],
+)
+def test_the_first_page_is_one_that_the_key_may_see(
+    browser: Browser, service: Service, scope: Scope, heading: str
+) -> None:
+    page = visit_with(browser, service, scope)
+    expect(page.get_by_role("heading", name=heading, level=1)).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    page.get_by_role("link", name="Nibble").click()
+    expect(page.get_by_role("heading", name=heading, level=1)).to_be_visible()
+    page.close()

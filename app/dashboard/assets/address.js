@@ -12,7 +12,7 @@ export function decoded(encoded) {
 
 /** The path, without what stands behind a ?. */
 export function pathNow() {
-  return location.hash.slice(1).split("?")[0] || "/jobs";
+  return location.hash.slice(1).split("?")[0] || "/";
 }
 
 function queryNow() {

@@ -10,7 +10,7 @@ import { html, render, useEffect, useState } from "./ui.js";
 
 // [pattern, module, its component, section]
 const ROUTES = [
-  [/^\/(?:jobs)?$/, "jobs", "JobsPage", "jobs"],
+  [/^\/jobs$/, "jobs", "JobsPage", "jobs"],
   [/^\/jobs\/new(?:\/(job_[0-9A-Z]+))?$/, "new_job", "NewJobPage", "jobs"],
   [/^\/jobs\/(job_[0-9A-Z]+)$/, "job", "JobPage", "jobs"],
   [/^\/compare$/, "compare", "ComparePage", "jobs"],
@@ -38,7 +38,14 @@ const KNOCK_S = 5;
 const sections = () => SECTIONS.filter(([name, , scope], index) => may(scope) && SECTIONS.findIndex((each) => each[0] === name && may(each[2])) === index);
 const mayOpen = (section) => SECTIONS.some(([name, , scope]) => name === section && may(scope));
 
-function route(path) {
+/** What `/` shows: the first section that may be opened. */
+function landing() {
+  const [name, , , first = name] = sections()[0] ?? SECTIONS[0];
+  return `/${first}`;
+}
+
+function route(address) {
+  const path = /^\/?$/.test(address) ? landing() : address;
   for (const [pattern, module, component, section] of ROUTES) {
     const match = pattern.exec(path);
     if (match) return { module, component, section, id: match[1] && decoded(match[1]) };
@@ -117,7 +124,7 @@ function Frame({ section, onSignedOut, children }) {
       document.getElementById("content").focus();
     }}>Skip to content</a>
     <header class="top">
-      <a class="brand" href="#/jobs"><img src="/assets/icon.svg" alt="" width="24" height="24" /> Nibble</a>
+      <a class="brand" href="#/"><img src="/assets/icon.svg" alt="" width="24" height="24" /> Nibble</a>
       <nav aria-label="Sections">
         ${sections().map(([name, label, , first = name]) => html`<a key=${name} href=${`#/${first}`}
           aria-current=${name === section ? "page" : undefined}>${label}</a>`)}

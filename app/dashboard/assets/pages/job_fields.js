@@ -80,7 +80,7 @@ function labelsOf(text) {
 
 /** A model as the service writes it: a folder becomes its file:// address. */
 export function referenceOf(text) {
-  const model = text.trim();
+  const model = text.trim().replace(/(?<=[^/])\/+$/, "");
   return model.startsWith("/") ? `file://${model.split("/").map(encodeURIComponent).join("/")}` : model;
 }
 
