@@ -24,8 +24,12 @@ router = APIRouter(tags=["inference"])
 
 SILENT = (DeploymentState.FAILED, DeploymentState.PAUSED)  # of no use to who looks for a model
 
-# First path segments below /v1 that have routes of their own, here and in the management API.
-NAMED = MANAGED | {"chat", "completions", "embeddings", "messages", "models", "responses"}
+# Paths below /v1 that have routes of their own here; whatever else there is may be one of a server.
+NAMED = (
+    "chat/completions", "completions", "embeddings", "messages", "messages/count_tokens", "responses",
+    "models(?:/.*)?",
+)  # fmt: skip
+ANY = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 BODY = {
     "requestBody": {
         "required": True,
@@ -131,9 +135,12 @@ def sampling_of(services: Services, tenant: str, artifact: str) -> dict[str, Any
 
 
 class OtherInference(Convertor[str]):
-    """Paths below /v1 that no other route has: what a server may answer beyond the routes that are named."""
+    """Paths below /v1 that no other route has: what a server may answer beyond the routes that are named.
 
-    regex = rf"(?!(?:{'|'.join(sorted(NAMED))})(?:/|$))[^/].*"
+    Also below those, such as vLLM's `chat/completions/render`.
+    """
+
+    regex = rf"(?!(?:{'|'.join(sorted(MANAGED))})(?:/|$))(?!(?:{'|'.join(NAMED)})/?$)[^/].*"
 
     def convert(self, value: str) -> str:
         return value
@@ -145,7 +152,7 @@ class OtherInference(Convertor[str]):
 register_url_convertor("other_inference", OtherInference())
 
 
-@router.api_route("/v1/{path:other_inference}", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/v1/{path:other_inference}", methods=ANY, include_in_schema=False)
 async def pass_on(path: str, request: Request, services: ServicesParam, principal: Inferrer) -> Response:
     """Whatever else the deployment's server answers: vLLM has many routes more, the built-in engine none."""
     if request.method != "POST" or not await services.gateway.is_meant(request):

@@ -91,7 +91,7 @@ def test_what_a_server_answers_below_v1_is_passed_on(floor: Floor) -> None:
     post, body = floor.client.post, {"model": "org/tiny", "x": 1}
     for path in (
         "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/v1/rerank",
-        "/v1/audio/speech", "/tokenize", "/detokenize",
+        "/v1/audio/speech", "/v1/chat/completions/render", "/tokenize", "/detokenize",
     ):  # fmt: skip
         answer = post(path, json=body, headers={"anthropic-version": "2023-06-01"}).json()
         expected = {"anthropic-version": "2023-06-01", "authorization": None}
