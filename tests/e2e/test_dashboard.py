@@ -315,7 +315,7 @@ def test_without_a_session_a_key_opens_one(browser: Browser, service: Service) -
     expect(page.get_by_role("alert")).to_contain_text("key")
     page.get_by_label("API key").fill(api_key(service))
     page.get_by_role("button", name="Sign in").click()
-    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
     cookies = page.context.cookies()
     assert [(cookie["httpOnly"], cookie["sameSite"]) for cookie in cookies] == [(True, "Strict")]
     page.close()

@@ -225,7 +225,7 @@ def test_a_question_without_an_answer_is_kept(chat: Page, leave: str) -> None:
         chat.get_by_role("button", name="Stop").click()
     elif leave == "jobs":
         chat.get_by_role("link", name="Jobs").click()
-        expect(chat.get_by_role("heading", name="Jobs")).to_be_visible()
+        expect(chat.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
         assert "conversation" not in chat.url
         chat.go_back()
     else:
@@ -327,7 +327,7 @@ def test_a_chat_is_there_again(chat: Page) -> None:
     ask(chat, "Hi")
     expect(chat.locator(".message-assistant")).to_contain_text("Hello.")
     chat.get_by_role("link", name="Jobs").click()
-    expect(chat.get_by_role("heading", name="Jobs")).to_be_visible()
+    expect(chat.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
     chat.go_back()
     expect(chat.locator(".message-assistant")).to_contain_text("Hello.")
     chat.get_by_role("button", name="New chat").click()
