@@ -7,11 +7,13 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import socket
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from app.core.child.owned_process import OwnedProcess, exit_words
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 MODULE = "workers.devices.profile_measurement"
 RATES: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
+QUIET = 0.25  # of the host's processors may be used by others while rates are measured that are kept
 
 
 class Measurement:
@@ -51,6 +54,7 @@ class Measurement:
         self._limit_s = self._left_s = limit_s
         self._process: OwnedProcess | None = None
         self._began = 0.0
+        self._others = OthersUse()
         self.is_over = not self.missing
 
     @property
@@ -100,11 +104,19 @@ class Measurement:
         self._process.close()
         self._process = None
         self._left_s -= time.monotonic() - self._began
-        self._keep()
+        share = self._others.share()
+        if share <= QUIET:
+            self._keep()
+        else:
+            log.info(
+                "%s was measured while others used %.0f %% of this host: this worker alone reckons with it",
+                self._device, 100 * share,
+            )  # fmt: skip
 
     def _start(self) -> None:
         log.info("measuring %s while no job waits, at most %.0f s", self._device, self._left_s)
         self._began = time.monotonic()
+        self._others = OthersUse()
         skipped = [word for name in self._rates for word in ("--skip", name)]
         words = [MODULE, "--device", self._device, "--folder", str(self._folder), *skipped]
         self._process = OwnedProcess(words, on_line=self._take_in)
@@ -122,6 +134,25 @@ class Measurement:
             os.replace(aside, self._path)
         except OSError as fault:
             log.warning("the rates of %s can't be kept in %s: %s", self._device, self._path.parent, fault)
+
+
+class OthersUse:
+    """How much of the host others use than the children of this process that have ended meanwhile."""
+
+    def __init__(self) -> None:
+        self._began, self._used = time.monotonic(), self._seconds()
+
+    def share(self) -> float:
+        """Of all processors, since this was made."""
+        elapsed = (time.monotonic() - self._began) * (psutil.cpu_count() or 1)
+        return max(0.0, self._seconds() - self._used) / max(elapsed, 1e-3)
+
+    @staticmethod
+    def _seconds() -> float:
+        host, own = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        idle = host.idle + getattr(host, "iowait", 0.0)
+        guests = getattr(host, "guest", 0.0) + getattr(host, "guest_nice", 0.0)  # counted as user, too
+        return float(sum(host) - idle - guests - own.ru_utime - own.ru_stime)
 
 
 def profiles_folder(homeless: Path) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 from app.core.planning.device_profile import NOMINAL, profile_of, rate_names
 from tests.waiting import wait_until
 from workers.devices import kept_profile as module
-from workers.devices.kept_profile import Measurement, circumstances, profiles_folder
+from workers.devices.kept_profile import Measurement, OthersUse, circumstances, profiles_folder
 
 NAMES = rate_names("cpu")
 
@@ -18,6 +19,7 @@ NAMES = rate_names("cpu")
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(module, "QUIET", math.inf)  # other tests run beside these
     return tmp_path / "home"
 
 
@@ -59,6 +61,29 @@ def test_a_device_is_measured_once_for_all_workers(tmp_path: Path) -> None:
     other.mkdir()
     second = Measurement("cpu", "2 CPU threads", other)
     assert (second.profile, second.is_over) == (profile, True)
+
+
+def test_what_is_measured_on_a_busy_host_is_not_kept(
+    tmp_path: Path,
+    measures: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(module, "QUIET", -1.0)
+    measures(line(*NAMES))
+    measurement = Measurement("cpu", "a busy host", tmp_path, limit_s=600)
+    run_out(measurement)
+    assert measurement.missing == []
+    assert "was measured while others used" in caplog.text
+    assert Measurement("cpu", "a busy host", tmp_path).missing == list(NAMES)
+
+
+def test_what_this_process_uses_is_no_measurement() -> None:
+    others, began = OthersUse(), time.process_time()
+    while time.process_time() - began < 0.3:
+        pass
+    assert others.share() > 0
 
 
 def test_measuring_ends_when_the_time_is_up(
