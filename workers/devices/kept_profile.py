@@ -54,7 +54,7 @@ class Measurement:
         self._limit_s = self._left_s = limit_s
         self._process: OwnedProcess | None = None
         self._began = 0.0
-        self._others = OthersUse()
+        self._others, self._was_quiet = OthersUse(), True
         self.is_over = not self.missing
 
     @property
@@ -98,20 +98,21 @@ class Measurement:
             log.info("%s is measured; kept in %s", self._device, self._path)
 
     def pause(self) -> None:
-        """Stop measuring within a moment, and keep what was measured."""
+        """Stop measuring within a moment; on a host that was quiet all the time, keep what was measured."""
         if self._process is None:
             return
         self._process.close()
         self._process = None
         self._left_s -= time.monotonic() - self._began
         share = self._others.share()
-        if share <= QUIET:
-            self._keep()
-        else:
+        if share > QUIET:
+            self._was_quiet = False  # the rates of later rounds lie among these
             log.info(
                 "%s was measured while others used %.0f %% of this host: this worker alone reckons with it",
                 self._device, 100 * share,
             )  # fmt: skip
+        if self._was_quiet:
+            self._keep()
 
     def _start(self) -> None:
         log.info("measuring %s while no job waits, at most %.0f s", self._device, self._left_s)

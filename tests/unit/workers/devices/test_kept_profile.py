@@ -79,6 +79,22 @@ def test_what_is_measured_on_a_busy_host_is_not_kept(
     assert Measurement("cpu", "a busy host", tmp_path).missing == list(NAMES)
 
 
+def test_rates_of_a_busy_round_are_not_kept_with_those_of_a_quiet_one(
+    tmp_path: Path, measures: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measures(f"{line(NAMES[0])}\ntime.sleep(600)")
+    measurement = Measurement("cpu", "a host with jobs", tmp_path, limit_s=600)
+    measurement.go_on()
+    wait_until(lambda: measurement.profile is not None)
+    with monkeypatch.context() as busy:
+        busy.setattr(module, "QUIET", -1.0)
+        measurement.pause()
+    measures(line(*NAMES[1:]))
+    run_out(measurement)
+    assert measurement.missing == []
+    assert Measurement("cpu", "a host with jobs", tmp_path).missing == list(NAMES)
+
+
 def test_what_this_process_uses_is_no_measurement() -> None:
     others, began = OthersUse(), time.process_time()
     while time.process_time() - began < 0.3:
