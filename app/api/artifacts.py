@@ -70,7 +70,8 @@ def list_artifacts(
     tenant = principal.tenant
     only: Collection[str] | None = services.limits.artifacts(tenant)
     if query.tag is not None:
-        only = {each for each, tags in services.tags.by_artifact(tenant).items() if query.tag in tags}
+        tagged = {each for each, tags in services.tags.by_artifact(tenant).items() if query.tag in tags}
+        only = tagged if only is None else tagged.intersection(only)
     page = services.artifacts.page(tenant, limit=query.limit, after=query.after, only=only)
     views = views_of(services, tenant, page.manifests)
     cursor = views[-1].id if page.has_more else None

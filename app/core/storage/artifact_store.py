@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 
 from app.core.errors import NotFound, RecordUnreadable
 from app.core.records.artifact import ArtifactFile, ArtifactManifest
@@ -18,6 +19,8 @@ from app.core.storage.published import read_manifest
 from app.core.storage.storage_keys import ARTIFACTS
 
 log = logging.getLogger(__name__)
+
+MOST_READ = 1000  # manifests that a process keeps for lists: they never change
 
 
 class ArtifactPage(Frozen):
@@ -53,6 +56,7 @@ class ArtifactStore:
 
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects
+        self._manifest = lru_cache(MOST_READ)(self._read)
 
     def get(self, tenant: str, artifact_id: str) -> ArtifactManifest:
         """The manifest; NotFound also for another tenant's."""
@@ -89,13 +93,21 @@ class ArtifactStore:
         return ArtifactPage(manifests=tuple(manifests[:limit]), has_more=len(manifests) > limit)
 
     def _newest_first(self, after: str | None, only: Collection[str] | None) -> Iterator[ArtifactManifest]:
-        ids = self._objects.list_folders(ARTIFACTS) if only is None else sorted(only)
+        if only is None:  # a folder outlives its manifest while it is removed
+            ids, read = self._objects.list_folders(ARTIFACTS), self._read
+        else:
+            ids, read = sorted(only), self._manifest
         for artifact_id in reversed(ids):
             if is_id("art", artifact_id) and (after is None or artifact_id < after):
                 try:
-                    manifest = read_manifest(self._objects, artifact_id)
+                    yield read(artifact_id)
                 except RecordUnreadable as fault:
                     log.warning("left out of a list: %s", fault.message)
+                except NotFound:  # an attempt still uploads, or was lost
                     continue
-                if manifest is not None:  # an attempt still uploads, or was lost
-                    yield manifest
+
+    def _read(self, artifact_id: str) -> ArtifactManifest:
+        manifest = read_manifest(self._objects, artifact_id)
+        if manifest is None:
+            raise missing(artifact_id)
+        return manifest
