@@ -462,7 +462,8 @@ def towers(
         path = name.split(".")
         depth = next((n for n, (a, b) in enumerate(zip(path, around, strict=False)) if a != b), len(path))
         counts.update(path[depth : depth + 1] if depth < len(path) - 1 or renamed else ())
-    planned = ".".join(linear.name for linear in linears)
+    loaded = filter(None, (architecture.loaded_name(linear.name) for linear in linears))
+    planned = ".".join((*(linear.name for linear in linears), *loaded))
     return tuple(name for name, count in counts.items() if (count > 1 or renamed) and name not in planned)
 
 

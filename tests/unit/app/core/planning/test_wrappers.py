@@ -60,6 +60,33 @@ def test_loaders_leave_towers_and_drafts_alone_whatever_they_call_them(
         assert not is_left_alone(name, entry, linear.name)
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].single_file is None])
+def test_the_decoder_is_no_tower_where_transformers_calls_it_otherwise(name: FormatName) -> None:
+    """The files say `backbone`, transformers and vLLM `model`: routers there are named one by one."""
+    config = {"model_type": "nemotron_h", "layers_block_type": ["moe", "full_attention"], **TEXT}
+    experts = {f"experts.{n}.{leaf}": (192, 192) for n in range(2) for leaf in ("up_proj", "down_proj")}
+    moe = {
+        "gate": (2, 192),
+        **experts,
+        "shared_experts.up_proj": (192, 192),
+        "shared_experts.down_proj": (192, 192),
+    }
+    attention = {leaf: (192, 192) for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    tensors = {
+        f"backbone.layers.{n}.mixer.{linear}.weight": header(shape)
+        for n, linears in enumerate((moe, attention))
+        for linear, shape in linears.items()
+    }
+    tensors |= {n: header((1000, 192)) for n in ("backbone.embeddings.weight", "lm_head.weight")}
+    candidate = plan_job(asked(name, symmetric=name == "gptq"), config, tensors).candidates[0]
+    entry = FORMATS[name].entry(candidate.modules)
+    for linear in candidate.linears:
+        loaded = linear.name.replace("backbone", "model")
+        assert not is_left_alone(name, entry, linear.name)
+        assert not is_left_alone(name, entry, loaded)
+    assert is_left_alone(name, entry, "model.layers.0.mixer.gate")
+
+
 def is_left_alone(name: FormatName, entry: dict[str, Any], module: str) -> bool:
     """As loaders of the format look a module up."""
     if name == "awq":
