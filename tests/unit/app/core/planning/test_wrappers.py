@@ -71,7 +71,7 @@ def test_the_decoder_is_no_tower_where_transformers_calls_it_otherwise(name: For
         "shared_experts.up_proj": (192, 192),
         "shared_experts.down_proj": (192, 192),
     }
-    attention = {leaf: (192, 192) for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (192, 192))
     tensors = {
         f"backbone.layers.{n}.mixer.{linear}.weight": header(shape)
         for n, linears in enumerate((moe, attention))
