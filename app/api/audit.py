@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -21,11 +20,10 @@ from app.api.paging import PageQuery
 from app.api.services import Services
 from app.core.access.api_keys import Principal
 from app.core.access.audit_log import AuditEntry, AuditFilter
+from app.core.records.forms import written_time
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/audit", tags=["audit"])
-
-DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 # POST routes that change nothing.
 QUESTIONS = frozenset({"/v1/estimates", "/v1/recommendations", "/v1/chat/completions", "/v1/completions"})
@@ -38,13 +36,6 @@ class AuditList(BaseModel):
     next: str | None
 
 
-def written(value: object) -> object:
-    """Raises ValueError for what is no date: a number would be taken for seconds."""
-    if isinstance(value, str) and DATE.match(value) is None:
-        raise ValueError("a time is written as 2026-11-28 or 2026-11-28T12:00:00Z")
-    return value
-
-
 class AuditQuery(PageQuery):
     """Of `GET /v1/audit`."""
 
@@ -54,7 +45,7 @@ class AuditQuery(PageQuery):
         max_length=200,
         description="Words that all occur in method, path, detail and the request's id.",
     )
-    since: Annotated[datetime, BeforeValidator(written)] | None = Field(
+    since: Annotated[datetime, BeforeValidator(written_time)] | None = Field(
         default=None, description="The earliest time; without a zone it is UTC."
     )
     refused: bool = Field(default=False, description="Only what was answered with 4xx or 5xx.")
@@ -62,11 +53,8 @@ class AuditQuery(PageQuery):
 
     @property
     def chosen(self) -> AuditFilter:
-        since = self.since
-        if since is not None and since.tzinfo is None:
-            since = since.replace(tzinfo=UTC)
         words = tuple(self.q.lower().split())
-        return AuditFilter(key=self.key, words=words, since=since, is_refused=self.refused)
+        return AuditFilter(key=self.key, words=words, since=self.since, is_refused=self.refused)
 
 
 @router.get("")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +13,7 @@ from app.commands.option_groups import option, without_none
 from app.commands.show import age_text, print_answer
 from app.commands.terminal import After, Service, human_bytes, table
 from app.core.errors import InvalidRequest
+from app.core.records.forms import written_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,8 +102,8 @@ def audit(
         datetime | None,
         typer.Option(
             metavar="DATE",
-            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"],
-            help="Only since then (UTC).",
+            parser=written_time,
+            help="Only since then; without a zone it is UTC.",
             show_default=False,
         ),
     ] = None,
@@ -111,9 +112,8 @@ def audit(
     service: Service,
 ) -> None:
     """List changes and logins: when, with which key, what, and how it was answered; newest first."""
-    moment = since.replace(tzinfo=UTC) if since is not None else None
     with service.connect() as client:
-        page = client.audit(" ".join(words or ()) or None, key=key, since=moment, limit=limit, after=after)
+        page = client.audit(" ".join(words or ()) or None, key=key, since=since, limit=limit, after=after)
     print_page(page, show_audit, context, as_json=service.as_json)
 
 

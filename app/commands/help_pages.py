@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from app.commands.examples import EXAMPLES
 from app.commands.option_groups import Command, takes_groups
+from app.core.errors import field_fault
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 # How typer writes the type of a value, and what stands there for people.
@@ -33,7 +34,22 @@ class Entry(NamedTuple):
     summary: str
 
 
-class HelpfulCommand(TyperCommand):
+class PlainFaults:
+    """A wrong value of an option is refused in the words of the API's fields."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            rest: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        except typer.BadParameter as fault:
+            from pydantic import ValidationError
+
+            if isinstance(fault.__cause__, ValidationError):
+                fault.message = field_fault(fault.__cause__.errors()[0])
+            raise
+        return rest
+
+
+class HelpfulCommand(PlainFaults, TyperCommand):
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [word.strip("{}") for word in super().collect_usage_pieces(ctx)]
 
@@ -42,7 +58,7 @@ class HelpfulCommand(TyperCommand):
         write_examples(ctx, formatter)
 
 
-class HelpfulGroup(TyperGroup):
+class HelpfulGroup(PlainFaults, TyperGroup):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         write_options(self, ctx, formatter)
         self.format_commands(ctx, formatter)

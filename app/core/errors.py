@@ -40,6 +40,9 @@ from typing import Any
 
 # How pydantic names the branches of our unions (`recipe`, `duo_scaling`) in an error's path.
 BRANCH = re.compile(r"Recipe$|bool$|\[key\]$|(tuple|literal|function-\w+)\[")
+# How its messages begin: "Value error, ", "Input should be", "String should have".
+VALUE_ERROR = re.compile(r"^(?:Value error, |Assertion failed, |Invalid JSON: )")
+SHOULD = re.compile(r"^[A-Z][\w ]* should\b")
 
 FIELD_FAULTS = {
     "extra_forbidden": "there is no such field",
@@ -49,6 +52,23 @@ FIELD_FAULTS = {
     "model_attributes_type": "a JSON object is needed",
     "model_type": "a JSON object is needed",
     "bool_type": "true or false is needed",
+    "bool_parsing": "true or false is needed",
+    "int_type": "a whole number is needed",
+    "int_parsing": "a whole number is needed",
+    "int_parsing_size": "the number has too many digits",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "float_parsing": "a number is needed",
+    "greater_than": "more than {gt} is needed",
+    "greater_than_equal": "at least {ge} is needed",
+    "less_than": "less than {lt} is needed",
+    "less_than_equal": "at most {le} is allowed",
+    "string_type": "text is needed",
+    "string_too_short": "at least {min_length} characters are needed",
+    "string_too_long": "at most {max_length} characters are allowed",
+    "dict_type": "a JSON object is needed",
+    "list_type": "a JSON list is needed",
+    "tuple_type": "a JSON list is needed",
     "byte_size": "it is not a size: write it as 24GB",
     "byte_size_unit": "it is not a size: write it as 24GB",
 }
@@ -65,7 +85,7 @@ def field_fault(finding: Mapping[str, Any]) -> str:
     message = FIELD_FAULTS.get(finding["type"])
     if message is not None:
         return message.format(**finding.get("ctx", {}))
-    return str(finding["msg"]).removeprefix("Value error, ")
+    return SHOULD.sub("it must", VALUE_ERROR.sub("", str(finding["msg"])))
 
 
 class NibbleError(Exception):

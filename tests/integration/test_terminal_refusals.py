@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from app.cli import build
 from app.core.access.api_keys import Scope
 from tests.integration.api_service import ADMIN_KEY, MODEL, Service
+from tests.unit.app.api.test_errors import PYDANTICS
 from tests.unit.app.canned import run
 from tests.unit.app.commands.test_remedies import HEADER, ROUTE
 from tests.unit.app.test_cli_contract import WITHOUT_SERVICE, Command, every_command
@@ -88,6 +89,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         assert shown.out == "", words
         assert not ROUTE.search(shown.err), (words, shown.err)
         assert not HEADER.search(shown.err), (words, shown.err)
+        assert not PYDANTICS.search(shown.err), (words, shown.err)
         return shown.err
 
     return refuse
@@ -166,6 +168,8 @@ def bad_values(command: Command) -> Iterator[tuple[str, list[str]]]:
         option = max(param.opts, key=len)
         if param.param_type_name == "option" and not getattr(param, "is_flag", False) and option not in FREE:
             yield option, [option, "no such value"]
+            if getattr(param, "min", None) is not None or option == "--since":
+                yield option, [f"{option}=-1"]
 
 
 def test_a_bad_value_of_an_option(here: Service, refused: Callable[..., str]) -> None:

@@ -21,6 +21,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
+from app.core.errors import field_fault
 from app.core.planning.architectures import Architecture
 from app.core.planning.plan import CandidatePlan, fused_set
 from app.core.planning.size_target import file_bytes
@@ -92,7 +93,7 @@ def next_step(
     try:
         raised = with_more_bits(tries, best, architecture, spending)
     except ValidationError as fault:  # more overrides than a recipe may have
-        return Step(rung, base, None, (*passed, f"{rung}: overrides: {fault.errors()[0]['msg']}"))
+        return Step(rung, base, None, (*passed, f"{rung}: overrides: {field_fault(fault.errors()[0])}"))
     if raised is None or any(one.candidate.recipe == raised for one in tries):
         within = "" if spending.most == math.inf else " that the target's bytes leave"
         ended = f"{rung}: every linear that is quantized has the most bits{within}"

@@ -228,7 +228,7 @@ def refused_body(fault: ValidationError) -> NibbleError:
     errors = fault.errors()
     if errors[0]["type"] == "json_invalid":
         return MalformedRequest(
-            f"the body is not valid JSON: {errors[0]['msg']}",
+            f"the body is not valid JSON: {field_fault(errors[0])}",
             code="json_invalid",
             remedy="send a JSON object",
         )

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from app.core.errors import InvalidRequest, Unavailable
+from app.core.errors import InvalidRequest, Unavailable, field_fault
 from app.core.pushes.hub_refusals import check_push, refuse_token
 from app.core.records.specs import PushOptions
 from app.core.sources.hub_model import limited_body, read_listing
@@ -336,6 +336,6 @@ def parsed(kind: Any, answer: httpx.Response) -> Any:
         return TypeAdapter(kind).validate_json(answer.content)
     except ValidationError as fault:
         raise Unavailable(
-            f"the hub's answer to a push is not understood: {fault.errors()[0]['msg']}",
+            f"the hub's answer to a push is not understood: {field_fault(fault.errors()[0])}",
             remedy="check HF_ENDPOINT, and that no login page or proxy answers in its place",
         ) from fault

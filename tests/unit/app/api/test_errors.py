@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from pydantic_core._pydantic_core import list_all_errors
 
 from app.api.errors import MANAGED, field_problems, is_inference, problem
 from app.core import errors
@@ -12,6 +15,9 @@ from app.core.error_answers import STATUS, status_of
 from app.core.records.specs import JobSpec
 from app.core.settings import Settings
 from app.main import create_app
+
+# What pydantic's own messages say, and ours do not.
+PYDANTICS = re.compile(r"Value error|Assertion failed|Invalid JSON:|\bshould (?:be|have|match|contain|not)\b")
 
 
 def descendants(kind: type[errors.NibbleError]) -> list[type[errors.NibbleError]]:
@@ -97,6 +103,13 @@ def test_paths_of_refused_bodies(body: dict[str, object], paths: set[str]) -> No
     assert {field.path for field in field_problems(found)} == paths
 
 
+@pytest.mark.parametrize("known", list_all_errors(), ids=lambda known: str(known["type"]))
+def test_no_message_is_in_the_words_of_pydantic(known: dict[str, Any]) -> None:
+    message = known["example_message_python"]
+    found = {"type": known["type"], "msg": message, "ctx": known.get("example_context") or {}}
+    assert not PYDANTICS.search(errors.field_fault(found))
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -107,7 +120,7 @@ def test_paths_of_refused_bodies(body: dict[str, object], paths: set[str]) -> No
         ({"model": "a", "deploy": {"name": "my model"}}, "'my model' is not a deployment's name: at most 96"),
         ({"model": "a", "formats": ["awq", "awq"]}, "each format may be named once"),
         ({"model": "a", "formats": []}, "at least 1 is needed, here are 0"),
-        ({"model": "a", "formats": ["zip"]}, "Input should be 'awq', 'compressed-tensors', 'gguf' or 'gptq'"),
+        ({"model": "a", "formats": ["zip"]}, "it must be 'awq', 'compressed-tensors', 'gguf' or 'gptq'"),
         ({"model": "a", "calibration": 5}, "a JSON object is needed"),
     ],
 )
