@@ -50,8 +50,7 @@ class RoutingTable(threading.Thread):
 
     def note_use(self, deployment: Deployment) -> None:
         """Note that the deployment is in use; the thread writes it to Redis."""
-        if deployment.spec.idle_timeout_s is not None:
-            self._used[deployment.id] = deployment
+        self._used[deployment.id] = deployment
 
     def refresh(self) -> None:
         """Read the deployments now, and drop deleted ones without servers."""

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from app.core.access.api_keys import Scope
+from app.core.records.serving_options import MOST_IDLE_S
 from tests.integration.api_service import ADMIN_KEY, Service
 from tests.integration.serving_floor import Floor
 from tests.waiting import wait_until
@@ -149,6 +150,21 @@ def test_an_idle_deployment_rests_until_the_next_request(floor: Floor) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_loading")
     assert int(refused.headers["retry-after"]) >= 1
     wait_until(lambda: floor.chat("tiny").status_code == 200)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("before", [600, None])
+def test_a_changed_idle_time_counts_from_the_last_request(floor: Floor, before: int | None) -> None:
+    """A shorter one is over at once, a longer one is not; both without another request."""
+    deployment_id = floor.ready("tiny", idle_timeout_s=before)
+    used = f"nibble:deployment-used:{deployment_id}"
+    wait_until(lambda: floor.service.redis.pttl(used) < (MOST_IDLE_S - 2) * 1000)
+    route = f"/v1/deployments/{deployment_id}"
+    floor.client.patch(route, json={"idle_timeout_s": 300}).raise_for_status()
+    assert floor.deployments.was_used(floor.deployments.get("default", deployment_id).deployment)
+    floor.client.patch(route, json={"idle_timeout_s": 1}).raise_for_status()
+    assert not floor.deployments.was_used(floor.deployments.get("default", deployment_id).deployment)
+    floor.await_state(deployment_id, "stopped")
 
 
 @pytest.mark.usefixtures("worker")

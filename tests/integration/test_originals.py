@@ -127,6 +127,25 @@ def test_an_idle_original_rests_and_starts_again_at_the_next_request(
         assert "quantize the model as it is now" in view["error"]["remedy"]
 
 
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["source", "merged"])
+def test_an_idle_original_serves_again(service: Service, tmp_path: Path, has_adapter: bool) -> None:
+    """With stand-in servers, each over the folder that it was started with."""
+    floor = Floor(service)
+    body = with_adapter(tmp_path) if has_adapter else {"model": tiny_model(tmp_path / "source").as_uri()}
+    manifest = artifact_of(service, **body)
+    with floor.worker():
+        deployment_id = floor.ready("base", artifact=manifest.id, original=True, idle_timeout_s=1)
+        pids = floor.server_pids(deployment_id)
+        view = floor.await_state(deployment_id, "stopped")
+        assert (view["original"], view["servers"]) == (True, [])
+        assert not floor.server_pids(deployment_id)
+        refused = floor.chat("base")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_loading")
+        wait_until(lambda: floor.chat("base").status_code == 200, 30)
+        assert pids
+        assert not set(pids) & set(floor.server_pids(deployment_id))
+
+
 Change = Callable[[Service, Path, ArtifactManifest], None]
 
 

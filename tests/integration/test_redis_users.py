@@ -124,6 +124,7 @@ def serve_as_a_worker(users: Users) -> None:
         assert store.beat(replica, ttl_s=5)
         assert store.all()
         store.touch([deployment])
+        assert store.was_used(deployment)
         assert store.release(replica)
         store.update(deployment.id, paused)
         assert store.forget(deployment)

@@ -67,7 +67,7 @@ DEPLOYMENTS = "nibble:deployments"  # set of ids
 DEPLOYMENT_CHANGES = "nibble:deployment-changes"  # channel: the id of each deployment that changed
 deployment_key = named("deployment")  # hash: record (JSON), version
 deployment_names_key = named("deployment-names")  # by tenant: hash from name to id
-deployment_used_key = named("deployment-used")  # there while it was used within its idle timeout
+deployment_used_key = named("deployment-used")  # what is left of its expiry says when it was used last
 
 
 def slot_key(deployment_id: str, slot: int) -> str:

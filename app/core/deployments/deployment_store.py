@@ -26,6 +26,7 @@ from app.core.changes.stamps import STAMP
 from app.core.deployments.deployment import Deployment, DeploymentSpec, LiveDeployment, Replica
 from app.core.errors import Conflict, NotFound, RecordUnreadable
 from app.core.records.ids import is_id, new_id
+from app.core.records.serving_options import MOST_IDLE_S
 
 # The first name of a JSON list that another deployment has, with its id.
 TAKEN = """
@@ -263,16 +264,17 @@ class DeploymentStore:
         return bool(self._release(slot=slot, owner=replica.owner, deployment=replica.deployment))
 
     def touch(self, deployments: Iterable[Deployment]) -> None:
-        """Record that the deployments were used just now."""
+        """Record that the deployments were used just now, also those that are never idle: that may change."""
         pipe = self._redis.pipeline(transaction=False)
         for deployment in deployments:
-            if deployment.spec.idle_timeout_s is not None:
-                pipe.set(deployment_used_key(deployment.id), 1, ex=deployment.spec.idle_timeout_s)
+            pipe.set(deployment_used_key(deployment.id), 1, ex=MOST_IDLE_S)
         pipe.execute()
 
     def was_used(self, deployment: Deployment) -> bool:
-        """Whether the last request came within the idle timeout."""
-        return bool(self._redis.exists(deployment_used_key(deployment.id)))
+        """Whether the last request came within the idle timeout, by the clock of Redis."""
+        left_ms = self._redis.pttl(deployment_used_key(deployment.id))  # negative: none came for MOST_IDLE_S
+        timeout_s = deployment.spec.idle_timeout_s or MOST_IDLE_S
+        return bool(left_ms > (MOST_IDLE_S - timeout_s) * 1000)
 
     def _read(self, deployment_id: str) -> tuple[Deployment, int]:
         if not is_id("dep", deployment_id):

@@ -28,7 +28,8 @@ DeploymentName = Annotated[
 ]
 Aliases = Annotated[tuple[DeploymentName, ...], Field(max_length=16)]
 ReplicaCount = Annotated[int, Field(ge=1, le=MOST_REPLICAS)]
-IdleSeconds = Annotated[int, Field(ge=1, le=30 * 24 * 3600)]
+MOST_IDLE_S = 30 * 24 * 3600
+IdleSeconds = Annotated[int, Field(ge=1, le=MOST_IDLE_S)]
 Tokens = Annotated[int, Field(ge=1)]
 Sequences = Annotated[int, Field(ge=1, le=4096)]
 CacheShare = Annotated[float, Field(gt=0, le=0.95)]
