@@ -28,6 +28,7 @@ from app.core.records.job import Problem
 from app.core.system_faults import STATE_FOLDER, system_fault, system_number
 from app.core.telemetry.logs import log_warnings
 from kernels.backend import Backend, backends_of
+from kernels.cpu.float_products import use_whole_vectors
 from kernels.cuda.driver import DriverError
 from workers.child.progress_pipe import ProgressPipe
 from workers.process import leave, return_freed_memory
@@ -129,7 +130,9 @@ def main() -> int:
     gc.enable()
     return_freed_memory()
     log_warnings()
-    return run(Assignment.model_validate_json(sys.stdin.read()), pipe)
+    assignment = Assignment.model_validate_json(sys.stdin.read())
+    use_whole_vectors(torch.device(assignment.device))
+    return run(assignment, pipe)
 
 
 if __name__ == "__main__":

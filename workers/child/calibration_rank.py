@@ -8,6 +8,7 @@ from contextlib import closing
 import torch
 
 from app.core.telemetry.logs import log_warnings
+from kernels.cpu.float_products import use_whole_vectors
 from workers.child.quantized_chains import QuantizedChains
 from workers.child.ranks import RankAssignment, joined, start_pass
 from workers.child.stage_clock import StageClock
@@ -43,6 +44,7 @@ def main() -> None:
     rank = RankAssignment.model_validate_json(sys.stdin.read())
     if rank.assignment.threads is not None:
         torch.set_num_threads(rank.assignment.threads)
+    use_whole_vectors(torch.device(rank.assignment.device))
     run(rank)
 
 

@@ -23,6 +23,7 @@ from app.core.formats.file_format import Scheme
 from app.core.planning.cost_model import FINALISTS, SAMPLED_ROWS, evaluations
 from app.core.planning.device_profile import SIZES, WIDTHS, DeviceKind, rate_names
 from app.core.records.specs import Recipe, SearchSpec
+from kernels.cpu.float_products import use_whole_vectors
 from workers.devices.selection import select_device
 from workers.process import leave
 from workers.quantization.input_statistics import InputStatistics
@@ -153,7 +154,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where jobs write")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a rate that is measured")
     options = parser.parse_args()
-    for name, measured in measure(select_device(options.device), options.folder, options.skip):
+    device = select_device(options.device)
+    use_whole_vectors(device)
+    for name, measured in measure(device, options.folder, options.skip):
         sys.stdout.write(json.dumps({name: measured}) + "\n")
         sys.stdout.flush()
 

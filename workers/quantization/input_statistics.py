@@ -30,6 +30,9 @@ CORRECTION_DAMPING = 0.01  # of the mean diagonal, added to it
 # Columns per block of the second moment; only blocks on and above the diagonal are computed.
 BLOCK = {"cpu": 256, "cuda": 1024}
 SIZES_ROWS = 256  # of an input, whose absolute values are taken at a time
+# Tokens whose products a CPU adds up at a time: of more, oneDNN lets each thread sum a share, and the number
+# of threads would be seen in the last digits.
+SUMMED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ class InputCollector:
             self.weight += float(weights.sum())
             rows = rows * weights.sqrt()[:, None]
         for start, stop in blocks(moment):
-            add_product(moment[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
+            add_product(moment[start:stop, start:], rows[:, start:stop], rows[:, start:])
         self.moment = moment
         self.num_tokens += rows.shape[0]
 
@@ -260,11 +263,15 @@ def blocks(moment: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right in float32, whatever the dtype of the factors."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right, out_dtype=torch.float32)
+    """total += left.T @ right, (tokens, C) both, in float32 whatever their dtype."""
+    if left.device.type != "cpu":
+        if left.dtype == torch.float32:
+            total.addmm_(left.T, right)
+        else:
+            total += torch.mm(left.T, right, out_dtype=torch.float32)
+        return
+    for some, others in zip(torch.split(left, SUMMED_ROWS), torch.split(right, SUMMED_ROWS), strict=True):
+        total.addmm_(some.T, others)
 
 
 def results(collectors: Sequence[InputCollector], names: Sequence[str]) -> Sequence[InputStatistics]:

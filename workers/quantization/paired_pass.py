@@ -26,7 +26,13 @@ from workers.modeling.decoder import Decoder
 from workers.modeling.layer_calls import LayerArguments, LayerCall, rebuilt
 from workers.modeling.layer_weights import Weights
 from workers.quantization.calibration import CalibrationPass
-from workers.quantization.input_statistics import InputCollector, InputStatistics, collecting, results
+from workers.quantization.input_statistics import (
+    InputCollector,
+    InputStatistics,
+    add_product,
+    collecting,
+    results,
+)
 from workers.quantization.observation import References, reference_names, watching, watching_names
 from workers.quantization.omniquant import Lesson
 from workers.quantization.reduction import ALONE, Ranks
@@ -283,8 +289,9 @@ class Drift:
         self.collector.add(own, weights)
         if weights is not None:
             missing *= weights[:, None]
-        product = missing.T @ own
-        self.total = product if self.total is None else self.total.add_(product)
+        if self.total is None:
+            self.total = missing.new_zeros(missing.shape[1], own.shape[1])
+        add_product(self.total, missing, own)
 
     def add_up(self, ranks: Ranks) -> None:
         """The sums over the batches of all ranks; the first one gets them."""
