@@ -1,8 +1,9 @@
-"""ASGI middleware of every request: an id, a log line, metrics, and a limit to the body."""
+"""ASGI middleware of every request: an id, a log line, metrics, and limits to the body."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import secrets
@@ -13,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
 from app.api.metrics import Metrics
-from app.core.errors import BodyTooLarge, BodyTooSlow, NibbleError
+from app.core.errors import BodyTooLarge, BodyTooSlow, MalformedRequest, NibbleError
+from app.core.records.json_types import KeyRepeated, unrepeated
 from app.core.telemetry.logs import log_ids
 from app.core.telemetry.tracing import Span, SpanKind, Tracer, parse_traceparent
 
@@ -96,7 +98,7 @@ def route_of(scope: Scope) -> str:
 
 
 class BodyLimit:
-    """Reads the body ahead of the application; answers 413 if it is too large."""
+    """Reads the body ahead of the application; refuses one that is too large, or JSON with a key twice."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -114,6 +116,9 @@ class BodyLimit:
             return
         if body is None:
             await refuse(self._too_large(), scope, receive, send)
+            return
+        if (ambiguity := ambiguity_of(body)) is not None:
+            await error_response(scope["path"], ambiguity)(scope, receive, send)
             return
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -139,6 +144,21 @@ class BodyLimit:
             f"the body is larger than {self._max_bytes} bytes",
             remedy="put large texts into a file and name it as dataset",
         )
+
+
+def ambiguity_of(body: bytes) -> MalformedRequest | None:
+    """The error for a key that occurs twice in JSON. What is no JSON is for the route to refuse."""
+    if body.lstrip()[:1] not in (b"{", b"["):
+        return None
+    try:
+        json.loads(body, object_pairs_hook=unrepeated)
+    except KeyRepeated as fault:
+        return MalformedRequest(
+            f"the body is ambiguous: {fault}", code="json_key_repeated", remedy="name it once"
+        )
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 def is_read_ahead(scope: Scope) -> bool:

@@ -19,6 +19,7 @@ from app.core.errors import InvalidRequest
 from app.core.formats.registry import FormatName
 from app.core.formats.schemes import CacheName, SchemeName
 from app.core.records.device_names import DeviceName
+from app.core.records.json_types import unrepeated
 from app.core.records.specs import BUNDLED_TASKS, OWN_ANSWERS, Method
 from app.core.sources.adapter_config import WRITTEN
 from app.core.sources.json_file import json_fault
@@ -215,7 +216,7 @@ def read_spec(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text()
-        body = json.loads(text)
+        body = json.loads(text, object_pairs_hook=unrepeated)
     except OSError as fault:
         raise typer.BadParameter(f"{path}: {fault}", param_hint="--spec") from fault
     except (ValueError, RecursionError) as fault:

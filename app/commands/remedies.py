@@ -48,6 +48,7 @@ BY_CODE = {
     "api_key_expired": KEY,
     "origin_missing": KEY,
     "invalid_cursor": "copy the `more` line at the end of the page before",
+    "json_key_repeated": "name it once in the file of --spec",
     "json_invalid": "give valid JSON in the file of --spec",
     "model_missing": SERVED,
     "rate_limited": "wait a moment and try again; `nibble watch` polls less often than a loop of your own",

@@ -97,6 +97,33 @@ def test_no_boolean_integer_or_number_takes_another_type(service: Service) -> No
     assert seen["number"] >= 10
 
 
+@pytest.mark.parametrize("content", [b'{"model": "a", "model": "b"}', b' [{"x": {"b": 1, "a": 2, "b": 1}}]'])
+def test_a_key_that_occurs_twice_is_refused_on_every_route(service: Service, content: bytes) -> None:
+    document = service.client.get("/openapi.json").json()
+    of_inference = [
+        ("POST", path) for path, operations in document["paths"].items()
+        if is_inference(path) and "post" in operations
+    ]  # fmt: skip
+    asked = [*((method, path) for method, path, _ in bodies(document)), *of_inference]
+    assert len(asked) >= 15
+    assert len(of_inference) >= 5
+    for method, path in asked:
+        headers = {"Content-Type": "application/json"}
+        answer = service.client.request(method, path.format(**IDS), content=content, headers=headers)
+        body = answer.json()
+        error = body.get("error", body)
+        assert answer.status_code == 400, (method, path, answer.text)
+        assert "occurs twice" in error.get("message", error.get("detail", "")), (path, answer.text)
+        assert ("error" in body) is is_inference(path)
+        assert error.get("code", "json_key_repeated") == "json_key_repeated"
+
+
+@pytest.mark.parametrize("content", [b'{"model": "a", "labels": {"model": "b"}}', b'{"model": "a"'])
+def test_a_key_within_another_object_is_another_one(service: Service, content: bytes) -> None:
+    answer = service.client.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
+    assert answer.json().get("code") != "json_key_repeated"
+
+
 def test_whole_floats_are_integers(service: Service) -> None:
     limits = {"active_jobs": 44.0}
     assert service.client.put("/v1/tenants/default/limits", json=limits).json()["limits"]["active_jobs"] == 44

@@ -5,6 +5,7 @@ pydantic's own strict mode would also refuse 44.0, which is an integer in JSON, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,21 @@ def takes_number(value: Any) -> Any:
     if isinstance(value, bool | str):
         raise PydanticKnownError("float_type")
     return value
+
+
+class KeyRepeated(ValueError):
+    """An object of JSON names a key twice, of which the last would count in silence."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key[:100]!r} occurs twice")
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `object_pairs_hook` of json.loads. Raises KeyRepeated."""
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        raise KeyRepeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return read
 
 
 CHECKS: dict[object, Callable[[Any], Any]] = {

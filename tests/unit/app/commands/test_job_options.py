@@ -156,3 +156,10 @@ def test_experts_can_be_calibrated_on_every_token(
     with pytest.raises(SystemExit):
         main(["submit", "a/b", flag])
     assert sent == [{"model": "a/b", "calibration": {"all_experts": asked}}]
+
+
+def test_a_key_that_occurs_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    spec = tmp_path / "job.json"
+    spec.write_text('{"model": "a/b", "recipe": {"bits": 4, "bits": 8}}')
+    with pytest.raises(typer.BadParameter, match="the key 'bits' occurs twice"):
+        body_of(None, spec)
