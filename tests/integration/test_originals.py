@@ -172,6 +172,7 @@ def of_a_family_that_is_not_served(service: Service, source: Path, manifest: Art
     ("happens", "fields", "code", "param", "remedy"),
     [
         (folder_removed, {}, "model_not_found", "original", "put the model back at file://"),
+        (folder_removed, {}, "model_not_found", "original", "with `force` on a copy that is there"),
         (in_own_storage, {}, "model_path_forbidden", "original", "name a model"),
         (of_a_family_that_is_not_served, {"engine": "transformers"}, "model_not_served", "engine", "vllm"),
         (nothing, {"max_model_len": 5000, "engine": "transformers"}, "max_model_len_too_large",

@@ -16,6 +16,10 @@ OF_THE_HUB = ("model_gated", "model_forbidden", "model_not_found")
 ASK_OPERATOR = (
     "let the operator set HF_TOKEN to a token that reads it: a job's hub token is gone when the job ends"
 )
+# A job on other copies of the same files has this artifact, which names the copy that was read first.
+OR_ELSEWHERE = (
+    "as the job read it, or submit a job with `force` on a copy that is there: its artifact names that"
+)
 
 
 @contextmanager
@@ -27,7 +31,7 @@ def about_original(manifest: ArtifactManifest) -> Iterator[None]:
         remedy = fault.remedy
         if fault.code in OF_THE_HUB:
             is_hub = manifest.model.startswith("hf:")
-            remedy = ASK_OPERATOR if is_hub else f"put the model back at {manifest.model}, as the job read it"
+            remedy = ASK_OPERATOR if is_hub else f"put the model back at {manifest.model}, {OR_ELSEWHERE}"
         raise ModelRefused(
             f"the original of {manifest.id} can't be served: {fault.message}",
             code=fault.code, remedy=remedy, param="original",
