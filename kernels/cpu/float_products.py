@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.cpu.native_library import ROWS_NEED, TILES_NEED, processor
+from kernels.cpu.native_library import TILES_NEED, VECTORS_NEED, processor
 
+NEEDED = VECTORS_NEED | {"avx512_bf16"}
 CHECKED = 192  # rows and columns of a product that shows how exact they are
 EXACT = 1e-5  # of the largest value, from float64's: float32 has 1e-6, bfloat16 5e-3
 
@@ -21,7 +22,7 @@ def use_whole_vectors(device: torch.device) -> bool:
     For a process that computes on a CPU: `torch.get_float32_matmul_precision` raises RuntimeError afterwards.
     """
     model, features = processor()
-    if device.type != "cpu" or "AMD" not in model or not features >= ROWS_NEED or features >= TILES_NEED:
+    if device.type != "cpu" or "AMD" not in model or not features >= NEEDED or features >= TILES_NEED:
         return False
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # of a class that replaces the module
     before = matmul.fp32_precision

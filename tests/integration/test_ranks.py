@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from app.core.child.assignment import Noted
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, JobSpec, Recipe, SearchSpec
+from kernels.cpu.float_products import use_whole_vectors
+from tests import float_precision
 from tests.families_in_memory import family_model
 from tests.tiny_models import (
     OTHER_MODELS,
@@ -35,6 +38,14 @@ from workers.texts.windows import Windows
 
 SAMPLES, LENGTH = 40, 256  # more than one batch
 OMNIQUANT = Recipe(method="omniquant", group_size=32, bits=3, search=SearchSpec(grid_points=3, epochs=2))
+
+
+@pytest.fixture(autouse=True)
+def whole_vectors() -> Iterator[None]:
+    """What this process computes is compared with what a further device's does."""
+    with float_precision.restored():
+        use_whole_vectors(torch.device("cpu"))
+        yield
 
 
 def spec(recipe: Recipe, **changes: object) -> JobSpec:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gc
 
+from workers.process import leave, return_freed_memory, use_huge_pages
+
 if __name__ == "__main__":
     # Imported modules stay: collecting garbage among them takes a fifth of the start.
     gc.disable()
+    use_huge_pages()
 
 import argparse
 import errno
@@ -31,7 +34,6 @@ from kernels.backend import Backend, backends_of
 from kernels.cpu.float_products import use_whole_vectors
 from kernels.cuda.driver import DriverError
 from workers.child.progress_pipe import ProgressPipe
-from workers.process import leave, return_freed_memory
 
 DEVICE_ERROR = re.compile(r"\b(CUDA|CUDA driver|NCCL) error\b|\bCU(BLAS|DNN|SOLVER)_STATUS_|\bcudaError")
 MEMORY_ERROR = re.compile(r"out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE)

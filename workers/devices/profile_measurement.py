@@ -6,6 +6,11 @@ measured, so that whoever stops it loses one rate at most.
 
 from __future__ import annotations
 
+from workers.process import leave, use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()
+
 import argparse
 import json
 import math
@@ -25,7 +30,6 @@ from app.core.planning.device_profile import SIZES, WIDTHS, DeviceKind, rate_nam
 from app.core.records.specs import Recipe, SearchSpec
 from kernels.cpu.float_products import use_whole_vectors
 from workers.devices.selection import select_device
-from workers.process import leave
 from workers.quantization.input_statistics import InputStatistics
 from workers.quantization.rounding import FoldedLinear, round_linear
 from workers.quantization.scale_search import Fold, ScaledLinear, search_scales

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import float_products
-from kernels.cpu.float_products import products_are_exact, use_whole_vectors
-from kernels.cpu.native_library import ROWS_NEED, TILES_NEED
+from kernels.cpu.float_products import NEEDED, products_are_exact, use_whole_vectors
+from kernels.cpu.native_library import TILES_NEED
+from tests import float_precision
 from workers.quantization.input_statistics import InputCollector, add_product
 
 CPU = torch.device("cpu")
@@ -22,10 +23,9 @@ AMD, INTEL = "AMD EPYC 9575F 64-Core Processor", "Intel(R) Xeon(R) Platinum 8480
 
 @pytest.fixture(autouse=True)
 def precision() -> Iterator[None]:
-    matmul, threads = torch.backends.mkldnn.matmul, torch.get_num_threads()
-    before = matmul.fp32_precision
-    yield
-    matmul.fp32_precision = before
+    threads = torch.get_num_threads()
+    with float_precision.restored():
+        yield
     torch.set_num_threads(threads)
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -40,11 +40,11 @@ def pretend(
 @pytest.mark.parametrize(
     ("device", "model", "features", "expected"),
     [
-        ("cpu", AMD, ROWS_NEED, True),
-        ("cuda", AMD, ROWS_NEED, False),
-        ("cpu", INTEL, ROWS_NEED, False),
+        ("cpu", AMD, NEEDED, True),
+        ("cuda", AMD, NEEDED, False),
+        ("cpu", INTEL, NEEDED, False),
         ("cpu", AMD, TILES_NEED, False),  # bfloat16 would be used
-        ("cpu", AMD, ROWS_NEED - {"avx512_bf16"}, False),
+        ("cpu", AMD, NEEDED - {"avx512_bf16"}, False),
     ],
 )
 def test_only_amd_without_matrix_units(
@@ -58,7 +58,7 @@ def test_only_amd_without_matrix_units(
 
 def test_nothing_changes_where_products_lose_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    pretend(monkeypatch, AMD, ROWS_NEED, exact=False)
+    pretend(monkeypatch, AMD, NEEDED, exact=False)
     assert not use_whole_vectors(CPU)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
