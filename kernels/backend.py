@@ -60,8 +60,7 @@ class Selection:
 # The best first. On every device PyTorch's own operators are the last resort.
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "cpu": (
-        NativeBackend(tiles=True),
-        NativeBackend(tiles=False),
+        NativeBackend(),
         VectorBackend(),
         AtenBackend(),
         TorchBackend(),

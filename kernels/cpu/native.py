@@ -1,9 +1,9 @@
-"""Our own kernels for the CPU: products on AMX tiles, or dot products of AVX-512 registers.
+"""Products on AMX tiles.
 
-A few rows are multiplied as integers (csrc/cpu/digits.h), which is faster than either and as precise.
-bfloat16 has 8 significant bits, and so has what the other instructions multiply. A float16 or float32 input
-is written as a sum of bfloat16 numbers (two or three, which hold all its bits), and each is multiplied: no
-input loses precision, and none takes a scalar path.
+One or two rows are multiplied as integers (csrc/cpu/digits.h), which is faster and as precise.
+bfloat16 has 8 significant bits, and so has what tiles multiply. A float16 or float32 input is written as a
+sum of bfloat16 numbers (two or three, which hold all its bits), and each is multiplied: no input loses
+precision, and none takes a scalar path.
 """
 
 from __future__ import annotations
@@ -50,10 +50,6 @@ PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numb
 MOST_ROWS = 2048  # multiplied at once: bounds the memory for a rearranged input
 # Up to here integers are faster than tiles, whose product of one row takes as long as that of sixteen.
 DIGITS_BEFORE_TILES = 2
-# Without tiles our product of bfloat16 is faster than PyTorch's at any number of rows. An input of several
-# parts is not: from so many rows times parts on, the weight is dequantized for PyTorch's product in float32.
-DEQUANTIZED_COLUMNS = 56
-DEQUANTIZED_BYTES = 2 * 1024**2  # of such a part
 SMALL_PRODUCT = 2**20  # multiplications that are not worth a second thread
 
 
@@ -66,11 +62,10 @@ def blocked_linear(
     bits: int,
     group_size: int,
     out_features: int,
-    tiles: bool,
 ) -> Tensor:
     """x (..., in_features) to (..., out_features), from a BlockedWeight's tensors."""
     check_blocked(x, codes, scale, zero, bits, group_size, out_features)
-    return product(Blocks(codes, scale, zero, bits, group_size), x, bias, out_features, tiles=tiles)
+    return product(Blocks(codes, scale, zero, bits, group_size), x, bias, out_features)
 
 
 def blocked_linear_fake(
@@ -82,7 +77,6 @@ def blocked_linear_fake(
     bits: int,
     group_size: int,
     out_features: int,
-    tiles: bool,
 ) -> Tensor:
     check_blocked(x, codes, scale, zero, bits, group_size, out_features)
     check_bias(bias, out_features, x)
@@ -126,7 +120,7 @@ def check_blocked(
 torch.library.define(
     "nibble::blocked_linear",
     "(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
-    "int out_features, bool tiles) -> Tensor",
+    "int out_features) -> Tensor",
 )
 torch.library.impl("nibble::blocked_linear", "CPU", blocked_linear)
 torch.library.register_fake("nibble::blocked_linear", blocked_linear_fake)
@@ -135,7 +129,16 @@ torch.library.register_fake("nibble::blocked_linear", blocked_linear_fake)
 class Blocks:
     """The tensors of a BlockedWeight, as the library takes them."""
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bits: int,
+        group_size: int,
+        *,
+        in_lanes: bool = False,
+    ) -> None:
         self.tensors = (codes, scale, zero)  # kept: the struct holds their addresses
         self.blocks, chunks, _, planes, _ = codes.shape
         self.rows, self.channels = self.blocks * ROWS, chunks * CHUNK  # filled up
@@ -150,8 +153,15 @@ class Blocks:
             scale_type=TYPES[scale.dtype],
             planes=planes,
             midpoints=midpoints(bits).data_ptr(),
+            in_lanes=in_lanes,
         )
         self.reference = ctypes.byref(self.struct)
+
+    @classmethod
+    def of(cls, weight: BlockedWeight) -> Blocks:
+        return cls(
+            weight.codes, weight.scale, weight.zero, weight.bits, weight.group_size, in_lanes=weight.in_lanes
+        )
 
 
 @functools.cache
@@ -159,18 +169,17 @@ def midpoints(bits: int) -> Tensor:
     return torch.full((4 * ROWS,), 2 ** (bits - 1), dtype=torch.uint8)
 
 
-def product(weight: Blocks, x: Tensor, bias: Tensor | None, out_features: int, *, tiles: bool) -> Tensor:
+def product(weight: Blocks, x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """x times the weight, plus bias: the body of the operator."""
     check_bias(bias, out_features, x)
     output = x.new_empty((*x.shape[:-1], out_features))
-    multiply = multiply_by_tiles if tiles else multiply_by_rows
     if x.dim() == 2 and x.shape[0] == 1:  # one token of one sequence: as little as can be beside the library
-        multiply(weight, x, bias, output)
+        multiply_by_tiles(weight, x, bias, output)
         return output
     rows, flat = x.reshape(-1, x.shape[-1]), output.view(-1, out_features)
     for first in range(0, rows.shape[0], MOST_ROWS):
         span = slice(first, first + MOST_ROWS)
-        multiply(weight, rows[span], bias, flat[span])
+        multiply_by_tiles(weight, rows[span], bias, flat[span])
     return output
 
 
@@ -193,22 +202,13 @@ def in_bfloat16(x: Tensor, channels: int) -> Tensor:
 
 
 def multiply_by_tiles(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    library = native_library(tiles=True)
+    library = native_library()
     columns = in_bfloat16(x, weight.channels)
     # Weights rounded to bfloat16 are multiplied, as in a dense product of that dtype, so that sums need not
     # leave the tiles for each group. Other inputs keep their precision.
     product = library.nibble_tiles if x.dtype == torch.bfloat16 else library.nibble_tiles_exact
     by_digits = library.nibble_digits if columns.shape[0] <= DIGITS_BEFORE_TILES else None
     multiply_columns((by_digits, product), weight, columns, bias, output)
-
-
-def multiply_by_rows(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    if x.dtype != torch.bfloat16 and x.shape[0] * PARTS[x.dtype] >= DEQUANTIZED_COLUMNS:
-        multiply_dequantized(weight, x, bias, output)
-        return
-    library = native_library(tiles=False)
-    products = library.nibble_digits, library.nibble_few_rows
-    multiply_columns(products, weight, in_bfloat16(x, weight.channels), bias, output)
 
 
 def multiply_columns(
@@ -240,31 +240,15 @@ def add_parts(sums: Tensor, bias: Tensor | None, output: Tensor) -> None:
     output.copy_(total if bias is None else total + bias.float())
 
 
-def multiply_dequantized(weight: Blocks, x: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """In float32, some rows at a time, so that they are still in the cache when they are multiplied."""
-    library = native_library(tiles=False)
-    values, added = x.float(), None if bias is None else bias.float()
-    step = max(1, DEQUANTIZED_BYTES // (weight.channels * values.itemsize * ROWS))  # blocks
-    buffer = torch.empty(min(step, weight.blocks) * ROWS, weight.channels)
-    for first in range(0, weight.blocks, step):
-        last = min(first + step, weight.blocks)
-        library.nibble_dequantize(weight.reference, first, last, buffer.data_ptr(), torch.get_num_threads())
-        rows = slice(first * ROWS, min(last * ROWS, output.shape[1]))
-        if rows.start >= rows.stop:
-            break
-        dense = buffer[: rows.stop - rows.start, : x.shape[1]]
-        output[:, rows] = torch.nn.functional.linear(values, dense, None if added is None else added[rows])
-
-
 class NativeKernel:
     """Keeps a weight in blocks."""
 
-    def __init__(self, weight: BlockedWeight, dtype: torch.dtype, *, tiles: bool) -> None:
-        self.weight, self.dtype, self.tiles = weight, dtype, tiles
-        self.blocks = Blocks(weight.codes, weight.scale, weight.zero, weight.bits, weight.group_size)
+    def __init__(self, weight: BlockedWeight, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+        self.blocks = Blocks.of(weight)
 
     def __deepcopy__(self, memo: dict[int, object]) -> NativeKernel:
-        return NativeKernel(copy.deepcopy(self.weight, memo), self.dtype, tiles=self.tiles)
+        return NativeKernel(copy.deepcopy(self.weight, memo), self.dtype)
 
     @property
     def packed_bytes(self) -> int:
@@ -275,28 +259,24 @@ class NativeKernel:
         check_input(x, weight.in_features, self.dtype, weight.codes.device)
         if type(x) is Tensor and not torch.compiler.is_compiling():
             # Not through the dispatcher: with cold caches its way costs a twentieth of a layer of one token.
-            return product(self.blocks, x, bias, weight.out_features, tiles=self.tiles)
+            return product(self.blocks, x, bias, weight.out_features)
         output: Tensor = torch.ops.nibble.blocked_linear(
             x, weight.codes, weight.scale, weight.zero, bias, weight.bits, weight.group_size,
-            weight.out_features, self.tiles,
+            weight.out_features,
         )  # fmt: skip
         return output
 
 
 class NativeBackend:
-    """`amx`: products on tiles. `avx512`: on registers."""
-
-    def __init__(self, *, tiles: bool) -> None:
-        self.tiles = tiles
-        self.name = "amx" if tiles else "avx512"
+    name = "amx"
 
     def can_implement(self, problem: LinearProduct) -> str | None:
         """None, or why the library can't be had. The first call compiles it."""
         try:
-            native_library(tiles=self.tiles)
+            native_library()
         except NotCompiled as fault:
             return str(fault)
         return None
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> NativeKernel:
-        return NativeKernel(to_blocks(weight.to(device)), dtype, tiles=self.tiles)
+        return NativeKernel(to_blocks(weight.to(device)), dtype)

@@ -32,8 +32,8 @@ TILES = "-DNIBBLE_AMX"
 COMPILE_TIMEOUT_S = 300
 
 VECTORS_NEED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
-ROWS_NEED = VECTORS_NEED | {"avx512_bf16", "avx512_vnni"}
-TILES_NEED = ROWS_NEED | {"amx_tile", "amx_bf16"}
+LANES_NEED = VECTORS_NEED | {"avx512_vnni"}
+TILES_NEED = LANES_NEED | {"avx512_bf16", "amx_tile", "amx_bf16"}
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Sources:
 
 LINEAR = Sources(
     "linear.cpp",
-    ("blocks.h", "registers.h", "digits.h", "output.h", "rows.h", "tiles.h"),
+    ("blocks.h", "registers.h", "digits.h", "output.h", "tiles.h"),
     ("-mprefer-vector-width=512",),
 )
 DECODER = Sources(
     "decoder.cpp",
-    ("blocks.h", "registers.h", "vectors.h", "numbers.h", "products.h", "attention.h"),
-    ("-std=c++20", "-mprefer-vector-width=512"),
+    ("blocks.h", "registers.h", "vectors.h", "numbers.h", "products.h", "lanes.h", "attention.h"),
+    ("-O3", "-std=c++20", "-mprefer-vector-width=512"),
 )
 # Without contraction every product and sum is rounded, as PyTorch's are.
 SEARCH = Sources(
@@ -81,6 +81,7 @@ class BlockedStruct(ctypes.Structure):
         ("scale_type", ctypes.c_int64),
         ("planes", ctypes.c_int64),
         ("midpoints", ctypes.c_void_p),
+        ("in_lanes", ctypes.c_int64),
     )
 
 
@@ -106,30 +107,30 @@ def processor() -> tuple[str, frozenset[str]]:
     return fields.get("model name", "unknown"), frozenset(fields.get("flags", "").split())
 
 
-def native_library(*, tiles: bool) -> ctypes.CDLL:
-    """The library, with products on AMX tiles or without.
+def native_library() -> ctypes.CDLL:
+    """The library of products on AMX tiles.
 
     Raises NotCompiled if the processor, the system or the compiler is not up to it.
     """
-    outcome = library_or_reason(tiles=tiles)
+    outcome = library_or_reason()
     if isinstance(outcome, str):
         raise NotCompiled(outcome)
     return outcome
 
 
 @functools.cache
-def library_or_reason(*, tiles: bool) -> ctypes.CDLL | str:
+def library_or_reason() -> ctypes.CDLL | str:
     """The library, or why it can't be compiled: a process tries once."""
     try:
-        return made_library(tiles=tiles)
+        return made_library()
     except NotCompiled as fault:
         return str(fault)
 
 
-def made_library(*, tiles: bool) -> ctypes.CDLL:
-    check_processor(TILES_NEED if tiles else ROWS_NEED)
-    library = typed(built(LINEAR, tiles=tiles), tiles=tiles)
-    if tiles and not library.nibble_tiles_ready():
+def made_library() -> ctypes.CDLL:
+    check_processor(TILES_NEED)
+    library = typed(built(LINEAR, tiles=True))
+    if not library.nibble_tiles_ready():
         raise NotCompiled("the system does not grant AMX's registers")
     return library
 
@@ -197,14 +198,11 @@ def run_compiler(command: list[str]) -> None:
         raise NotCompiled(f"{command[0]} failed with {result.returncode}: {first}")
 
 
-def typed(library: ctypes.CDLL, *, tiles: bool) -> ctypes.CDLL:
+def typed(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library of products with the types of its functions."""
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     weight = ctypes.POINTER(BlockedStruct)
-    library.nibble_dequantize.argtypes = [weight, number, number, pointer, threads]
-    library.nibble_dequantize.restype = None
-    names = ("nibble_tiles", "nibble_tiles_exact") if tiles else ("nibble_few_rows",)
-    for name in ("nibble_digits", *names):
+    for name in ("nibble_digits", "nibble_tiles", "nibble_tiles_exact"):
         product = library[name]
         product.argtypes = [weight, pointer, number, number, pointer, pointer, number, number, threads]
         product.restype = ctypes.c_int if name == "nibble_digits" else None

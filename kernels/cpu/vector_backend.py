@@ -1,6 +1,7 @@
-"""Products in float32 with weights decoded in registers, for processors with AVX-512 but no bfloat16 units.
+"""Products on processors with AVX-512 but no matrix units, for any dtype.
 
-The same products as in a whole decoder's call (csrc/cpu/products.h), a linear at a time, for any dtype.
+The same products as in a whole decoder's call, a linear at a time: with VNNI of integers (csrc/cpu/lanes.h),
+else in float32 with weights decoded in registers (csrc/cpu/products.h).
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from kernels.checks import check_bias, check_input
 from kernels.cpu.blocked_layout import BlockedWeight, to_blocks
 from kernels.cpu.native import Blocks, threads_for
 from kernels.cpu.native_library import NotCompiled
-from kernels.cpu.whole_decoder import CHANNEL_MULTIPLE, LinearStruct, decoder_library
+from kernels.cpu.whole_decoder import (
+    CHANNEL_MULTIPLE,
+    LinearStruct,
+    decoder_library,
+    keeps_floats,
+    reads_lanes,
+)
 from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
@@ -30,12 +37,13 @@ class VectorKernel:
         if isinstance(library, str):
             raise NotCompiled(library)
         self.weight, self.dtype, self._product = weight, dtype, library.nibble_product
-        self._blocks = Blocks(weight.codes, weight.scale, weight.zero, weight.bits, weight.group_size)
+        self._blocks = Blocks.of(weight)
         self._channels = -(-weight.in_features // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
         self._linear = LinearStruct(
             packed=ctypes.pointer(self._blocks.struct),
             in_features=self._channels,
             out_features=weight.out_features,
+            fine=keeps_floats(dtype),
         )
 
     def __deepcopy__(self, memo: dict[int, object]) -> VectorKernel:
@@ -71,4 +79,4 @@ class VectorBackend:
         return library if isinstance(library, str) else None
 
     def prepare(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> VectorKernel:
-        return VectorKernel(to_blocks(weight.to(device)), dtype)
+        return VectorKernel(to_blocks(weight.to(device), in_lanes=reads_lanes()), dtype)

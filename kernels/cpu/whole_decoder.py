@@ -18,12 +18,14 @@ from kernels.cpu.blocked_layout import BlockedWeight
 from kernels.cpu.native import TYPES, Blocks
 from kernels.cpu.native_library import (
     DECODER,
+    LANES_NEED,
     VECTORS_NEED,
     BlockedStruct,
     NotCompiled,
     address,
     built,
     check_processor,
+    processor,
 )
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)  # attention.h has loops for these
@@ -32,12 +34,22 @@ CHANNEL_MULTIPLE = 32  # of the widths that rows of x have
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
+def reads_lanes() -> bool:
+    """Whether the library multiplies packed weights as integers (csrc/cpu/lanes.h)."""
+    return processor()[1] >= LANES_NEED
+
+
+def keeps_floats(dtype: torch.dtype) -> bool:
+    """Whether integers of inputs must keep more of them than bfloat16 holds."""
+    return dtype != torch.bfloat16
+
+
 class LinearStruct(ctypes.Structure):
     """`Linear` of products.h."""
 
     _fields_ = (
         ("packed", ctypes.POINTER(BlockedStruct)), ("dense", POINTER), ("type", NUMBER),
-        ("in_features", NUMBER), ("out_features", NUMBER), ("bias", POINTER),
+        ("in_features", NUMBER), ("out_features", NUMBER), ("bias", POINTER), ("fine", NUMBER),
     )  # fmt: skip
 
 
@@ -175,6 +187,7 @@ class NativeDecoder:
             raise NotCompiled(library)
         self._decode = library.nibble_decode
         self._alive: list[object] = []  # what the structs hold addresses of
+        self._fine = keeps_floats(weights.embedding.dtype)
         self.vocabulary = weights.head.sizes[0]
         self.kv_heads, self.head_size = weights.kv_heads, weights.head_size
         layers = (LayerStruct * len(weights.layers))(*map(self._layer, weights.layers))
@@ -230,8 +243,9 @@ class NativeDecoder:
         struct = LinearStruct(in_features=channels, out_features=rows, bias=self._floats(linear.bias))
         if isinstance(linear.weight, BlockedWeight):
             weight = linear.weight
-            blocks = Blocks(weight.codes, weight.scale, weight.zero, weight.bits, weight.group_size)
+            blocks = Blocks.of(weight)
             self._alive.append(blocks)
+            struct.fine = self._fine
             struct.packed = ctypes.pointer(blocks.struct)
         else:
             struct.dense, struct.type = self._address(linear.weight), TYPES[linear.weight.dtype]

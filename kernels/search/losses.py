@@ -10,16 +10,17 @@ from torch import Tensor
 
 from kernels.search import cpu, cuda
 
-BLOCK = 1024  # columns; H is symmetric, so only its blocks on and above the diagonal are multiplied
+# Columns; H is symmetric, so only its blocks on and above the diagonal are multiplied.
+BLOCK = {"cpu": 256, "cuda": 1024}
 WIDE = 512  # channels from which on products are what the search takes its time for
 
 
 def row_losses(errors: Tensor, moment: Tensor) -> Tensor:
     """float32 (rows,): e H e^T of each row e of `errors` (rows, C); products run in the dtype of both."""
-    total = torch.zeros(errors.shape[0], device=errors.device)
+    total, block = torch.zeros(errors.shape[0], device=errors.device), BLOCK[errors.device.type]
     with matrix_units(errors.device):
-        for start in range(0, errors.shape[1], BLOCK):
-            columns = slice(start, start + BLOCK)
+        for start in range(0, errors.shape[1], block):
+            columns = slice(start, start + block)
             product = errors[:, columns] @ moment[columns, columns]
             if start:
                 product.addmm_(errors[:, :start], moment[:start, columns], alpha=2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.cpu.native_library import COMPILERS, FLAGS, ROWS_NEED, processor
+from kernels.cpu.native_library import COMPILERS, FLAGS, LANES_NEED, processor
 from kernels.cuda.compiler import CompileError, architecture_for, find_compiler
 from workers.process import leave
 
@@ -63,7 +63,7 @@ def compiler_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "compiler": None,
         "compiler_error": None,
-        "cpu_lacks": sorted(ROWS_NEED - features),
+        "cpu_lacks": sorted(LANES_NEED - features),
     }
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:

@@ -41,7 +41,7 @@ def native_decoder(model: PreTrainedModel, positions: int) -> NativeDecoder | st
     why = unsupported(weights)
     if why is not None:
         return why
-    # Units for bfloat16 multiply many rows faster than the call does.
+    # Matrix units multiply many rows faster than the call does.
     kernels = (module.kernel for module in model.modules() if isinstance(module, QuantizedLinear))
     units = any(isinstance(kernel, NativeKernel) for kernel in kernels)
     return NativeDecoder(weights, reads_prompts=not units)

@@ -2,6 +2,8 @@
 //   codes  [N/16][K/128][16 rows][planes] of 64 bytes: 32 words of 16 bits, of which word j holds in its nibble
 //          i the code of channel 32 i + j of the 128. Codes of 2, 3 and 4 bits take one plane; codes of 8 bits
 //          are two digits of 4: the plane of the low ones, then that of the high ones.
+//          Or "in lanes", for lanes.h: [N/16][K/128][2 halves][8][planes] of 16 rows of 4 bytes. Byte c of entry q holds
+//          the codes of channels 4 q + (0, 2, 1, 3)[c] of the half's first quarter (low nibble) and of its second one.
 //   scale  [N/16][groups][16 rows], float16, bfloat16 or float32
 //   zero   [N/16][groups][16 rows] bytes
 // N is filled up to 64 rows, K to 128 channels with scales of 0.
@@ -27,6 +29,7 @@ struct Weight {
   int64_t scale_type;
   int64_t planes;
   const uint8_t* midpoints;  // where there are no zero points: 64 times 2^(bits-1)
+  int64_t in_lanes;
 };
 
 // Of the 16 rows; those of the next group follow.

@@ -84,9 +84,6 @@ class Walk {
  public:
   Walk(const Decoder& decoder, const Tokens& tokens, const CacheRows& cache, Shared& shared)
       : d(decoder), t(tokens), cache(cache), s(shared), me(omp_get_thread_num()), all_threads(omp_get_num_threads()) {
-    const int64_t widest = rounded(std::max({d.hidden, d.intermediate, d.heads * d.head_size}), kSplit);
-    plain.resize(t.count * widest);
-    split.resize(t.count * widest);
     int64_t longest = 0;
     for (int64_t i = 0; i < t.count; ++i) longest = std::max(longest, t.columns[i] - t.firsts[i] + 1);
     scores.resize(rounded(longest, kLanes));
@@ -99,8 +96,9 @@ class Walk {
       attention(d.layers[layer], layer);
       mlp(d.layers[layer]);
     }
-    for (int64_t i = 0; i < t.outputs; ++i) normed(t.asked[i], i, d.final_norm);
-    spread(d.head, rows(d.hidden), t.outputs, [&](int64_t row, int64_t first, Floats values) {
+    x.begin(t.outputs, d.hidden);
+    for (int64_t i = 0; i < t.outputs; ++i) norm(&s.states[t.asked[i] * d.hidden], d.hidden, d.final_norm, x.row(i));
+    spread(d.head, [&](int64_t row, int64_t first, Floats values) {
       put_outputs(d.head, values, first, logits + row * d.head.out);
     });
   }
@@ -111,37 +109,32 @@ class Walk {
   const CacheRows& cache;
   Shared& s;
   const int64_t me, all_threads;
-  static thread_local std::vector<float> plain, split, scores;
+  static thread_local Input x;  // of the linears of a stage
+  static thread_local std::vector<float> scores;
 
   void wait() const {
 #pragma omp barrier
   }
 
   // This thread's share of `count` things.
+  int64_t first_of(int64_t count) const { return me * count / all_threads; }
+  int64_t last_of(int64_t count) const { return (me + 1) * count / all_threads; }
   template <class DO>
   void share(int64_t count, const DO& act) const {
-    for (int64_t i = me * count / all_threads; i < (me + 1) * count / all_threads; ++i) act(i);
+    for (int64_t i = first_of(count); i < last_of(count); ++i) act(i);
   }
 
+  // This thread's share of a linear's outputs.
   template <class PUT>
-  void spread(const Linear& linear, const Rows& x, int64_t count, const PUT& put) const {
-    share(blocks_of(linear), [&](int64_t block) { block_product(linear, block, x, count, put); });
+  void spread(const Linear& linear, const PUT& put) const {
+    product(linear, first_of(blocks_of(linear)), last_of(blocks_of(linear)), x, put);
   }
-
-  Rows rows(int64_t width) const { return {plain.data(), split.data(), width}; }
 
   void embed() {
     share(t.count, [&](int64_t i) {
       for (int64_t c = 0; c < d.hidden; c += kLanes)
         store(&s.states[i * d.hidden + c], load_as(d.embedding, d.embedding_type, t.ids[i] * d.hidden + c));
     });
-  }
-
-  // The state of a token, normed, as row `to` of the input of linears.
-  void normed(int64_t token, int64_t to, const float* weight) {
-    float* row = &plain[to * d.hidden];
-    norm(&s.states[token * d.hidden], d.hidden, weight, row);
-    split_channels(row, d.hidden, &split[to * d.hidden]);
   }
 
   void norm(const float* from, int64_t count, const float* weight, float* to) const {
@@ -151,21 +144,22 @@ class Walk {
     for (int64_t c = 0; c < count; c += kLanes) store(to + c, load(from + c) * factor * load(weight + c));
   }
 
-  void all_normed(const float* weight) {
-    for (int64_t i = 0; i < t.count; ++i) normed(i, i, weight);
+  // The states of all tokens, normed, as the input of linears.
+  void read_normed(const float* weight) {
+    x.begin(t.count, d.hidden);
+    for (int64_t i = 0; i < t.count; ++i) norm(&s.states[i * d.hidden], d.hidden, weight, x.row(i));
   }
 
   // Rows that all threads have written, as the input of linears.
-  void taken(const std::vector<float>& buffer, int64_t width) {
-    std::memcpy(plain.data(), buffer.data(), t.count * width * sizeof(float));
-    split_channels(plain.data(), t.count * width, split.data());
+  void read(const std::vector<float>& buffer, int64_t width) {
+    x.begin(t.count, width);
+    std::memcpy(x.row(0), buffer.data(), t.count * width * sizeof(float));
   }
 
   void attention(const Layer& layer, int64_t index) {
-    all_normed(layer.attention_norm);
-    const Rows x = rows(d.hidden);
+    read_normed(layer.attention_norm);
     const auto into = [&](const Linear& linear, std::vector<float>& buffer) {
-      spread(linear, x, t.count, [&](int64_t row, int64_t first, Floats values) {
+      spread(linear, [&](int64_t row, int64_t first, Floats values) {
         put_outputs(linear, values, first, &buffer[row * linear.out]);
       });
     };
@@ -177,8 +171,8 @@ class Walk {
     wait();
     share(t.count * d.kv_heads, [&](int64_t i) { look(layer, index, i / d.kv_heads, i % d.kv_heads); });
     wait();
-    taken(s.mixed, d.heads * d.head_size);
-    add(layer.output, rows(d.heads * d.head_size));
+    read(s.mixed, d.heads * d.head_size);
+    add(layer.output);
     wait();
   }
 
@@ -218,8 +212,8 @@ class Walk {
   }
 
   // Adds the outputs of a linear to the states.
-  void add(const Linear& linear, const Rows& x) {
-    spread(linear, x, t.count, [&](int64_t row, int64_t first, Floats values) {
+  void add(const Linear& linear) {
+    spread(linear, [&](int64_t row, int64_t first, Floats values) {
       float* state = &s.states[row * d.hidden + first];
       if (linear.bias) values += load(linear.bias + first);
       store(state, load(state) + values);
@@ -227,26 +221,24 @@ class Walk {
   }
 
   void mlp(const Layer& layer) {
-    all_normed(layer.mlp_norm);
-    const Rows x = rows(d.hidden);
-    share(blocks_of(layer.gate), [&](int64_t block) {
-      const auto at = [&](int64_t row, int64_t first) { return &s.gated[row * d.intermediate + first]; };
-      block_product(layer.gate, block, x, t.count, [&](int64_t row, int64_t first, Floats values) {
-        store(at(row, first), silu(layer.gate.bias ? values + load(layer.gate.bias + first) : values));
-      });
-      block_product(layer.up, block, x, t.count, [&](int64_t row, int64_t first, Floats values) {
-        if (layer.up.bias) values += load(layer.up.bias + first);
-        store(at(row, first), load(at(row, first)) * values);
-      });
+    read_normed(layer.mlp_norm);
+    const auto at = [&](int64_t row, int64_t first) { return &s.gated[row * d.intermediate + first]; };
+    spread(layer.gate, [&](int64_t row, int64_t first, Floats values) {
+      store(at(row, first), silu(layer.gate.bias ? values + load(layer.gate.bias + first) : values));
+    });
+    spread(layer.up, [&](int64_t row, int64_t first, Floats values) {
+      if (layer.up.bias) values += load(layer.up.bias + first);
+      store(at(row, first), load(at(row, first)) * values);
     });
     wait();
-    taken(s.gated, d.intermediate);
-    add(layer.down, rows(d.intermediate));
+    read(s.gated, d.intermediate);
+    add(layer.down);
     wait();
   }
 };
 
-thread_local std::vector<float> Walk::plain, Walk::split, Walk::scores;
+thread_local Input Walk::x;
+thread_local std::vector<float> Walk::scores;
 
 }  // namespace
 
@@ -254,14 +246,13 @@ extern "C" {
 
 // out (rows, linear.out) = x (rows, linear.in) times the weight, plus bias. linear.in is a multiple of 32.
 void nibble_product(const Linear* linear, const float* x, int64_t rows, float* out, int threads) {
-  thread_local std::vector<float> split;
-  const int64_t count = rows * linear->in;
-  if (split.size() < size_t(count)) split.resize(count);
-  if (reads_apart(*linear)) split_channels(x, count, split.data());
-  const Rows inputs{x, split.data(), linear->in};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = 0; block < blocks_of(*linear); ++block) {
-    block_product(*linear, block, inputs, rows, [&](int64_t row, int64_t first, Floats values) {
+#pragma omp parallel num_threads(threads)
+  {
+    thread_local Input input;
+    input.begin(rows, linear->in);
+    std::memcpy(input.row(0), x, rows * linear->in * sizeof(float));
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads(), blocks = blocks_of(*linear);
+    product(*linear, me * blocks / all, (me + 1) * blocks / all, input, [&](int64_t row, int64_t first, Floats values) {
       put_outputs(*linear, values, first, out + row * linear->out);
     });
   }

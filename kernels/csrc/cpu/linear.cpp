@@ -1,4 +1,4 @@
-// W4A16 and W8A16 matrix products on AVX-512 with bfloat16 dot products, and on AMX where there is one.
+// W4A16 and W8A16 matrix products on AMX.
 //
 // A nibble becomes a bfloat16 by `vpermw`: it reads 5 bits of each word as an index into 32 entries, so with the
 // 16 values of a code twice in the table no mask is needed, and a shift by 4 i picks the nibble. The table of a
@@ -14,11 +14,9 @@
 #include <cstring>
 #include <type_traits>
 
-// A few rows of x are multiplied by digits.h. What it leaves is for tiles.h with AMX (-DNIBBLE_AMX), else for rows.h.
-#ifdef NIBBLE_AMX
+// A few rows of x are multiplied by digits.h. What it leaves is for tiles.h.
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
 #include "blocks.h"
 #include "registers.h"
@@ -96,11 +94,6 @@ inline void decode(const __m512i* words, int64_t planes, int i, int zero, float 
 struct ToBfloat {
   static void store(void* out, const __m512* v) {
     _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0])));
-  }
-};
-struct ToFloat {
-  static void store(void* out, const __m512* v) {
-    for (int i = 0; i < 2; ++i) _mm512_storeu_ps(static_cast<float*>(out) + 16 * i, v[i]);
   }
 };
 
@@ -184,28 +177,8 @@ Dequantize to_bfloat(const Weight& w) {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------ what Python calls
-
-extern "C" {
-
-// Rows of blocks first .. last-1 in float32: (rows, 128 chunks).
-void nibble_dequantize(const Weight* weight, int64_t first, int64_t last, float* out, int threads) {
-  const Weight w = *weight;
-  const Places places{w.chunks * kChunk * 4, 32 * 4};
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t block = first; block < last; ++block)
-    dequantize_exact<ToFloat>(w, block, 0, w.chunks,
-                              reinterpret_cast<uint8_t*>(out) + (block - first) * kRows * places.row, places);
-}
-
-}  // extern "C"
-
 #include "output.h"
 
 #include "digits.h"
 
-#ifdef NIBBLE_AMX
 #include "tiles.h"
-#else
-#include "rows.h"
-#endif

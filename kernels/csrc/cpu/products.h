@@ -1,4 +1,5 @@
-// Products of rows of float32 with weights that are decoded in registers, on any processor with AVX-512.
+// Products of rows of float32 with weights that are decoded in registers, on any processor with AVX-512. With VNNI
+// packed weights are for lanes.h.
 //
 // A vector holds 16 channels of one row of the weight. The sum of an output adds the channels in the same order
 // whatever the number of rows of x and of threads, so what a row gives does not depend on who else is there.
@@ -14,17 +15,11 @@ struct Linear {
   int64_t type;          // of `dense`, a ScaleType
   int64_t in, out;
   const float* bias;  // or null
-};
-
-// Rows of x, twice: as they are, and with the even and the odd channels of each 32 apart.
-struct Rows {
-  const float* plain;
-  const float* split;
-  int64_t stride;
-  const float* of(bool apart, int64_t row) const { return (apart ? split : plain) + row * stride; }
+  int64_t fine;       // packed: x keeps what float32 holds of it, not only what bfloat16 does
 };
 
 constexpr int64_t kSplit = 32;
+constexpr int64_t kAhead = 4096;  // bytes of weights, prefetched
 
 // `count` channels, a multiple of 32.
 inline void split_channels(const float* from, int64_t count, float* to) {
@@ -49,6 +44,56 @@ inline Floats sums_of(const Floats* vectors) {
   return (Floats)sum;
 }
 
+__attribute__((always_inline)) inline Floats scales_at(const Weight& w, int64_t block, int64_t group) {
+  return load_as(w.scale, w.scale_type, (block * w.groups + group) * kRows);
+}
+
+}  // namespace
+
+#include "lanes.h"
+
+namespace {
+
+// Rows of x, and the forms in which weights read them: each is made when it is first asked for.
+class Input {
+ public:
+  // Room for `rows` rows of a width that is a multiple of 32.
+  void begin(int64_t rows, int64_t width) {
+    count_ = rows, width_ = width, apart_ = false, in_digits_ = false;
+    if (plain_.size() < size_t(rows * width)) plain_.resize(rows * width);
+  }
+  float* row(int64_t number) { return plain_.data() + number * width_; }
+  int64_t count() const { return count_; }
+  int64_t width() const { return width_; }
+
+  // The rows as they are, or with the even and the odd channels of each 32 apart.
+  const float* rows(bool apart) {
+    if (!apart) return plain_.data();
+    if (!apart_) {
+      if (split_.size() < size_t(count_ * width_)) split_.resize(count_ * width_);
+      split_channels(plain_.data(), count_ * width_, split_.data());
+      apart_ = true;
+    }
+    return split_.data();
+  }
+
+#ifdef __AVX512VNNI__
+  DigitRows digits(bool fine) {
+    if (!in_digits_) to_digits(plain_.data(), count_, width_, fine, digits_);
+    in_digits_ = true;
+    return {digits_.data(), count_, (width_ + kChunk - 1) / kChunk};
+  }
+#endif
+
+ private:
+  std::vector<float> plain_, split_;
+  int64_t count_ = 0, width_ = 0;
+  bool apart_ = false, in_digits_ = false;
+#ifdef __AVX512VNNI__
+  std::vector<ChunkDigits> digits_;
+#endif
+};
+
 // ------------------------------------------------------------------------------------------------ packed weights
 
 // The values of the 16 codes of a digit in a group of a row.
@@ -64,10 +109,6 @@ struct Values {
     return (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, SHIFT), of_codes);
   }
 };
-
-inline Floats scales_at(const Weight& w, int64_t block, int64_t group) {
-  return load_as(w.scale, w.scale_type, (block * w.groups + group) * kRows);
-}
 
 // Of the 16 rows of a block, for the groups of a chunk.
 struct Factors {
@@ -186,14 +227,21 @@ inline void dense_rows(const Linear& linear, int64_t block, int first, const flo
   }
   Floats total[ROWS][R] = {};
   for (int64_t channel = 0; channel < linear.in; channel += kSplit) {
-#pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) {
-      const Pair<T> weights(rows[row] + channel);
+    for (int row = 0; row < ROWS; ++row) __builtin_prefetch(reinterpret_cast<const char*>(rows[row] + channel) + kAhead);
+    const auto weights = [&]<size_t... ROW>(std::index_sequence<ROW...>) {
+      struct All {
+        Pair<T> of[ROWS];
+      };
+      return All{Pair<T>(rows[ROW] + channel)...};
+    }(std::make_index_sequence<ROWS>());
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const float* at = x + r * stride + channel;
-        total[row][r] = fused(weights.first, load(at), total[row][r]);
-        total[row][r] = fused(weights.second, load(at + kLanes), total[row][r]);
+        const Floats values = load(x + r * stride + channel + kLanes * half);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row)
+          total[row][r] = fused(half ? weights.of[row].second : weights.of[row].first, values, total[row][r]);
       }
     }
   }
@@ -253,9 +301,8 @@ struct BlockProduct {
   }
 };
 
-// Calls put(row of x, first of 16 outputs, values) for a block and `count` rows of x, without the bias.
 template <class PUT>
-void block_product(const Linear& linear, int64_t block, const Rows& x, int64_t count, const PUT& put) {
+void block_product(const Linear& linear, int64_t block, Input& x, const PUT& put) {
   thread_local std::vector<Factors> factors;
   if (linear.packed) {
     const Weight& w = *linear.packed;
@@ -263,12 +310,13 @@ void block_product(const Linear& linear, int64_t block, const Rows& x, int64_t c
     for (size_t chunk = 0; chunk < factors.size(); ++chunk)
       factors[chunk].fill(w, block, chunk * w.per_chunk, w.per_chunk ? int(w.per_chunk) : 1);
   }
+  const float* rows_of_x = x.rows(reads_apart(linear));
   int64_t row = 0;
   const auto take = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    for (; row + R <= count; row += R) {
+    for (; row + R <= x.count(); row += R) {
       BlockProduct<R> product;
-      product.run(linear, block, x.of(reads_apart(linear), row), x.stride, factors.data());
+      product.run(linear, block, rows_of_x + row * x.width(), x.width(), factors.data());
       for (int r = 0; r < R; ++r) {
         Floats column[kRows];
         for (int i = 0; i < kRows; ++i) column[i] = product.out[i][r];
@@ -280,6 +328,15 @@ void block_product(const Linear& linear, int64_t block, const Rows& x, int64_t c
   take(std::integral_constant<int, 4>{});
   take(std::integral_constant<int, 2>{});
   take(std::integral_constant<int, 1>{});
+}
+
+// Calls put(row of x, first of 16 outputs, values) for blocks first .. last - 1 of 16 outputs, without the bias.
+template <class PUT>
+void product(const Linear& linear, int64_t first, int64_t last, Input& x, const PUT& put) {
+#ifdef __AVX512VNNI__
+  if (linear.packed) return lane_product(*linear.packed, first, last, x.digits(linear.fine), put);
+#endif
+  for (int64_t block = first; block < last; ++block) block_product(linear, block, x, put);
 }
 
 inline int64_t blocks_of(const Linear& linear) { return (linear.out + kRows - 1) / kRows; }

@@ -10,7 +10,7 @@ from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
 CPU = torch.device("cpu")
-BACKENDS = ["amx", "avx512", "vector", "aten", "torch"]
+BACKENDS = ["amx", "vector", "aten", "torch"]
 
 
 def problem_of(weight: PackedWeight, dtype: torch.dtype) -> LinearProduct:
