@@ -91,8 +91,11 @@ class Server:
             except httpx.HTTPError:
                 pass
             time.sleep(0.5)
+        raise RuntimeError(f"{self.name} did not start: {self.last_words()}")
+
+    def last_words(self) -> str:
         self.log.seek(0)
-        raise RuntimeError(f"{self.name} did not start: {self.log.read()[-3000:].decode(errors='replace')}")
+        return self.log.read()[-3000:].decode(errors="replace")
 
     def cpu_s(self) -> float:
         root = psutil.Process(self.process.pid)
@@ -186,7 +189,10 @@ def measure(server: Server, callers: int, options: argparse.Namespace) -> None:
         futures = [pool.submit(ask, server, options.words, options.output, barrier) for _ in range(callers)]
         cpu, started = server.cpu_s(), time.monotonic()
         barrier.wait()
-        answers = [future.result() for future in futures]
+        try:
+            answers = [future.result() for future in futures]
+        except httpx.HTTPError as fault:
+            raise RuntimeError(f"{server.name}: {fault}; {server.last_words()}") from fault
     wall, cpu = time.monotonic() - started, server.cpu_s() - cpu
     tokens = sum(count for _, count in answers)
     assert tokens == callers * REQUESTS_PER_CALLER * options.output, f"{server.name}: {tokens} tokens"
