@@ -28,11 +28,12 @@ FINE_FACTORS = (1.1, 1.05, 1.025, 0.975, 0.95, 0.9)  # on the second visit
 
 
 def search_clip(
-    weight: Tensor, moment: Tensor, scheme: Scheme, dtype: torch.dtype
+    weight: Tensor, moment: Tensor, scheme: Scheme, dtype: torch.dtype, smallest: float | None = None
 ) -> tuple[Grid, Tensor, Tensor]:
     """The grid of the best ranges, and the loss per row before and after.
 
-    weight: (rows, C) float32; moment: (C, C) float32; losses: (rows,) float32.
+    weight: (rows, C) float32; moment: (C, C) float32; smallest: the weight's `smallest_factor`, if it is at
+    hand; losses: (rows,) float32.
     """
     weight, moment = weight.contiguous(), moment.contiguous()
     grouped = grouped_view(weight, scheme)
@@ -40,7 +41,9 @@ def search_clip(
     error = plain.nearest(grouped).sub_(grouped).view_as(weight)
     before = quick_row_losses(error, moment)
     ranges = weight.new_ones(grouped.shape[1], 4, grouped.shape[0])  # see clip_step
-    whole = joint_factors(smallest_factor(weight, scheme))  # percentiles of the weights bound the search
+    if smallest is None:
+        smallest = smallest_factor(weight, scheme)
+    whole = joint_factors(smallest)  # percentiles of the weights bound the search
     for joint, side in ((whole, SIDE_FACTORS), ((), FINE_FACTORS)):
         clip_visit(weight, moment, error, ranges, joint, side, scheme.bits, scheme.symmetric, dtype)
     scale, zero = ranges[:, 2:].permute(1, 2, 0).contiguous()[..., None]

@@ -22,6 +22,7 @@ from kernels.search.columns import ColumnGrid, round_columns
 from kernels.search.grids import stored_scale
 from workers.modeling.quantized_weight import QuantizedWeight
 from workers.quantization.grid import Grid
+from workers.quantization.inverse_triangle import inverse_lower
 
 BLOCK = 128  # columns that are finished before the rest of the matrix is updated
 DAMPING = 0.01  # of the mean diagonal, added to it
@@ -194,11 +195,10 @@ def inverse_factor(moment: Tensor) -> tuple[Tensor, float]:
     while damping <= MAX_DAMPING:
         damped = moment.clone()
         damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return upper.contiguous(), damping
+        # From the last row to the first H is U U^T with an upper U, and its inverse is U^-T U^-1.
+        inverse, failed = inverse_lower(damped.flip(0, 1))
+        if not bool(failed) and bool(torch.isfinite(inverse).all()):
+            return inverse.flip(0, 1).contiguous(), damping
         damping *= 2
     raise RecipeUnsupported(
         "the second moment of a linear's input is not positive definite",

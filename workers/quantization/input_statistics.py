@@ -23,6 +23,7 @@ from workers.modeling.experts import SplitExperts
 from workers.modeling.stored_bytes import ScratchFile
 from workers.quantization.cache_range import CacheRange
 from workers.quantization.grid import FLOAT16_LIMIT
+from workers.quantization.inverse_triangle import inverse_lower
 from workers.quantization.reduction import ALONE, Ranks
 
 EXPERT_TOKENS = 256  # fewer tokens than this say too little about an expert's input
@@ -81,11 +82,11 @@ class InputStatistics:
             return weight
         damped = self.moment.clone()
         damped.diagonal().add_(CORRECTION_DAMPING * damped.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        inverse, failed = inverse_lower(damped)
         if bool(failed):
             return weight
         trust = self.num_tokens / (self.num_tokens + weight.shape[1])
-        corrected = weight + trust * torch.cholesky_solve(drift.T, lower).T
+        corrected = weight + trust * (drift @ inverse.T @ inverse)
         # Also false for what is not a number.
         return corrected if bool(corrected.abs().amax() <= FLOAT16_LIMIT) else weight
 

@@ -56,19 +56,19 @@ def round_linear(linear: FoldedLinear, recipe: Recipe, dtype: torch.dtype) -> Ro
     weight, moment, scheme = linear.weight, linear.moment, linear.scheme
     if scheme.kind.numbers == "float":
         return checked(linear, *round_float(linear, recipe, dtype))
-    if recipe.searches_clip:
-        grid, before, after = search_clip(weight, moment, scheme, dtype)
+    floor = smallest_factor(weight, scheme) if recipe.searches_clip else None
+    if floor is not None:
+        grid, before, after = search_clip(weight, moment, scheme, dtype, floor)
     else:
         grid = min_max_grid(grouped_view(weight, scheme), scheme, dtype)
         nearest = round_nearest(weight, grid, scheme)
         before = after = losses.quick_row_losses(nearest.dequantize() - weight, moment)
     rounded, final, damping = round_nearest(weight, grid, scheme), after, None
     if recipe.rounds_with_gptq:
-        grids = [grid, *shrunk_grids(weight, scheme, dtype)] if recipe.searches_clip else [grid]
+        grids = [grid] if floor is None else [grid, *shrunk_grids(weight, scheme, dtype, floor)]
         outcome = round_gptq(weight, grids, scheme, moment, dtype)
         rounded = rounded.where(after <= outcome.losses, outcome.weight)
         final, damping = torch.minimum(after, outcome.losses), outcome.damping
-    floor = smallest_factor(weight, scheme) if recipe.searches_clip else None
     return checked(linear, rounded, (before, after, final), damping, floor)
 
 
@@ -142,9 +142,9 @@ def largest_weight(scheme: Scheme, *, in_float16: bool) -> float:
     return FLOAT16_LIMIT if in_float16 else LARGEST_SCALE * widest
 
 
-def shrunk_grids(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> list[Grid]:
-    """Grids of equally shrunk ranges in all groups, for GPTQ to start from."""
-    floor, grouped = smallest_factor(weight, scheme), grouped_view(weight, scheme)
+def shrunk_grids(weight: Tensor, scheme: Scheme, dtype: torch.dtype, floor: float) -> list[Grid]:
+    """Grids of equally shrunk ranges in all groups, for GPTQ to start from; floor: the `smallest_factor`."""
+    grouped = grouped_view(weight, scheme)
     factors = [1 - share * (1 - floor) for share in SHRUNK[scheme.bits]]
     return [min_max_grid(grouped, scheme, dtype, factor=factor) for factor in factors]
 
