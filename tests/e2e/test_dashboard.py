@@ -186,7 +186,7 @@ def test_refusals_stand_beside_their_fields(visit: Visit, example_model: Path) -
     page.get_by_label("Tokens per window").fill("few")
     field = page.locator(".field-bad")
     expect(field).to_contain_text("Tokens per window")
-    expect(field).to_contain_text("integer")
+    expect(field).to_contain_text("whole number")
     page.get_by_label("Tokens per window").fill("64")
     expect(field).to_have_count(0)
 

@@ -216,7 +216,7 @@ def test_options_at_creation(visit: Visit, artifact: str) -> None:
     page.keyboard.press("Enter")
     bad = dialog.locator(".field-bad")
     expect(bad).to_contain_text("Longest request")
-    expect(bad).to_contain_text("integer")
+    expect(bad).to_contain_text("whole number")
     assert visit.faults() == []
     dialog.get_by_label("Longest request").fill("64")
     with page.expect_request("**/v1/deployments") as sent:
@@ -374,6 +374,29 @@ LOOKS: tuple[dict[str, Any], ...] = (
     {"color_scheme": "dark"},
     {"color_scheme": "light", "viewport": {"width": 320, "height": 700}},
 )
+
+
+# Leaves the page, and resizes the window as soon as its charts are gone.
+LEAVE = """() => new Promise((left) => {
+  new MutationObserver((_, seen) => {
+    if (document.querySelector(".uplot")) return;
+    seen.disconnect();
+    dispatchEvent(new Event("resize"));
+    left();
+  }).observe(document.body, { childList: true, subtree: true });
+  location.hash = "#/workers";
+})"""
+
+
+@pytest.mark.usefixtures("deployed")
+def test_a_window_that_is_resized_as_its_charts_go(browser: Browser, service: Service) -> None:
+    visit = Visit(browser, service)
+    page = visit.open("/deployments/w8")
+    expect(page.locator(".uplot")).to_have_count(4)
+    page.evaluate(LEAVE)
+    expect(page.get_by_role("heading", level=1)).to_have_text("Workers")
+    page.close()
+    assert visit.complaints == []
 
 
 @pytest.mark.parametrize("look", LOOKS, ids=["light", "dark", "narrow"])

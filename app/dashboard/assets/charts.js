@@ -134,6 +134,7 @@ export function Chart({ title, data, names, x, y, kind = "line", log = false, ma
   });
   useEffect(() => {
     const draw = () => {
+      if (place.current === null) return; // the page was left: listeners end after the next frame
       plot.current?.destroy();
       place.current.replaceChildren();
       plot.current = new uPlot(optionsFor({ x, y, names, kind, log, marks, levels, whole, time }, place.current.clientWidth), latest.current, place.current);

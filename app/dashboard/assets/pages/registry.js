@@ -23,8 +23,8 @@ export function RegistryPage() {
     <${Loaded} polled=${polled}>${(page) =>
       page.data.length === 0
         ? html`<${Empty} title="No models yet">Finished jobs publish their models here.${may("jobs:write") && html` <a href="#/jobs/new">New job</a>`}<//>`
-        : html`${page.data.map((model) => html`<section class="stack" key=${model.model} aria-label=${modelName(model.model)}>
+        : html`${page.data.map((model) => html`<div class="stack" key=${model.model}>
             <${Table} caption=${modelName(model.model)} columns=${VERSIONS} rows=${model.versions} keyOf=${(version) => version.id} />
-          </section>`)}
+          </div>`)}
           ${page.has_more && html`<p><small>Older artifacts are not shown: nibble registry lists them.</small></p>`}`}<//>`;
 }
