@@ -72,6 +72,11 @@ def has_tiles() -> bool:
     return processor()[1] >= TILES_NEED
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the CPU multiplies bfloat16 in half of the time of float32 or less."""
+    return "avx512_bf16" in processor()[1]
+
+
 @functools.cache
 def loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, with AMX where there is one, and its name for reports; the log says why there is none."""

@@ -28,15 +28,15 @@ def row_losses(errors: Tensor, moment: Tensor) -> Tensor:
     return total
 
 
-def has_matrix_units(device: torch.device) -> bool:
+def has_bfloat16_products(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 much faster than float32."""
-    return device.type == "cuda" or (device.type == "cpu" and cpu.has_tiles())
+    return device.type == "cuda" or (device.type == "cpu" and cpu.has_bfloat16_products())
 
 
 def quick_dtype(device: torch.device, channels: int) -> torch.dtype:
     """The dtype of products with H whose results are summed over many rows.
 
-    bfloat16 on CPUs that multiply it much faster: rounding moves the loss of a row by 1e-4, sums by less.
+    bfloat16 on CPUs with matrix units for it: rounding moves the loss of a row by 1e-4, sums by less.
     """
     return torch.bfloat16 if device.type == "cpu" and channels >= WIDE and cpu.has_tiles() else torch.float32
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from app.core.formats.file_format import Scheme
 from app.core.records.specs import SearchSpec
-from kernels.search.losses import has_matrix_units, quick_dtype, row_losses
+from kernels.search.losses import has_bfloat16_products, quick_dtype, row_losses
 from kernels.search.search_operators import rounding_errors
 from workers.modeling.layer_weights import Weights, shape_of
 from workers.quantization.float_grids import float_rounding_errors
@@ -228,7 +228,7 @@ def ranking_dtype(device: torch.device) -> torch.dtype:
     Rounding H and the errors to eight bits moves a candidate's loss by far less than the candidates
     differ. Where many channels are summed up it compares the finalists too (see quick_dtype).
     """
-    return torch.bfloat16 if has_matrix_units(device) else torch.float32
+    return torch.bfloat16 if has_bfloat16_products(device) else torch.float32
 
 
 def sampled(linears: list[ScaledLinear], rows: int) -> list[ScaledLinear]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from app.core.formats.file_format import Scheme
 from app.core.records.specs import SearchSpec
+from kernels.cpu.native_library import TILES_NEED
+from kernels.search import cpu
 from workers.quantization.grid import grouped_view, min_max_grid
 from workers.quantization.input_statistics import InputCollector, InputStatistics
 from workers.quantization.scale_search import (
@@ -24,6 +26,7 @@ from workers.quantization.scale_search import (
     exponents,
     grid_scales,
     normalised,
+    ranking_dtype,
     search_scales,
 )
 
@@ -183,3 +186,18 @@ def test_heads_that_share_a_value_head_share_its_scales() -> None:
     assert torch.equal(by_head, by_head[:, :1].expand_as(by_head))
     assert float(choice.scales.max() / choice.scales.min()) > 2
     assert torch.equal(fold.spread(fold.shared(choice.scales)), choice.scales)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (frozenset({"avx512f", "avx512_bf16"}), torch.bfloat16),
+        (TILES_NEED, torch.bfloat16),
+        (frozenset({"avx512f"}), torch.float32),
+    ],
+)
+def test_candidates_are_ranked_in_the_dtype_that_the_processor_multiplies_fast(
+    monkeypatch: pytest.MonkeyPatch, features: frozenset[str], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(cpu, "processor", lambda: ("a processor", features))
+    assert ranking_dtype(torch.device("cpu")) == expected
