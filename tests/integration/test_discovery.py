@@ -235,6 +235,31 @@ def test_another_kind_of_model_is_refused() -> None:
         discover({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
 
 
+def test_tracing_runs_on_one_thread_and_leaves_the_job_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for each other at matrices this small took four times the processor time."""
+    seen: list[int] = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda self, x: seen.append(torch.get_num_threads()) or forward(self, x)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        discover({"model_type": "llama"})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
+def test_a_tower_that_checkpoints_call_otherwise_is_named() -> None:
+    """transformers asks for it by its own name, and files have another."""
+    for model_type, towers in (("hunyuan_vl", ("vision_tower",)), ("gemma3", ()), ("llama", ())):
+        family = known_family(model_type)
+        assert family is not None
+        assert family.towers == towers
+
+
 def test_settings_of_a_job_count() -> None:
     gelu = discover({"model_type": "opt", "activation_function": "gelu"})
     relu = known_family("opt")

@@ -14,12 +14,15 @@ import pytest
 from app.core.child.assignment import Checkpointed, ProgressMessage
 from app.core.planning.family import known_family
 from app.core.records.specs import Recipe, SearchSpec
-from tests.families.table import OPENS_NEAR, RECIPE, SELF_CHECK, family_row
+from tests.families.table import OPENS_NEAR, RECIPE, SELF_CHECK, family_row, is_right
 from tests.tiny_models import EngineRun, assignment, save_model, tiny_spec
 from workers.child.job_run import run_job
 from workers.discovery.family_discovery import discover_type, working_model
 
-SAMPLE = ("qwen3_5", "gemma3", "gemma4", "qwen2_moe", "bloom", "falcon_h1", "glm_moe_dsa")
+SAMPLE = (
+    "qwen3_5", "gemma3", "gemma4", "qwen2_moe", "bloom", "falcon_h1", "glm_moe_dsa", "nemotron_h",
+    "hunyuan_vl",
+)  # fmt: skip
 ANOTHER = Recipe(method="rtn", bits=8, group_size=32, indivisible="skip", search=SearchSpec(grid_points=4))
 
 
@@ -31,6 +34,14 @@ def test_a_tiny_model_is_quantized_and_opened_by_transformers(model_type: str, t
     assert row["self_check"] <= SELF_CHECK
     assert row["scaled"] > 0
     assert row["opens"] == pytest.approx(row["kl"], rel=OPENS_NEAR)
+    assert "lost" not in row
+
+
+def test_experts_that_transformers_loses_are_opened_where_they_keep_their_precision(tmp_path: Path) -> None:
+    """Files have each quantized expert by itself, and its class of this type has one tensor for all."""
+    row = family_row("gpt_oss", tmp_path)
+    assert all(".experts." in name for name in row["lost"])
+    assert is_right(row["kept"])
 
 
 class Broken(Exception):

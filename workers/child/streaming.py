@@ -166,7 +166,7 @@ def write_folder(run: Streaming, candidate: CandidatePlan, name: FormatName) -> 
                 run.clock.send(Checkpointed(key=key))
         else:
             run.restored += 1
-            run.advance(sum(run.source.tensors[each.name].size for each in file.conversions))
+            run.advance(sum(run.source.header(each.name).size for each in file.conversions))
         run.errors |= {(candidate.recipe_index, linear): error for linear, error in errors.items()}
     return folder
 
@@ -265,7 +265,7 @@ def tasks_of(
     largest: dict[str, Tensor],
 ) -> Iterator[Task]:
     """What is to be done for a tensor: slice by slice where that is possible."""
-    header, linear = run.source.tensors[conversion.name], conversion.linear
+    header, linear = run.source.header(conversion.name), conversion.linear
     if linear is None:
         if not run.reader.is_plain(conversion.name):
             yield partial(copy_decoded, run, file, conversion.name)

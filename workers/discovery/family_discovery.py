@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import product
 from typing import Any
 
@@ -54,6 +54,18 @@ VARIANTS_OF_TYPE: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Of matrices this small, threads that wait for each other take more processor time than the products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 @torch.no_grad()
 def discover(config: Mapping[str, Any]) -> Family:
     """The family of a config.json, under its settings.
@@ -77,6 +89,7 @@ def traced_family(config: Mapping[str, Any]) -> Family:
     layers = traced_layers(model, find_layers(model))
     stored = StoredModel(model)
     outside = outside_modules(model, layers)
+    towers = stored.towers(called_modules(model))
     kinds, pairs = layer_kinds(model, layers, stored)
     whole = whole_config(config)
     return Family.model_validate(
@@ -87,6 +100,7 @@ def traced_family(config: Mapping[str, Any]) -> Family:
             "attention": attention,
             "tied": bool(getattr(whole, "tie_word_embeddings", False)),
             "stored_names": pairs,
+            "towers": towers,
             "settings": settings_of(whole),
             "kinds": kinds,
         }

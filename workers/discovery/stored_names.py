@@ -104,6 +104,21 @@ class StoredModel:
                 names[name] = stored
         return names
 
+    def towers(self, called: set[str]) -> tuple[str, ...]:
+        """Modules with linears that no text reaches and checkpoints call otherwise, by their last names."""
+        towers = []
+        for path, module in self.model.named_modules():
+            parent, _, last = path.rpartition(".")
+            reached = parent not in called or any(
+                each == path or each.startswith(path + ".") for each in called
+            )
+            if reached or not any(isinstance(each, nn.Linear) for each in module.modules()):
+                continue
+            names = (self.name_of(f"{path}.{name}", value) for name, value in module.state_dict().items())
+            if any(name is not None and last not in name.split(".") for name in names):
+                towers.append(last)
+        return tuple(dict.fromkeys(towers))
+
     def experts(
         self, path: str, module: nn.Module, form: ExpertsForm, prefix: str
     ) -> tuple[Experts, dict[str, str]]:

@@ -57,7 +57,7 @@ class FormatFolder:
     def __init__(
         self, folder: Path, name: FormatName, source: Checkpoint, plan: Plan, candidate: CandidatePlan
     ) -> None:
-        self.folder, self.name, self.source, self.plan = folder, name, source, plan
+        self.folder, self.name, self.plan = folder, name, plan
         self.candidate, self.format, self.packing = candidate, FORMATS[name], packing_of(name)
         self.entry = self.format.entry(candidate.modules)
         self.dtype = getattr(torch, plan.dtype)
@@ -65,6 +65,7 @@ class FormatFolder:
         self.writer: TensorWriter | None = None
         self.layers_written = 0
         self.schemes = {linear.name: linear for linear in candidate.linears if linear.scheme is not None}
+        self.source = source.with_whole_experts(self.schemes)
 
     def open(self, shard_bytes: int) -> None:
         """Start the folder anew: everything but the layers."""
@@ -85,7 +86,8 @@ class FormatFolder:
 
     def reader(self) -> Checkpoint:
         """The finished files."""
-        return Checkpoint(self.folder)
+        architecture = self.plan.architecture
+        return Checkpoint(self.folder).with_experts(architecture.stored_layers, architecture.kinds)
 
     def copy(self, name: str) -> None:
         """Append a tensor of the original as it is."""

@@ -129,10 +129,11 @@ class StreamedFolder:
     def __init__(
         self, folder: Path, name: FormatName, source: Checkpoint, candidate: CandidatePlan, shard_bytes: int
     ) -> None:
-        self.folder, self.name, self.source, self.candidate = folder, name, source, candidate
+        self.folder, self.name, self.candidate = folder, name, candidate
         self.format, self.packing = FORMATS[name], packing_of(name)
         self.linears = {linear.name: linear for linear in candidate.linears if linear.scheme is not None}
-        shards = split_shards(map(self.conversion, source.tensors), shard_bytes)
+        self.source = source.with_whole_experts(self.linears)
+        shards = split_shards(map(self.conversion, self.source.tensors), shard_bytes)
         self.files = [
             StreamedFile(folder / shard_name(number, len(shards)), shard)
             for number, shard in enumerate(shards)

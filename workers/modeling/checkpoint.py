@@ -10,14 +10,14 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from app.core.errors import ModelRefused
 from app.core.planning.family import LayerKind
-from app.core.planning.fused_experts import split_fused_experts
+from app.core.planning.fused_experts import fused_experts
 from app.core.sources.adapter_model import inspect_merged
 from app.core.sources.json_file import ReadableFiles
 from app.core.sources.local_model import LocalModel
@@ -30,6 +30,13 @@ from workers.modeling.stored_bytes import read_into
 from workers.modeling.stored_dtypes import DTYPES
 
 CHUNK_BYTES = 16 * 1024**2
+
+
+class FusedExperts(NamedTuple):
+    """A tensor of the files that holds experts, and what of it each expert's own tensors are."""
+
+    header: TensorHeader
+    parts: dict[str, TensorHeader]
 
 
 class Checkpoint:
@@ -53,6 +60,7 @@ class Checkpoint:
         self.source = headers.source
         self.gguf = None if headers.gguf is None else folder / headers.gguf
         self.unused: frozenset[str] = frozenset()  # tensors that the model of the config does not use
+        self.fused: dict[str, FusedExperts] = {}  # in whose stead `tensors` has their parts
 
     @classmethod
     def original(cls, folder: Path, adapter: Path | None) -> Checkpoint:
@@ -71,8 +79,32 @@ class Checkpoint:
     def with_experts(self, layers: str, kinds: Iterable[LayerKind]) -> Checkpoint:
         """The same checkpoint, in which fused experts of the decoder layers `layers`.N are matrices each."""
         other = copy(self)
-        other.tensors = split_fused_experts(self.tensors, layers, kinds)
+        fused = fused_experts(self.tensors, layers, kinds)
+        other.fused = {name: FusedExperts(self.tensors[name], parts) for name, parts in fused.items()}
+        other.tensors = {name: each for name, each in self.tensors.items() if name not in fused}
+        for parts in fused.values():
+            other.tensors |= parts
         return other
+
+    def with_whole_experts(self, quantized: Container[str]) -> Checkpoint:
+        """The same checkpoint, with experts as in the files where no linear of theirs is `quantized`.
+
+        Such take no scales either: a group with a linear that keeps its precision has none.
+        """
+        other = copy(self)
+        whole = {
+            name: each
+            for name, each in self.fused.items()
+            if not any(own.rpartition(".")[0] in quantized for own in each.parts)
+        }
+        parts = {name for each in whole.values() for name in each.parts}
+        other.tensors = {name: each for name, each in self.tensors.items() if name not in parts}
+        other.tensors |= {name: each.header for name, each in whole.items()}
+        return other
+
+    def header(self, name: str) -> TensorHeader:
+        """Of a tensor of the model, or of one in the files that holds experts."""
+        return self.tensors[name] if name in self.tensors else self.fused[name].header
 
     def names(self, prefix: str) -> list[str]:
         return [name for name in self.tensors if name.startswith(prefix)]
@@ -114,7 +146,7 @@ class Checkpoint:
 
         One that lies among others (an expert's matrix) comes at once, and what lies between is read too.
         """
-        return self.values(self.tensors[name])
+        return self.values(self.header(name))
 
     def values(self, header: TensorHeader) -> Iterator[Tensor]:
         """The chunks of a tensor that need not be one of the model's own."""

@@ -29,19 +29,19 @@ class RowReader:
 
     def is_plain(self, name: str) -> bool:
         """Whether the tensor's rows lie one after another."""
-        header = self.source.tensors[name]
+        header = self.source.header(name)
         return header.encoding is None and not header.strides
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix, in its dtype, until this thread reads again."""
-        header = self.source.tensors[name]
+        header = self.source.header(name)
         dtype, columns = DTYPES[header.dtype], header.shape[1]
         row = columns * dtype.itemsize
         return self.raw(name, start * row, stop * row).view(dtype).view(stop - start, columns)
 
     def raw(self, name: str, start: int, stop: int) -> Tensor:
         """Bytes of a tensor, uint8, until this thread reads again."""
-        header = self.source.tensors[name]
+        header = self.source.header(name)
         values = self.memory(stop - start)
         self.fill(header.file, header.start + start, values)
         return values

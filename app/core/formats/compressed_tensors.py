@@ -44,8 +44,9 @@ VERSION = "0.20.0"
 HALF_BYTE, BYTE = 4, 8  # bits
 # Of the arguments of compressed-tensors: what an absent one means.
 ABSENT: Mapping[str, Any] = {"symmetric": True, "dynamic": False}
-# Of the table of families: types whose files transformers opens with other weights.
-MISREAD = Path(__file__).parent / "transformers_misreads.json"
+# Of the table of families: types whose files transformers does not open right, and why.
+UNOPENED_TYPES = Path(__file__).parent / "transformers_unopened.json"
+EXPERTS_LOST = "experts"
 UNOPENED = "transformers cannot open compressed-tensors files"
 
 
@@ -137,16 +138,7 @@ class CompressedTensorsFormat(FileFormat):
                 f"vLLM 0.32 keeps its cache in {modules.cache} for such files, unless kv_cache_dtype names "
                 "another; transformers 5.24 with compressed-tensors 0.20 leaves the cache as it is"
             )
-        if model_type in misread_types():
-            yield (
-                f"transformers 5.24 opens compressed-tensors files of {model_type} with other weights than "
-                "they hold, without an error; use another loader"
-            )
-        if model_type == "gpt_oss":
-            yield (
-                "vLLM 0.32's class of gpt_oss loads experts that lie in one tensor a layer, and passes over "
-                "those of compressed-tensors files, each in tensors of its own; use another loader"
-            )
+        yield from type_notes(modules, model_type)
         if modules.narrow:
             yield (
                 f"vLLM 0.33 runs compressed-tensors files of {modules.narrow} bits on NVIDIA GPUs alone; "
@@ -157,7 +149,7 @@ class CompressedTensorsFormat(FileFormat):
         asymmetric = not all(scheme.symmetric for scheme in schemes)
         if asymmetric and experts - {None}:
             yield f"{UNOPENED} of asymmetric experts; set symmetric to true if it has to"
-        elif len(experts) > 1 or None in experts:
+        elif len(experts) > 1 or (None in experts and not modules.fused_experts):
             yield (
                 f"{UNOPENED} whose experts have several schemes or keep their precision; let `overrides` and "
                 "`ignore` match no experts if it has to"
@@ -207,8 +199,31 @@ class CompressedTensorsFormat(FileFormat):
 
 
 @cache
-def misread_types() -> frozenset[str]:
-    return frozenset(json.loads(MISREAD.read_text("utf-8")))
+def unopened_types() -> dict[str, str]:
+    """By type, why transformers does not open its files right: EXPERTS_LOST, or its own words."""
+    faults: dict[str, str] = json.loads(UNOPENED_TYPES.read_text("utf-8"))
+    return faults
+
+
+def type_notes(modules: ModuleSchemes, model_type: str) -> Iterator[str]:
+    """Notes on loaders whose class of the type does not read our files."""
+    fault, has_experts = unopened_types().get(model_type), bool(modules.of_experts - {None})
+    way = "let `ignore` match all experts if it has to, or use another loader"
+    if fault == EXPERTS_LOST and has_experts:
+        yield (
+            f"transformers 5.24 opens compressed-tensors files of {model_type} without the quantized "
+            f"experts, and gives it random ones without an error; {way}"
+        )
+    elif fault is not None and fault != EXPERTS_LOST:
+        yield (
+            f"transformers 5.24 does not open compressed-tensors files of {model_type} ({fault}); use "
+            "another loader"
+        )
+    if model_type == "gpt_oss" and has_experts:
+        yield (
+            "vLLM 0.32's class of gpt_oss loads experts that lie in one tensor a layer, and passes over "
+            f"quantized ones of compressed-tensors files, each in tensors of its own; {way}"
+        )
 
 
 def asked_names(names: Iterable[str]) -> list[str]:

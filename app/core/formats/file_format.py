@@ -68,6 +68,7 @@ class ModuleSchemes:
     towers: tuple[str, ...] = ()  # the names, in their paths, of modules that hold some of these
     head: str | None = None  # of the linears the one that is the head, if it is quantized
     cache: CacheName | None = None  # of keys and values, in whose scales it is rounded
+    fused_experts: bool = False  # those that keep their precision are one tensor a layer
 
     @property
     def tower_patterns(self) -> tuple[str, ...]:

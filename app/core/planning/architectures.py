@@ -53,6 +53,7 @@ class Architecture(Family):
     stored_layers: str
     stored_heads: tuple[str, ...] = ()
     num_experts: int = 0
+    fused_experts: bool = False  # in the files, those of a layer in one tensor
     layer_kinds: tuple[int, ...] = ()  # of the layers in the files; of others the first
     to_find: str | None = None
     head_step: HeadStep | None = None
@@ -222,7 +223,8 @@ def architecture_of(
         if to_find is not None and not fits(family, tensors):
             family = headers_family(family.model_type, [family.class_name], config, tensors) or family
     stored_layers = stored_stack(family, tensors)
-    tensors = split_fused_experts(tensors, stored_layers, family.kinds)
+    stored = tensors
+    tensors = split_fused_experts(stored, stored_layers, family.kinds)
     layers = layer_modules(stored_layers, tensors)
     tied = config.get("tie_word_embeddings")  # that of a wrapper counts, not that of its text part
     modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
@@ -234,6 +236,7 @@ def architecture_of(
             "stored_layers": stored_layers,
             "stored_heads": tuple(name for name in modules if name.endswith(last)),
             "num_experts": claimed_experts(family, config) or count_experts(layers, stored_layers, tensors),
+            "fused_experts": tensors.keys() != stored.keys(),
             "layer_kinds": tuple(kinds_of_layers(family, layers)),
             "to_find": to_find,
         }

@@ -139,6 +139,9 @@ class Family(Frozen):
     attention: Literal["sdpa", "eager"] = "sdpa"  # of transformers; some models have no fast one
     learned_positions: bool = False  # a table: it ends
     stored_names: tuple[tuple[str, str], ...] = ()
+    towers: tuple[
+        str, ...
+    ] = ()  # modules beside the decoder, in transformers, that checkpoints call otherwise
     settings: dict[str, Setting] = Field(
         default={}
     )  # of config.json, by dotted key, under which the kinds were found

@@ -24,14 +24,27 @@ def split_fused_experts(
     Raises ModelRefused if shapes of fused tensors contradict each other, or for more than MAX_EXPERTS.
     """
     split = dict(tensors)
+    for name, parts in fused_experts(tensors, layers, kinds).items():
+        del split[name]
+        split |= parts
+    return split
+
+
+def fused_experts(
+    tensors: Mapping[str, TensorHeader], layers: str, kinds: Iterable[LayerKind]
+) -> dict[str, dict[str, TensorHeader]]:
+    """The tensors that hold experts of a layer, each with the experts' own tensors in it, by their names.
+
+    Raises as `split_fused_experts`.
+    """
+    fused: dict[str, dict[str, TensorHeader]] = {}
     for kind in kinds:
         for names in fused_names(kind):
             pattern = re.compile(rf"{re.escape(layers)}\.\d+\.(?={re.escape(names[0])}$)")
-            for prefix in [start[0] for name in split if (start := pattern.match(name))]:
-                split |= expert_tensors(split, prefix, names, kind)
-                for name in names:
-                    del split[prefix + name]
-    return split
+            for prefix in [start[0] for name in tensors if (start := pattern.match(name))]:
+                if prefix + names[0] not in fused:
+                    fused |= expert_tensors(tensors, prefix, names, kind)
+    return fused
 
 
 def fused_names(kind: LayerKind) -> list[tuple[str, ...]]:
@@ -66,8 +79,8 @@ def stem_of(kind: LayerKind) -> str:
 
 def expert_tensors(
     tensors: Mapping[str, TensorHeader], prefix: str, fused: tuple[str, ...], kind: LayerKind
-) -> dict[str, TensorHeader]:
-    """The linears' tensors of a layer's experts, by the names that the kind has for them."""
+) -> dict[str, dict[str, TensorHeader]]:
+    """In each of a layer's `fused` tensors the linears' tensors, by the names that the kind has for them."""
     experts, stem = kind.experts, stem_of(kind)
     assert experts is not None
     missing = next((name for name in fused if prefix + name not in tensors), None)
@@ -83,13 +96,15 @@ def expert_tensors(
         raise mismatch(f"{prefix}{fused[0]} is encoded as {encoded.encoding}, and can't be split")
     whole = [(first, up, "weight"), ((experts.down,), down, "weight")]
     whole += [(leaves, bias, "bias") for (leaves, _, _), bias in zip(whole, biases, strict=False)]
-    matrices = {}
-    for leaves, values, parameter in whole:
+    matrices: dict[str, dict[str, TensorHeader]] = {}
+    for name, (leaves, values, parameter) in zip(fused, whole, strict=True):
         across = transposed and parameter == "weight"
         views = expert_views(values, len(leaves), transposed=across, interleaved=experts.interleaved)
-        for number, each in enumerate(views):
-            for leaf, view in zip(leaves, each, strict=True):
-                matrices[f"{prefix}{stem}.{number}.{leaf}.{parameter}"] = view
+        matrices[prefix + name] = {
+            f"{prefix}{stem}.{number}.{leaf}.{parameter}": view
+            for number, each in enumerate(views)
+            for leaf, view in zip(leaves, each, strict=True)
+        }
     return matrices
 
 

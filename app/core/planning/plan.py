@@ -79,6 +79,9 @@ class CandidatePlan(Frozen):
     full_precision: tuple[str, ...] = ("lm_head",)  # modules that keep it, for loaders to know
     towers: tuple[str, ...] = ()  # that hold some of them, as for images
     cached: tuple[str, ...] = ()  # modules whose keys and values get scales
+    fused_experts: bool = (
+        False  # where none is quantized, those of a layer are one tensor, as in the original
+    )
     output_bytes: dict[FormatName, int]
     bits_per_weight: float  # over the quantized linears, scales and zero points included
 
@@ -86,8 +89,9 @@ class CandidatePlan(Frozen):
     def modules(self) -> ModuleSchemes:
         """The candidate as formats see it."""
         schemes = {linear.name: linear.scheme for linear in self.linears}
-        cache = self.recipe.kv_cache
-        return ModuleSchemes(schemes, self.full_precision, self.towers, self.head, cache)
+        return ModuleSchemes(
+            schemes, self.full_precision, self.towers, self.head, self.recipe.kv_cache, self.fused_experts
+        )
 
     @property
     def in_layers(self) -> tuple[LinearPlan, ...]:
@@ -400,6 +404,7 @@ def plan_candidate(
         full_precision=full_precision,
         towers=towers(architecture, linears, full_precision),
         cached=cached,
+        fused_experts=architecture.fused_experts,
         output_bytes={
             name: dense_bytes(name, dense) + size + scale_bytes(cached, tensors[f"{linears[0].name}.weight"])
             for name, size in packed.items()
@@ -452,19 +457,24 @@ def towers(
 ) -> tuple[str, ...]:
     """The modules beside the decoder that hold several linears: for images, for sound, for drafts.
 
-    Each by its own name in the path: transformers and servers may call the model around it otherwise.
+    Each by its own name in the path: transformers and servers may call the model around it otherwise. Where
+    transformers calls the module itself otherwise, by that name too.
     """
-    around = architecture.stored_layers.split(".")
+    around, inside = architecture.stored_layers.split("."), f"{architecture.layers}."
     # Of a model whose paths differ, a linear by itself is not found by its name.
     renamed = architecture.stored_layers != architecture.layers
+    loaded = filter(None, (architecture.loaded_name(linear.name) for linear in linears))
+    planned = ".".join((*(linear.name for linear in linears), *loaded))
     counts: Counter[str] = Counter()
     for name in full_precision:
         path = name.split(".")
         depth = next((n for n, (a, b) in enumerate(zip(path, around, strict=False)) if a != b), len(path))
-        counts.update(path[depth : depth + 1] if depth < len(path) - 1 or renamed else ())
-    loaded = filter(None, (architecture.loaded_name(linear.name) for linear in linears))
-    planned = ".".join((*(linear.name for linear in linears), *loaded))
-    return tuple(name for name, count in counts.items() if (count > 1 or renamed) and name not in planned)
+        while depth < len(path) and path[depth] in planned:
+            depth += 1  # a module that holds the decoder, too
+        if not name.startswith(inside):
+            counts.update(path[depth : depth + 1] if depth < len(path) - 1 or renamed else ())
+    several = (name for name, count in counts.items() if count > 1 or renamed)
+    return tuple(name for name in dict.fromkeys((*several, *architecture.towers)) if name not in planned)
 
 
 def plan_linear(recipe: Recipe, names: tuple[str, ...], name: str, shape: tuple[int, int]) -> LinearPlan:

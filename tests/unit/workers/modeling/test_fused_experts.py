@@ -17,10 +17,14 @@ from app.core.errors import ModelRefused
 from app.core.planning.architectures import Architecture
 from app.core.planning.family import Experts, LayerKind, ScaleGroup
 from app.core.planning.fused_experts import split_fused_experts
-from tests.tiny_models import EngineRun, random_model, save_model, tiny_spec
+from app.core.records.specs import JobSpec, Recipe
+from tests.tiny_models import EngineRun, assignment, random_model, save_model, tiny_spec
 from tests.unit.app.core.planning.headers import header
+from workers.child.streaming import run_model_free
+from workers.discovery.family_discovery import working_model
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.experts import experts_of, split_weights
+from workers.serving.loading import LoadRequest, load_model
 
 HIDDEN, INNER, COUNT = 6, 10, 3
 LAYERS, STEM = "model.layers", "mlp.experts"
@@ -87,6 +91,28 @@ def test_every_form_is_read_as_the_matrices_that_were_fused(
         assert checkpoint.tensors[name].size == value.nbytes
         assert torch.equal(torch.cat([chunk.clone() for chunk in checkpoint.chunks(name)]), value.flatten())
         assert b"".join(checkpoint.raw_bytes(name)) == value.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def test_experts_that_keep_their_precision_stay_as_they_lie(tmp_path: Path) -> None:
+    """One tensor each way; where a linear of one expert is quantized, a matrix for each."""
+    for form in FORMS:
+        stored = {
+            f"{LAYERS}.{n}.{k}": v
+            for n in (0, 1)
+            for k, v in fused(parts_of(form, torch.float32), form).items()
+        }
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        save_file(stored, tmp_path / "model.safetensors")
+        split = Checkpoint(tmp_path).with_experts(LAYERS, [kind_of(**form)])
+        first = {f"{LAYERS}.0.{STEM}.{name}" for name in ("1.up_proj", "2.down_proj")}
+        mixed = split.with_whole_experts(first)
+        apart = {name for name in split.tensors if name.startswith(f"{LAYERS}.0.")}
+        assert mixed.tensors.keys() == apart | {name for name in stored if name.startswith(f"{LAYERS}.1.")}
+        whole = split.with_whole_experts({"lm_head"})
+        assert whole.tensors.keys() == stored.keys()
+        for name, value in stored.items():
+            assert torch.equal(whole.tensor(name), value)
+            assert split.header(name) == whole.tensors[name]
 
 
 def test_only_what_lies_around_an_expert_is_read_for_it(tmp_path: Path) -> None:
@@ -224,6 +250,27 @@ def test_a_model_with_fused_experts_is_planned_and_quantized_as_with_a_matrix_fo
     assert f"{LAYERS}.1.{STEM}.3.up_proj.weight_packed" in second[0]
     for name, value in first[0].items():
         assert torch.equal(second[0][name], value), name
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn without an evaluation"])
+def test_experts_of_a_job_that_ignores_them_keep_their_tensor(tmp_path: Path, method: str) -> None:
+    """Byte for byte, and Nibble's server reads it."""
+    source = save_model(working_model({"model_type": "mistral4"})[0], tmp_path / "model")
+    recipe = Recipe(method=method.split()[0], group_size=32, ignore=("lm_head", r"re:.*\.experts\..*"))
+    if method == "awq":
+        folder = EngineRun(tiny_spec(recipe), source, tmp_path / "work").folder("compressed-tensors")
+    else:
+        spec = JobSpec(model="any", recipe=recipe, evaluation=None)
+        (tmp_path / "work").mkdir()
+        done = run_model_free(assignment(spec, source, tmp_path / "work"), lambda _message: None)
+        folder = tmp_path / "work" / done.outputs[0].folder
+    before, after = (load_file(each / "model.safetensors") for each in (source, folder))
+    experts = {name for name in before if ".experts." in name}
+    assert {name.rpartition(".")[2] for name in experts} == {"gate_up_proj", "down_proj"}
+    assert {name for name in after if ".experts." in name} == experts
+    assert all(torch.equal(before[name], after[name]) for name in experts)
+    loaded = load_model(LoadRequest(folder, torch.device("cpu"), torch.float32)).model
+    assert torch.isfinite(loaded(input_ids=torch.arange(8)[None]).logits).all()
 
 
 def test_a_module_that_checkpoints_name_longer_is_found_by_its_own_name() -> None:

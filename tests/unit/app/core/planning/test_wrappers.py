@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from app.core.formats.file_format import ModuleSchemes, Scheme
 from app.core.formats.registry import FORMATS, FormatName
 from app.core.planning.plan import plan_job
+from app.core.records.specs import matches
 from app.core.sources.safetensors_header import TensorHeader
 from tests.unit.app.core.planning.headers import SHAPES, asked, header
 
@@ -85,6 +87,31 @@ def test_the_decoder_is_no_tower_where_transformers_calls_it_otherwise(name: For
         assert not is_left_alone(name, entry, linear.name)
         assert not is_left_alone(name, entry, loaded)
     assert is_left_alone(name, entry, "model.layers.0.mixer.gate")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ignore", "said"),
+    [
+        ("gpt_oss", (), ("without the quantized experts", "vLLM 0.32's class of gpt_oss")),
+        ("gpt_oss", (r"re:.*\.experts\..*",), ()),
+        ("kimi_linear", (), ("does not open compressed-tensors files of kimi_linear (RuntimeError",)),
+        ("llama", (), ()),
+    ],
+)
+def test_notes_say_which_loaders_do_not_read_files_of_the_type(
+    model_type: str, ignore: tuple[str, ...], said: tuple[str, ...]
+) -> None:
+    linears = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj")
+    scheme = Scheme(bits=4, group_size=128, symmetric=True)
+    modules = ModuleSchemes(
+        {name: None if any(matches(each, name) for each in ignore) else scheme for name in linears},
+        fused_experts=True,
+    )
+    notes = list(FORMATS["compressed-tensors"].loader_notes(modules, model_type))
+    assert len(notes) == len(said)
+    for note, words in zip(notes, said, strict=True):
+        assert words in note
+        assert "let `ignore` match all experts" in note or model_type != "gpt_oss"
 
 
 def is_left_alone(name: FormatName, entry: dict[str, Any], module: str) -> bool:
