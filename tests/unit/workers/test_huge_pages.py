@@ -1,4 +1,4 @@
-"""Whoever computes for jobs asks for huge pages before PyTorch is loaded: few page faults for large tensors."""
+"""Whoever computes for jobs asks for huge pages before PyTorch is loaded: fewer page faults."""
 
 from __future__ import annotations
 
