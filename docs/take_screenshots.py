@@ -18,6 +18,8 @@ import httpx
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests are not installed
+
 from tests.e2e.installed import Service, running_service
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -62,6 +64,7 @@ LIVE = [
     {"recipe": {"method": "gptq", "bits": 4}, "labels": {"team": "platform"}},
     {"recipe": {"method": "rtn", "bits": 8}, "priority": "low"},
 ]  # fmt: skip
+QUESTIONS = ("Who goes there, in the middle of the night?", "My lord, tell me what the king has said")
 LIMIT_S = 900.0
 
 
@@ -105,6 +108,7 @@ def prepare(api: Api) -> dict[str, str]:
     return {
         "new-job": "/jobs/new",
         "job": f"/jobs/{jobs[0]['id']}",
+        "answers": f"/jobs/{jobs[0]['id']}",
         "job-target": f"/jobs/{jobs[1]['id']}",
         "job-failed": f"/jobs/{jobs[2]['id']}",
         "compare": f"/compare?jobs={jobs[0]['id']},{jobs[1]['id']}",
@@ -140,15 +144,27 @@ def chat(page: Page) -> None:
     for field, value in (("Max tokens", "48"), ("Temperature", "0.5"), ("Seed", "5")):
         page.get_by_label(field).fill(value)
     page.get_by_text("Parameters").click()
-    for question in (
-        "Who goes there, in the middle of the night?",
-        "My lord, tell me what the king has said",
-    ):
+    for question in QUESTIONS:
         page.get_by_role("button", name="New chat").click()
         page.get_by_label("Message").fill(question)
         page.get_by_role("button", name="Send").click()
         page.get_by_role("button", name="Send").wait_for(timeout=60_000)
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+
+
+def answers(page: Page) -> None:
+    """Two prompts to a job's model that is served, and to its original."""
+    deployed = page.evaluate("fetch('/v1/deployments').then((answer) => answer.json())")["data"]
+    served = next(each for each in deployed if each["name"] == "wikitext-w4")
+    page.get_by_text("Answers beside the original").click()
+    page.get_by_label("Quantized model").select_option(served["artifact"])
+    for number, prompt in enumerate((*QUESTIONS, "", "", ""), 1):
+        page.get_by_label(f"Prompt {number}", exact=True).fill(prompt)
+    page.get_by_role("button", name="Compare answers").click()
+    page.get_by_role("button", name="Stop").wait_for(state="hidden", timeout=60_000)
+    page.get_by_role("button", name="Compare answers").wait_for()
+    page.evaluate("document.activeElement.blur()")
+    page.get_by_text("Answers beside the original").evaluate("(summary) => summary.scrollIntoView()")
 
 
 # Asks for longer and longer answers, some at a time, for so many milliseconds.
@@ -225,7 +241,10 @@ def api_page(page: Page) -> None:
     page.evaluate("scrollTo(0, 0)")
 
 
-ACTIONS = {"chat": chat, "new-job": new_job, "deployment": deployment, "deploy": deploy, "api": api_page}
+ACTIONS = {
+    "answers": answers, "chat": chat, "new-job": new_job, "deployment": deployment, "deploy": deploy,
+    "api": api_page,
+}  # fmt: skip
 
 
 def main(names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import zip_longest
 from pathlib import Path
@@ -261,3 +262,47 @@ def test_nothing_is_asked_for_while_it_is_closed(visit: Visit, job: str) -> None
     section(page).locator("summary").click()
     expect(section(page).get_by_label("Prompt 1", exact=True)).to_have_count(0)
     assert asked_in_a_minute() <= 5
+
+
+def test_a_long_choice_stays_in_its_card_on_a_phone(browser: Browser, service: Service, job: str) -> None:
+    visit = Visit(browser, service, viewport={"width": 320, "height": 700})
+    (artifact,) = call(service, f"/v1/jobs/{job}", method="GET")["artifacts"]
+    one = call(service, f"/v1/artifacts/{artifact}", method="GET")
+    label = "awq+gptq w4 g128 kv fp8, and more"
+    other = {**one, "id": artifact[:-1] + "Z", "summary": {**one["summary"], "label": label}}
+    visit.page.route(f"**/v1/artifacts/{other['id']}", lambda route: route.fulfill(json=other))
+
+    def with_both(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(json={**answer.json(), "artifacts": [artifact, other["id"]]})
+
+    visit.page.route(f"**/v1/jobs/{job}", with_both)
+    part = opened(visit, job)
+    choice = part.get_by_label("Quantized model")
+    choice.select_option(other["id"])
+    card, box = part.bounding_box(), choice.bounding_box()
+    assert card is not None
+    assert box is not None
+    assert box["x"] + box["width"] < card["x"] + card["width"]
+    assert visit.faults() == []
+    visit.page.close()
+    assert visit.complaints == []
+
+
+def test_an_answer_that_comes_in_one_burst_has_the_pace_of_the_whole(
+    visit: Visit, job: str, served: dict[str, str]
+) -> None:
+    """The browser may read all events at once: they did not come within a millisecond."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": f"word{number} "}}]} for number in range(40)]
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    events = {"body": body, "content_type": "text/event-stream"}
+    visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(**events))
+    part = opened(visit, job)
+    fill(part, ["Now", "", "", "", ""])
+    part.get_by_role("button", name="Compare answers").click()
+    pace = (
+        part.get_by_role("group", name="Answers to prompt 1").locator(".message").first.locator("small").last
+    )
+    expect(pace).to_contain_text(re.compile(r"^40 tokens, [\d.]+ per second, first after \d+ ms$"))
+    rate, first_ms = re.findall(r"[\d.]+", pace.inner_text())[1:]
+    assert float(rate) * (float(first_ms) - 1) / 1000 <= 39

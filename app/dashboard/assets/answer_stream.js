@@ -2,6 +2,8 @@
 import { stream } from "./api.js";
 import { duration } from "./format.js";
 
+const BURST_MS = 50; // what came within it was sent earlier: its pace is that of the whole answer
+
 /** Counts what a stream brings: { tokens, first, rate }, times in milliseconds, tokens per second. */
 class Meter {
   constructor() {
@@ -15,7 +17,9 @@ class Meter {
       this.chunks += 1;
     }
     const tokens = chunk.usage?.completion_tokens ?? this.chunks;
-    const rate = this.first && tokens > 1 ? (1000 * (tokens - 1)) / (performance.now() - this.first) : null;
+    const now = performance.now();
+    const since = now - this.first < BURST_MS ? this.started : this.first;
+    const rate = this.first && tokens > 1 ? (1000 * (tokens - 1)) / (now - since) : null;
     return { text, said: { tokens, first: this.first && this.first - this.started, rate } };
   }
 }
