@@ -38,6 +38,11 @@ class FusedExperts(NamedTuple):
     header: TensorHeader
     parts: dict[str, TensorHeader]
 
+    @property
+    def block(self) -> str:
+        """The module of all experts of the layer."""
+        return next(iter(self.parts)).rsplit(".", 3)[0]
+
 
 class Checkpoint:
     """A model's folder: its config, and one mapping from tensor name to weights.
@@ -89,14 +94,17 @@ class Checkpoint:
     def with_whole_experts(self, quantized: Container[str]) -> Checkpoint:
         """The same checkpoint, with experts as in the files where no linear of theirs is `quantized`.
 
-        Such take no scales either: a group with a linear that keeps its precision has none.
+        Such take no scales either: a group with a linear that keeps its precision has none. Encoded ones are
+        apart: MXFP4 of gpt-oss lies (out, in) where its plain weights lie (in, out).
         """
         other = copy(self)
-        whole = {
-            name: each
-            for name, each in self.fused.items()
-            if not any(own.rpartition(".")[0] in quantized for own in each.parts)
+        apart = {
+            each.block
+            for each in self.fused.values()
+            if each.header.encoding is not None
+            or any(own.rpartition(".")[0] in quantized for own in each.parts)
         }
+        whole = {name: each for name, each in self.fused.items() if each.block not in apart}
         parts = {name for each in whole.values() for name in each.parts}
         other.tensors = {name: each for name, each in self.tensors.items() if name not in parts}
         other.tensors |= {name: each.header for name, each in whole.items()}

@@ -208,7 +208,9 @@ def unopened_types() -> dict[str, str]:
 def type_notes(modules: ModuleSchemes, model_type: str) -> Iterator[str]:
     """Notes on loaders whose class of the type does not read our files."""
     fault, has_experts = unopened_types().get(model_type), bool(modules.of_experts - {None})
-    way = "let `ignore` match all experts if it has to, or use another loader"
+    way = "use another loader"
+    if modules.fused_experts:
+        way = f"let `ignore` match all experts if it has to, or {way}"
     if fault == EXPERTS_LOST and has_experts:
         yield (
             f"transformers 5.24 opens compressed-tensors files of {model_type} without the quantized "
@@ -219,10 +221,10 @@ def type_notes(modules: ModuleSchemes, model_type: str) -> Iterator[str]:
             f"transformers 5.24 does not open compressed-tensors files of {model_type} ({fault}); use "
             "another loader"
         )
-    if model_type == "gpt_oss" and has_experts:
+    if model_type == "gpt_oss" and (has_experts or not modules.fused_experts):
         yield (
             "vLLM 0.32's class of gpt_oss loads experts that lie in one tensor a layer, and passes over "
-            f"quantized ones of compressed-tensors files, each in tensors of its own; {way}"
+            f"those of compressed-tensors files that have tensors of their own; {way}"
         )
 
 

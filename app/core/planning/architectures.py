@@ -236,7 +236,7 @@ def architecture_of(
             "stored_layers": stored_layers,
             "stored_heads": tuple(name for name in modules if name.endswith(last)),
             "num_experts": claimed_experts(family, config) or count_experts(layers, stored_layers, tensors),
-            "fused_experts": tensors.keys() != stored.keys(),
+            "fused_experts": any(stored[name].encoding is None for name in stored.keys() - tensors.keys()),
             "layer_kinds": tuple(kinds_of_layers(family, layers)),
             "to_find": to_find,
         }
