@@ -7,6 +7,9 @@ only: without them products stay float32, of which this makes sure.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from kernels.cpu.native_library import TILES_NEED, VECTORS_NEED, processor
@@ -31,6 +34,18 @@ def use_whole_vectors(device: torch.device) -> bool:
         return True
     matmul.fp32_precision = before
     return False
+
+
+@contextmanager
+def usual_products() -> Iterator[None]:
+    """Products inside are MKL's again: oneDNN keeps memory for every shape, and text that grows has many."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # of a class that replaces the module
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "none"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def products_are_exact() -> bool:

@@ -22,6 +22,7 @@ from app.core.deployments.chat_sampling import MODERATE, chat_sampling
 from app.core.errors import ModelRefused, NotFound, TextRefused
 from app.core.records.specs import CalibrationSpec
 from app.core.sources.text_shapes import Document
+from kernels.cpu.float_products import usual_products
 from workers.child.layer_files import StampedFolder
 from workers.modeling.decoder import Decoder
 from workers.serving.generation_settings import end_tokens, read_settings
@@ -147,6 +148,7 @@ def whole_model(decoder: Decoder) -> Iterator[PreTrainedModel]:
     head = decoder.architecture.head
     module = decoder.model.get_submodule(head)
     with ExitStack() as stack:
+        stack.enter_context(usual_products())
         stack.enter_context(decoder.loaded(decoder.around, decoder.around_path, decoder.outside()))
         stack.enter_context(decoder.loaded_when_called())
         stack.enter_context(decoder.loaded(module, f"{head}.", list(module.state_dict())))

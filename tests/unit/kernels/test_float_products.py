@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import float_products
-from kernels.cpu.float_products import NEEDED, products_are_exact, use_whole_vectors
+from kernels.cpu.float_products import NEEDED, products_are_exact, use_whole_vectors, usual_products
 from kernels.cpu.native_library import TILES_NEED
 from tests import float_precision
 from workers.quantization.input_statistics import InputCollector, add_product
@@ -61,6 +61,14 @@ def test_nothing_changes_where_products_lose_digits(monkeypatch: pytest.MonkeyPa
     pretend(monkeypatch, AMD, NEEDED, exact=False)
     assert not use_whole_vectors(CPU)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_usual_products_end_with_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, AMD, NEEDED)
+    assert use_whole_vectors(CPU)
+    with usual_products():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
 def test_products_in_bfloat16_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
