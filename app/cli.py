@@ -90,7 +90,7 @@ class Nibble(HelpfulGroup):
 
 def show_version(asked: bool) -> None:
     if asked:
-        from app.core.version import package_version
+        from app.core.telemetry.version import package_version
 
         typer.echo(f"nibble {package_version()}")
         raise typer.Exit
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     except NibbleError as error:
         end(error, arguments)
     except OSError as error:
-        from app.core.system_faults import system_fault
+        from app.core.faults.system_faults import system_fault
 
         fault = system_fault(error, error.filename or "the output folder")
         if fault is None:

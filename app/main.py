@@ -51,9 +51,9 @@ from app.core.pushes.pusher import Pusher
 from app.core.redis.redis_server import connect, resolve_redis, wait_for_redis
 from app.core.settings import Settings, make_folder
 from app.core.telemetry.tracing import Destination, Tracer
+from app.core.telemetry.version import package_version
 from app.core.upkeep.duty import Duty
 from app.core.upkeep.janitor import Janitor, Repeated
-from app.core.version import package_version
 
 # Matched in this order: inference, the route most sensitive to latency, comes first.
 ROUTES = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from app.core import errors
-from app.core.error_answers import status_of
+from app.core.faults.error_answers import status_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "errors.md"

@@ -28,7 +28,7 @@ from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.logs import refusals_logged, set_up_logs
 from app.core.telemetry.tally import Tally
 from app.core.telemetry.tracing import Destination, Tracer
-from app.core.version import package_version
+from app.core.telemetry.version import package_version
 from workers.attempts.context import WorkerContext
 from workers.attempts.leftovers import Leftovers
 from workers.devices.kept_profile import Measurement

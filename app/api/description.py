@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from app.api.errors import PROBLEM_TYPE, ProblemDocument, is_inference
 from app.api.schema_forms import with_readable_schemas
-from app.core.error_answers import STATUS
+from app.core.faults.error_answers import STATUS
 from app.core.records.ids import (
     ARTIFACT_ID_PATTERN,
     DATASET_ID_PATTERN,

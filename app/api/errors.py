@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from app.api.methods import allowed_methods
 from app.core import errors
-from app.core.error_answers import headers_of, inference_answer, inference_refusal, status_of
+from app.core.faults.error_answers import headers_of, inference_answer, inference_refusal, status_of
 
 log = logging.getLogger(__name__)
 

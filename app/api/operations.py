@@ -18,7 +18,7 @@ from app.core.deployments.deployment import DeploymentState, LiveDeployment, Rep
 from app.core.deployments.placement import placement
 from app.core.errors import Unavailable
 from app.core.records.job import JobState
-from app.core.version import package_version
+from app.core.telemetry.version import package_version
 
 router = APIRouter(tags=["operations"])
 

@@ -10,8 +10,8 @@ import httpx
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.core.error_answers import ANTHROPIC, inference_answer
 from app.core.errors import Unavailable
+from app.core.faults.error_answers import ANTHROPIC, inference_answer
 
 EVENT_END = b"\n\n"
 MAX_PARTIAL_EVENT = 1024 * 1024

@@ -15,7 +15,7 @@ from app.api.dependencies import Anyone, ServicesParam
 from app.core.access.api_keys import Scope
 from app.core.access.login import LINK_S, SESSION_S
 from app.core.errors import Unauthenticated
-from app.core.version import package_version
+from app.core.telemetry.version import package_version
 from app.dashboard import LINK_REFUSED
 
 router = APIRouter(tags=["sessions"])

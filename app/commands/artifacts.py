@@ -22,7 +22,7 @@ from app.commands.terminal import (
     print_json,
     stdout,
 )
-from app.core.counted import counted
+from app.core.records.counted import counted
 from app.core.records.job import Progress
 
 artifacts = CommandGroup("List, show, download, share and delete artifacts.")

@@ -21,8 +21,8 @@ from app.commands.terminal import (
     stderr,
     stdout,
 )
-from app.core.counted import counted
 from app.core.errors import NibbleError
+from app.core.records.counted import counted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -25,8 +25,8 @@ from app.commands.checks.host import (
 from app.commands.checks.redis_checks import check_redis
 from app.commands.checks.storage_checks import check_storage
 from app.commands.terminal import AsJson, ExitCode, human_seconds, print_json, read_settings, stdout
-from app.core.counted import counted
 from app.core.errors import InvalidRequest
+from app.core.records.counted import counted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,9 +19,9 @@ from app.commands.progress import ProgressView, progress_view
 from app.commands.show import show_report
 from app.commands.terminal import AsJson, print_json, read_settings, stderr, stdout
 from app.core.errors import InvalidRequest, JobFault, field_fault, field_path
+from app.core.faults.system_faults import STATE_FOLDER
 from app.core.records.job import Problem, Progress
 from app.core.records.specs import JobSpec
-from app.core.system_faults import STATE_FOLDER
 
 if TYPE_CHECKING:
     from app.core.child.assignment import Assignment, Finished, OutputFolder

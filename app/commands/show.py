@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from app.commands.remedies import with_options
 from app.commands.terminal import human_bytes, human_seconds, print_json, show_fault, stdout, table
-from app.core.counted import counted
+from app.core.records.counted import counted
 from app.core.records.job import Problem
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from app.commands.terminal import (
     stdout,
     table,
 )
-from app.core.counted import counted
 from app.core.errors import InvalidRequest
+from app.core.records.counted import counted
 
 if TYPE_CHECKING:
     from app.client import DatasetAnswer, NibbleClient

@@ -40,7 +40,7 @@ ENGINE_MAY_IMPORT = frozenset(
         "records.artifact", "records.job", "records.specs",
         "sources.adapter_model", "sources.file_choice", "sources.gguf_header", "sources.json_file",
         "sources.local_model", "sources.model_headers", "sources.safetensors_header", "sources.text_content",
-        "sources.text_shapes", "system_faults",
+        "sources.text_shapes", "faults.system_faults",
     )
 )  # fmt: skip
 ENGINE_PARTS = ("quantization", "modeling", "formats", "texts")

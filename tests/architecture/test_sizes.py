@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 600
 MAX_PARAMETERS = 5
@@ -87,3 +89,9 @@ def test_names_say_what_things_are(repository: Path) -> None:
         if any(word in path.stem for word in BANNED_IN_NAMES)
     ]
     assert not drawers
+
+
+@pytest.mark.parametrize(("folder", "most"), [("app/core", 18), ("workers", 14)])
+def test_a_floor_has_few_rooms(repository: Path, folder: str, most: int) -> None:
+    rooms = [path.name for path in (repository / folder).iterdir() if not path.name.startswith("__")]
+    assert len(rooms) <= most, f"a new one belongs into one of {', '.join(sorted(rooms))}"

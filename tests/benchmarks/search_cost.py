@@ -37,8 +37,8 @@ from workers.child.layer_writer import LayerWriter  # noqa: E402
 from workers.child.quantized_chains import QuantizedChains  # noqa: E402
 from workers.child.stage_clock import StageClock  # noqa: E402
 from workers.child.work import Work, read_texts  # noqa: E402
+from workers.devices.torch_process import return_freed_memory  # noqa: E402
 from workers.modeling.prefetch import WeightPrefetch, layer_reads  # noqa: E402
-from workers.process import return_freed_memory  # noqa: E402
 from workers.quantization import layer, rounding  # noqa: E402
 from workers.quantization.calibration import CalibrationPass  # noqa: E402
 from workers.quantization.reduction import ALONE  # noqa: E402

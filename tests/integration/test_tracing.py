@@ -21,7 +21,7 @@ from app.core.errors import InvalidRequest
 from app.core.settings import Settings
 from app.core.telemetry.tally import Tally
 from app.core.telemetry.tracing import LIMIT_S, Destination, Tracer, parse_traceparent
-from app.core.version import package_version
+from app.core.telemetry.version import package_version
 from tests.integration.api_service import ADMIN_KEY, EXAMPLES, MODEL, Service, running_service
 from tests.integration.workshop import Workshop
 from tests.servers import running

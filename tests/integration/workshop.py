@@ -31,8 +31,8 @@ from app.core.storage.published import read_manifest
 from app.core.storage.reuse import ReuseIndex
 from app.core.telemetry.tally import Tally
 from app.core.telemetry.tracing import Destination, Tracer
+from app.core.telemetry.version import package_version
 from app.core.upkeep.janitor import Janitor
-from app.core.version import package_version
 from workers.attempts.attempt import run_attempt
 from workers.attempts.context import WorkerContext
 

@@ -7,9 +7,9 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app.core.errors import ChildKilled, DeviceFault, JobFault, NibbleError, Unavailable, WorkerDisk
+from app.core.faults.system_faults import STATE_FOLDER, system_fault
 from app.core.records.job import Problem
 from app.core.settings import Settings
-from app.core.system_faults import STATE_FOLDER, system_fault
 
 # Storage and hubs come back: many attempts may meet their absence, over 20 minutes.
 OUTAGE_ATTEMPTS = 8

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 
-from workers.process import leave, return_freed_memory, use_huge_pages
+from workers.devices.torch_process import leave, return_freed_memory, use_huge_pages
 
 if __name__ == "__main__":
     # Imported modules stay: collecting garbage among them takes a fifth of the start.
@@ -27,8 +27,8 @@ import torch
 from app.core.child.assignment import REPORT, Assignment, Failed, Finished, Noted
 from app.core.child.confinement import NETWORK
 from app.core.errors import DeviceFault, JobFault, NibbleError, OutOfMemory
+from app.core.faults.system_faults import STATE_FOLDER, system_fault, system_number
 from app.core.records.job import Problem
-from app.core.system_faults import STATE_FOLDER, system_fault, system_number
 from app.core.telemetry.logs import log_warnings
 from kernels.backend import Backend, backends_of
 from kernels.cpu.float_products import use_whole_vectors

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.core.child.assignment import Checkpointed, LayerErrors
+from app.core.faults.system_faults import system_number
 from app.core.formats.file_format import Scheme
 from app.core.jobs.report import LayerReport
-from app.core.system_faults import system_number
 from workers.modeling.quantized_weight import TENSORS, QuantizedWeight
 from workers.quantization.cache_range import CacheRange
 from workers.quantization.input_statistics import GroupStatistics, InputStatistics, LayerStatistics

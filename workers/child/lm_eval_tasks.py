@@ -26,8 +26,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from app.core.errors import TextRefused
+from app.core.faults.system_faults import system_number
 from app.core.records.specs import BUNDLED_TASKS
-from app.core.system_faults import system_number
 from workers.child.recovery import TaskOutcome
 from workers.quantization.continuations import Continuation
 

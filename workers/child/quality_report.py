@@ -28,7 +28,7 @@ from workers.child.judging import JudgedCandidate
 from workers.child.layer_loop import SolvedLayers
 from workers.child.stage_clock import StageClock
 from workers.child.work import JobTexts, Work
-from workers.process import status_bytes
+from workers.devices.torch_process import status_bytes
 from workers.texts.windows import Windows
 
 

@@ -45,11 +45,11 @@ from app.core.planning.plan import CandidatePlan, LinearPlan
 from app.core.records.job import Stage
 from kernels import fallbacks
 from workers.child.stage_clock import Send, StageClock
+from workers.devices.torch_process import status_bytes
 from workers.formats.streamed_folder import Conversion, StreamedFile, StreamedFolder
 from workers.modeling.checkpoint import Checkpoint
 from workers.modeling.row_reader import RowReader
 from workers.modeling.stored_dtypes import DTYPES
-from workers.process import status_bytes
 from workers.quantization.float_grids import group_sizes
 from workers.quantization.grid import group_ranges
 from workers.quantization.row_rounding import RowRounder, WeightError, joined, row_slices, weight_error

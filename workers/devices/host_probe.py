@@ -15,7 +15,7 @@ import torch
 
 from kernels.cpu.native_library import COMPILERS, FLAGS, LANES_NEED, processor
 from kernels.cuda.compiler import CompileError, architecture_for, find_compiler
-from workers.process import leave
+from workers.devices.torch_process import leave
 
 TRY_LIMIT_S = 60
 PROGRAM = "#include <omp.h>\n#include <immintrin.h>\nint threads() { return omp_get_max_threads(); }\n"

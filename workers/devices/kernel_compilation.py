@@ -18,7 +18,7 @@ import torch
 from kernels.cuda.compiler import CompileError, architecture_for
 from kernels.cuda.cubin_cache import CubinCache
 from kernels.cuda.standard_kernels import DEVICES, compile_each
-from workers.process import leave
+from workers.devices.torch_process import leave
 
 
 def architectures() -> list[str]:

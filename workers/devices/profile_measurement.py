@@ -6,7 +6,7 @@ measured, so that whoever stops it loses one rate at most.
 
 from __future__ import annotations
 
-from workers.process import leave, use_huge_pages
+from workers.devices.torch_process import leave, use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()

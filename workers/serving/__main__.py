@@ -29,13 +29,13 @@ from transformers import PreTrainedModel
 
 from app.core.deployments.context_length import check_length, longest_context
 from app.core.errors import NibbleError, OutOfMemory
+from app.core.faults.system_faults import STATE_FOLDER, system_fault
 from app.core.records.serving_options import ServerOptions
-from app.core.system_faults import STATE_FOLDER, system_fault
 from app.core.telemetry.logs import log_warnings
 from kernels.cpu.whole_decoder import NativeDecoder
 from workers.devices.selection import select_device
+from workers.devices.torch_process import leave
 from workers.modeling.native_decoder import native_decoder
-from workers.process import leave
 from workers.serving.batch import Batch, bytes_per_token, device_of
 from workers.serving.engine import Engine, EngineLimits
 from workers.serving.http_server import listen, serve

@@ -27,6 +27,7 @@ from app.core.planning.cached_attention import CACHE_SCALES
 from app.core.planning.family import known_family
 from kernels.weight import PackedWeight
 from workers.devices.selection import select_device
+from workers.devices.torch_process import returned_at_once, status_bytes
 from workers.discovery.family_discovery import discover
 from workers.formats.packings import packing_of
 from workers.modeling.cache_rounding import CacheRounder, round_cache
@@ -39,7 +40,6 @@ from workers.modeling.quantized_weight import QuantizedWeight
 from workers.modeling.rounding_linear import RoundingLinear
 from workers.modeling.side_files import write_side_files
 from workers.modeling.soundness import parts_of, some
-from workers.process import returned_at_once, status_bytes
 
 log = logging.getLogger(__name__)
 

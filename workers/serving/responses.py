@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.core.error_answers import inference_answer
 from app.core.errors import NibbleError
+from app.core.faults.error_answers import inference_answer
 from workers.serving.answer_readers import ArgumentsAdded, CallBegun, Event
 from workers.serving.answer_turns import Turn, turns
 from workers.serving.answers import Reply, event

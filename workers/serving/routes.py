@@ -20,8 +20,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from app.core.changes.departure import CallerGone, disconnected, unless_gone
-from app.core.error_answers import InferenceAnswer, inference_answer, inference_refusal
 from app.core.errors import BodyTooLarge, InvalidRequest, MalformedRequest, NibbleError, field_fault
+from app.core.faults.error_answers import InferenceAnswer, inference_answer, inference_refusal
 from workers.serving import chat_answers, completions, messages, responses
 from workers.serving.answers import DONE, Reply, event
 from workers.serving.conversations import chat_prompts

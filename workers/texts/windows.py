@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from app.core.errors import ModelRefused, TextRefused
+from app.core.faults.system_faults import system_number
 from app.core.records.specs import CalibrationSpec, EvaluationSpec, TextSpec
 from app.core.sources.json_file import parse_json
 from app.core.sources.text_shapes import Document
-from app.core.system_faults import system_number
 from workers.texts.chat_template import ChatTemplate, RefusedByTemplate, chat_template
 from workers.texts.documents import read_documents
 

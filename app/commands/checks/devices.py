@@ -16,9 +16,9 @@ from typing import Any
 
 from app.commands.checks.check import Check
 from app.commands.terminal import human_seconds
-from app.core.counted import counted
 from app.core.errors import InvalidRequest
 from app.core.planning.host_devices import DEVICE, gpu_names, listed_gpus
+from app.core.records.counted import counted
 
 PROBE_LIMIT_S = 180
 UNFINISHED = "the compilation ended without an answer"

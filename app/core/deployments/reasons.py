@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from app.core.counted import counted
 from app.core.deployments.deployment import Goal, LiveDeployment, Replica
 from app.core.deployments.placement import free_slots, placement, ready_count
+from app.core.records.counted import counted
 
 
 class ServingWorker(NamedTuple):

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from app.core.counted import counted
 from app.core.errors import ModelRefused
 from app.core.formats.registry import FORMATS
 from app.core.records.artifact import ArtifactManifest
+from app.core.records.counted import counted
 from app.core.records.specs import Recipe
 from app.core.sources.model_reference import parse_model_reference
 

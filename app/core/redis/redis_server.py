@@ -24,9 +24,9 @@ from redis.retry import Retry
 from app.core.child.owned_process import OwnedProcess
 from app.core.child.start import PROGRAM
 from app.core.errors import InvalidRequest, Unavailable
-from app.core.file_lock import try_lock
 from app.core.redis.redis_programs import find_program, note_writer
 from app.core.settings import Settings
+from app.core.storage.file_lock import try_lock
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from app.core.file_lock import try_lock
+from app.core.storage.file_lock import try_lock
 
 USE = ".use"
 PARTIAL = ".partial"

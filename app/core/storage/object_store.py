@@ -19,8 +19,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, MemoryStore, S3Store
 
 from app.core.errors import InvalidRequest, NotFound, Unavailable
+from app.core.faults.system_faults import system_fault
 from app.core.records.specs import Frozen
-from app.core.system_faults import system_fault
 
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*(?:/[A-Za-z0-9_][A-Za-z0-9._=+-]*)*")
 MAX_KEY_LENGTH = 900  # S3 allows 1024 bytes, of which the URL's prefix takes a part

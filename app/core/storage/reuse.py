@@ -18,7 +18,7 @@ from app.core.errors import NotFound
 from app.core.records.specs import Frozen, JobSpec, Kept, TextSpec
 from app.core.storage.object_store import ObjectStore
 from app.core.storage.storage_keys import manifest_key, report_key
-from app.core.version import package_version
+from app.core.telemetry.version import package_version
 
 KEPT_S = 90 * 24 * 3600
 

@@ -11,7 +11,7 @@ from pydantic_core._pydantic_core import list_all_errors
 
 from app.api.errors import MANAGED, field_problems, is_inference, problem
 from app.core import errors
-from app.core.error_answers import STATUS, status_of
+from app.core.faults.error_answers import STATUS, status_of
 from app.core.records.specs import JobSpec
 from app.core.settings import Settings
 from app.main import create_app

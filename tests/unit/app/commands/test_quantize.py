@@ -20,11 +20,11 @@ from app.core.errors import (
     TextRefused,
     WorkerDisk,
 )
+from app.core.faults.system_faults import STATE_FOLDER
 from app.core.records.job import Problem
 from app.core.records.specs import CalibrationSpec, JobSpec
 from app.core.settings import Settings
 from app.core.sources.fetching import fetch_texts
-from app.core.system_faults import STATE_FOLDER
 
 
 def finished_in(work: Path, labels: list[str], *outputs: tuple[int, str]) -> Finished:

@@ -28,7 +28,12 @@ ROUTE = re.compile(
 )
 HEADER = re.compile(r"X-Request-ID|x-api-key")
 # Written by hand for programs that call the inference routes with bodies of their own.
-OF_INFERENCE = ("workers/serving", "app/api/gateway.py", "app/api/relay.py", "app/core/error_answers.py")
+OF_INFERENCE = (
+    "workers/serving",
+    "app/api/gateway.py",
+    "app/api/relay.py",
+    "app/core/faults/error_answers.py",
+)
 
 
 def texts(node: ast.expr) -> Iterator[str]:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from app.core.errors import Unavailable
+from app.core.faults.system_faults import REFUSALS, system_fault, system_number
 from app.core.storage.object_store import ObjectStore
-from app.core.system_faults import REFUSALS, system_fault, system_number
 from tests.small_disk import small_disk
 from tests.tiny_models import TOKENIZER
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.core.counted import counted
+from app.core.records.counted import counted
 
 # Verbs, and units of numbers that are no counts.
 NO_NOUNS = {
