@@ -193,7 +193,7 @@ def test_more_overrides_than_a_recipe_may_have_end_the_ladder_with_the_reason() 
     model.add(Recipe(method="gptq", group_size=32, overrides=many), 2.0)
     step = model.next()
     assert step.recipe is None
-    assert "at most 64 items" in step.passed[-1]
+    assert "overrides: at most 64 are allowed" in step.passed[-1]
 
 
 def test_the_worst_fused_sets_get_bits_first() -> None:
