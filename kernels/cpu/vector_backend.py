@@ -26,7 +26,7 @@ from kernels.cpu.whole_decoder import (
 from kernels.product import LinearProduct
 from kernels.weight import PackedWeight
 
-MOST_ROWS = 512  # multiplied at once: bounds the memory for rearranged inputs
+MOST_ROWS = 64  # multiplied at once, which bounds the memory of each thread: `kSlab` of lanes.h
 
 
 class VectorKernel:
