@@ -188,7 +188,8 @@ def test_inputs_that_have_no_digits(name: str, value: float) -> None:
     x = torch.zeros(1, 128, dtype=torch.bfloat16)
     x[0, 100] = value
     output, expected = kernel(x, None).double(), reference.quantized_linear(x, weight, None)
-    if name == "vector" and math.isinf(value):  # integers are no numbers then, whatever their weights
+    if name == "vector" and math.isinf(value) and vector_backend.reads_lanes():
+        # An infinite chunk has no integers, whatever the weights.
         assert bool(output.isnan().all())
     else:
         torch.testing.assert_close(output, expected, rtol=1e-2, atol=0, equal_nan=True)
