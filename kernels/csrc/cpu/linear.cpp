@@ -72,8 +72,6 @@ inline __m512bh weights_at(__m512i words, __m512i table) {
   return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(shifted, table));
 }
 
-inline __m512bh load_x(const uint16_t* x) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(x)); }
-
 // ---------------------------------------------------------------------------------------------- dequantizing
 
 // 32 weights in float32 from nibble i of the words of each plane.
@@ -91,19 +89,12 @@ inline void decode(const __m512i* words, int64_t planes, int i, int zero, float 
   out[1] = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(high), shift), factor);
 }
 
-struct ToBfloat {
-  static void store(void* out, const __m512* v) {
-    _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0])));
-  }
-};
-
 // Where dequantized weights go: bytes from row to row, and from 32 channels to the next 32.
 struct Places {
   int64_t row, quarter;
 };
 
-// Chunks first .. last-1 of a block's 16 rows.
-template <class OUT>
+// Chunks first .. last-1 of a block's 16 rows to bfloat16.
 void dequantize_exact(const Weight& w, int64_t block, int64_t first, int64_t last, uint8_t* out, Places places) {
   alignas(64) float scale[4][kRows];
   for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -119,13 +110,13 @@ void dequantize_exact(const Weight& w, int64_t block, int64_t first, int64_t las
         const int g = i * groups / 4;
         __m512 values[2];
         decode(words, w.planes, i, zero[g * kRows + row], scale[g][row], values);
-        OUT::store(place + i * places.quarter, values);
+        _mm512_storeu_si512(place + i * places.quarter, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values[1], values[0])));
       }
     }
   }
 }
 
-// The same to bfloat16 by tables: one lookup for 32 weights.
+// The same by tables: one lookup for 32 weights.
 template <int GPC>
 void dequantize_by_table(const Weight& w, int64_t block, int64_t first, int64_t last, uint8_t* out,
                          Places places) {
@@ -166,7 +157,7 @@ void dequantize_by_table(const Weight& w, int64_t block, int64_t first, int64_t 
 using Dequantize = void (*)(const Weight&, int64_t, int64_t, int64_t, uint8_t*, Places);
 
 Dequantize to_bfloat(const Weight& w) {
-  if (w.planes == 2) return dequantize_exact<ToBfloat>;
+  if (w.planes == 2) return dequantize_exact;
   switch (w.per_chunk) {
     case 0: return dequantize_by_table<0>;
     case 1: return dequantize_by_table<1>;

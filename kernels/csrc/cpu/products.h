@@ -194,7 +194,7 @@ inline void packed_rows(const Weight& w, int64_t block, int first, int64_t quart
 // ------------------------------------------------------------------------------------------------- dense weights
 
 template <class T>
-struct Pair;  // 32 channels as two vectors, in the order of Rows
+struct Pair;  // 32 channels as two vectors, in the order of Input::rows
 
 template <>
 struct Pair<BFloat> {
